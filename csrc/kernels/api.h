@@ -72,11 +72,15 @@ Status launch_conv2d(Operator, const Selection&, const Conv2dProblem&, DType, co
 size_t bias_grad_workspace(int64_t rows, int64_t k, DType);
 Status launch_bias_grad(const void* dy, void* db, int64_t rows, int64_t k, DType, void* workspace, Stream);
 
+// Fills in what the current device is (sm, sm_count); the emulator's is a small sm_80.
+Status current_target(Target*);
+
 // One build of the kernels: the nvcc one (device pointers) or the emulated one (host pointers).
 struct KernelTable {
   decltype(&launch_conv2d) conv2d;
-  decltype(&bias_grad_workspace) bias_grad_workspace;
+  decltype(&freezekit::bias_grad_workspace) bias_grad_bytes;
   decltype(&launch_bias_grad) bias_grad;
+  decltype(&current_target) target;
 };
 
 }  // namespace freezekit

@@ -1,0 +1,24 @@
+// What the current device is.
+#include "kernels/api.h"
+#include "kernels/device.h"
+
+namespace freezekit {
+
+Status current_target(Target* target) {
+#ifdef __CUDACC__
+  int device = 0, major = 0, minor = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&target->sm_count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
+    return Status::launch_failed;
+  }
+  target->sm = major * 10 + minor;
+#else
+  target->sm = 80;
+  target->sm_count = 4;  // small, so that split and persistent grids are exercised by small problems
+#endif
+  return Status::success;
+}
+
+}  // namespace freezekit

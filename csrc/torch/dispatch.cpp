@@ -1,0 +1,59 @@
+// Which backend computes an operator on tensors with data: ATen's libraries, or freezekit's own kernels.
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/library.h>
+
+#include "torch/aten.h"
+#include "torch/checks.h"
+#include "torch/native.h"
+#include "torch/operators.h"
+
+namespace freezekit {
+namespace {
+
+// Calling ATen from a kernel would enter Autograd and Autocast again: autocast would cast what it already has cast.
+struct BelowAutogradAndAutocast {
+  c10::impl::ExcludeDispatchKeyGuard autograd{c10::autograd_dispatch_keyset_with_ADInplaceOrView};
+  c10::impl::ExcludeDispatchKeyGuard autocast{c10::autocast_dispatch_keyset};
+};
+
+Tensor conv2d_kernel(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, IntArrayRef stride,
+                     IntArrayRef padding, IntArrayRef dilation, int64_t groups, std::string_view backend) {
+  const Geometry g(stride, padding, dilation, groups, backend);
+  const Conv2dProblem problem = check_conv2d(input, weight, bias, g);
+  const BelowAutogradAndAutocast below;
+  if (native::runs(Operator::fprop, problem, input, g.backend)) return native::conv2d(problem, input, weight, bias, g);
+  return aten::conv2d(input, weight, bias, g);
+}
+
+Tensor dgrad_kernel(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size, IntArrayRef stride,
+                    IntArrayRef padding, IntArrayRef dilation, int64_t groups, std::string_view backend) {
+  const Geometry g(stride, padding, dilation, groups, backend);
+  const Conv2dProblem problem = check_dgrad(grad_output, weight, C10_AS_INTARRAYREF_SLOW(input_size), g);
+  const BelowAutogradAndAutocast below;
+  if (native::runs(Operator::dgrad, problem, grad_output, g.backend)) {
+    return native::dgrad(problem, grad_output, weight, g);
+  }
+  return aten::dgrad(grad_output, weight, input_size, g);
+}
+
+Tensor wgrad_kernel(const Tensor& grad_output, const Tensor& input, SymIntArrayRef weight_size, IntArrayRef stride,
+                    IntArrayRef padding, IntArrayRef dilation, int64_t groups, std::string_view backend) {
+  const Geometry g(stride, padding, dilation, groups, backend);
+  const Conv2dProblem problem = check_wgrad(grad_output, input, C10_AS_INTARRAYREF_SLOW(weight_size), g);
+  const BelowAutogradAndAutocast below;
+  if (native::runs(Operator::wgrad, problem, grad_output, g.backend)) {
+    return native::wgrad(problem, grad_output, input, g);
+  }
+  return aten::wgrad(grad_output, input, weight_size, g);
+}
+
+}  // namespace
+}  // namespace freezekit
+
+// One kernel for every device with data: `backend` decides, not the device's own library.
+TORCH_LIBRARY_IMPL(freezekit, CompositeExplicitAutograd, m) {
+  m.impl("conv2d", freezekit::conv2d_kernel);
+  m.impl("conv2d_dgrad", freezekit::dgrad_kernel);
+  m.impl("conv2d_wgrad", freezekit::wgrad_kernel);
+}

@@ -1,0 +1,32 @@
+// Under vmap the operators are ATen's, which have batching rules.
+#include <torch/library.h>
+
+#include "torch/aten.h"
+#include "torch/operators.h"
+
+namespace freezekit {
+namespace {
+
+Tensor conv2d_batched(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, IntArrayRef stride,
+                      IntArrayRef padding, IntArrayRef dilation, int64_t groups, std::string_view backend) {
+  return aten::conv2d(input, weight, bias, Geometry(stride, padding, dilation, groups, backend));
+}
+
+Tensor dgrad_batched(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size, IntArrayRef stride,
+                     IntArrayRef padding, IntArrayRef dilation, int64_t groups, std::string_view backend) {
+  return aten::dgrad(grad_output, weight, input_size, Geometry(stride, padding, dilation, groups, backend));
+}
+
+Tensor wgrad_batched(const Tensor& grad_output, const Tensor& input, SymIntArrayRef weight_size, IntArrayRef stride,
+                     IntArrayRef padding, IntArrayRef dilation, int64_t groups, std::string_view backend) {
+  return aten::wgrad(grad_output, input, weight_size, Geometry(stride, padding, dilation, groups, backend));
+}
+
+}  // namespace
+}  // namespace freezekit
+
+TORCH_LIBRARY_IMPL(freezekit, FuncTorchBatched, m) {
+  m.impl("conv2d", freezekit::conv2d_batched);
+  m.impl("conv2d_dgrad", freezekit::dgrad_batched);
+  m.impl("conv2d_wgrad", freezekit::wgrad_batched);
+}

@@ -1,0 +1,30 @@
+// The three operators by freezekit's own kernels: CUDA ones on a GPU, the emulated build of the same source on a CPU.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "kernels/api.h"
+#include "torch/operators.h"
+
+namespace freezekit::native {
+
+// Whether `backend` means these kernels for this problem; throws where it demands them and they cannot run.
+bool runs(Operator, const Conv2dProblem&, const Tensor& on, Backend backend);
+
+Tensor conv2d(const Conv2dProblem&, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+              const Geometry&);
+Tensor dgrad(const Conv2dProblem&, const Tensor& grad_output, const Tensor& weight, const Geometry&);
+Tensor wgrad(const Conv2dProblem&, const Tensor& grad_output, const Tensor& input, const Geometry&);
+
+// What has been launched since the log was switched on; for tests and for reports.
+struct LaunchRecord {
+  Operator op;
+  std::string kernel;
+  Backend backend;
+  Conv2dProblem problem;
+};
+void set_launch_log(bool enabled);
+std::vector<LaunchRecord> take_launch_log();
+
+}  // namespace freezekit::native

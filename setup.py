@@ -1,0 +1,113 @@
+"""Builds freezekit/_C (torch layer, and the CUDA kernels where nvcc is found) and freezekit/_emulated.so.
+
+The kernels know no torch, so nvcc compiles them without torch's flags and they link into one binary beside any build of
+torch, a CPU one too. Environment: FREEZEKIT_CUDA=0|1 forces CUDA off or on, FREEZEKIT_CUDA_ARCHS (for example "80;90a")
+overrides the architectures, MAX_JOBS bounds the compilers that run at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from setuptools import setup
+from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+PACKAGE = ROOT / "freezekit"
+DEFAULT_ARCHS = "80;90a"
+JOBS = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+
+
+def find_nvcc() -> Path | None:
+    """nvcc from CUDA_HOME or PATH; None where CUDA is switched off or absent."""
+    wanted = os.environ.get("FREEZEKIT_CUDA")
+    if wanted not in (None, "", "0", "1"):
+        sys.exit(f"FREEZEKIT_CUDA must be 0 or 1, got {wanted!r}")
+    if wanted == "0":
+        return None
+    home = os.environ.get("CUDA_HOME")
+    found = shutil.which("nvcc", path=f"{home}/bin") if home else None
+    found = found or shutil.which("nvcc")
+    if found is None and wanted == "1":
+        sys.exit("FREEZEKIT_CUDA=1, but nvcc is neither in CUDA_HOME/bin nor on PATH")
+    return Path(found) if found else None
+
+
+def cuda_home(nvcc: Path) -> Path:
+    """The toolkit that nvcc belongs to, as nvcc itself reports it (it may be a link or a wrapper)."""
+    text = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    tops = [line.split("TOP=", 1)[1].strip() for line in text.splitlines() if "TOP=" in line]
+    return Path(tops[0]).resolve() if tops else nvcc.resolve().parent.parent
+
+
+def arch_flags(archs: list[str]) -> list[str]:
+    """SASS for every architecture, and PTX of the lowest one for chips that are newer than all of them."""
+    lowest = min(archs, key=lambda arch: int(arch.rstrip("af")))
+    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    return [*flags, f"-gencode=arch=compute_{lowest},code=compute_{lowest}"]
+
+
+def ninja(build: Path, name: str, command: str, sources: list[Path]) -> list[Path]:
+    """Compiles the sources to objects with `command`, in parallel and only where something changed."""
+    build.mkdir(parents=True, exist_ok=True)
+    objects = [build / f"{source.stem}.{name}.o" for source in sources]
+    rule = f"rule {name}\n  command = {command}\n  depfile = $out.d\n  deps = gcc\n"
+    steps = [f"build {out}: {name} {source}" for source, out in zip(sources, objects)]
+    (build / f"{name}.ninja").write_text("\n".join([rule, *steps, ""]))
+    subprocess.run(["ninja", "-j", JOBS, "-f", f"{name}.ninja"], cwd=build, check=True)
+    return objects
+
+
+class Build(BuildExtension):
+    """Compiles the kernels twice, with nvcc and with g++ for the emulator, then the torch layer around them."""
+
+    def build_extensions(self) -> None:
+        build = Path(self.build_temp).resolve()
+        extension = self.extensions[0]
+        kernels = sorted((CSRC / "kernels").glob("*.cu"))
+        info = {"torch": torch.__version__, "cuda": None, "archs": [], "python": sys.version.split()[0]}
+        nvcc = find_nvcc()
+        if nvcc:
+            archs = (os.environ.get("FREEZEKIT_CUDA_ARCHS") or DEFAULT_ARCHS).replace(",", ";").split(";")
+            info["cuda"] = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout.split()[-1]
+            info["archs"] = archs
+            flags = f"-std=c++17 -O3 -I{CSRC} -Xcompiler -fPIC,-fvisibility=hidden {' '.join(arch_flags(archs))}"
+            extension.extra_objects += map(str, ninja(build, "nvcc", f"{nvcc} {flags} -MD -MF $out.d -c $in -o $out", kernels))
+            extension.define_macros += [("FREEZEKIT_WITH_CUDA", None)]
+            lib = cuda_home(nvcc)
+            extension.library_dirs += [str(p) for p in (lib / "lib64", lib / "lib", lib / "targets/x86_64-linux/lib") if p.is_dir()]
+            # Static, as nvcc links by default: the binary then loads where no CUDA is installed.
+            extension.extra_link_args += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        else:
+            print("freezekit: no nvcc, building without CUDA kernels")
+        self.build_emulator(build, kernels)
+        (PACKAGE / "_build_info.json").write_text(json.dumps(info))
+        super().build_extensions()
+
+    def build_emulator(self, build: Path, kernels: list[Path]) -> None:
+        """The same kernels for the CPU, as a library of its own: its symbols are those of the CUDA build."""
+        cxx = os.environ.get("CXX", "g++")
+        flags = f"-std=c++17 -O2 -fPIC -fvisibility=hidden -I{CSRC}"
+        sources = sorted((CSRC / "emulator").glob("*.cpp"))
+        objects = ninja(build, "emulated", f"{cxx} {flags} -x c++ -MD -MF $out.d -c $in -o $out", kernels + sources)
+        subprocess.run([*cxx.split(), "-shared", *objects, "-o", PACKAGE / "_emulated.so"], check=True)
+
+
+setup(
+    ext_modules=[
+        CppExtension(
+            "freezekit._C",
+            sources=sorted(str(p.relative_to(ROOT)) for d in ("kernels", "torch", "python") for p in (CSRC / d).glob("*.cpp")),
+            include_dirs=[str(CSRC)],
+            extra_compile_args=["-O2", "-g0", "-fvisibility=hidden"],
+        )
+    ],
+    cmdclass={"build_ext": Build},
+)
