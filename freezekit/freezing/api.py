@@ -1,0 +1,214 @@
+"""`freeze` and `unfreeze`: both steps of freezing, autograd's and the optimizer's, in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from freezekit.freezing import norm as statistics
+from freezekit.freezing import optim
+from freezekit.freezing.patterns import Pattern, Selection, select
+from freezekit.freezing.result import Frozen
+
+NormPolicy = Literal["freeze", "batch"]
+
+
+def freeze(
+    model: nn.Module,
+    *patterns: Pattern,
+    optimizer: Optimizer | None = None,
+    remove: bool = False,
+    state: optim.StatePolicy = "keep",
+    norm: NormPolicy = "freeze",
+    until: str | None = None,
+    inputs: Any = None,
+) -> Frozen:
+    """Hold parameters still: ``requires_grad`` off, ``.grad`` dropped, running statistics kept, the optimizer told.
+
+    Args:
+        model: any ``nn.Module``.
+        patterns: what to freeze; their union. A module or parameter name (``"layer1"``), a glob over dotted names
+            (``"layer*.bn?"``; ``*`` crosses dots), a subclass of ``nn.Module``, a module or parameter of the model, or
+            a predicate ``f(name, parameter) -> bool``. A module stands for all it contains. None of them, and no
+            ``until``, means the whole model.
+        optimizer: the optimizer that trains ``model``. It may be None when nothing of it needs to change: a frozen
+            parameter is skipped anyway, since its ``.grad`` is None.
+        remove: take the parameters out of the optimizer's groups and state as well; `unfreeze` with the same optimizer
+            puts them back in their own group. The groups stay, empty ones too, so schedulers go on.
+        state: "keep" leaves the optimizer's state (momentum, Adam's moments) for the day the parameters are unfrozen;
+            "reset" drops it.
+        norm: "freeze": normalisation layers that are covered use and keep their running statistics, and ``.train()``
+            does not undo it. "batch": they go on with batch statistics, and their running statistics move. A layer is
+            covered when a pattern meets it or a module around it, or when all parameters it owns are selected.
+        until: also freeze all that comes before this module or parameter, which itself stays trainable: in the order
+            of registration, or of the calls in one forward when ``inputs`` is given.
+        inputs: arguments for that forward: a tensor, a tuple, or a mapping of keywords. It runs in eval mode, without
+            gradients, and leaves random state and running statistics alone.
+
+    Returns:
+        what changed; in a ``with`` statement it is undone at the end of the block.
+
+    Raises:
+        PatternError: (a ValueError) a pattern that selects nothing, with near names.
+        ValueError: arguments that contradict each other; LBFGS without ``remove=True, state="reset"``.
+        TypeError: an argument of the wrong type.
+
+    A tied parameter is one parameter: freezing it under one name freezes it under all (see ``Frozen.shared``).
+
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
+    >>> freeze(model, until="2")
+    freeze: 4 parameters (0.weight, 0.bias, 1.weight, 1.bias)
+      statistics: 1
+    >>> model.train()[1].training
+    False
+    """
+    optim.check_optimizer(optimizer, remove, state)
+    _check_norm(norm)
+    selection = select(model, patterns, until, inputs)
+    if optimizer is not None and _meets(optimizer, selection):
+        optim.check_lbfgs(optimizer, remove, state, "freeze")
+    result = Frozen("freeze", shared=selection.shared)
+    names = all_names(model)
+    _set_requires_grad(result, selection, names, False)
+    _drop_grads(result, selection, names)
+    _set_statistics(result, selection, held=norm == "freeze")
+    if optimizer is not None:
+        params = list(selection.params.values())
+        was = optim.Membership.of(optimizer, params)
+        if state == "reset":
+            was.forgotten = optim.reset(optimizer, params)
+            result.reset = names_of(was.forgotten, names)
+        if remove:
+            result.removed = names_of(optim.take_out(optimizer, params, state), names)
+        result.on_restore(was.restore)
+    return result
+
+
+def unfreeze(
+    model: nn.Module,
+    *patterns: Pattern,
+    optimizer: Optimizer | None = None,
+    state: optim.StatePolicy = "keep",
+    norm: NormPolicy = "batch",
+    until: str | None = None,
+    inputs: Any = None,
+    group: int | None = None,
+) -> Frozen:
+    """Let parameters train again. Frozen is ``requires_grad=False``, whoever set it.
+
+    Args:
+        model, patterns, until, inputs: as for `freeze`.
+        optimizer: the optimizer that is to train them. Parameters that `freeze` took out of it return to their own
+            group, at their place, with the group's options as they are now.
+        state: "keep": the optimizer goes on with what it remembers; with momentum the first step then moves even at
+            zero gradient. "reset": it starts as if it had never met the parameters.
+        norm: "batch": normalisation layers that are covered follow the model's mode again. "freeze": only their
+            parameters train, their running statistics stay frozen.
+        group: index of the group for parameters that ``optimizer`` has never held (it was built from the trainable
+            ones alone); without it they are an error, for they would never move.
+
+    Returns:
+        what changed; in a ``with`` statement it is undone at the end of the block.
+
+    Raises:
+        as `freeze`; ValueError also for parameters that ``optimizer`` does not know.
+
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    >>> opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> _ = freeze(model, optimizer=opt, remove=True)
+    >>> unfreeze(model, "1", optimizer=opt)
+    unfreeze: 2 parameters (1.weight, 1.bias)
+      back in the optimizer: 1.weight, 1.bias
+    """
+    optim.check_optimizer(optimizer, False, state, group)
+    _check_norm(norm)
+    selection = select(model, patterns, until, inputs)
+    params = list(selection.params.values())
+    names = all_names(model)
+    if optimizer is not None:
+        _check_known(optimizer, params, names, group)
+        optim.check_lbfgs(optimizer, True, state, "unfreeze")
+    result = Frozen("unfreeze", shared=selection.shared)
+    _set_requires_grad(result, selection, names, True)
+    _set_statistics(result, selection, held=norm == "freeze")
+    if optimizer is not None:
+        was = optim.Membership.of(optimizer, params)
+        if state == "reset":
+            was.forgotten = optim.reset(optimizer, params)
+            result.reset = names_of(was.forgotten, names)
+        result.returned = names_of(optim.put_back(optimizer, params, group), names)
+        result.on_restore(was.restore)
+    return result
+
+
+def all_names(model: nn.Module) -> dict[int, tuple[str, ...]]:
+    """id of each parameter of ``model`` -> all its names, in registration order."""
+    found: dict[int, tuple[str, ...]] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        found[id(param)] = (*found.get(id(param), ()), name)
+    return found
+
+
+def _check_norm(norm: object) -> None:
+    if norm not in ("freeze", "batch"):
+        raise ValueError(f'norm: expected "freeze" or "batch", got {norm!r}')
+
+
+def _meets(optimizer: Optimizer, selection: Selection) -> bool:
+    inside = optim.group_of(optimizer)
+    return any(id(p) in inside for p in selection.params.values())
+
+
+def _check_known(
+    optimizer: Optimizer, params: list[nn.Parameter], names: dict[int, tuple[str, ...]], group: int | None
+) -> None:
+    unknown = names_of(optim.strangers(optimizer, params), names)
+    if unknown and group is None:
+        raise ValueError(
+            f"optimizer: it holds none of {', '.join(unknown[:6])}{' ...' if len(unknown) > 6 else ''} and freeze() "
+            "did not take them out of it, so they would never move; pass group=<index of the group to put them in>, or "
+            "call optimizer.add_param_group first"
+        )
+
+
+def names_of(params: Iterable[nn.Parameter], names: dict[int, tuple[str, ...]]) -> tuple[str, ...]:
+    return tuple(name for p in params for name in names.get(id(p), ())[:1])
+
+
+def _set_requires_grad(result: Frozen, selection: Selection, names: dict[int, tuple[str, ...]], value: bool) -> None:
+    """Set the flag; what is restored later are flag and ``.grad``, as they are now."""
+    changed = [p for p in selection.params.values() if p.requires_grad != value]
+    same = [p for p in selection.params.values() if p.requires_grad == value]
+    for param in changed:
+        result.on_restore(partial(restore_param, param, not value, param.grad))
+        param.requires_grad_(value)
+    result.params = tuple(name for p in changed for name in names[id(p)])
+    result.already = tuple(name for p in same for name in names[id(p)])
+
+
+def restore_param(param: nn.Parameter, requires_grad: bool, grad: torch.Tensor | None) -> None:
+    param.requires_grad_(requires_grad)
+    param.grad = grad
+
+
+def _drop_grads(result: Frozen, selection: Selection, names: dict[int, tuple[str, ...]]) -> None:
+    with_grad = [p for p in selection.params.values() if p.grad is not None]
+    for param in with_grad:
+        result.on_restore(partial(setattr, param, "grad", param.grad))
+        param.grad = None
+    result.grads = names_of(with_grad, names)
+
+
+def _set_statistics(result: Frozen, selection: Selection, held: bool) -> None:
+    changed = []
+    for name, module in selection.norms.items():
+        if statistics.is_held(module) != held:
+            (statistics.hold if held else statistics.release)(module)
+            result.on_restore(partial(statistics.release if held else statistics.hold, module))
+            changed.append(name)
+    result.norms = tuple(changed)

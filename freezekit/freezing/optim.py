@@ -1,0 +1,243 @@
+"""The optimizer's side of freezing: what it remembers of a parameter, and whether it holds the parameter at all.
+
+With ``remove=False`` a frozen parameter stays in its group and is skipped because its ``grad`` is None: groups,
+schedulers and ``state_dict()`` see no change. With ``remove=True`` it leaves group *and* state (state without a group
+makes ``state_dict()`` raise KeyError), and `Removed`, an attribute of the optimizer, remembers the way back: the order
+of the group as it was, and the state when it is kept. Groups are told apart by index, since ``load_state_dict``
+replaces their dictionaries; their options stay in place, so the parameter returns to its own options, as a scheduler
+has left them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.optim import LBFGS, Adagrad, Optimizer
+
+StatePolicy = Literal["keep", "reset"]
+_ATTRIBUTE = "_freezekit_removed"
+
+
+@dataclass
+class Removed:
+    """What `freeze(remove=True)` took out of one optimizer.
+
+    group: parameter -> index of its group.
+    order: group index -> the group's parameters in their order before anything was taken out.
+    state: parameter -> its optimizer state, where it is kept.
+    """
+
+    group: dict[nn.Parameter, int] = field(default_factory=dict)
+    order: dict[int, list[nn.Parameter]] = field(default_factory=dict)
+    state: dict[nn.Parameter, dict[str, Any]] = field(default_factory=dict)
+
+
+def removed_from(optimizer: Optimizer) -> Removed:
+    """The record of ``optimizer``: made at the first call, then always the same."""
+    return optimizer.__dict__.setdefault(_ATTRIBUTE, Removed())
+
+
+def group_of(optimizer: Optimizer) -> dict[int, int]:
+    """id of each parameter in ``optimizer`` -> index of its group."""
+    return {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+
+
+def check_optimizer(optimizer: object, remove: bool, state: str, group: int | None = None) -> None:
+    """Refuse arguments that contradict each other, before anything is changed."""
+    if state not in ("keep", "reset"):
+        raise ValueError(f'state: expected "keep" or "reset", got {state!r}')
+    if not isinstance(remove, bool):
+        raise TypeError(f"remove: expected a bool, got {remove!r}")
+    if optimizer is None:
+        for name, given in (("remove=True", remove), ('state="reset"', state == "reset"), ("group", group is not None)):
+            if given:
+                raise ValueError(f"{name} changes an optimizer, but optimizer is None; pass optimizer=")
+    elif not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    elif group is not None and not 0 <= group < len(optimizer.param_groups):
+        raise ValueError(f"group: expected an index below {len(optimizer.param_groups)}, got {group}")
+
+
+def check_lbfgs(optimizer: Optimizer | None, remove: bool, state: str, verb: str) -> None:
+    """LBFGS keeps one history over all its parameters, as one flat vector, and adds to every one at each step: half of
+    that history cannot be kept, and a parameter that stays in the group is written to."""
+    if isinstance(optimizer, LBFGS) and (state != "reset" or not remove):
+        extra = "remove=True, " if verb == "freeze" else ""
+        raise ValueError(
+            "optimizer: LBFGS keeps one history over all its parameters and writes to every one of them at each step; "
+            f'to {verb} some of them pass {extra}state="reset", which starts its history anew'
+        )
+
+
+def fresh_state(optimizer: Optimizer, param: nn.Parameter, group: dict[str, Any]) -> dict[str, Any]:
+    """The state that ``optimizer`` gives a parameter it has not met yet.
+
+    Empty for all of torch.optim but Adagrad, which makes its state when it is built and not at the first step.
+    """
+    if not isinstance(optimizer, Adagrad):
+        return {}
+    value = group["initial_accumulator_value"]
+    device = param.device if group["fused"] else "cpu"
+    return {
+        "step": torch.tensor(0.0, dtype=torch.float32, device=device),
+        "sum": torch.full_like(
+            param.detach(), complex(value, value) if param.is_complex() else value, memory_format=torch.preserve_format
+        ),
+    }
+
+
+def reset(optimizer: Optimizer, params: Iterable[nn.Parameter]) -> dict[nn.Parameter, dict[str, Any]]:
+    """Make ``optimizer`` forget the state of ``params``; returns what it forgot."""
+    record = removed_from(optimizer)
+    inside = group_of(optimizer)
+    forgotten: dict[nn.Parameter, dict[str, Any]] = {}
+    if isinstance(optimizer, LBFGS):
+        return _reset_lbfgs(optimizer)
+    for param in params:
+        old = optimizer.state.pop(param, None) or record.state.pop(param, None)
+        if old:
+            forgotten[param] = old
+        if id(param) in inside:
+            fresh = fresh_state(optimizer, param, optimizer.param_groups[inside[id(param)]])
+            if fresh:
+                optimizer.state[param] = fresh
+    return forgotten
+
+
+def _reset_lbfgs(optimizer: LBFGS) -> dict[nn.Parameter, dict[str, Any]]:
+    forgotten = {p: s for p, s in optimizer.state.items() if s}
+    optimizer.state.clear()
+    return forgotten
+
+
+def take_out(optimizer: Optimizer, params: Iterable[nn.Parameter], state: StatePolicy) -> list[nn.Parameter]:
+    """Remove ``params`` from their groups and from the state; returns those that were in a group."""
+    record = removed_from(optimizer)
+    inside = group_of(optimizer)
+    taken: list[nn.Parameter] = []
+    for param in params:
+        old = optimizer.state.pop(param, None)
+        if old and state == "keep":
+            record.state[param] = old
+        if id(param) not in inside:
+            continue
+        index = inside[id(param)]
+        _remember_order(optimizer, index)
+        members = optimizer.param_groups[index]["params"]
+        members[:] = [p for p in members if p is not param]
+        record.group[param] = index
+        taken.append(param)
+    _forget_numel(optimizer)
+    return taken
+
+
+def _remember_order(optimizer: Optimizer, index: int) -> None:
+    order = removed_from(optimizer).order.setdefault(index, [])
+    known = {id(p) for p in order}
+    order += [p for p in optimizer.param_groups[index]["params"] if id(p) not in known]
+
+
+def remember_absent(optimizer: Optimizer, param: nn.Parameter, index: int, position: int) -> None:
+    """Record a parameter that ``optimizer`` was built without as taken out of group ``index``, at ``position``."""
+    _remember_order(optimizer, index)
+    record = removed_from(optimizer)
+    record.order[index].insert(position, param)
+    record.group[param] = index
+
+
+def placed(param: nn.Parameter, state: dict[str, Any]) -> dict[str, Any]:
+    """A copy of kept ``state`` for ``param``: tensors of its size follow it to its device, others stay where they are.
+
+    Step counters live on the CPU unless the optimizer is fused or capturable, so only what has the shape of the
+    parameter is moved; ``load_state_dict`` of torch follows the same rule by name.
+    """
+
+    def place(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.to(param.device, copy=True) if value.shape == param.shape else value.clone()
+
+    return {key: place(value) for key, value in state.items()}
+
+
+def put_back(optimizer: Optimizer, params: Iterable[nn.Parameter], group: int | None = None) -> list[nn.Parameter]:
+    """Return ``params`` to the groups they were taken from, at their places, with the state that was kept.
+
+    A parameter that the optimizer never held goes to the end of ``group``; without ``group`` see `strangers`.
+    """
+    record = removed_from(optimizer)
+    inside = group_of(optimizer)
+    returned: list[nn.Parameter] = []
+    for param in params:
+        if id(param) in inside:
+            continue
+        index = record.group.pop(param, group)
+        if index is None:
+            continue
+        _remember_order(optimizer, index)
+        if not any(p is param for p in record.order[index]):
+            record.order[index].append(param)
+        options = optimizer.param_groups[index]
+        present = {id(p) for p in options["params"]} | {id(param)}
+        options["params"][:] = [p for p in record.order[index] if id(p) in present]
+        kept = record.state.pop(param, None) or fresh_state(optimizer, param, options)
+        if kept:
+            optimizer.state[param] = kept
+        returned.append(param)
+    _forget_numel(optimizer)
+    return returned
+
+
+def strangers(optimizer: Optimizer, params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Those of ``params`` that ``optimizer`` neither holds nor gave up through `take_out`: it would never train them."""
+    inside = group_of(optimizer)
+    record = removed_from(optimizer)
+    return [p for p in params if id(p) not in inside and p not in record.group]
+
+
+def _forget_numel(optimizer: Optimizer) -> None:
+    """LBFGS counts its elements once; its list of parameters is the group's own, which was changed in place."""
+    if isinstance(optimizer, LBFGS):
+        optimizer.__dict__["_numel_cache"] = None
+
+
+@dataclass
+class Membership:
+    """Where parameters stood in one optimizer before a change, and the way back there."""
+
+    optimizer: Optimizer
+    inside: list[nn.Parameter]
+    outside: list[nn.Parameter]
+    strangers: list[nn.Parameter]
+    forgotten: dict[nn.Parameter, dict[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, optimizer: Optimizer, params: Iterable[nn.Parameter]) -> Membership:
+        params = list(params)
+        groups = group_of(optimizer)
+        unknown = strangers(optimizer, params)
+        return cls(
+            optimizer,
+            [p for p in params if id(p) in groups],
+            [p for p in params if p in removed_from(optimizer).group],
+            unknown,
+        )
+
+    def restore(self) -> None:
+        """Put every parameter back where it stood, and the forgotten state with it; other parameters are not touched."""
+        record = removed_from(self.optimizer)
+        put_back(self.optimizer, self.inside)
+        take_out(self.optimizer, self.outside + self.strangers, "keep")
+        for param in self.strangers:
+            record.group.pop(param, None)
+            record.state.pop(param, None)
+        if isinstance(self.optimizer, LBFGS) and self.forgotten:
+            self.optimizer.state.clear()
+        groups = group_of(self.optimizer)
+        lbfgs = isinstance(self.optimizer, LBFGS)
+        for param, state in self.forgotten.items():
+            (self.optimizer.state if id(param) in groups or lbfgs else record.state)[param] = state
