@@ -1,0 +1,75 @@
+// Runs CUDA kernels on the CPU: the same source that nvcc compiles for a GPU, compiled by g++ for tests and self-tests.
+//
+// Blocks run one after another; each CUDA thread of a block runs on a fiber until it must wait at a barrier or a warp
+// collective. `settings.seed` chooses in which order blocks and threads run: 0 ascending, 1 descending, others at random.
+// One launch at a time in a process (a mutex holds the others). A kernel must not wait for another block.
+//
+// Shared memory starts as NaN, and so is the destination of a cp.async that has not landed. What a GPU leaves undefined
+// (divergent barriers and collectives, misaligned copies, copies never waited for ...) fails the launch with a message.
+// Out-of-bounds accesses and races show when kernels and emulator are built with ASan or TSan.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "emulator/vector_types.h"
+
+namespace freezekit::emulator {
+
+// When a cp.async lands: as late as its wait allows, at once, or by chance one or the other.
+enum class CpAsync : int { lazy, eager, mixed };
+
+struct Settings {
+  unsigned seed = 0;
+  CpAsync cp_async = CpAsync::lazy;
+};
+
+struct Counters {
+  uint64_t launches = 0, blocks = 0, switches = 0;   // switches from one fiber to another
+  uint64_t cp_async = 0, mma = 0;                    // copies (a thread's), mma instructions (a warp's)
+  uint64_t ldmatrix_phases = 0;                      // 8 rows of 16 bytes read at once
+  uint64_t ldmatrix_conflicts = 0;                   // phases whose rows do not lie in 8 different groups of 4 banks
+  uint64_t global_read_bytes = 0, global_write_bytes = 0;  // by load_global, store_global and cp.async
+};
+
+extern Settings settings;
+extern Counters counters;
+
+// Of the thread that runs now.
+extern uint3 thread_index, block_index;
+extern dim3 block_size, grid_size;
+
+// Calls body(arguments) once a thread. False: the launch failed, and freezekit_last_error() says why.
+bool run(void (*body)(const void*), const void* arguments, dim3 grid, dim3 block, size_t dynamic_shared_bytes);
+
+// Ends the launch from inside a kernel; the text is as for printf.
+[[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
+
+// __syncthreads(); file and line name the barrier.
+void block_barrier(const char* file, int line);
+
+// Warp collectives. Every thread of `mask` that has not ended takes part.
+int lane();
+void warp_barrier(unsigned mask);
+uint64_t shuffle(unsigned mask, uint64_t value, int source_lane);
+unsigned ballot(unsigned mask, bool predicate);
+void memory_fence();
+
+// Shared memory of the running block. A static array is known by the address of its `key`.
+void* dynamic_shared();
+void* static_shared(const void* key, size_t bytes);
+
+// `bytes` is 4, 8 or 16; zeros land where `copy` is false.
+void cp_async(void* shared, const void* global, int bytes, bool copy);
+void cp_async_commit();
+void cp_async_wait(int newest_groups_in_flight);
+
+// `matrices` is 1, 2 or 4; `row` holds what lies at `address`, of lanes below 8 * matrices.
+void ldmatrix(uint32_t* fragment, int matrices, bool transposed, const void* address, const uint4& row);
+
+// D = A * B + D for one warp: fragments as in the PTX ISA.
+void mma_m16n8k16_bf16(float* d, const uint32_t* a, const uint32_t* b);
+void mma_m16n8k16_f16(float* d, const uint32_t* a, const uint32_t* b);
+void mma_m16n8k8_tf32(float* d, const uint32_t* a, const uint32_t* b);
+
+}  // namespace freezekit::emulator
