@@ -176,7 +176,7 @@ def _check_known(
         )
 
 
-def names_of(params: Iterable[nn.Parameter], names: dict[int, tuple[str, ...]]) -> tuple[str, ...]:
+def names_of(params: Iterable[torch.Tensor], names: dict[int, tuple[str, ...]]) -> tuple[str, ...]:
     return tuple(name for p in params for name in names.get(id(p), ())[:1])
 
 

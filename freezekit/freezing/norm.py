@@ -56,7 +56,7 @@ def has_statistics(module: nn.Module) -> bool:
 
 
 def is_held(module: nn.Module) -> bool:
-    """Whether ``module``'s running statistics are frozen: it normalises with them, keeps them, and ignores ``train()``."""
+    """Whether ``module``'s running statistics are frozen: it uses them, keeps them, and ignores ``train()``."""
     return isinstance(module.__dict__.get("train"), Hold)
 
 

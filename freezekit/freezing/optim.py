@@ -19,6 +19,7 @@ from torch import nn
 from torch.optim import LBFGS, Adagrad, Optimizer
 
 StatePolicy = Literal["keep", "reset"]
+State = dict[torch.Tensor, dict[str, Any]]
 _ATTRIBUTE = "_freezekit_removed"
 
 
@@ -33,12 +34,13 @@ class Removed:
 
     group: dict[nn.Parameter, int] = field(default_factory=dict)
     order: dict[int, list[nn.Parameter]] = field(default_factory=dict)
-    state: dict[nn.Parameter, dict[str, Any]] = field(default_factory=dict)
+    state: State = field(default_factory=dict)
 
 
 def removed_from(optimizer: Optimizer) -> Removed:
     """The record of ``optimizer``: made at the first call, then always the same."""
-    return optimizer.__dict__.setdefault(_ATTRIBUTE, Removed())
+    record: Removed = optimizer.__dict__.setdefault(_ATTRIBUTE, Removed())
+    return record
 
 
 def group_of(optimizer: Optimizer) -> dict[int, int]:
@@ -90,11 +92,11 @@ def fresh_state(optimizer: Optimizer, param: nn.Parameter, group: dict[str, Any]
     }
 
 
-def reset(optimizer: Optimizer, params: Iterable[nn.Parameter]) -> dict[nn.Parameter, dict[str, Any]]:
+def reset(optimizer: Optimizer, params: Iterable[nn.Parameter]) -> State:
     """Make ``optimizer`` forget the state of ``params``; returns what it forgot."""
     record = removed_from(optimizer)
     inside = group_of(optimizer)
-    forgotten: dict[nn.Parameter, dict[str, Any]] = {}
+    forgotten: State = {}
     if isinstance(optimizer, LBFGS):
         return _reset_lbfgs(optimizer)
     for param in params:
@@ -108,7 +110,7 @@ def reset(optimizer: Optimizer, params: Iterable[nn.Parameter]) -> dict[nn.Param
     return forgotten
 
 
-def _reset_lbfgs(optimizer: LBFGS) -> dict[nn.Parameter, dict[str, Any]]:
+def _reset_lbfgs(optimizer: LBFGS) -> State:
     forgotten = {p: s for p, s in optimizer.state.items() if s}
     optimizer.state.clear()
     return forgotten
@@ -193,7 +195,7 @@ def put_back(optimizer: Optimizer, params: Iterable[nn.Parameter], group: int | 
 
 
 def strangers(optimizer: Optimizer, params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    """Those of ``params`` that ``optimizer`` neither holds nor gave up through `take_out`: it would never train them."""
+    """Those of ``params`` that ``optimizer`` neither holds nor gave up by `take_out`: it would never train them."""
     inside = group_of(optimizer)
     record = removed_from(optimizer)
     return [p for p in params if id(p) not in inside and p not in record.group]
@@ -213,7 +215,7 @@ class Membership:
     inside: list[nn.Parameter]
     outside: list[nn.Parameter]
     strangers: list[nn.Parameter]
-    forgotten: dict[nn.Parameter, dict[str, Any]] = field(default_factory=dict)
+    forgotten: State = field(default_factory=dict)
 
     @classmethod
     def of(cls, optimizer: Optimizer, params: Iterable[nn.Parameter]) -> Membership:
@@ -228,7 +230,7 @@ class Membership:
         )
 
     def restore(self) -> None:
-        """Put every parameter back where it stood, and the forgotten state with it; other parameters are not touched."""
+        """Put every parameter back where it stood, with the state that was forgotten; touch no other."""
         record = removed_from(self.optimizer)
         put_back(self.optimizer, self.inside)
         take_out(self.optimizer, self.outside + self.strangers, "keep")

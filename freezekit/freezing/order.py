@@ -17,7 +17,7 @@ from freezekit.freezing.norm import has_statistics
 
 
 def before(model: nn.Module, until: str, inputs: Any = None) -> tuple[set[int], set[int]]:
-    """Ids of the parameters and norm layers that come before ``until``, which itself stays out (as a range's stop does).
+    """Ids of the parameters and norm layers before ``until``, which itself stays out (as a range's stop does).
 
     Args:
         until: the name of a module or parameter of ``model``.

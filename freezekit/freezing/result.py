@@ -6,7 +6,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
 
 
 @dataclass(repr=False)
@@ -49,7 +48,7 @@ class Frozen:
         """Undo the call; a second time does nothing."""
         self._undo.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Frozen:
         return self
 
     def __exit__(
