@@ -1,0 +1,24 @@
+"""freezekit: a frozen layer costs only what the chain rule still needs of it."""
+
+from freezekit import _extension
+
+_extension.load()
+
+from freezekit.backends import backend, current_backend  # noqa: E402
+from freezekit.conversion import LayerReport, conversion_report, convert  # noqa: E402
+from freezekit.functional import conv2d, conv2d_dgrad, conv2d_wgrad  # noqa: E402
+from freezekit.nn import FreezableConv2d  # noqa: E402
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FreezableConv2d",
+    "LayerReport",
+    "backend",
+    "conv2d",
+    "conv2d_dgrad",
+    "conv2d_wgrad",
+    "conversion_report",
+    "convert",
+    "current_backend",
+]

@@ -1,0 +1,182 @@
+"""Convolutions whose gradients are operators of their own, so that a gradient nobody needs is never computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Union
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from freezekit import backends
+from freezekit.backends import Backend
+
+Size2 = Union[int, Sequence[int]]
+
+_conv2d = torch.ops.freezekit.conv2d.default
+_conv2d_dgrad = torch.ops.freezekit.conv2d_dgrad.default
+_conv2d_wgrad = torch.ops.freezekit.conv2d_wgrad.default
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size2 = 1,
+    padding: Size2 | str = 0,
+    dilation: Size2 = 1,
+    groups: int = 1,
+    *,
+    backend: Backend | None = None,
+) -> Tensor:
+    """`torch.nn.functional.conv2d`, keeping and computing only what the gradients asked for need.
+
+    Where `weight` needs no gradient, `input` is not kept and no wgrad runs; where `input` needs none, no dgrad runs;
+    where only `bias` learns, nothing is kept at all. Whether a gradient is needed is read from `requires_grad` of the
+    tensors of this call, and in the backward pass from what autograd asks for.
+
+    Args:
+        input: (N, C, H, W), or (C, H, W) unbatched; any floating dtype, or complex (computed as torch does).
+        weight: (K, C / groups, R, S), of the same dtype and device.
+        bias: (K,), or None.
+        stride: one number, or (height, width); at least 1.
+        padding: zeros added on both sides, one number or (height, width); or ``"valid"``, or ``"same"`` (stride 1).
+        dilation: distance between the kernel's elements, one number or (height, width); at least 1.
+        groups: divides C and K.
+        backend: see :class:`freezekit.backend`; None takes the current one.
+
+    Returns:
+        (N, K, P, Q), or (K, P, Q) unbatched; P = (H + 2 padding - dilation (R - 1) - 1) // stride + 1, Q likewise.
+
+    Raises:
+        TypeError: if an argument has a wrong type.
+        RuntimeError: if sizes, dtypes, devices or settings do not fit; the text names argument, expectation and value.
+        ValueError: if `backend` is no backend.
+
+    >>> import torch, freezekit as fk
+    >>> x = torch.randn(2, 3, 8, 8, requires_grad=True)
+    >>> frozen = torch.randn(4, 3, 3, 3)
+    >>> y = fk.conv2d(x, frozen, padding="same")
+    >>> y.shape
+    torch.Size([2, 4, 8, 8])
+    >>> y.sum().backward()  # runs dgrad alone; x was not kept
+    """
+    if has_torch_function_variadic(input, weight, bias):
+        return handle_torch_function(
+            conv2d, (input, weight, bias), input, weight, bias, stride, padding, dilation, groups, backend=backend
+        )
+    _check_tensor("input", input)
+    _check_tensor("weight", weight)
+    if bias is not None:
+        _check_tensor("bias", bias)
+    if isinstance(padding, str):
+        input, padding = _resolve_padding(padding, input, weight, stride, dilation)
+    name = backends._current if backend is None else backend
+    if input.dim() == 3:
+        batched = _conv2d(input.unsqueeze(0), weight, bias, stride, padding, dilation, groups, backend=name)
+        return batched.squeeze(0)
+    return _conv2d(input, weight, bias, stride, padding, dilation, groups, backend=name)
+
+
+def conv2d_dgrad(
+    grad_output: Tensor,
+    weight: Tensor,
+    input_size: Sequence[int],
+    stride: Size2 = 1,
+    padding: Size2 = 0,
+    dilation: Size2 = 1,
+    groups: int = 1,
+    *,
+    backend: Backend | None = None,
+) -> Tensor:
+    """The gradient of :func:`conv2d` with respect to its input; needs no input, only its size. Differentiable.
+
+    Args:
+        grad_output: (N, K, P, Q).
+        weight: (K, C / groups, R, S).
+        input_size: (N, C, H, W).
+        stride, padding, dilation, groups, backend: as for :func:`conv2d`; no string padding.
+
+    Returns:
+        (N, C, H, W).
+
+    Raises:
+        TypeError, RuntimeError, ValueError: as :func:`conv2d`.
+
+    >>> import torch, freezekit as fk
+    >>> fk.conv2d_dgrad(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2), (1, 1, 3, 3))[0, 0, 1]
+    tensor([2., 4., 2.])
+    """
+    _check_tensor("grad_output", grad_output)
+    _check_tensor("weight", weight)
+    name = backends._current if backend is None else backend
+    return _conv2d_dgrad(grad_output, weight, input_size, stride, padding, dilation, groups, backend=name)
+
+
+def conv2d_wgrad(
+    grad_output: Tensor,
+    input: Tensor,
+    weight_size: Sequence[int],
+    stride: Size2 = 1,
+    padding: Size2 = 0,
+    dilation: Size2 = 1,
+    groups: int = 1,
+    *,
+    backend: Backend | None = None,
+) -> Tensor:
+    """The gradient of :func:`conv2d` with respect to its weight; needs no weight, only its size. Differentiable.
+
+    Args:
+        grad_output: (N, K, P, Q).
+        input: (N, C, H, W).
+        weight_size: (K, C / groups, R, S).
+        stride, padding, dilation, groups, backend: as for :func:`conv2d`; no string padding.
+
+    Returns:
+        (K, C / groups, R, S).
+
+    Raises:
+        TypeError, RuntimeError, ValueError: as :func:`conv2d`.
+
+    >>> import torch, freezekit as fk
+    >>> fk.conv2d_wgrad(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 3, 3), (1, 1, 2, 2))[0, 0]
+    tensor([[4., 4.],
+            [4., 4.]])
+    """
+    _check_tensor("grad_output", grad_output)
+    _check_tensor("input", input)
+    name = backends._current if backend is None else backend
+    return _conv2d_wgrad(grad_output, input, weight_size, stride, padding, dilation, groups, backend=name)
+
+
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"conv2d: {name} must be a Tensor, got {type(value).__name__}")
+
+
+def _pair(value: Size2) -> tuple[int, int]:
+    if isinstance(value, int):
+        return value, value
+    return value[0], value[-1]
+
+
+def _resolve_padding(
+    padding: str, input: Tensor, weight: Tensor, stride: Size2, dilation: Size2
+) -> tuple[Tensor, tuple[int, int]]:
+    """String padding as numbers; "same" of an even span pads one row or column more at the end, in a copy of input."""
+    if padding == "valid":
+        return input, (0, 0)
+    if padding != "same":
+        raise RuntimeError(f"conv2d: padding must be numbers, 'valid' or 'same', got {padding!r}")
+    if _pair(stride) != (1, 1):
+        raise RuntimeError(f"conv2d: padding='same' needs stride 1, got stride {stride}")
+    if weight.dim() != 4:
+        raise RuntimeError(f"conv2d: weight must have 4 dimensions, got {weight.dim()}: {tuple(weight.shape)}")
+    total = [d * (k - 1) for d, k in zip(_pair(dilation), weight.shape[2:])]
+    start = (total[0] // 2, total[1] // 2)
+    extra = [t % 2 for t in total]
+    if any(extra):
+        input = F.pad(input, [0, extra[1], 0, extra[0]])
+    return input, start

@@ -1,0 +1,51 @@
+"""`nn.Conv2d` for layers that are frozen now, sometimes or never."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from freezekit import functional
+
+
+class FreezableConv2d(nn.Conv2d):
+    """An `nn.Conv2d` that, while its weight is frozen, keeps no input and runs no wgrad.
+
+    Frozen is `weight.requires_grad == False`, nothing else. Constructor, attributes, state_dict, hooks and errors are
+    those of `nn.Conv2d`; input is (N, C, H, W) or (C, H, W).
+
+    >>> import torch, freezekit as fk
+    >>> conv = fk.FreezableConv2d(3, 8, 3, padding=1).requires_grad_(False)
+    >>> x = torch.randn(2, 3, 16, 16, requires_grad=True)
+    >>> conv(x).sum().backward()
+    >>> x.grad.shape, conv.weight.grad
+    (torch.Size([2, 3, 16, 16]), None)
+    """
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.padding_mode != "zeros":
+            padded = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            return functional.conv2d(padded, weight, bias, self.stride, 0, self.dilation, self.groups)
+        return functional.conv2d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+    @classmethod
+    def from_conv2d(cls, conv: nn.Conv2d) -> FreezableConv2d:
+        """A layer that shares parameters, hooks and settings with `conv`, which stays as it is.
+
+        Args:
+            conv: an `nn.Conv2d`, not of a subclass: a subclass's own behaviour would be lost.
+
+        Raises:
+            TypeError: if `conv` is anything else.
+
+        >>> from torch import nn
+        >>> stock = nn.Conv2d(3, 8, 3)
+        >>> FreezableConv2d.from_conv2d(stock).weight is stock.weight
+        True
+        """
+        if type(conv) is not nn.Conv2d:
+            raise TypeError(f"conv must be exactly an nn.Conv2d, got {type(conv).__name__}")
+        layer = cls.__new__(cls)
+        # One level deep: parameters and hooks are shared, the dictionaries that hold them are not.
+        layer.__dict__.update({k: v.copy() if isinstance(v, dict) else v for k, v in conv.__dict__.items()})
+        return layer

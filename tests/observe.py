@@ -1,0 +1,61 @@
+"""What a computation runs and keeps, seen from outside."""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operators that reach a backend within the block, by name, e.g. "freezekit::conv2d_dgrad"."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count[func.name()] += 1
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def gradients(self) -> tuple[int, int]:
+        """(dgrad, wgrad) operators that ran."""
+        return self.count["freezekit::conv2d_dgrad"], self.count["freezekit::conv2d_wgrad"]
+
+
+class Storages(TorchDispatchMode):
+    """Watches every storage made within the block; `kept` is the bytes of those still alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                self._seen[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        return result
+
+    @property
+    def kept(self) -> int:
+        gc.collect()
+        return sum(size for ref, size in self._seen.values() if not ref.expired())
+
+
+def bytes_kept(forward: Callable[[Tensor], Tensor], x: Tensor) -> int:
+    """Bytes of new storages alive after `forward`, its output aside, when nobody but autograd holds them.
+
+    `forward` gets a copy of `x` that is an intermediate result: its storage lives on only if autograd keeps it.
+    """
+    with Storages() as storages:
+        y = forward(x * 1)
+    return storages.kept - y.untyped_storage().nbytes()
