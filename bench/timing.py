@@ -1,0 +1,165 @@
+"""Times several ways of doing one thing side by side: each round runs every candidate once, in shuffled order.
+
+A machine speeds up, slows down and is shared; two runs minutes apart differ by more than what is looked for. Rounds
+that are interleaved see the same machine, so the ratio within a round is what holds, and its median is reported.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+Step = Callable[[], object]
+
+
+class Clock(Protocol):
+    """Runs a step `calls` times and returns the seconds that one call took on average."""
+
+    def __call__(self, step: Step, calls: int) -> float: ...
+
+
+class HostClock:
+    """Wall time on the host, for steps that are done when they return (CPU tensors)."""
+
+    def __call__(self, step: Step, calls: int) -> float:
+        start = time.perf_counter_ns()
+        for _ in range(calls):
+            step()
+        return (time.perf_counter_ns() - start) / calls / 1e9
+
+
+class CudaClock:
+    """Time on the current CUDA stream between two events.
+
+    Before the first event the device gets work to chew on, so that the host is ahead when the step is queued and its
+    launch cost is not counted as the step's: either a write over more than the L2 cache (`cold`, the default: a layer in
+    a training step finds its tensors in device memory) or one untimed call of the step itself (`cold=False`).
+    """
+
+    def __init__(self, device: torch.device, cold: bool = True) -> None:
+        self.device = device
+        self.cold = cold
+        l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+        self._flush = torch.empty(max(2 * l2_bytes, 128 << 20) if cold else 0, dtype=torch.uint8, device=device)
+
+    def __call__(self, step: Step, calls: int) -> float:
+        total = 0.0
+        for _ in range(calls):
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            if self.cold:
+                self._flush.zero_()
+            else:
+                step()
+            begin.record()
+            step()
+            end.record()
+            end.synchronize()
+            total += begin.elapsed_time(end)
+        return total / calls / 1e3
+
+
+def clock_for(device: torch.device, cold: bool = True) -> Clock:
+    """The clock that belongs to a device."""
+    return CudaClock(device, cold) if device.type == "cuda" else HostClock()
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A median and the quartiles around it."""
+
+    median: float
+    low: float
+    high: float
+
+    @property
+    def relative(self) -> float:
+        """Half the distance between the quartiles as a fraction of the median: the figure after a plus-minus sign.
+
+        >>> Spread(10.0, 9.0, 11.0).relative
+        0.1
+        """
+        return (self.high - self.low) / 2 / self.median if self.median else 0.0
+
+    @staticmethod
+    def of(values: list[float]) -> Spread:
+        """
+        >>> Spread.of([4.0, 1.0, 2.0, 3.0, 5.0])
+        Spread(median=3.0, low=2.0, high=4.0)
+
+        Raises:
+            ValueError: if `values` is empty.
+        """
+        if not values:
+            raise ValueError("a spread needs at least one value, got none")
+        if len(values) == 1:
+            return Spread(values[0], values[0], values[0])
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        return Spread(median, low, high)
+
+
+@dataclass(frozen=True)
+class Interleaved:
+    """Seconds a call of every candidate, a value a round; the i-th values of all candidates are of the same round."""
+
+    seconds: Mapping[str, list[float]]
+
+    def time(self, name: str) -> Spread:
+        """Seconds of one call."""
+        return Spread.of(self.seconds[name])
+
+    def ratio(self, name: str, reference: str) -> Spread:
+        """`name`'s time divided by `reference`'s, round by round: above 1 is slower than the reference."""
+        return Spread.of([a / b for a, b in zip(self.seconds[name], self.seconds[reference], strict=True)])
+
+
+@contextmanager
+def _no_collector() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def interleave(
+    steps: Mapping[str, Step], *, clock: Clock, rounds: int, calls: int = 1, warmup: int = 2, seed: int = 0
+) -> Interleaved:
+    """Times `steps` in `rounds` interleaved rounds.
+
+    Args:
+        steps: what to call, by name.
+        clock: see :func:`clock_for`.
+        rounds: how often each step is timed; at least 1.
+        calls: calls that one timing averages over; more for steps of a few microseconds.
+        warmup: untimed calls of each step first (libraries choose algorithms, caches fill).
+        seed: of the order within rounds.
+
+    Raises:
+        ValueError: if `rounds` or `calls` is below 1, or `steps` is empty.
+    """
+    if not steps:
+        raise ValueError("interleave needs at least one step, got none")
+    if rounds < 1 or calls < 1:
+        raise ValueError(f"rounds and calls must be at least 1, got {rounds} and {calls}")
+    names = list(steps)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    order = random.Random(seed)
+    with _no_collector():
+        for name in names:
+            for _ in range(warmup):
+                steps[name]()
+        for _ in range(rounds):
+            for name in order.sample(names, len(names)):
+                seconds[name].append(clock(steps[name], calls))
+    return Interleaved(seconds)
