@@ -1,0 +1,53 @@
+// From a Selection to the launcher of its family, and the table through which another library reaches the kernels.
+#include "core/gather.h"
+#include "kernels/families.h"
+#include "kernels/numeric.h"
+
+namespace freezekit {
+namespace {
+
+int64_t output_numel(Operator op, const Conv2dProblem& p) {
+  return op == Operator::fprop ? p.y_numel() : op == Operator::dgrad ? p.x_numel() : p.filter_numel();
+}
+
+// A pointer may be null where its tensor is empty: wgrad of an empty batch reads nothing and writes zeros.
+bool pointers_are_there(Operator op, const Conv2dProblem& p, const Conv2dTensors& t) {
+  return (t.filter || p.filter_numel() == 0) && (t.x || (op == Operator::wgrad && p.x_numel() == 0)) &&
+         (t.y || (op == Operator::wgrad && p.y_numel() == 0));
+}
+
+bool epilogue_is_valid(Operator op, const Epilogue& e) {
+  const bool any = e.bias || e.residual || e.relu || e.mask_out || e.mask_in;
+  return op == Operator::wgrad ? !any : !e.mask_out || e.relu;
+}
+
+}  // namespace
+
+Status launch_conv2d(Operator op, const Selection& selection, const Conv2dProblem& p, DType dtype,
+                     const Conv2dTensors& tensors, const Epilogue& epilogue, void* workspace, Stream stream) {
+  if (output_numel(op, p) == 0) return Status::success;
+  if (selection.family == Family::none) return Status::unsupported;
+  if (!fits_int32(p) || !pointers_are_there(op, p, tensors) || !epilogue_is_valid(op, epilogue) ||
+      (selection.workspace_bytes > 0 && !workspace)) {
+    return Status::invalid_argument;
+  }
+  const bool fprop = op == Operator::fprop;
+  switch (selection.family) {
+    case Family::direct:
+      if (op == Operator::wgrad) {
+        return launch_direct_wgrad(selection.config, selection.split_k, p, dtype, tensors, workspace, stream);
+      }
+      return launch_direct_gather(selection.config, make_gather(op, p), dtype, fprop ? tensors.x : tensors.y,
+                                  tensors.filter, fprop ? tensors.y : tensors.x, epilogue, stream);
+    default:
+      return Status::unsupported;
+  }
+}
+
+}  // namespace freezekit
+
+extern "C" FK_EXPORT const freezekit::KernelTable* freezekit_kernel_table() {
+  static const freezekit::KernelTable table = {freezekit::launch_conv2d, freezekit::bias_grad_workspace,
+                                               freezekit::launch_bias_grad, freezekit::current_target};
+  return &table;
+}

@@ -1,0 +1,137 @@
+// What every fprop and dgrad kernel does with its accumulators: + bias, + residual, ReLU, mask, store.
+//
+//   v = round(acc + bias[channel] + residual[offset]);  mask_out bit = !(v <= 0);  v = bit ? v : 0
+//   out[offset] = mask_in bit ? v : 0
+//
+// `offset` counts elements of the output in memory order, NHWC. The bit is taken of the value rounded to the tensors'
+// type, so it says what comparing the stored output with 0 would say, and a NaN passes its gradient as in torch.
+//
+// The unit of work is a run of eight channels of one output position. Where the channels of a group are a multiple of 8
+// and pointers are 16-byte aligned, a run is one or two 16-byte accesses and owns a byte of the mask, so that neither
+// shuffles nor atomics are needed. Else it goes element by element, and its bits are or-ed into words that the launcher
+// has zeroed: or-ing commutes, so the result does not depend on the order of the threads.
+#pragma once
+
+#include "core/mask.h"
+#include "kernels/numeric.h"
+
+namespace freezekit {
+
+// What a kernel is compiled for; a member that is null at run time does nothing.
+enum EpilogueFlags : int {
+  kEpilogueNone = 0,
+  kEpilogueBias = 1,
+  kEpilogueResidual = 2,
+  kEpilogueRelu = 4,
+  kEpilogueMaskIn = 8,
+  kEpilogueAll = 15,
+};
+
+template <class T>
+struct EpilogueParameters {
+  T* out = nullptr;
+  const T* bias = nullptr;
+  const T* residual = nullptr;
+  uint32_t* mask_out = nullptr;
+  const uint32_t* mask_in = nullptr;
+  bool relu = false;
+  bool vector = false;  // every run is eight whole channels, and all pointers are 16-byte aligned
+};
+
+template <class T>
+FK_DEVICE void load_run(const T* p, int32_t count, bool vector, T (&values)[8]) {
+  if (vector) {
+    load8(p, values);
+    return;
+  }
+#pragma unroll
+  for (int32_t i = 0; i < 8; ++i) values[i] = i < count ? load_global(p + i) : cast<T>(0.0f);
+}
+
+template <class T>
+FK_DEVICE void store_run(T* p, int32_t count, bool vector, const T (&values)[8]) {
+  if (vector) {
+    store8(p, values);
+    return;
+  }
+#pragma unroll
+  for (int32_t i = 0; i < 8; ++i) {
+    if (i < count) store_global(p + i, values[i]);
+  }
+}
+
+// The eight mask bits from `offset` on.
+FK_DEVICE uint32_t load_mask_run(const uint32_t* mask, int64_t offset, int32_t count, bool vector) {
+  if (vector) return load_global(reinterpret_cast<const uint8_t*>(mask) + (offset >> 3));
+  return mask_run(mask, offset, count);
+}
+
+FK_DEVICE void store_mask_run(uint32_t* mask, int64_t offset, int32_t count, bool vector, uint32_t bits) {
+  if (vector) {
+    store_global(reinterpret_cast<uint8_t*>(mask) + (offset >> 3), static_cast<uint8_t>(bits));
+    return;
+  }
+  const MaskParts parts = split_mask_run(bits & ((1u << count) - 1), offset, count);
+  uint32_t* const word = mask + (offset >> 5);
+  if (parts.first) atomicOr(word, parts.first);
+  if (parts.second) atomicOr(word + 1, parts.second);
+}
+
+template <class T>
+FK_DEVICE void keep_where(uint32_t bits, T (&values)[8]) {
+#pragma unroll
+  for (int32_t i = 0; i < 8; ++i) values[i] = bits >> i & 1 ? values[i] : cast<T>(0.0f);
+}
+
+// Finishes channels channel ... channel + count - 1 (1 <= count <= 8) of one output position.
+template <int kFlags, class T>
+FK_DEVICE void finish_run(const EpilogueParameters<T>& e, Accumulator<T> (&acc)[8], int64_t offset, int32_t channel,
+                          int32_t count) {
+  using Acc = Accumulator<T>;
+  T run[8];
+  if constexpr ((kFlags & kEpilogueBias) != 0) {
+    if (e.bias) {
+      load_run(e.bias + channel, count, e.vector, run);
+#pragma unroll
+      for (int32_t i = 0; i < 8; ++i) acc[i] += cast<Acc>(run[i]);
+    }
+  }
+  if constexpr ((kFlags & kEpilogueResidual) != 0) {
+    if (e.residual) {
+      load_run(e.residual + offset, count, e.vector, run);
+#pragma unroll
+      for (int32_t i = 0; i < 8; ++i) acc[i] += cast<Acc>(run[i]);
+    }
+  }
+#pragma unroll
+  for (int32_t i = 0; i < 8; ++i) run[i] = cast<T>(acc[i]);
+  if constexpr ((kFlags & kEpilogueRelu) != 0) {
+    if (e.relu) {
+      uint32_t bits = 0;
+#pragma unroll
+      for (int32_t i = 0; i < 8; ++i) bits |= static_cast<uint32_t>(!(cast<Acc>(run[i]) <= 0)) << i;
+      if (e.mask_out) store_mask_run(e.mask_out, offset, count, e.vector, bits);
+      keep_where(bits, run);
+    }
+  }
+  if constexpr ((kFlags & kEpilogueMaskIn) != 0) {
+    if (e.mask_in) keep_where(load_mask_run(e.mask_in, offset, count, e.vector), run);
+  }
+  store_run(e.out + offset, count, e.vector, run);
+}
+
+// Host: the parameters of a launch whose groups have `out_c` output channels each.
+template <class T>
+EpilogueParameters<T> epilogue_parameters(const Epilogue& e, void* out, int64_t out_c) {
+  EpilogueParameters<T> parameters;
+  parameters.out = static_cast<T*>(out);
+  parameters.bias = static_cast<const T*>(e.bias);
+  parameters.residual = static_cast<const T*>(e.residual);
+  parameters.mask_out = e.mask_out;
+  parameters.mask_in = e.mask_in;
+  parameters.relu = e.relu;
+  parameters.vector = out_c % 8 == 0 && is_aligned_16(out) && is_aligned_16(e.bias) && is_aligned_16(e.residual);
+  return parameters;
+}
+
+}  // namespace freezekit

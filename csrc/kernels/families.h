@@ -1,0 +1,43 @@
+// The launchers behind launch_conv2d, one a family and operator, and the steps that they share.
+// They take problems that fits_int32 holds for and outputs that are not empty.
+#pragma once
+
+#include "core/gather.h"
+#include "kernels/api.h"
+
+namespace freezekit {
+
+// Output tile of a config: rows x columns of the GEMM that one block makes.
+struct Tile {
+  int rows, columns;
+};
+
+// The direct family's configs: wide for groups of many channels, narrow for few.
+constexpr Tile kDirectGatherTiles[] = {{64, 64}, {128, 8}};
+constexpr Tile kDirectWgradTiles[] = {{64, 64}, {16, 64}};
+
+// Blocks of a gather's grid along x, in its largest phase.
+inline int64_t gather_blocks(const Gather& g, const Tile& tile) {
+  return (g.max_rows() + tile.rows - 1) / tile.rows * ((g.out_c + tile.columns - 1) / tile.columns) * g.groups;
+}
+
+inline int64_t wgrad_blocks(const Conv2dProblem& p, const Tile& tile) {
+  return (p.k_per_group() + tile.rows - 1) / tile.rows *
+         ((p.c_per_group() * p.r * p.s + tile.columns - 1) / tile.columns) * p.groups;
+}
+
+constexpr int64_t kMaxGridX = (int64_t{1} << 31) - 1;
+constexpr int64_t kMaxGridYZ = 65535;
+
+Status launch_direct_gather(int config, const Gather&, DType, const void* in, const void* filter, void* out,
+                            const Epilogue&, Stream);
+Status launch_direct_wgrad(int config, int split_k, const Conv2dProblem&, DType, const Conv2dTensors&, void* workspace,
+                           Stream);
+
+// out[i] = sum of partial[s * numel + i] over s, in the order of s. The partial sums are in the accumulator of dtype.
+Status launch_ordered_reduce(const void* partial, void* out, int64_t numel, int32_t slices, DType dtype, Stream);
+
+// Zeroes what a kernel that or-s or stores bytes does not: all words, or only the last where runs own whole bytes.
+Status launch_mask_prepare(uint32_t* mask, int64_t numel, bool runs_own_bytes, Stream);
+
+}  // namespace freezekit

@@ -1,0 +1,59 @@
+// The tensors' element types: what each accumulates in, runs of eight of them, and the way from a DType to a type.
+#pragma once
+
+#include <cstring>
+#include <type_traits>
+
+#include "kernels/device.h"
+
+namespace freezekit {
+
+// fp32 sums for everything up to fp32, fp64 for fp64.
+template <class T>
+using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// Eight elements in 16-byte accesses; p is 16-byte aligned.
+template <class T>
+FK_DEVICE void load8(const T* p, T (&values)[8]) {
+  constexpr int pieces = sizeof(values) / 16;
+  uint4 raw[pieces];
+#pragma unroll
+  for (int i = 0; i < pieces; ++i) raw[i] = load_global(reinterpret_cast<const uint4*>(p) + i);
+  memcpy(values, raw, sizeof(values));
+}
+
+template <class T>
+FK_DEVICE void store8(T* p, const T (&values)[8]) {
+  constexpr int pieces = sizeof(values) / 16;
+  uint4 raw[pieces];
+  memcpy(raw, values, sizeof(values));
+#pragma unroll
+  for (int i = 0; i < pieces; ++i) store_global(reinterpret_cast<uint4*>(p) + i, raw[i]);
+}
+
+inline bool is_aligned_16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+template <class T>
+struct TypeTag {
+  using type = T;
+};
+
+// f(TypeTag<T>()) for the T of a DType; a DType that is none of them is an invalid argument.
+template <class F>
+Status dispatch_dtype(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::f32:
+      return f(TypeTag<float>());
+    case DType::f64:
+      return f(TypeTag<double>());
+    case DType::f16:
+      return f(TypeTag<f16>());
+    case DType::bf16:
+      return f(TypeTag<bf16>());
+  }
+  return Status::invalid_argument;
+}
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace freezekit

@@ -1,0 +1,65 @@
+// A C face of the kernels for ctypes: flat arguments in, the status out, the workspace allocated here.
+#include <cstdlib>
+#include <cstring>
+
+#include "kernels/api.h"
+
+using namespace freezekit;
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+// Exactly as large as asked for, so that a sanitizer sees the first byte beyond it, and full of NaN.
+class Workspace {
+ public:
+  explicit Workspace(size_t bytes) : data_(bytes ? std::aligned_alloc(256, (bytes + 255) / 256 * 256) : nullptr) {
+    if (data_) std::memset(data_, 0xff, bytes);
+  }
+  ~Workspace() { std::free(data_); }
+  void* data() const { return data_; }
+
+ private:
+  void* data_;
+};
+
+Conv2dProblem problem_of(const int64_t* v) {
+  Conv2dProblem p;
+  p.n = v[0], p.c = v[1], p.h = v[2], p.w = v[3], p.k = v[4], p.r = v[5], p.s = v[6], p.p = v[7], p.q = v[8];
+  p.pad_h = v[9], p.pad_w = v[10], p.stride_h = v[11], p.stride_w = v[12], p.dilation_h = v[13], p.dilation_w = v[14];
+  p.groups = v[15];
+  return p;
+}
+
+}  // namespace
+
+// settings: sm_count, allow_tf32, deterministic, then family, config and split_k to force, or -1.
+EXPORT int driver_conv2d(int op, int dtype, const int64_t* sizes, const int* settings, void* const* tensors,
+                         void* const* epilogue_pointers, int relu, const char** kernel) {
+  const Conv2dProblem problem = problem_of(sizes);
+  Target target;
+  target.sm = 80, target.sm_count = settings[0], target.allow_tf32 = settings[1], target.deterministic = settings[2];
+  Selection selection = select(static_cast<Operator>(op), problem, static_cast<DType>(dtype), target);
+  if (settings[3] >= 0) selection.family = static_cast<Family>(settings[3]);
+  if (settings[4] >= 0) selection.config = settings[4];
+  if (settings[5] >= 0) {
+    selection.split_k = settings[5];
+    selection.workspace_bytes = static_cast<size_t>(problem.filter_numel() * settings[5] * 8);
+  }
+  *kernel = selection.kernel;
+  Epilogue epilogue;
+  epilogue.bias = epilogue_pointers[0], epilogue.residual = epilogue_pointers[1], epilogue.relu = relu;
+  epilogue.mask_out = static_cast<uint32_t*>(epilogue_pointers[2]);
+  epilogue.mask_in = static_cast<const uint32_t*>(epilogue_pointers[3]);
+  const Workspace workspace(selection.workspace_bytes);
+  return static_cast<int>(freezekit_kernel_table()->conv2d(static_cast<Operator>(op), selection, problem,
+                                                           static_cast<DType>(dtype),
+                                                           {tensors[0], tensors[1], tensors[2]}, epilogue,
+                                                           workspace.data(), nullptr));
+}
+
+EXPORT int driver_bias_grad(const void* dy, void* db, int64_t rows, int64_t k, int dtype) {
+  const KernelTable* table = freezekit_kernel_table();
+  const Workspace workspace(table->bias_grad_bytes(rows, k, static_cast<DType>(dtype)));
+  return static_cast<int>(table->bias_grad(dy, db, rows, k, static_cast<DType>(dtype), workspace.data(), nullptr));
+}

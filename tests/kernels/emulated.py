@@ -1,0 +1,189 @@
+"""Builds the kernels for the CPU emulator with g++ and calls them on torch tensors, without the torch extension."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "csrc"
+BUILD = ROOT / "build" / "kernel-tests"
+FLAGS = "-std=c++17 -O2 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-unknown-pragmas"
+OPERATORS = ("fprop", "dgrad", "wgrad")
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+STATUS = ("success", "unsupported", "invalid_argument", "launch_failed")
+FAMILIES = {"direct": 1, "implicit_gemm": 2, "depthwise": 3}
+
+
+class KernelError(RuntimeError):
+    """A launcher returned something else than success."""
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The emulated kernels with the driver, built where a source changed."""
+    sources = [*sorted((CSRC / "kernels").glob("*.cu")), *sorted((CSRC / "kernels").glob("*.cpp"))]
+    sources += [*sorted((CSRC / "emulator").glob("*.cpp")), Path(__file__).with_name("driver.cpp")]
+    BUILD.mkdir(parents=True, exist_ok=True)
+    objects = [BUILD / f"{source.parent.name}_{source.name}.o" for source in sources]
+    out = BUILD / "libkernels.so"
+    lines = [
+        f"rule cc\n  command = g++ {FLAGS} -I{CSRC} -x c++ -MD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
+        "rule link\n  command = g++ -shared $in -o $out",
+        *(f"build {o}: cc {s}" for o, s in zip(objects, sources)),
+        f"build {out}: link {' '.join(map(str, objects))}",
+    ]
+    (BUILD / "build.ninja").write_text("\n".join(lines) + "\n")
+    built = subprocess.run(["ninja"], cwd=BUILD, capture_output=True, text=True)
+    if built.returncode:
+        raise RuntimeError(built.stdout + built.stderr)
+    loaded = ctypes.CDLL(str(out))
+    loaded.freezekit_last_error.restype = ctypes.c_char_p
+    loaded.freezekit_emulator_counter.restype = ctypes.c_uint64
+    return loaded
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One convolution, named as in csrc/core/problem.h; pairs are (height, width)."""
+
+    n: int = 2
+    c: int = 8
+    h: int = 6
+    w: int = 7
+    k: int = 8
+    r: int = 3
+    s: int = 3
+    pad: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    @property
+    def p(self) -> int:
+        return (self.h + 2 * self.pad[0] - self.dilation[0] * (self.r - 1) - 1) // self.stride[0] + 1
+
+    @property
+    def q(self) -> int:
+        return (self.w + 2 * self.pad[1] - self.dilation[1] * (self.s - 1) - 1) // self.stride[1] + 1
+
+    def __str__(self) -> str:
+        sizes = f"n{self.n}c{self.c}h{self.h}w{self.w}k{self.k}r{self.r}s{self.s}"
+        p, s, d = (f"{a}x{b}" for a, b in (self.pad, self.stride, self.dilation))
+        return f"{sizes}-pad{p}-stride{s}-dil{d}-g{self.groups}"
+
+    @property
+    def sizes(self) -> dict[str, tuple[int, int, int, int]]:
+        """Sizes in torch's order, (N, C, H, W) and (K, C/G, R, S)."""
+        return {
+            "x": (self.n, self.c, self.h, self.w),
+            "filter": (self.k, self.c // self.groups, self.r, self.s),
+            "y": (self.n, self.k, self.p, self.q),
+        }
+
+    @property
+    def flat(self) -> list[int]:
+        head = [self.n, self.c, self.h, self.w, self.k, self.r, self.s, self.p, self.q]
+        return [*head, *self.pad, *self.stride, *self.dilation, self.groups]
+
+
+@dataclass
+class Epilogue:
+    """The tensors of csrc/kernels/api.h's Epilogue; masks are int32, one bit an element in NHWC order."""
+
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+    relu: bool = False
+    mask_out: Tensor | None = None
+    mask_in: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a choice depends on, and parts of the choice to force."""
+
+    sm_count: int = 4
+    allow_tf32: bool = False
+    deterministic: bool = False
+    family: str | None = None
+    config: int = -1
+    split_k: int = -1
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def poisoned(size: tuple[int, ...], dtype: torch.dtype, offset: int = 0) -> Tensor:
+    """A channels_last tensor of NaN that begins `offset` elements after an aligned address."""
+    n, c, h, w = size
+    flat = torch.full((n * c * h * w + offset,), float("nan"), dtype=dtype)
+    return flat[offset:].view(n, h, w, c).permute(0, 3, 1, 2)
+
+
+def nhwc(tensor: Tensor, offset: int = 0) -> Tensor:
+    """A dense NHWC copy of an (N, C, H, W) tensor, `offset` elements after an aligned address."""
+    copy = poisoned(tuple(tensor.shape), tensor.dtype, offset)
+    return copy.copy_(tensor)
+
+
+def run_conv2d(
+    operator: str,
+    problem: Problem,
+    first: Tensor,
+    second: Tensor,
+    epilogue: Epilogue | None = None,
+    settings: Settings | None = None,
+    offset: int = 0,
+) -> tuple[Tensor, str]:
+    """The result and the name of the kernel. first, second: (x, w) for fprop, (dy, w) for dgrad, (dy, x) for wgrad."""
+    epilogue, settings = epilogue or Epilogue(), settings or Settings()
+    names = {"fprop": ("x", "filter", "y"), "dgrad": ("y", "filter", "x"), "wgrad": ("y", "x", "filter")}[operator]
+    tensors = {names[0]: nhwc(first, offset), names[1]: nhwc(second, offset)}
+    result = tensors[names[2]] = poisoned(problem.sizes[names[2]], first.dtype, offset)
+    for name, tensor in tensors.items():
+        assert tuple(tensor.shape) == problem.sizes[name], (name, tensor.shape, problem)
+    residual = None if epilogue.residual is None else nhwc(epilogue.residual, offset)
+    given = [pointer(t) for t in (epilogue.bias, residual, epilogue.mask_out, epilogue.mask_in)]
+    family = FAMILIES[settings.family] if settings.family else -1
+    options = [settings.sm_count, settings.allow_tf32, settings.deterministic, family, settings.config, settings.split_k]
+    kernel = ctypes.c_char_p()
+    status = library().driver_conv2d(
+        OPERATORS.index(operator),
+        DTYPES[first.dtype],
+        (ctypes.c_int64 * 16)(*problem.flat),
+        (ctypes.c_int * 6)(*options),
+        (ctypes.c_void_p * 3)(*(pointer(tensors[name]) for name in ("x", "filter", "y"))),
+        (ctypes.c_void_p * 4)(*given),
+        int(epilogue.relu),
+        ctypes.byref(kernel),
+    )
+    check(status)
+    return result, (kernel.value or b"").decode()
+
+
+def run_bias_grad(dy: Tensor) -> Tensor:
+    """db of a (rows, k) matrix."""
+    db = torch.full(dy.shape[1:], float("nan"), dtype=dy.dtype)
+    rows, k = dy.shape
+    check(
+        library().driver_bias_grad(
+            ctypes.c_void_p(pointer(dy)),
+            ctypes.c_void_p(pointer(db)),
+            ctypes.c_int64(rows),
+            ctypes.c_int64(k),
+            DTYPES[dy.dtype],
+        )
+    )
+    return db
+
+
+def check(status: int) -> None:
+    if STATUS[status] != "success":
+        raise KernelError(f"{STATUS[status]}: {library().freezekit_last_error().decode()}")
