@@ -240,6 +240,5 @@ class Membership:
         if isinstance(self.optimizer, LBFGS) and self.forgotten:
             self.optimizer.state.clear()
         groups = group_of(self.optimizer)
-        lbfgs = isinstance(self.optimizer, LBFGS)
-        for param, state in self.forgotten.items():
-            (self.optimizer.state if id(param) in groups or lbfgs else record.state)[param] = state
+        for owner, state in self.forgotten.items():
+            (self.optimizer.state if id(owner) in groups else record.state)[owner] = state

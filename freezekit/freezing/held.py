@@ -1,0 +1,93 @@
+"""The tensors that are frozen in a model, and what `guard` remembers of each."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.optim import LBFGS, Optimizer
+
+from freezekit.freezing.bits import checksums, local
+from freezekit.freezing.norm import held_buffers
+
+
+def frozen_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Name -> every parameter with ``requires_grad=False`` and every statistic of a held norm that has data."""
+    found: dict[str, torch.Tensor] = {n: p for n, p in model.named_parameters() if not p.requires_grad}
+    found.update(held_buffers(model))
+    return {n: t for n, t in found.items() if not is_lazy(t) and not t.is_meta}
+
+
+def identity(tensor: torch.Tensor) -> tuple[int, int]:
+    """Address and version: equal as long as no in-place operation and no ``.data =`` happened to ``tensor``."""
+    here = local(tensor)
+    return here.data_ptr(), -1 if here.is_inference() else tensor._version
+
+
+@dataclass
+class Record:
+    """A frozen tensor as it was when it was first seen frozen; ``value`` is a copy, where one is wanted."""
+
+    tensor: torch.Tensor
+    identity: tuple[int, int]
+    checksum: int
+    value: torch.Tensor | None
+
+    def touched(self, now: torch.Tensor) -> bool:
+        """Whether ``now`` may differ. Writes through ``.data`` and fused steps change neither address nor version."""
+        return now is not self.tensor or identity(now) != self.identity
+
+    def same_form(self, now: torch.Tensor) -> bool:
+        return now.shape == self.tensor.shape and now.dtype == self.tensor.dtype
+
+    def accept(self, now: torch.Tensor) -> None:
+        """Follow ``now``, which has the same value, to its new address and version."""
+        self.tensor, self.identity = now, identity(now)
+
+
+def record_all(tensors: dict[str, torch.Tensor], with_value: bool) -> dict[str, Record]:
+    """A record of each tensor as it is now."""
+    records = {}
+    for (name, tensor), checksum in zip(tensors.items(), checksums(list(tensors.values())), strict=True):
+        value = local(tensor).detach().clone() if with_value else None
+        records[name] = Record(tensor, identity(tensor), checksum, value)
+    return records
+
+
+def write(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    """Put ``value`` back into ``tensor``, in place."""
+    with torch.no_grad():
+        local(tensor).copy_(value)
+
+
+def copy_state(optimizer: Optimizer, param: nn.Parameter) -> dict[str, Any] | None:
+    """A copy of what ``optimizer`` remembers of ``param``; None when it is nothing."""
+    if isinstance(optimizer, LBFGS) or param not in optimizer.state:
+        return None
+    return {
+        key: value.clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value)
+        for key, value in optimizer.state[param].items()
+    }
+
+
+def put_state(optimizer: Optimizer, param: nn.Parameter, saved: dict[str, Any] | None) -> None:
+    """Undo what a step did to the state of ``param``; tensors in place. LBFGS has no state of one parameter."""
+    if isinstance(optimizer, LBFGS):
+        return
+    if saved is None:
+        optimizer.state.pop(param, None)
+        return
+    live = optimizer.state[param]
+    for key in live.keys() - saved.keys():
+        del live[key]
+    for key, value in saved.items():
+        now = live.get(key)
+        if isinstance(value, torch.Tensor) and isinstance(now, torch.Tensor) and now.shape == value.shape:
+            with torch.no_grad():
+                now.copy_(value)
+        else:
+            live[key] = value

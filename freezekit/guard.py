@@ -1,0 +1,247 @@
+"""Hold what is frozen to its value: hooks on an optimizer's step that see, name and stop what would move it.
+
+Three watches, from cheap to sure:
+
+* before a step: a frozen parameter with a ``.grad`` is the only one that torch's optimizers move, so those are looked
+  at one by one, and a step that would move one is refused before anything moved;
+* before and after a step: the address and version of every frozen tensor; a change of either is followed by a checksum;
+* every ``every`` steps: a checksum of all, since writes through ``.data`` and fused steps change neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.optim import LBFGS, Optimizer
+
+from freezekit.freezing.bits import checksums, local, same_bits
+from freezekit.freezing.causes import causes, describe
+from freezekit.freezing.held import Record, copy_state, frozen_tensors, put_state, record_all, write
+from freezekit.freezing.norm import is_held
+
+
+class FrozenMoved(RuntimeError):
+    """A frozen tensor moved, or the next step would move it. ``names``: which."""
+
+    def __init__(self, title: str, lines: dict[str, str]) -> None:
+        shown = [f"  {name!r}: {line}" for name, line in list(lines.items())[:5]]
+        more = [f"  and {len(lines) - 5} more"] if len(lines) > 5 else []
+        super().__init__("\n".join([f"guard: {title}", *shown, *more]))
+        self.names = tuple(lines)
+
+
+@dataclass
+class _AtRisk:
+    """A frozen parameter that the coming step may write to, and what is needed to undo that."""
+
+    name: str
+    param: nn.Parameter
+    group: dict[str, Any]
+    value: torch.Tensor
+    state: dict[str, Any] | None
+    reasons: list[str]
+
+
+class Guard:
+    """The handle that `guard` returns; as a context manager it ends in `remove`.
+
+    Attributes:
+        steps: steps seen.
+        undone: name -> how often its value was put back (mode "restore").
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, every: int, mode: str) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.every = every
+        self.mode = mode
+        self.steps = 0
+        self.undone: dict[str, int] = {}
+        self._records: dict[str, Record] = {}
+        self._frozen: dict[str, torch.Tensor] = {}
+        self._at_risk: list[_AtRisk] = []
+        self._refresh()
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off and forget the values; a second time does nothing."""
+        for hook in self._hooks:
+            hook.remove()
+        self._records.clear()
+        self._frozen.clear()
+
+    def __enter__(self) -> Guard:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def check(self) -> None:
+        """Compare every frozen tensor by checksum now; raises `FrozenMoved` or undoes, as a step does."""
+        self._refresh()
+        self._settle(self._moved(self._frozen), "since the last check")
+
+    def accept(self) -> None:
+        """Hold the present values from now on: after a ``load_state_dict`` that was meant, say."""
+        self._records.clear()
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """Read what is frozen now; forget what is no longer, record what newly is."""
+        self._frozen = frozen_tensors(self.model)
+        for name in self._records.keys() - self._frozen.keys():
+            del self._records[name]
+        new = {name: tensor for name, tensor in self._frozen.items() if name not in self._records}
+        self._records.update(record_all(new, with_value=self.mode == "restore"))
+
+    def _touched(self) -> dict[str, torch.Tensor]:
+        return {name: tensor for name, tensor in self._frozen.items() if self._records[name].touched(tensor)}
+
+    def _moved(self, tensors: dict[str, torch.Tensor]) -> list[str]:
+        """Names of those that changed; the records of the others follow them to their address and version."""
+        moved = []
+        for (name, tensor), checksum in zip(tensors.items(), checksums(list(tensors.values())), strict=True):
+            record = self._records[name]
+            if record.same_form(tensor) and checksum == record.checksum:
+                record.accept(tensor)
+            else:
+                moved.append(name)
+        return moved
+
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._refresh()
+        self._settle(self._moved(self._touched()), "outside the optimizer's step")
+        self._check_modes()
+        closure = any(callable(argument) for argument in (*args[1:], *kwargs.values()))
+        risks = self._find_at_risk(closure)
+        refused = [risk for risk in risks if risk.reasons] if self.mode == "raise" else []
+        if refused:
+            lines = {risk.name: describe(self.optimizer, risk.group, risk.name, risk.reasons) for risk in refused}
+            raise FrozenMoved("this step would move what is frozen; nothing has moved yet", lines)
+        self._at_risk = risks
+
+    def _find_at_risk(self, closure: bool) -> list[_AtRisk]:
+        """Frozen parameters in the groups that have a gradient, or may get one in the closure (restore mode)."""
+        names = {id(tensor): name for name, tensor in self._frozen.items()}
+        risks = []
+        for group in self.optimizer.param_groups:
+            for param in group["params"]:
+                name = names.get(id(param))
+                if name is None or (param.grad is None and not (closure and self.mode == "restore")):
+                    continue
+                copied = self._records[name].value
+                value = local(param).detach().clone() if copied is None else copied
+                reasons = causes(self.optimizer, group, param)
+                risks.append(_AtRisk(name, param, group, value, copy_state(self.optimizer, param), reasons))
+        return risks
+
+    def _check_modes(self) -> None:
+        wrong = {name: m for name, m in self.model.named_modules() if is_held(m) and m.training}
+        if wrong and self.mode == "raise":
+            line = "its .training was set past train(). Cure: set it to False, or unfreeze() the layer"
+            raise FrozenMoved("frozen statistics would move in the next forward", dict.fromkeys(wrong, line))
+        for module in wrong.values():
+            module.training = False
+
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.steps += 1
+        risks, self._at_risk = self._at_risk, []
+        moved = [risk for risk in risks if not same_bits(local(risk.param), risk.value)]
+        for risk in risks if self.mode == "restore" else moved:
+            put_state(self.optimizer, risk.param, risk.state)
+        for risk in moved:
+            write(risk.param, risk.value)
+            self._records[risk.name].accept(risk.param)
+        if moved and self.mode == "raise":
+            lines = {risk.name: describe(self.optimizer, risk.group, risk.name, risk.reasons) for risk in moved}
+            raise FrozenMoved("this step moved what is frozen; that was put back", lines)
+        self._count(risk.name for risk in moved)
+        # A gradient that a closure made is met only now, and a fused step would have counted no version.
+        late = {name: tensor for name, tensor in self._frozen.items() if tensor.grad is not None}
+        suspects = self._frozen if self.steps % self.every == 0 else {**self._touched(), **late}
+        self._settle(self._moved(suspects), f"in or before step {self.steps} of {type(self.optimizer).__name__}")
+
+    def _settle(self, moved: list[str], when: str) -> None:
+        """Undo, or raise, for tensors that moved."""
+        lost = [name for name in moved if not self._records[name].same_form(self._frozen[name])]
+        if self.mode == "raise" or lost:
+            if moved:
+                raise FrozenMoved(f"frozen tensors moved {when}", {name: self._explain(name) for name in lost or moved})
+            return
+        for name in moved:
+            value = self._records[name].value
+            assert value is not None, "restore mode keeps a copy of every frozen tensor"
+            write(self._frozen[name], value)
+            self._records[name].accept(self._frozen[name])
+        self._count(moved)
+
+    def _explain(self, name: str) -> str:
+        now, record = self._frozen[name], self._records[name]
+        accept = "or, if it was meant, call accept() on the guard"
+        if not record.same_form(now):
+            then = f"{record.tensor.dtype} {tuple(record.tensor.shape)}"
+            return f"it was {then} and is {now.dtype} {tuple(now.shape)}. Cure: convert before freezing, {accept}"
+        if isinstance(self.optimizer, LBFGS) and name in dict(self.model.named_parameters()):
+            cure = f"freeze(model, {name!r}, optimizer=optimizer, remove=True, state='reset')"
+            return f"LBFGS writes to every parameter it holds, along one history over all. Cure: {cure}"
+        how = (
+            "load_state_dict, copy_, a write through .data, another optimizer, a forward of a frozen norm in train mode"
+        )
+        return f"something wrote to it ({how}). Cure: stop that, guard(mode='restore') undoes it, {accept}"
+
+    def _count(self, names: Iterable[str]) -> None:
+        for name in names:
+            self.undone[name] = self.undone.get(name, 0) + 1
+
+
+def guard(
+    model: nn.Module, optimizer: Optimizer, every: int = 100, mode: Literal["raise", "restore"] = "raise"
+) -> Guard:
+    """Hold every frozen parameter, and the statistics of every frozen norm, to its value.
+
+    What is frozen is read at each step, so `freeze` and `unfreeze` may follow; a value is held from the moment guard
+    first meets the tensor frozen: now, or the next step.
+
+    Args:
+        model: the model; frozen are its parameters with ``requires_grad=False`` and the statistics of held norms.
+        optimizer: the optimizer whose steps are watched. Its copies and pickles do not carry the hooks.
+        every: steps between checksums of all frozen tensors. Those find writes that leave address and version alone.
+        mode: "raise": a step that would move a frozen parameter raises before anything moved, with name, cause and
+            cure; what is found afterwards raises too. "restore": values and optimizer state are put back instead, and
+            counted in ``.undone``. It keeps a copy of every frozen tensor.
+
+    Returns:
+        a `Guard`: ``remove()``, ``check()`` (all checksums, now), ``accept()``; usable in a ``with`` statement.
+
+    Raises:
+        FrozenMoved: (a RuntimeError) from ``optimizer.step()`` and ``check()``.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> opt = torch.optim.SGD(layer.parameters(), lr=0.1, weight_decay=0.1)
+    >>> layer(torch.ones(1, 2)).sum().backward()
+    >>> _ = layer.weight.requires_grad_(False)  # only half of freezing: .grad is still there
+    >>> with guard(layer, opt):
+    ...     opt.step()
+    Traceback (most recent call last):
+    freezekit.guard.FrozenMoved: guard: this step would move what is frozen; nothing has moved yet
+      'weight': its .grad is stale ...
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+        raise ValueError(f"every: expected a number of steps from 1 on, got {every!r}")
+    if mode not in ("raise", "restore"):
+        raise ValueError(f'mode: expected "raise" or "restore", got {mode!r}')
+    return Guard(model, optimizer, every, mode)
