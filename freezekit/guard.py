@@ -173,17 +173,17 @@ class Guard:
 
     def _settle(self, moved: list[str], when: str) -> None:
         """Undo, or raise, for tensors that moved."""
-        lost = [name for name in moved if not self._records[name].same_form(self._frozen[name])]
-        if self.mode == "raise" or lost:
-            if moved:
-                raise FrozenMoved(f"frozen tensors moved {when}", {name: self._explain(name) for name in lost or moved})
-            return
+        past_help = []
         for name in moved:
-            value = self._records[name].value
-            assert value is not None, "restore mode keeps a copy of every frozen tensor"
-            write(self._frozen[name], value)
-            self._records[name].accept(self._frozen[name])
-        self._count(moved)
+            record, tensor = self._records[name], self._frozen[name]
+            if record.value is None or not record.same_form(tensor):
+                past_help.append(name)
+                continue
+            write(tensor, record.value)
+            record.accept(tensor)
+            self._count([name])
+        if past_help:
+            raise FrozenMoved(f"frozen tensors moved {when}", {name: self._explain(name) for name in past_help})
 
     def _explain(self, name: str) -> str:
         now, record = self._frozen[name], self._records[name]
@@ -194,10 +194,8 @@ class Guard:
         if isinstance(self.optimizer, LBFGS) and name in dict(self.model.named_parameters()):
             cure = f"freeze(model, {name!r}, optimizer=optimizer, remove=True, state='reset')"
             return f"LBFGS writes to every parameter it holds, along one history over all. Cure: {cure}"
-        how = (
-            "load_state_dict, copy_, a write through .data, another optimizer, a forward of a frozen norm in train mode"
-        )
-        return f"something wrote to it ({how}). Cure: stop that, guard(mode='restore') undoes it, {accept}"
+        how = "load_state_dict, copy_, a write through .data, another optimizer, a frozen norm set to train mode"
+        return f"something wrote to it ({how}). Cure: stop that; guard(mode='restore') undoes it; {accept}"
 
     def _count(self, names: Iterable[str]) -> None:
         for name in names:
@@ -231,10 +229,12 @@ def guard(
     >>> layer(torch.ones(1, 2)).sum().backward()
     >>> _ = layer.weight.requires_grad_(False)  # only half of freezing: .grad is still there
     >>> with guard(layer, opt):
-    ...     opt.step()
-    Traceback (most recent call last):
-    freezekit.guard.FrozenMoved: guard: this step would move what is frozen; nothing has moved yet
-      'weight': its .grad is stale ...
+    ...     try:
+    ...         opt.step()
+    ...     except FrozenMoved as error:
+    ...         print(str(error).split("; weight decay")[0])
+    guard: this step would move what is frozen; nothing has moved yet
+      'weight': its .grad is stale: it was left from before the freeze, or written since
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
