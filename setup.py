@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -76,7 +77,8 @@ class Build(BuildExtension):
         nvcc = find_nvcc()
         if nvcc:
             archs = (os.environ.get("FREEZEKIT_CUDA_ARCHS") or DEFAULT_ARCHS).replace(",", ";").split(";")
-            info["cuda"] = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout.split()[-1]
+            banner = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+            info["cuda"] = re.findall(r"\bV([\d.]+)", banner)[0]
             info["archs"] = archs
             flags = f"-std=c++17 -O3 -I{CSRC} -Xcompiler -fPIC,-fvisibility=hidden {' '.join(arch_flags(archs))}"
             extension.extra_objects += map(str, ninja(build, "nvcc", f"{nvcc} {flags} -MD -MF $out.d -c $in -o $out", kernels))

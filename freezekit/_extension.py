@@ -47,12 +47,16 @@ def check_torch(built: str, running: str) -> None:
         )
 
 
+def emulated_kernels() -> Path:
+    """The shared library of the kernels' CPU build."""
+    return PACKAGE / "_emulated.so"
+
+
 def load() -> ModuleType:
     """Imports freezekit._C, which registers the operators with torch."""
     check_torch(build_info()["torch"], torch.__version__)
     from freezekit import _C
 
-    emulated = PACKAGE / "_emulated.so"
-    if emulated.exists():
-        _C.set_emulator_path(str(emulated))
+    if emulated_kernels().exists():
+        _C.set_emulator_path(str(emulated_kernels()))
     return _C

@@ -1,0 +1,54 @@
+# Two commands do everything on a machine with Python and g++: `make compare` and `make test`.
+# `make VENV= ...` uses the interpreter as it is (PYTHON=python3), installs nothing, and needs torch >= 2.11 in it.
+VENV ?= .venv
+PYTHON ?= python3
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+
+ifeq ($(strip $(VENV)),)
+PY := $(PYTHON)
+READY :=
+else
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+endif
+
+.PHONY: build compare bench test lint sass emulate-all fuzz gpu-check clean help
+
+help:  ## what there is to make
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+build: $(READY)  ## compile the extension in place
+	$(PY) setup.py -q build_ext --inplace
+
+compare: build  ## freezekit beside stock PyTorch, in under two minutes
+	$(PY) bench/compare.py
+
+bench: build  ## every section of the comparison, with plots
+	$(PY) bench/compare.py --all --plot bench/out --json bench/out/compare.json
+
+test: build  ## the test suite, on the CPU and, where there is one, on a GPU
+	$(PY) -m pytest $(TESTS)
+
+lint: $(READY)  ## style and types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+sass: build  ## registers, spills and instructions of every CUDA kernel
+	$(PY) tools/sass.py
+
+emulate-all: build  ## the emulator's whole matrix: every mode, every planted bug
+	$(PY) -m pytest -m "full or not full" tests/emulator tests/kernels
+
+N ?= 10000
+fuzz: build  ## a long run of the fuzzer: make fuzz N=10000
+	$(PY) -m tests.fuzz --cases $(N)
+
+clean:  ## remove what was built
+	rm -rf build freezekit/*.so freezekit/_build_info.json
+
+$(VENV)/.ready: requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q -r requirements-dev.txt
+	touch $@

@@ -1,0 +1,103 @@
+"""Arrows between the layers of code point one way, and the kernels know no torch."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CSRC = ROOT / "csrc"
+PACKAGE = ROOT / "freezekit"
+
+# What each folder of csrc may include from the others.
+MAY_INCLUDE = {
+    "core": {"core"},
+    "emulator": {"emulator", "core", "kernels"},
+    "kernels": {"kernels", "core", "emulator"},
+    "cpu": {"cpu", "core"},
+    "torch": {"torch", "kernels", "core", "cpu"},
+    "python": {"torch", "kernels", "core"},
+}
+TORCH_HEADER = re.compile(r"^(ATen|c10|torch|caffe2|pybind11|Python\.h)(/|$)")
+
+# Python modules by layer: one may import its own layer and those before it.
+LAYERS = [
+    {"_extension", "_C", "backends"},
+    {"functional"},
+    {"nn"},
+    {"conversion", "freezing", "guard", "schedule", "distributed", "fuse", "_ranks", "_rewrap"},
+    {"audit", "explain", "plan", "profile", "info", "selftest", "cli"},
+]
+
+
+def includes(path: Path) -> list[str]:
+    return re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(), re.MULTILINE)
+
+
+def sources(folder: str) -> list[Path]:
+    return [p for p in (CSRC / folder).rglob("*") if p.suffix in {".h", ".cuh", ".cu", ".cpp"}]
+
+
+@pytest.mark.parametrize("folder", ["core", "kernels", "emulator"])
+def test_no_torch_header_below_the_torch_layer(folder: str) -> None:
+    assert sources(folder)
+    found = [f"{p.relative_to(ROOT)}: {i}" for p in sources(folder) for i in includes(p) if TORCH_HEADER.match(i)]
+    assert not found
+
+
+@pytest.mark.parametrize("folder", sorted(p.name for p in CSRC.iterdir() if p.is_dir()))
+def test_includes_follow_the_layers(folder: str) -> None:
+    wrong = []
+    for path in sources(folder):
+        for include in includes(path):
+            target = include.split("/")[0]
+            if target in MAY_INCLUDE and (CSRC / include).exists() and target not in MAY_INCLUDE[folder]:
+                wrong.append(f"{path.relative_to(ROOT)} includes {include}")
+    assert not wrong
+
+
+def imported(path: Path) -> set[str]:
+    """Names of freezekit's modules that a file imports, wherever in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "freezekit":
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("freezekit."):
+            names.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            names.update(a.name.split(".")[1] for a in node.names if a.name.startswith("freezekit."))
+    return names
+
+
+def module_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def layer_of(module: str) -> int | None:
+    return next((i for i, layer in enumerate(LAYERS) if module in layer), None)
+
+
+def modules() -> list[Path]:
+    return [p for p in PACKAGE.rglob("*.py") if p.name not in {"__init__.py", "__main__.py"} or p.parent != PACKAGE]
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_follow_the_layers(path: Path) -> None:
+    own = layer_of(module_of(path))
+    assert own is not None, f"freezekit.{module_of(path)} stands in no layer: add it to LAYERS"
+    above = [name for name in imported(path) if (layer := layer_of(name)) is not None and layer > own]
+    assert not above
+
+
+def test_the_package_imports_neither_bench_nor_tests() -> None:
+    wrong = [p for p in PACKAGE.rglob("*.py") if re.search(r"^\s*(from|import) (bench|tests)\b", p.read_text(), re.M)]
+    assert not wrong
+
+
+def test_the_include_rule_sees_a_torch_header() -> None:
+    assert TORCH_HEADER.match("ATen/core/Tensor.h")
+    assert TORCH_HEADER.match("torch/library.h")
+    assert not TORCH_HEADER.match("core/problem.h")

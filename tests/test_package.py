@@ -1,0 +1,104 @@
+"""The build, its record of itself, and what it says where it does not fit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import freezekit as fk
+from freezekit import _C, _extension
+from freezekit.info import describe, info
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_info_names_versions_kernels_and_devices() -> None:
+    facts = info()
+    assert facts["torch"] == torch.__version__
+    assert facts["cuda_kernels"] == (facts["nvcc"] is not None) == bool(facts["cuda_archs"])
+    assert facts["devices"][-1].startswith("cpu")
+    text = describe()
+    for value in (facts["freezekit"], facts["torch"], *facts["devices"], *facts["cuda_archs"]):
+        assert value in text
+
+
+def test_info_runs_as_a_module() -> None:
+    out = subprocess.run([sys.executable, "-m", "freezekit.info"], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert out.stdout.strip() == describe()
+    assert out.stderr == ""
+
+
+def test_cuda_kernels_are_in_wherever_nvcc_is() -> None:
+    found = shutil.which("nvcc") is not None
+    assert _C.has_cuda_kernels() == found
+
+
+def test_the_version_is_the_project_s() -> None:
+    assert f'version = "{fk.__version__}"' in (ROOT / "pyproject.toml").read_text()
+
+
+@pytest.mark.parametrize(("built", "running"), [("2.11.0", "2.13.0+cpu"), ("2.13.1", "3.13.1"), ("2.1.0", "2.11.0")])
+def test_another_torch_is_refused_with_the_cure(built: str, running: str) -> None:
+    with pytest.raises(ImportError, match=r"(?s)built for torch.*rebuild it with .*pip install"):
+        _extension.check_torch(built, running)
+
+
+def test_a_patch_release_is_not_another_torch() -> None:
+    _extension.check_torch("2.13.0", "2.13.1+cu130")
+
+
+def test_import_under_another_torch_refuses(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "freezekit", tmp_path / "freezekit", ignore=shutil.ignore_patterns("__pycache__"))
+    record = tmp_path / "freezekit" / "_build_info.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "torch": "2.9.0"}))
+    run = subprocess.run([sys.executable, "-c", "import freezekit"], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "was built for torch 2.9" in run.stderr
+    record.unlink()
+    run = subprocess.run([sys.executable, "-c", "import freezekit"], cwd=tmp_path, capture_output=True, text=True)
+    assert "freezekit is not built yet" in run.stderr
+
+
+def test_native_without_a_gpu_says_what_it_needs() -> None:
+    x, w = torch.randn(1, 1, 3, 3), torch.randn(1, 1, 3, 3)
+    with pytest.raises(RuntimeError, match="backend='native' needs CUDA tensors"):
+        fk.conv2d(x, w, backend="native")
+    with fk.backend("native"), pytest.raises(RuntimeError, match="needs CUDA tensors"):
+        fk.conv2d(x, w)
+    assert fk.current_backend() == "auto"
+
+
+@pytest.mark.parametrize("use", [lambda: fk.backend("cudnn"), lambda: fk.conv2d(torch.ones(1, 1, 1, 1),
+                                 torch.ones(1, 1, 1, 1), backend="cudnn")])
+def test_an_unknown_backend_is_named(use) -> None:
+    with pytest.raises(ValueError, match="'auto', 'native', 'aten'.*'emulated'.*got 'cudnn'"):
+        use()
+
+
+def test_select_needs_no_device() -> None:
+    choice = _C.select("conv2d", "float32", (8, 64, 56, 56), (64, 64, 3, 3), padding=(1, 1))
+    assert choice["family"] == "direct"
+    assert choice["kernel"]
+    assert choice["reason"]
+    with pytest.raises(ValueError, match="operator is unknown: 'relu'"):
+        _C.select("relu", "float32", (1, 1, 1, 1), (1, 1, 1, 1))
+
+
+def test_the_launch_log_tells_what_ran() -> None:
+    x, w = torch.randn(2, 3, 5, 5, requires_grad=True), torch.randn(4, 3, 3, 3)
+    _C.set_launch_log(True)
+    try:
+        fk.conv2d(x, w, backend="emulated").sum().backward()
+        log = _C.take_launch_log()
+    finally:
+        _C.set_launch_log(False)
+    assert [row["operator"] for row in log] == ["conv2d", "conv2d_dgrad"]
+    assert {row["backend"] for row in log} == {"emulated"}
+    assert log[0]["input_size"] == (2, 3, 5, 5)
+    assert _C.take_launch_log() == []
