@@ -1,0 +1,68 @@
+"""What would the next ``optimizer.step()`` do to a frozen tensor? Asked of the optimizer itself, on copies.
+
+A rule such as "momentum and zero gradients move" would have to be written for every optimizer and every option. So a
+copy of the frozen tensor, its gradient and its state goes through the optimizer's own ``step``, and is compared.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict, defaultdict
+from typing import Any
+
+import torch
+
+# Keys of a group, and of the per-tensor state, that make a step move a tensor at zero gradient.
+_MOMENTA = ("momentum_buffer", "exp_avg", "exp_inf", "ax", "acc_delta")
+
+
+def _clone(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value)
+
+
+def would_move(optimizer: torch.optim.Optimizer, group: dict[str, Any], p: torch.Tensor) -> float | None:
+    """Largest absolute change that one step would make to ``p``, found by stepping a copy of it.
+
+    Args:
+        optimizer: the optimizer; neither it nor its state changes.
+        group: the group of ``optimizer.param_groups`` that holds ``p``.
+        p: a tensor with a gradient.
+
+    Returns:
+        The change (0.0 when ``p`` stays bit for bit as it is), or None when the optimizer's step cannot run on one
+        tensor alone (L-BFGS needs a closure, for instance).
+    """
+    twin = p.detach().clone()
+    twin.grad = None if p.grad is None else p.grad.detach().clone()
+    # Not copy.copy: Optimizer.__getstate__ drops the attributes that subclasses keep. Hooks stay behind, and so does
+    # the wrapper around step that a learning-rate scheduler leaves on the instance.
+    shadow = object.__new__(type(optimizer))
+    shadow.__dict__.update(vars(optimizer))
+    shadow.__dict__.pop("step", None)
+    shadow.__dict__["_optimizer_step_pre_hooks"] = OrderedDict()
+    shadow.__dict__["_optimizer_step_post_hooks"] = OrderedDict()
+    shadow.param_groups = [{**{k: _clone(v) for k, v in group.items() if k != "params"}, "params": [twin]}]
+    state: defaultdict[torch.Tensor, Any] = defaultdict(dict)
+    if p in optimizer.state:
+        state[twin] = {k: _clone(v) for k, v in optimizer.state[p].items()}
+    shadow.state = state
+    try:
+        type(optimizer).step(shadow)
+    except Exception:  # an optimizer of any make, on a copy: whatever it raises means only that it cannot be asked
+        return None
+    if torch.equal(twin, p.detach()):
+        return 0.0
+    return float((twin - p.detach()).abs().max())
+
+
+def causes(group: dict[str, Any], state: dict[str, Any], grad: torch.Tensor) -> list[str]:
+    """Why a step moves a frozen tensor: the gradient itself, decay, or running state, in words."""
+    found = []
+    if bool((grad != 0).any()):
+        found.append("the .grad is not zero (frozen between backward and step, or never cleared)")
+    if group.get("weight_decay"):
+        found.append(f"weight_decay={group['weight_decay']} applies wherever .grad is not None")
+    kept = [k for k in _MOMENTA if isinstance(v := state.get(k), torch.Tensor) and bool((v != 0).any())]
+    if kept:
+        found.append(f"running state ({', '.join(kept)}) from earlier training moves it even at zero gradient")
+    return found

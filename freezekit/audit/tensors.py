@@ -1,0 +1,107 @@
+"""Checks of the tensors alone: tied weights, shared storage, statistics that move under a frozen layer."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from .report import Finding, brief
+from .subject import Subject, is_in_frozen_block
+
+
+def check_tied(subject: Subject) -> Iterator[Finding]:
+    """A frozen tensor reached by several names in a model that trains: freezing one name froze them all."""
+    if not subject.trainable:
+        return
+    for p in subject.frozen.values():
+        names = subject.all_names[id(p)]
+        if len(names) > 1:
+            yield Finding(
+                "tied",
+                "warning",
+                brief(names),
+                f"one tensor under {len(names)} names ({', '.join(names)}): freezing any of them froze all",
+                "nothing, when both were meant; else give one of them a parameter of its own (a clone) before freezing",
+                names,
+            )
+
+
+def _extent(p: torch.Tensor) -> tuple[int, int, int] | None:
+    """Storage pointer, first and last byte of a tensor in it; None for tensors without memory of their own."""
+    if is_lazy(p) or p.numel() == 0 or p.device.type == "meta" or is_traceable_wrapper_subclass(p):
+        return None
+    last: int = sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True))
+    first = int(p.storage_offset()) * p.element_size()
+    return p.untyped_storage().data_ptr(), first, first + (last + 1) * p.element_size()
+
+
+def check_shared_storage(subject: Subject) -> Iterator[Finding]:
+    """A frozen parameter and a trainable one over the same memory: training one moves the other."""
+    by_storage: dict[int, list[tuple[int, int, str, bool]]] = defaultdict(list)
+    for name, p in subject.parameters.items():
+        extent = _extent(p) if p.layout == torch.strided else None
+        if extent is not None:
+            by_storage[extent[0]].append((extent[1], extent[2], name, p.requires_grad))
+    for members in by_storage.values():
+        frozen = [m for m in members if not m[3]]
+        for first, last, name, _ in frozen:
+            movers = [m[2] for m in members if m[3] and m[0] < last and first < m[1]]
+            if movers:
+                yield Finding(
+                    "shared-storage",
+                    "error",
+                    name,
+                    f"frozen, but it shares memory with the trainable {', '.join(movers)} (tied through .data or a "
+                    "view): a step of that one moves this one",
+                    "tie weights by assigning the same Parameter, or copy the values",
+                    (name, *movers),
+                )
+
+
+def moves_statistics(module: nn.Module) -> bool:
+    """Whether a forward pass in the module's present mode changes the statistics that it keeps."""
+    if isinstance(module, _SpectralNorm):
+        return module.training
+    return (
+        isinstance(module, _NormBase)
+        and module.training
+        and module.track_running_stats
+        and module.running_mean is not None
+        and module.momentum != 0.0
+    )
+
+
+def check_statistics(subject: Subject) -> Iterator[Finding]:
+    """Batch norm, and spectral norm, in train mode over frozen parameters: what they compute still changes."""
+    norms: list[str] = []
+    spectral: list[str] = []
+    for path, module in subject.model.named_modules():
+        if moves_statistics(module) and is_in_frozen_block(subject.model, path):
+            (spectral if isinstance(module, _SpectralNorm) else norms).append(path or "(root)")
+    if norms:
+        yield Finding(
+            "moving-statistics",
+            "error",
+            brief(norms),
+            f"{len(norms)} frozen normalisation layer(s) are in train mode: running_mean and running_var move at every "
+            "forward pass, and the output depends on the other samples of the batch",
+            'freeze with norm="freeze", or call .eval() on them after every model.train()',
+            tuple(norms),
+        )
+    if spectral:
+        yield Finding(
+            "moving-statistics",
+            "error",
+            brief(spectral),
+            f"spectral norm of {len(spectral)} frozen weight(s) is in train mode: each forward pass runs a power "
+            "iteration, which changes the weight that the layer uses",
+            "call .eval() on the layer after every model.train()",
+            tuple(spectral),
+        )
