@@ -6,9 +6,34 @@
 #include "emulator/tsan.h"
 
 namespace freezekit::emulator {
+
+struct PendingCopy {
+  void* to;
+  const void* from;
+  int bytes;
+  bool copy;
+  int group;
+  PendingCopy* next;
+};
+
 namespace {
 
-PendingCopy* spare = nullptr;  // a list of its own rather than a container: TSan would see one's moves as races
+PendingCopy* spare = nullptr;
+
+PendingCopy* new_copy() {
+  if (!spare) {
+    const AsHost as_host;
+    return new PendingCopy;
+  }
+  PendingCopy* copy = spare;
+  spare = copy->next;
+  return copy;
+}
+
+void recycle(PendingCopy* copy) {
+  copy->next = spare;
+  spare = copy;
+}
 
 void land(void* to, const void* from, int bytes, bool copy) {
   const size_t size = static_cast<size_t>(bytes);
@@ -21,13 +46,8 @@ void land(void* to, const void* from, int bytes, bool copy) {
   }
 }
 
-void recycle(PendingCopy* copy) {
-  copy->next = spare;
-  spare = copy;
-}
-
 bool lands_at_once() {
-  return settings.cp_async == CpAsync::eager || (settings.cp_async == CpAsync::mixed && (random_() & 1));
+  return settings.cp_async == CpAsync::eager || (settings.cp_async == CpAsync::mixed && (schedule_random() & 1));
 }
 
 }  // namespace
@@ -43,18 +63,17 @@ void cp_async(void* shared, const void* global, int bytes, bool copy) {
   if (lands_at_once()) return land(shared, global, bytes, copy);
   tsan_write(shared, size);
   std::memset(shared, 0xff, size);
-  PendingCopy* pending = spare ? spare : new PendingCopy;
-  if (spare) spare = spare->next;
-  *pending = {shared, global, bytes, copy, current->open_group, nullptr};
+  PendingCopy* pending = new_copy();
+  *pending = {shared, global, bytes, copy, current->committed_groups, nullptr};
   (current->oldest_copy ? current->newest_copy->next : current->oldest_copy) = pending;
   current->newest_copy = pending;
 }
 
-void cp_async_commit() { current->open_group++; }
+void cp_async_commit() { current->committed_groups++; }
 
 void cp_async_wait(int newest_groups_in_flight) {
   while (PendingCopy* copy = current->oldest_copy) {
-    if (copy->group >= current->open_group - newest_groups_in_flight) break;
+    if (copy->group >= current->committed_groups - newest_groups_in_flight) break;
     current->oldest_copy = copy->next;
     land(copy->to, copy->from, copy->bytes, copy->copy);
     recycle(copy);

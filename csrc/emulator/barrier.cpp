@@ -15,8 +15,6 @@ void open_barrier() {
   }
 }
 
-void* tag_of(unsigned generation) { return block.tags ? &block.tags->barrier[generation & 1] : nullptr; }
-
 }  // namespace
 
 void block_barrier(const char* file, int line) {
@@ -27,7 +25,7 @@ void block_barrier(const char* file, int line) {
     fail("threads of a block meet at different __syncthreads(): %s:%d and %s:%d", block.barrier_file,
          block.barrier_line, file, line);
   }
-  void* tag = tag_of(block.barrier_generation);
+  void* tag = tsan_barrier_tag(block.barrier_generation);
   tsan_release(tag);
   if (++block.at_barrier == block.alive) {
     open_barrier();

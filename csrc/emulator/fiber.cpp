@@ -70,9 +70,12 @@ Fiber::Fiber(void (*entry)()) {
   context_.uc_link = nullptr;
   makecontext(&context_, entry, 0);
 #else
+  // Stacks that all begin at the same place in a page would fight for the same lines of the cache.
+  static unsigned made = 0;
+  const size_t colour = made++ % 16 * 256;
   // As freezekit_switch_stack leaves a stack: six registers, then where to return to; a null return address above it
   // ends backtraces and makes the stack pointer 8 modulo 16, as at any function's entry.
-  void** top = reinterpret_cast<void**>(memory_ + guard + kStackBytes);
+  void** top = reinterpret_cast<void**>(memory_ + guard + kStackBytes - colour);
   *--top = nullptr;
   *--top = reinterpret_cast<void*>(entry);
   for (int i = 0; i < 6; i++) *--top = nullptr;
@@ -95,8 +98,8 @@ void Fiber::before_switch([[maybe_unused]] Fiber& from, [[maybe_unused]] bool fr
   __sanitizer_start_switch_fiber(from_ends ? nullptr : &from.fake_stack_, stack_bottom_, stack_size_);
 #endif
 #ifdef FK_EMULATOR_TSAN
-  if (!from.memory_) from.tsan_thread_ = __tsan_get_current_fiber();
-  __tsan_switch_to_fiber(tsan_thread_, 1 /* no happens-before from the switch itself */);
+  if (!from.memory_) from.tsan_thread_ = tsan_current_thread();
+  tsan_switch_thread(tsan_thread_);
 #endif
 }
 

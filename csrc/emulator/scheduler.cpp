@@ -1,11 +1,12 @@
 // Runs the blocks of a launch one by one, and the threads of a block on fibers.
 //
 // A fiber that has ended its thread takes the next one that has not started, so a kernel without barriers runs as plain
-// calls. Under TSan every thread has a fiber of its own: reusing a stack would look like a race on it.
+// calls. Under TSan every thread has a fiber of its own: another thread on the same stack would look like a race on it.
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
+#include <memory>
 #include <mutex>
 
 #include "emulator/block.h"
@@ -20,16 +21,12 @@ uint3 thread_index, block_index;
 dim3 block_size, grid_size;
 Block block;
 Thread* current = nullptr;
-std::mt19937 random_;
+std::mt19937 schedule_random;
 
 namespace {
 
-// Limits of compute capability 8.0 (CUDA C++ Programming Guide, "Compute Capabilities").
-constexpr unsigned kMaxThreads = 1024;
-constexpr size_t kMaxDynamicShared = 163 * 1024;
-
 std::mutex launch_mutex;
-Fiber* main_fiber = nullptr;
+Fiber* host_fiber = nullptr;
 Fiber* running = nullptr;
 std::vector<std::unique_ptr<Fiber>> fibers;
 std::vector<Fiber*> idle;
@@ -39,29 +36,23 @@ void (*kernel_body)(const void*) = nullptr;
 const void* kernel_arguments = nullptr;
 bool failed = false;
 
-#ifdef FK_EMULATOR_TSAN
-// GCC's TSan knows 8128 threads. Blocks take disjoint ones as far as these go, so that no order between blocks is
-// assumed, then rotate.
-constexpr unsigned kTsanThreads = 6000;
-std::vector<void*> tsan_threads;
-unsigned block_number = 0;
-std::vector<SyncTags*> used_tags;
-
-void* tsan_thread_of(int thread) {
-  const unsigned n = static_cast<unsigned>(block.threads.size()), pools = std::max(1u, kTsanThreads / n);
-  const size_t slot = size_t{block_number % pools} * n + (static_cast<unsigned>(thread) + block_number / pools) % n;
-  while (tsan_threads.size() <= slot) tsan_threads.push_back(__tsan_create_fiber(0));
-  return tsan_threads[slot];
+// Seed 0 runs blocks and threads in order, 1 in reverse, any other shuffled.
+void arrange(std::vector<int>& indices) {
+  if (settings.seed == 1) std::reverse(indices.begin(), indices.end());
+  if (settings.seed > 1) std::shuffle(indices.begin(), indices.end(), schedule_random);
 }
-#endif
-uint64_t launch_tag, end_tag;  // before: the host's writes; after: all threads' writes
+
+void fill_ascending(std::vector<int>& indices, int64_t count) {
+  indices.resize(static_cast<size_t>(count));
+  for (int64_t i = 0; i < count; i++) indices[static_cast<size_t>(i)] = static_cast<int>(i);
+}
 
 // The next thread that can run, null when there is none.
 Thread* next_thread() {
   for (size_t looked_at = 0; looked_at <= order.size(); looked_at++) {
     if (cursor == order.size()) {
       cursor = 0;
-      if (settings.seed > 1) std::shuffle(order.begin(), order.end(), random_);
+      if (settings.seed > 1) std::shuffle(order.begin(), order.end(), schedule_random);
     }
     Thread& t = block.threads[static_cast<size_t>(order[cursor++])];
     if (t.state == State::ready || t.state == State::not_started) return &t;
@@ -69,11 +60,11 @@ Thread* next_thread() {
   return nullptr;
 }
 
-[[noreturn]] void thread_main();
+[[noreturn]] void fiber_main();
 
 void set_current(Thread& t) {
   current = &t;
-  thread_index = coordinates_of(index_of(t));
+  thread_index = t.index;
 }
 
 void switch_to(Fiber& fiber, bool ends = false) {
@@ -83,42 +74,39 @@ void switch_to(Fiber& fiber, bool ends = false) {
   fiber.enter(from, ends);
 }
 
-void bind_fiber(Thread& t) {
+void start(Thread& t) {
+  const AsHost as_host;
   if (idle.empty()) {
-    fibers.push_back(std::make_unique<Fiber>(thread_main));
+    fibers.push_back(std::make_unique<Fiber>(fiber_main));
     idle.push_back(fibers.back().get());
   }
   t.fiber = idle.back();
   idle.pop_back();
-#ifdef FK_EMULATOR_TSAN
   t.fiber->set_tsan_thread(tsan_thread_of(index_of(t)));
-#endif
+  t.state = State::ready;
 }
 
-void run_thread(Thread& t) {
-  if (t.state == State::not_started) {
-    bind_fiber(t);
-    t.state = State::ready;
-  }
+void go_on_with(Thread& t) {
+  if (t.state == State::not_started) start(t);
   set_current(t);
   switch_to(*t.fiber);
 }
 
-void end_thread() {
+void end_current() {
   check_no_copies_in_flight();
-  tsan_release(&end_tag);
+  tsan_tell_host();
   current->state = State::done;
   block.alive--;
   complete_barrier_after_exit();
-  complete_collectives_after_exit(index_of(*current) / kWarpSize);
+  complete_collectives_after_exit(index_of(*current));
 }
 
-[[noreturn]] void thread_main() {
+void fiber_main() {
   fiber_started();
   for (;;) {
-    tsan_acquire(&launch_tag);
+    tsan_learn_from_host();
     kernel_body(kernel_arguments);
-    end_thread();
+    end_current();
     Fiber* mine = current->fiber;
     Thread* next = next_thread();
     if (!kThreadSanitizer && next && next->state == State::not_started) {
@@ -127,93 +115,86 @@ void end_thread() {
       set_current(*next);
       continue;
     }
-    current = nullptr;
     if (!kThreadSanitizer) idle.push_back(mine);
     if (next) {
-      run_thread(*next);
+      go_on_with(*next);
     } else {
-      switch_to(*main_fiber);
+      switch_to(*host_fiber);
     }
   }
 }
 
-const char* describe(State state) {
-  return state == State::at_barrier ? "a __syncthreads()" : "a warp collective";
-}
-
-[[noreturn]] void fail_deadlocked() {
-  const auto stuck = [](State s) {
-    return std::count_if(block.threads.begin(), block.threads.end(), [=](const Thread& t) { return t.state == s; });
-  };
-  fail("deadlock at %s: %d threads wait at a __syncthreads(), %d at a warp collective, %d have ended",
-       describe(current->state), static_cast<int>(stuck(State::at_barrier)),
-       static_cast<int>(stuck(State::at_collective)), static_cast<int>(stuck(State::done)));
-}
-
-void run_block() {
-  counters.blocks++;
-  const size_t n = size_t{block_size.x} * block_size.y * block_size.z;
-  block.threads.assign(n, Thread{});
-  block.alive = static_cast<int>(n);
+void reset_block() {
+  block.threads.assign(size_t{block_size.x} * block_size.y * block_size.z, Thread{});
+  block.alive = static_cast<int>(block.threads.size());
   block.at_barrier = 0;
   block.barrier_generation = 0;
-  std::fill(std::begin(block.warp_generation), std::end(block.warp_generation), 0);
+  for (Warp& warp : block.warps) warp = {};
+  uint3 index = {};
+  for (int i = 0; i < block.alive; i++) {
+    block.threads[static_cast<size_t>(i)].index = index;
+    block.warps[i / kWarpSize].alive |= 1u << i % kWarpSize;
+    if (++index.x < block_size.x) continue;
+    index.x = 0;
+    if (++index.y < block_size.y) continue;
+    index.y = 0;
+    ++index.z;
+  }
+}
+
+void run_block(unsigned number, size_t dynamic_shared_bytes) {
+  counters.blocks++;
+  block_index = {number % grid_size.x, number / grid_size.x % grid_size.y, number / grid_size.x / grid_size.y};
+  begin_shared_memory(dynamic_shared_bytes);
+  reset_block();
+  fill_ascending(order, block.alive);
+  arrange(order);
   cursor = 0;
-#ifdef FK_EMULATOR_TSAN
-  block_number++;
-  block.tags = new SyncTags;
-  used_tags.push_back(block.tags);
-#endif
-  if (settings.seed > 1) std::shuffle(order.begin(), order.end(), random_);
-  tsan_release(&launch_tag);
-  run_thread(*next_thread());
-#ifdef FK_EMULATOR_TSAN
-  fibers.clear();
-#endif
+  tsan_begin_block(block.alive);
+  go_on_with(*next_thread());
+  if (kThreadSanitizer) fibers.clear();
+  end_shared_memory();
 }
 
-// In the order that the seed asks for.
-std::vector<uint64_t> order_of(uint64_t count) {
-  std::vector<uint64_t> result(count);
-  for (uint64_t i = 0; i < count; i++) result[i] = settings.seed == 1 ? count - 1 - i : i;
-  if (settings.seed > 1) std::shuffle(result.begin(), result.end(), random_);
-  return result;
-}
-
+// Limits of compute capability 8.0 (CUDA C++ Programming Guide, "Compute Capabilities"). A grid of 2^31 blocks or more
+// is also more than a CPU would ever finish.
 const char* why_invalid(dim3 grid, dim3 threads, size_t dynamic_shared_bytes) {
   if (!grid.x || !grid.y || !grid.z || !threads.x || !threads.y || !threads.z) return "a dimension is zero";
   if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) return "the grid is too large";
-  if (threads.x > kMaxThreads || threads.y > kMaxThreads || threads.z > 64 ||
-      uint64_t{threads.x} * threads.y * threads.z > kMaxThreads) {
-    return "the block is too large";
-  }
-  if (dynamic_shared_bytes > kMaxDynamicShared) return "more dynamic shared memory than a block can have";
+  if (uint64_t{grid.x} * grid.y > 0x7fffffffu / grid.z) return "the grid is too large to emulate";
+  if (threads.z > 64 || uint64_t{threads.x} * threads.y > kMaxThreads / threads.z) return "the block is too large";
+  if (dynamic_shared_bytes > 163 * 1024) return "more dynamic shared memory than a block can have";
   return nullptr;
 }
 
-// A failed launch leaves fibers inside of kernels: they are never entered again.
+// A failed launch leaves fibers inside of kernels; they are never entered again.
 void drop_fibers() {
   for (Thread& t : block.threads) forget_copies(t);
   idle.clear();
   fibers.clear();
 }
 
-}  // namespace
-
-uint3 coordinates_of(int thread) {
-  const unsigned i = static_cast<unsigned>(thread);
-  return {i % block_size.x, i / block_size.x % block_size.y, i / block_size.x / block_size.y};
+int count_threads(State state) {
+  return static_cast<int>(std::count_if(block.threads.begin(), block.threads.end(),
+                                        [=](const Thread& t) { return t.state == state; }));
 }
 
+}  // namespace
+
 void wait(State state) {
-  Thread& me = *current;
-  me.state = state;
+  tsan_tell_host();  // lest a launch that fails elsewhere looks like a race with this thread
+  current->state = state;
   Thread* next = next_thread();
-  if (!next) fail_deadlocked();
-  run_thread(*next);
+  if (!next) {
+    fail("deadlock: %d threads wait at a __syncthreads(), %d at a warp collective, %d have ended",
+         count_threads(State::at_barrier), count_threads(State::at_collective), count_threads(State::done));
+  }
+  go_on_with(*next);
 }
 
 void fail(const char* format, ...) {
+  tsan_tell_host();
+  const AsHost as_host;
   char text[640], message[900];
   va_list arguments;
   va_start(arguments, format);
@@ -224,8 +205,8 @@ void fail(const char* format, ...) {
                 thread_index.y, thread_index.z, block_size.x, block_size.y, block_size.z);
   set_last_error(message);
   failed = true;
-  switch_to(*main_fiber, true);
-  std::abort();  // not reached: a failed fiber is never entered again
+  switch_to(*host_fiber, true);
+  std::abort();  // not reached: nobody goes on with a failed fiber
 }
 
 bool run(void (*body)(const void*), const void* arguments, dim3 grid, dim3 threads, size_t dynamic_shared_bytes) {
@@ -238,30 +219,23 @@ bool run(void (*body)(const void*), const void* arguments, dim3 grid, dim3 threa
     return false;
   }
   counters.launches++;
-  random_.seed(settings.seed);
+  schedule_random.seed(settings.seed);
   failed = false;
   kernel_body = body;
   kernel_arguments = arguments;
   grid_size = grid;
   block_size = threads;
-  Fiber own;
-  main_fiber = running = &own;
-  order.clear();
-  for (uint64_t i : order_of(uint64_t{threads.x} * threads.y * threads.z)) order.push_back(static_cast<int>(i));
-  for (uint64_t b : order_of(uint64_t{grid.x} * grid.y * grid.z)) {
-    block_index = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
-                   static_cast<unsigned>(b / grid.x / grid.y)};
-    begin_shared_memory(dynamic_shared_bytes);
-    run_block();
-    end_shared_memory();
+  Fiber host;
+  host_fiber = running = &host;
+  std::vector<int> blocks;
+  fill_ascending(blocks, int64_t{grid.x} * grid.y * grid.z);
+  arrange(blocks);
+  for (int number : blocks) {
+    run_block(static_cast<unsigned>(number), dynamic_shared_bytes);
     if (failed) break;
   }
-  tsan_acquire(&end_tag);
+  tsan_end_launch();
   release_deferred_memory();
-#ifdef FK_EMULATOR_TSAN
-  for (SyncTags* tags : used_tags) delete tags;
-  used_tags.clear();
-#endif
   current = nullptr;
   if (failed) drop_fibers();
   return !failed;

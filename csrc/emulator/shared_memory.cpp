@@ -5,53 +5,64 @@
 #include <new>
 #include <vector>
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
+
 #include "emulator/block.h"
+#include "emulator/tsan.h"
 
 namespace freezekit::emulator {
 namespace {
 
-constexpr size_t kAlignment = 1024;  // no less than any kernel asks for
 constexpr size_t kMaxStatic = 48 * 1024;
+// What kernels may count on (kernels/device.h), and no more: arrays lie at odd multiples.
+constexpr size_t kDynamicAlignment = 128, kStaticAlignment = 16;
 
 struct Array {
   const void* key;  // null: dynamic
+  char* allocation;
   char* memory;
   size_t bytes;
 };
 
 std::vector<Array> arrays;
 size_t static_bytes = 0;
-// TSan: an address used again by the next block would look like a race with it, so it is freed after the launch.
-std::vector<void*> deferred;
+// TSan: memory that the next block used again would look like a race with it, so it is freed after the launch.
+std::vector<char*> deferred;
 
-char* add_array(const void* key, size_t bytes) {
-  void* memory = nullptr;
-  if (posix_memalign(&memory, kAlignment, bytes)) throw std::bad_alloc();
+char* add_array(const void* key, size_t alignment, size_t bytes) {
+  void* allocation = nullptr;
+  if (posix_memalign(&allocation, 2 * alignment, alignment + bytes)) throw std::bad_alloc();
+  char* memory = static_cast<char*>(allocation) + alignment;
   std::memset(memory, 0xff, bytes);
-  arrays.push_back({key, static_cast<char*>(memory), bytes});
-  return static_cast<char*>(memory);
+#ifdef __SANITIZE_ADDRESS__
+  ASAN_POISON_MEMORY_REGION(allocation, alignment);
+#endif
+  arrays.push_back({key, static_cast<char*>(allocation), memory, bytes});
+  return memory;
 }
 
 }  // namespace
 
 void begin_shared_memory(size_t dynamic_bytes) {
   static_bytes = 0;
-  if (dynamic_bytes) add_array(nullptr, dynamic_bytes);
+  if (dynamic_bytes) add_array(nullptr, kDynamicAlignment, dynamic_bytes);
 }
 
 void end_shared_memory() {
   for (const Array& array : arrays) {
     if (kThreadSanitizer) {
-      deferred.push_back(array.memory);
+      deferred.push_back(array.allocation);
     } else {
-      std::free(array.memory);
+      std::free(array.allocation);
     }
   }
   arrays.clear();
 }
 
 void release_deferred_memory() {
-  for (void* memory : deferred) std::free(memory);
+  for (char* allocation : deferred) std::free(allocation);
   deferred.clear();
 }
 
@@ -62,11 +73,14 @@ void* dynamic_shared() {
 
 void* static_shared(const void* key, size_t bytes) {
   for (const Array& array : arrays) {
-    if (array.key == key) return array.memory;
+    if (array.key != key) continue;
+    tsan_learn_from_host();  // anew: the array is younger than the thread
+    return array.memory;
   }
   static_bytes += bytes;
   if (static_bytes > kMaxStatic) fail("%zu bytes of static shared memory, a block has %zu", static_bytes, kMaxStatic);
-  return add_array(key, bytes);
+  const AsHost as_host;
+  return add_array(key, kStaticAlignment, bytes);
 }
 
 bool is_shared(const void* p, size_t bytes) {

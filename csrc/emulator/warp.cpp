@@ -7,7 +7,7 @@
 namespace freezekit::emulator {
 namespace {
 
-uint64_t fence_tag;
+char fence_tag;
 
 struct Shuffle {
   uint64_t value, result;
@@ -42,35 +42,33 @@ constexpr CollectiveKind kBarrier{"__syncwarp()", false, true, nullptr};
 constexpr CollectiveKind kShuffle{"a shuffle", false, false, combine_shuffles};
 constexpr CollectiveKind kBallot{"__ballot_sync()", false, false, combine_ballots};
 
-Thread* lane_of(int warp, int lane) {
-  const size_t i = static_cast<size_t>(warp) * kWarpSize + static_cast<size_t>(lane);
-  return i < block.threads.size() ? &block.threads[i] : nullptr;
-}
+Thread& lane_of(int warp, int lane) { return block.threads[static_cast<size_t>(warp * kWarpSize + lane)]; }
 
 // Runs the collective if all its lanes are there.
-bool try_complete(int warp, unsigned mask, const CollectiveKind& kind) {
+bool try_complete(int w, unsigned mask, const CollectiveKind& kind) {
+  Warp& warp = block.warps[w];
+  if (kind.whole_warp && warp.alive != kFullMask) {
+    fail("%s by a warp that is not whole: lanes %08x", kind.name, warp.alive);
+  }
+  const unsigned lanes = mask & warp.alive;
+  if (lanes & ~warp.at_collective) return false;
   void* operands[kWarpSize] = {};
   for (int lane = 0; lane < kWarpSize; lane++) {
-    if (!(mask >> lane & 1)) continue;
-    Thread* t = lane_of(warp, lane);
-    if (!t || t->state == State::done) {
-      if (kind.whole_warp) fail("%s without lane %d, which has ended", kind.name, lane);
-      continue;
+    if (!(lanes >> lane & 1)) continue;
+    const Thread& t = lane_of(w, lane);
+    if (t.mask != mask || t.kind != &kind) {
+      // Another collective, which does not wait for the lanes of this one, may still let the lane come.
+      if (!(t.mask & lanes & ~(1u << lane))) return false;
+      fail("lanes of a warp meet at different collectives: %s and %s, masks %08x and %08x", t.kind->name, kind.name,
+           t.mask, mask);
     }
-    if (t->state != State::at_collective) return false;
-    if (t->mask != mask || t->kind != &kind) {
-      // Another collective that does not wait for the lanes of this one may still let the lane come.
-      if (!(t->mask & mask & ~(1u << lane))) return false;
-      fail("lanes of a warp meet at different collectives: %s and %s, masks %08x and %08x", t->kind->name, kind.name,
-           t->mask, mask);
-    }
-    operands[lane] = t->operand;
+    operands[lane] = t.operand;
   }
   if (kind.combine) kind.combine(operands);
-  if (kind.fences) block.warp_generation[warp]++;
+  if (kind.orders_memory) warp.generation++;
+  warp.at_collective &= ~lanes;
   for (int lane = 0; lane < kWarpSize; lane++) {
-    Thread* t = lane_of(warp, lane);
-    if (t && t->state == State::at_collective && t->mask == mask && t->kind == &kind) t->state = State::ready;
+    if (lanes >> lane & 1) lane_of(w, lane).state = State::ready;
   }
   return true;
 }
@@ -78,25 +76,27 @@ bool try_complete(int warp, unsigned mask, const CollectiveKind& kind) {
 }  // namespace
 
 void collective(unsigned mask, const CollectiveKind& kind, void* operand) {
-  const int me = index_of(*current), warp = me / kWarpSize, lane = me % kWarpSize;
+  const int me = index_of(*current), w = me / kWarpSize, lane = me % kWarpSize;
+  Warp& warp = block.warps[w];
   if (!(mask >> lane & 1)) fail("%s by lane %d, which is not in its mask %08x", kind.name, lane, mask);
-  void* tag = nullptr;
-  if (kind.fences && block.tags) {
-    tag = &block.tags->warp[warp][block.warp_generation[warp] & 1];
-    tsan_release(tag);
-  }
+  void* tag = tsan_warp_tag(w, warp.generation);
+  if (kind.orders_memory) tsan_release(tag);
   current->mask = mask;
   current->kind = &kind;
   current->operand = operand;
   current->state = State::at_collective;
-  if (!try_complete(warp, mask, kind)) wait(State::at_collective);
-  if (tag) tsan_acquire(tag);
+  warp.at_collective |= 1u << lane;
+  if (!try_complete(w, mask, kind)) wait(State::at_collective);
+  if (kind.orders_memory) tsan_acquire(tag);
 }
 
-void complete_collectives_after_exit(int warp) {
-  for (int lane = 0; lane < kWarpSize; lane++) {
-    Thread* t = lane_of(warp, lane);
-    if (t && t->state == State::at_collective) try_complete(warp, t->mask, *t->kind);
+void complete_collectives_after_exit(int thread) {
+  const int w = thread / kWarpSize;
+  Warp& warp = block.warps[w];
+  warp.alive &= ~(1u << thread % kWarpSize);
+  for (int lane = 0; warp.at_collective >> lane; lane++) {
+    if (warp.at_collective >> lane & 1) try_complete(w, lane_of(w, lane).mask, *lane_of(w, lane).kind);
+    if (lane == kWarpSize - 1) break;
   }
 }
 

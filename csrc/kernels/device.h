@@ -110,14 +110,14 @@ void check_global_alignment(const T* p) {
 template <class T>
 T load_global(const T* p) {
   check_global_alignment(p);
-  emulator::counters.global_read_bytes += sizeof(T);
+  emulator::count_global_read(sizeof(T));
   return *p;
 }
 
 template <class T>
 void store_global(T* p, const T& value) {
   check_global_alignment(p);
-  emulator::counters.global_write_bytes += sizeof(T);
+  emulator::count_global_write(sizeof(T));
   *p = value;
 }
 
