@@ -2,8 +2,8 @@
 
     python bench/overhead.py [--rounds 200] [--check]
 
-Each timing is `conv(x)` and `torch.autograd.grad` of what needs a gradient, with a ready-made gradient of y, so no other
-operator dilutes the ratio. The bound is the project's own: 1.3 for a frozen layer, 1.65 for a trainable one.
+Each timing is `conv(x)` and `torch.autograd.grad` of what needs a gradient, with a ready-made gradient of y, so that no
+other operator dilutes the ratio. The bound is the project's own: 1.3 for a frozen layer, 1.65 for a trainable one.
 """
 
 from __future__ import annotations

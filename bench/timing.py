@@ -40,8 +40,8 @@ class CudaClock:
     """Time on the current CUDA stream between two events.
 
     Before the first event the device gets work to chew on, so that the host is ahead when the step is queued and its
-    launch cost is not counted as the step's: either a write over more than the L2 cache (`cold`, the default: a layer in
-    a training step finds its tensors in device memory) or one untimed call of the step itself (`cold=False`).
+    launch cost is not counted as the step's: either a write over more than the L2 cache (`cold`, the default: a layer
+    in a training step finds its tensors in device memory) or one untimed call of the step itself (`cold=False`).
     """
 
     def __init__(self, device: torch.device, cold: bool = True) -> None:

@@ -1,0 +1,118 @@
+"""The kernel table of any code, with fprop, dgrad, wgrad and db told apart, for freezekit's layers and stock ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from freezekit.profiling.diff import Change, ProfileDiff, compare
+from freezekit.profiling.events import Event, read
+from freezekit.profiling.phases import PHASES, outermost_operators, phases_of_kernel, phases_of_operator
+from freezekit.profiling.table import COLUMNS, KernelRow, KernelTable, tabulate
+
+__all__ = ["COLUMNS", "PHASES", "Change", "KernelRow", "KernelTable", "ProfileDiff", "profile"]
+
+
+class profile:
+    """Context manager: records what runs within it; read the result after the block.
+
+    On a GPU :meth:`kernels` lists kernels, copies and fills by their own names. On a CPU it lists operators: those that
+    no other operator called, so that no time counts twice. Behind a name stands what it computes for a convolution;
+    stock's `aten::convolution_backward` is told apart by the gradients that it was asked for.
+
+    torch.profiler does the recording, with record_shapes on; recording costs some microseconds an operator, so compare
+    times of small operators with care. GPU work that is still running at the end is waited for.
+
+    >>> import torch, freezekit as fk
+    >>> from freezekit.profiling import profile
+    >>> conv = fk.FreezableConv2d(3, 3, 3)
+    >>> x = torch.randn(1, 3, 8, 8, requires_grad=True)
+    >>> loss = conv(x).mean()
+    >>> with profile() as before:
+    ...     loss.backward()
+    >>> before.counts()
+    {'fprop': 0, 'dgrad': 1, 'wgrad': 1, 'db': 1}
+    >>> loss = conv.requires_grad_(False)(x).mean()
+    >>> with profile() as after:
+    ...     loss.backward()
+    >>> print(str(before.diff(after)).splitlines()[1])
+    wgrad 1 -> 0
+    """
+
+    def __init__(self) -> None:
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if torch.cuda.is_available():
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        self._profiler = torch.profiler.profile(activities=activities, record_shapes=True)
+        self._events: list[Event] | None = None
+
+    def __enter__(self) -> profile:
+        if self._events is not None:
+            raise RuntimeError("this profile has recorded already: make a new profile() for every block")
+        self._profiler.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._profiler.__exit__(kind, value, trace)
+        self._events = read(self._profiler)
+
+    def kernels(self) -> KernelTable:
+        """The kernel table; print it.
+
+        Raises:
+            RuntimeError: if the block has not ended.
+        """
+        events = self._recorded()
+        on_device = [event for event in events if event.on_device]
+        if on_device:
+            return tabulate((event.name, phases_of_kernel(event), event.duration) for event in on_device)
+        return tabulate((e.name, phases_of_operator(e), e.duration) for e in outermost_operators(events))
+
+    def counts(self) -> dict[str, int]:
+        """How often fprop, dgrad, wgrad and db were computed, counted in operators on every device.
+
+        Raises:
+            RuntimeError: if the block has not ended.
+        """
+        counts = dict.fromkeys(PHASES, 0)
+        for event in outermost_operators(self._recorded()):
+            for phase in phases_of_operator(event):
+                counts[phase] += 1
+        return counts
+
+    def diff(self, after: profile) -> ProfileDiff:
+        """What changed from this profile to `after`.
+
+        Raises:
+            RuntimeError: if one of the two blocks has not ended.
+        """
+        return compare(self.kernels(), self.counts(), after.kernels(), after.counts())
+
+    def to_json(self) -> str:
+        """``{"counts": {phase: int}, "kernels": [row, ...]}``; a row has :class:`KernelRow`'s fields.
+
+        Raises:
+            RuntimeError: if the block has not ended.
+        """
+        return json.dumps({"counts": self.counts(), "kernels": self.kernels().to_dicts()}, indent=2)
+
+    def to_chrome_trace(self, path: str | Path) -> None:
+        """Writes a trace for chrome://tracing or ui.perfetto.dev to `path` (JSON, or gzip if it ends in .gz).
+
+        Raises:
+            RuntimeError: if the block has not ended.
+        """
+        self._recorded()
+        self._profiler.export_chrome_trace(str(path))
+
+    def _recorded(self) -> list[Event]:
+        if self._events is None:
+            raise RuntimeError("nothing is recorded yet: read a profile after its `with` block")
+        return self._events

@@ -1,0 +1,71 @@
+"""Which part of a convolution an operator or a kernel computes: fprop, dgrad, wgrad or db."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from freezekit.profiling.events import Event
+
+PHASES = ("fprop", "dgrad", "wgrad", "db")
+
+_BY_OPERATOR = {
+    "freezekit::conv2d": ("fprop",),
+    "freezekit::conv2d_dgrad": ("dgrad",),
+    "freezekit::conv2d_wgrad": ("wgrad",),
+    **{f"aten::conv{d}d": ("fprop",) for d in (1, 2, 3)},
+    **{f"aten::conv_transpose{d}d": ("fprop",) for d in (1, 2, 3)},
+    "aten::convolution": ("fprop",),
+    "aten::_convolution": ("fprop",),
+    "aten::cudnn_convolution": ("fprop",),
+    "aten::mkldnn_convolution": ("fprop",),
+}
+_NODE = "FreezekitConv2dBackward"
+_BACKWARD = "aten::convolution_backward"
+_IN_KERNEL_NAME = re.compile("dgrad|wgrad|fprop")
+
+
+def phases_of_operator(event: Event) -> tuple[str, ...]:
+    """What this operator call computes for a convolution; () if it is none.
+
+    `aten::convolution_backward` computes whatever its output_mask (its last argument) asks for.
+    """
+    if event.name == _BACKWARD:
+        mask = event.inputs[-1] if event.inputs else None
+        if not isinstance(mask, (list, tuple)) or len(mask) != 3:
+            raise ValueError(f"{_BACKWARD} was recorded without its output_mask: profile with record_shapes=True")
+        return tuple(phase for phase, asked in zip(("dgrad", "wgrad", "db"), mask) if asked)
+    if event.name == "aten::sum" and event.parent is not None and event.parent.name == _NODE:
+        return ("db",)
+    return _BY_OPERATOR.get(event.name, ())
+
+
+def is_operator(event: Event) -> bool:
+    """Whether this host event is an operator's call, not a region (an autograd node, an annotation) around some."""
+    return "::" in event.name and not event.name.startswith(("autograd::", "torch::"))
+
+
+def outermost_operators(events: list[Event]) -> Iterator[Event]:
+    """Host operators that no other operator called: their times add up to all operators' time, each counted once."""
+    for event in events:
+        if event.on_device or not is_operator(event):
+            continue
+        if not any(is_operator(outer) for outer in event.ancestors() if outer is not event):
+            yield event
+
+
+def phases_of_kernel(event: Event) -> tuple[str, ...]:
+    """What this kernel computes for a convolution, read from the operator that launched it.
+
+    Where one `aten::convolution_backward` asked for both gradients the kernel's own name decides; a kernel that does
+    not tell keeps both.
+    """
+    found: tuple[str, ...] = ()
+    for outer in event.ancestors():
+        if not outer.on_device:
+            found = phases_of_operator(outer) or found
+    if len(found) > 1:
+        named = set(_IN_KERNEL_NAME.findall(event.name.lower())) & set(found)
+        if len(named) == 1:
+            return tuple(named)
+    return found

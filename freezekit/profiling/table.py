@@ -1,0 +1,124 @@
+"""The kernel table: one row for each kernel (or operator, on a CPU), in the columns that Nsight Systems made common."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+COLUMNS = (
+    "Time (%)",
+    "Total Time (ns)",
+    "Instances",
+    "Avg (ns)",
+    "Med (ns)",
+    "Min (ns)",
+    "Max (ns)",
+    "StdDev (ns)",
+    "Name",
+)
+
+
+@dataclass(frozen=True)
+class KernelRow:
+    """All calls of one kernel; times in nanoseconds.
+
+    Attributes:
+        time_percent: share of the table's total time.
+        stddev: of the sample (n - 1); 0 for a single call.
+        phases: which parts of a convolution it computes, of "fprop", "dgrad", "wgrad", "db"; () for anything else.
+    """
+
+    time_percent: float
+    total: int
+    instances: int
+    average: float
+    median: float
+    minimum: int
+    maximum: int
+    stddev: float
+    name: str
+    phases: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """The name, with its phases behind it where it has any."""
+        return f"{self.name} [{', '.join(self.phases)}]" if self.phases else self.name
+
+    def cells(self) -> tuple[str, ...]:
+        """One text for each of COLUMNS."""
+        return (
+            f"{self.time_percent:.1f}",
+            f"{self.total}",
+            f"{self.instances}",
+            f"{self.average:.1f}",
+            f"{self.median:.1f}",
+            f"{self.minimum}",
+            f"{self.maximum}",
+            f"{self.stddev:.1f}",
+            self.label,
+        )
+
+
+@dataclass(frozen=True)
+class KernelTable:
+    """Rows by falling total time; prints as the table, iterates over its rows."""
+
+    rows: tuple[KernelRow, ...]
+
+    @property
+    def total(self) -> int:
+        """Nanoseconds in all rows."""
+        return sum(row.total for row in self.rows)
+
+    def __iter__(self) -> Iterator[KernelRow]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __str__(self) -> str:
+        lines = [COLUMNS, *(row.cells() for row in self.rows)]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS) - 1)]
+        text = []
+        for line in lines:
+            numbers = "  ".join(cell.rjust(width) for cell, width in zip(line, widths))
+            text.append(f"{numbers}  {line[-1]}")
+        rule = "  ".join("-" * width for width in widths) + "  " + "-" * max(len(line[-1]) for line in lines)
+        return "\n".join([text[0], rule, *text[1:]])
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """The rows as plain dictionaries, ready for JSON."""
+        return [asdict(row) for row in self.rows]
+
+
+def tabulate(calls: Iterable[tuple[str, tuple[str, ...], int]]) -> KernelTable:
+    """Groups calls, each (name, phases, nanoseconds), into a table.
+
+    >>> print(tabulate([("wgrad_kernel", ("wgrad",), 30), ("wgrad_kernel", ("wgrad",), 50), ("fill", (), 20)]))
+    Time (%)  Total Time (ns)  Instances  Avg (ns)  Med (ns)  Min (ns)  Max (ns)  StdDev (ns)  Name
+    --------  ---------------  ---------  --------  --------  --------  --------  -----------  --------------------
+        80.0               80          2      40.0      40.0        30        50         14.1  wgrad_kernel [wgrad]
+        20.0               20          1      20.0      20.0        20        20          0.0  fill
+    """
+    groups: dict[tuple[str, tuple[str, ...]], list[int]] = {}
+    for name, phases, nanoseconds in calls:
+        groups.setdefault((name, phases), []).append(nanoseconds)
+    whole = sum(sum(times) for times in groups.values())
+    rows = [
+        KernelRow(
+            time_percent=100 * sum(times) / whole if whole else 0.0,
+            total=sum(times),
+            instances=len(times),
+            average=statistics.fmean(times),
+            median=statistics.median(times),
+            minimum=min(times),
+            maximum=max(times),
+            stddev=statistics.stdev(times) if len(times) > 1 else 0.0,
+            name=name,
+            phases=phases,
+        )
+        for (name, phases), times in groups.items()
+    ]
+    return KernelTable(tuple(sorted(rows, key=lambda row: (-row.total, row.label))))
