@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from freezekit.freezing import norm as statistics
 from freezekit.freezing import optim
+from freezekit.freezing.arguments import check_lbfgs, check_norm, check_optimizers
 from freezekit.freezing.patterns import Pattern, Selection, select
 from freezekit.freezing.result import Frozen
 
@@ -21,7 +22,7 @@ NormPolicy = Literal["freeze", "batch"]
 def freeze(
     model: nn.Module,
     *patterns: Pattern,
-    optimizer: Optimizer | None = None,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
     remove: bool = False,
     state: optim.StatePolicy = "keep",
     norm: NormPolicy = "freeze",
@@ -36,8 +37,8 @@ def freeze(
             (``"layer*.bn?"``; ``*`` crosses dots), a subclass of ``nn.Module``, a module or parameter of the model, or
             a predicate ``f(name, parameter) -> bool``. A module stands for all it contains. None of them, and no
             ``until``, means the whole model.
-        optimizer: the optimizer that trains ``model``. It may be None when nothing of it needs to change: a frozen
-            parameter is skipped anyway, since its ``.grad`` is None.
+        optimizer: the optimizer that trains ``model``, or several. It may be None when nothing of it needs to change:
+            a frozen parameter is skipped anyway, since its ``.grad`` is None.
         remove: take the parameters out of the optimizer's groups and state as well; `unfreeze` with the same optimizer
             puts them back in their own group. The groups stay, empty ones too, so schedulers go on.
         state: "keep" leaves the optimizer's state (momentum, Adam's moments) for the day the parameters are unfrozen;
@@ -67,32 +68,28 @@ def freeze(
     >>> model.train()[1].training
     False
     """
-    optim.check_optimizer(optimizer, remove, state)
-    _check_norm(norm)
+    optimizers = check_optimizers(optimizer, remove, state)
+    check_norm(norm)
     selection = select(model, patterns, until, inputs)
-    if optimizer is not None and _meets(optimizer, selection):
-        optim.check_lbfgs(optimizer, remove, state, "freeze")
+    params = list(selection.params.values())
+    for one in optimizers:
+        check_lbfgs(one, params, "freeze", ready=remove and state == "reset")
     result = Frozen("freeze", shared=selection.shared)
     names = all_names(model)
     _set_requires_grad(result, selection, names, False)
     _drop_grads(result, selection, names)
     _set_statistics(result, selection, held=norm == "freeze")
-    if optimizer is not None:
-        params = list(selection.params.values())
-        was = optim.Membership.of(optimizer, params)
-        if state == "reset":
-            was.forgotten = optim.reset(optimizer, params)
-            result.reset = names_of(was.forgotten, names)
+    for one in optimizers:
+        _keep_way_back(result, one, params, names, state)
         if remove:
-            result.removed = names_of(optim.take_out(optimizer, params, state), names)
-        result.on_restore(was.restore)
+            result.removed += names_of(optim.take_out(one, params, state), names)
     return result
 
 
 def unfreeze(
     model: nn.Module,
     *patterns: Pattern,
-    optimizer: Optimizer | None = None,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
     state: optim.StatePolicy = "keep",
     norm: NormPolicy = "batch",
     until: str | None = None,
@@ -103,8 +100,8 @@ def unfreeze(
 
     Args:
         model, patterns, until, inputs: as for `freeze`.
-        optimizer: the optimizer that is to train them. Parameters that `freeze` took out of it return to their own
-            group, at their place, with the group's options as they are now.
+        optimizer: the optimizer that is to train them, or several. Parameters that `freeze` took out of it return to
+            their own group, at their place, with the group's options as they are now.
         state: "keep": the optimizer goes on with what it remembers; with momentum the first step then moves even at
             zero gradient. "reset": it starts as if it had never met the parameters.
         norm: "batch": normalisation layers that are covered follow the model's mode again. "freeze": only their
@@ -125,24 +122,21 @@ def unfreeze(
     unfreeze: 2 parameters (1.weight, 1.bias)
       back in the optimizer: 1.weight, 1.bias
     """
-    optim.check_optimizer(optimizer, False, state, group)
-    _check_norm(norm)
+    optimizers = check_optimizers(optimizer, False, state, group)
+    check_norm(norm)
     selection = select(model, patterns, until, inputs)
     params = list(selection.params.values())
     names = all_names(model)
-    if optimizer is not None:
-        _check_known(optimizer, params, names, group)
-        optim.check_lbfgs(optimizer, True, state, "unfreeze")
+    if optimizers and group is None:
+        _check_known(optimizers, params, names)
+    for one in optimizers:
+        check_lbfgs(one, params, "unfreeze", ready=state == "reset")
     result = Frozen("unfreeze", shared=selection.shared)
     _set_requires_grad(result, selection, names, True)
     _set_statistics(result, selection, held=norm == "freeze")
-    if optimizer is not None:
-        was = optim.Membership.of(optimizer, params)
-        if state == "reset":
-            was.forgotten = optim.reset(optimizer, params)
-            result.reset = names_of(was.forgotten, names)
-        result.returned = names_of(optim.put_back(optimizer, params, group), names)
-        result.on_restore(was.restore)
+    for one in optimizers:
+        _keep_way_back(result, one, params, names, state)
+        result.returned += names_of(optim.put_back(one, params, group), names)
     return result
 
 
@@ -154,21 +148,24 @@ def all_names(model: nn.Module) -> dict[int, tuple[str, ...]]:
     return found
 
 
-def _check_norm(norm: object) -> None:
-    if norm not in ("freeze", "batch"):
-        raise ValueError(f'norm: expected "freeze" or "batch", got {norm!r}')
-
-
-def _meets(optimizer: Optimizer, selection: Selection) -> bool:
-    inside = optim.group_of(optimizer)
-    return any(id(p) in inside for p in selection.params.values())
+def _keep_way_back(
+    result: Frozen, optimizer: Optimizer, params: list[nn.Parameter], names: dict[int, tuple[str, ...]], state: str
+) -> None:
+    """Note where ``params`` stand in ``optimizer`` for `Frozen.restore`, and drop their state if that is the policy."""
+    was = optim.Membership.of(optimizer, params)
+    if state == "reset":
+        was.forgotten = optim.reset(optimizer, params)
+        result.reset += names_of(was.forgotten, names)
+    result.on_restore(was.restore)
 
 
 def _check_known(
-    optimizer: Optimizer, params: list[nn.Parameter], names: dict[int, tuple[str, ...]], group: int | None
+    optimizers: tuple[Optimizer, ...], params: list[nn.Parameter], names: dict[int, tuple[str, ...]]
 ) -> None:
-    unknown = names_of(optim.strangers(optimizer, params), names)
-    if unknown and group is None:
+    for one in optimizers:
+        params = optim.strangers(one, params)
+    unknown = names_of(params, names)
+    if unknown:
         raise ValueError(
             f"optimizer: it holds none of {', '.join(unknown[:6])}{' ...' if len(unknown) > 6 else ''} and freeze() "
             "did not take them out of it, so they would never move; pass group=<index of the group to put them in>, or "

@@ -48,33 +48,6 @@ def group_of(optimizer: Optimizer) -> dict[int, int]:
     return {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
 
 
-def check_optimizer(optimizer: object, remove: bool, state: str, group: int | None = None) -> None:
-    """Refuse arguments that contradict each other, before anything is changed."""
-    if state not in ("keep", "reset"):
-        raise ValueError(f'state: expected "keep" or "reset", got {state!r}')
-    if not isinstance(remove, bool):
-        raise TypeError(f"remove: expected a bool, got {remove!r}")
-    if optimizer is None:
-        for name, given in (("remove=True", remove), ('state="reset"', state == "reset"), ("group", group is not None)):
-            if given:
-                raise ValueError(f"{name} changes an optimizer, but optimizer is None; pass optimizer=")
-    elif not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    elif group is not None and not 0 <= group < len(optimizer.param_groups):
-        raise ValueError(f"group: expected an index below {len(optimizer.param_groups)}, got {group}")
-
-
-def check_lbfgs(optimizer: Optimizer | None, remove: bool, state: str, verb: str) -> None:
-    """LBFGS keeps one history over all its parameters, as one flat vector, and adds to every one at each step: half of
-    that history cannot be kept, and a parameter that stays in the group is written to."""
-    if isinstance(optimizer, LBFGS) and (state != "reset" or not remove):
-        extra = "remove=True, " if verb == "freeze" else ""
-        raise ValueError(
-            "optimizer: LBFGS keeps one history over all its parameters and writes to every one of them at each step; "
-            f'to {verb} some of them pass {extra}state="reset", which starts its history anew'
-        )
-
-
 def fresh_state(optimizer: Optimizer, param: nn.Parameter, group: dict[str, Any]) -> dict[str, Any]:
     """The state that ``optimizer`` gives a parameter it has not met yet.
 

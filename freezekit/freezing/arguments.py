@@ -1,0 +1,48 @@
+"""What `freeze` and `unfreeze` refuse before they change anything."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.optim import LBFGS, Optimizer
+
+from freezekit.freezing.optim import strangers
+
+
+def check_optimizers(optimizer: object, remove: bool, state: str, group: int | None = None) -> tuple[Optimizer, ...]:
+    """One optimizer, several or none as a tuple; refuses arguments that contradict each other."""
+    if state not in ("keep", "reset"):
+        raise ValueError(f'state: expected "keep" or "reset", got {state!r}')
+    if not isinstance(remove, bool):
+        raise TypeError(f"remove: expected a bool, got {remove!r}")
+    given = tuple(optimizer) if isinstance(optimizer, list | tuple) else (optimizer,) if optimizer is not None else ()
+    for one in given:
+        if not isinstance(one, Optimizer):
+            raise TypeError(f"optimizer: expected a torch.optim.Optimizer or several, got {type(one).__name__}")
+    if not given:
+        for name, used in (("remove=True", remove), ('state="reset"', state == "reset"), ("group", group is not None)):
+            if used:
+                raise ValueError(f"{name} changes an optimizer, but there is none; pass optimizer=")
+    if group is not None:
+        if len(given) > 1:
+            raise ValueError(f"group: an index into one of {len(given)} optimizers is ambiguous; pass the one it is of")
+        groups = len(given[0].param_groups)
+        if not isinstance(group, int) or not 0 <= group < groups:
+            raise ValueError(f"group: expected an index from 0 to {groups - 1}, got {group!r}")
+    return given
+
+
+def check_lbfgs(optimizer: Optimizer, params: list[nn.Parameter], verb: str, ready: bool) -> None:
+    """LBFGS keeps one history over all its parameters, as one flat vector, and adds to every one at each step: half of
+    that history cannot be kept, and a parameter that stays in the group is written to."""
+    if ready or not isinstance(optimizer, LBFGS) or len(strangers(optimizer, params)) == len(params):
+        return
+    extra = "remove=True, " if verb == "freeze" else ""
+    raise ValueError(
+        "optimizer: LBFGS keeps one history over all its parameters and writes to every one of them at each step; "
+        f'to {verb} some of them pass {extra}state="reset", which starts its history anew'
+    )
+
+
+def check_norm(norm: object) -> None:
+    if norm not in ("freeze", "batch"):
+        raise ValueError(f'norm: expected "freeze" or "batch", got {norm!r}')

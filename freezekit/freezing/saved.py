@@ -1,0 +1,114 @@
+"""Whether a saved freeze state is one, and whether it fits a model and its optimizers: checked before any change."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from freezekit.freezing import norm as statistics
+from freezekit.freezing import optim
+
+VERSION = 1
+
+
+def check_form(state: object) -> None:
+    wanted = {"frozen": list, "trainable": list, "statistics": dict}
+    if not isinstance(state, dict):
+        raise ValueError(f"state: expected the dict that freeze_state returns, got {type(state).__name__}")
+    missing = [key for key in ("version", *wanted, "removed") if key not in state]
+    if missing:
+        raise ValueError(f"state: not from freeze_state, it has no {', '.join(map(repr, missing))}")
+    if state["version"] != VERSION:
+        raise ValueError(f"state: version {state['version']!r}, and this freezekit reads version {VERSION}")
+    for key, kind in wanted.items():
+        if not isinstance(state[key], kind) or not all(isinstance(name, str) for name in state[key]):
+            raise ValueError(f"state: {key!r} must be a {kind.__name__} of names, got {state[key]!r:.100}")
+    if not all(isinstance(mode, bool) for mode in state["statistics"].values()):
+        raise ValueError(f"state: 'statistics' must map names to bools, got {state['statistics']!r:.100}")
+    twice = set(state["frozen"]) & set(state["trainable"])
+    if twice:
+        raise ValueError(f"state: both frozen and trainable: {', '.join(sorted(twice))}")
+    removed = state["removed"]
+    if removed is not None:
+        if not isinstance(removed, list) or not all(isinstance(entries, dict) for entries in removed):
+            raise ValueError(f"state: 'removed' must be a list of dicts or None, got {removed!r:.100}")
+        for entries in removed:
+            for name, entry in entries.items():
+                _check_entry(name, entry)
+
+
+def _check_entry(name: object, entry: Any) -> None:
+    whole = isinstance(entry, dict) and entry.keys() == {"group", "position", "state"}
+    if not (whole and isinstance(name, str) and isinstance(entry["state"], dict)):
+        raise ValueError(f"state: 'removed' entry {name!r} must hold group, position and state, got {entry!r:.100}")
+    for key in ("group", "position"):
+        if not isinstance(entry[key], int) or entry[key] < 0:
+            raise ValueError(f"state: {key} of removed {name!r} must be an index, got {entry[key]!r}")
+
+
+def match_params(model: nn.Module, state: dict[str, Any], strict: bool) -> tuple[dict[str, nn.Parameter], list[str]]:
+    """Parameters that both sides know, by name, and the names that only one side knows."""
+    every = dict(model.named_parameters(remove_duplicate=False))
+    firsts = dict(model.named_parameters())
+    saved = [*state["frozen"], *state["trainable"]]
+    unknown = [name for name in saved if name not in every]
+    covered = {id(every[name]) for name in saved if name in every}
+    left = [name for name, p in firsts.items() if id(p) not in covered]
+    if strict and (unknown or left):
+        parts = [f"model has no {name!r}{_near(name, every)}" for name in unknown[:5]]
+        parts += [f"state says nothing of {name!r}" for name in left[:5]]
+        raise ValueError(f"state: does not fit the model: {'; '.join(parts)}; strict=False takes what fits")
+    return {name: every[name] for name in saved if name in every}, unknown + left
+
+
+def _near(name: str, names: dict[str, Any]) -> str:
+    near = difflib.get_close_matches(name, names, n=2)
+    return f" (near: {', '.join(map(repr, near))})" if near else ""
+
+
+def match_norms(model: nn.Module, state: dict[str, Any], strict: bool) -> tuple[dict[str, bool], list[str]]:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    unknown = [
+        name for name in state["statistics"] if name not in modules or not statistics.has_statistics(modules[name])
+    ]
+    if strict and unknown:
+        raise ValueError(
+            f"state: no layer with running statistics named {', '.join(map(repr, unknown[:5]))} in the model"
+        )
+    return {name: mode for name, mode in state["statistics"].items() if name not in unknown}, unknown
+
+
+def check_removed(
+    removed: list[dict[str, Any]] | None, params: dict[str, nn.Parameter], optimizers: tuple[Optimizer, ...]
+) -> list[dict[str, Any]]:
+    """Per optimizer, the entries of ``removed`` that the model knows, once the optimizer is seen to fit them."""
+    if not optimizers:
+        if removed and any(removed):
+            count = sum(map(len, removed))
+            raise ValueError(f"optimizer: state has {count} parameters out of their optimizer; pass optimizer=")
+        return []
+    if removed is None or len(removed) != len(optimizers):
+        taken = "none" if removed is None else str(len(removed))
+        raise ValueError(
+            f"optimizer: state was taken with {taken} and {len(optimizers)} given; pass to load_freeze_state the same "
+            "optimizers as to freeze_state, in their order"
+        )
+    known = [{name: entry for name, entry in entries.items() if name in params} for entries in removed]
+    for optimizer, entries in zip(optimizers, known, strict=True):
+        groups = optim.group_of(optimizer)
+        for name, entry in entries.items():
+            _check_group(name, entry["group"], groups.get(id(params[name])), len(optimizer.param_groups))
+    return known
+
+
+def _check_group(name: str, saved: int, here: int | None, count: int) -> None:
+    if (here is None and saved < count) or here == saved:
+        return
+    found = f"has it in group {here}" if here is not None else f"has {count} groups"
+    raise ValueError(
+        f"optimizer: {name!r} belongs to group {saved} in state, and the optimizer {found}; build the optimizer with "
+        "the groups it had when the state was taken"
+    )
