@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch.nn.parameter import is_lazy
 
+from freezekit.freezing.causes import causes
+
 from .report import Finding, brief
-from .steps import causes, would_move
+from .steps import remembers, would_move
 from .subject import Subject
 
 
@@ -34,7 +36,7 @@ def check_moves(subject: Subject) -> Iterator[Finding]:
             if name is None or p.requires_grad or p.grad is None:
                 continue
             moved = would_move(optimizer, group, p)
-            why = causes(group, optimizer.state.get(p, {}), p.grad)
+            why = causes(optimizer, group, p)
             if moved == 0.0 or (moved is None and not why):
                 still[kind, i].append(name)
             else:
@@ -150,8 +152,7 @@ def check_state(subject: Subject) -> Iterator[Finding]:
             name = subject.names.get(id(p))
             if name is None or p.requires_grad or p.grad is not None:
                 continue
-            zero = torch.zeros((), dtype=p.dtype)
-            if any("running state" in c for c in causes({}, optimizer.state.get(p, {}), zero)):
+            if remembers(optimizer.state.get(p, {})):
                 kept.append(name)
     if kept:
         yield Finding(

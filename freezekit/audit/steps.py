@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-# Keys of a group, and of the per-tensor state, that make a step move a tensor at zero gradient.
-_MOMENTA = ("momentum_buffer", "exp_avg", "exp_inf", "ax", "acc_delta")
+from freezekit.freezing.causes import any_nonzero
 
 
 def _clone(value: Any) -> Any:
@@ -55,14 +54,6 @@ def would_move(optimizer: torch.optim.Optimizer, group: dict[str, Any], p: torch
     return float((twin - p.detach()).abs().max())
 
 
-def causes(group: dict[str, Any], state: dict[str, Any], grad: torch.Tensor) -> list[str]:
-    """Why a step moves a frozen tensor: the gradient itself, decay, or running state, in words."""
-    found = []
-    if bool((grad != 0).any()):
-        found.append("the .grad is not zero (frozen between backward and step, or never cleared)")
-    if group.get("weight_decay"):
-        found.append(f"weight_decay={group['weight_decay']} applies wherever .grad is not None")
-    kept = [k for k in _MOMENTA if isinstance(v := state.get(k), torch.Tensor) and bool((v != 0).any())]
-    if kept:
-        found.append(f"running state ({', '.join(kept)}) from earlier training moves it even at zero gradient")
-    return found
+def remembers(state: dict[str, Any]) -> bool:
+    """Whether an optimizer's state of one tensor holds momentum, which moves the tensor at zero gradient."""
+    return any(isinstance(v := state.get(k), torch.Tensor) and any_nonzero(v) for k in ("momentum_buffer", "exp_avg"))
