@@ -51,12 +51,12 @@ EXPORT const char* freezekit_emulator_counter_name(int i) {
   return i >= 0 && i < static_cast<int>(sizeof kCounters / sizeof *kCounters) ? kCounters[i].name : nullptr;
 }
 
-// Value of the counter of that name, 0 for an unknown name.
+// Value of the counter of that name, 2^64 - 1 where there is none.
 EXPORT uint64_t freezekit_emulator_counter(const char* name) {
   for (const Named& counter : kCounters) {
     if (std::strcmp(counter.name, name) == 0) return freezekit::emulator::counters.*counter.value;
   }
-  return 0;
+  return ~uint64_t{0};
 }
 
 EXPORT void freezekit_emulator_reset_counters() { freezekit::emulator::counters = {}; }

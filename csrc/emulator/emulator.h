@@ -72,7 +72,8 @@ void cp_async(void* shared, const void* global, int bytes, bool copy);
 void cp_async_commit();
 void cp_async_wait(int newest_groups_in_flight);
 
-// `matrices` is 1, 2 or 4; `row` holds what lies at `address`, of lanes below 8 * matrices.
+// `matrices` is 1, 2 or 4. Lanes below 8 * matrices give the address of a row, check it, and pass what lies there.
+void check_ldmatrix_row(const void* address);
 void ldmatrix(uint32_t* fragment, int matrices, bool transposed, const void* address, const uint4& row);
 
 // D = A * B + D for one warp: fragments as in the PTX ISA.

@@ -116,11 +116,12 @@ void mma(const CollectiveKind& kind, float* d, const uint32_t* a, const uint32_t
 
 }  // namespace
 
+void check_ldmatrix_row(const void* address) {
+  if (reinterpret_cast<uintptr_t>(address) % 16) fail("ldmatrix: an address is not a multiple of 16");
+  if (!is_shared(address, 16)) fail("ldmatrix does not read inside shared memory");
+}
+
 void ldmatrix(uint32_t* fragment, int matrices, bool transposed, const void* address, const uint4& row) {
-  if (lane() < 8 * matrices) {
-    if (reinterpret_cast<uintptr_t>(address) % 16) fail("ldmatrix: an address is not a multiple of 16");
-    if (!is_shared(address, 16)) fail("ldmatrix does not read inside shared memory");
-  }
   LoadMatrix operand{matrices, transposed, address, row, fragment};
   collective(kFullMask, kLdmatrix, &operand);
 }

@@ -79,7 +79,10 @@ FK_DEVICE void ldmatrix_any(uint32_t (&fragment)[N], const void* row) {
   }
 #else
   uint4 values{};
-  if (emulator::lane() < 8 * N) values = *static_cast<const uint4*>(row);  // the lane's own read, seen by sanitizers
+  if (emulator::lane() < 8 * N) {
+    emulator::check_ldmatrix_row(row);
+    values = *static_cast<const uint4*>(row);  // the lane's own read, seen by sanitizers
+  }
   emulator::ldmatrix(fragment, N, Transposed, row, values);
 #endif
 }

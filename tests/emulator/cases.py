@@ -1,0 +1,56 @@
+"""Convolutions for conv_driver.cpp, as the text of its arguments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from tests.kernels.emulated import FAMILIES, OPERATORS, Problem
+
+DTYPES = ("f32", "f64", "f16", "bf16")  # in the order of csrc/core/problem.h
+EPILOGUES = {"bias": 1, "residual": 2, "relu": 4, "mask_out": 8, "mask_in": 16}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One launch. `family` None takes what select() chooses, and its config and split_k with it."""
+
+    operator: str
+    problem: Problem
+    dtype: str = "f32"
+    family: str | None = None
+    config: int = 0
+    split_k: int = 1
+    epilogue: tuple[str, ...] = ()
+    allow_tf32: bool = False
+
+    def __str__(self) -> str:
+        flags = sum(EPILOGUES[name] for name in self.epilogue)
+        family = FAMILIES[self.family] if self.family else -1
+        head = [OPERATORS.index(self.operator), DTYPES.index(self.dtype), family, self.config, self.split_k, flags]
+        return ",".join(map(str, [*head, int(self.allow_tf32), *self.problem.flat]))
+
+
+SMALL = Problem(n=1, c=8, h=5, w=4, k=16)
+STRIDED = Problem(n=2, c=6, h=9, w=8, k=9, stride=(2, 2), pad=(1, 1))
+DILATED = Problem(n=1, c=8, h=9, w=7, k=8, stride=(2, 1), dilation=(2, 2), pad=(2, 2))
+GROUPED = Problem(n=2, c=6, h=5, w=5, k=12, groups=3)
+GAPPED = Problem(n=2, c=3, h=4, w=4, k=3, r=1, s=1, pad=(0, 0), stride=(3, 2))  # phases of dgrad without taps
+WIDE = Problem(n=1, c=40, h=6, w=6, k=72)
+EVERY_EPILOGUE = ("bias", "residual", "relu", "mask_out", "mask_in")
+
+DIRECT = [
+    *(Case(op, p, family="direct") for op in OPERATORS for p in (SMALL, STRIDED, DILATED, GROUPED, GAPPED)),
+    *(Case(op, WIDE, "bf16", "direct") for op in OPERATORS),
+    *(Case(op, p, "f16", "direct", epilogue=EVERY_EPILOGUE) for op in ("fprop", "dgrad") for p in (SMALL, STRIDED)),
+    Case("fprop", WIDE, "f64", "direct", epilogue=("relu", "mask_out")),
+    Case("wgrad", SMALL, family="direct", split_k=3),
+    Case("wgrad", STRIDED, "f16", "direct", split_k=4),
+]
+
+
+def texts(cases: list[Case]) -> tuple[str, ...]:
+    return tuple(map(str, cases))
+
+
+def with_family(cases: list[Case], family: str, dtype: str) -> list[Case]:
+    return [replace(case, family=family, dtype=dtype) for case in cases]
