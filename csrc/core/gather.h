@@ -92,6 +92,26 @@ FK_HOST_DEVICE GatherAxis dgrad_axis(const ConvAxis& axis, int32_t phase) {
   return gather;
 }
 
+// Where a walk through the reduction of a gather stands: over channels first, then taps along w, then along h.
+struct GatherCursor {
+  int32_t tap_h = 0, tap_w = 0, channel = 0;
+
+  // Needs taps_w >= 1. Past the end tap_h is at least the number of taps along h.
+  FK_HOST_DEVICE void advance(int32_t by, int32_t channels, int32_t taps_w) {
+    channel += by;
+    while (channel >= channels) {
+      channel -= channels;
+      if (++tap_w == taps_w) tap_w = 0, ++tap_h;
+    }
+  }
+};
+
+// The input positions of one output row at tap (0, 0).
+struct GatherOrigin {
+  int32_t image = 0;  // n * in_h * in_w
+  int32_t ih = INT32_MIN / 2, iw = 0;  // by default outside, at every tap
+};
+
 // The whole gather, per group: out[n, oh, ow, :] of out_c channels reads in[n, ih, iw, :] of in_c channels.
 // fprop gathers x into y, dgrad gathers dy into dx.
 struct Gather {
@@ -100,13 +120,21 @@ struct Gather {
   int32_t in_h = 0, in_w = 0, in_c = 0;     // in_c, out_c: of one group
   int32_t out_h = 0, out_w = 0, out_c = 0;
   int32_t phases_h = 1, phases_w = 1;
-  int32_t transposed = 0;  // 1: dgrad
+  int32_t transposed = 0;       // 1: dgrad
+  GatherAxis only_h, only_w;    // where there is a single phase
   // By the number of rows and columns of a phase; phases below `wider` have one more than those from it on.
   FastDivide divide_h[2], divide_w[2];
   int32_t wider_h = 0, wider_w = 0;
 
-  FK_HOST_DEVICE GatherAxis axis_h(int32_t phase) const { return transposed ? dgrad_axis(h, phase) : fprop_axis(h); }
-  FK_HOST_DEVICE GatherAxis axis_w(int32_t phase) const { return transposed ? dgrad_axis(w, phase) : fprop_axis(w); }
+  FK_HOST_DEVICE GatherAxis axis_h(int32_t phase) const { return phases_h == 1 ? only_h : dgrad_axis(h, phase); }
+  FK_HOST_DEVICE GatherAxis axis_w(int32_t phase) const { return phases_w == 1 ? only_w : dgrad_axis(w, phase); }
+
+  // Whether output rows lie in memory in the order of m.
+  FK_HOST_DEVICE bool rows_are_dense() const { return phases_h == 1 && phases_w == 1; }
+  // Whether output row m reads input row m and nothing else: a matrix product.
+  FK_HOST_DEVICE bool is_pointwise() const {
+    return h.taps == 1 && w.taps == 1 && h.stride == 1 && w.stride == 1 && h.pad == 0 && w.pad == 0;
+  }
 
   // Row m of the phase's output matrix (n, i, j), row-major.
   FK_HOST_DEVICE int32_t decode_row(int32_t m, int32_t phase_h, int32_t phase_w, int32_t* i, int32_t* j) const {
@@ -114,9 +142,16 @@ struct Gather {
     return divide_h[phase_h < wider_h ? 0 : 1].divide(line, i);
   }
 
-  FK_HOST_DEVICE int64_t in_offset(int32_t n, int32_t ih, int32_t iw) const {
-    return ((static_cast<int64_t>(n) * in_h + ih) * in_w + iw) * (static_cast<int64_t>(in_c) * groups);
+  // Elements of one output channel's filter, taps and input channels of its group.
+  FK_HOST_DEVICE int32_t filter_row() const { return h.taps * w.taps * in_c; }
+
+  FK_HOST_DEVICE GatherOrigin origin(int32_t m, int32_t phase_h, int32_t phase_w, const GatherAxis& axis_h,
+                                     const GatherAxis& axis_w) const {
+    int32_t i, j;
+    const int32_t n = decode_row(m, phase_h, phase_w, &i, &j);
+    return {n * in_h * in_w, axis_h.in_first + i * axis_h.in_stride, axis_w.in_first + j * axis_w.in_stride};
   }
+
   FK_HOST_DEVICE int64_t out_offset(int32_t n, int32_t oh, int32_t ow) const {
     return ((static_cast<int64_t>(n) * out_h + oh) * out_w + ow) * (static_cast<int64_t>(out_c) * groups);
   }
@@ -144,6 +179,8 @@ inline Gather make_gather(Operator op, const Conv2dProblem& p) {
     g.phases_h = dgrad_phases(g.h), g.phases_w = dgrad_phases(g.w);
     g.wider_h = g.h.x % g.h.stride, g.wider_w = g.w.x % g.w.stride;
   }
+  g.only_h = g.transposed ? dgrad_axis(g.h, 0) : fprop_axis(g.h);
+  g.only_w = g.transposed ? dgrad_axis(g.w, 0) : fprop_axis(g.w);
   const int32_t stride_h = g.transposed ? g.h.stride : 1, stride_w = g.transposed ? g.w.stride : 1;
   g.divide_h[0] = FastDivide(g.out_h / stride_h + 1), g.divide_h[1] = FastDivide(g.out_h / stride_h);
   g.divide_w[0] = FastDivide(g.out_w / stride_w + 1), g.divide_w[1] = FastDivide(g.out_w / stride_w);

@@ -46,7 +46,8 @@ Selection select(Operator, const Conv2dProblem&, DType, const Target&);
 
 // Applied to the accumulators in this order: + bias, + residual, ReLU, mask. Members that are null do nothing.
 // Mask words hold 32 consecutive elements of the output in memory order (NHWC), bit i of word j is element 32 * j + i;
-// a mask has ceil(numel / 32) words. mask_out bit = (value before ReLU > 0). Under mask_in, bit 0 stores 0.
+// a mask has ceil(numel / 32) words, the unused bits of the last one 0. mask_out bit = !(v <= 0), v the value before ReLU
+// rounded to the tensors' dtype: 0 gives 0 and a NaN gives 1, as torch's own gradient. Under mask_in, bit 0 stores 0.
 struct Epilogue {
   const void* bias = nullptr;       // K (fprop) or C (dgrad) elements of the tensors' dtype
   const void* residual = nullptr;   // as the output
@@ -61,6 +62,9 @@ struct Conv2dTensors {
   void* x = nullptr;
   void* filter = nullptr;
   void* y = nullptr;
+  // dgrad only: W' of the filter, made by launch_filter_transform with transposed = true, for a caller that keeps one.
+  // Null: kernels that read W' make it in the workspace.
+  const void* transposed_filter = nullptr;
 };
 
 using Stream = void*;  // a cudaStream_t; the emulator ignores it
@@ -72,15 +76,45 @@ Status launch_conv2d(Operator, const Selection&, const Conv2dProblem&, DType, co
 size_t bias_grad_workspace(int64_t rows, int64_t k, DType);
 Status launch_bias_grad(const void* dy, void* db, int64_t rows, int64_t k, DType, void* workspace, Stream);
 
+// Makes a constant of a filter in one pass: out = cast(filter * scale[k]), in layout KRSC, or CRSK under transposed
+// (a group's C/G x R x S x K/G after another's), which is the W' that dgrad reads. The filter may have any strides.
+// from -> to: the same type, or f32 -> f16 or bf16.
+struct FilterTransform {
+  DType from = DType::f32, to = DType::f32;
+  bool transposed = false;
+  int64_t stride_k = 0, stride_c = 0, stride_r = 0, stride_s = 0;  // of the filter, in elements
+  const void* scale = nullptr;  // K factors (a folded batch norm) of type f32, f64 for f64; null: none
+};
+Status launch_filter_transform(const Conv2dProblem&, const FilterTransform&, const void* filter, void* out, Stream);
+
+// Dense NCHW <-> dense NHWC.
+enum class LayoutChange : int { nchw_to_nhwc, nhwc_to_nchw };
+struct ActivationSize {
+  int64_t n = 0, c = 0, h = 0, w = 0;
+};
+Status launch_layout_change(LayoutChange, const ActivationSize&, DType, const void* from, void* to, Stream);
+
+// Masks as in Epilogue, of a tensor in memory order. pack: bit = !(x <= 0). apply: out = bit ? x : 0, in place or not.
+Status launch_mask_pack(const void* x, uint32_t* mask, int64_t numel, DType, Stream);
+Status launch_mask_apply(const void* x, const uint32_t* mask, void* out, int64_t numel, DType, Stream);
+
 // Fills in what the current device is (sm, sm_count); the emulator's is a small sm_80.
 Status current_target(Target*);
+
+// Whether a CUDA graph is being captured on the stream; never under emulation.
+bool is_capturing(Stream);
 
 // One build of the kernels: the nvcc one (device pointers) or the emulated one (host pointers).
 struct KernelTable {
   decltype(&launch_conv2d) conv2d;
   decltype(&freezekit::bias_grad_workspace) bias_grad_bytes;
   decltype(&launch_bias_grad) bias_grad;
+  decltype(&launch_filter_transform) filter_transform;
+  decltype(&launch_layout_change) layout_change;
+  decltype(&launch_mask_pack) mask_pack;
+  decltype(&launch_mask_apply) mask_apply;
   decltype(&current_target) target;
+  decltype(&freezekit::is_capturing) capturing;
 };
 
 }  // namespace freezekit

@@ -12,7 +12,7 @@ int64_t output_numel(Operator op, const Conv2dProblem& p) {
 
 // A pointer may be null where its tensor is empty: wgrad of an empty batch reads nothing and writes zeros.
 bool pointers_are_there(Operator op, const Conv2dProblem& p, const Conv2dTensors& t) {
-  return (t.filter || p.filter_numel() == 0) && (t.x || (op == Operator::wgrad && p.x_numel() == 0)) &&
+  return (t.filter || (op == Operator::dgrad && t.transposed_filter)) && (t.x || (op == Operator::wgrad && p.x_numel() == 0)) &&
          (t.y || (op == Operator::wgrad && p.y_numel() == 0));
 }
 
@@ -27,8 +27,9 @@ Status launch_conv2d(Operator op, const Selection& selection, const Conv2dProble
                      const Conv2dTensors& tensors, const Epilogue& epilogue, void* workspace, Stream stream) {
   if (output_numel(op, p) == 0) return Status::success;
   if (selection.family == Family::none) return Status::unsupported;
+  const bool needs_workspace = selection.workspace_bytes > 0 && !(op == Operator::dgrad && tensors.transposed_filter);
   if (!fits_int32(p) || !pointers_are_there(op, p, tensors) || !epilogue_is_valid(op, epilogue) ||
-      (selection.workspace_bytes > 0 && !workspace)) {
+      (needs_workspace && !workspace)) {
     return Status::invalid_argument;
   }
   const bool fprop = op == Operator::fprop;
@@ -37,8 +38,12 @@ Status launch_conv2d(Operator op, const Selection& selection, const Conv2dProble
       if (op == Operator::wgrad) {
         return launch_direct_wgrad(selection.config, selection.split_k, p, dtype, tensors, workspace, stream);
       }
+      if (!tensors.filter) return Status::invalid_argument;
       return launch_direct_gather(selection.config, make_gather(op, p), dtype, fprop ? tensors.x : tensors.y,
                                   tensors.filter, fprop ? tensors.y : tensors.x, epilogue, stream);
+    case Family::implicit_gemm:
+      if (op == Operator::wgrad) return Status::unsupported;
+      return launch_implicit_gemm(op, selection.config, p, dtype, tensors, epilogue, workspace, stream);
     default:
       return Status::unsupported;
   }
@@ -48,6 +53,9 @@ Status launch_conv2d(Operator op, const Selection& selection, const Conv2dProble
 
 extern "C" FK_EXPORT const freezekit::KernelTable* freezekit_kernel_table() {
   static const freezekit::KernelTable table = {freezekit::launch_conv2d, freezekit::bias_grad_workspace,
-                                               freezekit::launch_bias_grad, freezekit::current_target};
+                                               freezekit::launch_bias_grad, freezekit::launch_filter_transform,
+                                               freezekit::launch_layout_change, freezekit::launch_mask_pack,
+                                               freezekit::launch_mask_apply, freezekit::current_target,
+                                               freezekit::is_capturing};
   return &table;
 }

@@ -19,28 +19,8 @@ namespace freezekit {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kStep = 8;                            // along the reduction
-constexpr int kLoadLanes = kThreads / kStep;        // rows or columns that are loaded at once
-constexpr int32_t kOutside = INT32_MIN / 2;         // a position that no tap brings back into the input
-
-// Where one thread stands in the reduction; steps go over channels first, then taps.
-struct Cursor {
-  int32_t tap_h = 0, tap_w = 0, channel = 0;
-
-  FK_DEVICE void advance(int32_t by, int32_t channels, int32_t taps_w) {
-    channel += by;
-    while (channel >= channels) {
-      channel -= channels;
-      if (++tap_w == taps_w) tap_w = 0, ++tap_h;
-    }
-  }
-};
-
-// The input positions of one output row at tap (0, 0).
-struct RowOrigin {
-  int32_t image = 0;  // n * in_h * in_w
-  int32_t ih = kOutside, iw = 0;
-};
+constexpr int kStep = 8;                      // along the reduction
+constexpr int kLoadLanes = kThreads / kStep;  // rows or columns that are loaded at once
 
 template <class T, int kRows, int kColumns>
 __global__ void __launch_bounds__(kThreads)
@@ -65,15 +45,11 @@ __global__ void __launch_bounds__(kThreads)
   if (row0 >= rows) return;  // a smaller phase than the one the grid was made for
 
   const int32_t lane_l = tid % kStep, lane_m = tid / kStep;
-  RowOrigin origin[kRowLoads];
+  GatherOrigin origin[kRowLoads];
 #pragma unroll
   for (int i = 0; i < kRowLoads; ++i) {
     const int32_t m = row0 + lane_m + i * kLoadLanes;
-    if (m < rows) {
-      int32_t row_h, row_w;
-      const int32_t n = g.decode_row(m, phase_h, phase_w, &row_h, &row_w);
-      origin[i] = {n * g.in_h * g.in_w, h.in_first + row_h * h.in_stride, w.in_first + row_w * w.in_stride};
-    }
+    if (m < rows) origin[i] = g.origin(m, phase_h, phase_w, h, w);
   }
   const int64_t in_channels = static_cast<int64_t>(g.in_c) * g.groups;
   const int32_t in_channel0 = group * g.in_c;
@@ -81,7 +57,7 @@ __global__ void __launch_bounds__(kThreads)
 
   Acc acc[kThreadRows][8] = {};
   const int32_t thread_column = tid % (kColumns / 8) * 8, thread_row = tid / (kColumns / 8) * kThreadRows;
-  Cursor at;
+  GatherCursor at;
   if (h.taps > 0 && w.taps > 0) at.advance(lane_l, g.in_c, w.taps);
   const int32_t reduction = h.taps * w.taps * g.in_c;
   for (int32_t l0 = 0; l0 < reduction; l0 += kStep) {

@@ -16,6 +16,10 @@ struct Tile {
 constexpr Tile kDirectGatherTiles[] = {{64, 64}, {128, 8}};
 constexpr Tile kDirectWgradTiles[] = {{64, 64}, {16, 64}};
 
+// The implicit GEMM's configs. The last one takes channel counts and addresses that the others cannot.
+constexpr Tile kImplicitGemmTiles[] = {{128, 128}, {128, 64}, {64, 64}, {128, 32}, {64, 64}};
+constexpr int kImplicitGemmElements = 4;
+
 // Blocks of a gather's grid along x, in its largest phase.
 inline int64_t gather_blocks(const Gather& g, const Tile& tile) {
   return (g.max_rows() + tile.rows - 1) / tile.rows * ((g.out_c + tile.columns - 1) / tile.columns) * g.groups;
@@ -33,6 +37,18 @@ Status launch_direct_gather(int config, const Gather&, DType, const void* in, co
                             const Epilogue&, Stream);
 Status launch_direct_wgrad(int config, int split_k, const Conv2dProblem&, DType, const Conv2dTensors&, void* workspace,
                            Stream);
+
+// fprop and dgrad. dgrad without tensors.transposed_filter needs filter_numel() elements of workspace for it.
+Status launch_implicit_gemm(Operator, int config, const Conv2dProblem&, DType, const Conv2dTensors&, const Epilogue&,
+                            void* workspace, Stream);
+
+// `filter` is KRSC for fprop and CRSK for dgrad; tf32 takes float.
+Status launch_implicit_gemm_bf16(int config, const Gather&, const void* in, const void* filter, void* out,
+                                 const Epilogue&, Stream);
+Status launch_implicit_gemm_f16(int config, const Gather&, const void* in, const void* filter, void* out,
+                                const Epilogue&, Stream);
+Status launch_implicit_gemm_tf32(int config, const Gather&, const void* in, const void* filter, void* out,
+                                 const Epilogue&, Stream);
 
 // out[i] = sum of partial[s * numel + i] over s, in the order of s. The partial sums are in the accumulator of dtype.
 Status launch_ordered_reduce(const void* partial, void* out, int64_t numel, int32_t slices, DType dtype, Stream);

@@ -58,11 +58,64 @@ Selection select_direct_wgrad(const Conv2dProblem& p, DType dtype, const Target&
   return selection;
 }
 
+// Channels of a group from which on a tensor-core tile is worth its padding.
+constexpr int32_t kMinGroupChannels = 16;
+
+bool has_tensor_core_type(DType dtype, const Target& target) {
+  return dtype == DType::bf16 || dtype == DType::f16 || (dtype == DType::f32 && target.allow_tf32);
+}
+
+// The config of the least estimated time: rounds of blocks over the device, times the work of a tile, over the share of
+// the tensor cores' rate that a tile of that size can keep busy. The shares are estimates from the tiles' ratio of
+// products to loads, not measurements.
+int choose_gemm_tile(const Gather& g, const Target& target) {
+  constexpr double kShare[] = {1.0, 0.85, 0.7, 0.6};
+  int best = 0;
+  double best_time = 0;
+  for (int config = 0; config < kImplicitGemmElements; ++config) {
+    const Tile tile = kImplicitGemmTiles[config];
+    const int64_t blocks = gather_blocks(g, tile) * g.phases_h * g.phases_w;
+    const int64_t rounds = (blocks + std::max(target.sm_count, 1) - 1) / std::max(target.sm_count, 1);
+    const double time = static_cast<double>(rounds) * tile.rows * tile.columns / kShare[config];
+    if (config == 0 || time < best_time) best = config, best_time = time;
+  }
+  return best;
+}
+
+Selection select_implicit_gemm(Operator op, const Conv2dProblem& p, DType dtype, const Target& target) {
+  static const char* const names[2][5] = {
+      {"implicit_gemm_fprop_128x128", "implicit_gemm_fprop_128x64", "implicit_gemm_fprop_64x64",
+       "implicit_gemm_fprop_128x32", "implicit_gemm_fprop_64x64_elements"},
+      {"implicit_gemm_dgrad_128x128", "implicit_gemm_dgrad_128x64", "implicit_gemm_dgrad_64x64",
+       "implicit_gemm_dgrad_128x32", "implicit_gemm_dgrad_64x64_elements"}};
+  const Gather g = make_gather(op, p);
+  const bool whole_chunks = g.in_c * size_of(dtype) % 16 == 0;
+  Selection selection;
+  selection.family = Family::implicit_gemm;
+  selection.config = whole_chunks ? choose_gemm_tile(g, target) : kImplicitGemmElements;
+  selection.kernel = names[op == Operator::dgrad][selection.config];
+  selection.reason = !whole_chunks       ? "input channels that are not whole 16-byte chunks"
+                     : g.is_pointwise() ? "1x1, stride 1: a plain matrix product"
+                                        : "tensor cores, 16-byte chunks of input channels";
+  if (op == Operator::dgrad) selection.workspace_bytes = static_cast<size_t>(p.filter_numel() * size_of(dtype));
+  return selection;
+}
+
+bool implicit_gemm_takes(Operator op, const Conv2dProblem& p, DType dtype, const Target& target) {
+  if (target.sm < 80 || !has_tensor_core_type(dtype, target)) return false;
+  const Gather g = make_gather(op, p);
+  if (g.groups > 1 && (g.in_c < kMinGroupChannels || g.out_c < kMinGroupChannels)) return false;
+  return gather_blocks(g, kImplicitGemmTiles[kImplicitGemmElements]) <= kMaxGridX && g.phases_h <= kMaxGridYZ &&
+         g.phases_w <= kMaxGridYZ;
+}
+
 }  // namespace
 
 Selection select(Operator op, const Conv2dProblem& p, DType dtype, const Target& target) {
   if (!fits_int32(p)) return unsupported("sizes, positions or filter elements beyond 2^30");
-  return op == Operator::wgrad ? select_direct_wgrad(p, dtype, target) : select_direct_gather(op, p);
+  if (op == Operator::wgrad) return select_direct_wgrad(p, dtype, target);
+  if (implicit_gemm_takes(op, p, dtype, target)) return select_implicit_gemm(op, p, dtype, target);
+  return select_direct_gather(op, p);
 }
 
 const char* to_string(Status status) {

@@ -1,4 +1,4 @@
-// What the current device is.
+// What the current device and stream are.
 #include "kernels/api.h"
 #include "kernels/device.h"
 
@@ -19,6 +19,17 @@ Status current_target(Target* target) {
   target->sm_count = 4;  // small, so that split and persistent grids are exercised by small problems
 #endif
   return Status::success;
+}
+
+bool is_capturing([[maybe_unused]] Stream stream) {
+#ifdef __CUDACC__
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  // A stream that cannot be asked is treated as captured: callers then allocate nothing that outlives the call.
+  if (cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status) != cudaSuccess) return true;
+  return status != cudaStreamCaptureStatusNone;
+#else
+  return false;
+#endif
 }
 
 }  // namespace freezekit

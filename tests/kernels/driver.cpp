@@ -38,9 +38,14 @@ EXPORT int driver_conv2d(int op, int dtype, const int64_t* sizes, const int* set
                          void* const* epilogue_pointers, int relu, const char** kernel) {
   const Conv2dProblem problem = problem_of(sizes);
   Target target;
-  target.sm = 80, target.sm_count = settings[0], target.allow_tf32 = settings[1], target.deterministic = settings[2];
+  // Below sm_80 only the families without tensor cores are left.
+  target.sm = settings[3] == static_cast<int>(Family::direct) ? 75 : 80;
+  target.sm_count = settings[0], target.allow_tf32 = settings[1], target.deterministic = settings[2];
   Selection selection = select(static_cast<Operator>(op), problem, static_cast<DType>(dtype), target);
-  if (settings[3] >= 0) selection.family = static_cast<Family>(settings[3]);
+  if (settings[3] >= 0) {
+    selection.family = static_cast<Family>(settings[3]);
+    selection.workspace_bytes = static_cast<size_t>(problem.filter_numel() * 8 * selection.split_k);  // for any family
+  }
   if (settings[4] >= 0) selection.config = settings[4];
   if (settings[5] >= 0) {
     selection.split_k = settings[5];
@@ -62,4 +67,30 @@ EXPORT int driver_bias_grad(const void* dy, void* db, int64_t rows, int64_t k, i
   const KernelTable* table = freezekit_kernel_table();
   const Workspace workspace(table->bias_grad_bytes(rows, k, static_cast<DType>(dtype)));
   return static_cast<int>(table->bias_grad(dy, db, rows, k, static_cast<DType>(dtype), workspace.data(), nullptr));
+}
+
+// strides: of the filter along k, c, r, s. scale may be null.
+EXPORT int driver_filter_transform(const int64_t* sizes, int from, int to, int transposed, const int64_t* strides,
+                                   const void* scale, const void* filter, void* out) {
+  FilterTransform transform;
+  transform.from = static_cast<DType>(from), transform.to = static_cast<DType>(to), transform.transposed = transposed;
+  transform.stride_k = strides[0], transform.stride_c = strides[1];
+  transform.stride_r = strides[2], transform.stride_s = strides[3], transform.scale = scale;
+  return static_cast<int>(
+      freezekit_kernel_table()->filter_transform(problem_of(sizes), transform, filter, out, nullptr));
+}
+
+EXPORT int driver_layout_change(int change, const int64_t* size, int dtype, const void* from, void* to) {
+  return static_cast<int>(freezekit_kernel_table()->layout_change(static_cast<LayoutChange>(change),
+                                                                  {size[0], size[1], size[2], size[3]},
+                                                                  static_cast<DType>(dtype), from, to, nullptr));
+}
+
+EXPORT int driver_mask_pack(const void* x, uint32_t* mask, int64_t numel, int dtype) {
+  return static_cast<int>(freezekit_kernel_table()->mask_pack(x, mask, numel, static_cast<DType>(dtype), nullptr));
+}
+
+EXPORT int driver_mask_apply(const void* x, const uint32_t* mask, void* out, int64_t numel, int dtype) {
+  return static_cast<int>(
+      freezekit_kernel_table()->mask_apply(x, mask, out, numel, static_cast<DType>(dtype), nullptr));
 }

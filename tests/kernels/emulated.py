@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,8 +35,9 @@ def library() -> ctypes.CDLL:
     BUILD.mkdir(parents=True, exist_ok=True)
     objects = [BUILD / f"{source.parent.name}_{source.name}.o" for source in sources]
     out = BUILD / "libkernels.so"
+    compile_one = f"g++ {FLAGS} -I{CSRC} -x c++ -MD -MF $out.d -c $in -o $out"
     lines = [
-        f"rule cc\n  command = g++ {FLAGS} -I{CSRC} -x c++ -MD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
+        f"rule cc\n  command = {compile_one}\n  depfile = $out.d\n  deps = gcc",
         "rule link\n  command = g++ -shared $in -o $out",
         *(f"build {o}: cc {s}" for o, s in zip(objects, sources)),
         f"build {out}: link {' '.join(map(str, objects))}",
@@ -106,7 +109,7 @@ class Epilogue:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a choice depends on, and parts of the choice to force."""
+    """What a choice depends on, parts of the choice to force, and the emulator's schedule."""
 
     sm_count: int = 4
     allow_tf32: bool = False
@@ -114,6 +117,21 @@ class Settings:
     family: str | None = None
     config: int = -1
     split_k: int = -1
+    seed: int = 0
+    cp_async: str = "lazy"
+
+
+@contextlib.contextmanager
+def counters() -> Iterator[dict[str, int]]:
+    """The emulator's counters over the body, filled in at its end."""
+    counted: dict[str, int] = {}
+    library().freezekit_emulator_reset_counters()
+    yield counted
+    library().freezekit_emulator_counter_name.restype = ctypes.c_char_p
+    index = 0
+    while name := library().freezekit_emulator_counter_name(index):
+        counted[name.decode()] = library().freezekit_emulator_counter(name)
+        index += 1
 
 
 def pointer(tensor: Tensor | None) -> int | None:
@@ -152,7 +170,10 @@ def run_conv2d(
     residual = None if epilogue.residual is None else nhwc(epilogue.residual, offset)
     given = [pointer(t) for t in (epilogue.bias, residual, epilogue.mask_out, epilogue.mask_in)]
     family = FAMILIES[settings.family] if settings.family else -1
-    options = [settings.sm_count, settings.allow_tf32, settings.deterministic, family, settings.config, settings.split_k]
+    target = [settings.sm_count, settings.allow_tf32, settings.deterministic]
+    options = [*target, family, settings.config, settings.split_k]
+    library().freezekit_emulator_set_seed(settings.seed)
+    assert library().freezekit_emulator_set_cp_async(settings.cp_async.encode())
     kernel = ctypes.c_char_p()
     status = library().driver_conv2d(
         OPERATORS.index(operator),

@@ -1,0 +1,47 @@
+// Launches the implicit GEMM of a dtype; for dgrad it first makes W' where the caller has none.
+#include "core/gather.h"
+#include "kernels/families.h"
+
+namespace freezekit {
+namespace {
+
+// The filter as KRSC, which is what a kernel's caller gives, into W' in the workspace.
+Status transpose_filter(const Conv2dProblem& p, DType dtype, const void* filter, void* out, Stream stream) {
+  FilterTransform transform;
+  transform.from = transform.to = dtype;
+  transform.transposed = true;
+  transform.stride_c = 1;
+  transform.stride_s = p.c_per_group();
+  transform.stride_r = p.s * transform.stride_s;
+  transform.stride_k = p.r * transform.stride_r;
+  return launch_filter_transform(p, transform, filter, out, stream);
+}
+
+}  // namespace
+
+Status launch_implicit_gemm(Operator op, int config, const Conv2dProblem& p, DType dtype, const Conv2dTensors& tensors,
+                            const Epilogue& epilogue, void* workspace, Stream stream) {
+  const bool dgrad = op == Operator::dgrad;
+  const void* filter = dgrad ? tensors.transposed_filter : tensors.filter;
+  if (!filter) {
+    if (!workspace || !tensors.filter) return Status::invalid_argument;
+    const Status status = transpose_filter(p, dtype, tensors.filter, workspace, stream);
+    if (status != Status::success) return status;
+    filter = workspace;
+  }
+  const void* const in = dgrad ? tensors.y : tensors.x;
+  void* const out = dgrad ? tensors.x : tensors.y;
+  const Gather g = make_gather(op, p);
+  switch (dtype) {
+    case DType::bf16:
+      return launch_implicit_gemm_bf16(config, g, in, filter, out, epilogue, stream);
+    case DType::f16:
+      return launch_implicit_gemm_f16(config, g, in, filter, out, epilogue, stream);
+    case DType::f32:
+      return launch_implicit_gemm_tf32(config, g, in, filter, out, epilogue, stream);
+    default:
+      return Status::unsupported;
+  }
+}
+
+}  // namespace freezekit

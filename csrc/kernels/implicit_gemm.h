@@ -1,0 +1,310 @@
+// fprop and dgrad on tensor cores (sm_80 and later), as one GEMM whose A operand is gathered while it is loaded.
+//
+//   out[n, oh, ow, j] = epilogue(sum over taps (t, u) and channels c of in[n, ih, iw, c] * f[j, t, u, c])
+//
+//   GEMM        | index                  | fprop         | dgrad
+//   row m       | output position        | n, p, q       | n and the h, w of the phase
+//   column j    | output channel         | k of a group  | c of a group
+//   reduction l | tap and input channel  | r, s, c       | the phase's r, s and k
+//   A[m][l]     | in                     | x, NHWC       | dy, NHWC
+//   B[l][j]     | f[j][t][u][c]          | filter, KRSC  | W', the filter as CRSK (filter_transform.cu)
+//
+// core/gather.h says which taps and positions meet; a phase of a strided dgrad is one (blockIdx.y, blockIdx.z), and one
+// without taps stores the epilogue of zero. Types: bf16 and f16, and float through tf32; sums are fp32.
+//
+// Mainloop: rows of both operands are cut into chunks of 16 bytes along l; a k-tile is four chunks wide, so that a row
+// of it takes 64 bytes of shared memory. cp.async fills a ring of `stages` k-tiles, ldmatrix reads them as fragments.
+// Chunk `c` of row `r` lies at 16-byte slot c ^ (r / 2 % 4) of its row: eight rows in a column of chunks then touch all
+// 32 banks once. Each thread loads the same chunk column of every k-tile, so it walks the reduction with one cursor.
+//
+// Alignment: Access::pointwise and Access::chunks need input channels of a group in whole chunks and 16-byte aligned
+// pointers; Access::elements takes anything, by ordinary loads of single elements.
+#pragma once
+
+#include "core/gather.h"
+#include "kernels/epilogue.h"
+#include "kernels/families.h"
+#include "kernels/ptx.h"
+
+namespace freezekit {
+
+enum class Access {
+  pointwise,  // a 1x1 filter, stride 1, no padding: row m of A is row m of the input, a plain GEMM
+  chunks,     // taps and padding, 16 bytes at a time
+  elements,   // the same for any channel count
+};
+
+constexpr int kChunkBytes = 16;
+constexpr int kTileChunks = 4;                            // chunks along l in one k-tile
+constexpr int kTileRowBytes = kChunkBytes * kTileChunks;  // 32 values of 16 bits, 16 of 32 bits
+constexpr int kWarpColumns = 32;
+constexpr int kPatchPitch = kWarpColumns + 8;             // floats; rows of a patch start 8 banks apart
+
+// D[16][8] += A[16][2 chunks] * B[2 chunks][8] of fragments as ldmatrix gives them.
+template <class T>
+FK_DEVICE void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  if constexpr (std::is_same_v<T, float>) {
+    ptx::mma_m16n8k8_tf32(d, a, b);
+  } else {
+    ptx::mma_m16n8k16<T>(d, a, b);
+  }
+}
+
+// The tensor core drops the low bits of an fp32 value; rounding first halves the error.
+template <class T>
+FK_DEVICE void round_fragment(uint32_t (&fragment)[4]) {
+  if constexpr (std::is_same_v<T, float>) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) fragment[i] = ptx::to_tf32(__uint_as_float(fragment[i]));
+  }
+}
+
+FK_DEVICE int32_t chunk_offset(int32_t row, int32_t chunk) {
+  return row * kTileRowBytes + ((chunk ^ (row >> 1 & 3)) * kChunkBytes);
+}
+
+// The shape of a block's work; warps lie in a grid of warp_rows x (columns / 32).
+template <int kRowsOfTile, int kColumnsOfTile, int kWarpRows, int kStagesOfTile>
+struct GemmTile {
+  static constexpr int kRows = kRowsOfTile, kColumns = kColumnsOfTile, kStages = kStagesOfTile;
+  static constexpr int kWarpTileRows = kRows / kWarpRows, kWarpsAcross = kColumns / kWarpColumns;
+  static constexpr int kWarps = kWarpRows * kWarpsAcross, kThreads = kWarps * 32;
+  static constexpr int kStageBytes = (kRows + kColumns) * kTileRowBytes;
+  static constexpr int kPatchBytes = 16 * kPatchPitch * 4;  // one warp's, for the epilogue
+  static constexpr int kSharedBytes = kStages * kStageBytes;
+  static constexpr int kLoadRows = kThreads / kTileChunks;  // rows that the block loads at once
+  static_assert(kWarps * kPatchBytes <= kSharedBytes, "the epilogue reuses the memory of the ring");
+};
+
+// One thread's share of loading k-tiles: chunk column threadIdx.x % 4 of rows threadIdx.x / 4 + i * kLoadRows.
+template <class T, class Tile, Access kAccess>
+struct Loader {
+  static constexpr int kChunk = kChunkBytes / sizeof(T);
+  static constexpr int kInRows = Tile::kRows / Tile::kLoadRows;
+  static constexpr int kFilterRows = Tile::kColumns / Tile::kLoadRows;
+
+  const T* in;      // at the first channel of the group
+  const T* filter;  // at the first row of the tile
+  GatherOrigin origin[kInRows];
+  GatherCursor at;
+  int32_t filter_rows;  // of the tile that exist
+
+  FK_DEVICE void start(const Gather& g, const GatherAxis& h, const GatherAxis& w, const T* in_all, const T* filter_all,
+                       int32_t row0, int32_t rows, int32_t column0, int32_t group) {
+    const int32_t tid = static_cast<int32_t>(threadIdx.x);
+    in = in_all + static_cast<int64_t>(group) * g.in_c;
+    filter = filter_all + (static_cast<int64_t>(group) * g.out_c + column0) * g.filter_row();
+    filter_rows = g.out_c - column0;
+#pragma unroll
+    for (int i = 0; i < kInRows; ++i) {
+      const int32_t m = row0 + tid / kTileChunks + i * Tile::kLoadRows;
+      if (m >= rows) continue;
+      if constexpr (kAccess == Access::pointwise) {
+        origin[i] = {m, 0, 0};
+      } else {
+        origin[i] = g.origin(m, static_cast<int32_t>(blockIdx.y), static_cast<int32_t>(blockIdx.z), h, w);
+      }
+    }
+    if (h.taps > 0 && w.taps > 0) at.advance(tid % kTileChunks * kChunk, g.in_c, w.taps);
+  }
+
+  // Whether row i meets the input at the cursor's tap, and where: as a position n, h, w.
+  FK_DEVICE bool position(const Gather& g, const GatherAxis& h, const GatherAxis& w, const GatherCursor& cursor, int i,
+                          int32_t* position) const {
+    if constexpr (kAccess == Access::pointwise) {
+      *position = origin[i].image;
+      return origin[i].ih == 0 && cursor.tap_h == 0;
+    } else {
+      const int32_t ih = origin[i].ih + cursor.tap_h * h.in_step, iw = origin[i].iw + cursor.tap_w * w.in_step;
+      *position = origin[i].image + ih * g.in_w + iw;
+      return cursor.tap_h < h.taps && ih >= 0 && ih < g.in_h && iw >= 0 && iw < g.in_w;
+    }
+  }
+
+  FK_DEVICE static int32_t filter_offset(const Gather& g, const GatherAxis& h, const GatherAxis& w,
+                                         const GatherCursor& cursor) {
+    if constexpr (kAccess == Access::pointwise) return cursor.channel;
+    const int32_t r = h.filter_first + cursor.tap_h * h.filter_step, s = w.filter_first + cursor.tap_w * w.filter_step;
+    return (r * g.w.taps + s) * g.in_c + cursor.channel;
+  }
+
+  // Fills a stage with the k-tile at the cursor, zeros where there is nothing, and moves on to the next.
+  FK_DEVICE void load(const Gather& g, const GatherAxis& h, const GatherAxis& w, unsigned char* stage) {
+    const int32_t tid = static_cast<int32_t>(threadIdx.x);
+    const int32_t row = tid / kTileChunks, chunk = tid % kTileChunks;
+    const int32_t in_channels = g.in_c * g.groups;
+    unsigned char* const filter_stage = stage + Tile::kRows * kTileRowBytes;
+    if constexpr (kAccess == Access::elements) {
+      load_elements(g, h, w, in_channels, stage, filter_stage);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kInRows; ++i) {
+        int32_t there;
+        const bool inside = position(g, h, w, at, i, &there);
+        const T* const from = inside ? in + static_cast<int64_t>(there) * in_channels + at.channel : in;
+        ptx::cp_async<kChunkBytes>(stage + chunk_offset(row + i * Tile::kLoadRows, chunk), from, inside);
+      }
+      const T* const from = filter + filter_offset(g, h, w, at);
+      const bool tap_inside = kAccess == Access::pointwise ? at.tap_h == 0 : at.tap_h < h.taps;
+#pragma unroll
+      for (int i = 0; i < kFilterRows; ++i) {
+        const int32_t j = row + i * Tile::kLoadRows;
+        const bool inside = tap_inside && j < filter_rows;
+        const T* const from_row = inside ? from + static_cast<int64_t>(j) * g.filter_row() : filter;
+        ptx::cp_async<kChunkBytes>(filter_stage + chunk_offset(j, chunk), from_row, inside);
+      }
+    }
+    at.advance(kTileChunks * kChunk, g.in_c, w.taps);
+  }
+
+  FK_DEVICE void load_elements(const Gather& g, const GatherAxis& h, const GatherAxis& w, int32_t in_channels,
+                               unsigned char* stage, unsigned char* filter_stage) {
+    const int32_t tid = static_cast<int32_t>(threadIdx.x);
+    const int32_t row = tid / kTileChunks, chunk = tid % kTileChunks;
+    T values[kInRows + kFilterRows][kChunk];
+    GatherCursor element = at;
+#pragma unroll
+    for (int e = 0; e < kChunk; ++e) {
+#pragma unroll
+      for (int i = 0; i < kInRows; ++i) {
+        int32_t there;
+        const bool inside = position(g, h, w, element, i, &there);
+        const T* const from = in + static_cast<int64_t>(there) * in_channels + element.channel;
+        values[i][e] = inside ? load_global(from) : cast<T>(0.0f);
+      }
+      const T* const from = filter + filter_offset(g, h, w, element);
+#pragma unroll
+      for (int i = 0; i < kFilterRows; ++i) {
+        const int32_t j = row + i * Tile::kLoadRows;
+        const bool inside = element.tap_h < h.taps && j < filter_rows;
+        values[kInRows + i][e] = inside ? load_global(from + static_cast<int64_t>(j) * g.filter_row()) : cast<T>(0.0f);
+      }
+      element.advance(1, g.in_c, w.taps);
+    }
+#pragma unroll
+    for (int i = 0; i < kInRows + kFilterRows; ++i) {
+      uint4 packed;
+      memcpy(&packed, values[i], kChunkBytes);
+      unsigned char* const to = i < kInRows ? stage + chunk_offset(row + i * Tile::kLoadRows, chunk)
+                                            : filter_stage + chunk_offset(row + (i - kInRows) * Tile::kLoadRows, chunk);
+      *reinterpret_cast<uint4*>(to) = packed;
+    }
+  }
+};
+
+// acc += the product of one k-tile; acc[i][j] is the 16 x 8 fragment at rows 16 * i, columns 8 * j of the warp's tile.
+template <class T, class Tile>
+FK_DEVICE void multiply_tile(float (&acc)[Tile::kWarpTileRows / 16][kWarpColumns / 8][4], const unsigned char* stage,
+                             int32_t warp_row, int32_t warp_column, int32_t lane) {
+  const unsigned char* const filter_stage = stage + Tile::kRows * kTileRowBytes;
+#pragma unroll
+  for (int step = 0; step < kTileChunks / 2; ++step) {
+    // Matrices of one ldmatrix: for A rows 0-7 and 8-15 of the first chunk, then of the second; for B both chunks of
+    // columns 0-7, then of columns 8-15.
+    uint32_t b[kWarpColumns / 16][4];
+#pragma unroll
+    for (int j = 0; j < kWarpColumns / 16; ++j) {
+      const int32_t column = warp_column + 16 * j + lane / 16 * 8 + lane % 8;
+      ptx::ldmatrix(b[j], filter_stage + chunk_offset(column, 2 * step + lane / 8 % 2));
+      round_fragment<T>(b[j]);
+    }
+#pragma unroll
+    for (int i = 0; i < Tile::kWarpTileRows / 16; ++i) {
+      uint32_t a[4];
+      ptx::ldmatrix(a, stage + chunk_offset(warp_row + 16 * i + lane % 16, 2 * step + lane / 16));
+      round_fragment<T>(a);
+#pragma unroll
+      for (int j = 0; j < kWarpColumns / 8; ++j) {
+        const uint32_t half[2] = {b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]};
+        multiply<T>(acc[i][j], a, half);
+      }
+    }
+  }
+}
+
+// Lanes hold pairs of columns in rows far apart; through a patch of shared memory a lane gets eight neighbouring columns
+// of one row, the unit of the epilogue, and four lanes store a run of 32 channels.
+template <int kFlags, class T, class Tile>
+FK_DEVICE void finish_tile(const float (&acc)[Tile::kWarpTileRows / 16][kWarpColumns / 8][4], const Gather& g,
+                           const GatherAxis& h, const GatherAxis& w, const EpilogueParameters<T>& epilogue,
+                           float* patch, int32_t row0, int32_t rows, int32_t column0, int32_t group, int32_t lane) {
+  const int32_t column = column0 + lane % 4 * 8;
+  const int32_t count = g.out_c - column < 8 ? g.out_c - column : 8;
+  const int64_t channel = static_cast<int64_t>(group) * g.out_c + column;
+#pragma unroll
+  for (int i = 0; i < Tile::kWarpTileRows / 16; ++i) {
+#pragma unroll
+    for (int j = 0; j < kWarpColumns / 8; ++j) {
+      float* const to = patch + lane / 4 * kPatchPitch + 8 * j + lane % 4 * 2;
+      *reinterpret_cast<float2*>(to) = make_float2(acc[i][j][0], acc[i][j][1]);
+      *reinterpret_cast<float2*>(to + 8 * kPatchPitch) = make_float2(acc[i][j][2], acc[i][j][3]);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int32_t row = half * 8 + lane / 4, m = row0 + 16 * i + row;
+      if (m >= rows || count <= 0) continue;
+      const float4* const from = reinterpret_cast<const float4*>(patch + row * kPatchPitch + lane % 4 * 8);
+      const float4 low = from[0], high = from[1];
+      float run[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+      int64_t offset;
+      if (g.rows_are_dense()) {
+        offset = static_cast<int64_t>(m) * (g.out_c * g.groups);
+      } else {
+        int32_t row_h, row_w;
+        const int32_t n = g.decode_row(m, static_cast<int32_t>(blockIdx.y), static_cast<int32_t>(blockIdx.z), &row_h,
+                                       &row_w);
+        offset = g.out_offset(n, h.out_first + row_h * h.out_step, w.out_first + row_w * w.out_step);
+      }
+      finish_run<kFlags>(epilogue, run, offset + channel, static_cast<int32_t>(channel), count);
+    }
+    __syncwarp();  // the next fragment overwrites the patch
+  }
+}
+
+template <class T, class Tile, Access kAccess, int kFlags>
+__global__ void __launch_bounds__(Tile::kThreads)
+    conv2d_implicit_gemm_kernel(const Gather g, const T* __restrict__ in, const T* __restrict__ filter,
+                                const EpilogueParameters<T> epilogue) {
+  FK_DYNAMIC_SHARED(shared);
+  const GatherAxis h = g.axis_h(static_cast<int32_t>(blockIdx.y)), w = g.axis_w(static_cast<int32_t>(blockIdx.z));
+  const int32_t rows = g.batch * h.count * w.count;
+  const int32_t column_tiles = (g.out_c + Tile::kColumns - 1) / Tile::kColumns;
+  const int32_t block = static_cast<int32_t>(blockIdx.x);
+  const int32_t column0 = block % column_tiles * Tile::kColumns;
+  const int32_t group = block / column_tiles % g.groups;
+  const int32_t row0 = block / column_tiles / g.groups * Tile::kRows;
+  if (row0 >= rows) return;  // a smaller phase than the one the grid was made for
+
+  constexpr int kTileValues = kTileRowBytes / static_cast<int>(sizeof(T));
+  const int32_t tiles = (h.taps * w.taps * g.in_c + kTileValues - 1) / kTileValues;
+  Loader<T, Tile, kAccess> loader;
+  loader.start(g, h, w, in, filter, row0, rows, column0, group);
+#pragma unroll 1
+  for (int32_t i = 0; i < Tile::kStages - 1; ++i) {
+    if (i < tiles) loader.load(g, h, w, shared + i * Tile::kStageBytes);
+    ptx::cp_async_commit();  // empty groups too: the wait below counts groups
+  }
+
+  const int32_t warp = static_cast<int32_t>(threadIdx.x) / 32, lane = static_cast<int32_t>(threadIdx.x) % 32;
+  const int32_t warp_row = warp / Tile::kWarpsAcross * Tile::kWarpTileRows;
+  const int32_t warp_column = warp % Tile::kWarpsAcross * kWarpColumns;
+  float acc[Tile::kWarpTileRows / 16][kWarpColumns / 8][4] = {};
+  int32_t stage = 0;
+  for (int32_t tile = 0; tile < tiles; ++tile) {
+    ptx::cp_async_wait<Tile::kStages - 2>();
+    __syncthreads();  // the k-tile is there for all, and nobody reads the stage that is refilled next
+    const int32_t refill = stage == 0 ? Tile::kStages - 1 : stage - 1;
+    if (tile + Tile::kStages - 1 < tiles) loader.load(g, h, w, shared + refill * Tile::kStageBytes);
+    ptx::cp_async_commit();
+    multiply_tile<T, Tile>(acc, shared + stage * Tile::kStageBytes, warp_row, warp_column, lane);
+    stage = stage == Tile::kStages - 1 ? 0 : stage + 1;
+  }
+  ptx::cp_async_wait<0>();
+  __syncthreads();  // the ring becomes the warps' patches
+
+  float* const patch = reinterpret_cast<float*>(shared + warp * Tile::kPatchBytes);
+  finish_tile<kFlags, T, Tile>(acc, g, h, w, epilogue, patch, row0 + warp_row, rows, column0 + warp_column, group, lane);
+}
+
+}  // namespace freezekit

@@ -1,0 +1,86 @@
+"""Bias, residual, ReLU with its mask and mask in: one meaning in every family that has an epilogue."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from .emulated import Epilogue, KernelError, Problem, Settings, run_conv2d
+from .reference import conv2d, finish, operands, pack_mask
+
+PARTS = ("bias", "residual", "relu", "mask_in")
+# Runs that own whole bytes, then ragged channels whose mask words straddle rows, tiles and groups.
+PROBLEMS = [
+    Problem(n=1, c=16, k=72, h=5, w=3),
+    Problem(n=2, c=11, k=37, h=4, w=5, stride=(2, 1)),
+    Problem(n=1, c=40, k=40, h=5, w=5, groups=2, stride=(2, 2)),
+    Problem(n=1, c=9, k=9, h=3, w=3, groups=3),
+    Problem(n=1, c=8, k=8, h=3, w=3, r=1, s=1, pad=(0, 0), stride=(2, 2)),
+]
+FAMILIES = {
+    "direct": [torch.float32, torch.float64, torch.float16, torch.bfloat16],
+    "implicit_gemm": [torch.float32, torch.float16, torch.bfloat16],
+}
+
+
+def integers(size: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
+    return torch.randint(-4, 5, size, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def check(operator: str, problem: Problem, dtype: torch.dtype, parts: set[str], settings: Settings) -> None:
+    first, second = operands(operator, problem, dtype, integers=True)
+    size = problem.sizes["y" if operator == "fprop" else "x"]
+    words = (size[0] * size[1] * size[2] * size[3] + 31) // 32
+    keep_in = integers(size, torch.float32, 3) > 0 if "mask_in" in parts else None
+    epilogue = Epilogue(
+        bias=integers((size[1],), dtype, 1) if "bias" in parts else None,
+        residual=integers(size, dtype, 2) if "residual" in parts else None,
+        relu="relu" in parts,
+        mask_out=torch.full((words,), -1, dtype=torch.int32) if "relu" in parts else None,
+        mask_in=None if keep_in is None else pack_mask(keep_in),
+    )
+    actual, kernel = run_conv2d(operator, problem, first, second, epilogue, settings)
+    expected, keep = finish(conv2d(operator, problem, first, second), epilogue, keep_in, dtype)
+    assert torch.equal(actual, expected.to(dtype)), (kernel, problem)
+    if epilogue.mask_out is not None:
+        assert torch.equal(epilogue.mask_out, pack_mask(keep)), (kernel, problem)
+
+
+@pytest.mark.parametrize("operator", ["fprop", "dgrad"])
+@pytest.mark.parametrize(("family", "dtype"), [(f, d) for f, dtypes in FAMILIES.items() for d in dtypes], ids=str)
+def test_every_combination(family: str, dtype: torch.dtype, operator: str) -> None:
+    for problem in PROBLEMS[:2]:
+        for count in range(len(PARTS) + 1):
+            for parts in itertools.combinations(PARTS, count):
+                check(operator, problem, dtype, set(parts), Settings(family=family, allow_tf32=True))
+
+
+@pytest.mark.parametrize("operator", ["fprop", "dgrad"])
+@pytest.mark.parametrize(("family", "dtype"), [(f, d) for f, dtypes in FAMILIES.items() for d in dtypes], ids=str)
+@pytest.mark.parametrize("problem", PROBLEMS[2:], ids=str)
+def test_groups_and_phases(family: str, dtype: torch.dtype, operator: str, problem: Problem) -> None:
+    check(operator, problem, dtype, set(PARTS), Settings(family=family, allow_tf32=True))
+
+
+def test_the_mask_is_of_the_rounded_value_and_nan_passes() -> None:
+    """As torch: the gradient of relu(y) asks whether the stored y is at most 0, which no NaN is."""
+    problem = Problem(n=1, c=1, k=1, h=1, w=3, r=1, s=1, pad=(0, 0))
+    x = torch.tensor([1e-4, float("nan"), -1.0], dtype=torch.float16).view(1, 1, 1, 3)
+    weight = torch.full((1, 1, 1, 1), 1e-4, dtype=torch.float16)  # 1e-8 rounds to 0 in fp16
+    mask = torch.zeros(1, dtype=torch.int32)
+    actual, _ = run_conv2d("fprop", problem, x, weight, Epilogue(relu=True, mask_out=mask), Settings(family="direct"))
+    assert mask.item() == 0b010
+    assert torch.equal(actual.isnan().flatten(), torch.tensor([False, True, False]))
+    assert actual.flatten()[0] == 0
+
+
+def test_what_an_operator_cannot_do_is_refused() -> None:
+    problem = Problem(n=1, c=2, k=2, h=3, w=3)
+    words = torch.zeros(1, dtype=torch.int32)
+    with pytest.raises(KernelError, match="invalid_argument"):
+        run_conv2d("wgrad", problem, *operands("wgrad", problem, torch.float32, True), Epilogue(relu=True))
+    with pytest.raises(KernelError, match="invalid_argument"):
+        run_conv2d("fprop", problem, *operands("fprop", problem, torch.float32, True), Epilogue(mask_out=words))
