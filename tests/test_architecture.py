@@ -19,17 +19,17 @@ MAY_INCLUDE = {
     "kernels": {"kernels", "core", "emulator"},
     "cpu": {"cpu", "core"},
     "torch": {"torch", "kernels", "core", "cpu"},
-    "python": {"torch", "kernels", "core"},
+    "python": {"python", "torch", "kernels", "core"},
 }
 TORCH_HEADER = re.compile(r"^(ATen|c10|torch|caffe2|pybind11|Python\.h)(/|$)")
 
 # Python modules by layer: one may import its own layer and those before it.
 LAYERS = [
-    {"_extension", "_C", "backends"},
+    {"_extension", "_C", "backends", "constants"},
     {"functional"},
     {"nn"},
     {"conversion", "freezing", "guard", "schedule", "distributed", "fuse", "_ranks", "_rewrap"},
-    {"audit", "explain", "plan", "profile", "info", "selftest", "cli"},
+    {"audit", "explain", "plan", "profile", "profiling", "info", "selftest", "cli"},
 ]
 
 

@@ -7,10 +7,10 @@
 #include <string>
 
 #include "kernels/api.h"
+#include "python/bindings.h"
 #include "torch/kernel_library.h"
 #include "torch/native.h"
 
-namespace py = pybind11;
 using namespace freezekit;
 
 namespace {
@@ -95,4 +95,5 @@ PYBIND11_MODULE(_C, m) {
         py::arg("padding") = Pair{0, 0}, py::arg("dilation") = Pair{1, 1}, py::arg("groups") = 1, py::kw_only(),
         py::arg("sm") = 80, py::arg("sm_count") = 108, py::arg("allow_tf32") = false,
         py::arg("deterministic") = false);
+  bind_constants(m);
 }

@@ -1,0 +1,12 @@
+// The parts of freezekit._C, one a file.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace py = pybind11;
+
+namespace freezekit {
+
+void bind_constants(py::module_& parent);
+
+}  // namespace freezekit
