@@ -63,6 +63,9 @@ Fiber::Fiber(void (*entry)()) {
   mprotect(memory_, guard, PROT_NONE);
   stack_bottom_ = memory_ + guard;
   stack_size_ = kStackBytes;
+#ifdef FK_EMULATOR_TSAN
+  tsan_thread_ = tsan_create_thread();
+#endif
 #ifdef FK_EMULATOR_UCONTEXT
   getcontext(&context_);
   context_.uc_stack.ss_sp = memory_ + guard;
@@ -87,6 +90,9 @@ Fiber::~Fiber() {
   if (!memory_) return;
 #ifdef __SANITIZE_ADDRESS__
   ASAN_UNPOISON_MEMORY_REGION(stack_bottom_, stack_size_);  // frames that a failed launch left behind
+#endif
+#ifdef FK_EMULATOR_TSAN
+  tsan_destroy_thread(tsan_thread_);
 #endif
   munmap(memory_, static_cast<size_t>(sysconf(_SC_PAGESIZE)) + kStackBytes);
 }

@@ -33,9 +33,6 @@ class Fiber {
   // Leaves `from` (the running fiber) and goes on where this one was left. `from_ends`: it is never entered again.
   void enter(Fiber& from, bool from_ends = false);
 
-  // Under TSan: the logical thread that runs on this fiber from the next enter() on.
-  void set_tsan_thread(void* thread) { tsan_thread_ = thread; }
-
  private:
   friend void fiber_started();
   void before_switch(Fiber& from, bool from_ends);
@@ -50,7 +47,7 @@ class Fiber {
   void* fake_stack_ = nullptr;          // ASan's
   const void* stack_bottom_ = nullptr;  // ASan's idea of this stack
   size_t stack_size_ = 0;
-  void* tsan_thread_ = nullptr;
+  void* tsan_thread_ = nullptr;  // TSan's logical thread
 };
 
 // The first thing that an entry function calls.

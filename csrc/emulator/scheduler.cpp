@@ -1,7 +1,7 @@
 // Runs the blocks of a launch one by one, and the threads of a block on fibers.
 //
 // A fiber that has ended its thread takes the next one that has not started, so a kernel without barriers runs as plain
-// calls. Under TSan every thread has a fiber of its own: another thread on the same stack would look like a race on it.
+// calls. Under TSan every thread of a block has a fiber of its own, which is one of TSan's logical threads.
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
@@ -74,15 +74,26 @@ void switch_to(Fiber& fiber, bool ends = false) {
   fiber.enter(from, ends);
 }
 
+Fiber& new_fiber() {
+  fibers.push_back(std::make_unique<Fiber>(fiber_main));
+  return *fibers.back();
+}
+
+Fiber& free_fiber_for(const Thread& t) {
+  if (kThreadSanitizer) {
+    const auto slot = static_cast<size_t>(tsan_slot_of(index_of(t)));
+    while (fibers.size() <= slot) new_fiber();
+    return *fibers[slot];
+  }
+  if (idle.empty()) return new_fiber();
+  Fiber& last = *idle.back();
+  idle.pop_back();
+  return last;
+}
+
 void start(Thread& t) {
   const AsHost as_host;
-  if (idle.empty()) {
-    fibers.push_back(std::make_unique<Fiber>(fiber_main));
-    idle.push_back(fibers.back().get());
-  }
-  t.fiber = idle.back();
-  idle.pop_back();
-  t.fiber->set_tsan_thread(tsan_thread_of(index_of(t)));
+  t.fiber = &free_fiber_for(t);
   t.state = State::ready;
 }
 
@@ -152,7 +163,6 @@ void run_block(unsigned number, size_t dynamic_shared_bytes) {
   cursor = 0;
   tsan_begin_block(block.alive);
   go_on_with(*next_thread());
-  if (kThreadSanitizer) fibers.clear();
   end_shared_memory();
 }
 

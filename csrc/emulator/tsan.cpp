@@ -7,6 +7,7 @@
 
 extern "C" {
 void* __tsan_create_fiber(unsigned flags);
+void __tsan_destroy_fiber(void* fiber);
 void* __tsan_get_current_fiber();
 void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 }
@@ -14,8 +15,9 @@ void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 namespace freezekit::emulator {
 namespace {
 
-// GCC's TSan knows 8128 threads. Blocks take disjoint ones as far as these go, so that nothing orders them, then rotate.
-constexpr int kLogicalThreads = 6000;
+// So many that some blocks in a row have threads of their own; then slots are used again, by another thread of the block
+// each time. TSan's clocks have an entry a thread, so more of them would cost time.
+constexpr int kSlots = 1024;
 constexpr unsigned kNoOrder = 1;  // __tsan_switch_to_fiber_no_sync
 
 struct Tags {
@@ -23,7 +25,6 @@ struct Tags {
   char warp[32][2][8];
 };
 
-std::vector<void*> logical_threads;
 int block_number = 0, block_threads = 0;
 void* host = nullptr;
 char host_tag, end_tag;
@@ -31,6 +32,8 @@ std::vector<Tags*> tags;  // of the blocks of this launch: no two blocks meet at
 
 }  // namespace
 
+void* tsan_create_thread() { return __tsan_create_fiber(0); }
+void tsan_destroy_thread(void* thread) { __tsan_destroy_fiber(thread); }
 void* tsan_current_thread() { return __tsan_get_current_fiber(); }
 void tsan_switch_thread(void* thread) { __tsan_switch_to_fiber(thread, kNoOrder); }
 
@@ -51,12 +54,9 @@ void tsan_end_launch() {
 void tsan_learn_from_host() { tsan_acquire(&host_tag); }
 void tsan_tell_host() { tsan_release(&end_tag); }
 
-void* tsan_thread_of(int thread) {
-  const int sets = std::max(1, kLogicalThreads / block_threads);
-  const int within = (thread + block_number / sets) % block_threads;
-  const auto slot = static_cast<size_t>(block_number % sets * block_threads + within);
-  while (logical_threads.size() <= slot) logical_threads.push_back(__tsan_create_fiber(0));
-  return logical_threads[slot];
+int tsan_slot_of(int thread) {
+  const int sets = std::max(1, kSlots / block_threads);
+  return block_number % sets * block_threads + (thread + block_number / sets) % block_threads;
 }
 
 void* tsan_barrier_tag(unsigned generation) { return tags.back()->barrier[generation & 1]; }

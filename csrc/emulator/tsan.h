@@ -20,6 +20,8 @@ inline void tsan_release(void* tag) { __tsan_release(tag); }
 inline void tsan_read(const void* p, size_t bytes) { __tsan_read_range(const_cast<void*>(p), bytes); }
 inline void tsan_write(void* p, size_t bytes) { __tsan_write_range(p, bytes); }
 
+void* tsan_create_thread();
+void tsan_destroy_thread(void* thread);
 void* tsan_current_thread();
 void tsan_switch_thread(void* thread);  // without ordering the two
 
@@ -30,8 +32,8 @@ void tsan_end_launch();
 void tsan_learn_from_host();
 void tsan_tell_host();
 
-// Logical thread of a thread of the running block.
-void* tsan_thread_of(int thread);
+// Number of the logical thread for a thread of the running block. Blocks take turns with disjoint sets of them.
+int tsan_slot_of(int thread);
 
 // Places that happens-before hangs on. Two by turns: with one, a thread that leaves a barrier would also acquire what
 // faster threads release on arriving at the next one, and write-after-read races would not show.
@@ -64,7 +66,7 @@ inline void tsan_begin_block(int) {}
 inline void tsan_end_launch() {}
 inline void tsan_learn_from_host() {}
 inline void tsan_tell_host() {}
-inline void* tsan_thread_of(int) { return nullptr; }
+inline int tsan_slot_of(int) { return 0; }
 inline void* tsan_barrier_tag(unsigned) { return nullptr; }
 inline void* tsan_warp_tag(int, unsigned) { return nullptr; }
 
