@@ -81,8 +81,8 @@ def freeze(
     _set_statistics(result, selection, held=norm == "freeze")
     for one in optimizers:
         _keep_way_back(result, one, params, names, state)
-        if remove:
-            result.removed += names_of(optim.take_out(one, params, state), names)
+        leaving = params if remove else optim.orphans(one, params)
+        result.removed += names_of(optim.take_out(one, leaving, state), names)
     return result
 
 

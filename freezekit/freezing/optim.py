@@ -110,6 +110,12 @@ def take_out(optimizer: Optimizer, params: Iterable[nn.Parameter], state: StateP
     return taken
 
 
+def orphans(optimizer: Optimizer, params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Those of ``params`` with state and no group, as a removal by hand leaves them: ``state_dict()`` fails on them."""
+    inside = group_of(optimizer)
+    return [p for p in params if p in optimizer.state and id(p) not in inside]
+
+
 def _remember_order(optimizer: Optimizer, index: int) -> None:
     order = removed_from(optimizer).order.setdefault(index, [])
     known = {id(p) for p in order}
@@ -209,7 +215,6 @@ class Membership:
         take_out(self.optimizer, self.outside + self.strangers, "keep")
         for param in self.strangers:
             record.group.pop(param, None)
-            record.state.pop(param, None)
         if isinstance(self.optimizer, LBFGS) and self.forgotten:
             self.optimizer.state.clear()
         groups = group_of(self.optimizer)

@@ -132,7 +132,8 @@ class _Index:
         return f"{pattern!r} matches no module or parameter of {type(self.model).__name__}; {hint}"
 
     def text_hits(self, pattern: str) -> bool:
-        names = [name for name in (*self.modules, *self.params) if name]
+        params = (name for name, _ in self.model.named_parameters(remove_duplicate=False))
+        names = [name for name in (*self.modules, *params) if name]
         return pattern in names or any(fnmatch.fnmatchcase(name, pattern) for name in names)
 
     def top(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""Over random nets, patterns, optimizers, schedulers and sequences: frozen is bit-identical, trainable moves as in torch.
+"""Over random nets, patterns, optimizers and sequences: frozen is bit-identical, trainable moves as in stock torch.
 
 Each example runs twice: once through freezekit, and once by hand with stock torch alone (`Stock`), which never removes
 a parameter, never saves and never loads. Parameters, statistics and learning rates of the two must agree in every bit.
@@ -20,6 +20,7 @@ from torch.optim import LBFGS, Optimizer
 from freezekit.freezing import freeze, freeze_state, load_freeze_state, unfreeze
 from freezekit.freezing.bits import same_bits
 from freezekit.freezing.held import frozen_tensors
+from freezekit.freezing.patterns import select
 from freezekit.guard import guard
 from tests.freezing.cases import LAYERS, SCHEDULERS, Choice, batch, choices, net
 
@@ -92,7 +93,14 @@ def patterns_of(model: nn.Module) -> list[Any]:
     names = [name for name, m in model.named_modules() if name and m.state_dict()]
     params = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     kinds = {type(m) for m in model.modules() if next(m.parameters(), None) is not None}
-    return [*names, *params, "*weight", "0*", *sorted(kinds, key=lambda k: k.__name__), lambda n, p: n.endswith("weight")]
+    return [
+        *names,
+        *params,
+        "*weight",
+        "*0*",
+        *sorted(kinds, key=lambda k: k.__name__),
+        lambda n, p: n.endswith("weight"),
+    ]
 
 
 class Run:
@@ -180,19 +188,20 @@ class Run:
 
 
 def selected(model: nn.Module, pattern: Any) -> tuple[list[str], list[str]]:
-    from freezekit.freezing.patterns import select
-
     found = select(model, [pattern])
     return list(found.params), list(found.norms)
 
 
+PATTERN = st.integers(0, 99)  # an index into `patterns_of`, modulo its length
 OPERATIONS = st.one_of(
     st.tuples(st.just("learn"), st.integers(1, 2)),
-    st.tuples(st.just("freeze"), st.integers(0, 99), st.booleans(), st.booleans(), st.sampled_from(["freeze", "batch"])),
-    st.tuples(st.just("unfreeze"), st.integers(0, 99), st.booleans()),
+    st.tuples(
+        st.just("freeze"), st.integers(0, 99), st.booleans(), st.booleans(), st.sampled_from(["freeze", "batch"])
+    ),
+    st.tuples(st.just("unfreeze"), PATTERN, st.booleans()),
     st.tuples(st.just("resume")),
     st.tuples(st.just("mode"), st.booleans()),
-    st.tuples(st.just("within"), st.integers(0, 99), st.booleans()),
+    st.tuples(st.just("within"), PATTERN, st.booleans()),
 )
 
 
@@ -227,7 +236,7 @@ def within(run: Run, pattern: Any, remove: bool) -> None:
         return  # its history belongs to the block it was made in; tests of its own show what is restored
     before = structure(run)
     still = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
-    params, norms = selected(run.model, pattern)
+    params, _ = selected(run.model, pattern)
     with freeze(run.model, pattern, optimizer=run.optimizer, remove=remove):
         for name in params:
             assert same_bits(run.model.get_parameter(name), still[name])
@@ -245,21 +254,36 @@ def structure(run: Run) -> Any:
     )
 
 
+def sequences(examples: int) -> Any:
+    """Decorator: ``examples`` random nets, schedules and sequences of operations, the same ones in each run."""
+    steady = settings(
+        max_examples=examples,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=[HealthCheck.too_slow],
+        phases=[Phase.generate, Phase.shrink],
+    )
+    drawn = given(
+        layers=st.lists(st.sampled_from(sorted(LAYERS)), min_size=2, max_size=4),
+        schedule=st.sampled_from(sorted(SCHEDULERS)),
+        seed=st.integers(0, 2**16),
+        operations=st.lists(OPERATIONS, min_size=3, max_size=9),
+    )
+    return lambda test: steady(drawn(test))
+
+
 @pytest.mark.parametrize("choice", choices(), ids=str)
-@settings(
-    max_examples=20,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow],
-    phases=[Phase.generate, Phase.shrink],
-)
-@given(
-    layers=st.lists(st.sampled_from(sorted(LAYERS)), min_size=2, max_size=4),
-    schedule=st.sampled_from(sorted(SCHEDULERS)),
-    seed=st.integers(0, 2**16),
-    operations=st.lists(OPERATIONS, min_size=3, max_size=9),
-)
+@sequences(examples=6)
 def test_frozen_holds_and_the_rest_moves_as_in_stock_torch(
+    choice: Choice, layers: list[str], schedule: str, seed: int, operations: list[tuple[Any, ...]]
+) -> None:
+    play(Run(choice, layers, schedule, seed), operations)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("choice", choices(), ids=str)
+@sequences(examples=60)
+def test_the_same_over_many_more(
     choice: Choice, layers: list[str], schedule: str, seed: int, operations: list[tuple[Any, ...]]
 ) -> None:
     play(Run(choice, layers, schedule, seed), operations)

@@ -1,0 +1,192 @@
+"""Held running statistics: used, kept, proof against train(), and carried by every way of copying a module."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from freezekit.freezing import freeze, is_held, unfreeze
+from freezekit.freezing.norm import has_statistics
+
+NORMS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "BatchNorm1d": (lambda: nn.BatchNorm1d(3), (4, 3)),
+    "BatchNorm2d": (lambda: nn.BatchNorm2d(3), (4, 3, 2, 2)),
+    "BatchNorm3d": (lambda: nn.BatchNorm3d(3), (4, 3, 2, 2, 2)),
+    "cumulative": (lambda: nn.BatchNorm2d(3, momentum=None), (4, 3, 2, 2)),
+    "bare": (lambda: nn.BatchNorm2d(3, affine=False), (4, 3, 2, 2)),
+    "SyncBatchNorm": (lambda: nn.SyncBatchNorm(3), (4, 3, 2, 2)),
+    "InstanceNorm2d": (lambda: nn.InstanceNorm2d(3, track_running_stats=True), (4, 3, 2, 2)),
+}
+
+
+def seen(make: Callable[[], nn.Module], size: tuple[int, ...]) -> nn.Module:
+    """A model of one norm whose statistics are no longer those of its start."""
+    model = nn.Sequential(make())
+    for buffer in model.buffers():
+        buffer.add_(torch.rand(buffer.shape).to(buffer.dtype) if buffer.is_floating_point() else 3)
+    return model
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_a_frozen_norm_uses_and_keeps_its_statistics(name: str) -> None:
+    make, size = NORMS[name]
+    model = seen(make, size)
+    x = torch.randn(size)
+    want = copy.deepcopy(model).eval()(x)
+    before = [buffer.clone() for buffer in model.buffers()]
+    freeze(model)
+    model.train()
+    assert is_held(model[0])
+    assert model.training
+    assert not model[0].training
+    assert torch.equal(model(x), want)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True))
+
+
+@pytest.mark.parametrize("name", [name for name in NORMS if name != "SyncBatchNorm"])  # in training it needs a GPU
+def test_unfreeze_gives_back_batch_statistics(name: str) -> None:
+    make, size = NORMS[name]
+    model = seen(make, size)
+    twin = copy.deepcopy(model)
+    x = torch.randn(size)
+    freeze(model)
+    unfreeze(model)
+    assert torch.equal(model(x), twin(x))
+    assert all(torch.equal(a, b) for a, b in zip(twin.buffers(), model.buffers(), strict=True))
+
+
+@pytest.mark.parametrize(("asked", "mode"), [([], True), ([False], False), ([False, True], True), ([True], True)])
+def test_unfreeze_returns_to_the_mode_of_the_model(asked: list[bool], mode: bool) -> None:
+    model = nn.Sequential(nn.BatchNorm1d(2))
+    freeze(model)
+    for one in asked:
+        assert model.train(one) is model
+        assert model[0].train(one) is model[0]
+    unfreeze(model)
+    assert model[0].training is mode
+    assert "train" not in vars(model[0])
+
+
+def test_a_norm_that_was_in_eval_returns_to_eval() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(2))
+    model[0].eval()
+    freeze(model)
+    unfreeze(model)
+    assert not model[0].training
+
+
+def test_norm_batch_freezes_parameters_alone_and_releases() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(2))
+    assert freeze(model, norm="batch").norms == ()
+    model(torch.randn(4, 2))
+    assert model[0].num_batches_tracked == 1
+    assert not model[0].weight.requires_grad
+    assert freeze(model).norms == ("0",)
+    assert freeze(model, norm="batch").norms == ("0",)
+    assert not is_held(model[0])
+
+
+def test_unfreeze_can_keep_the_statistics() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(2))
+    freeze(model)
+    unfreeze(model, norm="freeze")
+    assert is_held(model[0])
+    assert model[0].weight.requires_grad
+
+
+def test_nothing_to_hold_without_statistics() -> None:
+    for module in (nn.BatchNorm1d(2, track_running_stats=False), nn.InstanceNorm1d(2, affine=True), nn.GroupNorm(1, 2)):
+        assert not has_statistics(module)
+        freeze(module)
+        assert not is_held(module)
+        assert module.training
+
+
+def loaded(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), loaded])
+def test_copies_are_held_by_themselves(duplicate: Callable[[nn.Module], nn.Module]) -> None:
+    model = nn.Sequential(nn.BatchNorm1d(2))
+    freeze(model)
+    other = duplicate(model)
+    assert other.train()[0].training is False
+    unfreeze(other)
+    assert other[0].training
+    assert is_held(model[0])
+    assert not model.train()[0].training
+
+
+def test_a_shallow_copy_does_not_disturb_its_source() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(2))
+    freeze(model)
+    replica = model[0]._replicate_for_data_parallel()  # what DataParallel runs on each device
+    replica.train()
+    assert not replica.training
+    assert not model[0].training
+
+
+def test_the_state_dict_and_the_type_are_untouched() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(2))
+    keys = list(model.state_dict())
+    freeze(model)
+    assert list(model.state_dict()) == keys
+    assert type(model[0]) is nn.BatchNorm2d
+    assert repr(model) == repr(nn.Sequential(nn.BatchNorm2d(2)))
+    model.load_state_dict(nn.Sequential(nn.BatchNorm2d(2)).state_dict())
+
+
+def test_a_train_method_of_the_user_survives() -> None:
+    calls = []
+
+    class Noisy(nn.BatchNorm1d):
+        def train(self, mode: bool = True) -> nn.Module:
+            calls.append(mode)
+            return super().train(mode)
+
+    model = nn.Sequential(Noisy(2))
+    own = lambda mode=True: model[0]  # noqa: E731
+    freeze(model)
+    model.train()
+    assert calls == [False, False]
+    unfreeze(model)
+    assert calls[-1] is True
+    model[0].train = own
+    freeze(model)
+    unfreeze(model)
+    assert model[0].train is own
+
+
+def test_train_refuses_what_torch_refuses() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(2))
+    freeze(model)
+    with pytest.raises(ValueError, match="mode: expected a bool, got 'yes'"):
+        model[0].train("yes")
+
+
+def test_fx_and_compile_see_frozen_statistics() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2))
+    freeze(model)
+    x = torch.randn(2, 2, 3, 3)
+    want = model(x)
+    traced = torch.fx.symbolic_trace(model).train()
+    assert torch.equal(traced(x), want)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    compiled.train()
+    assert torch.equal(compiled(x), want)
+    counter = torch._dynamo.testing.CompileCounter()
+    again = torch.compile(copy.deepcopy(model), backend=counter, fullgraph=True)
+    for _ in range(3):
+        again.train()
+        again(x)
+    assert counter.frame_count == 1, "train() on a held norm must not recompile"

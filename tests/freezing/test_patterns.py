@@ -1,0 +1,141 @@
+"""What names, globs, types, instances and predicates select, and what is said when they select nothing."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from freezekit.freezing import PatternError, freeze
+from freezekit.freezing.patterns import select
+from tests.freezing.cases import Tied
+
+
+def backbone() -> nn.Module:
+    def block() -> nn.Module:
+        return nn.Sequential(OrderedDict(conv=nn.Conv2d(2, 2, 1), bn=nn.BatchNorm2d(2), relu=nn.ReLU()))
+
+    return nn.Sequential(
+        OrderedDict(
+            stem=nn.Conv2d(2, 2, 1), layer1=nn.Sequential(block(), block()), layer2=block(), head=nn.Linear(2, 2)
+        )
+    )
+
+
+LAYER2 = ["layer2.conv.weight", "layer2.conv.bias", "layer2.bn.weight", "layer2.bn.bias"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "params", "norms"),
+    [
+        ("layer2", LAYER2, ["layer2.bn"]),
+        ("layer2.*", LAYER2, ["layer2.bn"]),
+        ("layer2.conv", LAYER2[:2], []),
+        ("layer2.conv.weight", LAYER2[:1], []),
+        ("head.b*", ["head.bias"], []),
+        ("*.conv.bias", ["layer1.0.conv.bias", "layer1.1.conv.bias", "layer2.conv.bias"], []),
+        (
+            "layer1.[0]",
+            [f"layer1.0.{n}" for n in ("conv.weight", "conv.bias", "bn.weight", "bn.bias")],
+            ["layer1.0.bn"],
+        ),
+        (nn.Linear, ["head.weight", "head.bias"], []),
+        (lambda name, param: param.ndim == 4 and "layer2" in name, LAYER2[:1], []),
+    ],
+    ids=str,
+)
+def test_selects(pattern: Any, params: list[str], norms: list[str]) -> None:
+    found = select(backbone(), [pattern])
+    assert list(found.params) == params
+    assert list(found.norms) == norms
+
+
+def test_a_type_selects_its_subclasses_and_what_is_inside() -> None:
+    found = select(backbone(), [nn.BatchNorm2d])
+    assert list(found.norms) == ["layer1.0.bn", "layer1.1.bn", "layer2.bn"]
+    assert len(found.params) == 6
+    assert select(backbone(), [nn.modules.batchnorm._BatchNorm]).norms.keys() == found.norms.keys()
+
+
+def test_modules_and_parameters_are_found_by_identity() -> None:
+    model = backbone()
+    twin = nn.BatchNorm2d(2)  # equal in every value to each batch norm of the model
+    assert list(select(model, [model.layer2.bn]).norms) == ["layer2.bn"]
+    assert list(select(model, [model.head.bias]).params) == ["head.bias"]
+    for stranger in (twin, twin.weight):
+        with pytest.raises(PatternError, match="no part of the model"):
+            select(model, [stranger])
+
+
+def test_patterns_add_up_and_none_means_all() -> None:
+    model = backbone()
+    assert list(select(model, ["stem", "head.bias"]).params) == ["stem.weight", "stem.bias", "head.bias"]
+    assert len(select(model, []).params) == len(list(model.parameters()))
+    assert len(select(model, []).norms) == 3
+
+
+def test_statistics_follow_the_layer_or_all_of_its_parameters() -> None:
+    model = backbone()
+    assert not select(model, ["layer2.bn.weight"]).norms
+    assert list(select(model, ["layer2.bn.weight", "layer2.bn.bias"]).norms) == ["layer2.bn"]
+    assert list(select(model, [lambda name, p: "layer2.bn" in name]).norms) == ["layer2.bn"]
+    assert list(select(nn.Sequential(nn.BatchNorm1d(2, affine=False)), ["0"]).norms) == ["0"]
+
+
+def test_an_exact_name_is_never_read_as_a_glob() -> None:
+    model = nn.ParameterDict({"a[b]": nn.Parameter(torch.zeros(1)), "ab": nn.Parameter(torch.zeros(1))})
+    assert list(select(model, ["a[b]"]).params) == ["a[b]"]
+
+
+def test_tied_parameters_are_one_under_all_names() -> None:
+    model = nn.Sequential(OrderedDict(net=Tied()))
+    result = freeze(model, "net.back.weight")
+    assert not model.net.there.weight.requires_grad
+    assert result.params == ("net.there.weight", "net.back.weight")
+    assert result.shared == (("net.there.weight", "net.back.weight"),)
+    assert "net.there.weight = net.back.weight" in repr(result)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "says"),
+    [
+        ("layr2", r"'layr2' matches no module or parameter of Sequential; near names: 'layer2'"),
+        ("layer2.con", r"near names: .*'layer2.conv'"),
+        ("bn", r"near names: 'layer1.0.bn', 'layer1.1.bn', 'layer2.bn'"),
+        ("layer9.*", r"near names: 'layer"),
+        ("zzz", r"top-level names: 'stem', 'layer1', 'layer2', 'head'"),
+        ("", r"'' matches no module"),
+        ("layer2.relu", r"no parameter that can be trained and no running statistics"),
+        (nn.Conv3d, r"no Conv3d .* it has BatchNorm2d, Conv2d, Linear, Sequential"),
+        (nn.ReLU, r"no ReLU with parameters"),
+        (lambda name, p: False, r"<lambda> selects none of the 16 parameters"),
+    ],
+    ids=str,
+)
+def test_nothing_matched_is_an_error_that_helps(pattern: Any, says: str) -> None:
+    model = backbone()
+    with pytest.raises(PatternError, match=says):
+        freeze(model, "stem", pattern)
+    assert all(p.requires_grad for p in model.parameters()), "a refused call must change nothing"
+
+
+def test_wrong_types_are_named() -> None:
+    for wrong in (3, int, None):
+        with pytest.raises(TypeError, match="patterns: expected"):
+            freeze(backbone(), wrong)
+    with pytest.raises(TypeError, match=r"model: expected an nn\.Module, got list"):
+        freeze([nn.Linear(1, 1)])
+    with pytest.raises(PatternError, match="ReLU has no parameter"):
+        freeze(nn.ReLU())
+
+
+def test_integer_parameters_are_left_alone() -> None:
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.zeros(2))
+    model.codes = nn.Parameter(torch.zeros(2, dtype=torch.int8), requires_grad=False)
+    assert list(select(model, []).params) == ["weight"]
+    with pytest.raises(PatternError, match="'codes' has no parameter that can be trained"):
+        select(model, ["codes"])
