@@ -1,0 +1,153 @@
+"""Compares freezekit with stock PyTorch: kernels that run, time, and bytes kept for the backward pass.
+
+    python bench/compare.py                         under two minutes: the forum example, ResNet-50's layers, a step
+    python bench/compare.py --quick                 a first look
+    python bench/compare.py --section all --json out.json --plot plots
+    python bench/compare.py --layers mobilenet_v3,convnext_tiny --sides stock,freezekit,stock_channels_last
+    python bench/compare.py --device cuda --dtype bfloat16 --batch 64 --parts fprop,dgrad,wgrad
+
+Every side is asked for the same gradients, and its outputs and gradients are held against stock's before it is timed.
+Exit code 0; 1 if a side computed something else than stock; 2 for arguments that make no sense.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from bench import document, options
+from bench.environment import Environment, describe
+from bench.gate import WrongResult
+from bench.measure import Case, measure
+from bench.report import Report
+from bench.rows import Row
+from bench.sections import SECTIONS, kernels
+from bench.settings import Settings
+from bench.sides import cudnn_benchmark
+from bench.timing import Clock, clock_for
+
+
+class Run:
+    """One comparison under way: measures, prints and collects."""
+
+    def __init__(self, settings: Settings, report: Report, time_limit: float | None) -> None:
+        self.settings = settings
+        self.report = report
+        self.end = time.monotonic() + time_limit if time_limit else None
+        self.environment: Environment | None = None
+        self.kernels: list[kernels.Profiled] = []
+        self.rows: list[Row] = []
+        self.skipped: list[str] = []
+
+    def go(self, sections: Iterable[str]) -> None:
+        """Runs the sections in order."""
+        names = list(sections)
+        self.environment = describe(self.settings.device, self.settings.dtype)
+        for line in self.environment.lines():
+            self.report.line(line)
+        if "kernels" in names:
+            self._show_kernels()
+        cases = [list(SECTIONS[name](self.settings)) for name in names if name != "kernels"]
+        clock = clock_for(self.settings.device, self.settings.cold)
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=self.report.console,
+            transient=True,
+            disable=not self.report.console.is_terminal,
+        ) as progress:
+            task = progress.add_task("", total=sum(map(len, cases)))
+            for index, section in enumerate(cases):
+                self._section(section, self._end_of(index, cases), clock, progress, task)
+        self.report.summarise(self.rows)
+        for line in self.skipped:
+            self.report.line(line, "yellow")
+
+    def _end_of(self, index: int, cases: list[list[Case]]) -> float | None:
+        """When a section must be done, so that those after it get their share of the time; by number of cases."""
+        if self.end is None:
+            return None
+        left, now = sum(map(len, cases[index:])), time.monotonic()
+        return now + (self.end - now) * max(len(cases[index]), 1) / max(left, 1)
+
+    def _section(self, cases: list[Case], end: float | None, clock: Clock, progress: Progress, task: Any) -> None:
+        for done, case in enumerate(cases):
+            settings = self.settings
+            if end is not None:
+                left = end - time.monotonic()
+                if left <= 0:
+                    count = len(cases) - done
+                    self.skipped.append(
+                        f"not run within the time limit: {count} of {len(cases)} cases of {case.section} "
+                        f"(--time-limit 0 runs all)"
+                    )
+                    progress.advance(task, count)
+                    return
+                # Half of a case's share is timing; checks and counts take the rest.
+                settings = replace(settings, budget=min(settings.budget, left / (len(cases) - done) / 2))
+            progress.update(task, description=case.label)
+            assert self.environment is not None
+            rows = measure(case, settings, self.environment.peaks, clock)
+            self.rows += rows
+            self.report.show(rows)
+            progress.advance(task)
+
+    def _show_kernels(self) -> None:
+        self.report.heading("kernels: three Conv2d(3, 3, 3), x = randn(1, 3, 24, 24), forward and mean().backward()")
+        for profiled in kernels.run(self.settings):
+            self.kernels.append(profiled)
+            counts = ", ".join(f"{profiled.counts[phase]} {phase}" for phase in ("fprop", "dgrad", "wgrad"))
+            self.report.line()
+            self.report.line(f"{profiled.regime}, {profiled.side}: {counts}", "bold")
+            self.report.line(str(profiled.table))
+
+
+def main(arguments: list[str] | None = None, console: Console | None = None) -> int:
+    """The command; see the module's text."""
+    asked = options.parse(arguments)
+    report = Report(console or Console())
+    run = Run(asked.settings, report, asked.time_limit)
+    for line in asked.notes:
+        report.line(line, "yellow")
+    run.skipped += asked.notes
+    with options.threads(asked.threads), cudnn_benchmark():
+        try:
+            run.go(asked.sections)
+        except WrongResult as wrong:
+            report.line(f"WRONG RESULT: {wrong}", "bold red")
+            return 1
+    assert run.environment is not None
+    result = document.build(run.environment, asked.settings, run.kernels, run.rows, run.skipped)
+    after: list[Callable[[], None]] = []
+    if asked.json is not None:
+        document.write(result, asked.json)
+        after.append(lambda: report.line(f"written: {asked.json}"))
+    if asked.baseline is not None:
+        from bench import baseline
+
+        after.append(lambda: baseline.show(report, asked.baseline, run.rows))
+    if asked.plot is not None:
+        from bench import plots
+
+        after.append(lambda: [report.line(f"drawn: {path}") for path in plots.draw(result, asked.plot)] and None)
+    if after:
+        report.line()
+    for action in after:
+        action()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""A fast wrong kernel never gets a row: every result is held against stock's before it is timed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class WrongResult(RuntimeError):
+    """A side computed something else than stock did."""
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far two right results may lie apart.
+
+    An element is a sum of `length` products. Two orders of summation differ by about sqrt(length) roundings of the
+    accumulator; each product carries the rounding of its factors, and the result is rounded to `dtype` once more. All
+    of it is relative to the largest element of stock's result.
+    """
+
+    dtype: torch.dtype
+    length: int
+    tf32: bool = False
+
+    @property
+    def relative(self) -> float:
+        accumulator = torch.finfo(torch.float64 if self.dtype is torch.float64 else torch.float32).eps
+        factor = 2.0**-10 if self.tf32 else torch.finfo(self.dtype).eps
+        return 4 * factor + 4 * accumulator * self.length**0.5
+
+
+def largest_error(result: Tensor, stock: Tensor) -> float:
+    """The largest difference of two tensors, relative to the largest element of `stock`."""
+    difference = (result.detach().double() - stock.detach().double()).abs().max().item() if stock.numel() else 0.0
+    scale = stock.detach().double().abs().max().item() if stock.numel() else 0.0
+    return difference / scale if scale else difference
+
+
+def check(
+    case: str, side: str, results: Mapping[str, Tensor], stock: Mapping[str, Tensor], tolerances: Mapping[str, float]
+) -> float:
+    """Holds a side's results against stock's.
+
+    Args:
+        case, side: for the message.
+        results, stock: tensors by name, such as "y", "dx", "dw"; both must hold the same names.
+        tolerances: the largest error allowed, by the same names.
+
+    Returns:
+        The largest error as a fraction of its tolerance, at most 1.
+
+    Raises:
+        WrongResult: naming the tensor, its error and the tolerance.
+    """
+    if results.keys() != stock.keys():
+        raise WrongResult(f"{case}: {side} gave {sorted(results)}, stock gave {sorted(stock)}")
+    worst = 0.0
+    for name, expected in stock.items():
+        result = results[name]
+        if result.shape != expected.shape or result.dtype != expected.dtype:
+            raise WrongResult(
+                f"{case}: {side}'s {name} is {result.dtype} {tuple(result.shape)}, "
+                f"stock's is {expected.dtype} {tuple(expected.shape)}"
+            )
+        error = largest_error(result, expected)
+        # Written so that an error that is not a number fails too.
+        if not error <= tolerances[name]:
+            raise WrongResult(
+                f"{case}: {side}'s {name} differs from stock's by {error:.3g} of its largest element, "
+                f"more than the {tolerances[name]:.3g} that rounding explains"
+            )
+        worst = max(worst, error / tolerances[name])
+    return worst

@@ -1,0 +1,172 @@
+"""Measures one case: builds every side, holds its results against stock's, counts memory and kernels, then times."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from bench.environment import Peaks
+from bench.gate import check
+from bench.memory import bytes_kept, trace
+from bench.rows import Row
+from bench.settings import Settings
+from bench.sides import SIDES, Side
+from bench.timing import Clock, Step, interleave
+from freezekit.profiling import profile
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the mathematics needs at least: floating point operations, and bytes read and written."""
+
+    flops: float
+    traffic: float
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to compare; the labels are those of :class:`bench.rows.Row`.
+
+    Attributes:
+        module: stock's, already in its regime; every side gets a copy.
+        input: whether it requires a gradient is part of the regime.
+        tolerance: the largest error allowed of "y", "dx" and of each parameter's gradient by the parameter's name.
+        learning_rate: of a plain SGD step after the backward pass; None for no step.
+    """
+
+    section: str
+    group: str
+    case: str
+    detail: str
+    regime: str
+    module: nn.Module
+    input: Tensor
+    tolerance: Callable[[str], float]
+    part: str = "step"
+    count: int = 1
+    work: Work | None = None
+    x: float | None = None
+    learning_rate: float | None = None
+
+    @property
+    def label(self) -> str:
+        """For messages."""
+        return f"{self.group} {self.case} ({self.detail}), {self.regime}, {self.part}"
+
+
+class Subject:
+    """A side's module on its input, ready to run; every side asks for the same gradients."""
+
+    def __init__(self, side: Side, case: Case, dy: Tensor | None) -> None:
+        self.side = side
+        self.module = side.build(case.module)
+        self.x = side.place(case.input)
+        self.forward = side.forward(self.module)
+        names = [name for name, parameter in case.module.named_parameters() if parameter.requires_grad]
+        self.parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        self.names = (["dx"] if self.x.requires_grad else []) + names
+        self.wanted = ([self.x] if self.x.requires_grad else []) + self.parameters
+        y = self.forward(self.x)
+        self.dy = torch.randn_like(y) if dy is None else dy
+        self._y = y if case.part in ("dgrad", "wgrad", "backward") else None
+        self._rate = case.learning_rate
+
+    def gradients(self, y: Tensor, keep_graph: bool = False) -> Sequence[Tensor]:
+        """Of what learns, in the order of `names`."""
+        if not self.wanted:
+            return ()
+        return torch.autograd.grad(y, self.wanted, self.dy, retain_graph=keep_graph)
+
+    def results(self) -> dict[str, Tensor]:
+        """Output and gradients, for the gate."""
+        y = self.forward(self.x)
+        return {"y": y.detach(), **dict(zip(self.names, self.gradients(y), strict=True))}
+
+    def step_for(self, part: str) -> Step:
+        """What is timed."""
+        if part == "fprop":
+            return lambda: self.forward(self.x)
+        if self._y is not None:
+            y = self._y
+            return lambda: self.gradients(y, keep_graph=True)
+        return self.step
+
+    def step(self) -> object:
+        """Forward, backward and, where the case has a learning rate, the optimizer's step."""
+        gradients = self.gradients(self.forward(self.x))
+        if self._rate is not None and self.parameters:
+            with torch.no_grad():
+                torch._foreach_add_(self.parameters, gradients[-len(self.parameters) :], alpha=-self._rate)
+        return gradients
+
+
+def measure(case: Case, settings: Settings, peaks: Peaks, clock: Clock) -> list[Row]:
+    """A row for each side, stock first.
+
+    Raises:
+        WrongResult: if a side's output or a gradient differs from stock's by more than rounding.
+    """
+    names = [name for name in settings.sides if not SIDES[name].sections or case.section in SIDES[name].sections]
+    subjects: dict[str, Subject] = {}
+    dy: Tensor | None = None
+    torch.manual_seed(settings.seed)
+    for name in names:
+        subjects[name] = Subject(SIDES[name], case, dy)
+        dy = subjects[name].dy
+    expected = subjects["stock"].results()
+    tolerances = {name: case.tolerance(name) for name in expected}
+    errors = {name: check(case.label, name, s.results(), expected, tolerances) for name, s in subjects.items()}
+    counted = {name: _count(case, subject) for name, subject in subjects.items()}
+    steps = {name: subject.step_for(case.part) for name, subject in subjects.items()}
+    timed = interleave(steps, clock=clock, rounds=_rounds(steps, settings, clock), seed=settings.seed)
+    rows = []
+    for name in names:
+        seconds = timed.time(name)
+        row = Row(
+            case.section,
+            case.group,
+            case.case,
+            case.detail,
+            case.regime,
+            case.part,
+            name,
+            case.count,
+            seconds,
+            timed.ratio(name, "stock"),
+            errors[name],
+            x=case.x,
+            **counted[name],
+        )
+        if case.work is not None:
+            row = replace(
+                row,
+                tflops=case.work.flops / seconds.median / 1e12,
+                gbs=case.work.traffic / seconds.median / 1e9,
+                roofline=peaks.least_seconds(case.work.flops, case.work.traffic) / seconds.median,
+            )
+        rows.append(row)
+    return rows
+
+
+def _count(case: Case, subject: Subject) -> dict[str, int | None]:
+    """Bytes kept, peak and kernels; memory of whole steps only, where it means what it says."""
+    step = subject.step_for(case.part)
+    step()
+    with profile() as recorded:
+        step()
+    counts: dict[str, int | None] = {"kernels": sum(row.instances for row in recorded.kernels())}
+    if case.part == "step":
+        device = subject.x.device
+        counts["bytes_kept"] = bytes_kept(subject.forward, subject.x) if subject.wanted else 0
+        counts["peak_bytes"] = trace(device, step).peak
+    return counts
+
+
+def _rounds(steps: dict[str, Step], settings: Settings, clock: Clock) -> int:
+    """As many as fit the budget, between the least and the most that are allowed."""
+    one_round = sum(clock(step, 1) for step in steps.values())
+    fitting = int(settings.budget / one_round) if one_round > 0 else settings.rounds
+    return max(min(settings.least_rounds, settings.rounds), min(settings.rounds, fitting))

@@ -1,0 +1,137 @@
+"""The command line: what is asked for, checked before anything is measured."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bench import layer_lists, sections
+from bench.sections.layers import PARTS
+from bench.settings import DTYPES, Settings
+from bench.sides import SIDES, why_absent
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One command line, understood."""
+
+    settings: Settings
+    sections: tuple[str, ...]
+    threads: int | None
+    time_limit: float | None
+    json: Path | None
+    plot: Path | None
+    baseline: Path | None
+    notes: tuple[str, ...]
+
+
+def parse(arguments: Sequence[str] | None) -> Asked:
+    """Reads arguments; exits with code 2 and a sentence if they make no sense."""
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    try:
+        device = torch.device(args.device)
+    except RuntimeError:
+        parser.error(f"argument --device: no such device: {args.device!r}")
+    if device.type not in ("cpu", "cuda"):
+        parser.error(f"argument --device: must be cpu or cuda, got {args.device!r}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --device: torch sees no CUDA device here")
+    if args.baseline is not None and not args.baseline.is_file():
+        parser.error(f"argument --baseline: no such file: {args.baseline}")
+    for name, path in (("--json", args.json), ("--plot", args.plot)):
+        if path is not None and not path.resolve().parent.is_dir():
+            parser.error(f"argument {name}: no such folder: {path.resolve().parent}")
+    names = sections.NAMES if args.section == ("all",) else args.section or sections.DEFAULT
+    wanted = tuple(dict.fromkeys(("stock", *args.sides)))
+    absent = {name: why for name in wanted if (why := why_absent(name, device))}
+    settings = Settings(
+        device=device,
+        dtype=DTYPES[args.dtype],
+        batch=args.batch,
+        rounds=args.repeat or (5 if args.quick else 15),
+        least_rounds=args.repeat or (2 if args.quick else 3),
+        budget=float("inf") if args.repeat else 0.2 if args.quick else 1.0,
+        seed=args.seed,
+        cold=not args.warm,
+        quick=args.quick,
+        thorough=args.section is not None,
+        sides=tuple(name for name in wanted if name not in absent),
+        parts=args.parts,
+        layer_lists=args.layers or (("tiny",) if args.quick else ("resnet50",)),
+    )
+    limit = args.time_limit
+    if limit is None:
+        limit = 100.0 if args.section is None and not args.repeat else 0.0
+    notes = tuple(f"left out: {name}: {why}" for name, why in absent.items())
+    return Asked(settings, names, args.threads, limit or None, args.json, args.plot, args.baseline, notes)
+
+
+@contextlib.contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """torch's CPU threads within the block; None leaves them."""
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _parser() -> argparse.ArgumentParser:
+    from bench import compare
+
+    parser = argparse.ArgumentParser(
+        prog="compare.py", description=compare.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = parser.add_argument_group("what")
+    what.add_argument("--section", type=_some((*sections.NAMES, "all")), help=f"of {', '.join(sections.NAMES)}; or all")
+    what.add_argument("--layers", type=_some(layer_lists.NAMES), help=f"of {', '.join(layer_lists.NAMES)}")
+    what.add_argument("--sides", type=_some(tuple(SIDES)), default=("freezekit",), help=f"of {', '.join(SIDES)}")
+    what.add_argument("--parts", type=_some(PARTS), default=("step",), help=f"of a layer: {', '.join(PARTS)}")
+    what.add_argument("--quick", action="store_true", help="small sizes and few rounds, for a first look")
+    where = parser.add_argument_group("where")
+    where.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    where.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
+    where.add_argument("--batch", type=_positive, help="images; by default what suits the device")
+    where.add_argument("--threads", type=_positive, help="CPU threads; by default torch's")
+    how = parser.add_argument_group("how")
+    how.add_argument("--repeat", type=_positive, help="rounds, exactly; by default 3 to 15, as time allows")
+    how.add_argument("--seed", type=int, default=0)
+    how.add_argument("--warm", action="store_true", help="on a GPU, leave the L2 cache warm")
+    how.add_argument("--time-limit", type=float, help="seconds; 0 is none; by default 100 where no section is named")
+    to = parser.add_argument_group("output")
+    to.add_argument("--json", type=Path, metavar="FILE", help="as bench/schema.json says")
+    to.add_argument("--plot", type=Path, metavar="DIR", help="draw PNGs; needs matplotlib")
+    to.add_argument("--baseline", type=Path, metavar="FILE", help="an earlier --json to compare with")
+    return parser
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return value
+
+
+class _some:
+    """A list with commas, of known names."""
+
+    def __init__(self, known: tuple[str, ...]) -> None:
+        self.known = known
+
+    def __call__(self, text: str) -> tuple[str, ...]:
+        names = tuple(part.strip() for part in text.split(","))
+        for name in names:
+            if name not in self.known:
+                raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(self.known)}")
+        return tuple(dict.fromkeys(names))

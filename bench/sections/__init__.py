@@ -1,0 +1,20 @@
+"""The parts of a comparison, one a file: each yields its cases, and `kernels` its tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from bench.measure import Case
+from bench.sections import blocks, layers, models
+from bench.settings import Settings
+
+# All but `kernels`, which measures no case but prints what ran.
+SECTIONS: dict[str, Callable[[Settings], Iterator[Case]]] = {
+    "layers": layers.cases,
+    "blocks": blocks.cases,
+    "models": models.cases,
+    "memory": models.depth_cases,
+    "scaling": models.scaling_cases,
+}
+NAMES = ("kernels", *SECTIONS)
+DEFAULT = ("kernels", "layers", "models")

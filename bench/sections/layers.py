@@ -1,0 +1,86 @@
+"""Single convolutions of well-known networks, trainable and frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import nn
+
+from bench.gate import Tolerance
+from bench.layer_lists import Layer, layers_of
+from bench.measure import Case, Work
+from bench.settings import Settings
+
+SECTION = "layers"
+PARTS = ("step", "fprop", "dgrad", "wgrad", "backward")
+REGIMES = ("trainable", "frozen")
+
+# Which regimes a part is timed in. dgrad and wgrad are backward passes of which one gradient alone is asked.
+_REGIMES_OF_PART = {"step": REGIMES, "fprop": REGIMES, "backward": ("trainable",), "dgrad": ("frozen",)}
+
+
+def cases(settings: Settings) -> Iterator[Case]:
+    """Every layer of the lists asked for, in every part and regime."""
+    for network in settings.layer_lists:
+        for layer in layers_of(network):
+            for part in settings.parts:
+                for regime in _REGIMES_OF_PART.get(part, ("input without gradient",)):
+                    yield _case(network, layer, part, regime, settings)
+
+
+def batch_of(settings: Settings) -> int:
+    """Images a batch: as asked, or what suits the device."""
+    if settings.batch is not None:
+        return settings.batch
+    return 32 if settings.device.type == "cuda" else 2
+
+
+def _case(network: str, layer: Layer, part: str, regime: str, settings: Settings) -> Case:
+    torch.manual_seed(settings.seed)
+    batch = batch_of(settings)
+    module: nn.Module = layer.module(settings.device, settings.dtype)
+    module.requires_grad_(regime != "frozen")
+    x = torch.randn(
+        batch, layer.in_channels, layer.size, layer.size, device=settings.device, dtype=settings.dtype
+    ).requires_grad_(regime != "input without gradient")
+    return Case(
+        SECTION,
+        network,
+        layer.name,
+        layer.shape,
+        regime,
+        module,
+        x,
+        partial(tolerance, layer, batch, settings),
+        part,
+        layer.count,
+        work(layer, batch, part, regime, settings.dtype.itemsize),
+    )
+
+
+def tolerance(layer: Layer, batch: int, settings: Settings, name: str) -> float:
+    """The largest error allowed of a layer's output or gradient, by the number of products in each element."""
+    window = layer.kernel**2
+    lengths = {
+        "y": layer.in_channels // layer.groups * window,
+        "dx": layer.out_channels // layer.groups * window,
+        "weight": batch * layer.output_size**2,
+        "bias": batch * layer.output_size**2,
+    }
+    return Tolerance(settings.dtype, lengths[name], settings.tf32).relative
+
+
+def work(layer: Layer, batch: int, part: str, regime: str, itemsize: int) -> Work:
+    """fprop, dgrad and wgrad each cost two operations a multiply-add, and read two tensors to write a third."""
+    phases = {
+        "step": 3 if regime == "trainable" else 2,
+        "fprop": 1,
+        "dgrad": 1,
+        "wgrad": 1,
+        "backward": 2,
+    }[part]
+    x = batch * layer.in_channels * layer.size**2
+    y = batch * layer.out_channels * layer.output_size**2
+    return Work(phases * 2.0 * batch * layer.macs, phases * float(itemsize) * (x + y + layer.weights))

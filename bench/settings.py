@@ -1,0 +1,47 @@
+"""What a run was asked for: the command line, checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure.
+
+    Attributes:
+        device, dtype: where and in what.
+        batch: images; None lets a section choose for the device.
+        rounds: most interleaved rounds a case; fewer where `budget` ends first, but at least `least_rounds`.
+        budget: seconds of timing a case.
+        seed: of inputs, weights and the order within rounds.
+        cold: on a GPU, clear the L2 cache before each timing.
+        quick: smaller networks, for a first look.
+        thorough: every regime of `models`, not the three that matter most.
+        sides: names of :data:`bench.sides.SIDES`, stock first.
+        parts: of the `layers` section.
+        layer_lists: names of :data:`bench.layer_lists.NAMES`.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    batch: int | None = None
+    rounds: int = 15
+    least_rounds: int = 5
+    budget: float = 1.0
+    seed: int = 0
+    cold: bool = True
+    quick: bool = False
+    thorough: bool = False
+    sides: tuple[str, ...] = ("stock", "freezekit")
+    parts: tuple[str, ...] = ("step",)
+    layer_lists: tuple[str, ...] = ("resnet50",)
+
+    @property
+    def tf32(self) -> bool:
+        """Whether fp32 convolutions may round their factors to tf32."""
+        return self.device.type == "cuda" and self.dtype is torch.float32 and torch.backends.cudnn.allow_tf32

@@ -1,0 +1,122 @@
+"""Who competes: each side gets its own copy of the stock module and makes of it what it stands for."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import freezekit as fk
+from freezekit.backends import Backend
+
+
+class Checkpointed(nn.Module):
+    """Keeps the inputs of `module` alone and computes its forward pass again in the backward pass."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.module, x, use_reentrant=False)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One competitor.
+
+    Attributes:
+        name: as on the command line and in tables.
+        prepare: makes this side's module of a copy of stock's; may change and return the copy.
+        channels_last: whether module and input are put in channels_last first.
+        backend: freezekit's backend during the forward pass, where it is not the automatic one.
+        sections: where it takes part; () is everywhere.
+    """
+
+    name: str
+    prepare: Callable[[nn.Module], nn.Module]
+    channels_last: bool = False
+    backend: Backend | None = None
+    sections: tuple[str, ...] = ()
+
+    def build(self, stock: nn.Module) -> nn.Module:
+        """This side's module; `stock` stays as it is."""
+        module = copy.deepcopy(stock)
+        if self.channels_last:
+            module = module.to(memory_format=torch.channels_last)
+        return self.prepare(module)
+
+    def place(self, x: Tensor) -> Tensor:
+        """This side's input, a leaf that shares nothing with `x`."""
+        layout = torch.channels_last if self.channels_last else torch.preserve_format
+        return x.detach().clone(memory_format=layout).requires_grad_(x.requires_grad)
+
+    def forward(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
+        """The module's call, on this side's backend."""
+        if self.backend is None:
+            return module
+        name = self.backend
+
+        def call(x: Tensor) -> Tensor:
+            with fk.backend(name):
+                return module(x)
+
+        return call
+
+
+def _memsave(module: nn.Module) -> nn.Module:
+    from memsave_torch.nn import convert_to_memory_saving
+
+    return convert_to_memory_saving(module, verbose=False)
+
+
+def _compiled(module: nn.Module) -> nn.Module:
+    torch._dynamo.reset()
+    return torch.compile(module)
+
+
+SIDES = {
+    side.name: side
+    for side in (
+        Side("stock", lambda module: module),
+        Side("freezekit", fk.convert),
+        Side("freezekit_aten", fk.convert, backend="aten"),
+        Side("freezekit_native", fk.convert, backend="native"),
+        Side("stock_channels_last", lambda module: module, channels_last=True),
+        Side("freezekit_channels_last", fk.convert, channels_last=True),
+        Side("stock_compiled", _compiled),
+        Side("freezekit_compiled", lambda module: _compiled(fk.convert(module))),
+        Side("memsave_torch", _memsave),
+        Side("checkpoint", Checkpointed, sections=("blocks", "models", "memory", "scaling")),
+    )
+}
+
+
+def why_absent(name: str, device: torch.device) -> str:
+    """Why a side cannot run here; "" if it can.
+
+    >>> why_absent("stock", torch.device("cpu"))
+    ''
+    """
+    if name == "memsave_torch" and importlib.util.find_spec("memsave_torch") is None:
+        return "memsave_torch is not installed"
+    if name == "freezekit_native" and device.type != "cuda":
+        return "freezekit's own kernels need a CUDA device"
+    return ""
+
+
+@contextlib.contextmanager
+def cudnn_benchmark():  # type: ignore[no-untyped-def]
+    """cuDNN picks its algorithms by measurement within the block, as a careful user of stock layers has it do."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
