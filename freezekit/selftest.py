@@ -1,0 +1,217 @@
+"""`python -m freezekit.selftest`: every kernel on the device that is here, against float64.
+
+What a person with a new GPU runs first. On a CPU the emulated kernels run: the same source, not the same hardware. The
+exit code is the number of failures, at most 125.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from freezekit import _C, functional
+from freezekit.backends import Backend
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+# Bits of the significand that a product's factors keep: what bounds the error of one term.
+UNIT_ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+TF32_ROUNDOFF = 2.0**-11
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One convolution, named by what it exercises."""
+
+    name: str
+    input_size: tuple[int, int, int, int]
+    weight_size: tuple[int, int, int, int]
+    stride: int = 1
+    padding: int = 0
+    dilation: int = 1
+    groups: int = 1
+
+    @property
+    def settings(self) -> dict[str, int]:
+        return {"stride": self.stride, "padding": self.padding, "dilation": self.dilation, "groups": self.groups}
+
+
+PROBLEMS = (
+    Problem("1x1", (2, 64, 9, 9), (72, 64, 1, 1)),
+    Problem("3x3", (2, 40, 8, 8), (64, 40, 3, 3), padding=1),
+    Problem("3x3 stride 2", (1, 32, 9, 9), (48, 32, 3, 3), stride=2, padding=1),
+    Problem("3x3 dilation 2", (1, 32, 9, 9), (32, 32, 3, 3), dilation=2, padding=2),
+    Problem("7x7 stem", (1, 3, 17, 17), (16, 3, 7, 7), stride=2, padding=3),
+    Problem("ragged channels", (1, 13, 7, 6), (21, 13, 3, 3), padding=1),
+    Problem("grouped", (1, 64, 6, 6), (64, 16, 3, 3), padding=1, groups=4),
+    Problem("depthwise 3x3", (1, 24, 9, 9), (24, 1, 3, 3), padding=1, groups=24),
+    Problem("depthwise 5x5 stride 2", (1, 16, 11, 11), (32, 1, 5, 5), stride=2, padding=2, groups=16),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel on one problem.
+
+    Attributes:
+        error: largest error over the bound that rounding allows; at most 1 passes. NaN where the run failed.
+        milliseconds: of one call; on a GPU the second one, with synchronisation.
+    """
+
+    operator: str
+    problem: str
+    dtype: str
+    kernel: str
+    error: float
+    milliseconds: float
+    failure: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return not self.failure and self.error <= 1
+
+
+def selftest(backend: Backend, device: torch.device, problems: Iterable[Problem] = PROBLEMS) -> Iterator[Row]:
+    """Runs each operator of each problem in each dtype on `backend`, and float32 in tf32 too.
+
+    >>> rows = list(selftest("aten", torch.device("cpu"), PROBLEMS[:1]))
+    >>> all(row.passed for row in rows), len(rows)
+    (True, 15)
+    """
+    for problem in problems:
+        for dtype, tf32 in [*((dtype, False) for dtype in DTYPES), (torch.float32, True)]:
+            for operator in ("conv2d", "conv2d_dgrad", "conv2d_wgrad"):
+                with _tf32(tf32):
+                    yield _run(operator, problem, dtype, tf32, backend, device)
+
+
+def _run(
+    operator: str, problem: Problem, dtype: torch.dtype, tf32: bool, backend: Backend, device: torch.device
+) -> Row:
+    x, w, dy = _tensors(problem, dtype, device)
+    call = {
+        "conv2d": lambda: functional.conv2d(x, w, **problem.settings, backend=backend),
+        "conv2d_dgrad": lambda: functional.conv2d_dgrad(
+            dy, w, problem.input_size, **problem.settings, backend=backend
+        ),
+        "conv2d_wgrad": lambda: functional.conv2d_wgrad(
+            dy, x, problem.weight_size, **problem.settings, backend=backend
+        ),
+    }[operator]
+    name = "tf32" if tf32 else str(dtype).removeprefix("torch.")
+    try:
+        kernel, result, seconds = _timed(call, backend, device)
+    except RuntimeError as error:
+        return Row(operator, problem.name, name, "", float("nan"), 0.0, str(error).splitlines()[0])
+    unit = TF32_ROUNDOFF if tf32 else UNIT_ROUNDOFF[dtype]
+    error = _error(operator, problem, x, w, dy, result, unit, UNIT_ROUNDOFF[dtype])
+    return Row(operator, problem.name, name, kernel, error, seconds * 1e3)
+
+
+def _tensors(problem: Problem, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*size: int) -> Tensor:
+        values = torch.randn(size, generator=generator, dtype=torch.float64)
+        return values.to(device, dtype).contiguous(memory_format=torch.channels_last)
+
+    x, w = random(*problem.input_size), random(*problem.weight_size)
+    y_size = F.conv2d(x.to("meta"), w.to("meta"), **problem.settings).shape
+    return x, w, random(*y_size)
+
+
+def _timed(call: Any, backend: Backend, device: torch.device) -> tuple[str, Tensor, float]:
+    """The kernel that ran, its result, and seconds of a call; a GPU's first call also loads its code."""
+    seconds = 0.0
+    for _ in range(2 if device.type == "cuda" else 1):
+        _C.set_launch_log(True)
+        try:
+            start = time.perf_counter()
+            result = call()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds = time.perf_counter() - start
+            log = _C.take_launch_log()
+        finally:
+            _C.set_launch_log(False)
+    return (log[-1]["kernel"] if log else backend), result, seconds
+
+
+def _error(
+    operator: str, problem: Problem, x: Tensor, w: Tensor, dy: Tensor, result: Tensor, unit: float, store: float
+) -> float:
+    """Largest error over its bound: rounding of each term, and of the sum, scaled by the sum of absolute values.
+
+    The bound on a sum of n products is n units of the accumulator's roundoff times sum |a b| (Higham, Accuracy and
+    Stability of Numerical Algorithms, section 3.1); inputs in tf32 add two units each, storing the result one.
+    """
+    exact, size = _reference(operator, problem, x, w, dy, False), _reference(operator, problem, x, w, dy, True)
+    terms = max(1, problem.weight_size[1] * problem.weight_size[2] * problem.weight_size[3], dy[:, 0].numel())
+    accumulate = 2.0**-53 if x.dtype == torch.float64 else 2.0**-24
+    inputs = 2 * unit if unit > store else 0.0
+    bound = size * (terms * accumulate + inputs) + exact.abs() * store + 1e-30
+    error = (result.double().cpu() - exact).abs() / bound
+    return float("inf") if error.isnan().any() else float(error.max())
+
+
+def _reference(operator: str, problem: Problem, x: Tensor, w: Tensor, dy: Tensor, absolute: bool) -> Tensor:
+    x, w, dy = (t.double().cpu().abs() if absolute else t.double().cpu() for t in (x, w, dy))
+    x.requires_grad_()
+    w.requires_grad_()
+    y = F.conv2d(x, w, **problem.settings)
+    if operator == "conv2d":
+        return y.detach()
+    return torch.autograd.grad(y, x if operator == "conv2d_dgrad" else w, dy)[0]
+
+
+@contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def _print(console: Console, rows: list[Row], title: str) -> None:
+    table = Table("problem", "operator", "dtype", "kernel", "error / bound", "ms", "", title=title)
+    for row in rows:
+        mark = "[green]pass[/]" if row.passed else f"[red]FAIL[/] {row.failure}"
+        error, milliseconds = f"{row.error:.2g}", f"{row.milliseconds:.2f}"
+        table.add_row(row.problem, row.operator, row.dtype, row.kernel, error, milliseconds, mark)
+    console.print(table)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the number of failures, at most 125."""
+    parser = argparse.ArgumentParser(prog="python -m freezekit.selftest", description=__doc__)
+    parser.add_argument(
+        "--backend",
+        choices=("native", "emulated", "aten"),
+        help="native where CUDA kernels and a GPU are there, else emulated",
+    )
+    options = parser.parse_args(arguments)
+    gpu = torch.cuda.is_available() and _C.has_cuda_kernels()
+    backend: Backend = options.backend or ("native" if gpu else "emulated")
+    device = torch.device("cuda" if backend == "native" or (backend == "aten" and gpu) else "cpu")
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
+    rows = list(selftest(backend, device))
+    _print(Console(width=None if sys.stdout.isatty() else 140), rows, f"freezekit selftest: {backend} on {where}")
+    failures = sum(not row.passed for row in rows)
+    print(f"{len(rows) - failures} passed, {failures} failed; kernels: {len({row.kernel for row in rows})}")
+    return min(failures, 125)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
