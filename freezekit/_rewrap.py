@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -37,6 +38,26 @@ def _refuse_retired(ddp: nn.Module, args: Any) -> None:
     raise RuntimeError("this DDP wrapper was replaced by rewrap and reduces nothing: use the new one")
 
 
+def syncs_buffers(ddp: DDP) -> bool:
+    """Whether DDP overwrites buffers with rank 0's at each forward pass (renamed in torch 2.13)."""
+    return ddp.forward_sync_buffers if hasattr(ddp, "forward_sync_buffers") else ddp.broadcast_buffers
+
+
+def sync_buffers(ddp: DDP) -> None:
+    """Give every rank rank 0's buffers now, as DDP's next forward pass would. Collective.
+
+    Each rank's running statistics are its own after a forward pass in train mode. Call this before freezing: a frozen
+    statistic would else move once on every rank but the first. Does nothing when DDP does not synchronise buffers.
+    """
+    if not syncs_buffers(ddp):
+        return
+    source = dist.get_global_rank(ddp.process_group, 0)
+    with torch.no_grad():
+        for name, buffer in ddp.module.named_buffers():
+            if name not in ddp.parameters_to_ignore:
+                dist.broadcast(buffer, source, ddp.process_group)
+
+
 def _settings(ddp: DDP) -> dict[str, Any]:
     """Constructor arguments that give the same wrapper, among those that this torch knows."""
     known = inspect.signature(DDP.__init__).parameters
@@ -46,9 +67,9 @@ def _settings(ddp: DDP) -> dict[str, Any]:
     else:
         settings["process_group"] = ddp.process_group
     if "forward_sync_buffers" in known:
-        settings["forward_sync_buffers"] = ddp.forward_sync_buffers
+        settings["forward_sync_buffers"] = syncs_buffers(ddp)
     else:
-        settings["broadcast_buffers"] = ddp.broadcast_buffers
+        settings["broadcast_buffers"] = syncs_buffers(ddp)
     mib = 1024 * 1024
     caps = [cap / mib for cap in getattr(ddp, "bucket_bytes_cap_list", None) or []]
     if caps and "bucket_cap_mb_list" in known:
@@ -77,7 +98,7 @@ def _refuse(ddp: DDP) -> None:
     elif not ddp.require_backward_grad_sync:
         why = "it is inside no_sync(), and gradients not reduced yet would be lost"
     elif ddp._join_config.enable:
-        why = "it is inside join()"
+        why = "it is or was inside join(), which stays switched on in it: build the new wrapper yourself"
     elif not any(p.requires_grad for p in ddp.module.parameters()):
         why = "nothing in it is trainable, and DDP refuses that: use ddp.module without a wrapper"
     if why:
@@ -120,7 +141,7 @@ def _builtin_hook(ddp: DDP) -> str | None:
     """Name of the built-in communication hook, which only the logger knows."""
     if ddp._comm_hooks:
         return None
-    name = ddp._get_ddp_logging_data().get("comm_hook")
+    name = str(ddp._get_ddp_logging_data().get("comm_hook")).removeprefix("BuiltinCommHookType.")
     return name if name in dist.BuiltinCommHookType.__members__ else None
 
 
@@ -136,8 +157,9 @@ def rewrap(ddp: DDP, *, comm_hooks: Sequence[tuple[Any, Any]] | None = None, syn
         ddp: the wrapper to replace.
         comm_hooks: ``(hook, state)`` pairs to register instead of the old ones; needed when a state belongs to the old
             buckets (PowerSGD).
-        sync: broadcast parameters and buffers from rank 0, as a new DDP does. Off by default, because equal ranks need
-            no communication and unequal ones should not be covered up.
+        sync: broadcast parameters from rank 0, as a new DDP does. Off by default, because equal ranks need no
+            communication and unequal ones should not be covered up. Buffers are, if DDP synchronises them at all
+            (see `sync_buffers`).
 
     Returns:
         The new wrapper.
@@ -152,6 +174,7 @@ def rewrap(ddp: DDP, *, comm_hooks: Sequence[tuple[Any, Any]] | None = None, syn
     builtin = _builtin_hook(ddp) if comm_hooks is None else None
     settings = _settings(ddp)
     check_ranks(ddp.module, ddp.process_group)
+    sync_buffers(ddp)
     ddp._remove_autograd_hooks()
     new = type(ddp)(ddp.module, init_sync=sync, **settings)
     _carry(ddp, new, hooks, builtin)

@@ -22,9 +22,10 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.hooks import RemovableHandle
 
 from freezekit._ranks import check_ranks
-from freezekit._rewrap import retired, rewrap
+from freezekit._rewrap import retired, rewrap, sync_buffers
 
-__all__ = ["StaleWrapperError", "check", "check_ranks", "mismatch", "note_freeze", "rewrap", "watch", "wrappers"]
+__all__ = ["StaleWrapperError", "check", "check_ranks", "mismatch", "note_freeze", "rewrap", "sync_buffers",
+           "watch", "wrappers"]  # fmt: skip
 
 
 class StaleWrapperError(RuntimeError):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from freezekit.distributed import rewrap
+from freezekit.distributed import rewrap, sync_buffers
 from freezekit.freezing import freeze, unfreeze
 
 from .layers import Layer, layers_of, unwrapped
@@ -98,6 +98,8 @@ class Schedule:
         if not (new or old):
             return Change(self.steps)
         inner = unwrapped(self.model)
+        if isinstance(self.model, DDP):
+            sync_buffers(self.model)
         if new:
             freeze(inner, *(p for layer in new for p in layer.patterns), optimizer=self.optimizer, remove=self.remove,
                    state=self.state)  # fmt: skip
