@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Union
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +10,8 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from freezekit import backends
-from freezekit.backends import Backend
-
-Size2 = Union[int, Sequence[int]]
+from freezekit._arguments import Size2, number, numbers, plain
+from freezekit.backends import Backend, check_backend
 
 _conv2d = torch.ops.freezekit.conv2d.default
 _conv2d_dgrad = torch.ops.freezekit.conv2d_dgrad.default
@@ -71,10 +69,19 @@ def conv2d(
     _check_tensor("weight", weight)
     if bias is not None:
         _check_tensor("bias", bias)
+    if not plain(stride, padding, dilation, groups):
+        stride, dilation, groups = numbers("stride", stride), numbers("dilation", dilation), number("groups", groups)
+        if not isinstance(padding, str):
+            padding = numbers("padding", padding)
+    dim = input.dim()
+    if dim != 4 and dim != 3:
+        raise RuntimeError(
+            f"input must have 4 dimensions (N, C, H, W), or 3 (C, H, W) unbatched, got {dim}: {list(input.shape)}"
+        )
     if isinstance(padding, str):
         input, padding = _resolve_padding(padding, input, weight, stride, dilation)
-    name = backends._current if backend is None else backend
-    if input.dim() == 3:
+    name = _backend_name(backend)
+    if dim == 3:
         batched = _conv2d(input.unsqueeze(0), weight, bias, stride, padding, dilation, groups, backend=name)
         return batched.squeeze(0)
     return _conv2d(input, weight, bias, stride, padding, dilation, groups, backend=name)
@@ -111,8 +118,10 @@ def conv2d_dgrad(
     """
     _check_tensor("grad_output", grad_output)
     _check_tensor("weight", weight)
-    name = backends._current if backend is None else backend
-    return _conv2d_dgrad(grad_output, weight, input_size, stride, padding, dilation, groups, backend=name)
+    size = _size("input_size", input_size)
+    settings = numbers("stride", stride), numbers("padding", padding), numbers("dilation", dilation)
+    name = _backend_name(backend)
+    return _conv2d_dgrad(grad_output, weight, size, *settings, number("groups", groups), backend=name)
 
 
 def conv2d_wgrad(
@@ -147,19 +156,37 @@ def conv2d_wgrad(
     """
     _check_tensor("grad_output", grad_output)
     _check_tensor("input", input)
-    name = backends._current if backend is None else backend
-    return _conv2d_wgrad(grad_output, input, weight_size, stride, padding, dilation, groups, backend=name)
+    size = _size("weight_size", weight_size)
+    settings = numbers("stride", stride), numbers("padding", padding), numbers("dilation", dilation)
+    name = _backend_name(backend)
+    return _conv2d_wgrad(grad_output, input, size, *settings, number("groups", groups), backend=name)
 
 
 def _check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"conv2d: {name} must be a Tensor, got {type(value).__name__}")
+        raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
 
 
-def _pair(value: Size2) -> tuple[int, int]:
-    if isinstance(value, int):
-        return value, value
-    return value[0], value[-1]
+def _backend_name(backend: Backend | None) -> Backend:
+    if backend is None:
+        return backends._current
+    check_backend(backend)
+    return backend
+
+
+def _size(name: str, value: object) -> list[int]:
+    size = numbers(name, value)
+    if isinstance(size, int):
+        raise TypeError(f"{name} must be a list of 4 integers, got {value!r}")
+    return size
+
+
+def _pair(name: str, value: Size2) -> tuple[int, int]:
+    if isinstance(value, Sequence):
+        if len(value) not in (1, 2):
+            raise RuntimeError(f"{name} must be one number or two (height, width), got {len(value)} of them: {value}")
+        return value[0], value[-1]
+    return value, value
 
 
 def _resolve_padding(
@@ -169,12 +196,14 @@ def _resolve_padding(
     if padding == "valid":
         return input, (0, 0)
     if padding != "same":
-        raise RuntimeError(f"conv2d: padding must be numbers, 'valid' or 'same', got {padding!r}")
-    if _pair(stride) != (1, 1):
-        raise RuntimeError(f"conv2d: padding='same' needs stride 1, got stride {stride}")
+        raise RuntimeError(f"padding must be numbers, 'valid' or 'same', got {padding!r}")
+    if _pair("stride", stride) != (1, 1):
+        raise RuntimeError(f"padding='same' needs stride 1, got stride {stride}")
     if weight.dim() != 4:
-        raise RuntimeError(f"conv2d: weight must have 4 dimensions, got {weight.dim()}: {tuple(weight.shape)}")
-    total = [d * (k - 1) for d, k in zip(_pair(dilation), weight.shape[2:])]
+        raise RuntimeError(f"weight must have 4 dimensions, got {weight.dim()}: {list(weight.shape)}")
+    total = [d * (k - 1) for d, k in zip(_pair("dilation", dilation), weight.shape[2:])]
+    if min(total) < 0:
+        raise RuntimeError(f"dilation must be positive and the kernel not empty, got {dilation}, {list(weight.shape)}")
     start = (total[0] // 2, total[1] // 2)
     extra = [t % 2 for t in total]
     if any(extra):

@@ -14,6 +14,7 @@
 
 #include "torch/aten.h"
 #include "torch/checks.h"
+#include "torch/compiled.h"
 #include "torch/node.h"
 #include "torch/operators.h"
 
@@ -37,19 +38,86 @@ struct Trilinear {
   }
 };
 
-// The gradients of `result = derivative(computes)`, whose operands are `first`, `second` and, of conv2d only, a bias.
+constexpr size_t kBias = 2;  // the slot of a bias among the results of backward; 0 and 1 are the operands
+
+// What the backward pass of `result = derivative(computes)` computes from; its operands have `roles`, in that order.
+struct BackwardOf {
+  Trilinear form;
+  Role computes;
+  std::array<Role, 2> roles;
+
+  // `other` is the operand that is not number `index`.
+  Tensor gradient(size_t index, const Tensor& grad, const Tensor& other) const {
+    std::array<Tensor, 3> operand;
+    operand[computes] = grad;
+    operand[roles[1 - index]] = other;
+    return form.derivative(roles[index], operand);
+  }
+
+  const char* name() const {
+    static const char* const names[] = {"FreezekitConv2dDgradBackward", "FreezekitConv2dWgradBackward",
+                                        "FreezekitConv2dBackward"};
+    return names[computes];
+  }
+
+  void pack(PackedArgs& arguments) const;
+  static BackwardOf unpack(PackedArgs& arguments);
+};
+
+Tensor bias_gradient(const Tensor& grad) { return grad.sum({0, 2, 3}); }
+
+void BackwardOf::pack(PackedArgs& arguments) const {
+  const Geometry& g = form.geometry;
+  for (const auto* values : {&g.stride, &g.padding, &g.dilation}) {
+    arguments.pack(std::vector<int64_t>(values->begin(), values->end()));
+  }
+  arguments.pack(g.groups);
+  arguments.pack(std::string(to_string(g.backend)));
+  for (const auto* size : {&form.input_size, &form.weight_size}) {
+    arguments.pack(std::vector<c10::SymInt>(size->begin(), size->end()));
+  }
+  for (const Role role : {computes, roles[0], roles[1]}) arguments.pack(static_cast<int64_t>(role));
+}
+
+BackwardOf BackwardOf::unpack(PackedArgs& arguments) {
+  const auto stride = arguments.unpack<std::vector<int64_t>>();
+  const auto padding = arguments.unpack<std::vector<int64_t>>();
+  const auto dilation = arguments.unpack<std::vector<int64_t>>();
+  const auto groups = arguments.unpack<int64_t>();
+  const auto backend = arguments.unpack<std::string>();
+  const auto input_size = arguments.unpack<std::vector<c10::SymInt>>();
+  const auto weight_size = arguments.unpack<std::vector<c10::SymInt>>();
+  const auto role = [&] { return static_cast<Role>(arguments.unpack<int64_t>()); };
+  const Role computes = role(), first = role(), second = role();
+  return {{Geometry(stride, padding, dilation, groups, backend),
+           {input_size.begin(), input_size.end()},
+           {weight_size.begin(), weight_size.end()}},
+          computes,
+          {first, second}};
+}
+
+// Conv2dBackward::apply as a function of values alone.
+variable_list backward_of_values(const variable_list& grads, const std::vector<c10::IValue>& values) {
+  PackedArgs arguments(values);
+  const BackwardOf backward = BackwardOf::unpack(arguments);
+  const std::array<Tensor, 2> kept = {arguments.unpack<Tensor>(), arguments.unpack<Tensor>()};
+  const auto wanted = arguments.unpack<std::vector<bool>>();
+  variable_list result(wanted.size());
+  if (!grads[0].defined()) return result;
+  for (size_t i = 0; i < 2; ++i) {
+    if (wanted[i]) result[i] = backward.gradient(i, grads[0], kept[1 - i]);
+  }
+  if (wanted.size() > kBias && wanted[kBias]) result[kBias] = bias_gradient(grads[0]);
+  return result;
+}
+
 class Conv2dBackward : public torch::autograd::Node {
  public:
-  Conv2dBackward(Trilinear form, Role computes, Role first, Role second)
-      : form_(std::move(form)), computes_(computes), roles_{first, second} {}
+  explicit Conv2dBackward(BackwardOf backward) : backward_(std::move(backward)) {}
 
   void keep(size_t index, const Tensor& operand) { kept_[index] = SavedVariable(operand, /*is_output=*/false); }
 
-  std::string name() const override {
-    static const char* const names[] = {"FreezekitConv2dDgradBackward", "FreezekitConv2dWgradBackward",
-                                        "FreezekitConv2dBackward"};
-    return names[computes_];
-  }
+  std::string name() const override { return backward_.name(); }
 
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -62,20 +130,46 @@ class Conv2dBackward : public torch::autograd::Node {
     if (!grads[0].defined()) return result;
     for (size_t i = 0; i < 2; ++i) {
       // What the engine asks for now, which autograd.grad(loss, subset) narrows, not what the graph could give.
-      if (!task_should_compute_output(i)) continue;
-      std::array<Tensor, 3> operand;
-      operand[computes_] = grads[0];
-      operand[roles_[1 - i]] = kept_[1 - i].unpack();
-      result[i] = form_.derivative(roles_[i], operand);
+      if (task_should_compute_output(i)) result[i] = backward_.gradient(i, grads[0], kept_[1 - i].unpack());
     }
-    if (num_outputs() == 3 && task_should_compute_output(2)) result[2] = grads[0].sum({0, 2, 3});
+    if (num_outputs() > kBias && task_should_compute_output(kBias)) result[kBias] = bias_gradient(grads[0]);
+    return result;
+  }
+
+  void compiled_args(CompiledNodeArgs& args) const override {
+    const Geometry& g = backward_.form.geometry;
+    args.collect(name());
+    for (const auto& values : {g.stride, g.padding, g.dilation}) {
+      for (const int64_t value : values) args.collect(value);
+    }
+    args.collect(g.groups);
+    args.collect(static_cast<int64_t>(g.backend));
+    for (const Role role : backward_.roles) args.collect(static_cast<int64_t>(role));
+    for (size_t i = 0; i < num_outputs(); ++i) args.collect(task_should_compute_output(i));
+    args.collect(SymIntArrayRef(backward_.form.input_size));
+    args.collect(SymIntArrayRef(backward_.form.weight_size));
+    for (const auto& variable : kept_) args.collect(variable, /*is_output=*/false);
+  }
+
+  variable_list apply_with_saved(const variable_list& grads, SwapSavedVariables& saved) override {
+    saved.before(backward_.form.input_size);
+    saved.before(backward_.form.weight_size);
+    for (auto& variable : kept_) saved.before(variable);
+    PackedArgs arguments;
+    backward_.pack(arguments);
+    for (const auto& variable : kept_) arguments.pack(variable.unpack());
+    std::vector<bool> wanted;
+    for (size_t i = 0; i < num_outputs(); ++i) wanted.push_back(task_should_compute_output(i));
+    arguments.pack(wanted);
+    variable_list result = trace_call(*this, name(), backward_of_values, grads, std::move(arguments), saved);
+    saved.after(backward_.form.input_size);
+    saved.after(backward_.form.weight_size);
+    for (auto& variable : kept_) saved.after(variable);
     return result;
   }
 
  private:
-  Trilinear form_;
-  Role computes_;
-  std::array<Role, 2> roles_;
+  BackwardOf backward_;
   std::array<SavedVariable, 2> kept_;
 };
 
@@ -89,7 +183,7 @@ bool needs_aten_formula(const Tensors&... tensors) {
   return ((tensors.is_complex() || is_transformed(tensors)) || ...);
 }
 
-SizeVector<c10::SymInt> sizes_of(const Tensor& tensor) {
+SizeVector<c10::SymInt> owned_sizes(const Tensor& tensor) {
   const auto sizes = tensor.sym_sizes();
   return {sizes.begin(), sizes.end()};
 }
@@ -99,7 +193,7 @@ Tensor record(Trilinear form, Role computes, Role first_role, const Tensor& firs
               const Tensor& second, Compute compute, const Bias&... bias) {
   NodePtr<Conv2dBackward> node;
   if (torch::autograd::compute_requires_grad(first, second, bias...)) {
-    node = make_node<Conv2dBackward>(std::move(form), computes, first_role, second_role);
+    node = make_node<Conv2dBackward>(BackwardOf{std::move(form), computes, {first_role, second_role}});
     node->set_next_edges(torch::autograd::collect_next_edges(first, second, bias...));
     if (second.requires_grad()) node->keep(0, first);
     if (first.requires_grad()) node->keep(1, second);
@@ -116,12 +210,15 @@ Tensor conv2d_autograd(const Tensor& input, const Tensor& weight, const std::opt
                        IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups,
                        std::string_view backend) {
   const Geometry geometry(stride, padding, dilation, groups, backend);
+  check_operand(input, "input");
+  check_operand(weight, "weight");
   const Tensor bias_or_none = bias.value_or(Tensor());
   if (needs_aten_formula(input, weight) || (bias_or_none.defined() && is_transformed(bias_or_none))) {
+    check_conv2d<c10::SymInt>(input, weight, bias, geometry);
     return aten::conv2d(input, weight, bias, geometry);
   }
   const auto compute = [&] { return conv2d(input, weight, bias, geometry); };
-  Trilinear form{geometry, sizes_of(input), sizes_of(weight)};
+  Trilinear form{geometry, owned_sizes(input), owned_sizes(weight)};
   if (!bias_or_none.defined()) {
     return record(std::move(form), kOutput, kInput, input, kWeight, weight, compute);
   }
@@ -131,8 +228,13 @@ Tensor conv2d_autograd(const Tensor& input, const Tensor& weight, const std::opt
 Tensor dgrad_autograd(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size, IntArrayRef stride,
                       IntArrayRef padding, IntArrayRef dilation, int64_t groups, std::string_view backend) {
   const Geometry geometry(stride, padding, dilation, groups, backend);
-  if (needs_aten_formula(grad_output, weight)) return aten::dgrad(grad_output, weight, input_size, geometry);
-  Trilinear form{geometry, {input_size.begin(), input_size.end()}, sizes_of(weight)};
+  check_operand(grad_output, "grad_output");
+  check_operand(weight, "weight");
+  if (needs_aten_formula(grad_output, weight)) {
+    check_dgrad<c10::SymInt>(grad_output, weight, input_size, geometry);
+    return aten::dgrad(grad_output, weight, input_size, geometry);
+  }
+  Trilinear form{geometry, {input_size.begin(), input_size.end()}, owned_sizes(weight)};
   return record(std::move(form), kInput, kOutput, grad_output, kWeight, weight,
                 [&] { return conv2d_dgrad(grad_output, weight, input_size, geometry); });
 }
@@ -140,8 +242,13 @@ Tensor dgrad_autograd(const Tensor& grad_output, const Tensor& weight, SymIntArr
 Tensor wgrad_autograd(const Tensor& grad_output, const Tensor& input, SymIntArrayRef weight_size, IntArrayRef stride,
                       IntArrayRef padding, IntArrayRef dilation, int64_t groups, std::string_view backend) {
   const Geometry geometry(stride, padding, dilation, groups, backend);
-  if (needs_aten_formula(grad_output, input)) return aten::wgrad(grad_output, input, weight_size, geometry);
-  Trilinear form{geometry, sizes_of(input), {weight_size.begin(), weight_size.end()}};
+  check_operand(grad_output, "grad_output");
+  check_operand(input, "input");
+  if (needs_aten_formula(grad_output, input)) {
+    check_wgrad<c10::SymInt>(grad_output, input, weight_size, geometry);
+    return aten::wgrad(grad_output, input, weight_size, geometry);
+  }
+  Trilinear form{geometry, owned_sizes(input), {weight_size.begin(), weight_size.end()}};
   return record(std::move(form), kWeight, kOutput, grad_output, kInput, input,
                 [&] { return conv2d_wgrad(grad_output, input, weight_size, geometry); });
 }

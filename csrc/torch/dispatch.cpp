@@ -17,10 +17,23 @@ struct BelowAutogradAndAutocast {
   c10::impl::ExcludeDispatchKeyGuard autocast{c10::autocast_dispatch_keyset};
 };
 
+Conv2dProblem problem_of(IntArrayRef x, IntArrayRef w, IntArrayRef y, const Geometry& g) {
+  Conv2dProblem problem;
+  problem.n = x[0], problem.c = x[1], problem.h = x[2], problem.w = x[3];
+  problem.k = w[0], problem.r = w[2], problem.s = w[3];
+  problem.p = y[2], problem.q = y[3];
+  problem.pad_h = g.padding[0], problem.pad_w = g.padding[1];
+  problem.stride_h = g.stride[0], problem.stride_w = g.stride[1];
+  problem.dilation_h = g.dilation[0], problem.dilation_w = g.dilation[1];
+  problem.groups = g.groups;
+  return problem;
+}
+
 Tensor conv2d_kernel(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, IntArrayRef stride,
                      IntArrayRef padding, IntArrayRef dilation, int64_t groups, std::string_view backend) {
   const Geometry g(stride, padding, dilation, groups, backend);
-  const Conv2dProblem problem = check_conv2d(input, weight, bias, g);
+  const auto output_size = check_conv2d<int64_t>(input, weight, bias, g);
+  const Conv2dProblem problem = problem_of(input.sizes(), weight.sizes(), output_size, g);
   const BelowAutogradAndAutocast below;
   if (native::runs(Operator::fprop, problem, input, g.backend)) return native::conv2d(problem, input, weight, bias, g);
   return aten::conv2d(input, weight, bias, g);
@@ -29,7 +42,9 @@ Tensor conv2d_kernel(const Tensor& input, const Tensor& weight, const std::optio
 Tensor dgrad_kernel(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size, IntArrayRef stride,
                     IntArrayRef padding, IntArrayRef dilation, int64_t groups, std::string_view backend) {
   const Geometry g(stride, padding, dilation, groups, backend);
-  const Conv2dProblem problem = check_dgrad(grad_output, weight, C10_AS_INTARRAYREF_SLOW(input_size), g);
+  const IntArrayRef size = C10_AS_INTARRAYREF_SLOW(input_size);
+  check_dgrad<int64_t>(grad_output, weight, size, g);
+  const Conv2dProblem problem = problem_of(size, weight.sizes(), grad_output.sizes(), g);
   const BelowAutogradAndAutocast below;
   if (native::runs(Operator::dgrad, problem, grad_output, g.backend)) {
     return native::dgrad(problem, grad_output, weight, g);
@@ -40,7 +55,9 @@ Tensor dgrad_kernel(const Tensor& grad_output, const Tensor& weight, SymIntArray
 Tensor wgrad_kernel(const Tensor& grad_output, const Tensor& input, SymIntArrayRef weight_size, IntArrayRef stride,
                     IntArrayRef padding, IntArrayRef dilation, int64_t groups, std::string_view backend) {
   const Geometry g(stride, padding, dilation, groups, backend);
-  const Conv2dProblem problem = check_wgrad(grad_output, input, C10_AS_INTARRAYREF_SLOW(weight_size), g);
+  const IntArrayRef size = C10_AS_INTARRAYREF_SLOW(weight_size);
+  check_wgrad<int64_t>(grad_output, input, size, g);
+  const Conv2dProblem problem = problem_of(input.sizes(), size, grad_output.sizes(), g);
   const BelowAutogradAndAutocast below;
   if (native::runs(Operator::wgrad, problem, grad_output, g.backend)) {
     return native::wgrad(problem, grad_output, input, g);

@@ -2,6 +2,7 @@
 #include <torch/library.h>
 
 #include "torch/aten.h"
+#include "torch/checks.h"
 #include "torch/operators.h"
 
 namespace freezekit {
@@ -9,17 +10,23 @@ namespace {
 
 Tensor conv2d_batched(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, IntArrayRef stride,
                       IntArrayRef padding, IntArrayRef dilation, int64_t groups, std::string_view backend) {
-  return aten::conv2d(input, weight, bias, Geometry(stride, padding, dilation, groups, backend));
+  const Geometry g(stride, padding, dilation, groups, backend);
+  check_conv2d<c10::SymInt>(input, weight, bias, g);
+  return aten::conv2d(input, weight, bias, g);
 }
 
 Tensor dgrad_batched(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size, IntArrayRef stride,
                      IntArrayRef padding, IntArrayRef dilation, int64_t groups, std::string_view backend) {
-  return aten::dgrad(grad_output, weight, input_size, Geometry(stride, padding, dilation, groups, backend));
+  const Geometry g(stride, padding, dilation, groups, backend);
+  check_dgrad<c10::SymInt>(grad_output, weight, input_size, g);
+  return aten::dgrad(grad_output, weight, input_size, g);
 }
 
 Tensor wgrad_batched(const Tensor& grad_output, const Tensor& input, SymIntArrayRef weight_size, IntArrayRef stride,
                      IntArrayRef padding, IntArrayRef dilation, int64_t groups, std::string_view backend) {
-  return aten::wgrad(grad_output, input, weight_size, Geometry(stride, padding, dilation, groups, backend));
+  const Geometry g(stride, padding, dilation, groups, backend);
+  check_wgrad<c10::SymInt>(grad_output, input, weight_size, g);
+  return aten::wgrad(grad_output, input, weight_size, g);
 }
 
 }  // namespace

@@ -18,31 +18,20 @@ Tensor empty(SymIntArrayRef size, const Tensor& a, const Tensor& b) {
 Tensor conv2d_meta(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, IntArrayRef stride,
                    IntArrayRef padding, IntArrayRef dilation, int64_t groups, std::string_view backend) {
   const Geometry g(stride, padding, dilation, groups, backend);
-  check_geometry(g);
-  check_same(input, "input", weight, "weight");
-  const auto size = checked_output_size<Sym>(input.sym_sizes(), weight.sym_sizes(), g);
-  if (bias && bias->defined()) {
-    check_same(input, "input", *bias, "bias");
-    check_bias<Sym>(bias->sym_sizes(), weight.sym_sizes());
-  }
-  return empty(size, input, weight);
+  return empty(check_conv2d<Sym>(input, weight, bias, g), input, weight);
 }
 
 Tensor dgrad_meta(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size, IntArrayRef stride,
                   IntArrayRef padding, IntArrayRef dilation, int64_t groups, std::string_view backend) {
   const Geometry g(stride, padding, dilation, groups, backend);
-  check_geometry(g);
-  check_same(grad_output, "grad_output", weight, "weight");
-  check_grad_output<Sym>(grad_output.sym_sizes(), input_size, weight.sym_sizes(), g);
+  check_dgrad<Sym>(grad_output, weight, input_size, g);
   return empty(input_size, grad_output, weight);
 }
 
 Tensor wgrad_meta(const Tensor& grad_output, const Tensor& input, SymIntArrayRef weight_size, IntArrayRef stride,
                   IntArrayRef padding, IntArrayRef dilation, int64_t groups, std::string_view backend) {
   const Geometry g(stride, padding, dilation, groups, backend);
-  check_geometry(g);
-  check_same(grad_output, "grad_output", input, "input");
-  check_grad_output<Sym>(grad_output.sym_sizes(), input.sym_sizes(), weight_size, g);
+  check_wgrad<Sym>(grad_output, input, weight_size, g);
   return empty(weight_size, grad_output, input);
 }
 

@@ -91,6 +91,8 @@ bool runs(Operator op, const Conv2dProblem& problem, const Tensor& on, Backend b
   } else {
     TORCH_CHECK(on.is_cpu(), "backend='emulated' needs CPU tensors, got one on ", on.device());
   }
+  TORCH_CHECK(on.layout() == at::kStrided, "backend='", to_string(backend), "' takes strided tensors, got layout ",
+              on.layout());
   TORCH_CHECK(dtype_of(on), "backend='", to_string(backend), "' takes float32, float64, float16 and bfloat16, got ",
               on.scalar_type());
   kernel_library(backend);

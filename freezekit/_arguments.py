@@ -1,0 +1,66 @@
+"""What the functions take for a number, and for a backend: torch's rules, with errors that name the argument."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+import torch
+
+Size2 = int | Sequence[int]
+
+_SMALL = 2**31
+
+
+def plain(*settings: object) -> bool:
+    """Whether every one is an int or a tuple of ints, as a module's own settings are: nothing is left to convert."""
+    for setting in settings:
+        for value in setting if type(setting) is tuple else (setting,):
+            if type(value) is not int or not -1 < value < _SMALL:
+                return False
+    return True
+
+
+def numbers(name: str, value: object) -> int | list[int]:
+    """`value` as the operators take it: one integer, or a list or tuple of them.
+
+    Integer tensors of one element and numpy integers are taken for integers, as torch takes them; a bool is not.
+
+    Raises:
+        TypeError: if it is anything else.
+        ValueError: if it is one integer of more than 64 bits.
+
+    >>> numbers("stride", (1, 2))
+    [1, 2]
+    >>> numbers("stride", 1.5)
+    Traceback (most recent call last):
+    TypeError: stride must be an integer or a list of them, got 1.5
+    """
+    if isinstance(value, list | tuple):
+        return [_number(name, element, value, TypeError) for element in value]
+    return _number(name, value, value, ValueError)
+
+
+def number(name: str, value: object) -> int:
+    """`value` as an integer.
+
+    Raises:
+        TypeError, ValueError: as :func:`numbers`.
+    """
+    if isinstance(value, list | tuple):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    return _number(name, value, value, ValueError)
+
+
+def _number(name: str, value: object, whole: object, overflow: type[Exception]) -> int:
+    if isinstance(value, torch.SymInt):
+        return value  # type: ignore[return-value]
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        result = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name} must be an integer or a list of them, got {whole!r}") from None
+    if not -(2**63) <= result < 2**63:
+        raise overflow(f"{name} must fit into 64 bits, got {whole!r}")
+    return result
