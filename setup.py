@@ -81,10 +81,14 @@ class Build(BuildExtension):
             info["cuda"] = re.findall(r"\bV([\d.]+)", banner)[0]
             info["archs"] = archs
             flags = f"-std=c++17 -O3 -I{CSRC} -Xcompiler -fPIC,-fvisibility=hidden {' '.join(arch_flags(archs))}"
-            extension.extra_objects += map(str, ninja(build, "nvcc", f"{nvcc} {flags} -MD -MF $out.d -c $in -o $out", kernels))
+            extension.extra_objects += map(
+                str, ninja(build, "nvcc", f"{nvcc} {flags} -MD -MF $out.d -c $in -o $out", kernels)
+            )
             extension.define_macros += [("FREEZEKIT_WITH_CUDA", None)]
             lib = cuda_home(nvcc)
-            extension.library_dirs += [str(p) for p in (lib / "lib64", lib / "lib", lib / "targets/x86_64-linux/lib") if p.is_dir()]
+            extension.library_dirs += [
+                str(p) for p in (lib / "lib64", lib / "lib", lib / "targets/x86_64-linux/lib") if p.is_dir()
+            ]
             # Static, as nvcc links by default: the binary then loads where no CUDA is installed.
             extension.extra_link_args += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
         else:
@@ -106,7 +110,9 @@ setup(
     ext_modules=[
         CppExtension(
             "freezekit._C",
-            sources=sorted(str(p.relative_to(ROOT)) for d in ("kernels", "torch", "python") for p in (CSRC / d).glob("*.cpp")),
+            sources=sorted(
+                str(p.relative_to(ROOT)) for d in ("kernels", "torch", "python") for p in (CSRC / d).glob("*.cpp")
+            ),
             include_dirs=[str(CSRC)],
             extra_compile_args=["-O2", "-g0", "-fvisibility=hidden"],
         )

@@ -4,16 +4,30 @@ from freezekit import _extension
 
 _extension.load()
 
+from freezekit.audit import audit  # noqa: E402
 from freezekit.backends import backend, current_backend  # noqa: E402
+from freezekit.constants import invalidate, verify_constants  # noqa: E402
 from freezekit.conversion import LayerReport, conversion_report, convert  # noqa: E402
+from freezekit.freezing import (  # noqa: E402
+    Frozen,
+    PatternError,
+    freeze,
+    freeze_state,
+    load_freeze_state,
+    unfreeze,
+)
 from freezekit.functional import conv2d, conv2d_dgrad, conv2d_wgrad  # noqa: E402
+from freezekit.guard import guard  # noqa: E402
 from freezekit.nn import FreezableConv2d  # noqa: E402
 
 __version__ = "0.1.0"
 
 __all__ = [
     "FreezableConv2d",
+    "Frozen",
     "LayerReport",
+    "PatternError",
+    "audit",
     "backend",
     "conv2d",
     "conv2d_dgrad",
@@ -21,4 +35,11 @@ __all__ = [
     "conversion_report",
     "convert",
     "current_backend",
+    "freeze",
+    "freeze_state",
+    "guard",
+    "invalidate",
+    "load_freeze_state",
+    "unfreeze",
+    "verify_constants",
 ]

@@ -55,7 +55,7 @@ def emulated_kernels() -> Path:
 def load() -> ModuleType:
     """Imports freezekit._C, which registers the operators with torch."""
     check_torch(build_info()["torch"], torch.__version__)
-    from freezekit import _C
+    import freezekit._C as _C
 
     if emulated_kernels().exists():
         _C.set_emulator_path(str(emulated_kernels()))

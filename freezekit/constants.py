@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from freezekit import _C
+import freezekit._C as _C
 
 __all__ = ["declare_constant", "invalidate", "is_constant", "usage", "verify_constants", "withdraw_constant"]
 

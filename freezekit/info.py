@@ -18,7 +18,7 @@ def info() -> dict[str, Any]:
     ['cuda_archs', 'cuda_kernels', 'devices', 'emulated_kernels', 'freezekit', 'nvcc', 'platform', 'python', 'torch', \
 'torch_at_build']
     """
-    from freezekit import _C
+    import freezekit._C as _C
 
     built = _extension.build_info()
     return {
@@ -31,7 +31,8 @@ def info() -> dict[str, Any]:
         "cuda_kernels": _C.has_cuda_kernels(),
         "cuda_archs": built["archs"],
         "emulated_kernels": _extension.emulated_kernels().exists(),
-        "devices": [_device(i) for i in range(torch.cuda.device_count())] + [f"cpu ({torch.get_num_threads()} threads)"],
+        "devices": [_device(i) for i in range(torch.cuda.device_count())]
+        + [f"cpu ({torch.get_num_threads()} threads)"],
     }
 
 

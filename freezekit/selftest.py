@@ -42,7 +42,7 @@ class Problem:
     groups: int = 1
 
     @property
-    def settings(self) -> dict[str, int]:
+    def settings(self) -> dict[str, Any]:
         return {"stride": self.stride, "padding": self.padding, "dilation": self.dilation, "groups": self.groups}
 
 
@@ -101,9 +101,7 @@ def _run(
     x, w, dy = _tensors(problem, dtype, device)
     call = {
         "conv2d": lambda: functional.conv2d(x, w, **problem.settings, backend=backend),
-        "conv2d_dgrad": lambda: functional.conv2d_dgrad(
-            dy, w, problem.input_size, **problem.settings, backend=backend
-        ),
+        "conv2d_dgrad": lambda: functional.conv2d_dgrad(dy, w, problem.input_size, **problem.settings, backend=backend),
         "conv2d_wgrad": lambda: functional.conv2d_wgrad(
             dy, x, problem.weight_size, **problem.settings, backend=backend
         ),
@@ -111,8 +109,8 @@ def _run(
     name = "tf32" if tf32 else str(dtype).removeprefix("torch.")
     try:
         kernel, result, seconds = _timed(call, backend, device)
-    except RuntimeError as error:
-        return Row(operator, problem.name, name, "", float("nan"), 0.0, str(error).splitlines()[0])
+    except RuntimeError as failure:
+        return Row(operator, problem.name, name, "", float("nan"), 0.0, str(failure).splitlines()[0])
     unit = TF32_ROUNDOFF if tf32 else UNIT_ROUNDOFF[dtype]
     error = _error(operator, problem, x, w, dy, result, unit, UNIT_ROUNDOFF[dtype])
     return Row(operator, problem.name, name, kernel, error, seconds * 1e3)

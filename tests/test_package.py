@@ -74,8 +74,10 @@ def test_native_without_a_gpu_says_what_it_needs() -> None:
     assert fk.current_backend() == "auto"
 
 
-@pytest.mark.parametrize("use", [lambda: fk.backend("cudnn"), lambda: fk.conv2d(torch.ones(1, 1, 1, 1),
-                                 torch.ones(1, 1, 1, 1), backend="cudnn")])
+@pytest.mark.parametrize(
+    "use",
+    [lambda: fk.backend("cudnn"), lambda: fk.conv2d(torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1), backend="cudnn")],
+)
 def test_an_unknown_backend_is_named(use) -> None:
     with pytest.raises(ValueError, match="'auto', 'native', 'aten'.*'emulated'.*got 'cudnn'"):
         use()

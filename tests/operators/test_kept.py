@@ -155,7 +155,9 @@ def test_peak_memory_of_a_frozen_chain() -> None:
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     peak = {
         kind: int(
-            subprocess.run([sys.executable, "-c", PEAK, kind], capture_output=True, text=True, check=True, env=env).stdout
+            subprocess.run(
+                [sys.executable, "-c", PEAK, kind], capture_output=True, text=True, check=True, env=env
+            ).stdout
         )
         for kind in ("Conv2d", "FreezableConv2d")
     }
