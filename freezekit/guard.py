@@ -11,7 +11,6 @@ Three watches, from cheap to sure:
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
 
@@ -21,7 +20,7 @@ from torch.optim import LBFGS, Optimizer
 
 from freezekit.freezing.bits import checksums, local, same_bits
 from freezekit.freezing.causes import causes, describe
-from freezekit.freezing.held import Record, copy_state, frozen_tensors, put_state, record_all, write
+from freezekit.freezing.held import AtRisk, Record, copy_state, frozen_tensors, put_state, record_all, write
 from freezekit.freezing.norm import is_held
 
 
@@ -33,18 +32,6 @@ class FrozenMoved(RuntimeError):
         more = [f"  and {len(lines) - 5} more"] if len(lines) > 5 else []
         super().__init__("\n".join([f"guard: {title}", *shown, *more]))
         self.names = tuple(lines)
-
-
-@dataclass
-class _AtRisk:
-    """A frozen parameter that the coming step may write to, and what is needed to undo that."""
-
-    name: str
-    param: nn.Parameter
-    group: dict[str, Any]
-    value: torch.Tensor
-    state: dict[str, Any] | None
-    reasons: list[str]
 
 
 class Guard:
@@ -64,7 +51,7 @@ class Guard:
         self.undone: dict[str, int] = {}
         self._records: dict[str, Record] = {}
         self._frozen: dict[str, torch.Tensor] = {}
-        self._at_risk: list[_AtRisk] = []
+        self._at_risk: list[AtRisk] = []
         self._refresh()
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -105,7 +92,12 @@ class Guard:
         self._records.update(record_all(new, with_value=self.mode == "restore"))
 
     def _touched(self) -> dict[str, torch.Tensor]:
-        return {name: tensor for name, tensor in self._frozen.items() if self._records[name].touched(tensor)}
+        """Frozen tensors that may have changed. One touched tensor makes all of its layer suspect: batch norm in
+        training writes its means and variances without counting a version, and only ``num_batches_tracked`` tells."""
+        layers = {
+            name.rpartition(".")[0] for name, tensor in self._frozen.items() if self._records[name].touched(tensor)
+        }
+        return {name: tensor for name, tensor in self._frozen.items() if name.rpartition(".")[0] in layers}
 
     def _moved(self, tensors: dict[str, torch.Tensor]) -> list[str]:
         """Names of those that changed; the records of the others follow them to their address and version."""
@@ -130,7 +122,7 @@ class Guard:
             raise FrozenMoved("this step would move what is frozen; nothing has moved yet", lines)
         self._at_risk = risks
 
-    def _find_at_risk(self, closure: bool) -> list[_AtRisk]:
+    def _find_at_risk(self, closure: bool) -> list[AtRisk]:
         """Frozen parameters in the groups that have a gradient, or may get one in the closure (restore mode)."""
         names = {id(tensor): name for name, tensor in self._frozen.items()}
         risks = []
@@ -142,7 +134,7 @@ class Guard:
                 copied = self._records[name].value
                 value = local(param).detach().clone() if copied is None else copied
                 reasons = causes(self.optimizer, group, param)
-                risks.append(_AtRisk(name, param, group, value, copy_state(self.optimizer, param), reasons))
+                risks.append(AtRisk(name, param, group, value, copy_state(self.optimizer, param), reasons))
         return risks
 
     def _check_modes(self) -> None:
@@ -189,7 +181,7 @@ class Guard:
         now, record = self._frozen[name], self._records[name]
         accept = "or, if it was meant, call accept() on the guard"
         if not record.same_form(now):
-            then = f"{record.tensor.dtype} {tuple(record.tensor.shape)}"
+            then = f"{record.dtype} {tuple(record.shape)}"
             return f"it was {then} and is {now.dtype} {tuple(now.shape)}. Cure: convert before freezing, {accept}"
         if isinstance(self.optimizer, LBFGS) and name in dict(self.model.named_parameters()):
             cure = f"freeze(model, {name!r}, optimizer=optimizer, remove=True, state='reset')"

@@ -183,13 +183,13 @@ def _set_requires_grad(result: Frozen, selection: Selection, names: dict[int, tu
     same = [p for p in selection.params.values() if p.requires_grad == value]
     for param in changed:
         result.on_restore(partial(restore_param, param, not value, param.grad))
-        param.requires_grad_(value)
+        param.requires_grad = value
     result.params = tuple(name for p in changed for name in names[id(p)])
     result.already = tuple(name for p in same for name in names[id(p)])
 
 
 def restore_param(param: nn.Parameter, requires_grad: bool, grad: torch.Tensor | None) -> None:
-    param.requires_grad_(requires_grad)
+    param.requires_grad = requires_grad
     param.grad = grad
 
 

@@ -108,7 +108,7 @@ def _apply_flags(
     for name, param in params.items():
         result.on_restore(partial(restore_param, param, param.requires_grad, param.grad))
         if param.requires_grad == (name in frozen):
-            param.requires_grad_(name not in frozen)
+            param.requires_grad = name not in frozen
             changed.append(param)
         if name in frozen and param.grad is not None:
             param.grad = None

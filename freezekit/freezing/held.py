@@ -33,6 +33,8 @@ class Record:
     """A frozen tensor as it was when it was first seen frozen; ``value`` is a copy, where one is wanted."""
 
     tensor: torch.Tensor
+    shape: torch.Size
+    dtype: torch.dtype
     identity: tuple[int, int]
     checksum: int
     value: torch.Tensor | None
@@ -42,11 +44,23 @@ class Record:
         return now is not self.tensor or identity(now) != self.identity
 
     def same_form(self, now: torch.Tensor) -> bool:
-        return now.shape == self.tensor.shape and now.dtype == self.tensor.dtype
+        return now.shape == self.shape and now.dtype == self.dtype
 
     def accept(self, now: torch.Tensor) -> None:
         """Follow ``now``, which has the same value, to its new address and version."""
         self.tensor, self.identity = now, identity(now)
+
+
+@dataclass
+class AtRisk:
+    """A frozen parameter that the coming step may write to, and what is needed to undo that."""
+
+    name: str
+    param: nn.Parameter
+    group: dict[str, Any]
+    value: torch.Tensor
+    state: dict[str, Any] | None
+    reasons: list[str]
 
 
 def record_all(tensors: dict[str, torch.Tensor], with_value: bool) -> dict[str, Record]:
@@ -54,7 +68,7 @@ def record_all(tensors: dict[str, torch.Tensor], with_value: bool) -> dict[str, 
     records = {}
     for (name, tensor), checksum in zip(tensors.items(), checksums(list(tensors.values())), strict=True):
         value = local(tensor).detach().clone() if with_value else None
-        records[name] = Record(tensor, identity(tensor), checksum, value)
+        records[name] = Record(tensor, tensor.shape, tensor.dtype, identity(tensor), checksum, value)
     return records
 
 

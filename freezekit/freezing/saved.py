@@ -38,6 +38,8 @@ def check_form(state: object) -> None:
         for entries in removed:
             for name, entry in entries.items():
                 _check_entry(name, entry)
+                if name not in state["frozen"] and name not in state["trainable"]:
+                    raise ValueError(f"state: 'removed' names {name!r}, which is neither frozen nor trainable")
 
 
 def _check_entry(name: object, entry: Any) -> None:

@@ -195,9 +195,7 @@ def selected(model: nn.Module, pattern: Any) -> tuple[list[str], list[str]]:
 PATTERN = st.integers(0, 99)  # an index into `patterns_of`, modulo its length
 OPERATIONS = st.one_of(
     st.tuples(st.just("learn"), st.integers(1, 2)),
-    st.tuples(
-        st.just("freeze"), st.integers(0, 99), st.booleans(), st.booleans(), st.sampled_from(["freeze", "batch"])
-    ),
+    st.tuples(st.just("freeze"), PATTERN, st.booleans(), st.booleans(), st.sampled_from(["freeze", "batch"])),
     st.tuples(st.just("unfreeze"), PATTERN, st.booleans()),
     st.tuples(st.just("resume")),
     st.tuples(st.just("mode"), st.booleans()),
@@ -273,7 +271,7 @@ def sequences(examples: int) -> Any:
 
 
 @pytest.mark.parametrize("choice", choices(), ids=str)
-@sequences(examples=6)
+@sequences(examples=12)
 def test_frozen_holds_and_the_rest_moves_as_in_stock_torch(
     choice: Choice, layers: list[str], schedule: str, seed: int, operations: list[tuple[Any, ...]]
 ) -> None:

@@ -1,0 +1,163 @@
+"""guard beside statistics, closures, LBFGS, lazy and converted parameters, and its handle."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import LBFGS, SGD, Optimizer
+
+from freezekit.freezing import freeze, unfreeze
+from freezekit.guard import FrozenMoved, guard
+from tests.freezing.cases import Choice
+from tests.freezing.guarded import backward, learn, same, trained
+
+
+def test_statistics_are_held_too() -> None:
+    model, optimizer = trained()
+    freeze(model, "0.1", optimizer=optimizer)
+    with guard(model, optimizer) as held:
+        model.train()
+        learn(model, optimizer)
+        model[0][1].training = True  # past train()
+        with pytest.raises(FrozenMoved, match=r"'0\.1': its \.training was set past train\(\)"):
+            optimizer.step()
+        backward(model)  # and now they moved
+        with pytest.raises(FrozenMoved) as error:
+            held.check()
+    assert error.value.names == ("0.1.running_mean", "0.1.running_var", "0.1.num_batches_tracked")
+
+
+def test_restore_puts_statistics_and_mode_back() -> None:
+    model, optimizer = trained()
+    freeze(model, "0.1", optimizer=optimizer)
+    before = copy.deepcopy(model[0][1].state_dict())
+    with guard(model, optimizer, mode="restore"):
+        model[0][1].training = True
+        learn(model, optimizer)
+    assert same(dict(model[0][1].state_dict()), dict(before))
+    assert not model[0][1].training
+
+
+def test_a_replaced_buffer_is_seen() -> None:
+    model, optimizer = trained()
+    freeze(model, "0.1", optimizer=optimizer)
+    with guard(model, optimizer) as held:
+        model[0][1].running_mean = model[0][1].running_mean + 1
+        with pytest.raises(FrozenMoved, match="running_mean"):
+            held.check()
+
+
+def test_freezing_and_unfreezing_under_guard() -> None:
+    model, optimizer = trained()
+    with guard(model, optimizer, every=1):
+        learn(model, optimizer)
+        with freeze(model, "1", optimizer=optimizer, remove=True):
+            learn(model, optimizer)
+        unfreeze(model, "1", optimizer=optimizer)
+        before = model[1].weight.clone()
+        learn(model, optimizer)
+        assert not torch.equal(model[1].weight, before)
+
+
+def test_lbfgs_that_holds_a_frozen_parameter() -> None:
+    for mode in ("raise", "restore"):
+        model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        optimizer = LBFGS(model.parameters(), lr=0.1, max_iter=3)
+
+        def closure(model: nn.Module = model, optimizer: Optimizer = optimizer) -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = model(torch.ones(3, 2)).square().sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        optimizer.zero_grad()
+        model[0].requires_grad_(False)
+        before = model[0].weight.clone()
+        with guard(model, optimizer, mode=mode) as held:
+            if mode == "raise":
+                with pytest.raises(FrozenMoved, match=r"LBFGS writes .* remove=True, state='reset'"):
+                    optimizer.step(closure)
+            else:
+                optimizer.step(closure)
+                assert torch.equal(model[0].weight, before)
+                assert held.undone == {"0.weight": 1, "0.bias": 1}
+
+
+def test_sparse_gradients_are_read() -> None:
+    model = nn.Embedding(4, 2, sparse=True)
+    optimizer = torch.optim.SparseAdam(model.parameters(), lr=0.1)
+    model(torch.tensor([1])).sum().backward()
+    model.weight.requires_grad_(False)
+    with guard(model, optimizer), pytest.raises(FrozenMoved, match=r"\.grad is stale"):
+        optimizer.step()
+
+
+def test_a_closure_that_makes_a_gradient_for_a_frozen_parameter() -> None:
+    for options in ({}, {"fused": True}):
+        model, optimizer = trained(Choice(SGD, {"lr": 0.1, **options}))
+        freeze(model, "1", optimizer=optimizer)
+        before = model[1].weight.clone()
+
+        def closure(model: nn.Module = model) -> None:
+            model[1].weight.grad = torch.ones_like(model[1].weight)
+
+        with guard(model, optimizer, mode="restore"):
+            optimizer.step(closure)
+        assert torch.equal(model[1].weight, before)
+        model[1].weight.grad = None
+        with guard(model, optimizer), pytest.raises(FrozenMoved, match=r"1\.weight"):
+            optimizer.step(closure)
+
+
+def test_a_change_of_dtype_cannot_be_undone_and_says_so() -> None:
+    for mode in ("raise", "restore"):
+        model, optimizer = trained()
+        freeze(model, optimizer=optimizer)
+        with guard(model, optimizer, mode=mode) as held:
+            model.double()
+            with pytest.raises(FrozenMoved, match=r"it was torch.float32 \(4, 4\) and is torch.float64"):
+                held.check()
+
+
+def test_lazy_parameters_are_held_once_they_have_data() -> None:
+    model = nn.Sequential(nn.LazyLinear(2), nn.Linear(2, 2))
+    optimizer = SGD(model[1].parameters(), lr=0.1)
+    freeze(model, "0")
+    with guard(model, optimizer, every=1) as held:
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        model[0].weight.data.add_(1)
+        with pytest.raises(FrozenMoved, match=r"0\.weight"):
+            held.check()
+
+
+def test_the_handle_ends_it() -> None:
+    model, optimizer = trained()
+    held = guard(model, optimizer)
+    model[1].weight.requires_grad_(False)
+    held.remove()
+    held.remove()
+    optimizer.step()
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "says"),
+    [
+        ({"every": 0}, ValueError, "every: expected a number of steps from 1 on, got 0"),
+        ({"every": True}, ValueError, "every: expected a number of steps from 1 on, got True"),
+        ({"mode": "warn"}, ValueError, 'mode: expected "raise" or "restore", got \'warn\''),
+        ({"model": 3}, TypeError, "model: expected an nn.Module, got int"),
+        ({"optimizer": 3}, TypeError, "optimizer: expected a torch.optim.Optimizer, got int"),
+    ],
+)
+def test_arguments_are_checked(arguments: dict, error: type[Exception], says: str) -> None:
+    model, optimizer = trained()
+    with pytest.raises(error) as caught:
+        guard(**{"model": model, "optimizer": optimizer, **arguments})
+    assert says in str(caught.value)
