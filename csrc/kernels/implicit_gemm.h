@@ -24,7 +24,7 @@
 #include "core/gather.h"
 #include "kernels/epilogue.h"
 #include "kernels/families.h"
-#include "kernels/ptx.h"
+#include "kernels/tensor_core.h"
 
 namespace freezekit {
 
@@ -34,30 +34,10 @@ enum class Access {
   elements,   // the same for any channel count
 };
 
-constexpr int kChunkBytes = 16;
 constexpr int kTileChunks = 4;                            // chunks along l in one k-tile
 constexpr int kTileRowBytes = kChunkBytes * kTileChunks;  // 32 values of 16 bits, 16 of 32 bits
 constexpr int kWarpColumns = 32;
 constexpr int kPatchPitch = kWarpColumns + 8;             // floats; rows of a patch start 8 banks apart
-
-// D[16][8] += A[16][2 chunks] * B[2 chunks][8] of fragments as ldmatrix gives them.
-template <class T>
-FK_DEVICE void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  if constexpr (std::is_same_v<T, float>) {
-    ptx::mma_m16n8k8_tf32(d, a, b);
-  } else {
-    ptx::mma_m16n8k16<T>(d, a, b);
-  }
-}
-
-// The tensor core drops the low bits of an fp32 value; rounding first halves the error.
-template <class T>
-FK_DEVICE void round_fragment(uint32_t (&fragment)[4]) {
-  if constexpr (std::is_same_v<T, float>) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) fragment[i] = ptx::to_tf32(__uint_as_float(fragment[i]));
-  }
-}
 
 FK_DEVICE int32_t chunk_offset(int32_t row, int32_t chunk) {
   return row * kTileRowBytes + ((chunk ^ (row >> 1 & 3)) * kChunkBytes);
@@ -116,8 +96,9 @@ struct Loader {
       return origin[i].ih == 0 && cursor.tap_h == 0;
     } else {
       const int32_t ih = origin[i].ih + cursor.tap_h * h.in_step, iw = origin[i].iw + cursor.tap_w * w.in_step;
-      *position = origin[i].image + ih * g.in_w + iw;
-      return cursor.tap_h < h.taps && ih >= 0 && ih < g.in_h && iw >= 0 && iw < g.in_w;
+      const bool inside = cursor.tap_h < h.taps && ih >= 0 && ih < g.in_h && iw >= 0 && iw < g.in_w;
+      *position = inside ? origin[i].image + ih * g.in_w + iw : 0;  // outside it may overflow
+      return inside;
     }
   }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from tests.kernels.emulated import FAMILIES, OPERATORS, Problem
 
@@ -47,10 +47,33 @@ DIRECT = [
     Case("wgrad", STRIDED, "f16", "direct", split_k=4),
 ]
 
+CHUNKS = Problem(n=1, c=16, h=6, w=5, k=40)
+POINTWISE = Problem(n=1, c=40, h=5, w=5, k=24, r=1, s=1, pad=(0, 0))
+GEMM_STRIDED = Problem(n=2, c=8, h=9, w=8, k=16, stride=(2, 2))
+GEMM_DILATED = Problem(n=1, c=8, h=9, w=9, k=8, stride=(2, 1), dilation=(2, 3), pad=(2, 3))
+GEMM_GROUPED = Problem(n=1, c=24, h=5, w=4, k=48, groups=3)
+GEMM_GAPPED = Problem(n=2, c=8, h=4, w=4, k=8, r=1, s=1, pad=(0, 0), stride=(3, 2))
+RAGGED = Problem(n=1, c=6, h=5, w=6, k=10)
+
+
+def gemm(dtype: str, operator: str, problem: Problem, config: int = 2, epilogue: tuple[str, ...] = ()) -> Case:
+    return Case(operator, problem, dtype, "implicit_gemm", config, epilogue=epilogue, allow_tf32=True)
+
+
+def gemm_cases(dtype: str) -> list[Case]:
+    """Each way to load, each tile and each epilogue once."""
+    return [
+        *(gemm(dtype, op, CHUNKS, config) for op in ("fprop", "dgrad") for config in range(4)),
+        *(gemm(dtype, op, POINTWISE, epilogue=EVERY_EPILOGUE) for op in ("fprop", "dgrad")),
+        *(gemm(dtype, "dgrad", p, epilogue=EVERY_EPILOGUE) for p in (GEMM_STRIDED, GEMM_DILATED, GEMM_GAPPED)),
+        gemm(dtype, "fprop", GEMM_DILATED),
+        *(gemm(dtype, op, GEMM_GROUPED) for op in ("fprop", "dgrad")),
+        *(gemm(dtype, op, RAGGED, 4, EVERY_EPILOGUE) for op in ("fprop", "dgrad")),
+    ]
+
+
+GEMM = {dtype: gemm_cases(dtype) for dtype in ("bf16", "f16", "f32")}
+
 
 def texts(cases: list[Case]) -> tuple[str, ...]:
     return tuple(map(str, cases))
-
-
-def with_family(cases: list[Case], family: str, dtype: str) -> list[Case]:
-    return [replace(case, family=family, dtype=dtype) for case in cases]

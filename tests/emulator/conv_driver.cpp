@@ -96,6 +96,14 @@ double value_of(T v) {
   }
 }
 
+// Of a forced family: slices of wgrad in the accumulator's type, or the implicit GEMM's W' for dgrad.
+size_t workspace_bytes(const Case& c) {
+  const int64_t accumulator = c.dtype == DType::f64 ? 8 : 4, filter = c.problem.filter_numel();
+  if (c.op == Operator::wgrad) return static_cast<size_t>(c.split_k > 1 ? c.split_k * filter * accumulator : 0);
+  const bool transposes = c.op == Operator::dgrad && c.family == static_cast<int>(Family::implicit_gemm);
+  return static_cast<size_t>(transposes ? filter * size_of(c.dtype) : 0);
+}
+
 // Applies the epilogue to `expected` and fills the mask that the kernel must write.
 std::vector<uint32_t> finish(const Case& c, std::vector<double>& expected, const std::vector<double>& bias,
                              const std::vector<double>& residual, const std::vector<uint32_t>& mask_in) {
@@ -140,8 +148,7 @@ int run_case(const char* text, const Case& c) {
   if (c.family >= 0) {
     selection = Selection{};
     selection.family = static_cast<Family>(c.family), selection.config = c.config, selection.split_k = c.split_k;
-    const int64_t bytes = c.op == Operator::wgrad && c.split_k > 1 ? c.split_k * p.filter_numel() * 8 : 0;
-    selection.workspace_bytes = static_cast<size_t>(bytes);
+    selection.workspace_bytes = workspace_bytes(c);
   }
   const Array<T> of_first(first), of_second(second), out(expected.size());
   const Array<T> of_bias(bias), of_residual(residual);

@@ -82,7 +82,7 @@ __global__ void fault_kernel(Fault fault, unsigned char* global) {
       else __shfl_sync(0xffff0001u, t, 16);
       break;
     case Fault::missed_shuffle:
-      if (t != 7) __shfl_sync(0x0000ffffu << 16 * (t / 16), t, 0);
+      if (t != 7) __shfl_sync(0x0000ffffu << 16 * (t / 16), t, t);
       else __syncthreads();
       break;
     case Fault::lane_outside_mask:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from .build import MODES, Program, kernel_host_sources, kernel_sources, run
-from .cases import DIRECT, texts
+from .cases import DIRECT, GEMM, texts
 
 DRIVER = ("tests/emulator/conv_driver.cpp", "tests/emulator/conv_reference.cpp")
 CONV = Program("conv", kernel_sources(), (*kernel_host_sources(), *DRIVER))
@@ -22,13 +22,22 @@ QUICK = [
 FULL = [(mode, seed, cp) for mode in MODES for seed in (0, 1, 5, 6) for cp in ("lazy", "eager", "mixed")]
 
 
+CASES = {"direct": DIRECT, **GEMM}
+
+
+def check(mode: str, seed: int, cp_async: str, cases: str) -> None:
+    result = run(CONV, MODES[mode], (str(seed), cp_async, *texts(CASES[cases])))
+    assert result.code == 0, str(result)
+
+
+@pytest.mark.parametrize("cases", CASES)
 @pytest.mark.parametrize(("mode", "seed", "cp_async"), QUICK)
-def test_direct_kernels_are_clean(mode: str, seed: int, cp_async: str) -> None:
-    result = run(CONV, MODES[mode], (str(seed), cp_async, *texts(DIRECT)))
-    assert result.code == 0, result
+def test_kernels_are_clean(mode: str, seed: int, cp_async: str, cases: str) -> None:
+    check(mode, seed, cp_async, cases)
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("cases", CASES)
 @pytest.mark.parametrize(("mode", "seed", "cp_async"), FULL)
-def test_direct_kernels_are_clean_in_the_whole_matrix(mode: str, seed: int, cp_async: str) -> None:
-    test_direct_kernels_are_clean(mode, seed, cp_async)
+def test_kernels_are_clean_in_the_whole_matrix(mode: str, seed: int, cp_async: str, cases: str) -> None:
+    check(mode, seed, cp_async, cases)
