@@ -167,6 +167,8 @@ def _count(case: Case, subject: Subject) -> dict[str, int | None]:
 
 def _rounds(steps: dict[str, Step], settings: Settings, clock: Clock) -> int:
     """As many as fit the budget, between the least and the most that are allowed."""
+    if settings.least_rounds >= settings.rounds:
+        return settings.rounds
     one_round = sum(clock(step, 1) for step in steps.values())
     fitting = int(settings.budget / one_round) if one_round > 0 else settings.rounds
-    return max(min(settings.least_rounds, settings.rounds), min(settings.rounds, fitting))
+    return max(settings.least_rounds, min(settings.rounds, fitting))

@@ -56,7 +56,7 @@ def parse(arguments: Sequence[str] | None) -> Asked:
         batch=args.batch,
         rounds=args.repeat or (5 if args.quick else 15),
         least_rounds=args.repeat or (2 if args.quick else 3),
-        budget=float("inf") if args.repeat else 0.2 if args.quick else 1.0,
+        budget=0.2 if args.quick else 1.0,
         seed=args.seed,
         cold=not args.warm,
         quick=args.quick,

@@ -137,15 +137,16 @@ def _cells(columns: list[tuple[str, int, Cell]], row: Row) -> str:
 
 def _two_widths(rows: Sequence[Row]) -> tuple[int, int]:
     """Of the place and the regime; layers have longer places, training steps longer regimes."""
-    return (50, 9) if rows[0].section == "layers" else (36, 31)
+    return (46, 15) if rows[0].section == "layers" else (33, 27)
 
 
 def _two_head(rows: Sequence[Row]) -> str:
     place, regime = _two_widths(rows)
-    columns = f"{'ms':>14} {'ratio':>12} "
-    columns += (
-        f"{'TFLOP/s':>8} {'kept MiB':>14}" if rows[0].tflops is not None else f"{'kept MiB':>15} {'peak MiB':>15}"
-    )
+    columns = f"{'ms':>16} {'ratio':>12} "
+    if rows[0].tflops is not None:
+        columns += f"{'TFLOP/s':>8} {'kept MiB':>18}"
+    else:
+        columns += f"{'kept MiB':>14} {'peak MiB':>14}"
     sides = f"{rows[0].side} -> {rows[1].side}"
     return f"{sides:{place}} {'regime':{regime}} {columns}"
 
@@ -157,9 +158,9 @@ def _two_sides(rows: Sequence[Row], label: str) -> str:
     times = f"{milliseconds(stock.seconds.median)} -> {milliseconds(ours.seconds.median)}"
     kept = f"{mebibytes(stock.bytes_kept)} -> {mebibytes(ours.bytes_kept)}"
     peak = f"{mebibytes(stock.peak_bytes)} -> {mebibytes(ours.peak_bytes)}"
-    name = stock.regime if stock.part == "step" else stock.part
-    text = f"{label:{place}} {name:{regime}} {times:>14} {percent(ours.ratio):>12} "
-    return text + (f"{number(ours.tflops):>8} {kept:>14}" if ours.tflops is not None else f"{kept:>15} {peak:>15}")
+    name = {"step": stock.regime, "fprop": f"fprop {stock.regime}"}.get(stock.part, stock.part)
+    text = f"{label:{place}} {name:{regime}} {times:>16} {percent(ours.ratio):>12} "
+    return text + (f"{number(ours.tflops):>8} {kept:>18}" if ours.tflops is not None else f"{kept:>14} {peak:>14}")
 
 
 def _style(row: Row) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
-from torch import nn
 
 from bench.gate import Tolerance
 from bench.layer_lists import Layer, layers_of
@@ -27,7 +27,7 @@ def cases(settings: Settings) -> Iterator[Case]:
         for layer in layers_of(network):
             for part in settings.parts:
                 for regime in _REGIMES_OF_PART.get(part, ("input without gradient",)):
-                    yield _case(network, layer, part, regime, settings)
+                    yield layer_case(network, layer, part, regime, settings)
 
 
 def batch_of(settings: Settings) -> int:
@@ -37,11 +37,19 @@ def batch_of(settings: Settings) -> int:
     return 32 if settings.device.type == "cuda" else 2
 
 
-def _case(network: str, layer: Layer, part: str, regime: str, settings: Settings) -> Case:
+def layer_case(network: str, layer: Layer, part: str, regime: str, settings: Settings) -> Case:
+    """One layer in one regime: "trainable", "frozen", "bias only", or "input without gradient" (and trainable).
+
+    "bias only" gives the layer a bias if it has none.
+    """
     torch.manual_seed(settings.seed)
+    if regime == "bias only":
+        layer = replace(layer, bias=True)
     batch = batch_of(settings)
-    module: nn.Module = layer.module(settings.device, settings.dtype)
-    module.requires_grad_(regime != "frozen")
+    module = layer.module(settings.device, settings.dtype)
+    module.weight.requires_grad_(regime not in ("frozen", "bias only"))
+    if module.bias is not None:
+        module.bias.requires_grad_(regime != "frozen")
     x = torch.randn(
         batch, layer.in_channels, layer.size, layer.size, device=settings.device, dtype=settings.dtype
     ).requires_grad_(regime != "input without gradient")
@@ -79,7 +87,7 @@ def work(layer: Layer, batch: int, part: str, regime: str, itemsize: int) -> Wor
         "fprop": 1,
         "dgrad": 1,
         "wgrad": 1,
-        "backward": 2,
+        "backward": 1 if regime == "bias only" else 2,
     }[part]
     x = batch * layer.in_channels * layer.size**2
     y = batch * layer.out_channels * layer.output_size**2
