@@ -42,7 +42,9 @@ Status launch_conv2d(Operator op, const Selection& selection, const Conv2dProble
       return launch_direct_gather(selection.config, make_gather(op, p), dtype, fprop ? tensors.x : tensors.y,
                                   tensors.filter, fprop ? tensors.y : tensors.x, epilogue, stream);
     case Family::implicit_gemm:
-      if (op == Operator::wgrad) return Status::unsupported;
+      if (op == Operator::wgrad) {
+        return launch_wgrad_gemm(selection.config, selection.split_k, p, dtype, tensors, workspace, stream);
+      }
       return launch_implicit_gemm(op, selection.config, p, dtype, tensors, epilogue, workspace, stream);
     default:
       return Status::unsupported;

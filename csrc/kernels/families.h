@@ -20,6 +20,9 @@ constexpr Tile kDirectWgradTiles[] = {{64, 64}, {16, 64}};
 constexpr Tile kImplicitGemmTiles[] = {{128, 128}, {128, 64}, {64, 64}, {128, 32}, {64, 64}};
 constexpr int kImplicitGemmElements = 4;
 
+// The tensor-core wgrad's, for operands in whole chunks; others use the last.
+constexpr Tile kWgradGemmTiles[] = {{128, 128}, {64, 128}, {64, 64}};
+
 // Blocks of a gather's grid along x, in its largest phase.
 inline int64_t gather_blocks(const Gather& g, const Tile& tile) {
   return (g.max_rows() + tile.rows - 1) / tile.rows * ((g.out_c + tile.columns - 1) / tile.columns) * g.groups;
@@ -49,6 +52,10 @@ Status launch_implicit_gemm_f16(int config, const Gather&, const void* in, const
                                 const Epilogue&, Stream);
 Status launch_implicit_gemm_tf32(int config, const Gather&, const void* in, const void* filter, void* out,
                                  const Epilogue&, Stream);
+
+// Needs split_k * filter_numel() floats of workspace, 16-byte aligned, where split_k > 1.
+Status launch_wgrad_gemm(int config, int split_k, const Conv2dProblem&, DType, const Conv2dTensors&, void* workspace,
+                         Stream);
 
 // out[i] = sum of partial[s * numel + i] over s, in the order of s. The partial sums are in the accumulator of dtype.
 Status launch_ordered_reduce(const void* partial, void* out, int64_t numel, int32_t slices, DType dtype, Stream);

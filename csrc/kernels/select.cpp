@@ -8,7 +8,8 @@ namespace {
 
 // Smaller slices than this cost more in the ordered reduce than they win in blocks.
 constexpr int64_t kMinPositionsPerSlice = 128;
-constexpr int64_t kBlocksPerMultiprocessor = 4;
+constexpr int64_t kDirectBlocksPerMultiprocessor = 4;
+constexpr int64_t kGemmBlocksPerMultiprocessor = 2;
 constexpr int64_t kMaxSplitBytes = int64_t{64} << 20;
 
 Selection unsupported(const char* reason) {
@@ -18,12 +19,15 @@ Selection unsupported(const char* reason) {
 }
 
 // Slices of a wgrad reduction such that the grid fills the device, within a bounded workspace.
-int choose_split_k(const Conv2dProblem& p, int64_t blocks, int64_t accumulator_bytes, const Target& target) {
-  const int64_t positions = p.n * p.p * p.q, wanted = kBlocksPerMultiprocessor * std::max(target.sm_count, 1);
-  const int64_t by_grid = (wanted + blocks - 1) / std::max<int64_t>(blocks, 1);
-  const int64_t by_length = positions / kMinPositionsPerSlice;
-  const int64_t by_memory = kMaxSplitBytes / std::max<int64_t>(p.filter_numel() * accumulator_bytes, 1);
-  return static_cast<int>(std::max<int64_t>(1, std::min({by_grid, by_length, by_memory, kMaxGridYZ})));
+void choose_split_k(Selection* selection, const Conv2dProblem& p, int64_t blocks, int64_t wanted_blocks,
+                    int64_t accumulator_bytes) {
+  const int64_t slice_bytes = std::max<int64_t>(p.filter_numel() * accumulator_bytes, 1);
+  const int64_t by_grid = (wanted_blocks + blocks - 1) / std::max<int64_t>(blocks, 1);
+  const int64_t by_length = p.n * p.p * p.q / kMinPositionsPerSlice;
+  const int64_t by_memory = kMaxSplitBytes / slice_bytes;
+  const int64_t split_k = std::max<int64_t>(1, std::min({by_grid, by_length, by_memory, kMaxGridYZ}));
+  selection->split_k = static_cast<int>(split_k);
+  selection->workspace_bytes = split_k > 1 ? static_cast<size_t>(split_k * slice_bytes) : 0;
 }
 
 Selection select_direct_gather(Operator op, const Conv2dProblem& p) {
@@ -47,12 +51,9 @@ Selection select_direct_wgrad(const Conv2dProblem& p, DType dtype, const Target&
   selection.config = p.k_per_group() >= 32 ? 0 : 1;
   const int64_t blocks = wgrad_blocks(p, kDirectWgradTiles[selection.config]);
   if (blocks > kMaxGridX) return unsupported("more output tiles than a grid holds");
-  const int64_t accumulator_bytes = dtype == DType::f64 ? 8 : 4;
   selection.family = Family::direct;
-  selection.split_k = choose_split_k(p, blocks, accumulator_bytes, target);
-  if (selection.split_k > 1) {
-    selection.workspace_bytes = static_cast<size_t>(selection.split_k * p.filter_numel() * accumulator_bytes);
-  }
+  choose_split_k(&selection, p, blocks, kDirectBlocksPerMultiprocessor * std::max(target.sm_count, 1),
+                 dtype == DType::f64 ? 8 : 4);
   selection.kernel = selection.config == 0 ? "direct_wgrad_64x64" : "direct_wgrad_16x64";
   selection.reason = selection.config == 0 ? "at least 32 output channels a group" : "few output channels a group";
   return selection;
@@ -101,10 +102,35 @@ Selection select_implicit_gemm(Operator op, const Conv2dProblem& p, DType dtype,
   return selection;
 }
 
+// The split over positions fills the device, so that a tile is judged by its padding and its rate alone.
+Selection select_wgrad_gemm(const Conv2dProblem& p, DType dtype, const Target& target) {
+  static const char* const names[] = {"implicit_gemm_wgrad_128x128", "implicit_gemm_wgrad_64x128",
+                                      "implicit_gemm_wgrad_64x64"};
+  constexpr double kShare[] = {1.0, 0.85, 0.7};
+  constexpr int kSmallest = 2;
+  const bool whole_chunks =
+      p.c_per_group() * size_of(dtype) % 16 == 0 && p.k_per_group() * size_of(dtype) % 16 == 0;
+  Selection selection;
+  selection.family = Family::implicit_gemm;
+  selection.config = kSmallest;
+  double best_time = 0;
+  for (int config = 0; whole_chunks && config <= kSmallest; ++config) {
+    const Tile tile = kWgradGemmTiles[config];
+    const double time = static_cast<double>(wgrad_blocks(p, tile)) * tile.rows * tile.columns / kShare[config];
+    if (config == 0 || time < best_time) selection.config = config, best_time = time;
+  }
+  selection.kernel = names[selection.config];
+  selection.reason = whole_chunks ? "tensor cores, 16-byte chunks of channels" : "channels that are not whole 16-byte chunks";
+  choose_split_k(&selection, p, wgrad_blocks(p, kWgradGemmTiles[selection.config]),
+                 kGemmBlocksPerMultiprocessor * std::max(target.sm_count, 1), 4);
+  return selection;
+}
+
 bool implicit_gemm_takes(Operator op, const Conv2dProblem& p, DType dtype, const Target& target) {
   if (target.sm < 80 || !has_tensor_core_type(dtype, target)) return false;
+  if (p.groups > 1 && (p.c_per_group() < kMinGroupChannels || p.k_per_group() < kMinGroupChannels)) return false;
+  if (op == Operator::wgrad) return wgrad_blocks(p, kWgradGemmTiles[2]) <= kMaxGridX;
   const Gather g = make_gather(op, p);
-  if (g.groups > 1 && (g.in_c < kMinGroupChannels || g.out_c < kMinGroupChannels)) return false;
   return gather_blocks(g, kImplicitGemmTiles[kImplicitGemmElements]) <= kMaxGridX && g.phases_h <= kMaxGridYZ &&
          g.phases_w <= kMaxGridYZ;
 }
@@ -113,9 +139,10 @@ bool implicit_gemm_takes(Operator op, const Conv2dProblem& p, DType dtype, const
 
 Selection select(Operator op, const Conv2dProblem& p, DType dtype, const Target& target) {
   if (!fits_int32(p)) return unsupported("sizes, positions or filter elements beyond 2^30");
-  if (op == Operator::wgrad) return select_direct_wgrad(p, dtype, target);
-  if (implicit_gemm_takes(op, p, dtype, target)) return select_implicit_gemm(op, p, dtype, target);
-  return select_direct_gather(op, p);
+  if (implicit_gemm_takes(op, p, dtype, target)) {
+    return op == Operator::wgrad ? select_wgrad_gemm(p, dtype, target) : select_implicit_gemm(op, p, dtype, target);
+  }
+  return op == Operator::wgrad ? select_direct_wgrad(p, dtype, target) : select_direct_gather(op, p);
 }
 
 const char* to_string(Status status) {

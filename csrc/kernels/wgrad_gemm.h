@@ -1,0 +1,257 @@
+// wgrad on tensor cores (sm_80 and later): dw = dy^T * x, x gathered while it is loaded; deterministic.
+//
+// core/wgrad.h has the formula and the GEMM's indices. Layouts: x, dy NHWC, dw KRSC, all dense. Types: bf16 and f16,
+// and float through tf32; sums are fp32.
+//
+//   operand  | tensor | in shared memory as
+//   A[m][l]  | dy     | rows l of kRows output channels, as in memory
+//   B[l][j]  | x      | rows l of kColumns filter elements, runs of input channels of one tap
+//
+// Both lie with the reduction across rows, so fragments are read transposed: by ldmatrix.trans for 16-bit types, by
+// plain loads for float, which ldmatrix cannot transpose. Rows are padded by 16 bytes (32 for float), so that the eight
+// rows of an ldmatrix, or the four rows by eight columns of a load, fall into different banks.
+//
+// Chunks of 16 bytes go by cp.async through a ring of stages where channels come in whole chunks and pointers are
+// 16-byte aligned; an operand that has not that (kChunksOf... false) is loaded element by element.
+//
+// blockIdx.y is the slice of the reduction. One slice stores dw; several store partial sums [slice][dw] in fp32, which
+// launch_ordered_reduce adds in a fixed order.
+#pragma once
+
+#include "core/wgrad.h"
+#include "kernels/families.h"
+#include "kernels/numeric.h"
+#include "kernels/tensor_core.h"
+
+namespace freezekit {
+
+constexpr int kWgradStages = 4;
+
+// Warps lie in a grid of kWarpRows x (kColumns / 32), each with a tile of kRows / kWarpRows x 32.
+template <int kRowsOfTile, int kColumnsOfTile, int kWarpRows>
+struct WgradTile {
+  static constexpr int kRows = kRowsOfTile, kColumns = kColumnsOfTile;
+  static constexpr int kWarpTileRows = kRows / kWarpRows, kWarpsAcross = kColumns / 32;
+  static constexpr int kThreads = kWarpRows * kWarpsAcross * 32;
+};
+
+// The part of a stage that holds one operand: kDepth rows of kWidth values.
+template <class T, int kWidthOfTile, int kThreads>
+struct WgradOperand {
+  static constexpr int kWidth = kWidthOfTile;
+  static constexpr int kDepth = 2 * kMmaDepth<T>;
+  static constexpr int kChunk = kChunkBytes / static_cast<int>(sizeof(T));
+  static constexpr int kPitch = (kWidth + (std::is_same_v<T, float> ? 2 * kChunk : kChunk)) * static_cast<int>(sizeof(T));
+  static constexpr int kBytes = kDepth * kPitch;
+  static constexpr int kChunksAcross = kWidth / kChunk;
+  static constexpr int kRowsAtOnce = kThreads / kChunksAcross;
+  static constexpr int kPasses = kDepth / kRowsAtOnce;
+  static_assert(kDepth % kRowsAtOnce == 0 && kThreads % kChunksAcross == 0, "threads load whole rows");
+
+  // This thread's share: chunk column of rows row() + i * kRowsAtOnce.
+  FK_DEVICE static int32_t column() { return static_cast<int32_t>(threadIdx.x) % kChunksAcross * kChunk; }
+  FK_DEVICE static int32_t row() { return static_cast<int32_t>(threadIdx.x) / kChunksAcross; }
+  FK_DEVICE static unsigned char* at(unsigned char* operand, int32_t l, int32_t column) {
+    return operand + l * kPitch + column * static_cast<int32_t>(sizeof(T));
+  }
+  FK_DEVICE static void store_elements(unsigned char* to, const T (&values)[kChunk]) {
+    uint4 packed;
+    memcpy(&packed, values, kChunkBytes);
+    *reinterpret_cast<uint4*>(to) = packed;
+  }
+
+  // The 16 x depth fragment of A at (columns m of the operand, rows l).
+  FK_DEVICE static void load_a(uint32_t (&a)[4], unsigned char* operand, int32_t l, int32_t m, int32_t lane) {
+    if constexpr (std::is_same_v<T, float>) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[i] = load_one(operand, l + lane % 4 + i / 2 * 4, m + lane / 4 + i % 2 * 8);
+    } else {
+      ptx::ldmatrix_trans(a, at(operand, l + lane / 16 * 8 + lane % 8, m + lane / 8 % 2 * 8));
+    }
+    round_fragment<T>(a);
+  }
+
+  // The two depth x 8 fragments of B at (rows l, columns j of the operand) and at columns j + 8.
+  FK_DEVICE static void load_b(uint32_t (&b)[4], unsigned char* operand, int32_t l, int32_t j, int32_t lane) {
+    if constexpr (std::is_same_v<T, float>) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) b[i] = load_one(operand, l + lane % 4 + i % 2 * 4, j + lane / 4 + i / 2 * 8);
+    } else {
+      ptx::ldmatrix_trans(b, at(operand, l + lane % 16, j + lane / 16 * 8));
+    }
+    round_fragment<T>(b);
+  }
+
+  FK_DEVICE static uint32_t load_one(unsigned char* operand, int32_t l, int32_t column) {
+    return *reinterpret_cast<const uint32_t*>(at(operand, l, column));
+  }
+};
+
+template <class T, class Tile, bool kChunksOfDy, bool kChunksOfX>
+struct WgradLoader {
+  using Dy = WgradOperand<T, Tile::kRows, Tile::kThreads>;
+  using X = WgradOperand<T, Tile::kColumns, Tile::kThreads>;
+  static constexpr int kStageBytes = Dy::kBytes + X::kBytes;
+
+  const T* dy;  // at this thread's first output channel
+  const T* x;   // at the first channel of the group
+  int32_t dy_columns, x_columns;          // that exist from this thread's first one on; may be negative
+  WgradColumn column[kChunksOfX ? 1 : X::kChunk];
+  int32_t l, end;                         // the next k-tile, the end of the slice
+
+  FK_DEVICE void start(const Wgrad& p, const T* dy_all, const T* x_all, int32_t row0, int32_t column0, int32_t group) {
+    dy = dy_all + static_cast<int64_t>(group) * p.k + row0 + Dy::column();
+    x = x_all + static_cast<int64_t>(group) * p.c;
+    dy_columns = p.k - row0 - Dy::column();
+    x_columns = p.columns() - column0 - X::column();
+#pragma unroll
+    for (int e = 0; e < (kChunksOfX ? 1 : X::kChunk); ++e) column[e] = p.column(column0 + X::column() + e);
+    l = static_cast<int32_t>(blockIdx.y) * p.positions_per_slice;
+    end = min(l + p.positions_per_slice, p.positions);
+  }
+
+  FK_DEVICE void load(const Wgrad& p, unsigned char* stage) {
+    load_dy(p, stage);
+    load_x(p, stage + Dy::kBytes);
+    l += Dy::kDepth;
+  }
+
+  FK_DEVICE void load_dy(const Wgrad& p, unsigned char* stage) const {
+#pragma unroll
+    for (int i = 0; i < Dy::kPasses; ++i) {
+      const int32_t row = Dy::row() + i * Dy::kRowsAtOnce;
+      const bool row_inside = l + row < end;
+      const T* const from = dy + (l + row) * p.k_all();
+      unsigned char* const to = Dy::at(stage, row, Dy::column());
+      if constexpr (kChunksOfDy) {
+        const bool inside = row_inside && dy_columns > 0;
+        ptx::cp_async<kChunkBytes>(to, inside ? from : dy, inside);
+      } else {
+        T values[Dy::kChunk];
+#pragma unroll
+        for (int e = 0; e < Dy::kChunk; ++e) {
+          values[e] = row_inside && e < dy_columns ? load_global(from + e) : cast<T>(0.0f);
+        }
+        Dy::store_elements(to, values);
+      }
+    }
+  }
+
+  FK_DEVICE void load_x(const Wgrad& p, unsigned char* stage) const {
+#pragma unroll
+    for (int i = 0; i < X::kPasses; ++i) {
+      const int32_t row = X::row() + i * X::kRowsAtOnce;
+      const bool row_inside = l + row < end;
+      const WgradPosition position = p.position(l + row);
+      unsigned char* const to = X::at(stage, row, X::column());
+      int32_t there;
+      if constexpr (kChunksOfX) {
+        const bool inside = p.meet(position, column[0], &there) && row_inside && x_columns > 0;
+        ptx::cp_async<kChunkBytes>(to, inside ? x + there * p.c_all() + column[0].channel : x, inside);
+      } else {
+        T values[X::kChunk];
+#pragma unroll
+        for (int e = 0; e < X::kChunk; ++e) {
+          const bool inside = p.meet(position, column[e], &there) && row_inside && e < x_columns;
+          values[e] = inside ? load_global(x + there * p.c_all() + column[e].channel) : cast<T>(0.0f);
+        }
+        X::store_elements(to, values);
+      }
+    }
+  }
+};
+
+// Stores columns j and j + 1 of a row of dw, or of a slice of partial sums; `pairs`: both exist and are one access.
+template <class Out>
+FK_DEVICE void store_pair(Out* row, int32_t j, int32_t columns, bool pairs, float first, float second) {
+  if (pairs) {
+    if (j < columns) {
+      struct alignas(2 * sizeof(Out)) Pair {
+        Out first, second;
+      };
+      store_global(reinterpret_cast<Pair*>(row + j), Pair{cast<Out>(first), cast<Out>(second)});
+    }
+    return;
+  }
+  if (j < columns) store_global(row + j, cast<Out>(first));
+  if (j + 1 < columns) store_global(row + j + 1, cast<Out>(second));
+}
+
+template <class T, class Tile, bool kChunksOfDy, bool kChunksOfX>
+__global__ void __launch_bounds__(Tile::kThreads)
+    conv2d_wgrad_gemm_kernel(const Wgrad p, const T* __restrict__ dy, const T* __restrict__ x, T* __restrict__ dw,
+                             float* __restrict__ partial) {
+  using Loader = WgradLoader<T, Tile, kChunksOfDy, kChunksOfX>;
+  using Dy = typename Loader::Dy;
+  using X = typename Loader::X;
+  FK_DYNAMIC_SHARED(shared);
+  const int32_t block = static_cast<int32_t>(blockIdx.x);
+  const int32_t columns = p.columns(), column_tiles = (columns + Tile::kColumns - 1) / Tile::kColumns;
+  const int32_t row_tiles = (p.k + Tile::kRows - 1) / Tile::kRows;
+  const int32_t column0 = block % column_tiles * Tile::kColumns;
+  const int32_t row0 = block / column_tiles % row_tiles * Tile::kRows;
+  const int32_t group = block / column_tiles / row_tiles;
+
+  Loader loader;
+  loader.start(p, dy, x, row0, column0, group);
+  const int32_t tiles = loader.end > loader.l ? (loader.end - loader.l + Dy::kDepth - 1) / Dy::kDepth : 0;
+#pragma unroll 1
+  for (int32_t i = 0; i < kWgradStages - 1; ++i) {
+    if (i < tiles) loader.load(p, shared + i * Loader::kStageBytes);
+    ptx::cp_async_commit();  // empty groups too: the wait below counts groups
+  }
+
+  const int32_t warp = static_cast<int32_t>(threadIdx.x) / 32, lane = static_cast<int32_t>(threadIdx.x) % 32;
+  const int32_t warp_row = warp / Tile::kWarpsAcross * Tile::kWarpTileRows, warp_column = warp % Tile::kWarpsAcross * 32;
+  float acc[Tile::kWarpTileRows / 16][4][4] = {};
+  int32_t stage = 0;
+  for (int32_t tile = 0; tile < tiles; ++tile) {
+    ptx::cp_async_wait<kWgradStages - 2>();
+    __syncthreads();  // the k-tile is there for all, and nobody reads the stage that is refilled next
+    const int32_t refill = stage == 0 ? kWgradStages - 1 : stage - 1;
+    if (tile + kWgradStages - 1 < tiles) loader.load(p, shared + refill * Loader::kStageBytes);
+    ptx::cp_async_commit();
+    unsigned char* const dy_stage = shared + stage * Loader::kStageBytes;
+#pragma unroll
+    for (int step = 0; step < Dy::kDepth; step += kMmaDepth<T>) {
+      uint32_t b[2][4];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) X::load_b(b[j], dy_stage + Dy::kBytes, step, warp_column + 16 * j, lane);
+#pragma unroll
+      for (int i = 0; i < Tile::kWarpTileRows / 16; ++i) {
+        uint32_t a[4];
+        Dy::load_a(a, dy_stage, step, warp_row + 16 * i, lane);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const uint32_t half[2] = {b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]};
+          multiply<T>(acc[i][j], a, half);
+        }
+      }
+    }
+    stage = stage == kWgradStages - 1 ? 0 : stage + 1;
+  }
+  ptx::cp_async_wait<0>();
+
+  const bool pairs = columns % 2 == 0 && reinterpret_cast<uintptr_t>(dw) % (2 * sizeof(T)) == 0;
+#pragma unroll
+  for (int i = 0; i < Tile::kWarpTileRows / 16; ++i) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int32_t m = row0 + warp_row + 16 * i + lane / 4 + 8 * half;
+      if (m >= p.k) continue;
+      const int64_t offset = p.dw_offset(group, m);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int32_t at = column0 + warp_column + 8 * j + lane % 4 * 2;
+        const float first = acc[i][j][2 * half], second = acc[i][j][2 * half + 1];
+        if (partial) {
+          store_pair(partial + blockIdx.y * p.dw_numel() + offset, at, columns, pairs, first, second);
+        } else {
+          store_pair(dw + offset, at, columns, pairs, first, second);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace freezekit
