@@ -82,7 +82,7 @@ def freeze(
     for one in optimizers:
         _keep_way_back(result, one, params, names, state)
         leaving = params if remove else optim.orphans(one, params)
-        result.removed += names_of(optim.take_out(one, leaving, state), names)
+        result.removed += names_of(optim.take_out(one, leaving), names)
     return result
 
 
@@ -136,6 +136,7 @@ def unfreeze(
     _set_statistics(result, selection, held=norm == "freeze")
     for one in optimizers:
         _keep_way_back(result, one, params, names, state)
+        optim.learn_names(one, selection.params)
         result.returned += names_of(optim.put_back(one, params, group), names)
     return result
 

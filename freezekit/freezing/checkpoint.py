@@ -135,13 +135,14 @@ def _apply_norm(result: Frozen, name: str, module: nn.Module, mode: bool | None)
 def _apply_removed(optimizer: Optimizer, params: dict[str, nn.Parameter], removed: dict[str, Any]) -> None:
     """Bring every parameter of ``params`` in or out of its group, as ``removed`` says, with the state kept for it."""
     record = optim.removed_from(optimizer)
+    optim.learn_names(optimizer, params)
     optim.put_back(optimizer, [p for name, p in params.items() if name not in removed])
-    optim.take_out(optimizer, [params[name] for name in removed], "keep")
+    optim.take_out(optimizer, [params[name] for name in removed])
     for name, entry in sorted(removed.items(), key=lambda item: item[1]["position"]):
         param = params[name]
         if param not in record.group:
             optim.remember_absent(optimizer, param, entry["group"], entry["position"])
         if entry["state"]:
-            record.state[param] = optim.placed(param, entry["state"])
+            record.state[param] = optim.placed(param, optimizer.param_groups[entry["group"]], entry["state"])
         else:
             record.state.pop(param, None)

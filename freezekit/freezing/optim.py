@@ -30,11 +30,13 @@ class Removed:
     group: parameter -> index of its group.
     order: group index -> the group's parameters in their order before anything was taken out.
     state: parameter -> its optimizer state, where it is kept.
+    names: parameter -> its name, for an optimizer that was built from ``named_parameters()``.
     """
 
     group: dict[nn.Parameter, int] = field(default_factory=dict)
     order: dict[int, list[nn.Parameter]] = field(default_factory=dict)
     state: State = field(default_factory=dict)
+    names: dict[nn.Parameter, str] = field(default_factory=dict)
 
 
 def removed_from(optimizer: Optimizer) -> Removed:
@@ -89,25 +91,45 @@ def _reset_lbfgs(optimizer: LBFGS) -> State:
     return forgotten
 
 
-def take_out(optimizer: Optimizer, params: Iterable[nn.Parameter], state: StatePolicy) -> list[nn.Parameter]:
-    """Remove ``params`` from their groups and from the state; returns those that were in a group."""
+def take_out(optimizer: Optimizer, params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Remove ``params`` from their groups, and set aside what state they have; returns those that were in a group."""
     record = removed_from(optimizer)
     inside = group_of(optimizer)
     taken: list[nn.Parameter] = []
     for param in params:
         old = optimizer.state.pop(param, None)
-        if old and state == "keep":
+        if old:
             record.state[param] = old
-        if id(param) not in inside:
-            continue
-        index = inside[id(param)]
+        if id(param) in inside:
+            record.group[param] = inside[id(param)]
+            taken.append(param)
+    leaving = {id(p) for p in taken}
+    for index in {record.group[p] for p in taken}:
         _remember_order(optimizer, index)
-        members = optimizer.param_groups[index]["params"]
-        members[:] = [p for p in members if p is not param]
-        record.group[param] = index
-        taken.append(param)
-    _forget_numel(optimizer)
+        _set_members(optimizer, index, [p for p in optimizer.param_groups[index]["params"] if id(p) not in leaving])
     return taken
+
+
+def _set_members(optimizer: Optimizer, index: int, members: list[nn.Parameter]) -> None:
+    """Make ``members`` the parameters of a group, in place: LBFGS holds the list itself, and counts its elements once.
+
+    An optimizer that was built from ``named_parameters()`` has a list of names beside it.
+    """
+    group = optimizer.param_groups[index]
+    if "param_names" in group:
+        names = removed_from(optimizer).names
+        names.update(zip(group["params"], group["param_names"], strict=True))
+        group["param_names"] = [names[p] for p in members]
+    group["params"][:] = members
+    if isinstance(optimizer, LBFGS):
+        optimizer.__dict__["_numel_cache"] = None
+
+
+def learn_names(optimizer: Optimizer, named: dict[str, nn.Parameter]) -> None:
+    """Names for parameters that may enter an optimizer with ``param_names``; those it has given itself stay."""
+    names = removed_from(optimizer).names
+    for name, param in named.items():
+        names.setdefault(param, name)
 
 
 def orphans(optimizer: Optimizer, params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
@@ -130,19 +152,19 @@ def remember_absent(optimizer: Optimizer, param: nn.Parameter, index: int, posit
     record.group[param] = index
 
 
-def placed(param: nn.Parameter, state: dict[str, Any]) -> dict[str, Any]:
-    """A copy of kept ``state`` for ``param``: tensors of its size follow it to its device, others stay where they are.
+def placed(param: nn.Parameter, group: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
+    """A copy of kept ``state`` on the device of ``param``.
 
-    Step counters live on the CPU unless the optimizer is fused or capturable, so only what has the shape of the
-    parameter is moved; ``load_state_dict`` of torch follows the same rule by name.
+    As in torch's ``load_state_dict``, "step" stays where it is (on the CPU) unless the group is fused or capturable.
     """
+    on_device = group.get("fused") or group.get("capturable")
 
-    def place(value: Any) -> Any:
+    def place(key: str, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
-        return value.to(param.device, copy=True) if value.shape == param.shape else value.clone()
+        return value.clone() if key == "step" and not on_device else value.to(param.device, copy=True)
 
-    return {key: place(value) for key, value in state.items()}
+    return {key: place(key, value) for key, value in state.items()}
 
 
 def put_back(optimizer: Optimizer, params: Iterable[nn.Parameter], group: int | None = None) -> list[nn.Parameter]:
@@ -164,12 +186,11 @@ def put_back(optimizer: Optimizer, params: Iterable[nn.Parameter], group: int | 
             record.order[index].append(param)
         options = optimizer.param_groups[index]
         present = {id(p) for p in options["params"]} | {id(param)}
-        options["params"][:] = [p for p in record.order[index] if id(p) in present]
+        _set_members(optimizer, index, [p for p in record.order[index] if id(p) in present])
         kept = record.state.pop(param, None) or fresh_state(optimizer, param, options)
         if kept:
             optimizer.state[param] = kept
         returned.append(param)
-    _forget_numel(optimizer)
     return returned
 
 
@@ -178,12 +199,6 @@ def strangers(optimizer: Optimizer, params: Iterable[nn.Parameter]) -> list[nn.P
     inside = group_of(optimizer)
     record = removed_from(optimizer)
     return [p for p in params if id(p) not in inside and p not in record.group]
-
-
-def _forget_numel(optimizer: Optimizer) -> None:
-    """LBFGS counts its elements once; its list of parameters is the group's own, which was changed in place."""
-    if isinstance(optimizer, LBFGS):
-        optimizer.__dict__["_numel_cache"] = None
 
 
 @dataclass
@@ -212,7 +227,7 @@ class Membership:
         """Put every parameter back where it stood, with the state that was forgotten; touch no other."""
         record = removed_from(self.optimizer)
         put_back(self.optimizer, self.inside)
-        take_out(self.optimizer, self.outside + self.strangers, "keep")
+        take_out(self.optimizer, self.outside + self.strangers)
         for param in self.strangers:
             record.group.pop(param, None)
         if isinstance(self.optimizer, LBFGS) and self.forgotten:

@@ -227,3 +227,16 @@ def test_group_must_be_an_index() -> None:
     for wrong in (1, -1, "0"):
         with pytest.raises(ValueError, match="group: expected an index from 0 to 0"):
             unfreeze(model, optimizer=optimizer, group=wrong)
+
+
+def test_names_beside_the_parameters_follow_them() -> None:
+    model = net()
+    optimizer = SGD(model[:2].named_parameters(), lr=0.1)
+    freeze(model, "0.weight", "1.weight", optimizer=optimizer, remove=True)
+    assert optimizer.param_groups[0]["param_names"] == ["0.bias", "1.bias"]
+    optimizer.load_state_dict(optimizer.state_dict())
+    unfreeze(model, "0", optimizer=optimizer)
+    assert optimizer.param_groups[0]["param_names"] == ["0.weight", "0.bias", "1.bias"]
+    unfreeze(model, "2.bias", optimizer=optimizer, group=0)
+    assert optimizer.param_groups[0]["param_names"] == ["0.weight", "0.bias", "1.bias", "2.bias"]
+    assert names(model, optimizer) == [["0.weight", "0.bias", "1.bias", "2.bias"]]

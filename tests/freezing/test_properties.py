@@ -271,7 +271,7 @@ def sequences(examples: int) -> Any:
 
 
 @pytest.mark.parametrize("choice", choices(), ids=str)
-@sequences(examples=12)
+@sequences(examples=20)
 def test_frozen_holds_and_the_rest_moves_as_in_stock_torch(
     choice: Choice, layers: list[str], schedule: str, seed: int, operations: list[tuple[Any, ...]]
 ) -> None:
