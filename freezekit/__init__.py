@@ -8,6 +8,7 @@ from freezekit.audit import audit  # noqa: E402
 from freezekit.backends import backend, current_backend  # noqa: E402
 from freezekit.constants import invalidate, verify_constants  # noqa: E402
 from freezekit.conversion import LayerReport, conversion_report, convert  # noqa: E402
+from freezekit.explain import Explanation, explain  # noqa: E402
 from freezekit.freezing import (  # noqa: E402
     Frozen,
     PatternError,
@@ -19,14 +20,18 @@ from freezekit.freezing import (  # noqa: E402
 from freezekit.functional import conv2d, conv2d_dgrad, conv2d_wgrad  # noqa: E402
 from freezekit.guard import guard  # noqa: E402
 from freezekit.nn import FreezableConv2d  # noqa: E402
+from freezekit.plan import Plan, plan  # noqa: E402
+from freezekit.profiling import profile  # noqa: E402
 
 __version__ = "0.1.0"
 
 __all__ = [
     "FreezableConv2d",
+    "Explanation",
     "Frozen",
     "LayerReport",
     "PatternError",
+    "Plan",
     "audit",
     "backend",
     "conv2d",
@@ -35,11 +40,14 @@ __all__ = [
     "conversion_report",
     "convert",
     "current_backend",
+    "explain",
     "freeze",
     "freeze_state",
     "guard",
     "invalidate",
     "load_freeze_state",
+    "plan",
+    "profile",
     "unfreeze",
     "verify_constants",
 ]

@@ -1,0 +1,263 @@
+"""`explain`: a row a layer, of what a training step computes and keeps now, and what would change it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+import freezekit._C as _C
+from freezekit import conversion
+from freezekit.backends import current_backend
+from freezekit.explain.trace import Call, Trace, trace
+from freezekit.nn import FreezableConv2d
+
+OPERATORS = ("conv2d", "conv2d_dgrad", "conv2d_wgrad")
+NATIVE_DTYPES = {
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+}
+AUTO_RULE = "kernel aten: backend 'auto' takes ATen until a freezekit kernel has been measured on a GPU"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer, or one function that a module with children calls in its own forward.
+
+    Attributes:
+        name: the module's name; "" is the model itself.
+        layer: the module's class, with the function that it calls where the row is one.
+        inputs, outputs: shapes.
+        flops: of the forward pass; a dgrad and a wgrad cost as much again, each.
+        fprop, dgrad, wgrad, db: whether a training step runs it now.
+        bytes_kept: for backward, by this row first.
+        bytes_shared: kept by an earlier row, which this one holds too.
+        kernel: what computes it, and why; "" for what freezekit has no kernels for.
+        advice: what converting, freezing or fusing it would change; "" for nothing.
+    """
+
+    name: str
+    layer: str
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    flops: int
+    fprop: bool
+    dgrad: bool
+    wgrad: bool
+    db: bool
+    bytes_kept: int
+    bytes_shared: int
+    kernel: str
+    advice: str
+
+    @property
+    def backward_flops(self) -> int:
+        return self.flops * (self.dgrad + self.wgrad)
+
+
+class Explanation:
+    """What `explain` found: rows, totals, and ways to show them. Iterates over its rows."""
+
+    def __init__(self, rows: list[Row]) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __repr__(self) -> str:
+        return f"Explanation({len(self)} rows, {_bytes(self.bytes_kept)} kept, {_flops(self.flops)} forward)"
+
+    @property
+    def bytes_kept(self) -> int:
+        """Bytes that autograd keeps from one forward pass, parameters and buffers aside."""
+        return sum(row.bytes_kept for row in self.rows)
+
+    @property
+    def flops(self) -> int:
+        """Of the forward pass."""
+        return sum(row.flops for row in self.rows)
+
+    @property
+    def backward_flops(self) -> int:
+        """Of the backward pass as things stand."""
+        return sum(row.backward_flops for row in self.rows)
+
+    def totals(self) -> dict[str, int]:
+        """Sums over the rows; bytes and floating-point operations."""
+        return {"bytes_kept": self.bytes_kept, "flops": self.flops, "backward_flops": self.backward_flops}
+
+    def to_json(self) -> str:
+        """`{"rows": [...], "totals": {...}}`; a row's keys are the attributes of `Row`, bytes and FLOPs as integers."""
+        return json.dumps({"rows": [asdict(row) for row in self.rows], "totals": self.totals()})
+
+    def print(self, console: Console | None = None) -> None:
+        """A table on the terminal, with the totals last."""
+        caption = AUTO_RULE if any(row.kernel == "aten" for row in self) else None
+        table = Table(title="what a training step computes and keeps now", caption=caption)
+        for column in ("name", "layer", "output"):
+            table.add_column(column, overflow="fold")
+        for column in ("GFLOP", "runs", "kept", "also held"):
+            table.add_column(column, justify="right", no_wrap=True)
+        table.add_column("kernel", overflow="fold")
+        table.add_column("what would change it", overflow="fold")
+        for row in self.rows:
+            shape = "x".join(map(str, row.outputs))
+            kept, shared = (_bytes(n) if n else "" for n in (row.bytes_kept, row.bytes_shared))
+            flops = f"{row.flops / 1e9:.3f}" if row.flops else ""
+            table.add_row(row.name, row.layer, shape, flops, _runs(row), kept, shared, row.kernel, row.advice)
+        forward, backward = f"{self.flops / 1e9:.3f}", f"{self.backward_flops / 1e9:.3f}"
+        table.add_section()
+        table.add_row("total", f"{len(self)} rows", "", forward, f"+ {backward} backward", _bytes(self.bytes_kept))
+        (console or default_console()).print(table)
+
+    def plot(self, path: str | Path) -> None:
+        """A PNG: bytes kept by each row, in order of the forward pass.
+
+        Raises:
+            ImportError: if matplotlib is not installed.
+        """
+        from freezekit.explain.plot import plot_explanation
+
+        plot_explanation(self, Path(path))
+
+
+def explain(model: nn.Module, inputs: Any) -> Explanation:
+    """What a training step of `model` computes and keeps now, layer by layer.
+
+    Runs one forward pass on the meta device: nothing is allocated, no running statistics move, and a model too big for
+    the machine can be explained. Bytes are those that autograd keeps between forward and backward; parameters and
+    buffers are not counted, since they are there anyway.
+
+    Args:
+        model: in the mode, and with the parameters frozen, that you want explained.
+        inputs: a tensor, a sequence of positional arguments, or a mapping of keyword arguments for its forward. Only
+            shapes, dtypes and `requires_grad` matter: tensors on the meta device do.
+
+    Returns:
+        Explanation: iterate over it, `.print()`, `.to_json()`, `.plot("kept.png")`, `.bytes_kept`, `.flops`.
+
+    Raises:
+        TypeError: if `model` is no nn.Module.
+        RuntimeError: if its forward pass needs the values of tensors.
+
+    >>> import torch, freezekit as fk
+    >>> from torch import nn
+    >>> net = fk.convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)))
+    >>> explain(net, torch.empty(1, 3, 12, 12, device="meta"))
+    Explanation(2 rows, 4.8 KiB kept, 0.000 GFLOP forward)
+    >>> net[1].requires_grad_(False)  # keeps its input no more
+    FreezableConv2d(8, 8, kernel_size=(3, 3), stride=(1, 1))
+    >>> explain(net, torch.empty(1, 3, 12, 12, device="meta")).bytes_kept == 3 * 12 * 12 * 4
+    True
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    return _explain(trace(model, inputs))
+
+
+def _explain(traced: Trace) -> Explanation:
+    first = [0] * len(traced.calls)
+    shared = [0] * len(traced.calls)
+    alone = [0] * len(traced.calls)
+    for kept in traced.kept:
+        first[kept.holders[0]] += kept.nbytes
+        for holder in kept.holders[1:]:
+            shared[holder] += kept.nbytes
+        if len(kept.holders) == 1:
+            alone[kept.holders[0]] += kept.nbytes
+    rows = [_row(call, *held) for call, *held in zip(traced.calls, first, shared, alone)]
+    return Explanation([row for row in rows if row.flops or row.bytes_kept or row.bytes_shared or row.fprop])
+
+
+def _row(call: Call, kept: int, shared: int, alone: int) -> Row:
+    weight, bias = _learns(call, "weight"), _learns(call, "bias")
+    return Row(
+        name=call.name,
+        layer=f"{call.layer}: {call.function}" if call.function else call.layer,
+        inputs=call.inputs,
+        outputs=call.outputs,
+        flops=call.flops,
+        fprop=call.moved > 0,
+        dgrad=call.input_needs_grad and call.output_needs_grad,
+        wgrad=weight,
+        db=bias,
+        bytes_kept=kept,
+        bytes_shared=shared,
+        kernel=_kernel(call),
+        advice=_advice(call, weight, kept + shared, alone),
+    )
+
+
+def _learns(call: Call, name: str) -> bool:
+    parameter = None if call.function or call.module is None else getattr(call.module, name, None)
+    return isinstance(parameter, torch.Tensor) and parameter.requires_grad
+
+
+def _kernel(call: Call) -> str:
+    if not isinstance(call.module, FreezableConv2d):
+        return ""
+    backend = current_backend()
+    if backend == "aten":
+        return "aten, as demanded"
+    if backend == "auto":
+        return "aten"
+    conv, dtype = call.module, NATIVE_DTYPES.get(call.module.weight.dtype)
+    if dtype is None or isinstance(conv.padding, str) or len(call.inputs) != 4:
+        return f"{backend}, as demanded"
+    padding = conv.padding if conv.padding_mode == "zeros" else (0, 0)
+    size = (*call.inputs[:2], *_padded(conv, call.inputs)) if conv.padding_mode != "zeros" else call.inputs
+    settings = (conv.stride, padding, conv.dilation, conv.groups)
+    return "; ".join(
+        "{kernel} ({reason})".format(**_C.select(op, dtype, size, tuple(conv.weight.shape), *settings))
+        for op in OPERATORS
+    )
+
+
+def _padded(conv: nn.Conv2d, inputs: tuple[int, ...]) -> tuple[int, int]:
+    left, right, top, bottom = conv._reversed_padding_repeated_twice
+    return inputs[2] + top + bottom, inputs[3] + left + right
+
+
+def _advice(call: Call, weight_learns: bool, held: int, alone: int) -> str:
+    if call.module is None or call.function:
+        return ""
+    swap = conversion.SWAPS.get(type(call.module))
+    if swap is not None and not weight_learns and held:
+        return f"convert to {swap.__name__}: up to -{_bytes(alone)}"
+    if isinstance(call.module, FreezableConv2d) and weight_learns:
+        return f"freeze: -{_flops(call.flops)}, -{_bytes(alone)}"
+    return ""
+
+
+def default_console() -> Console:
+    """The terminal; where output goes elsewhere, 140 columns, so that tables stay readable."""
+    console = Console()
+    return console if console.is_terminal else Console(width=140)
+
+
+def _runs(row: Row) -> str:
+    names = (("fprop", row.fprop), ("dgrad", row.dgrad), ("wgrad", row.wgrad), ("db", row.db))
+    return " ".join(name for name, runs in names if runs)
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} B"
+
+
+def _flops(count: int) -> str:
+    return f"{count / 1e9:.3f} GFLOP"

@@ -1,0 +1,345 @@
+"""What freezing would buy, for every depth, before paying for any of it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from freezekit.explain.report import default_console
+from freezekit.explain.trace import Trace, arguments, trace
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What predictions of time are made from, measured by `measure`.
+
+    Attributes:
+        flops: floating-point operations a second of a matrix product.
+        bandwidth: bytes a second, read and written, of a copy.
+    """
+
+    flops: float
+    bandwidth: float
+
+    @staticmethod
+    def measure(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Machine:
+        """Times one matrix product and one copy on `device`: about 0.2 s."""
+        device = torch.device(device)
+        a = torch.randn(1024, 1024, device=device).to(dtype)
+        b = torch.randn(2**24, device=device)
+        out = torch.empty_like(b)
+        product, copy = _seconds(lambda: a @ a, device), _seconds(lambda: out.copy_(b), device)
+        return Machine(flops=2 * 1024**3 / product, bandwidth=2 * b.nbytes / copy)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way of freezing.
+
+    Attributes:
+        name: "depth 3" freezes the first three layers with parameters, in forward order; else a named regime.
+        frozen: names of the parameters that it freezes.
+        bytes_kept: between forward and backward, parameters and buffers aside; exact.
+        backward_flops: of dgrad and wgrad.
+        backward_seconds: predicted: for each layer the larger of its operations over the machine's rate and its bytes
+            over the machine's bandwidth.
+        trainable: elements that still learn.
+        measured_bytes, measured_seconds: the same as a real step showed; None where nothing was measured.
+    """
+
+    name: str
+    frozen: tuple[str, ...]
+    bytes_kept: int
+    backward_flops: int
+    backward_seconds: float
+    trainable: int
+    measured_bytes: int | None = None
+    measured_seconds: float | None = None
+
+
+class Plan:
+    """All options, shallowest first, and the one that fits the budget.
+
+    Attributes:
+        options: depths in order, then the named regimes.
+        choice: the shallowest depth that fits; None if even the deepest does not, or if there is no budget.
+        machine: what times are predicted from.
+    """
+
+    def __init__(self, options: list[Option], machine: Machine, memory: float | None, seconds: float | None) -> None:
+        self.options = options
+        self.machine = machine
+        self.memory = memory
+        self.time = seconds
+        self.fits = [
+            (memory is None or option.bytes_kept <= memory) and (seconds is None or option.backward_seconds <= seconds)
+            for option in options
+        ]
+        depths = [o for o, fits in zip(options, self.fits) if fits and o.name.startswith("depth ")]
+        self.choice = depths[0] if depths and (memory is not None or seconds is not None) else None
+
+    def __iter__(self) -> Iterator[Option]:
+        return iter(self.options)
+
+    def __repr__(self) -> str:
+        return f"Plan({len(self.options)} options, choice={self.choice.name if self.choice else None})"
+
+    def to_json(self) -> str:
+        """`{"options": [...], "choice": name or null, "machine": {...}}`; bytes, FLOPs, seconds."""
+        choice = self.choice.name if self.choice else None
+        options = [asdict(option) for option in self.options]
+        return json.dumps({"options": options, "choice": choice, "machine": asdict(self.machine)})
+
+    def print(self, console: Console | None = None) -> None:
+        """A table of the options; the choice is marked."""
+        budget = "" if self.memory is None else f", at most {self.memory / 2**20:.1f} MiB"
+        budget += "" if self.time is None else f", at most {self.time * 1e3:.1f} ms backward"
+        table = Table("option", title=f"what freezing would buy{budget}")
+        for column in ("parameters frozen", "learning", "kept (MiB)", "backward (GFLOP)", "backward (ms)"):
+            table.add_column(column, justify="right")
+        measured = any(option.measured_bytes is not None for option in self)
+        for column in ("measured (MiB)", "measured (ms)") if measured else ():
+            table.add_column(column, justify="right")
+        table.add_column("")
+        for option, fits in zip(self.options, self.fits):
+            mark = "<- fits first" if option is self.choice else "" if fits else "over budget"
+            kept, flops = f"{option.bytes_kept / 2**20:.2f}", f"{option.backward_flops / 1e9:.3f}"
+            milliseconds = f"{option.backward_seconds * 1e3:.2f}"
+            frozen, learning = str(len(option.frozen)), f"{option.trainable:,}"
+            real = _measured(option) if measured else ()
+            table.add_row(option.name, frozen, learning, kept, flops, milliseconds, *real, mark)
+        (console or default_console()).print(table)
+
+    def plot(self, path: str | Path) -> None:
+        """A PNG: kept memory and predicted backward time against the depth of freezing.
+
+        Raises:
+            ImportError: if matplotlib is not installed.
+        """
+        from freezekit.explain.plot import BLUE, ORANGE, figure
+
+        depths = [option for option in self.options if option.name.startswith("depth ")]
+        made = figure(7, 4)
+        left = made.subplots()
+        right = left.twinx()
+        left.plot([o.bytes_kept / 2**20 for o in depths], color=BLUE, marker="o", label="kept for backward")
+        right.plot(
+            [o.backward_seconds * 1e3 for o in depths], color=ORANGE, marker="s", linestyle="--", label="backward"
+        )
+        left.set_xlabel("layers frozen, in forward order")
+        left.set_ylabel("kept for backward [MiB]")
+        right.set_ylabel("predicted backward time [ms]")
+        left.set_ylim(bottom=0)
+        right.set_ylim(bottom=0)
+        made.legend(loc="outside upper center", ncols=2)
+        made.savefig(path, dpi=150)
+
+
+def plan(
+    model: nn.Module,
+    inputs: Any,
+    memory: float | None = None,
+    time: float | None = None,
+    machine: Machine | None = None,
+    measure: bool = False,
+) -> Plan:
+    """Predicts kept bytes and backward time for every depth of freezing and for named regimes.
+
+    Nothing of the model is changed and nothing of it is run on data: each option is a forward pass on the meta device.
+    The depths freeze the first layers in forward order, which is what fine-tuning does most; bytes are those of the
+    layers that the model has now, so convert it first.
+
+    Args:
+        model: any module that runs without data; see `explain`.
+        inputs: as for `explain`.
+        memory: budget in bytes for what is kept between forward and backward.
+        time: budget in seconds for the backward pass.
+        machine: what times are predicted from; None measures the device of the model's first parameter.
+        measure: run each option too, on a copy of the model, and report bytes and time beside the predictions; needs
+            inputs with data, and memory for a step with nothing frozen.
+
+    Returns:
+        Plan: `.choice` is the shallowest depth within the budget; `.print()`, `.to_json()`, `.plot("plan.png")`.
+
+    Raises:
+        ValueError: if a budget is not positive, or the model has no parameters.
+        TypeError, RuntimeError: as `explain`.
+
+    >>> import torch, freezekit as fk
+    >>> from torch import nn
+    >>> net = fk.convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 3)))
+    >>> plan(net, torch.empty(2, 3, 32, 32, device="meta"), memory=60_000).choice.name
+    'depth 2'
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    for name, budget in (("memory", memory), ("time", time)):
+        if budget is not None and not budget > 0:
+            raise ValueError(f"{name} must be positive, got {budget}")
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        raise ValueError("model has no parameters: there is nothing to freeze")
+    where = "cpu" if parameter.is_meta else parameter.device
+    machine = machine or Machine.measure(where, parameter.dtype)
+    planner = _Planner(model, inputs, machine)
+    options = [*planner.depths(), *planner.regimes()]
+    if measure:
+        twin = copy.deepcopy(model)
+        options = [_measure(twin, inputs, option) for option in options]
+    return Plan(options, machine, memory, time)
+
+
+class _Planner:
+    def __init__(self, model: nn.Module, inputs: Any, machine: Machine) -> None:
+        self.model = model
+        self.inputs = inputs
+        self.machine = machine
+        self.parameters = dict(model.named_parameters())
+
+    def depths(self) -> Iterator[Option]:
+        frozen: list[str] = []
+        yield self._option("depth 0", frozen)
+        for depth, layer in enumerate(self._layers, 1):
+            frozen += layer
+            yield self._option(f"depth {depth}", frozen)
+
+    def regimes(self) -> Iterator[Option]:
+        norms = {f"{n}.{p}" for n, m in self.model.named_modules() if _is_norm(m) for p, _ in m.named_parameters()}
+        last = set(self._layers[-1])
+        learning: dict[str, Callable[[str], bool]] = {
+            "biases learn": lambda name: name.endswith("bias"),
+            "norms learn": lambda name: name in norms,
+            "last layer learns": lambda name: name in last,
+            "input learns": lambda name: False,
+        }
+        for regime, learns in learning.items():
+            frozen = [name for name in self.parameters if not learns(name)]
+            yield self._option(regime, frozen, input_learns=regime == "input learns")
+
+    @cached_property
+    def _layers(self) -> list[list[str]]:
+        """Names of the parameters of each layer that has some, in forward order; those never called come last."""
+        names = {id(p): name for name, p in self.parameters.items()}
+        order: dict[str, list[str]] = {}
+        for call in self._trace([], False).calls:
+            if call.module is not None and not call.function:
+                own = [names[id(p)] for p in call.module.parameters(recurse=False) if id(p) in names]
+                if own:
+                    order.setdefault(call.name, own)
+        called = {name for layer in order.values() for name in layer}
+        rest = [name for name in self.parameters if name not in called]
+        return [*order.values(), *([rest] if rest else [])]
+
+    def _option(self, name: str, frozen: list[str], input_learns: bool = False) -> Option:
+        traced = self._trace(frozen, input_learns)
+        flops, seconds = 0, 0.0
+        for call in traced.calls:
+            weight = None if call.function else getattr(call.module, "weight", None)
+            wgrad = isinstance(weight, Tensor) and self._name(weight) not in frozen
+            dgrad = call.input_needs_grad and call.output_needs_grad
+            passes = wgrad + dgrad
+            flops += call.flops * passes
+            seconds += passes * max(call.flops / self.machine.flops, call.moved / self.machine.bandwidth)
+        trainable = sum(p.numel() for n, p in self.parameters.items() if n not in frozen)
+        return Option(name, tuple(frozen), traced.bytes_kept, flops, seconds, trainable)
+
+    def _name(self, parameter: Tensor) -> str | None:
+        return next((name for name, p in self.parameters.items() if p is parameter), None)
+
+    def _trace(self, frozen: list[str], input_learns: bool) -> Trace:
+        inputs = self.inputs
+        if input_learns:
+            inputs = torch.utils._pytree.tree_map(_learning, inputs)
+        with _frozen(self.parameters, frozen):
+            return trace(self.model, inputs)
+
+
+def _measured(option: Option) -> tuple[str, str]:
+    if option.measured_bytes is None or option.measured_seconds is None:
+        return "", ""
+    return f"{option.measured_bytes / 2**20:.2f}", f"{option.measured_seconds * 1e3:.2f}"
+
+
+def _measure(model: nn.Module, inputs: Any, option: Option) -> Option:
+    """Bytes that autograd keeps in a real step, and the shortest of a few backward passes."""
+    if option.name == "input learns":
+        inputs = torch.utils._pytree.tree_map(
+            lambda v: v.detach().requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else v, inputs
+        )
+    args, kwargs = arguments(inputs)
+    own = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
+        return tensor
+
+    device = next(model.parameters()).device
+    with _frozen(dict(model.named_parameters()), list(option.frozen)):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = model(*args, **kwargs)
+        outputs = [t for t in torch.utils._pytree.tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
+        count = sum(storage.nbytes() for storage in kept.values())
+        kept.clear()
+        seconds = 0.0
+        if outputs:
+            ones = [torch.ones_like(t) for t in outputs]
+            wanted = [
+                t
+                for t in [*model.parameters(), *torch.utils._pytree.tree_leaves((args, kwargs))]
+                if isinstance(t, Tensor) and t.requires_grad
+            ]
+            seconds = _seconds(
+                lambda: torch.autograd.grad(outputs, wanted, ones, retain_graph=True, allow_unused=True), device
+            )
+    return replace(option, measured_bytes=count, measured_seconds=seconds)
+
+
+def _learning(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.detach().to("meta").requires_grad_()
+    return value
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(module, (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm))
+
+
+@contextmanager
+def _frozen(parameters: dict[str, nn.Parameter], frozen: list[str]) -> Iterator[None]:
+    before = {name: parameter.requires_grad for name, parameter in parameters.items()}
+    try:
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(name not in frozen)
+        yield
+    finally:
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(before[name])
+
+
+def _seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """The shortest of a few runs: what the machine can do when nobody else wants it."""
+    best = float("inf")
+    for _ in range(5):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return best
