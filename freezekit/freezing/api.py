@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from freezekit.distributed import note_freeze
 from freezekit.freezing import norm as statistics
 from freezekit.freezing import optim
 from freezekit.freezing.arguments import check_lbfgs, check_norm, check_optimizers
@@ -83,6 +84,7 @@ def freeze(
         _keep_way_back(result, one, params, names, state)
         leaving = params if remove else optim.orphans(one, params)
         result.removed += names_of(optim.take_out(one, leaving), names)
+    note_freeze(model)
     return result
 
 
@@ -138,6 +140,7 @@ def unfreeze(
         _keep_way_back(result, one, params, names, state)
         optim.learn_names(one, selection.params)
         result.returned += names_of(optim.put_back(one, params, group), names)
+    note_freeze(model)
     return result
 
 

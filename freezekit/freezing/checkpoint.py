@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from freezekit.distributed import note_freeze
 from freezekit.freezing import norm as statistics
 from freezekit.freezing import optim
 from freezekit.freezing.api import all_names, names_of, restore_param
@@ -97,6 +98,7 @@ def load_freeze_state(
         result.on_restore(optim.Membership.of(one, params.values()).restore)
         _apply_removed(one, params, entries)
         result.removed += tuple(entries)
+    note_freeze(model)
     return result
 
 
