@@ -1,0 +1,102 @@
+// Activations that are linear in pieces, and masks, on a CPU: one bit an element remembers the piece.
+//
+//   make_bits:   y[i] = rule.value(x[i]),  bit[i] = rule.bit(x[i])
+//   apply_bits:  y[i] = bit[i] ? on * x[i] : off * x[i],  or exactly x[i] and 0 (a select, which stops NaN and inf)
+//
+// Elements are taken in memory order, masks as core/mask.h lays them out. Work is cut at words: [first, last) are words,
+// so threads never share one. T converts to and from Compute<T>, in which all arithmetic is done.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "core/mask.h"
+#include "cpu/compute.h"
+
+namespace freezekit::cpu {
+
+// Comparisons are written so that NaN falls where torch's backward formulas put it: it passes relu, takes leaky_relu's
+// slope and stops at hardtanh. (There torch's own CPU kernel stops it in its vectors and passes it in the rest that fills
+// no vector; its GPU kernel passes it.)
+template <class C>
+struct Relu {
+  bool bit(C x) const { return !(x <= C(0)); }
+  C value(C x) const { return x <= C(0) ? C(0) : x; }
+};
+
+template <class C>
+struct LeakyRelu {
+  C slope;
+  bool bit(C x) const { return x > C(0); }
+  C value(C x) const { return x > C(0) ? x : x * slope; }
+};
+
+// The ends of values are rounded to the tensor's dtype, those of the gradient are not: so torch does it.
+template <class C>
+struct Hardtanh {
+  C lowest, highest;
+  C below, above;
+  bool bit(C x) const { return x > below && x < above; }
+  C value(C x) const {
+    const C raised = x < lowest ? lowest : x;
+    return raised > highest ? highest : raised;
+  }
+};
+
+template <class T, class Rule>
+inline __attribute__((always_inline)) void make_bits(const T* x, T* y, uint32_t* bits, int64_t numel, int64_t first,
+                                                     int64_t last, Rule rule) {
+  using C = Compute<T>;
+  for (int64_t word = first; word < last; ++word) {
+    const T* from = x + 32 * word;
+    T* to = y + 32 * word;
+    uint32_t packed = 0;
+    if (32 * (word + 1) <= numel) {
+      C values[32];
+      for (int i = 0; i < 32; ++i) values[i] = static_cast<C>(from[i]);
+      for (int i = 0; i < 32; ++i) packed |= rule.bit(values[i]) ? 1u << i : 0u;
+      for (int i = 0; i < 32; ++i) to[i] = static_cast<T>(rule.value(values[i]));
+    } else {
+      for (int i = 0; i < static_cast<int>(numel - 32 * word); ++i) {
+        const C value = static_cast<C>(from[i]);
+        packed |= rule.bit(value) ? 1u << i : 0u;
+        to[i] = static_cast<T>(rule.value(value));
+      }
+    }
+    bits[word] = packed;
+  }
+}
+
+template <class C>
+struct Select {
+  template <class T>
+  T operator()(bool bit, T x) const {
+    return bit ? x : T(0);
+  }
+};
+
+template <class C>
+struct Scale {
+  C on, off;
+  template <class T>
+  T operator()(bool bit, T x) const {
+    return static_cast<T>(static_cast<C>(x) * (bit ? on : off));
+  }
+};
+
+template <class T, class Rule>
+inline __attribute__((always_inline)) void apply_bits(const T* x, T* y, const uint32_t* bits, int64_t numel,
+                                                      int64_t first, int64_t last, Rule rule) {
+  for (int64_t word = first; word < last; ++word) {
+    const T* from = x + 32 * word;
+    T* to = y + 32 * word;
+    const uint32_t packed = bits[word];
+    if (32 * (word + 1) <= numel) {
+      for (int i = 0; i < 32; ++i) to[i] = rule((packed & (1u << i)) != 0, from[i]);
+    } else {
+      for (int i = 0; i < static_cast<int>(numel - 32 * word); ++i) to[i] = rule((packed & (1u << i)) != 0, from[i]);
+    }
+  }
+}
+
+}  // namespace freezekit::cpu

@@ -1,0 +1,52 @@
+// One bit an element: where an activation or a dropout let a value through, packed as core/mask.h says.
+//
+// Bits lie in the memory order of a dense tensor, which its strides name. A gate is that mask as a linear map:
+//   gate(x, bits, stride, on, off):  y[i] = bit[i] ? on * x[i] : off * x[i];   off = None selects 0, which stops NaN
+// It is its own transpose, so its derivative of any order is itself.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <string_view>
+
+#include "torch/formula.h"
+#include "torch/operators.h"
+
+namespace freezekit {
+
+struct GateRule {
+  double on = 1;
+  std::optional<double> off;
+};
+
+Tensor gate(const Tensor& input, const Tensor& bits, SymIntArrayRef stride, const GateRule&, std::string_view backend);
+
+// Makes `node` keep `bits` as the gate that its gradient goes through.
+Settings gate_settings(SymIntArrayRef stride, const GateRule&, std::string_view backend);
+variable_list gate_backward(const Tensor& grad, const variable_list& kept, const Settings&,
+                            const std::vector<bool>& wanted);
+
+// int32 words for one bit an element of `like`.
+Tensor empty_bits(const Tensor& like);
+// The bits of a dense bool tensor in its memory order, by ATen: for devices and transforms that have no kernel here.
+Tensor pack_bits(const Tensor& mask);
+
+// `input` as a tensor without gaps or overlaps, in the memory order that torch's elementwise operators give results.
+Tensor dense(const Tensor& input);
+
+// The strides of dense(input).
+std::vector<c10::SymInt> dense_strides(const Tensor& input);
+
+// Bit = (input > 0) of a dense tensor without NaN.
+Tensor positive_bits(const Tensor& input);
+
+// gate() on the storage of a dense tensor, whose memory order is that of bits.
+void gate_inplace(const Tensor& dense, const Tensor& bits, const GateRule&, std::string_view backend);
+
+// What computes on a tensor with data: the C++ kernels of the CPU, freezekit's own (CUDA or emulated), or ATen, on
+// devices that have neither. Throws where `backend` demands what cannot be.
+enum class Computer { cpu, kernels, aten };
+Computer computer_for(const Tensor&, std::string_view backend);
+
+}  // namespace freezekit
