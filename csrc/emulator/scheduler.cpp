@@ -103,6 +103,16 @@ void go_on_with(Thread& t) {
   switch_to(*t.fiber);
 }
 
+int count_threads(State state) {
+  return static_cast<int>(std::count_if(block.threads.begin(), block.threads.end(),
+                                        [=](const Thread& t) { return t.state == state; }));
+}
+
+[[noreturn]] void fail_deadlocked() {
+  fail("deadlock: %d threads wait at a __syncthreads(), %d at a warp collective, %d have ended",
+       count_threads(State::at_barrier), count_threads(State::at_collective), count_threads(State::done));
+}
+
 void end_current() {
   check_no_copies_in_flight();
   tsan_tell_host();
@@ -126,6 +136,7 @@ void fiber_main() {
       set_current(*next);
       continue;
     }
+    if (!next && block.alive) fail_deadlocked();
     if (!kThreadSanitizer) idle.push_back(mine);
     if (next) {
       go_on_with(*next);
@@ -184,21 +195,13 @@ void drop_fibers() {
   fibers.clear();
 }
 
-int count_threads(State state) {
-  return static_cast<int>(std::count_if(block.threads.begin(), block.threads.end(),
-                                        [=](const Thread& t) { return t.state == state; }));
-}
-
 }  // namespace
 
 void wait(State state) {
   tsan_tell_host();  // lest a launch that fails elsewhere looks like a race with this thread
   current->state = state;
   Thread* next = next_thread();
-  if (!next) {
-    fail("deadlock: %d threads wait at a __syncthreads(), %d at a warp collective, %d have ended",
-         count_threads(State::at_barrier), count_threads(State::at_collective), count_threads(State::done));
-  }
+  if (!next) fail_deadlocked();
   go_on_with(*next);
 }
 

@@ -73,6 +73,21 @@ class Patch:
 
 
 @dataclass(frozen=True)
+class Planted:
+    """Patches of one bug, and the sources to compile with them where it is headers that are patched."""
+
+    patches: tuple[Patch, ...] = ()
+    including: tuple[str, ...] = ()
+
+    @property
+    def recompiled(self) -> tuple[str, ...]:
+        return (*self.including, *dict.fromkeys(p.path for p in self.patches if not p.path.endswith(".h")))
+
+
+UNMODIFIED = Planted()
+
+
+@dataclass(frozen=True)
 class Program:
     """Sources of a driver, relative to the repository. `kernels` hold device code; `others` are never instrumented."""
 
@@ -163,16 +178,19 @@ def compiled(source: str, flags: tuple[str, ...], patched: Path | None) -> Path:
 
 
 @functools.cache
-def build(program: Program, mode: Mode, patches: tuple[Patch, ...] = ()) -> Path:
+def build(program: Program, mode: Mode, planted: Planted = UNMODIFIED) -> Path:
     """The program of a mode; skips the test where the mode cannot be built."""
     if reason := unavailable(mode):
         pytest.skip(reason)
     CACHE.mkdir(parents=True, exist_ok=True)
-    patched = overlay(patches)
     runtime = sorted(str(path.relative_to(ROOT)) for path in (CSRC / "emulator").glob("*.cpp"))
-    host = [*runtime, "csrc/kernels/last_error.cu", *program.others]
-    objects = [compiled(source, mode.kernel_flags, patched) for source in program.kernels]
-    objects += [compiled(source, mode.runtime_flags, patched) for source in host]
+    flags = dict.fromkeys((*runtime, "csrc/kernels/last_error.cu", *program.others), mode.runtime_flags)
+    flags |= dict.fromkeys(program.kernels, mode.kernel_flags)
+    changed = planted.recompiled
+    assert set(changed) <= set(flags), f"{changed} are not all part of {program.name}"
+    # Of two definitions of an inline function the linker takes the first: the patched one.
+    objects = [compiled(source, flags[source], overlay(planted.patches)) for source in changed]
+    objects += [compiled(source, flags[source], None) for source in flags if source not in changed]
     out = CACHE / f"{program.name}-{mode.name}-{digest(*(o.name for o in objects))}{'.so' if program.shared else ''}"
     if not out.exists():
         unfinished = out.with_suffix(f".{os.getpid()}.tmp")
@@ -183,9 +201,9 @@ def build(program: Program, mode: Mode, patches: tuple[Patch, ...] = ()) -> Path
 
 
 @functools.cache
-def run(program: Program, mode: Mode, arguments: tuple[str, ...], patches: tuple[Patch, ...] = ()) -> Result:
+def run(program: Program, mode: Mode, arguments: tuple[str, ...], planted: Planted = UNMODIFIED) -> Result:
     """Runs the program with the arguments. TSan needs a layout of memory that some kernels give only when asked."""
-    command = [str(build(program, mode, patches)), *arguments]
+    command = [str(build(program, mode, planted)), *arguments]
     environment = {**os.environ, **dict(mode.environment)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     if "unexpected memory mapping" in done.stderr:

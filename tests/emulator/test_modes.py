@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from .build import MODES, Program, kernel_host_sources, kernel_sources, run
-from .cases import DIRECT, GEMM, texts
+from .build import MODES, UNMODIFIED, Planted, Program, Result, kernel_host_sources, kernel_sources, run
+from .cases import DIRECT, GEMM, SMALL, STRIDED, WIDE, Case, texts
 
-DRIVER = ("tests/emulator/conv_driver.cpp", "tests/emulator/conv_reference.cpp")
-CONV = Program("conv", kernel_sources(), (*kernel_host_sources(), *DRIVER))
+REFERENCE = ("tests/emulator/conv_driver.cpp", "tests/emulator/conv_reference.cpp")
+CONV = Program("conv", kernel_sources(), (*kernel_host_sources(), *REFERENCE))
+SMALL_KERNELS = Program("small", kernel_sources(), (*kernel_host_sources(), "tests/emulator/small_driver.cpp"))
 
 # (mode, seed, cp.async): seeds 0 and 1 run threads and blocks forward and backward, others shuffled.
 QUICK = [
@@ -20,24 +21,67 @@ QUICK = [
     ("tsan", 2, "lazy"),
 ]
 FULL = [(mode, seed, cp) for mode in MODES for seed in (0, 1, 5, 6) for cp in ("lazy", "eager", "mixed")]
-
-
 CASES = {"direct": DIRECT, **GEMM}
+SMALL_SIZES = {
+    "bias": ["1 1", "7 33", "300 40", "0 5"],
+    "layout": ["1 1 1 1", "2 33 5 7", "1 40 8 9"],
+    "mask": ["1", "31", "64", "1000"],
+    "filter": ["1 1 1", "33 40 3", "8 5 9"],
+}
+SUMS = [
+    *(Case("wgrad", p, dtype, "direct", split_k=split) for p, dtype, split in ((SMALL, "f32", 3), (WIDE, "f16", 4))),
+    Case("wgrad", STRIDED, "f64", "direct", split_k=5),
+    *(case for dtype in GEMM for case in GEMM[dtype][:2]),
+]
 
 
-def check(mode: str, seed: int, cp_async: str, cases: str) -> None:
-    result = run(CONV, MODES[mode], (str(seed), cp_async, *texts(CASES[cases])))
-    assert result.code == 0, str(result)
+def run_convolutions(
+    mode: str, seed: int, cp_async: str, cases: list[Case], planted: Planted = UNMODIFIED, data: str = "integers"
+) -> Result:
+    return run(CONV, MODES[mode], (str(seed), cp_async, data, *texts(cases)), planted)
+
+
+def run_small(mode: str, seed: int, kind: str, sizes: str, planted: Planted = UNMODIFIED) -> Result:
+    return run(SMALL_KERNELS, MODES[mode], (str(seed), kind, *sizes.split()), planted)
+
+
+def check_small(mode: str, seed: int, kind: str) -> None:
+    for sizes in SMALL_SIZES[kind]:
+        result = run_small(mode, seed, kind, sizes)
+        assert result.code == 0, str(result)
 
 
 @pytest.mark.parametrize("cases", CASES)
 @pytest.mark.parametrize(("mode", "seed", "cp_async"), QUICK)
-def test_kernels_are_clean(mode: str, seed: int, cp_async: str, cases: str) -> None:
-    check(mode, seed, cp_async, cases)
+def test_convolutions_are_clean(mode: str, seed: int, cp_async: str, cases: str) -> None:
+    result = run_convolutions(mode, seed, cp_async, CASES[cases])
+    assert result.code == 0, str(result)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("cases", CASES)
 @pytest.mark.parametrize(("mode", "seed", "cp_async"), FULL)
-def test_kernels_are_clean_in_the_whole_matrix(mode: str, seed: int, cp_async: str, cases: str) -> None:
-    check(mode, seed, cp_async, cases)
+def test_convolutions_are_clean_in_the_whole_matrix(mode: str, seed: int, cp_async: str, cases: str) -> None:
+    result = run_convolutions(mode, seed, cp_async, CASES[cases])
+    assert result.code == 0, str(result)
+
+
+@pytest.mark.parametrize("kind", SMALL_SIZES)
+@pytest.mark.parametrize(("mode", "seed"), [("plain", 1), ("asan", 0), ("tsan", 2)])
+def test_small_kernels_are_clean(mode: str, seed: int, kind: str) -> None:
+    check_small(mode, seed, kind)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", SMALL_SIZES)
+@pytest.mark.parametrize(("mode", "seed"), [(mode, seed) for mode in MODES for seed in (0, 1, 5, 6)])
+def test_small_kernels_are_clean_in_the_whole_matrix(mode: str, seed: int, kind: str) -> None:
+    check_small(mode, seed, kind)
+
+
+def test_sums_repeat_bit_for_bit_under_any_schedule() -> None:
+    first = run_convolutions("plain", 0, "lazy", SUMS, data="reals")
+    assert first.code == 0, str(first)
+    assert len(set(first.output.split("\n"))) == len(SUMS) + 1, str(first)
+    for seed in (1, 2, 3):
+        assert run_convolutions("plain", seed, "lazy", SUMS, data="reals").output == first.output

@@ -1,0 +1,115 @@
+// Runs the kernels around the convolutions and compares every bit with loops.
+//
+//   small_driver SEED KIND SIZES...     KIND: bias (rows, k), layout (n, c, h, w), mask (numel), filter (k, c, taps)
+//
+// Every KIND runs in all dtypes.
+#include "tests/emulator/driver.h"
+
+using namespace freezekit;
+using namespace driver;
+
+namespace {
+
+using Sizes = std::vector<int64_t>;
+
+template <class T>
+int run_bias(DType dtype, const Sizes& sizes) {
+  const KernelTable* table = freezekit_kernel_table();
+  const int64_t rows = sizes[0], k = sizes[1];
+  const std::vector<double> dy = random_integers(rows * k);
+  std::vector<double> expected(static_cast<size_t>(k), 0.0);
+  for (size_t i = 0; i < dy.size(); i++) expected[i % expected.size()] += dy[i];
+  const Array<T> of_dy(dy), db(expected.size());
+  const Array<char> workspace(table->bias_grad_bytes(rows, k, dtype));
+  const Status status = table->bias_grad(of_dy.data(), db.data(), rows, k, dtype, workspace.data(), nullptr);
+  if (const int failed = check_status("bias", status)) return failed;
+  return compare("bias", db, expected);
+}
+
+// There and back again.
+template <class T>
+int run_layout(DType dtype, const Sizes& sizes) {
+  const ActivationSize size{sizes[0], sizes[1], sizes[2], sizes[3]};
+  const int64_t plane = size.h * size.w;
+  const std::vector<double> nchw = random_integers(size.n * size.c * plane);
+  std::vector<double> nhwc(nchw.size());
+  for (int64_t i = 0; i < static_cast<int64_t>(nchw.size()); i++) {
+    const int64_t n = i / (size.c * plane), c = i / plane % size.c, position = i % plane;
+    nhwc[static_cast<size_t>((n * plane + position) * size.c + c)] = nchw[static_cast<size_t>(i)];
+  }
+  const Array<T> from(nchw), there(nchw.size()), back(nchw.size());
+  const auto change = freezekit_kernel_table()->layout_change;
+  Status status = change(LayoutChange::nchw_to_nhwc, size, dtype, from.data(), there.data(), nullptr);
+  if (const int failed = check_status("layout", status)) return failed;
+  if (const int wrong = compare("nchw_to_nhwc", there, nhwc)) return wrong;
+  status = change(LayoutChange::nhwc_to_nchw, size, dtype, there.data(), back.data(), nullptr);
+  if (const int failed = check_status("layout", status)) return failed;
+  return compare("nhwc_to_nchw", back, nchw);
+}
+
+template <class T>
+int run_mask(DType dtype, const Sizes& sizes) {
+  const KernelTable* table = freezekit_kernel_table();
+  std::vector<double> values = random_integers(sizes[0]);
+  std::vector<uint32_t> expected((values.size() + 31) / 32, 0);
+  for (size_t i = 0; i < values.size(); i++) {
+    if (values[i] > 0) expected[i / 32] |= 1u << i % 32;
+  }
+  const Array<T> x(values), out(values.size());
+  const Array<uint32_t> mask(expected.size());
+  Status status = table->mask_pack(x.data(), mask.data(), sizes[0], dtype, nullptr);
+  if (const int failed = check_status("mask pack", status)) return failed;
+  if (const int wrong = compare_mask("mask pack", mask, expected)) return wrong;
+  status = table->mask_apply(x.data(), mask.data(), out.data(), sizes[0], dtype, nullptr);
+  if (const int failed = check_status("mask apply", status)) return failed;
+  for (double& value : values) value = value > 0 ? value : 0;
+  return compare("mask apply", out, values);
+}
+
+// CRSK from KRSC, scaled.
+template <class T>
+int run_filter(DType dtype, const Sizes& sizes) {
+  using Scale = std::conditional_t<std::is_same_v<T, double>, double, float>;
+  Conv2dProblem p;
+  p.k = sizes[0], p.c = sizes[1], p.r = sizes[2], p.s = 1;
+  const std::vector<double> filter = random_integers(p.filter_numel()), scale = random_integers(p.k);
+  std::vector<double> expected(filter.size());
+  for (int64_t k = 0; k < p.k; k++)
+    for (int64_t tap = 0; tap < p.r; tap++)
+      for (int64_t c = 0; c < p.c; c++) {
+        expected[static_cast<size_t>((c * p.r + tap) * p.k + k)] =
+            filter[static_cast<size_t>((k * p.r + tap) * p.c + c)] * scale[static_cast<size_t>(k)];
+      }
+  const Array<T> from(filter), to(filter.size());
+  const Array<Scale> factors(scale);
+  FilterTransform transform;
+  transform.from = transform.to = dtype, transform.transposed = true, transform.scale = factors.data();
+  transform.stride_k = p.r * p.c, transform.stride_c = 1, transform.stride_r = transform.stride_s = p.c;
+  const Status status = freezekit_kernel_table()->filter_transform(p, transform, from.data(), to.data(), nullptr);
+  if (const int failed = check_status("filter", status)) return failed;
+  return compare("filter", to, expected);
+}
+
+template <class T>
+int run_kind(const char* kind, DType dtype, const Sizes& sizes) {
+  if (!std::strcmp(kind, "bias") && sizes.size() == 2) return run_bias<T>(dtype, sizes);
+  if (!std::strcmp(kind, "layout") && sizes.size() == 4) return run_layout<T>(dtype, sizes);
+  if (!std::strcmp(kind, "mask") && sizes.size() == 1) return run_mask<T>(dtype, sizes);
+  if (!std::strcmp(kind, "filter") && sizes.size() == 3) return run_filter<T>(dtype, sizes);
+  return kUsage;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc < 4) return kUsage;
+  freezekit_emulator_set_seed(static_cast<unsigned>(std::atoi(argv[1])));
+  Sizes sizes;
+  for (int i = 3; i < argc; i++) sizes.push_back(std::atoll(argv[i]));
+  for (const DType dtype : {DType::f32, DType::f64, DType::f16, DType::bf16}) {
+    if (const int code = with_type(dtype, [&](auto zero) { return run_kind<decltype(zero)>(argv[2], dtype, sizes); })) {
+      return code;
+    }
+  }
+  return kRight;
+}

@@ -1,0 +1,51 @@
+"""The emulator proves itself: it finds every planted bug in the mode that must, and nothing in the code as it is."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from .build import MODES, UNMODIFIED, Patch, Planted, Result
+from .cases import Case
+from .plants import PLANTS, UNORDERED_SPLIT_K, Plant
+from .test_modes import run_convolutions, run_small
+
+
+def run_with(plant: Plant, planted: Planted) -> Result:
+    if isinstance(plant.case, Case):
+        return run_convolutions(plant.mode, plant.seed, plant.cp_async, [plant.case], planted)
+    kind, _, sizes = plant.case.partition(" ")
+    return run_small(plant.mode, plant.seed, kind, sizes, planted)
+
+
+def test_there_are_enough_plants_of_every_kind() -> None:
+    assert len(PLANTS) >= 20
+    assert {plant.mode for plant in PLANTS} == set(MODES) - {"ucontext"}
+    assert len({plant.name for plant in PLANTS}) == len(PLANTS)
+
+
+@pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.name.replace(" ", "-"))
+def test_the_bug_is_caught(plant: Plant) -> None:
+    unmodified = run_with(plant, UNMODIFIED)
+    assert unmodified.code == 0, str(unmodified)
+    caught = run_with(plant, plant.planted)
+    assert caught.code != 0, f"{plant.name}: not caught\n{caught}"
+    assert re.search(plant.expect, caught.output), f"{plant.name}: expected {plant.expect!r}\n{caught}"
+
+
+def test_sums_in_the_order_of_the_schedule_are_caught() -> None:
+    """Atomic adds instead of an ordered reduce: right for integers, and another result at every schedule for reals."""
+    case = UNORDERED_SPLIT_K.case
+    assert isinstance(case, Case)
+    planted = UNORDERED_SPLIT_K.planted
+    assert run_convolutions("plain", 0, "lazy", [case], planted).code == 0
+    sums = {run_convolutions("plain", seed, "lazy", [case], planted, data="reals").output for seed in range(4)}
+    assert len(sums) > 1
+
+
+def test_a_patch_that_no_longer_fits_is_an_error() -> None:
+    with pytest.raises(AssertionError, match="has 0 places that read 'no such line'"):
+        Patch("file", "no such line", "").apply("code")
+    with pytest.raises(AssertionError, match="has 2 places"):
+        Patch("file", "a", "b").apply("a a")
