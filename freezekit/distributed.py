@@ -175,10 +175,16 @@ class _Watch:
     def __getstate__(self) -> dict[str, Any]:
         return {"reducer": None, "built": None}
 
-    @torch.compiler.disable
     def __call__(self, module: nn.Module, args: Any) -> None:
-        ddp = module if isinstance(module, DDP) else DDP._active_ddp_module
-        if ddp is None or not torch.is_grad_enabled():
+        if isinstance(module, DDP):
+            self.look(module)
+        elif not torch.compiler.is_compiling() and DDP._active_ddp_module is not None:
+            # Not in a compiled module inside the wrapper: the look would break its graph in two.
+            self.look(DDP._active_ddp_module)
+
+    @torch.compiler.disable
+    def look(self, ddp: DDP) -> None:
+        if not torch.is_grad_enabled():
             return
         if retired(ddp):
             raise StaleWrapperError("this DDP wrapper was replaced: use the one that rewrap returned")
@@ -192,7 +198,7 @@ def watch(module: nn.Module) -> RemovableHandle:
 
     Args:
         module: a DDP wrapper, or a module that is (or will be) inside one: then the check runs when a DDP forward
-            pass reaches the module. Watching twice gives a hook of its own each time.
+            pass reaches the module, unless the module is compiled. Watching twice gives two hooks.
 
     Returns:
         A handle; ``handle.remove()`` ends the watch.
@@ -203,7 +209,8 @@ def watch(module: nn.Module) -> RemovableHandle:
 def note_freeze(model: nn.Module) -> None:
     """To be called when ``requires_grad`` of parameters of ``model`` changed: watches every DDP in and around it.
 
-    Does nothing unless torch.distributed is initialised. Called again it adds nothing.
+    `freezekit.freezing.freeze` and ``unfreeze`` call it. Does nothing unless torch.distributed is initialised, and
+    nothing when called again.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return

@@ -41,12 +41,14 @@ def freeze(
         optimizer: the optimizer that trains ``model``, or several. It may be None when nothing of it needs to change:
             a frozen parameter is skipped anyway, since its ``.grad`` is None.
         remove: take the parameters out of the optimizer's groups and state as well; `unfreeze` with the same optimizer
-            puts them back in their own group. The groups stay, empty ones too, so schedulers go on.
+            puts them back in their own group. The groups stay, empty ones too, so schedulers go on. The way back is
+            an attribute of the optimizer: `freeze_state` saves it, and a copy or pickle of the optimizer is without.
         state: "keep" leaves the optimizer's state (momentum, Adam's moments) for the day the parameters are unfrozen;
             "reset" drops it.
         norm: "freeze": normalisation layers that are covered use and keep their running statistics, and ``.train()``
             does not undo it. "batch": they go on with batch statistics, and their running statistics move. A layer is
-            covered when a pattern meets it or a module around it, or when all parameters it owns are selected.
+            covered when a pattern meets it or a module around it, or when all parameters it owns are selected. The
+            singular vectors of spectral norm count as running statistics.
         until: also freeze all that comes before this module or parameter, which itself stays trainable: in the order
             of registration, or of the calls in one forward when ``inputs`` is given.
         inputs: arguments for that forward: a tensor, a tuple, or a mapping of keywords. It runs in eval mode, without

@@ -153,6 +153,28 @@ def check_freezing_the_module_inside_is_seen() -> None:
             ddp(batch(0))
 
 
+def check_freeze_and_unfreeze_watch_by_themselves() -> None:
+    """Nobody called watch: freeze and unfreeze see that a process group is there."""
+    for inner in (False, True):
+        ddp = DDP(net())
+        freeze(ddp.module if inner else ddp, "0" if inner else "module.0")
+        with raises(StaleWrapperError, "0.weight were frozen", "rewrap"):
+            ddp(batch(0))
+        ddp = rewrap(ddp)
+        ddp(batch(0)).sum().backward()
+        unfreeze(ddp.module if inner else ddp, "0" if inner else "module.0")
+        with raises(StaleWrapperError, "0.weight became trainable", "rewrap"):
+            ddp(batch(1))
+
+
+def check_a_whole_graph_stays_whole() -> None:
+    """The hook that freeze leaves on a model must not break a compiled graph."""
+    model = net()
+    freeze(model, "0")
+    assert model._forward_pre_hooks
+    torch.compile(model, backend="eager", fullgraph=True)(batch(0)).sum().backward()
+
+
 def check_freeze_before_wrapping_needs_nothing() -> None:
     model = net()
     freeze(model, "0", "1")
