@@ -152,6 +152,9 @@ struct Gather {
     return {n * in_h * in_w, axis_h.in_first + i * axis_h.in_stride, axis_w.in_first + j * axis_w.in_stride};
   }
 
+  FK_HOST_DEVICE int64_t in_offset(int32_t n, int32_t ih, int32_t iw) const {
+    return ((static_cast<int64_t>(n) * in_h + ih) * in_w + iw) * (static_cast<int64_t>(in_c) * groups);
+  }
   FK_HOST_DEVICE int64_t out_offset(int32_t n, int32_t oh, int32_t ow) const {
     return ((static_cast<int64_t>(n) * out_h + oh) * out_w + ow) * (static_cast<int64_t>(out_c) * groups);
   }

@@ -21,6 +21,22 @@ bool epilogue_is_valid(Operator op, const Epilogue& e) {
   return op == Operator::wgrad ? !any : !e.mask_out || e.relu;
 }
 
+// Tiled where the selection says so and the addresses allow it, else generic: both compute the same.
+Status launch_depthwise(Operator op, const Selection& selection, const Conv2dProblem& p, DType dtype,
+                        const Conv2dTensors& tensors, const Epilogue& epilogue, void* workspace, Stream stream) {
+  const bool tiled = selection.config == kDepthwiseTiled && is_aligned_16(tensors.x) && is_aligned_16(tensors.y) &&
+                     is_aligned_16(epilogue.bias) && is_aligned_16(epilogue.residual);
+  if (op == Operator::wgrad) {
+    return tiled ? launch_depthwise_wgrad(selection.split_k, p, dtype, tensors, workspace, stream)
+                 : launch_depthwise_generic_wgrad(selection.split_k, p, dtype, tensors, workspace, stream);
+  }
+  if (!tensors.filter) return Status::invalid_argument;
+  const void* const in = op == Operator::fprop ? tensors.x : tensors.y;
+  void* const out = op == Operator::fprop ? tensors.y : tensors.x;
+  return tiled ? launch_depthwise_gather(op, p, dtype, in, tensors.filter, out, epilogue, stream)
+               : launch_depthwise_generic_gather(op, p, dtype, in, tensors.filter, out, epilogue, stream);
+}
+
 }  // namespace
 
 Status launch_conv2d(Operator op, const Selection& selection, const Conv2dProblem& p, DType dtype,
@@ -33,22 +49,27 @@ Status launch_conv2d(Operator op, const Selection& selection, const Conv2dProble
     return Status::invalid_argument;
   }
   const bool fprop = op == Operator::fprop;
+  const void* const in = fprop ? tensors.x : tensors.y;
+  void* const out = fprop ? tensors.y : tensors.x;
   switch (selection.family) {
     case Family::direct:
       if (op == Operator::wgrad) {
         return launch_direct_wgrad(selection.config, selection.split_k, p, dtype, tensors, workspace, stream);
       }
       if (!tensors.filter) return Status::invalid_argument;
-      return launch_direct_gather(selection.config, make_gather(op, p), dtype, fprop ? tensors.x : tensors.y,
-                                  tensors.filter, fprop ? tensors.y : tensors.x, epilogue, stream);
+      return launch_direct_gather(selection.config, make_gather(op, p), dtype, in, tensors.filter, out, epilogue,
+                                  stream);
     case Family::implicit_gemm:
       if (op == Operator::wgrad) {
         return launch_wgrad_gemm(selection.config, selection.split_k, p, dtype, tensors, workspace, stream);
       }
       return launch_implicit_gemm(op, selection.config, p, dtype, tensors, epilogue, workspace, stream);
-    default:
-      return Status::unsupported;
+    case Family::depthwise:
+      return launch_depthwise(op, selection, p, dtype, tensors, epilogue, workspace, stream);
+    case Family::none:
+      break;
   }
+  return Status::unsupported;
 }
 
 }  // namespace freezekit

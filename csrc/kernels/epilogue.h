@@ -25,6 +25,7 @@ enum EpilogueFlags : int {
   kEpilogueRelu = 4,
   kEpilogueMaskIn = 8,
   kEpilogueAll = 15,
+  kEpilogueVector = 16,  // the launcher has seen to it that EpilogueParameters::vector holds
 };
 
 template <class T>
@@ -88,17 +89,18 @@ template <int kFlags, class T>
 FK_DEVICE void finish_run(const EpilogueParameters<T>& e, Accumulator<T> (&acc)[8], int64_t offset, int32_t channel,
                           int32_t count) {
   using Acc = Accumulator<T>;
+  const bool vector = (kFlags & kEpilogueVector) != 0 || e.vector;
   T run[8];
   if constexpr ((kFlags & kEpilogueBias) != 0) {
     if (e.bias) {
-      load_run(e.bias + channel, count, e.vector, run);
+      load_run(e.bias + channel, count, vector, run);
 #pragma unroll
       for (int32_t i = 0; i < 8; ++i) acc[i] += cast<Acc>(run[i]);
     }
   }
   if constexpr ((kFlags & kEpilogueResidual) != 0) {
     if (e.residual) {
-      load_run(e.residual + offset, count, e.vector, run);
+      load_run(e.residual + offset, count, vector, run);
 #pragma unroll
       for (int32_t i = 0; i < 8; ++i) acc[i] += cast<Acc>(run[i]);
     }
@@ -110,14 +112,14 @@ FK_DEVICE void finish_run(const EpilogueParameters<T>& e, Accumulator<T> (&acc)[
       uint32_t bits = 0;
 #pragma unroll
       for (int32_t i = 0; i < 8; ++i) bits |= static_cast<uint32_t>(!(cast<Acc>(run[i]) <= 0)) << i;
-      if (e.mask_out) store_mask_run(e.mask_out, offset, count, e.vector, bits);
+      if (e.mask_out) store_mask_run(e.mask_out, offset, count, vector, bits);
       keep_where(bits, run);
     }
   }
   if constexpr ((kFlags & kEpilogueMaskIn) != 0) {
-    if (e.mask_in) keep_where(load_mask_run(e.mask_in, offset, count, e.vector), run);
+    if (e.mask_in) keep_where(load_mask_run(e.mask_in, offset, count, vector), run);
   }
-  store_run(e.out + offset, count, e.vector, run);
+  store_run(e.out + offset, count, vector, run);
 }
 
 // Host: the parameters of a launch whose groups have `out_c` output channels each.

@@ -57,6 +57,24 @@ Status launch_implicit_gemm_tf32(int config, const Gather&, const void* in, cons
 Status launch_wgrad_gemm(int config, int split_k, const Conv2dProblem&, DType, const Conv2dTensors&, void* workspace,
                          Stream);
 
+// Depthwise, one input channel a group. config 0 is generic; 1 is tiled, for problems that depthwise_is_tiled holds for.
+// Both wgrads always need split_k * filter_numel() accumulators of workspace.
+constexpr int kDepthwiseTiled = 1;
+Status launch_depthwise_gather(Operator, const Conv2dProblem&, DType, const void* in, const void* filter, void* out,
+                               const Epilogue&, Stream);
+Status launch_depthwise_wgrad(int split_k, const Conv2dProblem&, DType, const Conv2dTensors&, void* workspace, Stream);
+Status launch_depthwise_generic_gather(Operator, const Conv2dProblem&, DType, const void* in, const void* filter,
+                                       void* out, const Epilogue&, Stream);
+Status launch_depthwise_generic_wgrad(int split_k, const Conv2dProblem&, DType, const Conv2dTensors&, void* workspace,
+                                      Stream);
+
+// Whether the tiled depthwise kernels are made for the problem's sizes; addresses are looked at when they are launched.
+inline bool depthwise_is_tiled(const Conv2dProblem& p, DType dtype) {
+  return dtype != DType::f64 && p.c_per_group() == 1 && p.k_per_group() == 1 && p.c % 8 == 0 && p.r == p.s &&
+         (p.r == 3 || p.r == 5 || p.r == 7) && p.stride_h == p.stride_w && (p.stride_h == 1 || p.stride_h == 2) &&
+         p.dilation_h == 1 && p.dilation_w == 1;
+}
+
 // out[i] = sum of partial[s * numel + i] over s, in the order of s. The partial sums are in the accumulator of dtype.
 Status launch_ordered_reduce(const void* partial, void* out, int64_t numel, int32_t slices, DType dtype, Stream);
 

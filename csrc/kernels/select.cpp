@@ -135,10 +135,41 @@ bool implicit_gemm_takes(Operator op, const Conv2dProblem& p, DType dtype, const
          g.phases_w <= kMaxGridYZ;
 }
 
+Selection select_depthwise(Operator op, const Conv2dProblem& p, DType dtype, const Target& target) {
+  static const char* const names[3][2] = {{"depthwise_fprop_generic", "depthwise_fprop_tiled"},
+                                          {"depthwise_dgrad_generic", "depthwise_dgrad_tiled"},
+                                          {"depthwise_wgrad_generic", "depthwise_wgrad_tiled"}};
+  Selection selection;
+  selection.family = Family::depthwise;
+  // Tiles are filled by cp.async, which sm_80 brought.
+  selection.config = target.sm >= 80 && depthwise_is_tiled(p, dtype) ? kDepthwiseTiled : 0;
+  selection.kernel = names[static_cast<int>(op)][selection.config];
+  selection.reason = selection.config == kDepthwiseTiled
+                         ? "one channel a group; 3x3, 5x5 or 7x7, stride 1 or 2"
+                         : "one channel a group; a filter, stride, dilation, multiplier, channel count or dtype without "
+                           "a tiled kernel";
+  if (op == Operator::wgrad) {
+    const int64_t blocks =
+        selection.config == kDepthwiseTiled ? (p.c * size_of(dtype) + 63) / 64 : (p.k + 31) / 32 * p.r * p.s;
+    choose_split_k(&selection, p, blocks, kDirectBlocksPerMultiprocessor * std::max(target.sm_count, 1),
+                   dtype == DType::f64 ? 8 : 4);
+    selection.workspace_bytes =
+        static_cast<size_t>(selection.split_k * p.filter_numel() * (dtype == DType::f64 ? 8 : 4));
+  }
+  return selection;
+}
+
+bool is_depthwise(Operator op, const Conv2dProblem& p) {
+  if (p.groups == 1 || p.c_per_group() != 1) return false;
+  const Gather g = make_gather(op, p);  // the largest grid that either kernel of the family makes
+  return g.max_rows() * ((p.k + 7) / 8) <= kMaxGridX && g.phases_h <= kMaxGridYZ && g.phases_w <= kMaxGridYZ;
+}
+
 }  // namespace
 
 Selection select(Operator op, const Conv2dProblem& p, DType dtype, const Target& target) {
   if (!fits_int32(p)) return unsupported("sizes, positions or filter elements beyond 2^30");
+  if (is_depthwise(op, p)) return select_depthwise(op, p, dtype, target);
   if (implicit_gemm_takes(op, p, dtype, target)) {
     return op == Operator::wgrad ? select_wgrad_gemm(p, dtype, target) : select_implicit_gemm(op, p, dtype, target);
   }

@@ -33,23 +33,23 @@ Conv2dProblem problem_of(const int64_t* v) {
 
 }  // namespace
 
-// settings: sm_count, allow_tf32, deterministic, then family, config and split_k to force, or -1.
+// settings: sm, sm_count, allow_tf32, deterministic, then family, config and split_k to force, or -1.
 EXPORT int driver_conv2d(int op, int dtype, const int64_t* sizes, const int* settings, void* const* tensors,
                          void* const* epilogue_pointers, int relu, const char** kernel) {
   const Conv2dProblem problem = problem_of(sizes);
   Target target;
-  // Below sm_80 only the families without tensor cores are left.
-  target.sm = settings[3] == static_cast<int>(Family::direct) ? 75 : 80;
-  target.sm_count = settings[0], target.allow_tf32 = settings[1], target.deterministic = settings[2];
+  target.sm = settings[0], target.sm_count = settings[1];
+  target.allow_tf32 = settings[2], target.deterministic = settings[3];
   Selection selection = select(static_cast<Operator>(op), problem, static_cast<DType>(dtype), target);
-  if (settings[3] >= 0) {
-    selection.family = static_cast<Family>(settings[3]);
-    selection.workspace_bytes = static_cast<size_t>(problem.filter_numel() * 8 * selection.split_k);  // for any family
+  if (settings[4] >= 0 && selection.family != static_cast<Family>(settings[4])) {
+    selection = Selection();
+    selection.family = static_cast<Family>(settings[4]);
+    selection.kernel = "forced";
   }
-  if (settings[4] >= 0) selection.config = settings[4];
-  if (settings[5] >= 0) {
-    selection.split_k = settings[5];
-    selection.workspace_bytes = static_cast<size_t>(problem.filter_numel() * settings[5] * 8);
+  if (settings[5] >= 0) selection.config = settings[5];
+  if (settings[6] >= 0) selection.split_k = settings[6];
+  if (settings[4] >= 0) {
+    selection.workspace_bytes = static_cast<size_t>(problem.filter_numel() * 8 * selection.split_k);  // for any family
   }
   *kernel = selection.kernel;
   Epilogue epilogue;

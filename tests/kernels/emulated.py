@@ -111,6 +111,7 @@ class Epilogue:
 class Settings:
     """What a choice depends on, parts of the choice to force, and the emulator's schedule."""
 
+    sm: int = 80
     sm_count: int = 4
     allow_tf32: bool = False
     deterministic: bool = False
@@ -170,7 +171,7 @@ def run_conv2d(
     residual = None if epilogue.residual is None else nhwc(epilogue.residual, offset)
     given = [pointer(t) for t in (epilogue.bias, residual, epilogue.mask_out, epilogue.mask_in)]
     family = FAMILIES[settings.family] if settings.family else -1
-    target = [settings.sm_count, settings.allow_tf32, settings.deterministic]
+    target = [settings.sm, settings.sm_count, settings.allow_tf32, settings.deterministic]
     options = [*target, family, settings.config, settings.split_k]
     library().freezekit_emulator_set_seed(settings.seed)
     assert library().freezekit_emulator_set_cp_async(settings.cp_async.encode())
@@ -179,7 +180,7 @@ def run_conv2d(
         OPERATORS.index(operator),
         DTYPES[first.dtype],
         (ctypes.c_int64 * 16)(*problem.flat),
-        (ctypes.c_int * 6)(*options),
+        (ctypes.c_int * 7)(*options),
         (ctypes.c_void_p * 3)(*(pointer(tensors[name]) for name in ("x", "filter", "y"))),
         (ctypes.c_void_p * 4)(*given),
         int(epilogue.relu),

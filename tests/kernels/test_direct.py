@@ -9,7 +9,8 @@ from .cases import GEOMETRIES
 from .emulated import OPERATORS, KernelError, Problem, Settings, run_conv2d
 from .reference import assert_close, conv2d, operands, reduction_length
 
-DIRECT = Settings(family="direct")
+# Below sm_80 no problem goes to tensor cores.
+DIRECT = Settings(family="direct", sm=75)
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
 
