@@ -81,7 +81,9 @@ def freeze(
     names = all_names(model)
     _set_requires_grad(result, selection, names, False)
     _drop_grads(result, selection, names)
-    _set_statistics(result, selection, held=norm == "freeze")
+    for name, module in selection.norms.items():
+        if statistics.is_held(module) != (norm == "freeze"):
+            set_statistics(result, name, module, held=norm == "freeze")
     for one in optimizers:
         _keep_way_back(result, one, params, names, state)
         leaving = params if remove else optim.orphans(one, params)
@@ -137,7 +139,9 @@ def unfreeze(
         check_lbfgs(one, params, "unfreeze", ready=state == "reset")
     result = Frozen("unfreeze", shared=selection.shared)
     _set_requires_grad(result, selection, names, True)
-    _set_statistics(result, selection, held=norm == "freeze")
+    for name, module in selection.norms.items():
+        if statistics.is_held(module) != (norm == "freeze"):
+            set_statistics(result, name, module, held=norm == "freeze")
     for one in optimizers:
         _keep_way_back(result, one, params, names, state)
         optim.learn_names(one, selection.params)
@@ -207,11 +211,8 @@ def _drop_grads(result: Frozen, selection: Selection, names: dict[int, tuple[str
     result.grads = names_of(with_grad, names)
 
 
-def _set_statistics(result: Frozen, selection: Selection, held: bool) -> None:
-    changed = []
-    for name, module in selection.norms.items():
-        if statistics.is_held(module) != held:
-            (statistics.hold if held else statistics.release)(module)
-            result.on_restore(partial(statistics.release if held else statistics.hold, module))
-            changed.append(name)
-    result.norms = tuple(changed)
+def set_statistics(result: Frozen, name: str, module: nn.Module, held: bool) -> None:
+    """Hold or release one layer, and note it in ``result``."""
+    (statistics.hold if held else statistics.release)(module)
+    result.on_restore(partial(statistics.release if held else statistics.hold, module))
+    result.norms = (*result.norms, name)

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from freezekit.distributed import note_freeze
 from freezekit.freezing import norm as statistics
 from freezekit.freezing import optim
-from freezekit.freezing.api import all_names, names_of, restore_param
+from freezekit.freezing.api import all_names, names_of, restore_param, set_statistics
 from freezekit.freezing.arguments import check_optimizers
 from freezekit.freezing.result import Frozen
 from freezekit.freezing.saved import VERSION, check_form, check_removed, match_norms, match_params
@@ -28,9 +28,9 @@ def freeze_state(model: nn.Module, optimizer: Optimizers = None) -> dict[str, An
             their places, and the state that is kept for them are part of no ``optimizer.state_dict()``.
 
     Returns:
-        ``version``; ``frozen`` and ``trainable`` (names of parameters, each once); ``statistics`` (name of each held
-        layer -> the mode it returns to); ``removed`` (None without an optimizer, else a list with, per optimizer,
-        name -> ``group``, ``position`` and ``state``).
+        ``version``; ``frozen`` and ``trainable`` (names of parameters, each once); ``statistics`` (name of each
+        layer that has some -> whether they are frozen); ``removed`` (None without an optimizer, else a list with, per
+        optimizer, name -> ``group``, ``position`` and ``state``).
 
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
     >>> model[0].weight.requires_grad = False
@@ -42,7 +42,7 @@ def freeze_state(model: nn.Module, optimizer: Optimizers = None) -> dict[str, An
         "version": VERSION,
         "frozen": [name for name, p in named.items() if not p.requires_grad],
         "trainable": [name for name, p in named.items() if p.requires_grad],
-        "statistics": {n: m.__dict__["train"].mode for n, m in model.named_modules() if statistics.is_held(m)},
+        "statistics": {n: statistics.is_held(m) for n, m in model.named_modules() if statistics.has_statistics(m)},
         "removed": None,
     }
     optimizers = check_optimizers(optimizer, False, "keep")
@@ -91,9 +91,9 @@ def load_freeze_state(
     optimizers = check_optimizers(optimizer, False, "keep")
     removed = check_removed(state["removed"], params, optimizers)
     _apply_flags(result, params, set(state["frozen"]), names)
-    for name, module in model.named_modules():
-        if statistics.has_statistics(module):
-            _apply_norm(result, name, module, norms.get(name))
+    for name, (module, held) in norms.items():
+        if statistics.is_held(module) != held:
+            set_statistics(result, name, module, held)
     for one, entries in zip(optimizers, removed, strict=True):
         result.on_restore(optim.Membership.of(one, params.values()).restore)
         _apply_removed(one, params, entries)
@@ -117,21 +117,6 @@ def _apply_flags(
             dropped.append(param)
     result.params = tuple(name for p in changed for name in names[id(p)])
     result.grads = names_of(dropped, names)
-
-
-def _apply_norm(result: Frozen, name: str, module: nn.Module, mode: bool | None) -> None:
-    """Hold ``module`` and have it return to ``mode``; None releases it."""
-    held = statistics.is_held(module)
-    if mode is None and held:
-        statistics.release(module)
-        result.on_restore(partial(statistics.hold, module))
-    elif mode is not None:
-        statistics.hold(module)
-        if not held:
-            result.on_restore(partial(statistics.release, module))
-        module.__dict__["train"].mode = mode
-    if held != (mode is not None):
-        result.norms = (*result.norms, name)
 
 
 def _apply_removed(optimizer: Optimizer, params: dict[str, nn.Parameter], removed: dict[str, Any]) -> None:

@@ -10,7 +10,12 @@ before the class's own method, so that ``model.train()`` reaches it and leaves t
 * a patched ``nn.Module.train``: that is everybody's.
 
 The attribute lies in the instance's ``__dict__``: no entry in ``state_dict``, ``type`` and ``isinstance`` as before,
-copied by ``deepcopy`` and ``pickle`` with its module, and read by no forward, so nothing recompiles.
+copied by ``deepcopy`` and ``pickle`` with its module, and read by no forward, so nothing recompiles. What builds a new
+module loses it: convert to SyncBatchNorm first, then freeze. What writes to the buffers themselves is not stopped by
+it but seen by `guard`: ``torch.optim.swa_utils.update_bn`` resets the statistics of every batch norm, held or not.
+
+Spectral norm has running statistics too: its singular vectors move at each forward in training, and with them the
+weight that the layer uses, however frozen the parameter is. In eval they hold still, so they are held the same way.
 
 Whether a layer is held is asked of `is_held` and of nothing else.
 """
@@ -19,8 +24,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-
-STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 
 class Hold:
@@ -45,14 +49,32 @@ class Hold:
         return self.module
 
 
+def statistics_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The running statistics that ``module`` itself carries, by the names of their buffers.
+
+    Means, variances and the counter of BatchNorm, SyncBatchNorm, InstanceNorm and whatever else names its buffers as
+    they do; the singular vectors of spectral norm, as a parametrization and as the older hook.
+    """
+    pairs = [("running_mean", "running_var"), ("_u", "_v")]
+    pairs += [(f"{h.name}_u", f"{h.name}_v") for h in module._forward_pre_hooks.values() if isinstance(h, SpectralNorm)]
+    found: dict[str, torch.Tensor] = {}
+    for pair in pairs:
+        buffers = {name: module._buffers.get(name) for name in pair}
+        if None not in buffers.values():
+            found.update((name, buffer) for name, buffer in buffers.items() if buffer is not None)
+    counter = module._buffers.get("num_batches_tracked")
+    if "running_mean" in found and counter is not None:
+        found["num_batches_tracked"] = counter
+    return found
+
+
 def has_statistics(module: nn.Module) -> bool:
-    """Whether ``module`` itself carries running statistics (BatchNorm, SyncBatchNorm, InstanceNorm or alike).
+    """Whether ``module`` itself carries running statistics.
 
     >>> has_statistics(nn.BatchNorm2d(3)), has_statistics(nn.BatchNorm2d(3, track_running_stats=False))
     (True, False)
     """
-    buffers = module._buffers
-    return buffers.get("running_mean") is not None and buffers.get("running_var") is not None
+    return bool(statistics_of(module))
 
 
 def is_held(module: nn.Module) -> bool:
@@ -84,8 +106,6 @@ def held_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for prefix, module in model.named_modules():
         if is_held(module):
-            for name in STATISTICS:
-                buffer = module._buffers.get(name)
-                if buffer is not None:
-                    found[f"{prefix}.{name}" if prefix else name] = buffer
+            for name, buffer in statistics_of(module).items():
+                found[f"{prefix}.{name}" if prefix else name] = buffer
     return found

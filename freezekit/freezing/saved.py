@@ -26,7 +26,7 @@ def check_form(state: object) -> None:
     for key, kind in wanted.items():
         if not isinstance(state[key], kind) or not all(isinstance(name, str) for name in state[key]):
             raise ValueError(f"state: {key!r} must be a {kind.__name__} of names, got {state[key]!r:.100}")
-    if not all(isinstance(mode, bool) for mode in state["statistics"].values()):
+    if not all(isinstance(held, bool) for held in state["statistics"].values()):
         raise ValueError(f"state: 'statistics' must map names to bools, got {state['statistics']!r:.100}")
     twice = set(state["frozen"]) & set(state["trainable"])
     if twice:
@@ -71,16 +71,21 @@ def _near(name: str, names: dict[str, Any]) -> str:
     return f" (near: {', '.join(map(repr, near))})" if near else ""
 
 
-def match_norms(model: nn.Module, state: dict[str, Any], strict: bool) -> tuple[dict[str, bool], list[str]]:
-    modules = dict(model.named_modules(remove_duplicate=False))
-    unknown = [
-        name for name in state["statistics"] if name not in modules or not statistics.has_statistics(modules[name])
-    ]
-    if strict and unknown:
-        raise ValueError(
-            f"state: no layer with running statistics named {', '.join(map(repr, unknown[:5]))} in the model"
-        )
-    return {name: mode for name, mode in state["statistics"].items() if name not in unknown}, unknown
+def match_norms(
+    model: nn.Module, state: dict[str, Any], strict: bool
+) -> tuple[dict[str, tuple[nn.Module, bool]], list[str]]:
+    """Layers with running statistics that both sides know, with whether they were frozen; and the names of the rest."""
+    every = {n: m for n, m in model.named_modules(remove_duplicate=False) if statistics.has_statistics(m)}
+    firsts = {n: m for n, m in model.named_modules() if statistics.has_statistics(m)}
+    saved: dict[str, bool] = state["statistics"]
+    unknown = [name for name in saved if name not in every]
+    covered = {id(every[name]) for name in saved if name in every}
+    left = [name for name, module in firsts.items() if id(module) not in covered]
+    if strict and (unknown or left):
+        parts = [f"model has no layer with running statistics {name!r}{_near(name, every)}" for name in unknown[:5]]
+        parts += [f"state says nothing of the statistics of {name!r}" for name in left[:5]]
+        raise ValueError(f"state: does not fit the model: {'; '.join(parts)}; strict=False takes what fits")
+    return {name: (every[name], held) for name, held in saved.items() if name in every}, unknown + left
 
 
 def check_removed(

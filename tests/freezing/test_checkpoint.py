@@ -79,14 +79,13 @@ def test_an_optimizer_built_from_the_trainable_ones_alone_can_be_resumed_into() 
 def test_it_is_plain_data() -> None:
     model, _ = build()
     freeze(model, "1")
-    model.eval()
     state = freeze_state(model)
     assert json.loads(json.dumps(state)) == state
     assert state == {
         "version": 1,
         "frozen": ["1.weight", "1.bias"],
         "trainable": ["0.weight", "0.bias", "2.weight", "2.bias"],
-        "statistics": {"1": False},
+        "statistics": {"1": True},
         "removed": None,
     }
 
@@ -137,7 +136,7 @@ def test_names_that_do_not_fit_are_listed_and_nothing_changes() -> None:
         load_freeze_state(other, state)
     assert all(p.requires_grad for p in other.parameters())
     result = load_freeze_state(other, state, strict=False)
-    assert result.skipped == ("2.weight", "2.bias")
+    assert result.skipped == ("2.weight", "2.bias", "1")
     assert not other[0].weight.requires_grad
     bigger = nn.Sequential(*model, nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"state says nothing of '3\.weight'"):
@@ -149,9 +148,27 @@ def test_statistics_that_do_not_fit() -> None:
     freeze(model)
     state = freeze_state(model)
     model[1] = nn.GroupNorm(1, 2)
-    with pytest.raises(ValueError, match="no layer with running statistics named '1' in the model"):
+    with pytest.raises(ValueError, match="model has no layer with running statistics '1'"):
         load_freeze_state(model, state)
     assert load_freeze_state(model, state, strict=False).skipped == ("1",)
+    del state["statistics"]["1"]
+    other, _ = build()
+    freeze(other, "1")
+    with pytest.raises(ValueError, match="state says nothing of the statistics of '1'"):
+        load_freeze_state(other, state)
+    load_freeze_state(other, state, strict=False)
+    assert is_held(other[1])
+
+
+def test_a_layer_frozen_by_a_load_follows_the_model_when_it_is_unfrozen() -> None:
+    model, _ = build()
+    freeze(model)
+    state = freeze_state(model.eval())  # as in the middle of a validation
+    other, _ = build()
+    load_freeze_state(other, state)
+    assert not other[1].training
+    unfreeze(other)
+    assert other[1].training
 
 
 def broken(**changes: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import nn
 
 from freezekit.freezing import freeze, is_held, unfreeze
 from freezekit.freezing.norm import has_statistics
+from freezekit.guard import FrozenMoved, guard
 
 NORMS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "BatchNorm1d": (lambda: nn.BatchNorm1d(3), (4, 3)),
@@ -190,3 +191,28 @@ def test_fx_and_compile_see_frozen_statistics() -> None:
         again.train()
         again(x)
     assert counter.frame_count == 1, "train() on a held norm must not recompile"
+
+
+@pytest.mark.parametrize("wrap", [torch.nn.utils.parametrizations.spectral_norm, torch.nn.utils.spectral_norm])
+def test_spectral_norm_stands_still(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    model = nn.Sequential(nn.Flatten(), wrap(nn.Linear(32, 32)))
+    x = torch.randn(2, 32)
+    model.requires_grad_(False)
+    assert not torch.equal(model(x), model(x)), "its vectors move, so a frozen weight is not a frozen layer"
+    result = freeze(model)
+    model.train()
+    first = model(x)
+    assert torch.equal(first, model(x))
+    assert len(result.norms) == 1
+    unfreeze(model)
+    assert not torch.equal(first, model(x))
+
+
+def test_update_bn_resets_what_is_held_and_guard_sees_it() -> None:
+    model = seen(*NORMS["BatchNorm1d"])
+    freeze(model)
+    spare = nn.Parameter(torch.zeros(1))
+    with guard(model, torch.optim.SGD([spare])) as held:
+        torch.optim.swa_utils.update_bn([torch.randn(4, 3)], model)
+        with pytest.raises(FrozenMoved, match=r"0\.running_mean"):
+            held.check()
