@@ -15,9 +15,9 @@ void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 namespace freezekit::emulator {
 namespace {
 
-// So many that some blocks in a row have threads of their own; then slots are used again, by another thread of the block
-// each time. TSan's clocks have an entry a thread, so more of them would cost time.
-constexpr int kSlots = 1024;
+// So many that two blocks in a row or more have threads of their own; then slots are used again, by another thread of the
+// block each time. More would cost time: TSan takes half a millisecond to make a thread.
+constexpr int kSlots = 512;
 constexpr unsigned kNoOrder = 1;  // __tsan_switch_to_fiber_no_sync
 
 struct Tags {

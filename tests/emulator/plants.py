@@ -38,7 +38,7 @@ OVERFLOW = "AddressSanitizer: heap-buffer-overflow"
 
 @dataclass(frozen=True)
 class Plant:
-    """`case` is a convolution or the arguments of small_driver; `expect` a regular expression of the output."""
+    """`case` is a convolution or a job of small_driver.cpp; `expect` a regular expression of the output."""
 
     name: str
     planted: Planted
@@ -384,7 +384,7 @@ PLANTS = [
         REDUCE,
         "sums[threadIdx.y][threadIdx.x] = sum;\n  __syncthreads();",
         "sums[threadIdx.y][threadIdx.x] = sum;",
-        case="bias 300 40",
+        case="bias:300,40",
         mode="tsan",
         expect=RACE,
     ),
@@ -393,7 +393,7 @@ PLANTS = [
         "csrc/kernels/layout.cu",
         "    }\n    __syncthreads();\n    for (int i = y; i < kTile; i += kRowLanes) {",
         "    }\n    for (int i = y; i < kTile; i += kRowLanes) {",
-        case="layout 2 33 5 7",
+        case="layout:2,33,5,7",
         mode="tsan",
         expect=RACE,
     ),
@@ -402,7 +402,7 @@ PLANTS = [
         MASK,
         "i < numel && !(cast",
         "!(cast",
-        case="mask 31",
+        case="mask:31",
         mode="asan",
         expect=OVERFLOW,
     ),
@@ -411,7 +411,7 @@ PLANTS = [
         MASK,
         "const uint32_t word = __ballot_sync(0xffffffffu, keep);",
         "if (i >= numel) { __syncwarp(); continue; }\n    const uint32_t word = __ballot_sync(0xffffffffu, keep);",
-        case="mask 1000",
+        case="mask:1000",
         expect="launch failed.*lanes of a warp meet at different collectives: .*__ballot_sync",
     ),
 ]

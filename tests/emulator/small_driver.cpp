@@ -1,8 +1,10 @@
 // Runs the kernels around the convolutions and compares every bit with loops.
 //
-//   small_driver SEED KIND SIZES...     KIND: bias (rows, k), layout (n, c, h, w), mask (numel), filter (k, c, taps)
+//   small_driver SEED JOB...     JOB: bias:ROWS,K or layout:N,C,H,W or mask:NUMEL or filter:K,C,TAPS
 //
-// Every KIND runs in all dtypes.
+// Every job runs in all dtypes.
+#include <string>
+
 #include "tests/emulator/driver.h"
 
 using namespace freezekit;
@@ -90,25 +92,40 @@ int run_filter(DType dtype, const Sizes& sizes) {
   return compare("filter", to, expected);
 }
 
+struct Job {
+  std::string kind;
+  Sizes sizes;
+};
+
+Job parse(const char* text) {
+  const char* at = std::strchr(text, ':');
+  Job job{std::string(text, at ? at : text), {}};
+  while (at && *at) {
+    char* end = nullptr;
+    job.sizes.push_back(std::strtoll(at + 1, &end, 10));
+    at = end;
+  }
+  return job;
+}
+
 template <class T>
-int run_kind(const char* kind, DType dtype, const Sizes& sizes) {
-  if (!std::strcmp(kind, "bias") && sizes.size() == 2) return run_bias<T>(dtype, sizes);
-  if (!std::strcmp(kind, "layout") && sizes.size() == 4) return run_layout<T>(dtype, sizes);
-  if (!std::strcmp(kind, "mask") && sizes.size() == 1) return run_mask<T>(dtype, sizes);
-  if (!std::strcmp(kind, "filter") && sizes.size() == 3) return run_filter<T>(dtype, sizes);
+int run_job(DType dtype, const Job& job) {
+  if (job.kind == "bias" && job.sizes.size() == 2) return run_bias<T>(dtype, job.sizes);
+  if (job.kind == "layout" && job.sizes.size() == 4) return run_layout<T>(dtype, job.sizes);
+  if (job.kind == "mask" && job.sizes.size() == 1) return run_mask<T>(dtype, job.sizes);
+  if (job.kind == "filter" && job.sizes.size() == 3) return run_filter<T>(dtype, job.sizes);
   return kUsage;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc < 4) return kUsage;
+  if (argc < 3) return kUsage;
   freezekit_emulator_set_seed(static_cast<unsigned>(std::atoi(argv[1])));
-  Sizes sizes;
-  for (int i = 3; i < argc; i++) sizes.push_back(std::atoll(argv[i]));
-  for (const DType dtype : {DType::f32, DType::f64, DType::f16, DType::bf16}) {
-    if (const int code = with_type(dtype, [&](auto zero) { return run_kind<decltype(zero)>(argv[2], dtype, sizes); })) {
-      return code;
+  for (int i = 2; i < argc; i++) {
+    const Job job = parse(argv[i]);
+    for (const DType dtype : {DType::f32, DType::f64, DType::f16, DType::bf16}) {
+      if (const int code = with_type(dtype, [&](auto zero) { return run_job<decltype(zero)>(dtype, job); })) return code;
     }
   }
   return kRight;

@@ -22,12 +22,12 @@ QUICK = [
 ]
 FULL = [(mode, seed, cp) for mode in MODES for seed in (0, 1, 5, 6) for cp in ("lazy", "eager", "mixed")]
 CASES = {"direct": DIRECT, **GEMM}
-SMALL_SIZES = {
-    "bias": ["1 1", "7 33", "300 40", "0 5"],
-    "layout": ["1 1 1 1", "2 33 5 7", "1 40 8 9"],
-    "mask": ["1", "31", "64", "1000"],
-    "filter": ["1 1 1", "33 40 3", "8 5 9"],
-}
+SMALL_JOBS = [
+    *("bias:1,1", "bias:7,33", "bias:300,40", "bias:0,5"),
+    *("layout:1,1,1,1", "layout:2,33,5,7", "layout:1,40,8,9"),
+    *("mask:1", "mask:31", "mask:64", "mask:1000"),
+    *("filter:1,1,1", "filter:33,40,3", "filter:8,5,9"),
+]
 SUMS = [
     *(Case("wgrad", p, dtype, "direct", split_k=split) for p, dtype, split in ((SMALL, "f32", 3), (WIDE, "f16", 4))),
     Case("wgrad", STRIDED, "f64", "direct", split_k=5),
@@ -41,14 +41,8 @@ def run_convolutions(
     return run(CONV, MODES[mode], (str(seed), cp_async, data, *texts(cases)), planted)
 
 
-def run_small(mode: str, seed: int, kind: str, sizes: str, planted: Planted = UNMODIFIED) -> Result:
-    return run(SMALL_KERNELS, MODES[mode], (str(seed), kind, *sizes.split()), planted)
-
-
-def check_small(mode: str, seed: int, kind: str) -> None:
-    for sizes in SMALL_SIZES[kind]:
-        result = run_small(mode, seed, kind, sizes)
-        assert result.code == 0, str(result)
+def run_small(mode: str, seed: int, jobs: list[str], planted: Planted = UNMODIFIED) -> Result:
+    return run(SMALL_KERNELS, MODES[mode], (str(seed), *jobs), planted)
 
 
 @pytest.mark.parametrize("cases", CASES)
@@ -66,17 +60,17 @@ def test_convolutions_are_clean_in_the_whole_matrix(mode: str, seed: int, cp_asy
     assert result.code == 0, str(result)
 
 
-@pytest.mark.parametrize("kind", SMALL_SIZES)
 @pytest.mark.parametrize(("mode", "seed"), [("plain", 1), ("asan", 0), ("tsan", 2)])
-def test_small_kernels_are_clean(mode: str, seed: int, kind: str) -> None:
-    check_small(mode, seed, kind)
+def test_small_kernels_are_clean(mode: str, seed: int) -> None:
+    result = run_small(mode, seed, SMALL_JOBS)
+    assert result.code == 0, str(result)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("kind", SMALL_SIZES)
 @pytest.mark.parametrize(("mode", "seed"), [(mode, seed) for mode in MODES for seed in (0, 1, 5, 6)])
-def test_small_kernels_are_clean_in_the_whole_matrix(mode: str, seed: int, kind: str) -> None:
-    check_small(mode, seed, kind)
+def test_small_kernels_are_clean_in_the_whole_matrix(mode: str, seed: int) -> None:
+    result = run_small(mode, seed, SMALL_JOBS)
+    assert result.code == 0, str(result)
 
 
 def test_sums_repeat_bit_for_bit_under_any_schedule() -> None:

@@ -15,8 +15,7 @@ from .test_modes import run_convolutions, run_small
 def run_with(plant: Plant, planted: Planted) -> Result:
     if isinstance(plant.case, Case):
         return run_convolutions(plant.mode, plant.seed, plant.cp_async, [plant.case], planted)
-    kind, _, sizes = plant.case.partition(" ")
-    return run_small(plant.mode, plant.seed, kind, sizes, planted)
+    return run_small(plant.mode, plant.seed, [plant.case], planted)
 
 
 def test_there_are_enough_plants_of_every_kind() -> None:
