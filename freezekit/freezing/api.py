@@ -107,7 +107,8 @@ def unfreeze(
     Args:
         model, patterns, until, inputs: as for `freeze`.
         optimizer: the optimizer that is to train them, or several. Parameters that `freeze` took out of it return to
-            their own group, at their place, with the group's options as they are now.
+            their own group, at their place, with the group's options as they are now; without it they would stay out,
+            have gradients, and not move.
         state: "keep": the optimizer goes on with what it remembers; with momentum the first step then moves even at
             zero gradient. "reset": it starts as if it had never met the parameters.
         norm: "batch": normalisation layers that are covered follow the model's mode again. "freeze": only their

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from freezekit.distributed import note_freeze
 from freezekit.freezing import norm as statistics
@@ -70,6 +70,7 @@ def load_freeze_state(
 
     The order for a resume: build model and optimizer as for a fresh start, load the model's ``state_dict``, call this
     with the optimizer, then ``optimizer.load_state_dict``: by then its groups have the sizes they had at the save.
+    (LBFGS, whose history belongs to one set of parameters, forgets it here and has it again from its ``state_dict``.)
 
     Args:
         state: from `freeze_state`.
@@ -95,7 +96,10 @@ def load_freeze_state(
         if statistics.is_held(module) != held:
             set_statistics(result, name, module, held)
     for one, entries in zip(optimizers, removed, strict=True):
-        result.on_restore(optim.Membership.of(one, params.values()).restore)
+        was = optim.Membership.of(one, params.values())
+        if isinstance(one, LBFGS):  # one history over all: it fits no other set of parameters
+            was.forgotten = optim.reset(one, ())
+        result.on_restore(was.restore)
         _apply_removed(one, params, entries)
         result.removed += tuple(entries)
     note_freeze(model)

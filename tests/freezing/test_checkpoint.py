@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.optim import SGD, Adam, Optimizer
+from torch.optim import LBFGS, SGD, Adam, Optimizer
 
 from freezekit.freezing import freeze, freeze_state, is_held, load_freeze_state, unfreeze
 from tests.freezing.cases import Tied
@@ -221,3 +221,31 @@ def test_the_optimizer_must_be_there_when_it_is_needed() -> None:
     state["removed"][0]["0.weight"]["group"] = 1
     with pytest.raises(ValueError, match=r"belongs to group 1 in state, and the optimizer has it in group 0"):
         load_freeze_state(model, state, other)
+
+
+def test_lbfgs_has_its_history_from_its_own_state_dict() -> None:
+    def run(model: nn.Module, optimizer: Optimizer) -> None:
+        def closure() -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = model(torch.ones(3, 2)).square().sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    optimizer = LBFGS(model.parameters(), lr=0.1, max_iter=3)
+    freeze(model, "0", optimizer=optimizer, remove=True, state="reset")
+    run(model, optimizer)
+    saved = copy.deepcopy([model.state_dict(), freeze_state(model, optimizer), optimizer.state_dict()])
+    other = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    used = LBFGS(other.parameters(), lr=0.1, max_iter=3)
+    run(other, used)  # a history over all parameters, which must not meet the fewer ones
+    other.load_state_dict(saved[0])
+    load_freeze_state(other, saved[1], used)
+    used.load_state_dict(saved[2])
+    run(model, optimizer)
+    run(other, used)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    unfreeze(other, "0", optimizer=used, state="reset")
+    run(other, used)
