@@ -31,16 +31,31 @@ Conv2dProblem problem_of(const int64_t* v) {
   return p;
 }
 
+Target target_of(const int* settings) {
+  Target target;
+  target.sm = settings[0], target.sm_count = settings[1];
+  target.allow_tf32 = settings[2], target.deterministic = settings[3];
+  return target;
+}
+
 }  // namespace
+
+// sizes and settings as below; numbers: family, config, split_k, workspace bytes.
+EXPORT void driver_select(int op, int dtype, const int64_t* sizes, const int* settings, int64_t* numbers,
+                          const char** kernel, const char** reason) {
+  const Selection selection = select(static_cast<Operator>(op), problem_of(sizes), static_cast<DType>(dtype),
+                                     target_of(settings));
+  numbers[0] = static_cast<int64_t>(selection.family), numbers[1] = selection.config;
+  numbers[2] = selection.split_k, numbers[3] = static_cast<int64_t>(selection.workspace_bytes);
+  *kernel = selection.kernel, *reason = selection.reason;
+}
 
 // settings: sm, sm_count, allow_tf32, deterministic, then family, config and split_k to force, or -1.
 EXPORT int driver_conv2d(int op, int dtype, const int64_t* sizes, const int* settings, void* const* tensors,
                          void* const* epilogue_pointers, int relu, const char** kernel) {
   const Conv2dProblem problem = problem_of(sizes);
-  Target target;
-  target.sm = settings[0], target.sm_count = settings[1];
-  target.allow_tf32 = settings[2], target.deterministic = settings[3];
-  Selection selection = select(static_cast<Operator>(op), problem, static_cast<DType>(dtype), target);
+  Selection selection =
+      select(static_cast<Operator>(op), problem, static_cast<DType>(dtype), target_of(settings));
   if (settings[4] >= 0 && selection.family != static_cast<Family>(settings[4])) {
     selection = Selection();
     selection.family = static_cast<Family>(settings[4]);

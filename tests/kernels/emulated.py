@@ -121,6 +121,10 @@ class Settings:
     seed: int = 0
     cp_async: str = "lazy"
 
+    @property
+    def target(self) -> list[int]:
+        return [self.sm, self.sm_count, self.allow_tf32, self.deterministic]
+
 
 @contextlib.contextmanager
 def counters() -> Iterator[dict[str, int]]:
@@ -171,8 +175,7 @@ def run_conv2d(
     residual = None if epilogue.residual is None else nhwc(epilogue.residual, offset)
     given = [pointer(t) for t in (epilogue.bias, residual, epilogue.mask_out, epilogue.mask_in)]
     family = FAMILIES[settings.family] if settings.family else -1
-    target = [settings.sm, settings.sm_count, settings.allow_tf32, settings.deterministic]
-    options = [*target, family, settings.config, settings.split_k]
+    options = [*settings.target, family, settings.config, settings.split_k]
     library().freezekit_emulator_set_seed(settings.seed)
     assert library().freezekit_emulator_set_cp_async(settings.cp_async.encode())
     kernel = ctypes.c_char_p()
@@ -188,6 +191,37 @@ def run_conv2d(
     )
     check(status)
     return result, (kernel.value or b"").decode()
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What select() answered; sizes in bytes."""
+
+    family: str
+    config: int
+    split_k: int
+    workspace: int
+    kernel: str
+    reason: str
+
+
+def select(operator: str, problem: Problem, dtype: torch.dtype, settings: Settings | None = None) -> Selection:
+    """The library's choice for a problem on the device that settings describe; nothing runs."""
+    settings = settings or Settings()
+    numbers = (ctypes.c_int64 * 4)()
+    kernel, reason = ctypes.c_char_p(), ctypes.c_char_p()
+    library().driver_select(
+        OPERATORS.index(operator),
+        DTYPES[dtype],
+        (ctypes.c_int64 * 16)(*problem.flat),
+        (ctypes.c_int * 4)(*settings.target),
+        numbers,
+        ctypes.byref(kernel),
+        ctypes.byref(reason),
+    )
+    family = {0: "none", **{number: name for name, number in FAMILIES.items()}}[numbers[0]]
+    rest = (int(numbers[1]), int(numbers[2]), int(numbers[3]))
+    return Selection(family, *rest, (kernel.value or b"").decode(), (reason.value or b"").decode())
 
 
 def run_bias_grad(dy: Tensor) -> Tensor:

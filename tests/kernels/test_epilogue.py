@@ -58,6 +58,23 @@ def test_every_combination(family: str, dtype: torch.dtype, operator: str) -> No
                 check(operator, problem, dtype, set(parts), Settings(family=family, allow_tf32=True))
 
 
+# Tiled, twice, then generic: a multiplier of 2, and ragged channels.
+DEPTHWISE = [
+    Problem(n=1, c=40, k=40, h=5, w=6, groups=40),
+    Problem(n=2, c=8, k=8, h=7, w=5, r=5, s=5, pad=(2, 2), stride=(2, 2), groups=8),
+    Problem(n=1, c=8, k=16, h=5, w=5, groups=8, stride=(2, 1)),
+    Problem(n=2, c=11, k=11, h=5, w=5, groups=11),
+]
+
+
+@pytest.mark.parametrize("operator", ["fprop", "dgrad"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_depthwise(dtype: torch.dtype, operator: str) -> None:
+    for problem in DEPTHWISE:
+        for parts in ({"bias"}, {"residual", "relu"}, {"mask_in"}, set(PARTS)):
+            check(operator, problem, dtype, parts, Settings(family="depthwise"))
+
+
 @pytest.mark.parametrize("operator", ["fprop", "dgrad"])
 @pytest.mark.parametrize(("family", "dtype"), [(f, d) for f, dtypes in FAMILIES.items() for d in dtypes], ids=str)
 @pytest.mark.parametrize("problem", PROBLEMS[2:], ids=str)
