@@ -39,6 +39,7 @@ _OPTIMIZER: tuple[_Check, ...] = (
     optim.check_membership,
     optim.check_state,
     optim.check_duplicates,
+    optim.check_scheduled,
 )
 
 

@@ -166,6 +166,24 @@ def check_state(subject: Subject) -> Iterator[Finding]:
         )
 
 
+def check_scheduled(subject: Subject) -> Iterator[Finding]:
+    """Groups that were added after a learning-rate scheduler was made: it does not know them."""
+    for optimizer in subject.optimizers:
+        late = [i for i, group in enumerate(optimizer.param_groups) if "initial_lr" not in group]
+        if late and len(late) < len(optimizer.param_groups):
+            names = tuple(subject.names[id(p)] for i in late for p in optimizer.param_groups[i]["params"]
+                          if id(p) in subject.names)  # fmt: skip
+            yield Finding(
+                "unscheduled-group",
+                "warning",
+                brief(names),
+                f"group(s) {late} of {type(optimizer).__name__} were added after its learning-rate scheduler was made: "
+                "at its next step LambdaLR raises ValueError, OneCycleLR KeyError, others leave the rate as it is",
+                "keep frozen parameters in their group (freeze does), or make the scheduler anew",
+                names,
+            )
+
+
 def check_duplicates(subject: Subject) -> Iterator[Finding]:
     """Parameters that are stepped twice: twice in one group, or in two optimizers."""
     count = Counter(id(p) for _, _, group in _groups(subject) for p in group["params"])

@@ -8,29 +8,9 @@ import pytest
 import torch
 from rich.console import Console
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from freezekit.audit import AuditError, Finding, Report, audit
-
-
-def net() -> nn.Sequential:
-    """conv - bn - relu - linear on 3x8x8 inputs."""
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 2))
-
-
-def images() -> torch.Tensor:
-    return torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-
-
-def found(report: Report, code: str) -> list[Finding]:
-    return [f for f in report if f.code == code]
-
-
-def the(report: Report, code: str) -> Finding:
-    matches = found(report, code)
-    assert len(matches) == 1, f"expected one {code}, got {[f.code for f in report]}"
-    return matches[0]
+from freezekit.audit import AuditError, audit
+from tests.audit.helpers import found, images, net, the
 
 
 def trained(optimizer: str, **options: float) -> tuple[nn.Sequential, torch.optim.Optimizer]:
@@ -189,6 +169,18 @@ def test_a_parameter_in_two_optimizers() -> None:
     assert the(audit(model, both), "duplicate-parameter").names == ("0.weight", "0.bias")
 
 
+def test_a_group_that_a_scheduler_does_not_know() -> None:
+    model = net()
+    opt = torch.optim.SGD(model[4].parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 0.5)
+    assert not found(audit(model, opt), "unscheduled-group")
+    opt.add_param_group({"params": list(model[0].parameters())})
+    assert the(audit(model, opt), "unscheduled-group").names == ("0.weight", "0.bias")
+    opt.step()
+    with pytest.raises(ValueError, match="zip"):
+        scheduler.step()
+
+
 def test_kept_momentum_is_told() -> None:
     model, opt = trained("Adam")
     assert "0.weight" in the(audit(model, opt), "kept-state").names
@@ -209,67 +201,6 @@ def test_shared_memory() -> None:
     assert the(audit(model), "shared-storage").names == ("0.weight", "1.weight")
     model[1].weight.data = model[0].weight.data.clone()
     assert not len(audit(model))
-
-
-class Checkpointed(nn.Module):
-    """A frozen stem before a checkpointed trainable block."""
-
-    def __init__(self, reentrant: bool) -> None:
-        super().__init__()
-        self.stem, self.block, self.reentrant = nn.Linear(3, 3).requires_grad_(False), nn.Linear(3, 1), reentrant
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return checkpoint(self.block, self.stem(x), use_reentrant=self.reentrant)
-
-
-def test_reentrant_checkpointing_over_a_frozen_prefix() -> None:
-    x = torch.ones(2, 3)
-    assert the(audit(Checkpointed(True), inputs=x), "reentrant-checkpoint").names == ("block",)
-    assert not len(audit(Checkpointed(False), inputs=x))
-
-
-class Detaching(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.head = nn.Linear(3, 3), nn.Linear(3, 1)
-
-    def forward(self, x: torch.Tensor, cut_all: bool = False) -> torch.Tensor:
-        y = self.head(self.body(x).detach())
-        return y.detach() if cut_all else y
-
-
-def test_parameters_that_get_no_gradient() -> None:
-    x = torch.ones(2, 3)
-    assert the(audit(Detaching(), inputs=(x,)), "unreached").names == ("body.weight", "body.bias")
-    assert the(audit(Detaching(), inputs=(x, True)), "no-gradient").severity == "error"
-
-
-class Counting(nn.Linear):
-    """A frozen layer with a buffer of its own that moves."""
-
-    def __init__(self) -> None:
-        super().__init__(3, 3)
-        self.register_buffer("calls", torch.zeros(()))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.calls += 1
-        return super().forward(x)
-
-
-def test_a_buffer_that_moves() -> None:
-    model = nn.Sequential(Counting().requires_grad_(False), nn.Linear(3, 1))
-    state = torch.random.get_rng_state()
-    assert the(audit(model, inputs=torch.ones(2, 3)), "moving-buffer").names == ("0.calls",)
-    assert float(model[0].calls) == 0, "the probe's effect on buffers must be undone"
-    assert torch.equal(state, torch.random.get_rng_state())
-
-
-def test_autocast_casts_frozen_weights() -> None:
-    model = net().eval()
-    model[0].requires_grad_(False)
-    assert not found(audit(model), "autocast-cast")
-    with torch.autocast("cpu", torch.bfloat16):
-        assert the(audit(model), "autocast-cast").names == ("0",)
 
 
 def test_report_as_table_and_as_data() -> None:

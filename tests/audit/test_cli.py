@@ -85,7 +85,7 @@ def test_a_factory_that_cannot_be_used(here: Path, capsys: pytest.CaptureFixture
 
 
 def test_from_a_shell(here: Path) -> None:
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     command = [sys.executable, "-m", "freezekit.audit", "audited_factories:typo", "--json"]
     done = subprocess.run(command, cwd=here, env={"PYTHONPATH": str(root)}, capture_output=True, text=True, check=False)
     assert done.returncode == FOUND, done.stderr

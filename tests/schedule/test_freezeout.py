@@ -16,6 +16,7 @@ from torch import nn
 
 from freezekit.audit import audit
 from freezekit.freezing import is_held
+from freezekit.guard import guard
 from freezekit.schedule import FreezeOut, freeze_times, layers_of
 
 
@@ -118,6 +119,7 @@ def test_what_is_frozen_stands_still_and_the_rest_trains() -> None:
     model = net()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
     schedule = FreezeOut(model, 0.4, 10, optimizer=optimizer)
+    guard(model, optimizer)
     frozen: dict[str, torch.Tensor] = {}
     for step in range(10):
         before = bits(model)

@@ -1,0 +1,51 @@
+"""What the documents show runs, and prints what they say it prints.
+
+The ```python blocks of a file run in one process, in order. A ```text block right after one is what it prints.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```\n(?:\n*```text\n(?P<output>.*?)^```\n)?", re.DOTALL | re.MULTILINE)
+MARK = "=== end of block ==="
+
+
+def blocks(path: Path) -> list[tuple[str, str | None]]:
+    """(code, what it prints or None) for each Python block of a document."""
+    return [(m["code"], m["output"]) for m in BLOCK.finditer(path.read_text())]
+
+
+DOCUMENTS = [p for p in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))] if p.exists() and blocks(p)]
+
+
+def lines(text: str) -> list[str]:
+    return [line.rstrip() for line in text.strip().splitlines()]
+
+
+def test_blocks_are_found() -> None:
+    assert ROOT / "docs" / "two_step.md" in DOCUMENTS
+    text = "a\n```python\nprint(1)\n```\n\n```text\n1\n```\n```python\nx = 2\n```\n```sh\nls\n```\n"
+    assert [m.groups() for m in BLOCK.finditer(text)] == [("print(1)\n", "1\n"), ("x = 2\n", None)]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+def test_document(path: Path, tmp_path: Path) -> None:
+    found = blocks(path)
+    script = tmp_path / f"{path.stem}_blocks.py"
+    script.write_text("".join(f"{code}\nprint({MARK!r}, flush=True)\n" for code, _ in found))
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, env=env, capture_output=True, text=True,
+                          timeout=300, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    printed = done.stdout.split(MARK)
+    for (code, output), out in zip(found, printed, strict=False):
+        if output is not None:
+            assert lines(out) == lines(output), f"this block prints something else than the document says:\n{code}"
