@@ -13,6 +13,9 @@ READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 endif
 
+# Tests run on all cores where pytest-xdist is there; it is not needed.
+WORKERS = $(shell $(PY) -c "import xdist" 2>/dev/null && echo "-n auto --dist loadfile")
+
 .PHONY: build compare bench test lint sass emulate-all fuzz gpu-check clean help
 
 help:  ## what there is to make
@@ -28,7 +31,7 @@ bench: build  ## every section of the comparison, with plots
 	$(PY) bench/compare.py --all --plot bench/out --json bench/out/compare.json
 
 test: build  ## the test suite, on the CPU and, where there is one, on a GPU
-	$(PY) -m pytest $(TESTS)
+	$(PY) -m pytest $(WORKERS) $(TESTS)
 
 lint: $(READY)  ## style and types
 	$(PY) -m ruff check .
@@ -39,7 +42,7 @@ sass: build  ## registers, spills and instructions of every CUDA kernel
 	$(PY) tools/sass.py
 
 emulate-all: build  ## the emulator's whole matrix: every mode, every planted bug
-	$(PY) -m pytest -m "full or not full" tests/emulator tests/kernels
+	$(PY) -m pytest $(WORKERS) -m "full or not full" tests/emulator tests/kernels
 
 N ?= 10000
 fuzz: build  ## a long run of the fuzzer: make fuzz N=10000

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
-torch.set_num_threads(2)
+# One thread a worker where tests run in parallel: more would only fight for the cores.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 gpu = pytest.param("native", marks=pytest.mark.gpu)
 
