@@ -99,27 +99,48 @@ bool runs(Operator op, const Conv2dProblem& problem, const Tensor& on, Backend b
   return true;
 }
 
-Tensor conv2d(const Conv2dProblem& problem, const Tensor& input, const Tensor& weight,
-              const std::optional<Tensor>& bias, const Geometry& g) {
+Tensor conv2d_epilogue(const Conv2dProblem& problem, const Tensor& input, const Tensor& weight, const Tensor& bias,
+                       const Tensor& residual, bool relu, const Tensor& mask_out, const Geometry& g) {
   const c10::DeviceGuard guard(input.device());
   const Tensor x = dense_channels_last(input), w = dense_channels_last(weight);
-  const Tensor b = bias && bias->defined() ? bias->contiguous() : Tensor();
+  const Tensor b = bias.defined() ? bias.contiguous() : Tensor();
+  const Tensor r = residual.defined() ? dense_channels_last(residual) : Tensor();
   const Tensor y = empty_output({problem.n, problem.k, problem.p, problem.q}, input);
   Epilogue epilogue;
   if (b.defined()) epilogue.bias = b.const_data_ptr();
+  if (r.defined()) epilogue.residual = r.const_data_ptr();
+  epilogue.relu = relu;
+  if (mask_out.defined()) epilogue.mask_out = static_cast<uint32_t*>(mask_out.mutable_data_ptr());
   launch(Operator::fprop, problem, input, g.backend,
          {const_cast<void*>(x.const_data_ptr()), const_cast<void*>(w.const_data_ptr()), y.mutable_data_ptr()},
          epilogue);
-  return y.contiguous(layout_of(input, weight));
+  return y;
+}
+
+Tensor dgrad_epilogue(const Conv2dProblem& problem, const Tensor& grad_output, const Tensor& weight,
+                      const Tensor& residual, const Tensor& mask_in, const Geometry& g) {
+  const c10::DeviceGuard guard(grad_output.device());
+  const Tensor dy = dense_channels_last(grad_output), w = dense_channels_last(weight);
+  const Tensor r = residual.defined() ? dense_channels_last(residual) : Tensor();
+  const Tensor m = mask_in.defined() ? mask_in.contiguous() : Tensor();
+  const Tensor dx = empty_output({problem.n, problem.c, problem.h, problem.w}, grad_output);
+  Epilogue epilogue;
+  if (r.defined()) epilogue.residual = r.const_data_ptr();
+  if (m.defined()) epilogue.mask_in = static_cast<const uint32_t*>(m.const_data_ptr());
+  launch(Operator::dgrad, problem, grad_output, g.backend,
+         {dx.mutable_data_ptr(), const_cast<void*>(w.const_data_ptr()), const_cast<void*>(dy.const_data_ptr())},
+         epilogue);
+  return dx;
+}
+
+Tensor conv2d(const Conv2dProblem& problem, const Tensor& input, const Tensor& weight,
+              const std::optional<Tensor>& bias, const Geometry& g) {
+  return conv2d_epilogue(problem, input, weight, bias.value_or(Tensor()), {}, false, {}, g)
+      .contiguous(layout_of(input, weight));
 }
 
 Tensor dgrad(const Conv2dProblem& problem, const Tensor& grad_output, const Tensor& weight, const Geometry& g) {
-  const c10::DeviceGuard guard(grad_output.device());
-  const Tensor dy = dense_channels_last(grad_output), w = dense_channels_last(weight);
-  const Tensor dx = empty_output({problem.n, problem.c, problem.h, problem.w}, grad_output);
-  launch(Operator::dgrad, problem, grad_output, g.backend,
-         {dx.mutable_data_ptr(), const_cast<void*>(w.const_data_ptr()), const_cast<void*>(dy.const_data_ptr())}, {});
-  return dx.contiguous(layout_of(grad_output, weight));
+  return dgrad_epilogue(problem, grad_output, weight, {}, {}, g).contiguous(layout_of(grad_output, weight));
 }
 
 Tensor wgrad(const Conv2dProblem& problem, const Tensor& grad_output, const Tensor& input, const Geometry& g) {

@@ -17,6 +17,13 @@ Tensor conv2d(const Conv2dProblem&, const Tensor& input, const Tensor& weight, c
 Tensor dgrad(const Conv2dProblem&, const Tensor& grad_output, const Tensor& weight, const Geometry&);
 Tensor wgrad(const Conv2dProblem&, const Tensor& grad_output, const Tensor& input, const Geometry&);
 
+// With the kernels' epilogue, results as the kernels write them: channels_last. Undefined tensors do nothing; masks lie
+// in NHWC order. fprop: + bias, + residual, ReLU whose bits go to `mask_out`. dgrad: + residual, then `mask_in`.
+Tensor conv2d_epilogue(const Conv2dProblem&, const Tensor& input, const Tensor& weight, const Tensor& bias,
+                       const Tensor& residual, bool relu, const Tensor& mask_out, const Geometry&);
+Tensor dgrad_epilogue(const Conv2dProblem&, const Tensor& grad_output, const Tensor& weight, const Tensor& residual,
+                      const Tensor& mask_in, const Geometry&);
+
 // What has been launched since the log was switched on; for tests and for reports.
 struct LaunchRecord {
   Operator op;

@@ -1,0 +1,120 @@
+#include "torch/onednn.h"
+
+#include <ATen/Context.h>
+#include <ATen/core/List.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/zeros.h>
+
+#include "torch/constants.h"
+
+namespace freezekit::onednn {
+namespace {
+
+using Scalars = c10::List<std::optional<at::Scalar>>;
+using Pointwise = Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&, IntArrayRef, IntArrayRef,
+                         IntArrayRef, int64_t, std::string_view, Scalars, std::optional<std::string_view>);
+using PointwiseBinary = Tensor(const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&, IntArrayRef,
+                               IntArrayRef, IntArrayRef, int64_t, std::string_view, std::optional<at::Scalar>,
+                               std::optional<std::string_view>, Scalars, std::optional<std::string_view>);
+using Reorder = Tensor(const Tensor&, IntArrayRef, IntArrayRef, IntArrayRef, int64_t, at::OptionalIntArrayRef);
+
+template <class Signature>
+c10::TypedOperatorHandle<Signature> find(const char* name, const char* overload = "") {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, overload).typed<Signature>();
+}
+
+std::optional<Tensor> optional(const Tensor& tensor) {
+  return tensor.defined() ? std::make_optional(tensor) : std::nullopt;
+}
+
+Tensor run(const Tensor& input, const Tensor& packed, const Tensor& bias, const Tensor& residual,
+           const std::array<int64_t, 2>& padding, const Geometry& g) {
+  static const auto plain = find<Pointwise>("mkldnn::_convolution_pointwise");
+  static const auto adding = find<PointwiseBinary>("mkldnn::_convolution_pointwise", "binary");
+  // No ReLU of oneDNN's: it turns NaN into 0, torch's keeps it.
+  if (!residual.defined()) {
+    return plain.call(input, packed, optional(bias), padding, g.stride, g.dilation, g.groups, "none", Scalars(),
+                      std::nullopt);
+  }
+  return adding.call(input, residual, packed, optional(bias), padding, g.stride, g.dilation, g.groups, "add",
+                     std::nullopt, std::nullopt, Scalars(), std::nullopt);
+}
+
+// The layout that oneDNN likes best depends on the input's size. The first size met decides; with another one oneDNN
+// reorders inside the call, which is slower and no less right.
+Tensor pack(const Tensor& filter, const std::array<int64_t, 2>& padding, const Geometry& g, IntArrayRef input_size) {
+  static const auto reorder = find<Reorder>("mkldnn::_reorder_convolution_weight");
+  return reorder.call(filter.contiguous(at::MemoryFormat::ChannelsLast), padding, g.stride, g.dilation, g.groups,
+                      input_size);
+}
+
+Tensor rotated(const Tensor& w, int64_t groups) {
+  const int64_t k = w.size(0) / groups, c = w.size(1), r = w.size(2), s = w.size(3);
+  return w.view({groups, k, c, r, s}).transpose(1, 2).flip({3, 4}).reshape({groups * c, k, r, s});
+}
+
+std::array<int64_t, 2> rotated_padding(const Tensor& weight, const Geometry& g) {
+  return {g.dilation[0] * (weight.size(2) - 1) - g.padding[0], g.dilation[1] * (weight.size(3) - 1) - g.padding[1]};
+}
+
+// By trying: whether a dtype runs depends on the processor and on how torch was built.
+bool runs(at::ScalarType dtype) {
+  const auto options = at::TensorOptions().dtype(dtype);
+  try {
+    const Geometry g({1}, {0}, {1}, 1, "auto");
+    const Tensor filter = pack(at::zeros({16, 16, 1, 1}, options), g.padding, g, {1, 16, 2, 2});
+    const Tensor x = at::zeros({1, 16, 2, 2}, options.memory_format(at::MemoryFormat::ChannelsLast));
+    run(x, filter, {}, {}, g.padding, g);
+    return true;
+  } catch (const c10::Error&) {
+    return false;
+  }
+}
+
+}  // namespace
+
+bool takes(const Tensor& activation, const Tensor& weight) {
+  if (!activation.is_cpu() || activation.numel() == 0 || !at::globalContext().userEnabledMkldnn()) return false;
+  if (!constants::is_declared(weight)) return false;
+  switch (activation.scalar_type()) {
+    case at::kFloat: {
+      static const bool f32 = runs(at::kFloat);
+      return f32;
+    }
+    case at::kBFloat16: {
+      static const bool bf16 = runs(at::kBFloat16);
+      return bf16;
+    }
+    case at::kHalf: {
+      static const bool f16 = runs(at::kHalf);
+      return f16;
+    }
+    default:
+      return false;
+  }
+}
+
+bool has_unit_stride_dgrad(const Tensor& weight, const Geometry& g) {
+  const auto padding = rotated_padding(weight, g);
+  return g.stride[0] == 1 && g.stride[1] == 1 && padding[0] >= 0 && padding[1] >= 0;
+}
+
+Tensor conv2d(const Tensor& input, const Tensor& weight, const Tensor& bias, const Tensor& residual,
+              const Geometry& g) {
+  const std::vector<int64_t> size = input.sizes().vec();
+  const Tensor packed = constants::derived(weight, {"oneDNN filter", 0}, [g, size](const Tensor& w) {
+    return pack(w, g.padding, g, size);
+  });
+  return run(input, packed, bias, residual, g.padding, g);
+}
+
+Tensor dgrad(const Tensor& grad_output, const Tensor& weight, const Tensor& residual, const Geometry& g) {
+  const auto padding = rotated_padding(weight, g);
+  const std::vector<int64_t> size = grad_output.sizes().vec();
+  const Tensor packed = constants::derived(weight, {"oneDNN filter of dgrad", 0}, [g, padding, size](const Tensor& w) {
+    return pack(rotated(w.contiguous(), g.groups), padding, g, size);
+  });
+  return run(grad_output, packed, {}, residual, padding, g);
+}
+
+}  // namespace freezekit::onednn

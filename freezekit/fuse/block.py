@@ -1,0 +1,146 @@
+"""What stands in a rewritten forward for a convolution and the layers behind it: one operator, or the layers."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from freezekit import backends
+from freezekit.fuse import folding
+from freezekit.fuse.layers import activation_kind, why_unfused
+
+_frozen = torch.ops.freezekit.frozen_conv2d.default
+_shared = torch.ops.freezekit.frozen_conv2d_shared.default
+
+
+def block(
+    x: Tensor,
+    conv: nn.Module,
+    norm: nn.Module | None,
+    activation: nn.Module | str | None,
+    residual: Tensor | None,
+    add_in_place: bool,
+    channels_last: bool | None,
+) -> Tensor:
+    """activation(norm(conv(x)) + residual), as one operator where the layers are frozen, else layer by layer.
+
+    Args:
+        x: (N, C, H, W).
+        conv, norm, activation: the layers; norm and activation may be absent, activation may be a function's name.
+        residual: of the size of the result, or None.
+        add_in_place: whether the model wrote ``+=``, which keeps the left side's dtype.
+        channels_last: the layout of the result; None leaves it to torch's rule.
+    """
+    if not _runs_fused(x, conv, norm, activation, residual):
+        return _layers(x, conv, norm, activation, residual, add_in_place)
+    form = folding.folded(conv, norm)
+    return _frozen(x, form.weight, form.bias, residual, *_settings(conv, activation), **_options(channels_last))[0]
+
+
+def shared_block(
+    x: Tensor,
+    conv: nn.Module,
+    norm: nn.Module | None,
+    activation: nn.Module | str | None,
+    residual: Tensor | None,
+    add_in_place: bool,
+    channels_last: bool | None,
+) -> tuple[Tensor, Tensor]:
+    """As `block`; also returns x, for those who read it after: their gradients are added inside this one's dgrad."""
+    if torch.compiler.is_compiling() or not _runs_fused(x, conv, norm, activation, residual):
+        return block(x, conv, norm, activation, residual, add_in_place, channels_last), x
+    form = folding.folded(conv, norm)
+    return _shared(x, form.weight, form.bias, residual, *_settings(conv, activation), **_options(channels_last))
+
+
+def inner_layout(x: Tensor) -> bool | None:
+    """The layout of results that only other blocks read: channels_last where kernels compute in it, else torch's rule."""
+    if type(x) is Tensor and x.device.type == "cpu" and x.dtype is not torch.float64:
+        return True
+    return True if backends._current in ("native", "emulated") else None
+
+
+def outer_layout(x: Tensor) -> bool | None:
+    """The layout of a result whose makers ran in another one: that of what went in."""
+    if type(x) is not Tensor or x.dim() != 4:
+        return None
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def _runs_fused(
+    x: Tensor, conv: nn.Module, norm: nn.Module | None, activation: nn.Module | str | None, residual: Tensor | None
+) -> bool:
+    if why_unfused(conv, norm, activation):
+        folding.drop(conv)
+        return False
+    assert isinstance(conv, nn.Conv2d)
+    weight = conv.weight
+    if not _is_plain(x, weight) or not _fits(x, conv):
+        return False
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        if torch.float64 in (x.dtype, weight.dtype):
+            return False
+        dtype = torch.get_autocast_dtype(x.device.type)
+    elif dtype != weight.dtype:
+        return False
+    return residual is None or (residual.dtype == dtype and _adds(x, conv, residual))
+
+
+def _is_plain(x: Tensor, weight: Tensor) -> bool:
+    plain = type(x) is Tensor or type(x) is nn.Parameter
+    return plain and x.dim() == 4 and x.device == weight.device and x.is_floating_point()
+
+
+def _fits(x: Tensor, conv: nn.Conv2d) -> bool:
+    """Whether sizes are right; where they are not, the layers themselves say so."""
+    return x.shape[1] == conv.in_channels and all(size >= 1 for size in _output_size(x, conv))
+
+
+def _output_size(x: Tensor, conv: nn.Conv2d) -> tuple[int, int]:
+    p, d, k, s = conv.padding, conv.dilation, conv.kernel_size, conv.stride
+    return (
+        (x.shape[2] + 2 * int(p[0]) - d[0] * (k[0] - 1) - 1) // s[0] + 1,
+        (x.shape[3] + 2 * int(p[1]) - d[1] * (k[1] - 1) - 1) // s[1] + 1,
+    )
+
+
+def _adds(x: Tensor, conv: nn.Conv2d, residual: Tensor) -> bool:
+    """Whether a residual is added element by element; one that is broadcast is left to the layers."""
+    plain = type(residual) is Tensor or type(residual) is nn.Parameter
+    return (
+        plain
+        and residual.device == x.device
+        and tuple(residual.shape) == (x.shape[0], conv.out_channels, *_output_size(x, conv))
+    )
+
+
+def _settings(conv: nn.Module, activation: nn.Module | str | None) -> tuple[object, ...]:
+    assert isinstance(conv, nn.Conv2d)
+    return activation_kind(activation), conv.stride, conv.padding, conv.dilation, conv.groups
+
+
+def _options(channels_last: bool | None) -> dict[str, object]:
+    return {"channels_last": channels_last, "backend": backends._current}
+
+
+def _layers(
+    x: Tensor,
+    conv: nn.Module,
+    norm: nn.Module | None,
+    activation: nn.Module | str | None,
+    residual: Tensor | None,
+    add_in_place: bool,
+) -> Tensor:
+    y = conv(x)
+    if norm is not None:
+        y = norm(y)
+    if residual is not None:
+        if add_in_place:
+            y += residual
+        else:
+            y = y + residual
+    if isinstance(activation, str):
+        return F.relu(y) if activation == "relu" else F.relu6(y)
+    return y if activation is None else activation(y)

@@ -1,0 +1,119 @@
+"""A convolution's weight and bias with the batch norm behind it folded in, made once while nothing of it changes.
+
+With s = gamma / sqrt(var + eps):  w' = w * s,  b' = beta + (b - mean) * s.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from freezekit.constants import declare_constant
+from freezekit.fuse.layers import sources
+
+
+@dataclass(frozen=True)
+class Folded:
+    """weight: as the convolution's, in its dtype and layout; bias: (K,), or None where nothing adds one."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+class _State:
+    """What a source was when it was read. The storage is held, so that no other can take its address."""
+
+    __slots__ = ("held", "source", "version")
+
+    def __init__(self, source: Tensor) -> None:
+        self.source = weakref.ref(source)
+        self.held = source.detach()
+        self.version = source._version
+
+    def matches(self, source: Tensor) -> bool:
+        held = self.held
+        return (
+            self.source() is source
+            and self.version == source._version
+            and held.data_ptr() == source.data_ptr()
+            and held.dtype == source.dtype
+            and held.stride() == source.stride()
+        )
+
+
+@dataclass(frozen=True)
+class _Entry:
+    norm: weakref.ref[nn.Module] | None
+    eps: float
+    states: tuple[_State, ...]
+    folded: Folded
+
+
+# By convolution, and not on it: an attribute would be copied, pickled and shared with replicas.
+_entries: weakref.WeakKeyDictionary[nn.Module, _Entry] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def folded(conv: nn.Conv2d, norm: nn.Module | None) -> Folded:
+    """Weight and bias of a frozen convolution and a batch norm with fixed statistics, kept until one of them changes.
+
+    A change is a new tensor, a new storage, or a version counted up: load_state_dict, copy_, optimizers, ``.to()``. A
+    write through ``.data`` is none of these, see `invalidate`.
+    """
+    if torch.compiler.is_compiling():
+        return _fold(conv, norm, torch.float32)
+    entry = _entries.get(conv)
+    now = tuple(sources(conv, norm))
+    if entry is not None and _fits(entry, norm, now):
+        return entry.folded
+    cacheable = not any(source.is_inference() for source in now)
+    # A tensor made in inference mode could not be saved for a backward pass.
+    with torch.inference_mode(False), torch.no_grad():
+        states = tuple(_State(source) for source in now) if cacheable else ()
+        exact = torch.float64 if conv.weight.device.type in ("cpu", "cuda") else torch.float32
+        result = _fold(conv, norm, exact)
+    if cacheable:
+        declare_constant(result.weight)
+        if result.bias is not None:
+            declare_constant(result.bias)
+        reference = None if norm is None else weakref.ref(norm)
+        with _lock:
+            _entries[conv] = _Entry(reference, _eps(norm), states, result)
+    return result
+
+
+def drop(conv: nn.Module) -> None:
+    """Forgets what was made of a convolution: it is trainable now, or was written to unseen."""
+    if conv in _entries:
+        with _lock:
+            _entries.pop(conv, None)
+
+
+def _eps(norm: nn.Module | None) -> float:
+    return 0.0 if norm is None else float(norm.eps)
+
+
+def _fits(entry: _Entry, norm: nn.Module | None, now: tuple[Tensor, ...]) -> bool:
+    if (None if entry.norm is None else entry.norm()) is not norm or entry.eps != _eps(norm):
+        return False
+    return len(entry.states) == len(now) and all(state.matches(source) for state, source in zip(entry.states, now))
+
+
+def _fold(conv: nn.Conv2d, norm: nn.Module | None, exact: torch.dtype) -> Folded:
+    weight, bias = conv.weight.detach(), conv.bias.detach() if conv.bias is not None else None
+    if norm is None:
+        return Folded(weight, bias)
+    mean, var = norm.running_mean.to(exact), norm.running_var.to(exact)
+    scale = torch.rsqrt(var + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight.detach().to(exact)
+    shift = -mean if bias is None else bias.to(exact) - mean
+    shift = shift * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias.detach().to(exact)
+    scaled = weight.to(exact) * scale.view(-1, 1, 1, 1)
+    return Folded(scaled.to(weight.dtype), shift.to(weight.dtype))

@@ -1,0 +1,94 @@
+"""Which layers a fused block may be made of, and whether they are what a frozen one needs right now."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as _module
+
+from freezekit import nn as freezekit_nn
+
+
+def _kinds(*bases: type[nn.Module]) -> frozenset[type[nn.Module]]:
+    """The stock classes and freezekit's own ones: a subclass of anybody else may do anything."""
+    ours = [c for c in vars(freezekit_nn).values() if isinstance(c, type) and issubclass(c, bases)]
+    return frozenset([*bases, *ours])
+
+
+CONVS = _kinds(nn.Conv2d)
+NORMS = _kinds(nn.BatchNorm2d, nn.SyncBatchNorm)
+_RELUS = _kinds(nn.ReLU)
+_RELU6S = _kinds(nn.ReLU6)
+ACTIVATIONS: dict[type[nn.Module], str] = {**dict.fromkeys(_RELUS, "relu"), **dict.fromkeys(_RELU6S, "relu6")}
+
+# As functions and as names of methods.
+ACTIVATION_CALLS: dict[Any, str] = {
+    F.relu: "relu",
+    F.relu_: "relu",
+    torch.relu: "relu",
+    torch.relu_: "relu",
+    F.relu6: "relu6",
+    "relu": "relu",
+    "relu_": "relu",
+}
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def activation_kind(activation: nn.Module | str | None) -> str | None:
+    """ "none", "relu" or "relu6"; None for a module that is neither."""
+    if activation is None:
+        return "none"
+    return activation if isinstance(activation, str) else ACTIVATIONS.get(type(activation))
+
+
+def sources(conv: nn.Conv2d, norm: nn.Module | None) -> Iterator[Tensor]:
+    """All tensors that a folded weight and bias are made of."""
+    yield conv.weight
+    if conv.bias is not None:
+        yield conv.bias
+    if norm is not None:
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            tensor = getattr(norm, name)
+            if tensor is not None:
+                yield tensor
+
+
+def why_unfused(conv: nn.Module, norm: nn.Module | None, activation: nn.Module | str | None) -> str:
+    """Why these layers run one by one at this moment; "" if they may run as one."""
+    if type(conv) not in CONVS:
+        return f"{type(conv).__name__} is no plain Conv2d"
+    if norm is not None and type(norm) not in NORMS:
+        return f"{type(norm).__name__} is no plain BatchNorm2d"
+    if activation_kind(activation) is None:
+        return f"{type(activation).__name__} is no plain ReLU or ReLU6"
+    assert isinstance(conv, nn.Conv2d)
+    if conv.weight.requires_grad or (conv.bias is not None and conv.bias.requires_grad):
+        return "the convolution is trainable"
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return f"padding {conv.padding!r} with mode {conv.padding_mode!r} is not by numbers of zeros"
+    if norm is not None and (reason := _why_norm_is_live(norm)):
+        return reason
+    for layer in (conv, norm, activation):
+        if isinstance(layer, nn.Module) and _is_watched(layer):
+            return f"a {type(layer).__name__} in it has hooks or a forward of its own"
+    return "hooks are registered for all modules" if _module._has_any_global_hook() else ""
+
+
+def _why_norm_is_live(norm: nn.Module) -> str:
+    if norm.training:
+        return "the batch norm normalises with the statistics of the batch"
+    if norm.running_mean is None or norm.running_var is None:
+        return "the batch norm has no running statistics"
+    if any(p is not None and p.requires_grad for p in norm._parameters.values()):
+        return "the batch norm is trainable"
+    return ""
+
+
+def _is_watched(layer: nn.Module) -> bool:
+    own = layer.__dict__
+    return "forward" in own or any(own[name] for name in _HOOKS)

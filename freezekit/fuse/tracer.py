@@ -1,0 +1,162 @@
+"""The dataflow of one module's own forward, with every child a leaf, and what that dataflow depends on.
+
+torch.fx runs `forward` once with symbolic values. What the code decides by plain attributes (`self.training`,
+`self.downsample is None`) or by the number of children is decided then, so it is recorded: a rewritten forward is good only
+while it all still holds. What cannot be watched makes a forward untraceable: it sets attributes, reads mutable ones, asks
+for the type of a value, makes tensors of its own, draws random numbers.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.overrides import TorchFunctionMode
+
+# Attributes that nn.Module itself keeps: structure and hooks, watched elsewhere.
+_INTERNAL = frozenset(vars(nn.Module())) - {"training"}
+_PLAIN = (bool, int, float, str, type(None))
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict)
+
+
+class Untraceable(Exception):
+    """A forward whose dataflow cannot be known, or not watched; the text says why."""
+
+
+@dataclass
+class Reads:
+    """What a forward decided by.
+
+    (path of the module, attribute) -> value; paths of the modules that it used; path -> number of children.
+    """
+
+    attributes: dict[tuple[str, str], Any] = field(default_factory=dict)
+    modules: set[str] = field(default_factory=set)
+    children: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Traced:
+    graph: fx.Graph
+    reads: Reads
+
+
+class _Value(fx.Proxy):
+    """A symbolic value that will not be mistaken for something that is no tensor."""
+
+    @property
+    def __class__(self) -> Any:
+        frame = sys._getframe(1)
+        while frame.f_back is not None and frame.f_globals.get("__name__") in ("abc", "typing"):
+            frame = frame.f_back
+        name = str(frame.f_globals.get("__name__", ""))
+        if name == "torch" or name.startswith(("torch.", "freezekit.fuse")):
+            return type(self)
+        raise Untraceable("its forward asks for the type of a value")
+
+
+class _OneLevel(fx.Tracer):
+    proxy_buffer_attributes = True
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Value(node, self)
+
+
+class _NoOwnTensors(TorchFunctionMode):
+    """Refuses calls of torch that no symbolic value takes part in: their results would be frozen into the graph."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not any(issubclass(t, fx.Proxy) for t in types):
+            raise Untraceable(f"its forward calls {getattr(func, '__name__', func)} on no input")
+        return func(*args, **(kwargs or {}))
+
+
+def trace(module: nn.Module, kind: type[nn.Module]) -> Traced:
+    """The dataflow of `kind.forward` on `module`.
+
+    Raises:
+        Untraceable: with the reason, and `reads` (what was read until then) as its attribute.
+    """
+    reads = Reads()
+    state = random.getstate()
+    try:
+        with _recording(module, kind, reads), _NoOwnTensors():
+            graph = _OneLevel().trace(module)
+    except Untraceable as error:
+        raise _with_reads(error, reads) from None
+    except Exception as error:  # whatever a forward does with a value that is none
+        text = str(error).strip().splitlines()
+        raise _with_reads(Untraceable(f"torch.fx cannot trace it: {text[0] if text else type(error).__name__}"), reads) from None
+    if random.getstate() != state:
+        random.setstate(state)
+        raise _with_reads(Untraceable("its forward draws random numbers"), reads)
+    return Traced(graph, reads)
+
+
+def _with_reads(error: Untraceable, reads: Reads) -> Untraceable:
+    error.reads = reads  # type: ignore[attr-defined]
+    return error
+
+
+@contextmanager
+def _recording(module: nn.Module, kind: type[nn.Module], reads: Reads) -> Iterator[None]:
+    """Within, reads of plain attributes of the module and of its lists of modules are recorded."""
+    watched = [(module, type(module), kind, "")]
+    watched += [(child, type(child), type(child), path) for path, child in _lists(module, "")]
+    try:
+        for one, _, base, path in watched:
+            one.__class__ = _recorder(base, path, reads)
+        yield
+    finally:
+        for one, before, _, _ in watched:
+            object.__setattr__(one, "__class__", before)  # past the recorder's own __setattr__
+
+
+def _lists(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    for name, child in module._modules.items():
+        if type(child) in _CONTAINERS:
+            assert child is not None
+            yield f"{prefix}{name}", child
+            yield from _lists(child, f"{prefix}{name}.")
+
+
+def _recorder(base: type[nn.Module], path: str, reads: Reads) -> type[nn.Module]:
+    def note(self: nn.Module, name: str, value: Any) -> None:
+        if isinstance(value, _PLAIN):
+            reads.attributes[path, name] = value
+        elif name in self.__dict__ and not isinstance(value, (nn.Module, type)) and not callable(value):
+            if not (isinstance(value, tuple) and all(isinstance(item, _PLAIN) for item in value)):
+                raise Untraceable(f"its forward reads self.{name}, a {type(value).__name__} that may change unseen")
+            reads.attributes[path, name] = value
+
+    class Recorder(base):  # type: ignore[valid-type, misc]
+        def __getattribute__(self, name: str) -> Any:
+            value = super().__getattribute__(name)
+            if name == "_modules":
+                reads.children[path] = len(value)
+            elif name not in _INTERNAL and not name.startswith("__"):
+                note(self, name, value)
+            return value
+
+        def __getattr__(self, name: str) -> Any:
+            value = super().__getattr__(name)
+            if value is None:
+                reads.attributes[path, name] = None
+            elif isinstance(value, nn.Module):
+                reads.modules.add(f"{path}.{name}" if path else name)
+            return value
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            raise Untraceable(f"its forward sets self.{name}")
+
+    Recorder.__name__ = base.__name__
+    return Recorder
