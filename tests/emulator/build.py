@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -189,8 +190,10 @@ def build(program: Program, mode: Mode, planted: Planted = UNMODIFIED) -> Path:
     changed = planted.recompiled
     assert set(changed) <= set(flags), f"{changed} are not all part of {program.name}"
     # Of two definitions of an inline function the linker takes the first: the patched one.
-    objects = [compiled(source, flags[source], overlay(planted.patches)) for source in changed]
-    objects += [compiled(source, flags[source], None) for source in flags if source not in changed]
+    patched = overlay(planted.patches)
+    sources = [(source, patched) for source in changed] + [(source, None) for source in flags if source not in changed]
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+        objects = list(pool.map(lambda item: compiled(item[0], flags[item[0]], item[1]), sources))
     out = CACHE / f"{program.name}-{mode.name}-{digest(*(o.name for o in objects))}{'.so' if program.shared else ''}"
     if not out.exists():
         unfinished = out.with_suffix(f".{os.getpid()}.tmp")

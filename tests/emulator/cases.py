@@ -54,10 +54,13 @@ GEMM_DILATED = Problem(n=1, c=8, h=9, w=9, k=8, stride=(2, 1), dilation=(2, 3), 
 GEMM_GROUPED = Problem(n=1, c=24, h=5, w=4, k=48, groups=3)
 GEMM_GAPPED = Problem(n=2, c=8, h=4, w=4, k=8, r=1, s=1, pad=(0, 0), stride=(3, 2))
 RAGGED = Problem(n=1, c=6, h=5, w=6, k=10)
+UNEVEN = Problem(n=1, c=3, h=5, w=5, k=8)  # an odd number of filter elements
 
 
-def gemm(dtype: str, operator: str, problem: Problem, config: int = 2, epilogue: tuple[str, ...] = ()) -> Case:
-    return Case(operator, problem, dtype, "implicit_gemm", config, epilogue=epilogue, allow_tf32=True)
+def gemm(
+    dtype: str, operator: str, problem: Problem, config: int = 2, epilogue: tuple[str, ...] = (), split_k: int = 1
+) -> Case:
+    return Case(operator, problem, dtype, "implicit_gemm", config, split_k, epilogue, allow_tf32=True)
 
 
 def gemm_cases(dtype: str) -> list[Case]:
@@ -69,9 +72,29 @@ def gemm_cases(dtype: str) -> list[Case]:
         gemm(dtype, "fprop", GEMM_DILATED),
         *(gemm(dtype, op, GEMM_GROUPED) for op in ("fprop", "dgrad")),
         *(gemm(dtype, op, RAGGED, 4, EVERY_EPILOGUE) for op in ("fprop", "dgrad")),
+        *(gemm(dtype, "wgrad", CHUNKS, config, split_k=config + 1) for config in range(3)),
+        *(gemm(dtype, "wgrad", p) for p in (POINTWISE, GEMM_STRIDED, GEMM_DILATED, GEMM_GROUPED, RAGGED, UNEVEN)),
     ]
 
 
+DEPTHWISE_3 = Problem(n=2, c=16, h=9, w=18, k=16, groups=16)
+DEPTHWISE_5 = Problem(n=1, c=40, h=9, w=11, k=40, r=5, s=5, pad=(2, 1), stride=(2, 2), groups=40)
+DEPTHWISE_7 = Problem(n=1, c=8, h=8, w=7, k=8, r=7, s=7, pad=(3, 3), groups=8)
+DEPTHWISE_GENERIC = Problem(n=1, c=10, h=8, w=9, k=10, dilation=(2, 1), stride=(1, 3), groups=10)
+DEPTHWISE_MULTIPLIED = Problem(n=1, c=5, h=6, w=5, k=15, groups=5)
+
+
+def depthwise_cases() -> list[Case]:
+    """What select() takes for depthwise problems: its tiled kernels for three of them, the generic ones for the rest."""
+    tiled, generic = (DEPTHWISE_3, DEPTHWISE_5, DEPTHWISE_7), (DEPTHWISE_GENERIC, DEPTHWISE_MULTIPLIED)
+    return [
+        *(Case(op, p, dtype) for op in OPERATORS for p in tiled for dtype in ("f32", "bf16")),
+        *(Case(op, p, dtype) for op in OPERATORS for p in generic for dtype in ("f64", "f16")),
+        *(Case(op, p, "f16", epilogue=EVERY_EPILOGUE) for op in ("fprop", "dgrad") for p in (*tiled[:2], *generic)),
+    ]
+
+
+DEPTHWISE = depthwise_cases()
 GEMM = {dtype: gemm_cases(dtype) for dtype in ("bf16", "f16", "f32")}
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from tests.kernels.emulated import OPERATORS
+
 from .build import MODES, UNMODIFIED, Planted, Program, Result, kernel_host_sources, kernel_sources, run
-from .cases import DIRECT, GEMM, SMALL, STRIDED, WIDE, Case, texts
+from .cases import CHUNKS, DEPTHWISE, DEPTHWISE_3, DIRECT, GEMM, SMALL, STRIDED, WIDE, Case, gemm, texts
 
 REFERENCE = ("tests/emulator/conv_driver.cpp", "tests/emulator/conv_reference.cpp")
 CONV = Program("conv", kernel_sources(), (*kernel_host_sources(), *REFERENCE))
@@ -21,7 +23,7 @@ QUICK = [
     ("tsan", 2, "lazy"),
 ]
 FULL = [(mode, seed, cp) for mode in MODES for seed in (0, 1, 5, 6) for cp in ("lazy", "eager", "mixed")]
-CASES = {"direct": DIRECT, **GEMM}
+CASES = {"direct": DIRECT, "depthwise": DEPTHWISE, **GEMM}
 SMALL_JOBS = [
     *("bias:1,1", "bias:7,33", "bias:300,40", "bias:0,5"),
     *("layout:1,1,1,1", "layout:2,33,5,7", "layout:1,40,8,9"),
@@ -31,7 +33,8 @@ SMALL_JOBS = [
 SUMS = [
     *(Case("wgrad", p, dtype, "direct", split_k=split) for p, dtype, split in ((SMALL, "f32", 3), (WIDE, "f16", 4))),
     Case("wgrad", STRIDED, "f64", "direct", split_k=5),
-    *(case for dtype in GEMM for case in GEMM[dtype][:2]),
+    *(gemm(dtype, op, CHUNKS, split_k=3 if op == "wgrad" else 1) for dtype in GEMM for op in OPERATORS),
+    *(Case("wgrad", DEPTHWISE_3, dtype) for dtype in ("f32", "f16")),
 ]
 
 

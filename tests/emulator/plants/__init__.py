@@ -1,0 +1,11 @@
+"""Bugs to plant in the kernels, each with the case that meets it and the one mode that must catch it."""
+
+from __future__ import annotations
+
+from . import depthwise, direct, gemm, small, wgrad
+from .direct import UNORDERED_SPLIT_K
+from .plant import Plant
+
+PLANTS = [plant for module in (direct, gemm, wgrad, depthwise, small) for plant in module.PLANTS]
+
+__all__ = ["PLANTS", "UNORDERED_SPLIT_K", "Plant"]

@@ -1,0 +1,57 @@
+"""What a planted bug is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..build import Patch, Planted
+from ..cases import Case
+
+WRONG = "wrong value"
+RACE = "ThreadSanitizer: data race"
+OVERFLOW = "AddressSanitizer: heap-buffer-overflow"
+
+DIRECT_GATHER = "csrc/kernels/direct_gather.cu"
+DIRECT_WGRAD = "csrc/kernels/direct_wgrad.cu"
+GEMM = "csrc/kernels/implicit_gemm.h"
+GEMM_LAUNCH = "csrc/kernels/implicit_gemm_launch.h"
+GEMM_BF16 = "csrc/kernels/implicit_gemm_bf16.cu"
+WGRAD_GEMM = "csrc/kernels/wgrad_gemm.h"
+DEPTHWISE = "csrc/kernels/depthwise.h"
+REDUCE = "csrc/kernels/reduce.cu"
+MASK = "csrc/kernels/mask.cu"
+EPILOGUE = "csrc/kernels/epilogue.h"
+GATHER_MATHS = "csrc/core/gather.h"
+# The sources to compile again with a header that is patched, where a plant does not say.
+INCLUDING = {GEMM: GEMM_BF16, GEMM_LAUNCH: GEMM_BF16, WGRAD_GEMM: "csrc/kernels/wgrad_gemm.cu"}
+
+
+@dataclass(frozen=True)
+class Plant:
+    """`case` is a convolution or a job of small_driver.cpp; `expect` a regular expression of the output."""
+
+    name: str
+    planted: Planted
+    case: Case | str
+    mode: str
+    expect: str
+    seed: int = 0
+    cp_async: str = "lazy"
+
+
+def bug(
+    name: str,
+    path: str,
+    old: str,
+    new: str,
+    *,
+    case: Case | str,
+    mode: str = "plain",
+    expect: str = WRONG,
+    including: tuple[str, ...] = (),
+    seed: int = 0,
+    cp_async: str = "lazy",
+) -> Plant:
+    if not including and path in INCLUDING:
+        including = (INCLUDING[path],)
+    return Plant(name, Planted((Patch(path, old, new),), including), case, mode, expect, seed, cp_async)
