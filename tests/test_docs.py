@@ -1,10 +1,12 @@
-"""What the documents show runs, and prints what they say it prints.
+"""What the documents and docstrings show runs, and prints what they say it prints.
 
 The ```python blocks of a file run in one process, in order. A ```text block right after one is what it prints.
 """
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import os
 import re
 import subprocess
@@ -34,6 +36,24 @@ def test_blocks_are_found() -> None:
     assert ROOT / "docs" / "two_step.md" in DOCUMENTS
     text = "a\n```python\nprint(1)\n```\n\n```text\n1\n```\n```python\nx = 2\n```\n```sh\nls\n```\n"
     assert [m.groups() for m in BLOCK.finditer(text)] == [("print(1)\n", "1\n"), ("x = 2\n", None)]
+
+
+def modules() -> list[str]:
+    """Every module of the package whose source shows an example, command lines aside."""
+    found = []
+    for path in sorted((ROOT / "freezekit").rglob("*.py")):
+        if ">>>" in path.read_text() and path.name != "__main__.py":
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found.append(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
+    return found
+
+
+@pytest.mark.parametrize("name", modules())
+def test_examples_in_docstrings(name: str) -> None:
+    module = importlib.import_module(name)
+    outcome = doctest.testmod(module)
+    assert outcome.attempted
+    assert not outcome.failed
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)

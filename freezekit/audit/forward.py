@@ -17,6 +17,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
+from freezekit.freezing.bits import same_bits
+
 from .report import Finding, brief
 from .subject import Subject, can_train, is_in_frozen_block
 from .tensors import moves_statistics
@@ -67,7 +69,7 @@ def _walk(outputs: list[torch.Tensor], probe: Probe) -> None:
         if node in seen:
             continue
         seen.add(node)
-        probe.nodes.add(type(node).__name__ if node.name() == "" else node.name())
+        probe.nodes.add(node.name())
         if hasattr(node, "variable"):
             probe.reached.add(id(node.variable))
         stack.extend(n for n, _ in node.next_functions if n is not None)
@@ -99,7 +101,7 @@ def run(subject: Subject) -> Probe:
         for handle in handles:
             handle.remove()
         for name, buffer in model.named_buffers():
-            if name in before and not torch.equal(buffer, before[name]):
+            if name in before and not same_bits(buffer, before[name]):
                 probe.moved.append(name)
                 with torch.no_grad():
                     buffer.copy_(before[name])

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from freezekit.freezing.bits import local, same_bits
 from freezekit.freezing.causes import any_nonzero
 
 
@@ -28,8 +29,8 @@ def would_move(optimizer: torch.optim.Optimizer, group: dict[str, Any], p: torch
         p: a tensor with a gradient.
 
     Returns:
-        The change (0.0 when ``p`` stays bit for bit as it is), or None when the optimizer's step cannot run on one
-        tensor alone (L-BFGS needs a closure, for instance).
+        The change (0.0 when ``p`` stays bit for bit as it is; of a distributed tensor, that of this rank's part), or
+        None when the optimizer's step cannot run on one tensor alone (L-BFGS needs a closure, for instance).
     """
     twin = p.detach().clone()
     twin.grad = None if p.grad is None else p.grad.detach().clone()
@@ -49,9 +50,9 @@ def would_move(optimizer: torch.optim.Optimizer, group: dict[str, Any], p: torch
         type(optimizer).step(shadow)
     except Exception:  # an optimizer of any make, on a copy: whatever it raises means only that it cannot be asked
         return None
-    if torch.equal(twin, p.detach()):
+    if same_bits(twin, p):
         return 0.0
-    return float((twin - p.detach()).abs().max())
+    return float((local(twin) - local(p.detach())).abs().max())
 
 
 def remembers(state: dict[str, Any]) -> bool:

@@ -85,7 +85,10 @@ def check_fsdp1(subject: Subject) -> Iterator[Finding]:
 
 
 def _entries(module: nn.Module) -> int:
-    """How many compiled versions torch.compile holds of the module's forward."""
+    """How many compiled versions torch.compile holds of the forward of the module's class.
+
+    0 for torch's own containers such as Sequential: all of those share one frame of torch.compile's.
+    """
     from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
 
     return len(_debug_get_cache_entry_list(type(module).forward.__code__))

@@ -91,14 +91,16 @@ def layers_of(model: nn.Module, names: Sequence[str] | None = None) -> tuple[Lay
         it is never frozen too early.
 
     Raises:
-        ValueError: a name that is no module, or has no parameters; or no layer is trainable.
+        ValueError: a name that is no module, or has no parameters, or lies in another; or no layer is trainable.
 
     Example:
         >>> [l.name for l in layers_of(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 1)))]
         ['0', '2']
     """
-    if names is not None and len(set(names)) != len(names):
-        raise ValueError(f"layers: a name is given twice in {list(names)}")
+    for i, name in enumerate(names or ()):
+        other = next((n for j, n in enumerate(names or ()) if j != i and (n == name or n.startswith(f"{name}."))), None)
+        if other is not None:
+            raise ValueError(f"layers: {other!r} is given twice, or lies in {name!r}")
     units = list(_units(model) if names is None else _named_units(model, names))
     everything = dict(model.named_parameters(remove_duplicate=False))
     last = {id(everything[p]): name for name, inside, _ in units for p in inside}

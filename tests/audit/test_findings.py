@@ -57,6 +57,14 @@ def test_zero_gradients_are_judged_by_what_the_optimizer_would_do(
     assert torch.equal(before, model[0].weight) is not moves
 
 
+def test_a_frozen_nan_does_not_move() -> None:
+    model, opt = trained("SGD")
+    with torch.no_grad():
+        model[0].weight.fill_(float("nan"))
+    model[0].weight.grad = torch.zeros_like(model[0].weight)
+    assert the(audit(model, opt), "stale-grad").names == ("0.weight",)
+
+
 def test_the_cause_of_a_move_is_named() -> None:
     model, opt = trained("SGD", momentum=0.9, weight_decay=0.1)
     model[0].weight.grad = torch.ones_like(model[0].weight)

@@ -62,6 +62,20 @@ def check_freeze_and_unfreeze_after_sharding() -> None:
             same_on_all_ranks(now)
 
 
+def check_audit_asks_the_optimizer_about_shards() -> None:
+    model = sharded()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    train(model, optimizer, range(2))
+    model[0].requires_grad_(False)
+    optimizer.zero_grad(set_to_none=False)
+    before = full(model)
+    found = {f.code: f for f in audit(model, optimizer)}
+    assert found["would-move"].names == ("0.weight", "0.bias"), found
+    assert all(torch.equal(v, before[n]) for n, v in full(model).items())
+    optimizer.step()
+    assert not torch.equal(full(model)["0.weight"], before["0.weight"])
+
+
 def check_sharded_trains_as_the_whole_batch_does() -> None:
     """The reference: one process, both ranks' data, the same layers frozen; sums may round differently, no more."""
     model, reference = sharded(), net()

@@ -58,8 +58,9 @@ def test_layers_by_name_and_what_is_wrong_with_names() -> None:
     assert [x.name for x in layers_of(model, ["stem", "head"])] == ["stem", "head"]
     with pytest.raises(ValueError, match=r"no module 'stam'; near names: stem"):
         layers_of(model, ["stam"])
-    with pytest.raises(ValueError, match="given twice"):
-        layers_of(model, ["stem", "stem"])
+    for names in (["stem", "stem"], ["stem", "stem.0"], ["stem.0", "stem"]):
+        with pytest.raises(ValueError, match="given twice, or lies in"):
+            layers_of(model, names)
     with pytest.raises(ValueError, match="has no parameters"):
         layers_of(model, ["stem.2"])
     with pytest.raises(ValueError, match="no trainable layer"):
@@ -235,6 +236,29 @@ def test_audit_counts_the_recompilations() -> None:
     many = audit(model, schedule=FreezeOut(model, 0.4, 100, stages=None))
     assert [f.code for f in many] == ["recompile-limit"]
     assert "needs 14 compiled versions" in many.findings[0].why
+
+
+def test_audit_sees_a_module_at_its_limit() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = net()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.body(x)
+
+    torch._dynamo.reset()
+    model = Net()
+    fast = torch.compile(model, backend="eager")
+    with torch._dynamo.config.patch(recompile_limit=2):
+        fast(batch(0))
+        assert not len(audit(fast))
+        model.body[0].requires_grad_(False)
+        fast(batch(0))
+        found = audit(fast)
+    assert [(f.code, f.severity) for f in found] == [("recompile-limit", "warning")]
+    assert "holds 2 versions" in found.findings[0].why
+    torch._dynamo.reset()
 
 
 def test_plan_as_table_data_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
