@@ -153,7 +153,6 @@ class Guard:
             put_state(self.optimizer, risk.param, risk.state)
         for risk in moved:
             write(risk.param, risk.value)
-            self._records[risk.name].accept(risk.param)
         if moved and self.mode == "raise":
             lines = {risk.name: describe(self.optimizer, risk.group, risk.name, risk.reasons) for risk in moved}
             raise FrozenMoved("this step moved what is frozen; that was put back", lines)

@@ -88,13 +88,17 @@ def test_zeros_that_move_nothing_pass(kind: type[Optimizer], options: dict) -> N
     assert held.steps == 3
 
 
-def test_a_rate_of_zero_moves_nothing_and_passes() -> None:
+@pytest.mark.parametrize("mode", ["raise", "restore"])
+def test_a_rate_of_zero_moves_nothing_and_passes(mode: str) -> None:
     model, optimizer = trained(Choice(AdamW, {"lr": 0.1}))
     model[1].weight.requires_grad_(False)
+    state = copy.deepcopy(optimizer.state[model[1].weight])
     for group in optimizer.param_groups:
         group["lr"] = 0.0
-    with guard(model, optimizer, every=1):
+    with guard(model, optimizer, every=1, mode=mode):
         optimizer.step()
+    kept = same(dict(optimizer.state[model[1].weight]), dict(state))
+    assert kept is (mode == "restore"), "the step counted for the frozen parameter too, and that is undone"
 
 
 class Drift(Optimizer):

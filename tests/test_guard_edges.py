@@ -60,6 +60,8 @@ def test_freezing_and_unfreezing_under_guard() -> None:
         before = model[1].weight.clone()
         learn(model, optimizer)
         assert not torch.equal(model[1].weight, before)
+        freeze(model, "1", optimizer=optimizer)  # at its new value
+        learn(model, optimizer)
 
 
 def test_lbfgs_that_holds_a_frozen_parameter() -> None:

@@ -30,7 +30,10 @@ def identity(tensor: torch.Tensor) -> tuple[int, int]:
 
 @dataclass
 class Record:
-    """A frozen tensor as it was when it was first seen frozen; ``value`` is a copy, where one is wanted."""
+    """A frozen tensor as it was when it was first seen frozen; ``value`` is a copy, where one is wanted.
+
+    ``tensor`` is kept so that nothing else can come to lie at its address while the record speaks of it.
+    """
 
     tensor: torch.Tensor
     shape: torch.Size
@@ -41,7 +44,7 @@ class Record:
 
     def touched(self, now: torch.Tensor) -> bool:
         """Whether ``now`` may differ. Writes through ``.data`` and fused steps change neither address nor version."""
-        return now is not self.tensor or identity(now) != self.identity
+        return identity(now) != self.identity
 
     def same_form(self, now: torch.Tensor) -> bool:
         return now.shape == self.shape and now.dtype == self.dtype

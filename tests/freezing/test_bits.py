@@ -44,6 +44,8 @@ def test_layout_and_views_do_not_matter() -> None:
     assert checksums([x, *same]) == checksums([x]) * 4
     z = torch.randn(3, dtype=torch.complex64)
     assert checksums([z.conj(), torch.imag(z.conj())]) == checksums([z.conj().resolve_conj(), -z.imag])
+    one = z[:1].conj()
+    assert same_bits(one.imag, -z[:1].imag), "a lazy negation is carried out"
     assert all(same_bits(x, y) for y in same)
 
 

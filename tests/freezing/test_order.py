@@ -23,7 +23,7 @@ class Backwards(nn.Module):
         self.first = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
 
     def forward(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-        x = self.first(x * self.gain)
+        x = self.first(x * self.gain) + torch.rand(()) * 0
         x = self.attention(x[:, None], x[:, None], x[:, None])[0][:, 0]
         return self.last(self.norm(x)) * scale
 
@@ -48,6 +48,7 @@ def test_call_order_with_inputs() -> None:
         "first.0.bias",
     ]
     assert list(found.norms) == ["norm"]
+    assert not select(Backwards(), [], until="norm", inputs=torch.ones(3, 2)).norms
 
 
 @pytest.mark.parametrize("inputs", [torch.ones(3, 2), (torch.ones(3, 2), 2.0), {"x": torch.ones(3, 2), "scale": 2.0}])

@@ -139,3 +139,8 @@ def test_integer_parameters_are_left_alone() -> None:
     assert list(select(model, []).params) == ["weight"]
     with pytest.raises(PatternError, match="'codes' has no parameter that can be trained"):
         select(model, ["codes"])
+
+
+def test_an_exact_module_name_is_never_read_as_a_glob() -> None:
+    model = nn.ModuleDict({"a[b]": nn.Linear(1, 1), "ab": nn.Linear(1, 1)})
+    assert list(select(model, ["a[b]"]).params) == ["a[b].weight", "a[b].bias"]
