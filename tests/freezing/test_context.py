@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.optim import SGD, Adam, Optimizer
+from torch.optim import LBFGS, SGD, Adam, Optimizer
 
 from freezekit.freezing import Frozen, freeze, is_held, unfreeze
 
@@ -67,6 +67,26 @@ def test_unfreeze_restores_the_freeze_around_it(remove: bool, state: str) -> Non
     assert after[:3] == (before[0][:4] + after[0][4:], before[1], before[2])
     assert after[0][:4] == before[0][:4]
     optimizer.load_state_dict(optimizer.state_dict())
+
+
+def test_lbfgs_has_its_history_back() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    optimizer = LBFGS(model.parameters(), lr=0.1, max_iter=3)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = model(torch.ones(3, 2)).square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    before = structure(model, optimizer)
+    with freeze(model, "0", optimizer=optimizer, remove=True, state="reset"):
+        optimizer.step(closure)
+        optimizer.zero_grad()
+    after = structure(model, optimizer)
+    assert after[2:] == before[2:]
+    optimizer.step(closure)
 
 
 def test_values_that_trained_in_the_block_stay() -> None:
