@@ -9,9 +9,12 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 #include "core/mask.h"
 #include "cpu/compute.h"
+#include "cpu/simd.h"
 
 namespace freezekit::cpu {
 
@@ -20,15 +23,15 @@ namespace freezekit::cpu {
 // no vector; its GPU kernel passes it.)
 template <class C>
 struct Relu {
-  bool bit(C x) const { return !(x <= C(0)); }
-  C value(C x) const { return x <= C(0) ? C(0) : x; }
+  FK_INLINE bool bit(C x) const { return !(x <= C(0)); }
+  FK_INLINE C value(C x) const { return x <= C(0) ? C(0) : x; }
 };
 
 template <class C>
 struct LeakyRelu {
   C slope;
-  bool bit(C x) const { return x > C(0); }
-  C value(C x) const { return x > C(0) ? x : x * slope; }
+  FK_INLINE bool bit(C x) const { return x > C(0); }
+  FK_INLINE C value(C x) const { return x > C(0) ? x : x * slope; }
 };
 
 // The ends of values are rounded to the tensor's dtype, those of the gradient are not: so torch does it.
@@ -36,15 +39,15 @@ template <class C>
 struct Hardtanh {
   C lowest, highest;
   C below, above;
-  bool bit(C x) const { return x > below && x < above; }
-  C value(C x) const {
+  FK_INLINE bool bit(C x) const { return x > below && x < above; }
+  FK_INLINE C value(C x) const {
     const C raised = x < lowest ? lowest : x;
     return raised > highest ? highest : raised;
   }
 };
 
 template <class T, class Rule>
-inline __attribute__((always_inline)) void make_bits(const T* x, T* y, uint32_t* bits, int64_t numel, int64_t first,
+FK_INLINE void make_bits(const T* x, T* y, uint32_t* bits, int64_t numel, int64_t first,
                                                      int64_t last, Rule rule) {
   using C = Compute<T>;
   for (int64_t word = first; word < last; ++word) {
@@ -67,34 +70,40 @@ inline __attribute__((always_inline)) void make_bits(const T* x, T* y, uint32_t*
   }
 }
 
-template <class C>
+// What carries T through a select: whole bits, which stop NaN and inf and compile to vector code for every T.
+template <class T>
+using Bits = std::conditional_t<sizeof(T) == 8, uint64_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;
+
+template <class T>
 struct Select {
-  template <class T>
-  T operator()(bool bit, T x) const {
-    return bit ? x : T(0);
-  }
+  using Element = Bits<T>;
+  FK_INLINE Element operator()(Element bit, Element x) const { return x & (Element(0) - bit); }
 };
 
-template <class C>
+template <class T>
 struct Scale {
-  C on, off;
-  template <class T>
-  T operator()(bool bit, T x) const {
-    return static_cast<T>(static_cast<C>(x) * (bit ? on : off));
-  }
+  using Element = T;
+  Compute<T> on, off;
+  FK_INLINE T operator()(Bits<T> bit, T x) const { return static_cast<T>(static_cast<Compute<T>>(x) * (bit ? on : off)); }
 };
 
+// A whole word is read before it is written, so x and y may be one array and the loop still becomes vector code.
 template <class T, class Rule>
-inline __attribute__((always_inline)) void apply_bits(const T* x, T* y, const uint32_t* bits, int64_t numel,
+FK_INLINE void apply_bits(const T* x, T* y, const uint32_t* bits, int64_t numel,
                                                       int64_t first, int64_t last, Rule rule) {
+  using Element = typename Rule::Element;
   for (int64_t word = first; word < last; ++word) {
-    const T* from = x + 32 * word;
-    T* to = y + 32 * word;
     const uint32_t packed = bits[word];
-    if (32 * (word + 1) <= numel) {
-      for (int i = 0; i < 32; ++i) to[i] = rule((packed & (1u << i)) != 0, from[i]);
+    const int64_t count = std::min<int64_t>(32, numel - 32 * word);
+    Element values[32];
+    if (count == 32) {
+      std::memcpy(values, x + 32 * word, sizeof(values));
+      for (int i = 0; i < 32; ++i) values[i] = rule(static_cast<Bits<T>>((packed >> i) & 1u), values[i]);
+      std::memcpy(y + 32 * word, values, sizeof(values));
     } else {
-      for (int i = 0; i < static_cast<int>(numel - 32 * word); ++i) to[i] = rule((packed & (1u << i)) != 0, from[i]);
+      std::memcpy(values, x + 32 * word, count * sizeof(T));
+      for (int i = 0; i < count; ++i) values[i] = rule(static_cast<Bits<T>>((packed >> i) & 1u), values[i]);
+      std::memcpy(y + 32 * word, values, count * sizeof(T));
     }
   }
 }

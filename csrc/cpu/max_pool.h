@@ -12,6 +12,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "cpu/simd.h"
+
 namespace freezekit::cpu {
 
 struct Pooling {
@@ -19,26 +21,32 @@ struct Pooling {
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
 };
 
-// Where a tap of an output lies in its plane. Built once a call: a division a tap costs more than the pooling itself.
+// Where a tap of an output lies in its plane, and -1 where it lies outside: built once a call, since a division a tap
+// costs more than the pooling itself.
 class TapPositions {
  public:
-  explicit TapPositions(const Pooling& g) : g_(g) {
+  explicit TapPositions(const Pooling& g) : g_(g), exact_(g.dilation_h > 1 || g.dilation_w > 1) {
     for (int64_t tap = 0; tap < g.kernel_h * g.kernel_w; ++tap) {
       rows_.push_back(tap / g.kernel_w * g.dilation_h - g.pad_h);
       columns_.push_back(tap % g.kernel_w * g.dilation_w - g.pad_w);
+      offsets_.push_back(rows_.back() * g.w + columns_.back());
     }
   }
 
-  // -1 for a tap outside the input, or none of the kernel's.
   int64_t operator()(int64_t p, int64_t q, int64_t tap) const {
-    if (static_cast<uint64_t>(tap) >= rows_.size()) return -1;
+    if (static_cast<uint64_t>(tap) >= offsets_.size()) return -1;
+    // Without dilation every window has a tap inside, which forward took: the check is for memory's sake alone.
+    const int64_t at = p * g_.stride_h * g_.w + q * g_.stride_w + offsets_[tap];
+    if (at < 0 || at >= g_.h * g_.w) return -1;
+    if (!exact_) return at;
     const int64_t i = p * g_.stride_h + rows_[tap], j = q * g_.stride_w + columns_[tap];
-    return i >= 0 && i < g_.h && j >= 0 && j < g_.w ? i * g_.w + j : -1;
+    return i >= 0 && i < g_.h && j >= 0 && j < g_.w ? at : -1;
   }
 
  private:
   Pooling g_;
-  std::vector<int64_t> rows_, columns_;
+  bool exact_;
+  std::vector<int64_t> rows_, columns_, offsets_;
 };
 
 // Taps [first, last) of one axis that fall into the input; empty where none does.
@@ -80,7 +88,7 @@ void max_pool_plane(const T* x, T* y, Tap* taps, const Pooling& g) {
 
 // The pixels of output row p, image by image in NHWC; `best` and `tap` hold `channels` elements of scratch.
 template <class T, class C, class Tap>
-inline __attribute__((always_inline)) void max_pool_pixels(const T* x, T* y, Tap* taps, const Pooling& g, int64_t p,
+FK_INLINE void max_pool_pixels(const T* x, T* y, Tap* taps, const Pooling& g, int64_t p,
                                                            int64_t channels, C* best, int32_t* tap) {
   const int64_t top = p * g.stride_h - g.pad_h;
   const TapRange rows(top, g.h, g.kernel_h, g.dilation_h);
@@ -117,7 +125,7 @@ void max_pool_scatter(const T* dy, const Tap* taps, C* dx, const Pooling& g, con
     for (int64_t q = 0; q < g.q; ++q) {
       const int64_t out = (p * g.q + q) * step;
       for (int64_t c = 0; c < count; ++c) {
-        const int64_t at = position(p, q, static_cast<int64_t>(taps[out + c]));
+        const int64_t at = position(p, q, taps[out + c]);
         if (at >= 0) dx[at * dx_step + c] += static_cast<C>(dy[out + c]);
       }
     }

@@ -1,12 +1,22 @@
 // FK_SIMD_CLONES compiles a function once for each of x86-64's vector widths; the loader picks the widest that runs.
 //
+// Everything that such a function calls is compiled into it (flatten): a call out of it would run the baseline's code,
+// and one from wide vectors into that costs far more than the call.
+//
 // The build itself assumes no more than the baseline, so a wheel runs everywhere. Other compilers and machines get the
 // function once, vectorised as far as their baseline goes.
 #pragma once
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
 #define FK_SIMD_CLONES \
-  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"), optimize("O3", "no-math-errno")))
+  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"), optimize("O3", "no-math-errno"), flatten))
 #else
 #define FK_SIMD_CLONES
+#endif
+
+// For functions that only ever run inside such a one.
+#if defined(__GNUC__)
+#define FK_INLINE inline __attribute__((always_inline))
+#else
+#define FK_INLINE inline
 #endif

@@ -25,13 +25,13 @@ constexpr int64_t kWordsPerTask = 1024;  // 32768 elements, as torch cuts elemen
 
 template <class T>
 FK_SIMD_CLONES void select_words(const T* x, T* y, const uint32_t* bits, int64_t numel, int64_t first, int64_t last) {
-  cpu::apply_bits(x, y, bits, numel, first, last, cpu::Select<cpu::Compute<T>>{});
+  cpu::apply_bits(x, y, bits, numel, first, last, cpu::Select<T>{});
 }
 
 template <class T>
 FK_SIMD_CLONES void scale_words(const T* x, T* y, const uint32_t* bits, int64_t numel, int64_t first, int64_t last,
                                 cpu::Compute<T> on, cpu::Compute<T> off) {
-  cpu::apply_bits(x, y, bits, numel, first, last, cpu::Scale<cpu::Compute<T>>{on, off});
+  cpu::apply_bits(x, y, bits, numel, first, last, cpu::Scale<T>{on, off});
 }
 
 // x and y dense, in the memory order of bits; they may be one tensor.

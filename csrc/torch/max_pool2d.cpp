@@ -44,6 +44,11 @@ FK_SIMD_CLONES void pool_pixels(const T* x, T* y, Tap* taps, const cpu::Pooling&
   cpu::max_pool_pixels(x, y, taps, g, row, channels, best, tap);
 }
 
+template <class C, class T>
+FK_SIMD_CLONES void convert(const C* from, T* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<T>(from[i]);
+}
+
 template <class F>
 void for_tap_type(at::ScalarType type, const F& f) {
   if (type == at::kByte) return f(uint8_t());
@@ -101,8 +106,8 @@ void scatter_plane(const T* dy, const Tap* taps, T* dx, const cpu::Pooling& g, c
     // Windows overlap: sums are made in float and rounded once.
     std::vector<C> sums(g.h * g.w * count, C(0));
     cpu::max_pool_scatter(dy, taps, sums.data(), g, position, count, step, count);
-    for (int64_t at = 0; at < g.h * g.w; ++at) {
-      for (int64_t i = 0; i < count; ++i) dx[at * step + i] = static_cast<T>(sums[at * count + i]);
+    for (int64_t at = 0; at < (count == step ? 1 : g.h * g.w); ++at) {
+      convert(sums.data() + at * count, dx + at * step, count == step ? g.h * g.w * count : count);
     }
   }
 }
