@@ -28,13 +28,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bench import document, options
 from bench.environment import Environment, describe
 from bench.gate import WrongResult
-from bench.measure import Case, measure
+from bench.measure import MakeCase, measure
 from bench.report import Report
 from bench.rows import Row
 from bench.sections import SECTIONS, kernels
 from bench.settings import Settings
 from bench.sides import cudnn_benchmark
-from bench.timing import Clock, clock_for
+from bench.timing import Clock, clock_for, small_heap
 
 
 class Run:
@@ -57,7 +57,7 @@ class Run:
             self.report.line(line)
         if "kernels" in names:
             self._show_kernels()
-        cases = [list(SECTIONS[name](self.settings)) for name in names if name != "kernels"]
+        cases = [SECTIONS[name](self.settings) for name in names if name != "kernels"]
         clock = clock_for(self.settings.device, self.settings.cold)
         with Progress(
             TextColumn("{task.description}"),
@@ -75,16 +75,16 @@ class Run:
         for line in self.skipped:
             self.report.line(line, "yellow")
 
-    def _end_of(self, index: int, cases: list[list[Case]]) -> float | None:
+    def _end_of(self, index: int, cases: list[list[MakeCase]]) -> float | None:
         """When a section must be done, so that those after it get their share of the time; by number of cases."""
         if self.end is None:
             return None
         left, now = sum(map(len, cases[index:])), time.monotonic()
         return now + (self.end - now) * max(len(cases[index]), 1) / max(left, 1)
 
-    def _section(self, cases: list[Case], end: float | None, clock: Clock, progress: Progress, task: Any) -> None:
-        for done, case in enumerate(cases):
-            settings = self.settings
+    def _section(self, cases: list[MakeCase], end: float | None, clock: Clock, progress: Progress, task: Any) -> None:
+        for done, make in enumerate(cases):
+            settings, case = self.settings, make()
             if end is not None:
                 left = end - time.monotonic()
                 if left <= 0:
@@ -99,7 +99,7 @@ class Run:
                 settings = replace(settings, budget=min(settings.budget, left / (len(cases) - done) / 2))
             progress.update(task, description=case.label)
             assert self.environment is not None
-            rows = measure(case, settings, self.environment.peaks, clock)
+            rows = measure(case, settings, self.environment.peaks, clock, self.skipped)
             self.rows += rows
             self.report.show(rows)
             progress.advance(task)
@@ -122,7 +122,7 @@ def main(arguments: list[str] | None = None, console: Console | None = None) -> 
     for line in asked.notes:
         report.line(line, "yellow")
     run.skipped += asked.notes
-    with options.threads(asked.threads), cudnn_benchmark():
+    with options.threads(asked.threads), cudnn_benchmark(), small_heap():
         try:
             run.go(asked.sections)
         except WrongResult as wrong:

@@ -53,7 +53,7 @@ class Layer:
         if self.stride > 1:
             text += f" /{self.stride}"
         if self.groups == self.in_channels and self.groups > 1:
-            return text + " depthwise"
+            return text + " dw"
         return text + (f" g{self.groups}" if self.groups > 1 else "")
 
     def module(self, device: torch.device, dtype: torch.dtype) -> nn.Conv2d:

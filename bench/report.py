@@ -28,10 +28,14 @@ def mebibytes(count: int | None) -> str:
     """
     >>> mebibytes(None), mebibytes(0), mebibytes(3 << 19), mebibytes(300 << 20)
     ('-', '0', '1.5', '300')
+    >>> mebibytes(100)
+    '<0.001'
     """
     if count is None:
         return "-"
     value = count / MIB
+    if 0 < value < 0.001:
+        return "<0.001"
     return f"{value:.0f}" if value >= 100 or not value else f"{value:.3g}"
 
 
@@ -137,7 +141,7 @@ def _cells(columns: list[tuple[str, int, Cell]], row: Row) -> str:
 
 def _two_widths(rows: Sequence[Row]) -> tuple[int, int]:
     """Of the place and the regime; layers have longer places, training steps longer regimes."""
-    return (46, 15) if rows[0].section == "layers" else (33, 27)
+    return (45, 15) if rows[0].section == "layers" else (30, 24)
 
 
 def _two_head(rows: Sequence[Row]) -> str:
@@ -146,7 +150,7 @@ def _two_head(rows: Sequence[Row]) -> str:
     if rows[0].tflops is not None:
         columns += f"{'TFLOP/s':>8} {'kept MiB':>18}"
     else:
-        columns += f"{'kept MiB':>14} {'peak MiB':>14}"
+        columns += f"{'kept MiB':>18} {'peak MiB':>15}"
     sides = f"{rows[0].side} -> {rows[1].side}"
     return f"{sides:{place}} {'regime':{regime}} {columns}"
 
@@ -160,7 +164,7 @@ def _two_sides(rows: Sequence[Row], label: str) -> str:
     peak = f"{mebibytes(stock.peak_bytes)} -> {mebibytes(ours.peak_bytes)}"
     name = {"step": stock.regime, "fprop": f"fprop {stock.regime}"}.get(stock.part, stock.part)
     text = f"{label:{place}} {name:{regime}} {times:>16} {percent(ours.ratio):>12} "
-    return text + (f"{number(ours.tflops):>8} {kept:>18}" if ours.tflops is not None else f"{kept:>14} {peak:>14}")
+    return text + (f"{number(ours.tflops):>8} {kept:>18}" if ours.tflops is not None else f"{kept:>18} {peak:>15}")
 
 
 def _style(row: Row) -> str:

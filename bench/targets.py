@@ -30,7 +30,7 @@ from bench.measure import measure
 from bench.options import threads
 from bench.sections.layers import layer_case
 from bench.settings import Settings
-from bench.timing import HostClock
+from bench.timing import HostClock, small_heap
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     settings = Settings(torch.device("cpu"), torch.float32, args.batch, args.repeat, args.repeat, seed=args.seed)
     targets = []
-    with threads(args.threads):
+    with threads(args.threads), small_heap():
         for line in describe(settings.device, settings.dtype).lines():
             print(line)
         targets += overhead_targets(10 * args.repeat, args.seed)

@@ -1,15 +1,15 @@
-"""The parts of a comparison, one a file: each yields its cases, and `kernels` its tables."""
+"""The parts of a comparison, one a file: each lists its cases, and `kernels` its tables."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-from bench.measure import Case
+from bench.measure import MakeCase
 from bench.sections import blocks, layers, models
 from bench.settings import Settings
 
 # All but `kernels`, which measures no case but prints what ran.
-SECTIONS: dict[str, Callable[[Settings], Iterator[Case]]] = {
+SECTIONS: dict[str, Callable[[Settings], list[MakeCase]]] = {
     "layers": layers.cases,
     "blocks": blocks.cases,
     "models": models.cases,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -10,7 +9,7 @@ import torch
 
 from bench.gate import Tolerance
 from bench.layer_lists import Layer, layers_of
-from bench.measure import Case, Work
+from bench.measure import Case, MakeCase, Work
 from bench.settings import Settings
 
 SECTION = "layers"
@@ -21,13 +20,15 @@ REGIMES = ("trainable", "frozen")
 _REGIMES_OF_PART = {"step": REGIMES, "fprop": REGIMES, "backward": ("trainable",), "dgrad": ("frozen",)}
 
 
-def cases(settings: Settings) -> Iterator[Case]:
+def cases(settings: Settings) -> list[MakeCase]:
     """Every layer of the lists asked for, in every part and regime."""
-    for network in settings.layer_lists:
-        for layer in layers_of(network):
-            for part in settings.parts:
-                for regime in _REGIMES_OF_PART.get(part, ("input without gradient",)):
-                    yield layer_case(network, layer, part, regime, settings)
+    return [
+        partial(layer_case, network, layer, part, regime, settings)
+        for network in settings.layer_lists
+        for layer in layers_of(network)
+        for part in settings.parts
+        for regime in _REGIMES_OF_PART.get(part, ("input without gradient",))
+    ]
 
 
 def batch_of(settings: Settings) -> int:

@@ -1,0 +1,133 @@
+"""The command as people and scripts use it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from bench import compare, document, options
+from bench.environment import ROOT
+from bench.rows import Row
+
+TINY = ["--device", "cpu", "--layers", "tiny", "--repeat", "1"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str]:
+    """A run of everything, quick: its document and its text."""
+    path = tmp_path_factory.mktemp("compare") / "out.json"
+    console = Console(record=True, width=120)
+    arguments = ["--device", "cpu", "--quick", "--repeat", "1", "--threads", "1", "--section", "all"]
+    assert compare.main([*arguments, "--json", str(path)], console) == 0
+    return json.loads(path.read_text()), console.export_text()
+
+
+def test_document_is_what_the_schema_says(whole: tuple[dict, str]) -> None:
+    document.validate(whole[0])
+    assert {row["section"] for row in whole[0]["rows"]} == {"layers", "blocks", "models", "memory", "scaling"}
+
+
+def test_text_has_device_versions_and_commit_before_anything_else(whole: tuple[dict, str]) -> None:
+    text, environment = whole[1], whole[0]["environment"]
+    head = text[: text.index("kernels:")]
+    for key in ("device", "torch", "freezekit", "commit", "date"):
+        assert environment[key] in head
+
+
+def test_forum_example_counts(whole: tuple[dict, str]) -> None:
+    found = {(t["regime"], t["side"]): (t["counts"]["dgrad"], t["counts"]["wgrad"]) for t in whole[0]["kernels"]}
+    assert found == {
+        ("all trainable", "stock"): (2, 3),
+        ("all trainable", "freezekit"): (2, 3),
+        ("middle frozen", "stock"): (2, 2),
+        ("middle frozen", "freezekit"): (2, 2),
+    }
+    for column in ("Time (%)", "Total Time (ns)", "Instances", "Avg (ns)", "Med (ns)", "StdDev (ns)", "Name"):
+        assert column in whole[1]
+
+
+def test_frozen_layers_keep_nothing_and_stock_keeps_its_input(whole: tuple[dict, str]) -> None:
+    rows = [Row.from_dict(data) for data in whole[0]["rows"] if data["section"] == "layers"]
+    dense = {(row.regime, row.side): row.bytes_kept for row in rows if row.case == "dense"}
+    x = 2 * 8 * 12 * 12 * 4
+    assert dense == {
+        ("trainable", "stock"): x,
+        ("trainable", "freezekit"): x,
+        ("frozen", "stock"): x,
+        ("frozen", "freezekit"): 0,
+    }
+
+
+def test_every_row_is_beside_stock(whole: tuple[dict, str]) -> None:
+    rows = [Row.from_dict(data) for data in whole[0]["rows"]]
+    cases = {row.key[:-1] for row in rows}
+    assert {row.key[:-1] for row in rows if row.side == "stock"} == cases
+    assert all(row.ratio is not None and row.error <= 1 for row in rows)
+    assert all(row.ratio == row.ratio.of([1.0]) for row in rows if row.side == "stock" and row.ratio)
+
+
+def test_lines_fit_the_page(whole: tuple[dict, str]) -> None:
+    rows = whole[1][whole[1].index("layers:") :].splitlines()  # Kernels' names are as long as they are.
+    assert max(len(line.rstrip()) for line in rows if not line.startswith("written")) <= 120
+
+
+@pytest.mark.parametrize("part", ["fprop", "dgrad", "wgrad", "backward"])
+def test_parts_of_a_layer(part: str, tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+    assert compare.main([*TINY, "--section", "layers", "--parts", part, "--json", str(path)], Console(quiet=True)) == 0
+    rows = document.read(path)["rows"]
+    assert {row["part"] for row in rows} == {part}
+    assert {row["bytes_kept"] for row in rows} == {None}
+
+
+def test_competitors_stand_beside(tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+    names = "freezekit,stock_channels_last,memsave_torch,freezekit_native"
+    console = Console(record=True, width=160)
+    assert compare.main([*TINY, "--section", "layers", "--sides", names, "--json", str(path)], console) == 0
+    result = document.read(path)
+    assert {row["side"] for row in result["rows"]} >= {"stock", "freezekit", "stock_channels_last"}
+    assert any("freezekit_native" in line and "CUDA" in line for line in result["skipped"])
+
+
+def test_time_limit_says_what_was_not_run(tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+    console = Console(record=True, width=160)
+    assert compare.main([*TINY, "--section", "layers", "--time-limit", "1e-9", "--json", str(path)], console) == 0
+    assert "8 of 8 cases of layers" in console.export_text()
+    assert document.read(path)["skipped"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--layers", "resnet5"], "'resnet5' is none of resnet50"),
+        (["--section", "layer"], "'layer' is none of kernels"),
+        (["--sides", "stok"], "'stok' is none of stock"),
+        (["--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--batch", "0"], "at least 1, got '0'"),
+        (["--repeat", "few"], "at least 1, got 'few'"),
+        (["--device", "tpu!"], "tpu!"),
+        (["--device", "meta"], "must be cpu or cuda"),
+        (["--json", "no/such/folder/out.json"], "no such folder"),
+        (["--baseline", "no-such.json"], "no such file"),
+    ],
+)
+def test_arguments_that_make_no_sense(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        options.parse(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_runs_as_a_script_from_anywhere(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "bench" / "compare.py"), "--help"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    assert "--baseline" in done.stdout

@@ -1,0 +1,117 @@
+"""Nothing wrong gets past the gate, and nothing right is stopped."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+import freezekit as fk
+from bench import compare, sides
+from bench.gate import Tolerance, WrongResult, check, largest_error
+from bench.layer_lists import layers_of
+from bench.sections.layers import tolerance
+from bench.settings import Settings
+
+
+def test_equal_results_have_no_error() -> None:
+    y = torch.randn(3, 4)
+    assert check("case", "ours", {"y": y}, {"y": y.clone()}, {"y": 1e-6}) == 0.0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_a_number_fails(bad: float) -> None:
+    y = torch.ones(3)
+    wrong = torch.tensor([1.0, bad, 1.0])
+    with pytest.raises(WrongResult, match="ours's y differs"):
+        check("case", "ours", {"y": wrong}, {"y": y}, {"y": 1e9})
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        ({"y": torch.zeros(2)}, r"float32 \(2,\)"),
+        ({"y": torch.zeros(3).double()}, "float64"),
+        ({}, "gave"),
+        ({"y": torch.zeros(3), "dx": torch.zeros(3)}, "gave"),
+    ],
+)
+def test_shape_dtype_and_names_must_be_stocks(result: dict[str, Tensor], message: str) -> None:
+    with pytest.raises(WrongResult, match=message):
+        check("case", "ours", result, {"y": torch.zeros(3)}, {"y": 1.0, "dx": 1.0})
+
+
+def test_error_is_relative_to_the_largest_element() -> None:
+    assert largest_error(torch.tensor([10.0, 1.0]), torch.tensor([10.0, 0.0])) == pytest.approx(0.1)
+    assert largest_error(torch.tensor([0.5]), torch.tensor([0.0])) == 0.5
+    assert largest_error(torch.empty(0), torch.empty(0)) == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_tolerance_lets_another_summation_order_pass(dtype: torch.dtype) -> None:
+    x, w = torch.randn(16, 4096), torch.randn(4096, 16)
+    stock = (x.to(dtype) @ w.to(dtype)).double()
+    order = torch.randperm(4096)
+    result = (x[:, order].to(dtype) @ w[order].to(dtype)).double()
+    assert largest_error(result, stock) <= Tolerance(dtype, 4096).relative
+
+
+def test_tolerance_stops_one_lost_product() -> None:
+    """The smallest bug of a kernel, one product left out of each sum, in the longest sums of ResNet-50."""
+    settings = Settings(torch.device("cpu"), torch.float32)
+    for layer in layers_of("resnet50"):
+        length = layer.in_channels // layer.groups * layer.kernel**2
+        a, b = torch.randn(64, length).double(), torch.randn(64, length).double()
+        whole = (a * b).sum(1)
+        assert largest_error(whole - a[:, 0] * b[:, 0], whole) > tolerance(layer, 2, settings, "y")
+
+
+class Halved(torch.autograd.Function):
+    """A wrong backward pass: half the gradient, in half the time."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, dy: Tensor) -> Tensor:
+        return dy / 2
+
+
+class WrongBackward(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(Halved.apply(x))
+
+
+class WrongForward(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 1.001
+
+
+@pytest.mark.parametrize(("wrong", "name"), [(WrongBackward, "dx"), (WrongForward, "y")])
+def test_a_planted_wrong_kernel_never_gets_a_row(
+    wrong: type[nn.Module], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def plant(module: nn.Module) -> nn.Module:
+        module.__class__ = wrong
+        return module
+
+    monkeypatch.setitem(sides.SIDES, "freezekit", sides.Side("freezekit", plant))
+    console = Console(record=True, width=200)
+    code = compare.main(["--device", "cpu", "--section", "layers", "--layers", "tiny", "--repeat", "1"], console)
+    text = console.export_text()
+    assert code == 1
+    assert "WRONG RESULT" in text
+    assert f"freezekit's {name} differs from stock's" in text
+    assert "dense" not in text.split("WRONG RESULT")[0]
+
+
+def test_a_wrong_count_of_kernels_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def thaw(module: nn.Module) -> nn.Module:
+        return fk.convert(module.requires_grad_(True))
+
+    monkeypatch.setitem(sides.SIDES, "freezekit", sides.Side("freezekit", thaw))
+    console = Console(record=True, width=200)
+    assert compare.main(["--device", "cpu", "--section", "kernels", "--quick"], console) == 1
+    assert "WRONG RESULT" in console.export_text()

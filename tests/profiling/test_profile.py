@@ -1,0 +1,122 @@
+"""The profiler on real code, on the CPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import freezekit as fk
+from freezekit.profiling import profile
+
+
+def forum(frozen: bool, ours: bool) -> tuple[nn.Sequential, Tensor]:
+    net = nn.Sequential(*(nn.Conv2d(3, 3, 3) for _ in range(3)))
+    net[1].requires_grad_(not frozen)
+    return fk.convert(net) if ours else net, torch.randn(1, 3, 24, 24)
+
+
+def record(net: nn.Module, x: Tensor) -> profile:
+    with profile() as recorded:
+        net(x).mean().backward()
+    return recorded
+
+
+@pytest.mark.parametrize("ours", [False, True])
+@pytest.mark.parametrize(("frozen", "wgrads"), [(False, 3), (True, 2)])
+def test_counts_of_the_forum_example(ours: bool, frozen: bool, wgrads: int) -> None:
+    recorded = record(*forum(frozen, ours))
+    assert recorded.counts() == {"fprop": 3, "dgrad": 2, "wgrad": wgrads, "db": wgrads}
+
+
+def test_rows_of_one_phase_add_up_to_its_count() -> None:
+    recorded = record(*forum(True, True))
+    by_phase = {phase: 0 for phase in recorded.counts()}
+    for row in recorded.kernels():
+        for phase in row.phases:
+            by_phase[phase] += row.instances
+    assert by_phase == recorded.counts()
+
+
+def test_no_time_counts_twice() -> None:
+    with profile() as recorded:
+        F.conv2d(torch.randn(4, 8, 32, 32), torch.randn(8, 8, 3, 3))
+    table = recorded.kernels()
+    assert [row.label for row in table if "conv" in row.name] == ["aten::conv2d [fprop]"]
+    assert sum(row.time_percent for row in table) == pytest.approx(100)
+
+
+def test_bias_only_training_is_seen() -> None:
+    conv = fk.FreezableConv2d(3, 4, 3)
+    conv.weight.requires_grad_(False)
+    y = conv(torch.randn(1, 3, 8, 8, requires_grad=True))
+    with profile() as recorded:
+        y.sum().backward()
+    assert recorded.counts() == {"fprop": 0, "dgrad": 1, "wgrad": 0, "db": 1}
+
+
+def test_a_subset_of_gradients_is_seen() -> None:
+    conv = fk.FreezableConv2d(3, 4, 3)
+    x = torch.randn(1, 3, 8, 8, requires_grad=True)
+    y = conv(x).sum()
+    with profile() as recorded:
+        torch.autograd.grad(y, x)
+    assert recorded.counts() == {"fprop": 0, "dgrad": 1, "wgrad": 0, "db": 0}
+
+
+def test_diff_says_what_freezing_took_away() -> None:
+    before, after = record(*forum(False, True)), record(*forum(True, True))
+    lines = str(before.diff(after)).splitlines()
+    assert lines[:4] == ["fprop 3 -> 3", "dgrad 2 -> 2", "wgrad 3 -> 2", "db 3 -> 2"]
+    assert before.diff(after).to_dict()["phases"]["wgrad"] == [3, 2]
+
+
+def test_json_and_chrome_trace(tmp_path: Path) -> None:
+    recorded = record(*forum(True, True))
+    data = json.loads(recorded.to_json())
+    assert data["counts"]["wgrad"] == 2
+    assert {"freezekit::conv2d", "freezekit::conv2d_dgrad", "freezekit::conv2d_wgrad"} <= {
+        row["name"] for row in data["kernels"]
+    }
+    recorded.to_chrome_trace(tmp_path / "trace.json")
+    names = {event.get("name") for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]}
+    assert "freezekit::conv2d_dgrad" in names
+
+
+def test_an_exception_inside_passes_and_what_ran_is_kept() -> None:
+    recorded = profile()
+
+    def fail() -> None:
+        with recorded:
+            F.conv2d(torch.randn(1, 3, 8, 8), torch.randn(4, 3, 3, 3))
+            raise KeyError("inside")
+
+    with pytest.raises(KeyError, match="inside"):
+        fail()
+    assert recorded.counts()["fprop"] == 1
+
+
+def test_reading_too_early_and_reusing_are_errors() -> None:
+    recorded = profile()
+    for read in (recorded.kernels, recorded.counts, recorded.to_json):
+        with pytest.raises(RuntimeError, match="after its `with` block"):
+            read()
+    with recorded:
+        pass
+    assert len(recorded.kernels()) == 0
+    with pytest.raises(RuntimeError, match="make a new profile"):
+        recorded.__enter__()
+
+
+@pytest.mark.gpu
+def test_kernels_on_a_gpu_have_their_own_names_and_phases() -> None:
+    net, x = forum(True, True)
+    recorded = record(net.cuda(), x.cuda())
+    assert recorded.counts()["wgrad"] == 2
+    names = {row.name for row in recorded.kernels()}
+    assert not any(name.startswith(("aten::", "freezekit::")) for name in names)
+    assert {"dgrad", "wgrad"} <= {phase for row in recorded.kernels() for phase in row.phases}
