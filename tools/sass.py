@@ -22,10 +22,13 @@ from pathlib import Path
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 ARCHS = ("sm_80", "sm_90a")
 COUNTED = {"HMMA": ("HMMA", "HGMMA"), "LDSM": ("LDSM",), "LDGSTS": ("LDGSTS",), "local": ("LDL", "STL")}
-# What a kernel whose name matches must have. Kernels that load single elements have no asynchronous copies.
+# What a kernel whose name matches must have; all that match count. `(Access)2` loads single elements, and so do the two
+# `false` of a wgrad; ldmatrix cannot transpose the 32-bit operands of a wgrad in float.
 REQUIRED = [
-    (re.compile(r"_(implicit_)?gemm_kernel<.*Access\)2"), ("HMMA", "LDSM")),
-    (re.compile(r"implicit_gemm_kernel"), ("HMMA", "LDSM", "LDGSTS")),
+    (re.compile(r"gemm_kernel<"), "HMMA"),
+    (re.compile(r"implicit_gemm_kernel<|wgrad_gemm_kernel<(?!float)"), "LDSM"),
+    (re.compile(r"implicit_gemm_kernel<(?!.*\(Access\)2)|wgrad_gemm_kernel<(?!.*false, false)"), "LDGSTS"),
+    (re.compile(r"depthwise_(forward|dgrad_stride2|wgrad)_kernel<"), "LDGSTS"),
 ]
 PTXAS_KERNEL = re.compile(r"Compiling entry function '(\w+)'")
 PTXAS_SPILL = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -50,8 +53,9 @@ class Kernel:
         faults = [f"spills {self.spills} bytes"] if self.spills else []
         if self.counts["local"]:
             faults.append(f"{self.counts['local']} local loads or stores")
-        required = next((wanted for pattern, wanted in REQUIRED if pattern.search(self.name)), ())
-        return faults + [f"no {name}" for name in required if not self.counts[name]]
+        return faults + [
+            f"no {name}" for pattern, name in REQUIRED if pattern.search(self.name) and not self.counts[name]
+        ]
 
 
 def find_nvdisasm() -> str:

@@ -177,6 +177,27 @@ FK_DEVICE void store_pair(Out* row, int32_t j, int32_t columns, bool pairs, floa
   if (j + 1 < columns) store_global(row + j + 1, cast<Out>(second));
 }
 
+// A warp's part of dw, or of a slice of partial sums. A quad of lanes stores eight neighbouring elements of a row.
+template <class Tile, class Out>
+FK_DEVICE void store_tile(Out* out, const float (&acc)[Tile::kWarpTileRows / 16][4][4], const Wgrad& p, int32_t group,
+                          int32_t row0, int32_t column0, int32_t lane) {
+  const int32_t columns = p.columns();
+  const bool pairs = columns % 2 == 0 && reinterpret_cast<uintptr_t>(out) % (2 * sizeof(Out)) == 0;
+#pragma unroll
+  for (int i = 0; i < Tile::kWarpTileRows / 16; ++i) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int32_t m = row0 + 16 * i + lane / 4 + 8 * half;
+      if (m >= p.k) continue;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        store_pair(out + p.dw_offset(group, m), column0 + 8 * j + lane % 4 * 2, columns, pairs, acc[i][j][2 * half],
+                   acc[i][j][2 * half + 1]);
+      }
+    }
+  }
+}
+
 template <class T, class Tile, bool kChunksOfDy, bool kChunksOfX>
 __global__ void __launch_bounds__(Tile::kThreads)
     conv2d_wgrad_gemm_kernel(const Wgrad p, const T* __restrict__ dy, const T* __restrict__ x, T* __restrict__ dw,
@@ -232,25 +253,10 @@ __global__ void __launch_bounds__(Tile::kThreads)
   }
   ptx::cp_async_wait<0>();
 
-  const bool pairs = columns % 2 == 0 && reinterpret_cast<uintptr_t>(dw) % (2 * sizeof(T)) == 0;
-#pragma unroll
-  for (int i = 0; i < Tile::kWarpTileRows / 16; ++i) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int32_t m = row0 + warp_row + 16 * i + lane / 4 + 8 * half;
-      if (m >= p.k) continue;
-      const int64_t offset = p.dw_offset(group, m);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int32_t at = column0 + warp_column + 8 * j + lane % 4 * 2;
-        const float first = acc[i][j][2 * half], second = acc[i][j][2 * half + 1];
-        if (partial) {
-          store_pair(partial + blockIdx.y * p.dw_numel() + offset, at, columns, pairs, first, second);
-        } else {
-          store_pair(dw + offset, at, columns, pairs, first, second);
-        }
-      }
-    }
+  if (partial) {
+    store_tile<Tile>(partial + blockIdx.y * p.dw_numel(), acc, p, group, row0 + warp_row, column0 + warp_column, lane);
+  } else {
+    store_tile<Tile>(dw, acc, p, group, row0 + warp_row, column0 + warp_column, lane);
   }
 }
 

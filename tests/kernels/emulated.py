@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import subprocess
 from collections.abc import Iterator
@@ -42,8 +43,10 @@ def library() -> ctypes.CDLL:
         *(f"build {o}: cc {s}" for o, s in zip(objects, sources)),
         f"build {out}: link {' '.join(map(str, objects))}",
     ]
-    (BUILD / "build.ninja").write_text("\n".join(lines) + "\n")
-    built = subprocess.run(["ninja"], cwd=BUILD, capture_output=True, text=True)
+    with open(BUILD / "lock", "w") as lock:  # workers of a parallel run build once, one after another
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (BUILD / "build.ninja").write_text("\n".join(lines) + "\n")
+        built = subprocess.run(["ninja"], cwd=BUILD, capture_output=True, text=True)
     if built.returncode:
         raise RuntimeError(built.stdout + built.stderr)
     loaded = ctypes.CDLL(str(out))
