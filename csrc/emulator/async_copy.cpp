@@ -1,4 +1,4 @@
-// cp.async (PTX ISA 9.7.9.25.3): when a copy lands is open between its issue and the wait for its group; until then
+// cp.async (PTX ISA 9.7.9.25.3.1): when a copy lands is open between its issue and the wait for its group; until then
 // its destination is NaN here, and its source may still be read.
 #include <cstring>
 

@@ -12,7 +12,7 @@ namespace freezekit::ptx {
 FK_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 #endif
 
-// cp.async (9.7.9.25.3): copies Bytes = 4, 8 or 16 from global to shared memory, both aligned to Bytes; where `copy` is
+// cp.async (9.7.9.25.3.1): copies Bytes = 4, 8 or 16 from global to shared memory, both aligned to Bytes; where `copy` is
 // false zeros are written and `global` is not read. 16 bytes bypass L1 (.cg), which has no smaller form.
 template <int Bytes>
 FK_DEVICE void cp_async(void* shared, const void* global, bool copy = true) {
@@ -146,7 +146,7 @@ FK_DEVICE void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uin
 #endif
 }
 
-// cvt.rna.tf32.f32 (9.7.9.22): 10 bits of mantissa, to nearest, ties away from zero; a NaN stays one.
+// cvt.rna.tf32.f32 (9.7.9): 10 bits of mantissa, to nearest, ties away from zero; a NaN stays one.
 FK_DEVICE uint32_t to_tf32(float value) {
 #ifdef __CUDACC__
   uint32_t bits;

@@ -73,6 +73,7 @@ def gemm_cases(dtype: str) -> list[Case]:
         *(gemm(dtype, op, GEMM_GROUPED) for op in ("fprop", "dgrad")),
         *(gemm(dtype, op, RAGGED, 4, EVERY_EPILOGUE) for op in ("fprop", "dgrad")),
         *(gemm(dtype, "wgrad", CHUNKS, config, split_k=config + 1) for config in range(3)),
+        gemm(dtype, "wgrad", GEMM_STRIDED, split_k=2),
         *(gemm(dtype, "wgrad", p) for p in (POINTWISE, GEMM_STRIDED, GEMM_DILATED, GEMM_GROUPED, RAGGED, UNEVEN)),
     ]
 
@@ -85,7 +86,7 @@ DEPTHWISE_MULTIPLIED = Problem(n=1, c=5, h=6, w=5, k=15, groups=5)
 
 
 def depthwise_cases() -> list[Case]:
-    """What select() takes for depthwise problems: its tiled kernels for three of them, the generic ones for the rest."""
+    """What select() takes for depthwise problems: tiled kernels for three of them, generic ones for the rest."""
     tiled, generic = (DEPTHWISE_3, DEPTHWISE_5, DEPTHWISE_7), (DEPTHWISE_GENERIC, DEPTHWISE_MULTIPLIED)
     return [
         *(Case(op, p, dtype) for op in OPERATORS for p in tiled for dtype in ("f32", "bf16")),

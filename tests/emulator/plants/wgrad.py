@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from ..cases import CHUNKS, RAGGED, UNEVEN, gemm
+from ..cases import CHUNKS, GEMM_STRIDED, RAGGED, UNEVEN, gemm
 from .plant import RACE, WGRAD_GEMM, bug
 
 WGRAD = gemm("bf16", "wgrad", CHUNKS)
-SPLIT = gemm("bf16", "wgrad", CHUNKS, split_k=2)
+SPLIT = gemm("bf16", "wgrad", GEMM_STRIDED, split_k=2)
 
 PLANTS = [
     bug(
