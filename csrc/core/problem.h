@@ -37,7 +37,8 @@ struct Conv2dProblem {
 };
 
 // P (or Q) of one axis; 0 or less where the dilated kernel is larger than the padded input.
-FK_HOST_DEVICE constexpr int64_t output_size(int64_t in, int64_t kernel, int64_t pad, int64_t stride, int64_t dilation) {
+FK_HOST_DEVICE constexpr int64_t output_size(int64_t in, int64_t kernel, int64_t pad, int64_t stride,
+                                             int64_t dilation) {
   return (in + 2 * pad - dilation * (kernel - 1) - 1) / stride + 1;
 }
 

@@ -46,8 +46,9 @@ Selection select(Operator, const Conv2dProblem&, DType, const Target&);
 
 // Applied to the accumulators in this order: + bias, + residual, ReLU, mask. Members that are null do nothing.
 // Mask words hold 32 consecutive elements of the output in memory order (NHWC), bit i of word j is element 32 * j + i;
-// a mask has ceil(numel / 32) words, the unused bits of the last one 0. mask_out bit = !(v <= 0), v the value before ReLU
-// rounded to the tensors' dtype: 0 gives 0 and a NaN gives 1, as torch's own gradient. Under mask_in, bit 0 stores 0.
+// a mask has ceil(numel / 32) words, the unused bits of the last one 0. mask_out bit = !(v <= 0), v the value before
+// ReLU rounded to the tensors' dtype: 0 gives 0 and a NaN gives 1, as torch's own gradient. Under mask_in, bit 0
+// stores 0.
 struct Epilogue {
   const void* bias = nullptr;       // K (fprop) or C (dgrad) elements of the tensors' dtype
   const void* residual = nullptr;   // as the output

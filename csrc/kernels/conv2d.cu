@@ -12,7 +12,8 @@ int64_t output_numel(Operator op, const Conv2dProblem& p) {
 
 // A pointer may be null where its tensor is empty: wgrad of an empty batch reads nothing and writes zeros.
 bool pointers_are_there(Operator op, const Conv2dProblem& p, const Conv2dTensors& t) {
-  return (t.filter || (op == Operator::dgrad && t.transposed_filter)) && (t.x || (op == Operator::wgrad && p.x_numel() == 0)) &&
+  return (t.filter || (op == Operator::dgrad && t.transposed_filter)) &&
+         (t.x || (op == Operator::wgrad && p.x_numel() == 0)) &&
          (t.y || (op == Operator::wgrad && p.y_numel() == 0));
 }
 

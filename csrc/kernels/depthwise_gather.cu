@@ -6,8 +6,8 @@
 //                     over the r and s for which the division is exact
 //
 // Layouts: x, y NHWC, filter KRSC with one channel a group, that is C x R x S; C a multiple of 8, 16-byte alignment.
-// A thread makes a strip of kStrip outputs along a row, for eight channels: it reads each input of a filter row once from
-// shared memory and adds it to every output that it belongs to.
+// A thread makes a strip of kStrip outputs along a row, for eight channels: it reads each input of a filter row once
+// from shared memory and adds it to every output that it belongs to.
 #include "kernels/depthwise.h"
 #include "kernels/epilogue.h"
 
@@ -54,7 +54,9 @@ template <int kSize, int kChannels>
 FK_DEVICE void load_filter_row(float (&taps)[kSize][8], const float* filter, int32_t row, int32_t channel) {
   const float* const from = filter + row * kSize * kChannels + channel;
 #pragma unroll
-  for (int s = 0; s < kSize; ++s) load_patch<float>(reinterpret_cast<const unsigned char*>(from + s * kChannels), taps[s]);
+  for (int s = 0; s < kSize; ++s) {
+    load_patch<float>(reinterpret_cast<const unsigned char*>(from + s * kChannels), taps[s]);
+  }
 }
 
 template <class T, int kStrip>
@@ -118,8 +120,8 @@ __global__ void __launch_bounds__(ForwardTile<T, kSize, kStride>::kThreads)
                                 block.channel0 + at.channel);
 }
 
-// Stride 2 dgrad. Tiles begin where h + pad and w + pad are even, so that output i of a strip meets the taps s of i's own
-// parity: at column u of the patch, s = i - 2 u + size - 1.
+// Stride 2 dgrad. Tiles begin where h + pad and w + pad are even, so that output i of a strip meets the taps s of
+// i's own parity: at column u of the patch, s = i - 2 u + size - 1.
 template <class T, int kSize>
 struct BackwardTile {
   static constexpr int kRows = 16, kColumns = 16, kStrip = 8, kHalo = (kSize - 1) / 2;

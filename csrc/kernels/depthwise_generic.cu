@@ -1,4 +1,4 @@
-// Depthwise fprop, dgrad and wgrad of any filter, stride, dilation, padding, channel multiplier, channel count and dtype.
+// Depthwise fprop, dgrad and wgrad of any filter, stride, dilation, padding, multiplier, channel count and dtype.
 //
 //   fprop:  y[n, p, q, k] = epilogue(sum over r, s of x[n, h, w, k / m] * f[k, r, s])         m: the multiplier K / C
 //   dgrad:  dx[n, h, w, c] = epilogue(sum over r, s and j < m of dy[n, p, q, c * m + j] * f[c * m + j, r, s])

@@ -59,7 +59,8 @@ Status launch(const Conv2dProblem& p, const FilterTransform& t, const void* filt
   Source source;
   source.size = {narrow(p.k_per_group()), narrow(p.r * p.s), narrow(p.c_per_group())};
   source.width = narrow(p.s);
-  source.stride_k = t.stride_k, source.stride_c = t.stride_c, source.stride_r = t.stride_r, source.stride_s = t.stride_s;
+  source.stride_k = t.stride_k, source.stride_c = t.stride_c;
+  source.stride_r = t.stride_r, source.stride_s = t.stride_s;
   const int64_t blocks =
       ceil_div(p.c_per_group(), kTile) * ceil_div(p.k_per_group(), kTile) * p.r * p.s * p.groups;
   if (blocks > kMaxGridX) return Status::invalid_argument;

@@ -203,8 +203,8 @@ FK_DEVICE void multiply_tile(float (&acc)[Tile::kWarpTileRows / 16][kWarpColumns
   }
 }
 
-// Lanes hold pairs of columns in rows far apart; through a patch of shared memory a lane gets eight neighbouring columns
-// of one row, the unit of the epilogue, and four lanes store a run of 32 channels.
+// Lanes hold pairs of columns in rows far apart; through a patch of shared memory a lane gets eight neighbouring
+// columns of one row, the unit of the epilogue, and four lanes store a run of 32 channels.
 template <int kFlags, class T, class Tile>
 FK_DEVICE void finish_tile(const float (&acc)[Tile::kWarpTileRows / 16][kWarpColumns / 8][4], const Gather& g,
                            const GatherAxis& h, const GatherAxis& w, const EpilogueParameters<T>& epilogue,
@@ -285,7 +285,8 @@ __global__ void __launch_bounds__(Tile::kThreads)
   __syncthreads();  // the ring becomes the warps' patches
 
   float* const patch = reinterpret_cast<float*>(shared + warp * Tile::kPatchBytes);
-  finish_tile<kFlags, T, Tile>(acc, g, h, w, epilogue, patch, row0 + warp_row, rows, column0 + warp_column, group, lane);
+  finish_tile<kFlags, T, Tile>(acc, g, h, w, epilogue, patch, row0 + warp_row, rows, column0 + warp_column, group,
+                               lane);
 }
 
 }  // namespace freezekit

@@ -41,7 +41,9 @@ __global__ void __launch_bounds__(kColumns* kRowLanes)
   const int64_t begin = blockIdx.y * rows_per_slice, end = min(begin + rows_per_slice, rows);
   Acc sum = 0;
   if (column < k) {
-    for (int64_t row = begin + threadIdx.y; row < end; row += kRowLanes) sum += cast<Acc>(load_global(dy + row * k + column));
+    for (int64_t row = begin + threadIdx.y; row < end; row += kRowLanes) {
+      sum += cast<Acc>(load_global(dy + row * k + column));
+    }
   }
   sums[threadIdx.y][threadIdx.x] = sum;
   __syncthreads();

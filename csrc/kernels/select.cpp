@@ -122,7 +122,8 @@ Selection select_wgrad_gemm(const Conv2dProblem& p, DType dtype, const Target& t
     if (config == 0 || time < best_time) selection.config = config, best_time = time;
   }
   selection.kernel = names[selection.config];
-  selection.reason = whole_chunks ? "tensor cores, 16-byte chunks of channels" : "channels that are not whole 16-byte chunks";
+  selection.reason =
+      whole_chunks ? "tensor cores, 16-byte chunks of channels" : "channels that are not whole 16-byte chunks";
   choose_split_k(&selection, p, wgrad_blocks(p, kWgradGemmTiles[selection.config]),
                  kGemmBlocksPerMultiprocessor * std::max(target.sm_count, 1), 4);
   return selection;
@@ -148,8 +149,8 @@ Selection select_depthwise(Operator op, const Conv2dProblem& p, DType dtype, con
   selection.kernel = names[static_cast<int>(op)][selection.config];
   selection.reason = selection.config == kDepthwiseTiled
                          ? "one channel a group; 3x3, 5x5 or 7x7, stride 1 or 2"
-                         : "one channel a group; a filter, stride, dilation, multiplier, channel count or dtype without "
-                           "a tiled kernel";
+                         : "one channel a group; no tiled kernel for this filter, stride, dilation, multiplier, "
+                           "channel count or dtype";
   if (op == Operator::wgrad) {
     const int64_t blocks =
         selection.config == kDepthwiseTiled ? (p.c * size_of(dtype) + 63) / 64 : (p.k + 31) / 32 * p.r * p.s;

@@ -41,7 +41,8 @@ struct WgradOperand {
   static constexpr int kWidth = kWidthOfTile;
   static constexpr int kDepth = 2 * kMmaDepth<T>;
   static constexpr int kChunk = kChunkBytes / static_cast<int>(sizeof(T));
-  static constexpr int kPitch = (kWidth + (std::is_same_v<T, float> ? 2 * kChunk : kChunk)) * static_cast<int>(sizeof(T));
+  static constexpr int kPadding = std::is_same_v<T, float> ? 2 * kChunk : kChunk;
+  static constexpr int kPitch = (kWidth + kPadding) * static_cast<int>(sizeof(T));
   static constexpr int kBytes = kDepth * kPitch;
   static constexpr int kChunksAcross = kWidth / kChunk;
   static constexpr int kRowsAtOnce = kThreads / kChunksAcross;
@@ -223,7 +224,8 @@ __global__ void __launch_bounds__(Tile::kThreads)
   }
 
   const int32_t warp = static_cast<int32_t>(threadIdx.x) / 32, lane = static_cast<int32_t>(threadIdx.x) % 32;
-  const int32_t warp_row = warp / Tile::kWarpsAcross * Tile::kWarpTileRows, warp_column = warp % Tile::kWarpsAcross * 32;
+  const int32_t warp_row = warp / Tile::kWarpsAcross * Tile::kWarpTileRows;
+  const int32_t warp_column = warp % Tile::kWarpsAcross * 32;
   float acc[Tile::kWarpTileRows / 16][4][4] = {};
   int32_t stage = 0;
   for (int32_t tile = 0; tile < tiles; ++tile) {

@@ -1,0 +1,57 @@
+"""tools/sass.py reads what the compiler prints, and calls a fault a fault."""
+
+from __future__ import annotations
+
+import pytest
+
+from tools.sass import Kernel, count_instructions, demangle, read_ptxas
+
+PTXAS = """
+ptxas info    : Compiling entry function '_Z1kPf' for 'sm_80'
+ptxas info    : Function properties for _Z1kPf
+    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 56 registers, used 1 barriers, 8 bytes cumulative stack size, 2816 bytes smem, 504 bytes cmem[0]
+ptxas info    : Compiling entry function '_Z1mv' for 'sm_80'
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 32 registers, used 0 barriers
+"""
+SASS = """
+\t.section\t.text._Z1kPf,"ax",@progbits
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/               @P0 HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
+        /*0020*/              @!PT LDSM.16.M88.4 R8, [R20] ;
+        /*0030*/                   LDGSTS.E.BYPASS.128 [R2], [R4.64] ;
+        /*0040*/                   STL [R1], R5 ;
+"""
+
+
+def test_reads_ptxas_and_sass() -> None:
+    kernels = read_ptxas(PTXAS)
+    count_instructions(SASS, kernels)
+    spilled, clean = kernels.values()
+    assert (spilled.registers, spilled.shared, spilled.spills) == (56, 2816, 16)
+    assert (clean.registers, clean.shared, clean.spills) == (32, 0, 0)
+    assert dict(spilled.counts) == {"all": 5, "HMMA": 1, "LDSM": 1, "LDGSTS": 1, "local": 1}
+    assert spilled.faults() == ["spills 16 bytes", "1 local loads or stores"]
+    assert clean.faults() == []
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [
+        ("conv2d_implicit_gemm_kernel<float, GemmTile<64, 64, 2, 4>, (Access)1, 15>", ["HMMA", "LDSM", "LDGSTS"]),
+        ("conv2d_implicit_gemm_kernel<__half, GemmTile<64, 64, 2, 4>, (Access)2, 15>", ["HMMA", "LDSM"]),
+        ("conv2d_wgrad_gemm_kernel<__half, WgradTile<64, 64, 2>, true, false>", ["HMMA", "LDSM", "LDGSTS"]),
+        ("conv2d_wgrad_gemm_kernel<float, WgradTile<64, 64, 2>, true, true>", ["HMMA", "LDGSTS"]),
+        ("conv2d_wgrad_gemm_kernel<__half, WgradTile<64, 64, 2>, false, false>", ["HMMA", "LDSM"]),
+        ("depthwise_forward_kernel<__half, 3, 1>", ["LDGSTS"]),
+        ("ordered_reduce_kernel<float>", []),
+    ],
+)
+def test_a_missing_instruction_is_a_fault(name: str, missing: list[str]) -> None:
+    assert Kernel(name).faults() == [f"no {instruction}" for instruction in missing]
+
+
+def test_names_lose_their_arguments() -> None:
+    mangled = "_ZN9freezekit12_GLOBAL__N_121ordered_reduce_kernelIfEEvPKfPT_li"
+    assert demangle([mangled])[mangled] == "ordered_reduce_kernel<float>"
