@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,13 @@ if __package__ in (None, ""):
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import document, options
+from bench import baseline, document, options
 from bench.environment import Environment, describe
 from bench.gate import WrongResult
 from bench.measure import MakeCase, measure
 from bench.report import Report
 from bench.rows import Row
-from bench.sections import SECTIONS, kernels
+from bench.sections import SECTIONS, kernels, layers
 from bench.settings import Settings
 from bench.sides import cudnn_benchmark
 from bench.timing import Clock, clock_for, small_heap
@@ -76,11 +76,11 @@ class Run:
             self.report.line(line, "yellow")
 
     def _end_of(self, index: int, cases: list[list[MakeCase]]) -> float | None:
-        """When a section must be done, so that those after it get their share of the time; by number of cases."""
+        """When a section must be done, so that those after it get their share of the time; by weight."""
         if self.end is None:
             return None
-        left, now = sum(map(len, cases[index:])), time.monotonic()
-        return now + (self.end - now) * max(len(cases[index]), 1) / max(left, 1)
+        left, now = sum(map(_weight, cases[index:])), time.monotonic()
+        return now + (self.end - now) * _weight(cases[index]) / left
 
     def _section(self, cases: list[MakeCase], end: float | None, clock: Clock, progress: Progress, task: Any) -> None:
         for done, make in enumerate(cases):
@@ -114,6 +114,11 @@ class Run:
             self.report.line(str(profiled.table))
 
 
+def _weight(cases: list[MakeCase]) -> int:
+    """Of a section's claim to time: a network's step costs about five times a layer's, and there are few of them."""
+    return len(cases) + 4 * sum(make.func is not layers.layer_case for make in cases)
+
+
 def main(arguments: list[str] | None = None, console: Console | None = None) -> int:
     """The command; see the module's text."""
     asked = options.parse(arguments)
@@ -130,23 +135,23 @@ def main(arguments: list[str] | None = None, console: Console | None = None) -> 
             return 1
     assert run.environment is not None
     result = document.build(run.environment, asked.settings, run.kernels, run.rows, run.skipped)
-    after: list[Callable[[], None]] = []
+    _deliver(asked, report, result, run.rows)
+    return 0
+
+
+def _deliver(asked: options.Asked, report: Report, result: dict[str, Any], rows: list[Row]) -> None:
+    """What follows a run: its file, its comparison with an earlier one, its pictures."""
+    report.line()
     if asked.json is not None:
         document.write(result, asked.json)
-        after.append(lambda: report.line(f"written: {asked.json}"))
+        report.line(f"written: {asked.json}")
     if asked.baseline is not None:
-        from bench import baseline
-
-        after.append(lambda: baseline.show(report, asked.baseline, run.rows))
+        baseline.show(report, asked.baseline, rows)
     if asked.plot is not None:
-        from bench import plots
+        from bench import plots  # matplotlib is wanted for pictures alone.
 
-        after.append(lambda: [report.line(f"drawn: {path}") for path in plots.draw(result, asked.plot)] and None)
-    if after:
-        report.line()
-    for action in after:
-        action()
-    return 0
+        for path in plots.draw(result, asked.plot):
+            report.line(f"drawn: {path}")
 
 
 if __name__ == "__main__":

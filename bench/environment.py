@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import freezekit
-from bench.timing import clock_for
+from bench.timing import Clock, clock_for
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -85,6 +85,15 @@ def measure_peaks(device: torch.device, dtype: torch.dtype) -> Peaks:
     """Best of several runs; sizes that leave caches behind and take well under a second."""
     cuda = device.type == "cuda"
     clock = clock_for(device, cold=False)
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32  # What convolutions may do.
+    try:
+        return _peaks_with(clock, device, dtype, cuda)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+
+
+def _peaks_with(clock: Clock, device: torch.device, dtype: torch.dtype, cuda: bool) -> Peaks:
     n = 8192 if cuda else 768
     a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
     source = torch.zeros((1 << 30) if cuda else (1 << 26), dtype=torch.uint8, device=device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +58,7 @@ class Case:
         return f"{self.group} {self.case} ({self.detail}), {self.regime}, {self.part}"
 
 
-MakeCase = Callable[[], Case]  # Cases are made when their turn comes: all at once would not fit a GPU.
+MakeCase = partial[Case]  # Cases are made when their turn comes: all at once would not fit a GPU.
 
 
 class Subject:
@@ -69,11 +70,12 @@ class Subject:
         self.x = side.place(case.input)
         self.forward = side.forward(self.module)
         names = [name for name, parameter in case.module.named_parameters() if parameter.requires_grad]
-        self.parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        self.parameters: list[Tensor] = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         self.names = (["dx"] if self.x.requires_grad else []) + names
-        self.wanted = ([self.x] if self.x.requires_grad else []) + self.parameters
+        self.wanted: list[Tensor] = [*([self.x] if self.x.requires_grad else []), *self.parameters]
         y = self.forward(self.x)
-        self.dy = torch.randn_like(y) if dy is None else dy.clone()
+        # In y's own layout: a gradient in another one would cost this side a conversion that no network has.
+        self.dy = torch.randn_like(y) if dy is None else torch.empty_like(y.detach()).copy_(dy)
         self._y = y if case.part in ("dgrad", "wgrad", "backward") else None
         self._rate = case.learning_rate
 
@@ -102,7 +104,7 @@ class Subject:
         gradients = self.gradients(self.forward(self.x))
         if self._rate is not None and self.parameters:
             with torch.no_grad():
-                torch._foreach_add_(self.parameters, gradients[-len(self.parameters) :], alpha=-self._rate)
+                torch._foreach_add_(self.parameters, list(gradients[-len(self.parameters) :]), alpha=-self._rate)
         return gradients
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from bench import layer_lists, sections
+from bench import document, layer_lists, sections
 from bench.sections.layers import PARTS
 from bench.settings import DTYPES, Settings
 from bench.sides import SIDES, why_absent
@@ -42,8 +42,13 @@ def parse(arguments: Sequence[str] | None) -> Asked:
         parser.error(f"argument --device: must be cpu or cuda, got {args.device!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: torch sees no CUDA device here")
-    if args.baseline is not None and not args.baseline.is_file():
-        parser.error(f"argument --baseline: no such file: {args.baseline}")
+    if args.baseline is not None:
+        if not args.baseline.is_file():
+            parser.error(f"argument --baseline: no such file: {args.baseline}")
+        try:
+            document.read(args.baseline)
+        except document.NotThisSchema as error:
+            parser.error(f"argument --baseline: {error}")
     for name, path in (("--json", args.json), ("--plot", args.plot)):
         if path is not None and not path.resolve().parent.is_dir():
             parser.error(f"argument {name}: no such folder: {path.resolve().parent}")
@@ -67,7 +72,7 @@ def parse(arguments: Sequence[str] | None) -> Asked:
     )
     limit = args.time_limit
     if limit is None:
-        limit = 100.0 if args.section is None and not args.repeat else 0.0
+        limit = 90.0 if args.section is None and not args.repeat else 0.0
     notes = tuple(f"left out: {name}: {why}" for name, why in absent.items())
     return Asked(settings, names, args.threads, limit or None, args.json, args.plot, args.baseline, notes)
 
@@ -105,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--repeat", type=_positive, help="rounds, exactly; by default 3 to 15, as time allows")
     how.add_argument("--seed", type=int, default=0)
     how.add_argument("--warm", action="store_true", help="on a GPU, leave the L2 cache warm")
-    how.add_argument("--time-limit", type=float, help="seconds; 0 is none; by default 100 where no section is named")
+    how.add_argument("--time-limit", type=float, help="seconds; 0 is none; by default 90 where no section is named")
     to = parser.add_argument_group("output")
     to.add_argument("--json", type=Path, metavar="FILE", help="as bench/schema.json says")
     to.add_argument("--plot", type=Path, metavar="DIR", help="draw PNGs; needs matplotlib")

@@ -6,17 +6,17 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FormatStrFormatter, NullFormatter
 
 from bench.report import MIB
 from bench.rows import Row
+
+plt.switch_backend("Agg")  # No window, so no display is needed.
+plt.rcParams["font.size"] = 8
 
 # Okabe and Ito's palette, and a marker and a hatch each for print in grey.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -70,7 +70,9 @@ def _sides(rows: Iterable[Row]) -> list[str]:
 def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
     """Room is left at the foot for the caption."""
     figure, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained", squeeze=False)
-    figure.get_layout_engine().set(rect=(0, 0.03, 1, 0.97))  # type: ignore[union-attr]
+    engine = figure.get_layout_engine()
+    assert isinstance(engine, ConstrainedLayoutEngine)
+    engine.set(rect=(0, 0.03, 1, 0.97))
     return figure, list(axes[0])
 
 
@@ -134,7 +136,7 @@ def _layer_ratios(rows: list[Row], title: str) -> Figure:
     axis.axvline(1, color="black", lw=0.9)
     medians = [row.ratio.median for row in rows if row.ratio]
     axis.set_xlim(0, min(max(1.25, 1.15 * max(medians)), 3))
-    axis.set_xlabel("time / stock's time in the same round (below 1 is faster); whiskers are quartiles")
+    axis.set_xlabel("time / stock's time (below 1 is faster; whiskers: quartiles)")
     axis.set_title(title, fontsize=10)
     figure.legend(loc="outside upper right", fontsize=7, ncols=len(sides))
     return figure
@@ -200,7 +202,7 @@ def _scaling(rows: list[Row]) -> Figure:
                 [(row.seconds.median - row.seconds.low) * 1e3 for row in mine],
                 [(row.seconds.high - row.seconds.median) * 1e3 for row in mine],
             ]
-            x = [row.x for row in mine]
+            x = [row.x or 0 for row in mine]
             marker = _MARKERS[_rank(side)]
             axis.errorbar(x, middle, errors, color=_colour(side), marker=marker, ms=4, lw=1.2, capsize=2, label=side)
         unit = "images" if group.endswith("by batch") else "pixels (height and width)"
@@ -221,7 +223,7 @@ def _roofline(rows: list[Row], peaks: dict[str, float]) -> Figure:
     for side in _sides(rows):
         mine = [row for row in rows if row.side == side and row.tflops and row.gbs]
         x = [row.tflops * 1e3 / row.gbs for row in mine if row.tflops and row.gbs]
-        y = [row.tflops for row in mine]
+        y = [row.tflops or 0 for row in mine]
         intensities += x
         axis.scatter(x, y, s=16, color=_colour(side), marker=_MARKERS[_rank(side)], alpha=0.75, label=side, lw=0)
     ends = [min(intensities) / 1.5, max(*intensities, peaks["tflops"] * 1e3 / peaks["gbs"]) * 1.5]

@@ -141,14 +141,14 @@ def _cells(columns: list[tuple[str, int, Cell]], row: Row) -> str:
 
 def _two_widths(rows: Sequence[Row]) -> tuple[int, int]:
     """Of the place and the regime; layers have longer places, training steps longer regimes."""
-    return (45, 15) if rows[0].section == "layers" else (30, 24)
+    return (46, 15) if rows[0].section == "layers" else (30, 24)
 
 
 def _two_head(rows: Sequence[Row]) -> str:
     place, regime = _two_widths(rows)
     columns = f"{'ms':>16} {'ratio':>12} "
     if rows[0].tflops is not None:
-        columns += f"{'TFLOP/s':>8} {'kept MiB':>18}"
+        columns += f"{'TFLOP/s':>8} {'kept MiB':>17}"
     else:
         columns += f"{'kept MiB':>18} {'peak MiB':>15}"
     sides = f"{rows[0].side} -> {rows[1].side}"
@@ -164,7 +164,7 @@ def _two_sides(rows: Sequence[Row], label: str) -> str:
     peak = f"{mebibytes(stock.peak_bytes)} -> {mebibytes(ours.peak_bytes)}"
     name = {"step": stock.regime, "fprop": f"fprop {stock.regime}"}.get(stock.part, stock.part)
     text = f"{label:{place}} {name:{regime}} {times:>16} {percent(ours.ratio):>12} "
-    return text + (f"{number(ours.tflops):>8} {kept:>18}" if ours.tflops is not None else f"{kept:>18} {peak:>15}")
+    return text + (f"{number(ours.tflops):>8} {kept:>17}" if ours.tflops is not None else f"{kept:>18} {peak:>15}")
 
 
 def _style(row: Row) -> str:

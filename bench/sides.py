@@ -49,7 +49,7 @@ class Side:
         """This side's module; `stock` stays as it is."""
         module = copy.deepcopy(stock)
         if self.channels_last:
-            module = module.to(memory_format=torch.channels_last)
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return self.prepare(module)
 
     def place(self, x: Tensor) -> Tensor:
@@ -78,7 +78,8 @@ def _memsave(module: nn.Module) -> nn.Module:
 
 def _compiled(module: nn.Module) -> nn.Module:
     torch._dynamo.reset()
-    return torch.compile(module)
+    module.compile()
+    return module
 
 
 SIDES = {

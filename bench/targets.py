@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
     settings = Settings(torch.device("cpu"), torch.float32, args.batch, args.repeat, args.repeat, seed=args.seed)
-    targets = []
+    targets: list[Target] = []
     with threads(args.threads), small_heap():
         for line in describe(settings.device, settings.dtype).lines():
             print(line)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+_RUNTIME = re.compile("cuda[A-Z]|cu[A-Z]")
 
 
 @dataclass(eq=False)
@@ -59,8 +62,8 @@ def read(profiler: torch.profiler.profile) -> list[Event]:
         if raw.name().startswith(("profiler::", "[")) or (on_device and raw.is_user_annotation()):
             continue
         launched_by = raw.linked_correlation_id()
-        if launched_by and not on_device:
-            continue  # The runtime's side of a launch (cudaLaunchKernel): its kernel stands for it.
+        if not on_device and (launched_by or _RUNTIME.match(raw.name())):
+            continue  # The runtime's side of a launch: its kernel stands for it, and it numbers its calls by itself.
         events.append(
             Event(
                 name=raw.name(),

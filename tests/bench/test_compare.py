@@ -116,6 +116,7 @@ def test_time_limit_says_what_was_not_run(tmp_path: Path) -> None:
         (["--device", "meta"], "must be cpu or cuda"),
         (["--json", "no/such/folder/out.json"], "no such folder"),
         (["--baseline", "no-such.json"], "no such file"),
+        (["--baseline", str(ROOT / "bench" / "schema.json")], "lacks version"),
     ],
 )
 def test_arguments_that_make_no_sense(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
