@@ -37,8 +37,8 @@ PLANTS = [
     bug(
         "a tile of shared memory is written past its end",
         DIRECT_GATHER,
-        "in_tile[lane_l][lane_m + i * kLoadLanes] = value;",
-        "(&in_tile[lane_l][0])[lane_m + i * kLoadLanes + 5] = value;",
+        "tile[lane_l][lane_m + i * kLoadLanes] = value;",
+        "(&tile[lane_l][0])[lane_m + i * kLoadLanes + 5] = value;",
         case=FPROP,
         mode="asan",
         expect=OVERFLOW,

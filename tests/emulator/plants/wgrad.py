@@ -12,8 +12,8 @@ PLANTS = [
     bug(
         "rows of an operand are not padded",
         WGRAD_GEMM,
-        "(kWidth + (std::is_same_v<T, float> ? 2 * kChunk : kChunk))",
-        "kWidth",
+        "kPitch = (kWidth + kPadding) *",
+        "kPitch = kWidth *",
         case=WGRAD,
         expect="bank conflicts in [0-9]+ phases",
     ),
