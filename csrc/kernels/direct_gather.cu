@@ -24,7 +24,7 @@ constexpr int kLoadLanes = kThreads / kStep;  // rows or columns that are loaded
 
 // One step of the tile of `in`: this thread's element of the reduction for kLoads rows, zero where they do not meet.
 template <class T, int kRows, int kLoads>
-FK_DEVICE void load_in(Accumulator<T> (&in_tile)[kStep][kRows + 4], const Gather& g, const GatherAxis& h,
+FK_DEVICE void load_in(Accumulator<T> (&tile)[kStep][kRows + 4], const Gather& g, const GatherAxis& h,
                        const GatherAxis& w, const GatherOrigin (&origin)[kLoads], const GatherCursor& at, const T* in,
                        int32_t lane_l, int32_t lane_m) {
 #pragma unroll
@@ -35,13 +35,13 @@ FK_DEVICE void load_in(Accumulator<T> (&in_tile)[kStep][kRows + 4], const Gather
       const int64_t position = origin[i].image + ih * g.in_w + iw;
       value = cast<Accumulator<T>>(load_global(in + position * (g.in_c * g.groups) + at.channel));
     }
-    in_tile[lane_l][lane_m + i * kLoadLanes] = value;
+    tile[lane_l][lane_m + i * kLoadLanes] = value;
   }
 }
 
 // One step of the tile of the filter, KRSC, whose roles of k and c dgrad exchanges.
 template <class T, int kColumns>
-FK_DEVICE void load_filter(Accumulator<T> (&filter_tile)[kStep][kColumns + 4], const Gather& g, const GatherAxis& h,
+FK_DEVICE void load_filter(Accumulator<T> (&tile)[kStep][kColumns + 4], const Gather& g, const GatherAxis& h,
                            const GatherAxis& w, const GatherCursor& at, const T* filter, int32_t group,
                            int32_t column0, int32_t lane_l, int32_t lane_m) {
   const int32_t r = h.filter_first + at.tap_h * h.filter_step, s = w.filter_first + at.tap_w * w.filter_step;
@@ -57,7 +57,7 @@ FK_DEVICE void load_filter(Accumulator<T> (&filter_tile)[kStep][kColumns + 4], c
                                           : (out_channel * taps + tap) * g.in_c + at.channel;
       value = cast<Accumulator<T>>(load_global(filter + offset));
     }
-    filter_tile[lane_l][column] = value;
+    tile[lane_l][column] = value;
   }
 }
 
