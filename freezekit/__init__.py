@@ -4,34 +4,42 @@ from freezekit import _extension
 
 _extension.load()
 
-from freezekit.audit import audit  # noqa: E402
+from freezekit.audit import AuditError, audit  # noqa: E402
 from freezekit.backends import backend, current_backend  # noqa: E402
 from freezekit.constants import invalidate, verify_constants  # noqa: E402
 from freezekit.conversion import LayerReport, conversion_report, convert  # noqa: E402
+from freezekit.distributed import rewrap  # noqa: E402
 from freezekit.explain import Explanation, explain  # noqa: E402
 from freezekit.freezing import (  # noqa: E402
     Frozen,
     PatternError,
     freeze,
     freeze_state,
+    is_held,
     load_freeze_state,
     unfreeze,
 )
 from freezekit.functional import conv2d, conv2d_dgrad, conv2d_wgrad  # noqa: E402
-from freezekit.guard import guard  # noqa: E402
+from freezekit.guard import FrozenMoved, Guard, guard  # noqa: E402
 from freezekit.nn import FreezableConv2d  # noqa: E402
 from freezekit.plan import Plan, plan  # noqa: E402
 from freezekit.profiling import profile  # noqa: E402
+from freezekit.schedule import FreezeOut, UpdateNorm  # noqa: E402
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "FreezableConv2d",
+    "AuditError",
     "Explanation",
+    "FreezableConv2d",
+    "FreezeOut",
     "Frozen",
+    "FrozenMoved",
+    "Guard",
     "LayerReport",
     "PatternError",
     "Plan",
+    "UpdateNorm",
     "audit",
     "backend",
     "conv2d",
@@ -45,9 +53,11 @@ __all__ = [
     "freeze_state",
     "guard",
     "invalidate",
+    "is_held",
     "load_freeze_state",
     "plan",
     "profile",
+    "rewrap",
     "unfreeze",
     "verify_constants",
 ]

@@ -5,20 +5,21 @@ folded with a batch norm. Those of a weight that is declared constant are made o
 a weight that merely has ``requires_grad=False`` is prepared at each call, since somebody may write to it unseen.
 
 Seen, and never served stale: ``load_state_dict``, ``copy_`` and other in-place operations, optimizer steps, ``.to()``,
-``.data = ...``, ``requires_grad_()``. Not seen: in-place writes through ``.data`` or a numpy view, which change neither
-version nor storage. After such a write call `invalidate`; `verify_constants` finds what it made stale.
+``.data = ...``, ``requires_grad_()``. Not seen: in-place writes through ``.data`` or a numpy view, and steps of a fused
+optimizer, which change neither version nor storage; `guard` stops the latter. After such a write call `invalidate`;
+`verify_constants` finds what it made stale.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
 
 import freezekit._C as _C
 
-__all__ = ["declare_constant", "invalidate", "is_constant", "usage", "verify_constants", "withdraw_constant"]
+__all__ = ["declare_constant", "follow", "invalidate", "is_constant", "usage", "verify_constants", "withdraw_constant"]
 
 
 def declare_constant(tensor: Tensor) -> None:
@@ -48,6 +49,18 @@ def withdraw_constant(tensor: Tensor) -> None:
 def is_constant(tensor: Tensor) -> bool:
     """Whether the tensor is declared constant."""
     return _C.constants.is_declared(tensor)
+
+
+def follow(tensors: Iterable[Tensor]) -> None:
+    """Declares those of the tensors that are frozen and withdraws those that learn: what `freeze` and `unfreeze` do.
+
+    Inference tensors, which have no version counter, are left out: their forms are made at each call.
+    """
+    for tensor in tensors:
+        if tensor.requires_grad:
+            withdraw_constant(tensor)
+        elif not tensor.is_inference():
+            declare_constant(tensor)
 
 
 def invalidate(model: nn.Module | Tensor) -> None:

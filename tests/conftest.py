@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
-# One thread a worker where tests run in parallel: more would only fight for the cores.
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+# Tensors of tests are tiny: a second thread costs more than it computes, and test workers want the cores.
+torch.set_num_threads(1)
 
 gpu = pytest.param("native", marks=pytest.mark.gpu)
 

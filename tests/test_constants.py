@@ -227,3 +227,19 @@ def test_a_cuda_graph_neither_fills_nor_uses_it_while_captured() -> None:
     conv.weight.data.mul_(2)
     graph.replay()
     torch.testing.assert_close(y, 2 * torch.nn.functional.conv2d(x, conv.weight / 2).bfloat16(), rtol=1e-2, atol=1e-1)
+
+
+def test_freeze_declares_and_unfreeze_withdraws() -> None:
+    conv = fk.FreezableConv2d(4, 8, 3)
+    fk.freeze(conv)
+    assert constants.is_constant(conv.weight)
+    assert casts(conv) == 2  # weight and bias
+    assert casts(conv) == 0
+    fk.unfreeze(conv)
+    assert not constants.is_constant(conv.weight)
+    with fk.freeze(conv):
+        assert constants.is_constant(conv.weight)
+    assert not constants.is_constant(conv.weight)
+    state = fk.freeze_state(fk.FreezableConv2d(4, 8, 3).requires_grad_(False))
+    fk.load_freeze_state(conv, state)
+    assert constants.is_constant(conv.weight)

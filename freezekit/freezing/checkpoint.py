@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim import LBFGS, Optimizer
 
+from freezekit import constants
 from freezekit.distributed import note_freeze
 from freezekit.freezing import norm as statistics
 from freezekit.freezing import optim
@@ -89,6 +90,7 @@ def load_freeze_state(
     norms, skipped_norms = match_norms(model, state, strict)
     names = all_names(model)
     result = Frozen("load", skipped=tuple(skipped + skipped_norms))
+    result.on_restore(partial(constants.follow, params.values()))
     optimizers = check_optimizers(optimizer, False, "keep")
     removed = check_removed(state["removed"], params, optimizers)
     _apply_flags(result, params, set(state["frozen"]), names)
@@ -102,6 +104,7 @@ def load_freeze_state(
         result.on_restore(was.restore)
         _apply_removed(one, params, entries)
         result.removed += tuple(entries)
+    constants.follow(params.values())
     note_freeze(model)
     return result
 

@@ -1,150 +1,20 @@
-"""What freezing would buy, for every depth, before paying for any of it."""
+"""One forward pass without data for every way of freezing; on request a real step too."""
 
 from __future__ import annotations
 
 import copy
-import json
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
-from freezekit.explain.report import default_console
 from freezekit.explain.trace import Trace, arguments, trace
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What predictions of time are made from, measured by `measure`.
-
-    Attributes:
-        flops: floating-point operations a second of a matrix product.
-        bandwidth: bytes a second, read and written, of a copy.
-    """
-
-    flops: float
-    bandwidth: float
-
-    @staticmethod
-    def measure(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Machine:
-        """Times one matrix product and one copy on `device`: about 0.2 s."""
-        device = torch.device(device)
-        a = torch.randn(1024, 1024, device=device).to(dtype)
-        b = torch.randn(2**24, device=device)
-        out = torch.empty_like(b)
-        product, copy = _seconds(lambda: a @ a, device), _seconds(lambda: out.copy_(b), device)
-        return Machine(flops=2 * 1024**3 / product, bandwidth=2 * b.nbytes / copy)
-
-
-@dataclass(frozen=True)
-class Option:
-    """One way of freezing.
-
-    Attributes:
-        name: "depth 3" freezes the first three layers with parameters, in forward order; else a named regime.
-        frozen: names of the parameters that it freezes.
-        bytes_kept: between forward and backward, parameters and buffers aside; exact.
-        backward_flops: of dgrad and wgrad.
-        backward_seconds: predicted: for each layer the larger of its operations over the machine's rate and its bytes
-            over the machine's bandwidth.
-        trainable: elements that still learn.
-        measured_bytes, measured_seconds: the same as a real step showed; None where nothing was measured.
-    """
-
-    name: str
-    frozen: tuple[str, ...]
-    bytes_kept: int
-    backward_flops: int
-    backward_seconds: float
-    trainable: int
-    measured_bytes: int | None = None
-    measured_seconds: float | None = None
-
-
-class Plan:
-    """All options, shallowest first, and the one that fits the budget.
-
-    Attributes:
-        options: depths in order, then the named regimes.
-        choice: the shallowest depth that fits; None if even the deepest does not, or if there is no budget.
-        machine: what times are predicted from.
-    """
-
-    def __init__(self, options: list[Option], machine: Machine, memory: float | None, seconds: float | None) -> None:
-        self.options = options
-        self.machine = machine
-        self.memory = memory
-        self.time = seconds
-        self.fits = [
-            (memory is None or option.bytes_kept <= memory) and (seconds is None or option.backward_seconds <= seconds)
-            for option in options
-        ]
-        depths = [o for o, fits in zip(options, self.fits) if fits and o.name.startswith("depth ")]
-        self.choice = depths[0] if depths and (memory is not None or seconds is not None) else None
-
-    def __iter__(self) -> Iterator[Option]:
-        return iter(self.options)
-
-    def __repr__(self) -> str:
-        return f"Plan({len(self.options)} options, choice={self.choice.name if self.choice else None})"
-
-    def to_json(self) -> str:
-        """`{"options": [...], "choice": name or null, "machine": {...}}`; bytes, FLOPs, seconds."""
-        choice = self.choice.name if self.choice else None
-        options = [asdict(option) for option in self.options]
-        return json.dumps({"options": options, "choice": choice, "machine": asdict(self.machine)})
-
-    def print(self, console: Console | None = None) -> None:
-        """A table of the options; the choice is marked."""
-        budget = "" if self.memory is None else f", at most {self.memory / 2**20:.1f} MiB"
-        budget += "" if self.time is None else f", at most {self.time * 1e3:.1f} ms backward"
-        table = Table("option", title=f"what freezing would buy{budget}")
-        for column in ("parameters frozen", "learning", "kept (MiB)", "backward (GFLOP)", "backward (ms)"):
-            table.add_column(column, justify="right")
-        measured = any(option.measured_bytes is not None for option in self)
-        for column in ("measured (MiB)", "measured (ms)") if measured else ():
-            table.add_column(column, justify="right")
-        table.add_column("")
-        for option, fits in zip(self.options, self.fits):
-            mark = "<- fits first" if option is self.choice else "" if fits else "over budget"
-            kept, flops = f"{option.bytes_kept / 2**20:.2f}", f"{option.backward_flops / 1e9:.3f}"
-            milliseconds = f"{option.backward_seconds * 1e3:.2f}"
-            frozen, learning = str(len(option.frozen)), f"{option.trainable:,}"
-            real = _measured(option) if measured else ()
-            table.add_row(option.name, frozen, learning, kept, flops, milliseconds, *real, mark)
-        (console or default_console()).print(table)
-
-    def plot(self, path: str | Path) -> None:
-        """A PNG: kept memory and predicted backward time against the depth of freezing.
-
-        Raises:
-            ImportError: if matplotlib is not installed.
-        """
-        from freezekit.explain.plot import BLUE, ORANGE, figure
-
-        depths = [option for option in self.options if option.name.startswith("depth ")]
-        made = figure(7, 4)
-        left = made.subplots()
-        right = left.twinx()
-        left.plot([o.bytes_kept / 2**20 for o in depths], color=BLUE, marker="o", label="kept for backward")
-        right.plot(
-            [o.backward_seconds * 1e3 for o in depths], color=ORANGE, marker="s", linestyle="--", label="backward"
-        )
-        left.set_xlabel("layers frozen, in forward order")
-        left.set_ylabel("kept for backward [MiB]")
-        right.set_ylabel("predicted backward time [ms]")
-        left.set_ylim(bottom=0)
-        right.set_ylim(bottom=0)
-        made.legend(loc="outside upper center", ncols=2)
-        made.savefig(path, dpi=150)
+from freezekit.plan.machine import Machine, seconds
+from freezekit.plan.report import Option, Plan
 
 
 def plan(
@@ -266,12 +136,6 @@ class _Planner:
             return trace(self.model, inputs)
 
 
-def _measured(option: Option) -> tuple[str, str]:
-    if option.measured_bytes is None or option.measured_seconds is None:
-        return "", ""
-    return f"{option.measured_bytes / 2**20:.2f}", f"{option.measured_seconds * 1e3:.2f}"
-
-
 def _measure(model: nn.Module, inputs: Any, option: Option) -> Option:
     """Bytes that autograd keeps in a real step, and the shortest of a few backward passes."""
     if option.name == "input learns":
@@ -295,7 +159,7 @@ def _measure(model: nn.Module, inputs: Any, option: Option) -> Option:
         outputs = [t for t in torch.utils._pytree.tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
         count = sum(storage.nbytes() for storage in kept.values())
         kept.clear()
-        seconds = 0.0
+        elapsed = 0.0
         if outputs:
             ones = [torch.ones_like(t) for t in outputs]
             wanted = [
@@ -303,10 +167,10 @@ def _measure(model: nn.Module, inputs: Any, option: Option) -> Option:
                 for t in [*model.parameters(), *torch.utils._pytree.tree_leaves((args, kwargs))]
                 if isinstance(t, Tensor) and t.requires_grad
             ]
-            seconds = _seconds(
+            elapsed = seconds(
                 lambda: torch.autograd.grad(outputs, wanted, ones, retain_graph=True, allow_unused=True), device
             )
-    return replace(option, measured_bytes=count, measured_seconds=seconds)
+    return replace(option, measured_bytes=count, measured_seconds=elapsed)
 
 
 def _learning(value: Any) -> Any:
@@ -329,17 +193,3 @@ def _frozen(parameters: dict[str, nn.Parameter], frozen: list[str]) -> Iterator[
     finally:
         for name, parameter in parameters.items():
             parameter.requires_grad_(before[name])
-
-
-def _seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """The shortest of a few runs: what the machine can do when nobody else wants it."""
-    best = float("inf")
-    for _ in range(5):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return best
