@@ -164,7 +164,9 @@ void check_frozen(const Tensor& tensor, const char* name) {
 // By ATen's formulas, for torch.func transforms and forward-mode AD.
 Tensor by_aten(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& residual,
                const FrozenConv2d& f) {
-  Tensor y = aten::conv2d(input, weight, bias, f.geometry);
+  const bool same = bias && bias->defined() && bias->scalar_type() == input.scalar_type();
+  Tensor y = aten::conv2d(input, weight, same ? bias : std::nullopt, f.geometry);
+  if (bias && bias->defined() && !same) y = (y + bias->view({1, -1, 1, 1})).to(y.scalar_type());
   if (residual.defined()) y = y + residual;
   if (f.activation == FrozenConv2d::Activation::relu) return at::relu(y);
   return f.activation == FrozenConv2d::Activation::relu6 ? at::hardtanh(y, 0, 6) : y;
@@ -185,7 +187,8 @@ struct Call {
   }
 };
 
-// What autocast does to the operands of a convolution; forms of declared constants are cast once.
+// What autocast does to the operands of a convolution; forms of declared constants are cast once. A float32 bias is added
+// as it is, before the result is rounded.
 Call low_precision(const Call& call, c10::DeviceType device) {
   const auto dtype = at::autocast::get_lower_precision_fp_from_device_type(device);
   const auto cast = [&](const Tensor& tensor) {
@@ -197,7 +200,7 @@ Call low_precision(const Call& call, c10::DeviceType device) {
       return at::autocast::cached_cast(dtype, source, device);
     });
   };
-  return {cast(call.input), constant(call.weight), constant(call.bias), cast(call.residual)};
+  return {cast(call.input), constant(call.weight), call.bias, cast(call.residual)};
 }
 
 struct Result {

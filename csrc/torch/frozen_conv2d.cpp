@@ -32,6 +32,18 @@ bool result_is_channels_last(const FrozenConv2d& f, const Tensor& input, const T
   return f.channels_last.value_or(layout_of(input, weight) == at::MemoryFormat::ChannelsLast);
 }
 
+// conv2d's check but for the bias, which may be float32 beside a shorter dtype.
+template <class Int>
+SizeVector<Int> check_operands(const Tensor& input, const Tensor& weight, const Tensor& bias, const Geometry& g) {
+  const auto output = check_conv2d<Int>(input, weight, std::nullopt, g);
+  if (!bias.defined()) return output;
+  check_bias<Int>(sizes_of<Int>(bias), sizes_of<Int>(weight));
+  const bool shorter = input.scalar_type() == at::kBFloat16 || input.scalar_type() == at::kHalf;
+  if (!shorter || bias.scalar_type() != at::kFloat) check_same(input, "input", bias, "bias");
+  TORCH_CHECK(bias.device() == input.device(), "bias is on ", bias.device(), ", input is on ", input.device());
+  return output;
+}
+
 // What conv2d's check does not see: the residual, and dtypes that have no order.
 template <class Int>
 void check_residual(const Tensor& input, Sizes<Int> size, const Tensor& residual, Sizes<Int> output) {
@@ -72,8 +84,10 @@ Tensor affine_by_aten(const Tensor& input, const Tensor& weight, const Tensor& b
   const Tensor x = channels_last ? input.contiguous(at::MemoryFormat::ChannelsLast) : input;
   const Tensor r = residual.defined() ? residual.contiguous(format(channels_last)) : residual;
   if (channels_last && onednn::takes(x, weight)) return onednn::conv2d(x, weight, bias, r, g);
-  Tensor y = aten::conv2d(x, weight, bias.defined() ? std::make_optional(bias) : std::nullopt, g);
+  const bool same = bias.defined() && bias.scalar_type() == x.scalar_type();
+  Tensor y = aten::conv2d(x, weight, same ? std::make_optional(bias) : std::nullopt, g);
   y = y.contiguous(format(channels_last));
+  if (bias.defined() && !same) y.add_(bias.view({1, -1, 1, 1}));
   return r.defined() ? y.add_(r) : y;
 }
 
@@ -85,7 +99,7 @@ std::tuple<Tensor, Tensor> frozen_kernel(const Tensor& input, const Tensor& weig
   const FrozenConv2d f(activation, channels_last, Geometry(stride, padding, dilation, groups, backend));
   const Geometry& g = f.geometry;
   const Tensor r = or_none(residual);
-  const auto output = check_conv2d<int64_t>(input, weight, bias, g);
+  const auto output = check_operands<int64_t>(input, weight, or_none(bias), g);
   const Conv2dProblem problem = problem_of(input.sizes(), weight.sizes(), output, g);
   check_residual<int64_t>(input, r.defined() ? r.sizes() : IntArrayRef(), r, output);
   const BelowAutogradAndAutocast below;
@@ -93,8 +107,10 @@ std::tuple<Tensor, Tensor> frozen_kernel(const Tensor& input, const Tensor& weig
   Tensor bits = at::empty({wanted ? mask_words(problem.y_numel()) : 0}, input.options().dtype(at::kInt));
   if (native::runs(Operator::fprop, problem, input, g.backend)) {
     const bool relu = f.activation == Activation::relu;
-    Tensor y = native::conv2d_epilogue(problem, input, weight, or_none(bias), r, relu,
-                                       relu && wanted ? bits : Tensor(), g);
+    // The kernels take a bias of the tensors' dtype.
+    const Tensor b = bias && bias->defined() ? bias->to(input.scalar_type()) : Tensor();
+    Tensor y =
+        native::conv2d_epilogue(problem, input, weight, b, r, relu, relu && wanted ? bits : Tensor(), g);
     // The kernels' epilogue has no upper end.
     if (f.activation == Activation::relu6) bits = activate_(y, f.activation, keep_mask);
     return {y.contiguous(format(last)), bits};
@@ -145,7 +161,7 @@ std::tuple<Tensor, Tensor> frozen_meta(const Tensor& input, const Tensor& weight
                                        IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups,
                                        std::optional<bool> channels_last, bool keep_mask, std::string_view backend) {
   const FrozenConv2d f(activation, channels_last, Geometry(stride, padding, dilation, groups, backend));
-  const auto size = check_conv2d<c10::SymInt>(input, weight, bias, f.geometry);
+  const auto size = check_operands<c10::SymInt>(input, weight, or_none(bias), f.geometry);
   const Tensor r = or_none(residual);
   check_residual<c10::SymInt>(input, r.defined() ? r.sym_sizes() : SymIntArrayRef(), r, size);
   const Tensor y =

@@ -32,9 +32,12 @@ Tensor run(const Tensor& input, const Tensor& packed, const Tensor& bias, const 
   static const auto plain = find<Pointwise>("mkldnn::_convolution_pointwise");
   static const auto adding = find<PointwiseBinary>("mkldnn::_convolution_pointwise", "binary");
   // No ReLU of oneDNN's: it turns NaN into 0, torch's keeps it.
-  if (!residual.defined()) {
-    return plain.call(input, packed, optional(bias), padding, g.stride, g.dilation, g.groups, "none", Scalars(),
-                      std::nullopt);
+  // The adding operator takes no bias wider than the rest.
+  const bool wide_bias = bias.defined() && bias.scalar_type() != input.scalar_type();
+  if (!residual.defined() || wide_bias) {
+    Tensor y = plain.call(input, packed, optional(bias), padding, g.stride, g.dilation, g.groups, "none", Scalars(),
+                          std::nullopt);
+    return residual.defined() ? y.add_(residual) : y;
   }
   return adding.call(input, residual, packed, optional(bias), padding, g.stride, g.dilation, g.groups, "add",
                      std::nullopt, std::nullopt, Scalars(), std::nullopt);

@@ -18,7 +18,11 @@ from freezekit.fuse.layers import sources
 
 @dataclass(frozen=True)
 class Folded:
-    """weight: as the convolution's, in its dtype and layout; bias: (K,), or None where nothing adds one."""
+    """weight: as the convolution's, in its dtype and layout; bias: (K,), or None where nothing adds one.
+
+    The bias of a folded batch norm is float32 beside a shorter weight: as a constant of every position of a channel, its
+    rounding would not average out.
+    """
 
     weight: Tensor
     bias: Tensor | None
@@ -116,4 +120,5 @@ def _fold(conv: nn.Conv2d, norm: nn.Module | None, exact: torch.dtype) -> Folded
     if norm.bias is not None:
         shift = shift + norm.bias.detach().to(exact)
     scaled = weight.to(exact) * scale.view(-1, 1, 1, 1)
-    return Folded(scaled.to(weight.dtype), shift.to(weight.dtype))
+    shorter = weight.dtype in (torch.bfloat16, torch.float16)
+    return Folded(scaled.to(weight.dtype), shift.to(torch.float32 if shorter else weight.dtype))

@@ -1,0 +1,225 @@
+"""frozen_conv2d: its contract with torch, apart from models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import freezekit as fk
+from freezekit import _C
+from freezekit.constants import declare_constant
+from tests.observe import Calls, bytes_kept
+
+frozen = torch.ops.freezekit.frozen_conv2d.default
+ACTIVATIONS = {"none": lambda y: y, "relu": F.relu, "relu6": F.relu6}
+SETTINGS = [
+    {},
+    {"padding": [1]},
+    {"stride": [2], "padding": [1]},
+    {"padding": [2], "dilation": [2], "groups": 2},
+    {"stride": [2, 1], "padding": [0, 1], "groups": 4},
+]
+
+
+def tensors(dtype: torch.dtype, settings: dict, device: str, channels_last: bool) -> tuple[Tensor, ...]:
+    """Small integers: input, weight, bias and a residual of the output's size."""
+    make = lambda *size: torch.randint(-2, 3, size).to(device, dtype)  # noqa: E731
+    x, w, b = make(2, 4, 7, 6), make(8, 4 // settings.get("groups", 1), 3, 3), make(8)
+    r = make(*F.conv2d(x.double(), w.double(), b.double(), **settings).shape)
+    if channels_last:
+        x, w, r = (t.to(memory_format=torch.channels_last) for t in (x, w, r))
+    return x, w, b, r
+
+
+def reference(x: Tensor, w: Tensor, b: Tensor, r: Tensor | None, activation: str, settings: dict) -> list[Tensor]:
+    x, w, b = x.double().detach().requires_grad_(), w.double(), b.double()
+    r = r.double().detach().requires_grad_() if r is not None else None
+    y = F.conv2d(x, w, b, **settings)
+    y = ACTIVATIONS[activation](y if r is None else y + r)
+    return [y, *torch.autograd.grad(y, [x] if r is None else [x, r], cotangent(y))]
+
+
+def cotangent(y: Tensor) -> Tensor:
+    return (torch.arange(y.numel(), device=y.device) % 5 - 2).to(y.dtype).view(y.shape)
+
+
+@pytest.mark.parametrize("constant", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_integers_are_exact(
+    settings: dict, activation: str, dtype: torch.dtype, channels_last: bool, constant: bool, place: tuple[str, str]
+) -> None:
+    backend, device = place
+    x, w, b, r = tensors(dtype, settings, device, channels_last)
+    if constant:
+        declare_constant(w)
+    for residual in (None, r):
+        leaves = [t.detach().requires_grad_() for t in (x, *([residual] if residual is not None else []))]
+        y, bits = frozen(leaves[0], w, b, *leaves[1:], activation=activation, **settings, backend=backend)
+        ours = [y, *torch.autograd.grad(y, leaves, cotangent(y))]
+        assert bits.numel() == (0 if activation == "none" else (y.numel() + 31) // 32)
+        for mine, exact in zip(ours, reference(x, w, b, residual, activation, settings), strict=True):
+            assert torch.equal(mine.double(), exact.to(dtype).double())
+
+
+@pytest.mark.parametrize("forced", [False, True])
+def test_layout_of_the_result(forced: bool, place: tuple[str, str]) -> None:
+    backend, device = place
+    x, w, b, _ = tensors(torch.float32, {}, device, not forced)
+    y, _ = frozen(x, w, b, None, "relu", channels_last=forced, backend=backend)
+    assert y.is_contiguous(memory_format=torch.channels_last) is forced
+
+
+@pytest.mark.parametrize("state", ["graph", "none"])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_opcheck(activation: str, residual: bool, channels_last: bool, state: str) -> None:
+    x, w, b, r = tensors(torch.float32, {"padding": [1]}, "cpu", channels_last)
+    x.requires_grad_(state == "graph")
+    args = (x, w, b, r.requires_grad_(state == "graph") if residual else None, activation, [1], [1])
+    torch.library.opcheck(frozen, args)
+    torch.library.opcheck(frozen, args, {"channels_last": not channels_last, "keep_mask": True})
+
+
+def test_opcheck_of_dgrad() -> None:
+    x, w, b, r = tensors(torch.float32, {}, "cpu", False)
+    y, bits = frozen(x, w, b, None, "relu", keep_mask=True)
+    op = torch.ops.freezekit.frozen_conv2d_dgrad.default
+    mask = torch.randint(-(2**31), 2**31 - 1, ((x.numel() + 31) // 32,), dtype=torch.int32)
+    for dy in (y, y.clone().requires_grad_()):
+        torch.library.opcheck(op, (dy, w, x.shape, torch.randn_like(x), mask))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_derivatives_of_any_order(activation: str, place: tuple[str, str]) -> None:
+    backend, device = place
+    x, w, b, r = (torch.randn(t.shape, dtype=torch.float64, device=device) for t in tensors(torch.float64, {}, device, False))
+    f = lambda x, r: frozen(x, w, b, r, activation, backend=backend)[0]  # noqa: E731
+    assert torch.autograd.gradcheck(f, (x.requires_grad_(), r.requires_grad_()), fast_mode=True)
+    assert torch.autograd.gradgradcheck(f, (x, r), fast_mode=True)
+
+
+def test_only_bits_are_kept() -> None:
+    w, b = torch.randn(8, 8, 3, 3), torch.randn(8)
+    x = torch.randn(2, 8, 16, 16, requires_grad=True)
+    assert bytes_kept(lambda x: frozen(x, w, b, None, "relu", [1], [1])[0], x) == x.numel() // 8
+    assert bytes_kept(lambda x: frozen(x, w, b, None, "none", [1], [1])[0], x) == 0
+    assert bytes_kept(lambda x: frozen(x, w, b, None, "relu", [1], [1])[0], x.detach()) == 0
+
+
+def test_a_trainable_weight_is_refused() -> None:
+    x, w, b, _ = tensors(torch.float32, {}, "cpu", False)
+    with pytest.raises(RuntimeError, match="weight must not require grad"):
+        frozen(x, w.requires_grad_(), b)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"residual": torch.zeros(1)}, "residual must have the size of the output"),
+        ({"residual": torch.zeros(2, 8, 5, 4, dtype=torch.float64)}, "residual has dtype"),
+        ({"bias": torch.zeros(7)}, "bias must have size"),
+        ({"activation": "gelu"}, "activation must be 'none', 'relu' or 'relu6', got 'gelu'"),
+    ],
+)
+def test_errors_name_the_argument(change: dict, text: str) -> None:
+    x, w, b, _ = tensors(torch.float32, {}, "cpu", False)
+    with pytest.raises((RuntimeError, ValueError), match=text):
+        frozen(**{"input": x, "weight": w, "bias": b, **change})
+
+
+def test_transforms_take_atens_formulas() -> None:
+    x, w, b, r = tensors(torch.float32, {}, "cpu", False)
+    f = lambda x: frozen(x, w, b, r, "relu")[0].square().sum()  # noqa: E731
+    g = lambda x: F.relu(F.conv2d(x, w, b) + r).square().sum()  # noqa: E731
+    assert torch.equal(torch.func.grad(f)(x), torch.func.grad(g)(x))
+    assert torch.equal(torch.vmap(f)(torch.stack([x, -x])), torch.stack([g(x), g(-x)]))
+    assert torch.equal(torch.func.jvp(f, (x,), (x,))[1], torch.func.jvp(g, (x,), (x,))[1])
+
+
+def test_autocast() -> None:
+    x, w, b, r = tensors(torch.float32, {}, "cpu", False)
+    declare_constant(w)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, _ = frozen(x.requires_grad_(), w, b, r, "relu")
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y.float(), F.relu(F.conv2d(x, w, b) + r))
+    y.sum().backward()
+    assert x.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+def test_compiled_as_eager(channels_last: bool) -> None:
+    x, w, b, r = tensors(torch.float32, {"padding": [1]}, "cpu", channels_last)
+
+    def f(x: Tensor) -> Tensor:
+        y = frozen(x, w, b, r, "relu", [1], [1])[0]
+        return frozen(y, torch.flip(w.expand(8, 4, 3, 3), [0]).repeat(1, 2, 1, 1), b, None, "relu6", [1], [1])[0]
+
+    outcomes = []
+    for call in (f, torch.compile(f, fullgraph=True, backend="aot_eager")):
+        leaf = x.clone().requires_grad_()
+        y = call(leaf)
+        outcomes.append((y, *torch.autograd.grad(y.square().sum(), leaf)))
+    for a, b in zip(*outcomes, strict=True):
+        assert torch.equal(a, b)
+        assert a.stride() == b.stride()
+
+
+def test_the_mask_costs_no_pass_between_two() -> None:
+    x, w, b, _ = tensors(torch.float32, {"padding": [1]}, "cpu", True)
+    w = w.repeat(1, 2, 1, 1)
+    x = torch.randn(2, 8, 6, 6).to(memory_format=torch.channels_last).requires_grad_()
+    y = frozen(frozen(x, w, b, None, "relu", [1], [1])[0], w, b, None, "relu", [1], [1])[0]
+    with Calls() as calls:
+        torch.autograd.grad(y, x, torch.ones_like(y))
+    assert calls.count["freezekit::gate"] == 1
+    assert calls.count["freezekit::frozen_conv2d_dgrad"] == 2
+
+
+@pytest.mark.parametrize("look", ["hook", "retain_grad", "grad"])
+def test_who_looks_at_a_gradient_sees_it_unmasked(look: str) -> None:
+    x = torch.randn(2, 8, 6, 6, requires_grad=True)
+    w, b = torch.randn(8, 8, 1, 1), torch.randn(8)
+    seen = []
+    hidden = frozen(x, w, b, None, "relu")[0]
+    if look == "hook":
+        hidden.register_hook(lambda g: seen.append(g.clone()))
+    elif look == "retain_grad":
+        hidden.retain_grad()
+    y = frozen(hidden, w, b)[0]
+    dy = torch.randn_like(y)
+    wanted = [x, hidden] if look == "grad" else [x]
+    result = torch.autograd.grad(y, wanted, dy) if look == "grad" else y.backward(dy)
+    found = {"hook": lambda: seen[0], "retain_grad": lambda: hidden.grad, "grad": lambda: result[1]}[look]()
+    expected = fk.conv2d_dgrad(dy, w, hidden.shape)
+    torch.testing.assert_close(found, expected)
+    dx = result[0] if look == "grad" else x.grad
+    torch.testing.assert_close(dx, fk.conv2d_dgrad(expected * (hidden > 0), w, x.shape))
+
+
+def test_a_gradient_edited_on_its_way_is_masked_again() -> None:
+    x = torch.randn(2, 8, 6, 6, requires_grad=True)
+    w, b = torch.randn(8, 8, 1, 1), torch.randn(8)
+    hidden = frozen(x, w, b, None, "relu")[0]
+    y = frozen(hidden, w, b)[0] + 3 * hidden  # another reader: the sum is not what the one reader masked
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    leaf = x.detach().requires_grad_()
+    stock = F.relu(F.conv2d(leaf, w, b))
+    torch.testing.assert_close(dx, torch.autograd.grad((F.conv2d(stock, w, b) + 3 * stock).sum(), leaf)[0])
+
+
+def test_kernels_do_it_all_in_one_launch_each_way() -> None:
+    x, w, b, r = tensors(torch.float32, {"padding": [1]}, "cpu", True)
+    _C.set_launch_log(True)
+    try:
+        y, _ = frozen(x.requires_grad_(), w, b, r, "relu", [1], [1], backend="emulated")
+        y.backward(torch.ones_like(y))
+        assert [row["operator"] for row in _C.take_launch_log()] == ["conv2d", "conv2d_dgrad"]
+    finally:
+        _C.set_launch_log(False)
