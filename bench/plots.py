@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FormatStrFormatter, NullFormatter
 
 from bench.report import MIB
@@ -135,7 +136,12 @@ def _layer_ratios(rows: list[Row], title: str) -> Figure:
     _bars(axis, labels, sides, value)
     axis.axvline(1, color="black", lw=0.9)
     medians = [row.ratio.median for row in rows if row.ratio]
-    axis.set_xlim(0, min(max(1.25, 1.15 * max(medians)), 3))
+    limit = min(max(1.25, 1.15 * max(medians)), 3)
+    axis.set_xlim(0, limit)
+    for bar in axis.patches:
+        if isinstance(bar, Rectangle) and (length := bar.get_width()) > limit:  # It says how far beyond it goes.
+            middle = bar.get_y() + bar.get_height() / 2
+            axis.text(limit, middle, f"{length:.2f} ", ha="right", va="center", fontsize=6, backgroundcolor="white")
     axis.set_xlabel("time / stock's time (below 1 is faster; whiskers: quartiles)")
     axis.set_title(title, fontsize=10)
     figure.legend(loc="outside upper right", fontsize=7, ncols=len(sides))

@@ -77,7 +77,7 @@ def _memsave(module: nn.Module) -> nn.Module:
 
 
 def _compiled(module: nn.Module) -> nn.Module:
-    torch._dynamo.reset()
+    torch._dynamo.reset()  # Beyond its limit of recompilations torch would run later cases eagerly.
     module.compile()
     return module
 
