@@ -54,9 +54,12 @@ def is_constant(tensor: Tensor) -> bool:
 def follow(tensors: Iterable[Tensor]) -> None:
     """Declares those of the tensors that are frozen and withdraws those that learn: what `freeze` and `unfreeze` do.
 
-    Inference tensors, which have no version counter, are left out: their forms are made at each call.
+    Inference tensors, which have no version counter, and lazy parameters, which have no data yet, are left out: their
+    forms are made at each call.
     """
     for tensor in tensors:
+        if nn.parameter.is_lazy(tensor):
+            continue
         if tensor.requires_grad:
             withdraw_constant(tensor)
         elif not tensor.is_inference():

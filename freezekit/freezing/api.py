@@ -151,6 +151,7 @@ def unfreeze(
         _keep_way_back(result, one, params, names, state)
         optim.learn_names(one, selection.params)
         result.returned += names_of(optim.put_back(one, params, group), names)
+        optim.complete_fused_momentum(one)
     constants.follow(params)
     note_freeze(model)
     return result

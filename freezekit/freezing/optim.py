@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.optim import LBFGS, Adagrad, Optimizer
+from torch.optim import LBFGS, SGD, Adagrad, Optimizer
 
 StatePolicy = Literal["keep", "reset"]
 State = dict[torch.Tensor, dict[str, Any]]
@@ -65,6 +65,26 @@ def fresh_state(optimizer: Optimizer, param: nn.Parameter, group: dict[str, Any]
             param.detach(), complex(value, value) if param.is_complex() else value, memory_format=torch.preserve_format
         ),
     }
+
+
+def complete_fused_momentum(optimizer: Optimizer) -> None:
+    """Give trainable parameters of fused SGD the momentum buffer that they lack beside others that have one.
+
+    torch's fused step fails on such a group, though a parameter that was frozen from the start, or reset, has none. A
+    buffer of zeros steps as a missing one does, where dampening is 0; elsewhere nothing does, and torch's error stays.
+    """
+    if not isinstance(optimizer, SGD):
+        return
+    for group in optimizer.param_groups:
+        if not (group["fused"] and group["momentum"]) or group["dampening"]:
+            continue
+        params = [p for p in group["params"] if p.requires_grad]
+        lacking = [p for p in params if optimizer.state.get(p, {}).get("momentum_buffer") is None]
+        if len(lacking) < len(params):
+            for param in lacking:
+                optimizer.state[param]["momentum_buffer"] = torch.zeros_like(
+                    param.detach(), memory_format=torch.preserve_format
+                )
 
 
 def reset(optimizer: Optimizer, params: Iterable[nn.Parameter]) -> State:

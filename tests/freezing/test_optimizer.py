@@ -99,6 +99,25 @@ def test_kept_state_can_be_reset_while_it_is_out() -> None:
     assert optimizer.state[model[0].weight]["step"] == 1
 
 
+@pytest.mark.parametrize("state", ["keep", "reset"])
+def test_momentum_of_some_does_not_break_the_fused_step(state: str) -> None:
+    """torch's fused SGD fails on a group in which only some parameters have a momentum buffer."""
+    models = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        model = net()
+        optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9, fused=fused)
+        freeze(model, "0", optimizer=optimizer)
+        learn(model, optimizer)
+        unfreeze(model, "0", optimizer=optimizer, state=state)
+        learn(model, optimizer)
+        unfreeze(model, "1", optimizer=optimizer, state="reset")
+        learn(model, optimizer)
+        models.append(model)
+    for a, b in zip(models[0].parameters(), models[1].parameters()):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("options", [{}, {"fused": True}, {"foreach": True}])
 def test_adagrad_which_makes_its_state_early(options: dict[str, bool]) -> None:
     """Adagrad fails at a parameter without state, so a reset gives it the state that a new one has."""

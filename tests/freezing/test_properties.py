@@ -66,6 +66,8 @@ class Stock:
                 param.grad = None
             if reset and not isinstance(self.optimizer, LBFGS):
                 self._reset(param)
+        if not frozen:
+            self._complete()
         self.still = self.still | set(norms) if held else self.still - set(norms)
         self.train(self.mode)
         if isinstance(self.optimizer, LBFGS):
@@ -81,6 +83,15 @@ class Stock:
                 self.optimizer.state.pop(param, None)
                 if param in fresh:
                     self.optimizer.state[param] = fresh[param]
+
+    def _complete(self) -> None:
+        """Fused SGD fails where only some trainable parameters have a momentum; zeros step as none does."""
+        if not (self.choice.options.get("fused") and self.choice.options.get("momentum")):
+            return
+        params = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
+        if any("momentum_buffer" in self.optimizer.state.get(p, {}) for p in params):
+            for param in params:
+                self.optimizer.state[param].setdefault("momentum_buffer", torch.zeros_like(param.detach()))
 
     def train(self, mode: bool) -> None:
         self.mode = mode
