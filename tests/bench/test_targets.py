@@ -1,0 +1,50 @@
+"""The checks of promises: what they report and how they exit. Their figures are no test's business."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench import overhead, targets
+
+ONE = [replace(overhead.CASES[0], bound=1e9)]
+
+
+def test_overhead_reports_every_case(capsys: pytest.CaptureFixture[str]) -> None:
+    assert overhead.main(["--rounds", "1", "--calls", "1"]) == 0
+    text = capsys.readouterr().out
+    assert all(case.name in text for case in overhead.CASES)
+    assert {case.bound for case in overhead.CASES} == {1.3, 1.65}
+
+
+@pytest.mark.parametrize(("bound", "code"), [(1e9, 0), (0.0, 1)])
+def test_overhead_check_decides_the_exit_code(bound: float, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overhead, "CASES", [replace(ONE[0], bound=bound)])
+    assert overhead.main(["--rounds", "1", "--calls", "1", "--check"]) == code
+
+
+def test_overhead_leaves_the_threads_alone() -> None:
+    before = torch.get_num_threads()
+    overhead.main(["--rounds", "1", "--calls", "1"])
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(("measured", "code"), [(1.0, 0), (2.0, 1)])
+def test_targets_check(
+    measured: float, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(overhead, "CASES", ONE)
+    real = targets.layer_target
+    asked = []
+
+    def scripted(name: str, *rest: object) -> targets.Target:
+        asked.append(real(name, *rest))  # type: ignore[arg-type]
+        return targets.Target(name, 1.5, measured)
+
+    monkeypatch.setattr(targets, "layer_target", scripted)
+    assert targets.main(["--layers", "tiny", "--repeat", "1", "--threads", "1", "--check"]) == code
+    assert [target.bound for target in asked] == [1.03, 0.6]
+    assert all(target.measured > 0 for target in asked)
+    assert ("FAILS" in capsys.readouterr().out) == bool(code)
