@@ -2,9 +2,9 @@
 
     python bench/fuse.py [--rounds 15] [--threads 1] [--compile] [--check]
 
-All is frozen and in eval mode; the input needs a gradient, as it does above trainable layers or for prompts. A step is one
-forward and one backward. Ratios are medians over interleaved rounds. The bounds are the project's own: 0.87 of stock in
-channels_last, 0.75 in NCHW, and with --compile not slower than torch.compile of stock.
+All is frozen and in eval mode; the input needs a gradient, as it does above trainable layers or for prompts. A step is
+one forward and one backward. Ratios are medians over interleaved rounds. The bounds are the project's own: 0.87 of
+stock in channels_last, 0.75 in NCHW, and with --compile not slower than torch.compile of stock.
 """
 
 from __future__ import annotations

@@ -20,16 +20,16 @@ Model = TypeVar("Model", bound=nn.Module)
 def fuse(model: Model) -> Model:
     """Lets every frozen Conv -> BatchNorm -> (+ residual) -> ReLU of `model` run as one operator, in place.
 
-    The forwards of modules that call convolutions are traced one by one (torch.fx, children are leaves) and rewritten. At
-    each call a block looks whether its layers are frozen: weights and biases with ``requires_grad=False``, batch norms
-    in eval mode, no hooks on any of them. If so it runs as one operator that keeps one bit an element; if not it runs
-    layer by layer, as if never fused. So `freeze` and `unfreeze` need no other call.
+    The forwards of modules that call convolutions are traced one by one (torch.fx, children are leaves) and rewritten.
+    At each call a block looks whether its layers are frozen: weights and biases with ``requires_grad=False``, batch
+    norms in eval mode, no hooks on any of them. If so it runs as one operator that keeps one bit an element; if not it
+    runs layer by layer, as if never fused. So `freeze` and `unfreeze` need no other call.
 
-    Names, parameters, buffers, state_dict, hooks and isinstance stay as they are; only ``type(module)`` of the rewritten
-    containers is a subclass of what it was. A deepcopy is fused, a pickle is not: it holds the stock classes.
+    Names, parameters, buffers, state_dict, hooks and isinstance stay as they are; only ``type(module)`` of the
+    rewritten containers is a subclass of what it was. A deepcopy is fused, a pickle is not: it holds the stock classes.
 
     Weights folded with batch norms are kept across steps; every change of their sources is seen but writes through
-    ``.data`` or numpy. After such a write call `freezekit.invalidate`.
+    ``.data`` or numpy. After such a write call `invalidate_folds`.
 
     Args:
         model: any module; fusing twice, or after layers were changed, is fine.

@@ -34,6 +34,7 @@ def block(
     """
     if not _runs_fused(x, conv, norm, activation, residual):
         return _layers(x, conv, norm, activation, residual, add_in_place)
+    assert isinstance(conv, nn.Conv2d)
     form = folding.folded(conv, norm)
     return _frozen(x, form.weight, form.bias, residual, *_settings(conv, activation), **_options(channels_last))[0]
 
@@ -50,12 +51,13 @@ def shared_block(
     """As `block`; also returns x, for those who read it after: their gradients are added inside this one's dgrad."""
     if torch.compiler.is_compiling() or not _runs_fused(x, conv, norm, activation, residual):
         return block(x, conv, norm, activation, residual, add_in_place, channels_last), x
+    assert isinstance(conv, nn.Conv2d)
     form = folding.folded(conv, norm)
     return _shared(x, form.weight, form.bias, residual, *_settings(conv, activation), **_options(channels_last))
 
 
 def inner_layout(x: Tensor) -> bool | None:
-    """The layout of results that only other blocks read: channels_last where kernels compute in it, else torch's rule."""
+    """The layout of results that only blocks read: channels_last where kernels compute in it, else torch's rule."""
     if type(x) is Tensor and x.device.type == "cpu" and x.dtype is not torch.float64:
         return True
     return True if backends._current in ("native", "emulated") else None

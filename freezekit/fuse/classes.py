@@ -1,8 +1,8 @@
 """How a module gets another forward and stays what it was.
 
 Its class becomes a subclass of its class that differs in `forward` alone: attributes, state_dict, names, hooks and
-isinstance are untouched, and nothing is stored on the instance. A plan holds for what its forward was seen to depend on;
-where that has changed (a layer was appended, a flag was set), a new plan is made at the next call.
+isinstance are untouched, and nothing is stored on the instance. A plan holds for what its forward was seen to depend
+on; where that has changed (a layer was appended, a flag was set), a new plan is made at the next call.
 
 deepcopy gives a fused copy. pickle writes the stock class, so that what was saved loads without freezekit.
 """
@@ -10,6 +10,7 @@ deepcopy gives a fused copy. pickle writes the stock class, so that what was sav
 from __future__ import annotations
 
 import copy
+import copyreg
 from functools import wraps
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import nn
 
 from freezekit.fuse.plan import Plan, make_plan
 
+_NEW_OBJECT = getattr(copyreg, "__newobj__")  # noqa: B009, the type stubs lack it
 _ORIGINAL = "_freezekit_original"
 _PLAN = "_freezekit_plan"
 
@@ -82,15 +84,17 @@ def _subclass(kind: type[nn.Module], plan: Plan) -> type[nn.Module]:
         _ORIGINAL: kind,
         _PLAN: plan,
     }
-    return type(kind)(kind.__name__, (kind,), body)
+    return type(kind)(kind.__name__, (kind,), body)  # type: ignore[misc]
 
 
 def _stock_reduce(module: nn.Module, kind: type[nn.Module], protocol: Any) -> Any:
     """What the module's own class would answer."""
     mine = type(module)
     parts = list(kind.__reduce_ex__(module, protocol))
-    parts[0] = kind if parts[0] is mine else parts[0]
     parts[1] = tuple(kind if part is mine else part for part in parts[1])
+    if parts[0] is _NEW_OBJECT and len(parts[1]) == 1:
+        # pickle takes this one for the object's present class alone.
+        parts[:2] = copyreg._reconstructor, (kind, object, None)  # type: ignore[attr-defined]
     return tuple(parts)
 
 

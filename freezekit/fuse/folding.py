@@ -20,8 +20,8 @@ from freezekit.fuse.layers import sources
 class Folded:
     """weight: as the convolution's, in its dtype and layout; bias: (K,), or None where nothing adds one.
 
-    The bias of a folded batch norm is float32 beside a shorter weight: as a constant of every position of a channel, its
-    rounding would not average out.
+    The bias of a folded batch norm is float32 beside a shorter weight: as a constant of every position of a channel,
+    its rounding would not average out.
     """
 
     weight: Tensor
@@ -98,7 +98,7 @@ def drop(conv: nn.Module) -> None:
 
 
 def _eps(norm: nn.Module | None) -> float:
-    return 0.0 if norm is None else float(norm.eps)
+    return 0.0 if norm is None else float(norm.eps)  # type: ignore[arg-type]
 
 
 def _fits(entry: _Entry, norm: nn.Module | None, now: tuple[Tensor, ...]) -> bool:
@@ -111,13 +111,15 @@ def _fold(conv: nn.Conv2d, norm: nn.Module | None, exact: torch.dtype) -> Folded
     weight, bias = conv.weight.detach(), conv.bias.detach() if conv.bias is not None else None
     if norm is None:
         return Folded(weight, bias)
+    assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     mean, var = norm.running_mean.to(exact), norm.running_var.to(exact)
     scale = torch.rsqrt(var + norm.eps)
-    if norm.weight is not None:
+    if norm.affine:
         scale = scale * norm.weight.detach().to(exact)
-    shift = -mean if bias is None else bias.to(exact) - mean
-    shift = shift * scale
-    if norm.bias is not None:
+    shift = (-mean if bias is None else bias.to(exact) - mean) * scale
+    if norm.affine:
         shift = shift + norm.bias.detach().to(exact)
     scaled = weight.to(exact) * scale.view(-1, 1, 1, 1)
     shorter = weight.dtype in (torch.bfloat16, torch.float16)

@@ -47,7 +47,7 @@ class Chain:
 
 
 def find_chains(root: nn.Module, graph: fx.Graph) -> list[Chain]:
-    """Every convolution of the graph with the layers behind it that nobody else reads between; in order of their ends."""
+    """Every convolution of the graph with the layers behind it that nobody reads between; in order of their ends."""
     place = {node: i for i, node in enumerate(graph.nodes)}
     claimed: set[fx.Node] = set()
     chains = []

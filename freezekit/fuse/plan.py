@@ -116,7 +116,8 @@ def _rewrite(graph: fx.Graph, chains: list[Chain]) -> fx.Graph:
     internal = {chain.end for chain in chains if _only_blocks_read(chain.end, chains)}
     order = [node for node in graph.nodes if node not in inner]
     last_reader = {arg: i for i, node in enumerate(order) for arg in _reads(node, ends)}
-    new, value = fx.Graph(), {}
+    new = fx.Graph()
+    value: dict[fx.Node, fx.Node] = {}
     layouts = _Layouts(new, value, ends, internal)
     for i, node in enumerate(order):
         chain = ends.get(node)

@@ -39,8 +39,8 @@ class BlockReport:
 def fusion_report(model: nn.Module) -> list[BlockReport]:
     """A row for every call of an `nn.Conv2d` that `fuse` knows of, and for every convolution that it could not place.
 
-    Says what a call made now would do: the same blocks run fused while their layers are frozen, and layer by layer while
-    they train.
+    Says what a call made now would do: the same blocks run fused while their layers are frozen, and layer by layer
+    while they train.
 
     >>> from torch import nn
     >>> import freezekit as fk
@@ -68,7 +68,8 @@ def fusion_report(model: nn.Module) -> list[BlockReport]:
         if isinstance(module, nn.Conv2d) and name not in placed:
             parent = name.rpartition(".")[0]
             reason = reasons.get(parent, "") if name else "it is the whole model: nothing stands around it"
-            rows.append(BlockReport(name, "", "none", False, False, reason or "no traced forward calls it by this name"))
+            reason = reason or "no traced forward calls it by this name"
+            rows.append(BlockReport(name, "", "none", False, False, reason))
     return rows
 
 

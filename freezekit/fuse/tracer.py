@@ -1,13 +1,14 @@
 """The dataflow of one module's own forward, with every child a leaf, and what that dataflow depends on.
 
 torch.fx runs `forward` once with symbolic values. What the code decides by plain attributes (`self.training`,
-`self.downsample is None`) or by the number of children is decided then, so it is recorded: a rewritten forward is good only
-while it all still holds. What cannot be watched makes a forward untraceable: it sets attributes, reads mutable ones, asks
-for the type of a value, makes tensors of its own, draws random numbers.
+`self.downsample is None`) or by the number of children is decided then, so it is recorded: a rewritten forward is good
+only while it all still holds. What cannot be watched makes a forward untraceable: it sets attributes, reads mutable
+ones, asks for the type of a value, makes tensors of its own, draws random numbers.
 """
 
 from __future__ import annotations
 
+import operator
 import random
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
@@ -50,7 +50,7 @@ class Traced:
 class _Value(fx.Proxy):
     """A symbolic value that will not be mistaken for something that is no tensor."""
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> Any:
         frame = sys._getframe(1)
         while frame.f_back is not None and frame.f_globals.get("__name__") in ("abc", "typing"):
@@ -59,6 +59,18 @@ class _Value(fx.Proxy):
         if name == "torch" or name.startswith(("torch.", "freezekit.fuse")):
             return type(self)
         raise Untraceable("its forward asks for the type of a value")
+
+
+def _written_as_it_is(target: Any) -> Any:
+    def method(self: fx.Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", target, (self, other), {})
+
+    return method
+
+
+# Without these, Python takes `a += b` of symbolic values for `a = a + b`, and who else holds `a` would miss the change.
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul"):
+    setattr(_Value, f"__{_name}__", _written_as_it_is(getattr(operator, _name)))
 
 
 class _OneLevel(fx.Tracer):
@@ -95,7 +107,8 @@ def trace(module: nn.Module, kind: type[nn.Module]) -> Traced:
         raise _with_reads(error, reads) from None
     except Exception as error:  # whatever a forward does with a value that is none
         text = str(error).strip().splitlines()
-        raise _with_reads(Untraceable(f"torch.fx cannot trace it: {text[0] if text else type(error).__name__}"), reads) from None
+        reason = Untraceable(f"torch.fx cannot trace it: {text[0] if text else type(error).__name__}")
+        raise _with_reads(reason, reads) from None
     if random.getstate() != state:
         random.setstate(state)
         raise _with_reads(Untraceable("its forward draws random numbers"), reads)

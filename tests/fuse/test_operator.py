@@ -87,8 +87,8 @@ def test_opcheck(activation: str, residual: bool, channels_last: bool, state: st
 
 
 def test_opcheck_of_dgrad() -> None:
-    x, w, b, r = tensors(torch.float32, {}, "cpu", False)
-    y, bits = frozen(x, w, b, None, "relu", keep_mask=True)
+    x, w, b, _ = tensors(torch.float32, {}, "cpu", False)
+    y, _ = frozen(x, w, b, None, "relu")
     op = torch.ops.freezekit.frozen_conv2d_dgrad.default
     mask = torch.randint(-(2**31), 2**31 - 1, ((x.numel() + 31) // 32,), dtype=torch.int32)
     for dy in (y, y.clone().requires_grad_()):
@@ -98,7 +98,8 @@ def test_opcheck_of_dgrad() -> None:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_derivatives_of_any_order(activation: str, place: tuple[str, str]) -> None:
     backend, device = place
-    x, w, b, r = (torch.randn(t.shape, dtype=torch.float64, device=device) for t in tensors(torch.float64, {}, device, False))
+    shapes = [t.shape for t in tensors(torch.float64, {}, device, False)]
+    x, w, b, r = (torch.randn(shape, dtype=torch.float64, device=device) for shape in shapes)
     f = lambda x, r: frozen(x, w, b, r, activation, backend=backend)[0]  # noqa: E731
     assert torch.autograd.gradcheck(f, (x.requires_grad_(), r.requires_grad_()), fast_mode=True)
     assert torch.autograd.gradgradcheck(f, (x, r), fast_mode=True)
