@@ -14,12 +14,40 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator
+from typing import Protocol
 
 from torch import Tensor, nn
 
 import freezekit._C as _C
 
-__all__ = ["declare_constant", "follow", "invalidate", "is_constant", "usage", "verify_constants", "withdraw_constant"]
+__all__ = [
+    "declare_constant",
+    "follow",
+    "invalidate",
+    "is_constant",
+    "register_cache",
+    "usage",
+    "verify_constants",
+    "withdraw_constant",
+]
+
+
+class Cache(Protocol):
+    """Keeps what is made of several constants together, such as a weight and a batch norm."""
+
+    def drop(self, model: nn.Module | Tensor) -> None:
+        """Forgets what it made of the model's constants, or of one tensor."""
+
+    def verify(self, model: nn.Module | Tensor) -> None:
+        """Raises RuntimeError where something that it keeps is stale."""
+
+
+_caches: list[Cache] = []
+
+
+def register_cache(cache: Cache) -> None:
+    """Lets `invalidate` and `verify_constants` reach a cache of a layer above."""
+    _caches.append(cache)
 
 
 def declare_constant(tensor: Tensor) -> None:
@@ -80,6 +108,8 @@ def invalidate(model: nn.Module | Tensor) -> None:
     """
     for _, tensor in _tensors(model):
         _C.constants.invalidate(tensor)
+    for cache in _caches:
+        cache.drop(model)
 
 
 def verify_constants(model: nn.Module | Tensor) -> None:
@@ -94,6 +124,8 @@ def verify_constants(model: nn.Module | Tensor) -> None:
                 f"the kept {form} of constant {name!r} is stale: it was written to in a way that changes neither "
                 "version nor storage (.data, numpy); call freezekit.invalidate(model) after such a write"
             )
+    for cache in _caches:
+        cache.verify(model)
 
 
 def usage() -> dict[str, int]:

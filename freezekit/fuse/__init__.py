@@ -12,7 +12,7 @@ from freezekit.fuse.classes import fuse_module, original_class, plan_of, unfuse_
 from freezekit.fuse.plan import make_plan
 from freezekit.fuse.report import BlockReport, fusion_report
 
-__all__ = ["BlockReport", "fuse", "fusion_report", "invalidate_folds", "unfuse"]
+__all__ = ["BlockReport", "fuse", "fusion_report", "unfuse"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -29,7 +29,7 @@ def fuse(model: Model) -> Model:
     rewritten containers is a subclass of what it was. A deepcopy is fused, a pickle is not: it holds the stock classes.
 
     Weights folded with batch norms are kept across steps; every change of their sources is seen but writes through
-    ``.data`` or numpy. After such a write call `invalidate_folds`.
+    ``.data`` or numpy. After such a write call `freezekit.constants.invalidate`.
 
     Args:
         model: any module; fusing twice, or after layers were changed, is fine.
@@ -74,14 +74,8 @@ def unfuse(model: Model) -> Model:
     """
     for module in model.modules():
         unfuse_module(module)
-    invalidate_folds(model)
+    folding.drop_all(model)
     return model
-
-
-def invalidate_folds(model: nn.Module) -> None:
-    """Drops the folded weights of a model: after a write through ``.data`` or numpy, which nothing shows."""
-    for module in model.modules():
-        folding.drop(module)
 
 
 def _may_rewrite(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from freezekit.constants import declare_constant
+from freezekit.constants import declare_constant, register_cache
 from freezekit.fuse.layers import sources
 
 
@@ -78,8 +78,7 @@ def folded(conv: nn.Conv2d, norm: nn.Module | None) -> Folded:
     # A tensor made in inference mode could not be saved for a backward pass.
     with torch.inference_mode(False), torch.no_grad():
         states = tuple(_State(source) for source in now) if cacheable else ()
-        exact = torch.float64 if conv.weight.device.type in ("cpu", "cuda") else torch.float32
-        result = _fold(conv, norm, exact)
+        result = _fold(conv, norm, _exact(conv.weight))
     if cacheable:
         declare_constant(result.weight)
         if result.bias is not None:
@@ -95,6 +94,60 @@ def drop(conv: nn.Module) -> None:
     if conv in _entries:
         with _lock:
             _entries.pop(conv, None)
+
+
+def drop_all(model: nn.Module | Tensor) -> None:
+    """Forgets what was made of a model's convolutions, or of one tensor."""
+    for conv, _ in _of(model):
+        drop(conv)
+
+
+def verify(model: nn.Module | Tensor) -> None:
+    """Folds again and compares.
+
+    Raises:
+        RuntimeError: if what is kept differs from what folding gives now.
+    """
+    for conv, entry in _of(model):
+        norm = None if entry.norm is None else entry.norm()
+        if not _fits(entry, norm, tuple(sources(conv, norm))):
+            continue  # seen, and made again at the next call
+        with torch.no_grad():
+            now = _fold(conv, norm, _exact(conv.weight))
+        kept = entry.folded
+        if not torch.equal(kept.weight, now.weight) or (
+            kept.bias is not None and now.bias is not None and not torch.equal(kept.bias, now.bias)
+        ):
+            raise RuntimeError(
+                f"the kept folded weight of {conv} is stale: it or its batch norm was written to through .data or "
+                "numpy; call freezekit.invalidate(model) after such a write"
+            )
+
+
+class _Folds:
+    """This cache as `freezekit.constants` sees it."""
+
+    drop = staticmethod(drop_all)
+    verify = staticmethod(verify)
+
+
+register_cache(_Folds())
+
+
+def _of(model: nn.Module | Tensor) -> list[tuple[nn.Conv2d, _Entry]]:
+    with _lock:
+        entries = list(_entries.items())
+    if isinstance(model, Tensor):
+        found = [(c, e) for c, e in entries if any(state.source() is model for state in e.states)]
+    else:
+        modules = set(model.modules())
+        found = [(c, e) for c, e in entries if c in modules]
+    return [(conv, entry) for conv, entry in found if isinstance(conv, nn.Conv2d)]
+
+
+def _exact(weight: Tensor) -> torch.dtype:
+    """In which folding is done: float64 where the device has it."""
+    return torch.float64 if weight.device.type in ("cpu", "cuda") else torch.float32
 
 
 def _eps(norm: nn.Module | None) -> float:

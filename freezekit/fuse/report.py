@@ -43,7 +43,7 @@ def fusion_report(model: nn.Module) -> list[BlockReport]:
     while they train.
 
     >>> from torch import nn
-    >>> import freezekit as fk
+    >>> from freezekit.fuse import fuse, fusion_report
     >>> model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()).eval().requires_grad_(False)
     >>> print(*fusion_report(fuse(model)))
     0 + 1 + relu: fused

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import freezekit as fk
+from freezekit.constants import invalidate, verify_constants
 from freezekit.fuse import fuse, fusion_report, unfuse
 from tests.fuse.nets import Bottleneck, ResNet, plain, settled
 
@@ -198,7 +199,10 @@ def test_a_write_through_data_needs_a_word() -> None:
     before = model(input)
     model[0].weight.data.mul_(2)
     assert torch.equal(model(input), before)  # documented: nothing shows it
-    fk.fuse.invalidate_folds(model)
+    with pytest.raises(RuntimeError, match="folded weight of Conv2d.* is stale"):
+        verify_constants(model)
+    invalidate(model)
+    verify_constants(model)
     torch.testing.assert_close(model(input), unfuse(model)(input))
 
 
