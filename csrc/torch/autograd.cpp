@@ -15,6 +15,7 @@
 #include "torch/aten.h"
 #include "torch/checks.h"
 #include "torch/compiled.h"
+#include "torch/layout.h"
 #include "torch/node.h"
 #include "torch/operators.h"
 
@@ -45,13 +46,24 @@ struct BackwardOf {
   Trilinear form;
   Role computes;
   std::array<Role, 2> roles;
+  at::MemoryFormat layout;  // of the result, so of its gradient, whatever layout that arrives in
 
-  // `other` is the operand that is not number `index`.
-  Tensor gradient(size_t index, const Tensor& grad, const Tensor& other) const {
-    std::array<Tensor, 3> operand;
-    operand[computes] = grad;
-    operand[roles[1 - index]] = other;
-    return form.derivative(roles[index], operand);
+  // The gradients that are wanted, of both operands and, where there is one, the bias; `kept(i)` is operand i.
+  template <class Kept>
+  variable_list gradients(const variable_list& grads, const std::vector<bool>& wanted, Kept kept) const {
+    variable_list result(wanted.size());
+    if (!grads[0].defined()) return result;
+    if (wanted[0] || wanted[1]) {
+      std::array<Tensor, 3> operand;
+      operand[computes] = in_layout(grads[0], layout);
+      for (size_t i = 0; i < 2; ++i) {
+        if (!wanted[i]) continue;
+        operand[roles[1 - i]] = kept(1 - i);
+        result[i] = form.derivative(roles[i], operand);
+      }
+    }
+    if (wanted.size() > kBias && wanted[kBias]) result[kBias] = grads[0].sum({0, 2, 3});
+    return result;
   }
 
   const char* name() const {
@@ -64,8 +76,6 @@ struct BackwardOf {
   static BackwardOf unpack(PackedArgs& arguments);
 };
 
-Tensor bias_gradient(const Tensor& grad) { return grad.sum({0, 2, 3}); }
-
 void BackwardOf::pack(PackedArgs& arguments) const {
   const Geometry& g = form.geometry;
   for (const auto* values : {&g.stride, &g.padding, &g.dilation}) {
@@ -77,6 +87,7 @@ void BackwardOf::pack(PackedArgs& arguments) const {
     arguments.pack(std::vector<c10::SymInt>(size->begin(), size->end()));
   }
   for (const Role role : {computes, roles[0], roles[1]}) arguments.pack(static_cast<int64_t>(role));
+  arguments.pack(static_cast<int64_t>(layout));
 }
 
 BackwardOf BackwardOf::unpack(PackedArgs& arguments) {
@@ -93,7 +104,8 @@ BackwardOf BackwardOf::unpack(PackedArgs& arguments) {
            {input_size.begin(), input_size.end()},
            {weight_size.begin(), weight_size.end()}},
           computes,
-          {first, second}};
+          {first, second},
+          static_cast<at::MemoryFormat>(arguments.unpack<int64_t>())};
 }
 
 // Conv2dBackward::apply as a function of values alone.
@@ -102,13 +114,7 @@ variable_list backward_of_values(const variable_list& grads, const std::vector<c
   const BackwardOf backward = BackwardOf::unpack(arguments);
   const std::array<Tensor, 2> kept = {arguments.unpack<Tensor>(), arguments.unpack<Tensor>()};
   const auto wanted = arguments.unpack<std::vector<bool>>();
-  variable_list result(wanted.size());
-  if (!grads[0].defined()) return result;
-  for (size_t i = 0; i < 2; ++i) {
-    if (wanted[i]) result[i] = backward.gradient(i, grads[0], kept[1 - i]);
-  }
-  if (wanted.size() > kBias && wanted[kBias]) result[kBias] = bias_gradient(grads[0]);
-  return result;
+  return backward.gradients(grads, wanted, [&](size_t i) { return kept[i]; });
 }
 
 class Conv2dBackward : public torch::autograd::Node {
@@ -126,14 +132,7 @@ class Conv2dBackward : public torch::autograd::Node {
 
   variable_list apply(variable_list&& grads) override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    variable_list result(num_outputs());
-    if (!grads[0].defined()) return result;
-    for (size_t i = 0; i < 2; ++i) {
-      // What the engine asks for now, which autograd.grad(loss, subset) narrows, not what the graph could give.
-      if (task_should_compute_output(i)) result[i] = backward_.gradient(i, grads[0], kept_[1 - i].unpack());
-    }
-    if (num_outputs() > kBias && task_should_compute_output(kBias)) result[kBias] = bias_gradient(grads[0]);
-    return result;
+    return backward_.gradients(grads, wanted(), [&](size_t i) { return kept_[i].unpack(); });
   }
 
   void compiled_args(CompiledNodeArgs& args) const override {
@@ -145,7 +144,8 @@ class Conv2dBackward : public torch::autograd::Node {
     args.collect(g.groups);
     args.collect(static_cast<int64_t>(g.backend));
     for (const Role role : backward_.roles) args.collect(static_cast<int64_t>(role));
-    for (size_t i = 0; i < num_outputs(); ++i) args.collect(task_should_compute_output(i));
+    args.collect(static_cast<int64_t>(backward_.layout));
+    for (const bool want : wanted()) args.collect(want);
     args.collect(SymIntArrayRef(backward_.form.input_size));
     args.collect(SymIntArrayRef(backward_.form.weight_size));
     for (const auto& variable : kept_) args.collect(variable, /*is_output=*/false);
@@ -158,9 +158,7 @@ class Conv2dBackward : public torch::autograd::Node {
     PackedArgs arguments;
     backward_.pack(arguments);
     for (const auto& variable : kept_) arguments.pack(variable.unpack());
-    std::vector<bool> wanted;
-    for (size_t i = 0; i < num_outputs(); ++i) wanted.push_back(task_should_compute_output(i));
-    arguments.pack(wanted);
+    arguments.pack(wanted());
     variable_list result = trace_call(*this, name(), backward_of_values, grads, std::move(arguments), saved);
     saved.after(backward_.form.input_size);
     saved.after(backward_.form.weight_size);
@@ -169,6 +167,13 @@ class Conv2dBackward : public torch::autograd::Node {
   }
 
  private:
+  // What the engine asks for now, which autograd.grad(loss, subset) narrows, not what the graph could give.
+  std::vector<bool> wanted() const {
+    std::vector<bool> wanted(num_outputs());
+    for (size_t i = 0; i < wanted.size(); ++i) wanted[i] = task_should_compute_output(i);
+    return wanted;
+  }
+
   BackwardOf backward_;
   std::array<SavedVariable, 2> kept_;
 };
@@ -176,6 +181,8 @@ class Conv2dBackward : public torch::autograd::Node {
 bool is_transformed(const Tensor& tensor) {
   return tensor.key_set().has(c10::DispatchKey::FuncTorchGradWrapper) || torch::autograd::isFwGradDefined(tensor);
 }
+
+constexpr const char* kFormulaOnly = "tensors of torch.func transforms, of forward-mode AD or complex ones";
 
 // torch.func transforms and forward-mode AD want formulas that a C++ node cannot give; ATen has them, and complex ones.
 template <class... Tensors>
@@ -193,7 +200,8 @@ Tensor record(Trilinear form, Role computes, Role first_role, const Tensor& firs
               const Tensor& second, Compute compute, const Bias&... bias) {
   NodePtr<Conv2dBackward> node;
   if (torch::autograd::compute_requires_grad(first, second, bias...)) {
-    node = make_node<Conv2dBackward>(BackwardOf{std::move(form), computes, {first_role, second_role}});
+    node = make_node<Conv2dBackward>(BackwardOf{
+        std::move(form), computes, {first_role, second_role}, layout_of(first, second)});
     node->set_next_edges(torch::autograd::collect_next_edges(first, second, bias...));
     if (second.requires_grad()) node->keep(0, first);
     if (first.requires_grad()) node->keep(1, second);
@@ -215,6 +223,7 @@ Tensor conv2d_autograd(const Tensor& input, const Tensor& weight, const std::opt
   const Tensor bias_or_none = bias.value_or(Tensor());
   if (needs_aten_formula(input, weight) || (bias_or_none.defined() && is_transformed(bias_or_none))) {
     check_conv2d<c10::SymInt>(input, weight, bias, geometry);
+    check_formula_backend(geometry, kFormulaOnly);
     return aten::conv2d(input, weight, bias, geometry);
   }
   const auto compute = [&] { return conv2d(input, weight, bias, geometry); };
@@ -232,6 +241,7 @@ Tensor dgrad_autograd(const Tensor& grad_output, const Tensor& weight, SymIntArr
   check_operand(weight, "weight");
   if (needs_aten_formula(grad_output, weight)) {
     check_dgrad<c10::SymInt>(grad_output, weight, input_size, geometry);
+    check_formula_backend(geometry, kFormulaOnly);
     return aten::dgrad(grad_output, weight, input_size, geometry);
   }
   Trilinear form{geometry, {input_size.begin(), input_size.end()}, owned_sizes(weight)};
@@ -246,6 +256,7 @@ Tensor wgrad_autograd(const Tensor& grad_output, const Tensor& input, SymIntArra
   check_operand(input, "input");
   if (needs_aten_formula(grad_output, input)) {
     check_wgrad<c10::SymInt>(grad_output, input, weight_size, geometry);
+    check_formula_backend(geometry, kFormulaOnly);
     return aten::wgrad(grad_output, input, weight_size, geometry);
   }
   Trilinear form{geometry, owned_sizes(input), {weight_size.begin(), weight_size.end()}};

@@ -41,10 +41,16 @@ void check_geometry(const Geometry& g) {
   TORCH_CHECK(g.groups >= 1 && g.groups < kExtentLimit, "groups must be positive and below 2^31, got ", g.groups);
 }
 
+void check_formula_backend(const Geometry& g, const char* what) {
+  TORCH_CHECK(g.backend == Backend::automatic || g.backend == Backend::aten, "backend='", to_string(g.backend),
+              "' does not take ", what, "; torch's own convolution does, with backend='aten'");
+}
+
 void check_operand(const Tensor& tensor, const char* name) {
   TORCH_CHECK(tensor.defined(), name, " must be a tensor, got an undefined one");
   TORCH_CHECK_NOT_IMPLEMENTED(!tensor.is_nested(), name, " must be a dense tensor, got a nested one");
-  TORCH_CHECK_NOT_IMPLEMENTED(!tensor.is_quantized(), name, " must not be quantized, got dtype ", tensor.scalar_type());
+  TORCH_CHECK_NOT_IMPLEMENTED(!tensor.is_quantized(), name, " must not be quantized, got dtype ", tensor.scalar_type(),
+                              "; torch.ao quantizes nn.Conv2d alone: make the layer one again first");
   TORCH_CHECK(tensor.layout() == at::kStrided || tensor.layout() == at::kMkldnn, name,
               " must be a dense tensor, got layout ", tensor.layout());
 }
@@ -54,6 +60,9 @@ void check_same(const Tensor& a, const char* a_name, const Tensor& b, const char
   check_operand(b, b_name);
   TORCH_CHECK(a.device() == b.device(), a_name, " is on ", a.device(), ", ", b_name, " is on ", b.device(),
               ": both must be on one device");
+  // A oneDNN tensor goes with a dense one, as in torch; not the other way round.
+  TORCH_CHECK(a.layout() == b.layout() || a.is_mkldnn(), a_name, " has layout ", a.layout(), ", ", b_name,
+              " has layout ", b.layout(), ": both must have one layout");
   TORCH_CHECK(a.scalar_type() == b.scalar_type(), a_name, " has dtype ", a.scalar_type(), ", ", b_name, " has dtype ",
               b.scalar_type(), ": both must have one dtype");
 }

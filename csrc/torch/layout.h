@@ -11,4 +11,22 @@ inline at::MemoryFormat layout_of(const at::Tensor& a, const at::Tensor& b) {
   return channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
 }
 
+// `tensor` laid out so that layout_of reads `format` from it, copied only where it must be. Sizes of 1 let one block of
+// memory be both formats: contiguous() then leaves the strides as they are, and they tell the other format.
+inline at::Tensor in_layout(const at::Tensor& tensor, at::MemoryFormat format) {
+  // Neither vmap, torch.func's nor the one behind is_grads_batched, knows memory formats.
+  constexpr c10::DispatchKeySet batched({c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Batched});
+  if (tensor.key_set().has_any(batched)) return tensor;
+  const at::Tensor dense = tensor.contiguous(format);
+  return dense.suggest_memory_format() == format ? dense : dense.clone(format);
+}
+
+// A result that nobody else holds yet, with exactly the strides of `format`.
+inline at::Tensor finish(at::Tensor result, at::MemoryFormat format) {
+  if (result.layout() != at::kStrided) return result;
+  if (!result.is_contiguous(format)) return result.contiguous(format);
+  result.unsafeGetTensorImpl()->empty_tensor_restride(format);
+  return result;
+}
+
 }  // namespace freezekit

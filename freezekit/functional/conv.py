@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -33,7 +34,8 @@ def conv2d(
 
     Where `weight` needs no gradient, `input` is not kept and no wgrad runs; where `input` needs none, no dgrad runs;
     where only `bias` learns, nothing is kept at all. Whether a gradient is needed is read from `requires_grad` of the
-    tensors of this call, and in the backward pass from what autograd asks for.
+    tensors of this call, and in the backward pass from what autograd asks for. Under torch.func transforms and
+    forward-mode AD, for complex tensors and for DTensors it is torch's own convolution, formulas and all.
 
     Args:
         input: (N, C, H, W), or (C, H, W) unbatched; any floating dtype, or complex (computed as torch does).
@@ -81,6 +83,10 @@ def conv2d(
     if isinstance(padding, str):
         input, padding = _resolve_padding(padding, input, weight, stride, dilation)
     name = _backend_name(backend)
+    if type(input) is not Tensor and _is_dtensor(input):
+        if name in ("native", "emulated"):
+            raise RuntimeError(f"backend={name!r} does not take a DTensor; torch's own convolution does")
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     if dim == 3:
         batched = _conv2d(input.unsqueeze(0), weight, bias, stride, padding, dilation, groups, backend=name)
         return batched.squeeze(0)
@@ -172,6 +178,12 @@ def _backend_name(backend: Backend | None) -> Backend:
         return backends._current
     check_backend(backend)
     return backend
+
+
+def _is_dtensor(tensor: Tensor) -> bool:
+    """Without importing torch.distributed.tensor, which takes seconds: where there is a DTensor, it is imported."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def _size(name: str, value: object) -> list[int]:

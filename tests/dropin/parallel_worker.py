@@ -1,0 +1,92 @@
+"""What one of two processes does in test_parallel.py; started by it, with the rank in the environment."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
+
+import freezekit as fk
+from tests.dropin.twins import nets
+
+
+def train(net: nn.Module, frozen: bool) -> list[Tensor]:
+    """Gradients and parameters after two steps on this rank's own data, the third layer frozen or not."""
+    found = []
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for step in range(2):
+        x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(10 * step + dist.get_rank()))
+        optimizer.zero_grad()
+        net(x.requires_grad_()).square().mean().backward()
+        found += [x.grad, *(p.grad for p in net.parameters() if p.grad is not None)]
+        optimizer.step()
+    full = [t.full_tensor() if isinstance(t, DTensor) else t for t in [*found, *net.parameters()]]
+    assert any(p.grad is None for p in net.parameters()) == frozen
+    return full
+
+
+def same(ours: list[Tensor], stock: list[Tensor]) -> None:
+    assert len(ours) == len(stock)
+    for a, b in zip(ours, stock):
+        torch.testing.assert_close(a, b)
+
+
+def ddp() -> None:
+    for frozen in (False, True):
+        results = []
+        for net in nets():
+            net[2].requires_grad_(not frozen)
+            results.append(train(DistributedDataParallel(net), frozen))
+        same(*results)
+    print("ddp")
+
+
+def fsdp2() -> None:
+    for frozen in (False, True):
+        results = []
+        for net in nets():
+            net[2].requires_grad_(not frozen)
+            for layer in (net[0], net[2]):
+                fully_shard(layer)
+            fully_shard(net)
+            results.append(train(net, frozen))
+        same(*results)
+    print("fsdp2")
+
+
+def dtensor() -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    torch.manual_seed(0)
+    x, w, b = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 3, 3), torch.randn(4)
+    results = []
+    for conv in (fk.conv2d, F.conv2d):
+        leaves = [
+            distribute_tensor(t, mesh, [placement]).requires_grad_()
+            for t, placement in ((x, Shard(0)), (w, Replicate()), (b, Replicate()))
+        ]
+        y = conv(*leaves, padding=1)
+        assert isinstance(y, DTensor)
+        y.square().sum().backward()
+        results.append([y.full_tensor(), *(leaf.grad.full_tensor() for leaf in leaves)])
+    same(*results)
+    with pytest.raises(RuntimeError, match="DTensor"):  # a backend that was demanded is not left out silently
+        fk.conv2d(distribute_tensor(x, mesh, [Shard(0)]), distribute_tensor(w, mesh, [Replicate()]), backend="emulated")
+    print("dtensor")
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    for part in (ddp, fsdp2, dtensor):
+        torch.manual_seed(0)
+        part()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

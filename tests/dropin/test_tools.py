@@ -1,0 +1,93 @@
+"""TorchScript, fx and torch.ao: each works, or says clearly what to do instead."""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import freezekit as fk
+from tests.dropin.twins import net, nets
+
+X = torch.linspace(-1, 1, 2 * 3 * 8 * 8).view(2, 3, 8, 8)
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> None:
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+
+
+def test_jit_trace_and_back_from_a_file() -> None:
+    ours, stock = nets()
+    traced = torch.jit.trace(ours, X)
+    buffer = io.BytesIO()
+    torch.jit.save(traced, buffer)
+    buffer.seek(0)
+    loaded = torch.jit.load(buffer)
+    more = torch.cat([X, X + 1])
+    torch.testing.assert_close(loaded(more), stock(more))
+    leaf = more.clone().requires_grad_()
+    loaded(leaf).sum().backward()
+    other = more.clone().requires_grad_()
+    stock(other).sum().backward()
+    torch.testing.assert_close(leaf.grad, other.grad)
+    assert "freezekit::conv2d" in str(traced.inlined_graph)
+
+
+def test_jit_script_says_what_to_do() -> None:
+    for module in (fk.FreezableConv2d(3, 4, 3), net(fk.FreezableConv2d)):
+        with pytest.raises(RuntimeError, match=r"FreezableConv2d.*torch\.jit\.trace.*torch\.compile"):
+            torch.jit.script(module)
+
+
+def test_fx_traces_to_the_function() -> None:
+    ours, stock = nets()
+    graph = torch.fx.symbolic_trace(ours)
+    assert torch.equal(graph(X), stock(X))
+    assert sum(node.target is fk.conv2d for node in graph.graph.nodes) == 3
+    again = torch.fx.symbolic_trace(graph)
+    assert torch.equal(again(X), stock(X))
+
+
+def test_fx_takes_a_function_too() -> None:
+    graph = torch.fx.symbolic_trace(lambda x, w: fk.conv2d(x, w, padding="same"))
+    w = torch.randn(4, 3, 3, 3)
+    assert torch.equal(graph(X, w), fk.conv2d(X, w, padding="same"))
+
+
+def test_fuse_modules_names_the_layer_it_does_not_know() -> None:
+    from torch.ao.quantization import fuse_modules
+
+    model = nn.Sequential(fk.FreezableConv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
+    with pytest.raises((AssertionError, NotImplementedError), match="FreezableConv2d"):
+        fuse_modules(model, [["0", "1", "2"]])
+
+
+def test_quantization_leaves_the_layer_in_float_and_the_layer_says_so() -> None:
+    from torch.ao.quantization import DeQuantStub, QuantStub, convert, get_default_qconfig, prepare
+
+    model = nn.Sequential(QuantStub(), fk.FreezableConv2d(3, 4, 3), DeQuantStub()).eval()
+    model.qconfig = get_default_qconfig("x86")
+    prepared = prepare(model)
+    prepared(X)
+    quantized = convert(prepared)
+    assert type(quantized[1]) is fk.FreezableConv2d
+    with pytest.raises(NotImplementedError, match=r"input must not be quantized.*nn\.Conv2d"):
+        quantized(X)
+
+
+def test_as_stock_layers_it_quantizes() -> None:
+    from torch.ao.quantization import DeQuantStub, QuantStub, convert, get_default_qconfig, prepare
+
+    model = nn.Sequential(QuantStub(), fk.FreezableConv2d(3, 4, 3), DeQuantStub()).eval()
+    for module in model.modules():
+        if type(module) is fk.FreezableConv2d:
+            module.__class__ = nn.Conv2d
+    expected = model[1](X)
+    model.qconfig = get_default_qconfig("x86")
+    prepared = prepare(model)
+    prepared(X)
+    assert (convert(prepared)(X) - expected).abs().max() < 0.2

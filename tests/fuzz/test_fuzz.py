@@ -1,0 +1,64 @@
+"""300 cases of the fuzzer in the suite, and proof that it finds what is wrong and says how to repeat it."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+
+import freezekit as fk
+from tests.fuzz import calls
+from tests.fuzz.__main__ import main
+from tests.fuzz.run import describe, run_case
+
+CASES, PART = 300, 30
+
+
+@pytest.mark.parametrize("first", range(0, CASES, PART))
+def test_cases(first: int) -> None:
+    failures = [failure for index in range(first, first + PART) if (failure := run_case(0, index))]
+    assert not failures, "\n\n".join(failures)
+
+
+def test_the_cases_reach_what_they_should() -> None:
+    """Valid calls are most, and every dtype, layout, backend, state and mode occurs among them."""
+    drawn = [calls.draw(random.Random(f"0/{index}")) for index in range(CASES)]
+    for attribute, least in (("dtype", 4), ("backend", 3), ("mode", 3), ("needs", 8), ("layouts", 30)):
+        assert len({getattr(call, attribute) for call in drawn}) >= least, attribute
+    assert any(call.unbatched for call in drawn)
+    assert any(call.input_size[0] == 0 for call in drawn)
+    assert sum(isinstance(call.settings["padding"], str) for call in drawn) >= 10
+    assert sum(call.settings["groups"] > 1 for call in drawn) >= 50
+
+    def valid(call: calls.Call) -> bool:
+        try:
+            torch.nn.functional.conv2d(torch.empty(call.input_size), torch.empty(call.weight_size), **call.settings)
+        except RuntimeError:
+            return False
+        return True
+
+    assert 0.7 * CASES < sum(map(valid, drawn)) < CASES
+
+
+def test_a_case_follows_from_its_numbers() -> None:
+    assert describe(1, 2) == describe(1, 2) != describe(2, 2)
+
+
+def test_a_wrong_result_is_found_and_repeated(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = fk.conv2d
+
+    def wrong(*args: Any, **kwargs: Any) -> torch.Tensor:
+        y = right(*args, **kwargs)
+        return torch.where(y == 2, torch.full_like(y, 3), y)
+
+    monkeypatch.setattr(fk, "conv2d", wrong)
+    assert main(["--seed", "5", "--cases", "40"]) == 1
+    text = capsys.readouterr().err
+    command = text.split("repeat it with: python -m tests.fuzz ")[1].split()
+    assert main(command) == 1
+    monkeypatch.undo()
+    assert main(command) == 0
