@@ -7,7 +7,7 @@ _extension.load()
 from freezekit.audit import AuditError, audit  # noqa: E402
 from freezekit.backends import backend, current_backend  # noqa: E402
 from freezekit.constants import invalidate, verify_constants  # noqa: E402
-from freezekit.conversion import LayerReport, conversion_report, convert  # noqa: E402
+from freezekit.conversion import LayerReport, conversion_report, convert, revert  # noqa: E402
 from freezekit.distributed import rewrap  # noqa: E402
 from freezekit.explain import Explanation, explain  # noqa: E402
 from freezekit.freezing import (  # noqa: E402
@@ -57,6 +57,7 @@ __all__ = [
     "load_freeze_state",
     "plan",
     "profile",
+    "revert",
     "rewrap",
     "unfreeze",
     "verify_constants",

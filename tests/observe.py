@@ -45,6 +45,10 @@ class Storages(TorchDispatchMode):
                 self._seen[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         return result
 
+    def forget(self, tensor: Tensor) -> None:
+        """Stop watching a storage that somebody else holds, as a model holds its parameters."""
+        self._seen.pop(tensor.untyped_storage()._cdata, None)
+
     @property
     def kept(self) -> int:
         gc.collect()

@@ -1,5 +1,49 @@
 """Layers as functions: as in `torch.nn.functional`, keeping for backward what the gradients asked for read."""
 
+from freezekit.functional.activation import dropout, hardtanh, leaky_relu, relu, relu6
 from freezekit.functional.conv import conv2d, conv2d_dgrad, conv2d_wgrad
+from freezekit.functional.convolution import (
+    conv1d,
+    conv3d,
+    conv_transpose1d,
+    conv_transpose2d,
+    conv_transpose3d,
+)
+from freezekit.functional.norm import batch_norm, group_norm, layer_norm
+from freezekit.functional.pool import (
+    adaptive_avg_pool1d,
+    adaptive_avg_pool2d,
+    adaptive_avg_pool3d,
+    avg_pool1d,
+    avg_pool2d,
+    avg_pool3d,
+    max_pool2d,
+    pad,
+)
 
-__all__ = ["conv2d", "conv2d_dgrad", "conv2d_wgrad"]
+__all__ = [
+    "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d",
+    "adaptive_avg_pool3d",
+    "avg_pool1d",
+    "avg_pool2d",
+    "avg_pool3d",
+    "batch_norm",
+    "conv1d",
+    "conv2d",
+    "conv2d_dgrad",
+    "conv2d_wgrad",
+    "conv3d",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "conv_transpose3d",
+    "dropout",
+    "group_norm",
+    "hardtanh",
+    "layer_norm",
+    "leaky_relu",
+    "max_pool2d",
+    "pad",
+    "relu",
+    "relu6",
+]

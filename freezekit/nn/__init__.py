@@ -1,5 +1,69 @@
-"""Layers that keep and compute only what training still needs of them."""
+"""Layers that keep and compute only what training still needs of them.
 
+Each is an `isinstance` of the layer of `torch.nn` that it replaces, with its constructor, attributes, state_dict and
+errors.
+"""
+
+from freezekit.nn.activation import Dropout, Hardtanh, LeakyReLU, ReLU, ReLU6
 from freezekit.nn.conv import FreezableConv2d
+from freezekit.nn.convolution import (
+    FreezableConv1d,
+    FreezableConv3d,
+    FreezableConvTranspose1d,
+    FreezableConvTranspose2d,
+    FreezableConvTranspose3d,
+)
+from freezekit.nn.norm import (
+    FreezableBatchNorm1d,
+    FreezableBatchNorm2d,
+    FreezableBatchNorm3d,
+    FreezableGroupNorm,
+    FreezableLayerNorm,
+)
+from freezekit.nn.pool import (
+    AdaptiveAvgPool1d,
+    AdaptiveAvgPool2d,
+    AdaptiveAvgPool3d,
+    AvgPool1d,
+    AvgPool2d,
+    AvgPool3d,
+    MaxPool2d,
+    ReflectionPad1d,
+    ReflectionPad2d,
+    ReflectionPad3d,
+    ReplicationPad1d,
+    ReplicationPad2d,
+    ReplicationPad3d,
+)
 
-__all__ = ["FreezableConv2d"]
+__all__ = [
+    "AdaptiveAvgPool1d",
+    "AdaptiveAvgPool2d",
+    "AdaptiveAvgPool3d",
+    "AvgPool1d",
+    "AvgPool2d",
+    "AvgPool3d",
+    "Dropout",
+    "FreezableBatchNorm1d",
+    "FreezableBatchNorm2d",
+    "FreezableBatchNorm3d",
+    "FreezableConv1d",
+    "FreezableConv2d",
+    "FreezableConv3d",
+    "FreezableConvTranspose1d",
+    "FreezableConvTranspose2d",
+    "FreezableConvTranspose3d",
+    "FreezableGroupNorm",
+    "FreezableLayerNorm",
+    "Hardtanh",
+    "LeakyReLU",
+    "MaxPool2d",
+    "ReLU",
+    "ReLU6",
+    "ReflectionPad1d",
+    "ReflectionPad2d",
+    "ReflectionPad3d",
+    "ReplicationPad1d",
+    "ReplicationPad2d",
+    "ReplicationPad3d",
+]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NoReturn
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from freezekit import functional
@@ -14,7 +13,8 @@ class FreezableConv2d(nn.Conv2d):
     """An `nn.Conv2d` that, while its weight is frozen, keeps no input and runs no wgrad.
 
     Frozen is `weight.requires_grad == False`, nothing else. Constructor, attributes, state_dict, hooks and errors are
-    those of `nn.Conv2d`; input is (N, C, H, W) or (C, H, W).
+    those of `nn.Conv2d`; input is (N, C, H, W) or (C, H, W). Reflecting and replicating padding modes keep no input
+    either.
 
     >>> import torch, freezekit as fk
     >>> conv = fk.FreezableConv2d(3, 8, 3, padding=1).requires_grad_(False)
@@ -26,7 +26,7 @@ class FreezableConv2d(nn.Conv2d):
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.padding_mode != "zeros":
-            padded = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padded = functional.pad(input, self._reversed_padding_repeated_twice, self.padding_mode)
             return functional.conv2d(padded, weight, bias, self.stride, 0, self.dilation, self.groups)
         return functional.conv2d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 

@@ -1,0 +1,171 @@
+"""Calls of functions in a model's forward that keep more than freezekit's, seen while it runs.
+
+`convert` swaps layers; a call such as ``F.relu(x)`` stands in the forward itself and has to be replaced there. Calls
+are seen by a `TorchFunctionMode`; those that a layer of torch.nn makes in its own forward are that layer's matter.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+_C_NN = torch._C._nn
+_OWN = (str(Path(torch.__file__).parent), str(Path(__file__).resolve().parents[1]))
+
+
+_NAMES = (
+    *("relu", "relu6", "leaky_relu", "hardtanh", "dropout", "max_pool2d", "avg_pool1d", "avg_pool2d", "avg_pool3d"),
+    *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "pad", "batch_norm", "layer_norm"),
+    *("group_norm", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+)
+
+
+def _table() -> dict[Callable[..., Any], tuple[str, str]]:
+    """function -> (how it is written, the function of freezekit that keeps less)."""
+    found: dict[Callable[..., Any], tuple[str, str]] = {}
+    places = (("F", F), ("torch", torch), ("Tensor", Tensor))
+    for name in _NAMES:
+        for spelling in (name, f"{name}_"):
+            for prefix, place in places:
+                if hasattr(place, spelling):
+                    found.setdefault(getattr(place, spelling), (f"{prefix}.{spelling}", name))
+    found[F.max_pool2d_with_indices] = ("F.max_pool2d", "max_pool2d")
+    for name in ("avg_pool2d", "avg_pool3d"):
+        found.setdefault(getattr(_C_NN, name), (f"F.{name}", name))
+    return found
+
+
+_FUNCTIONS = _table()
+
+
+@dataclass
+class Call:
+    """Calls of one function from one line, in the forward of one module.
+
+    module: the module's name; function: as it is written; where: "file:line"; instead: what keeps less; count: calls in
+    one forward; bytes_kept: what autograd kept for them, parameters and buffers aside.
+    """
+
+    module: str
+    function: str
+    where: str
+    instead: str
+    count: int = 0
+    bytes_kept: int = 0
+
+
+@dataclass
+class _Seen(TorchFunctionMode):
+    calls: dict[tuple[str, str, str], Call] = field(default_factory=dict)
+    modules: list[str] = field(default_factory=lambda: [""])
+    own: set[int] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = _FUNCTIONS.get(func) if callable(func) and func.__hash__ else None
+        frame = _caller(sys._getframe(1)) if known else None
+        before = {node for t in tree_leaves((args, kwargs)) if (node := _node(t)) is not None} if frame else set()
+        result = func(*args, **(kwargs or {}))
+        if known and frame:
+            where = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+            key = (self.modules[-1], known[0], where)
+            call = self.calls.setdefault(key, Call(*key, instead=f"freezekit.functional.{known[1]}"))
+            call.count += 1
+            call.bytes_kept += _kept(result, before, self.own)
+        return result
+
+
+def _node(value: object) -> Any:
+    return value.grad_fn if isinstance(value, Tensor) else None
+
+
+def _caller(frame: FrameType | None) -> FrameType | None:
+    """The frame that wrote the call; None where that is torch's or freezekit's own code, beyond the function itself."""
+    functional = F.__file__
+    while frame is not None and (
+        frame.f_code.co_filename == functional
+        or "torch/overrides" in frame.f_code.co_filename
+        or frame.f_code.co_filename.endswith("torch/_jit_internal.py")
+    ):
+        frame = frame.f_back
+    if frame is None or frame.f_code.co_filename.startswith(_OWN):
+        return None
+    return frame
+
+
+def _kept(result: Any, stop: set[Any], own: set[int]) -> int:
+    """Bytes of the storages that the nodes between the arguments and the result hold."""
+    stack = [node for t in tree_leaves(result) if (node := _node(t)) is not None]
+    seen: set[Any] = set()
+    storages: dict[int, int] = {}
+    while stack:
+        node = stack.pop()
+        if node in seen or node in stop or hasattr(node, "variable"):
+            continue
+        seen.add(node)
+        for name in dir(node):
+            value = getattr(node, name) if name.startswith("_saved_") else None
+            if isinstance(value, Tensor) and value.untyped_storage()._cdata not in own:
+                storages[value.untyped_storage()._cdata] = value.untyped_storage().nbytes()
+        stack.extend(parent for parent, _ in node.next_functions if parent is not None)
+    return sum(storages.values())
+
+
+@contextmanager
+def _named(model: nn.Module, seen: _Seen) -> Iterator[None]:
+    """Keeps the name of the module whose forward runs on top of `seen.modules`."""
+    handles = []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(lambda *_, name=name: seen.modules.append(name)))
+        handles.append(module.register_forward_hook(lambda *_: seen.modules.pop() and None, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _undone(model: nn.Module) -> Iterator[None]:
+    """Puts buffers and random state back."""
+    before = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+
+
+def functional_calls(model: nn.Module, inputs: Any) -> list[Call]:
+    """Runs `model` once, in its present mode and with gradients, and lists the calls in the order of the first ones.
+
+    Args:
+        model: any module.
+        inputs: the arguments: a tensor, a tuple of positional or a mapping of keyword arguments.
+    """
+    seen = _Seen()
+    seen.own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    with _undone(model), _named(model, seen), torch.enable_grad(), seen:
+        if isinstance(inputs, Mapping):
+            model(**inputs)
+        elif isinstance(inputs, tuple):
+            model(*inputs)
+        else:
+            model(inputs)
+    return list(seen.calls.values())

@@ -1,0 +1,80 @@
+"""What of a model is freezekit's, what `convert` would swap, and what it leaves alone, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from freezekit.conversion.calls import functional_calls
+from freezekit.conversion.swap import SWAPS, reason_to_leave, stock_base
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer of a conversion report, or one call of a function that stands in a forward.
+
+    Attributes:
+        name: where the layer stands in the model, or the module whose forward makes the call; "" is the model itself.
+        layer: its class's name; of a call, the function as it is written.
+        status: "freezekit" (is one of freezekit's), "stock" (`convert` would swap it), "left alone", or "call".
+        reason: why a layer is left alone or keeps its input all the same, or what to call instead; "" otherwise.
+        where: of a call, "file:line"; "" otherwise.
+        bytes_kept: of a call, what autograd kept for it in this forward, parameters aside; None otherwise.
+    """
+
+    name: str
+    layer: str
+    status: str
+    reason: str = ""
+    where: str = field(default="", repr=False)
+    bytes_kept: int | None = field(default=None, repr=False)
+
+
+def conversion_report(model: nn.Module, inputs: Any = None) -> list[LayerReport]:
+    """What of `model` is freezekit's, what `convert` would swap, and what it leaves alone, and why.
+
+    Lists layers of the kinds that freezekit replaces, subclasses included, a shared one once. Calls of functions cannot
+    be swapped: with `inputs`, the model runs once and the report also names those of `torch.nn.functional` and alike
+    that keep more than freezekit's would, where they stand and what they kept.
+
+    Args:
+        model: any module.
+        inputs: None, or the arguments of one forward: a tensor, a tuple, or a mapping of keyword arguments. It runs in
+            the model's present mode with gradients recorded; buffers and random state are put back.
+
+    >>> from torch import nn
+    >>> import freezekit as fk
+    >>> fk.conversion_report(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sigmoid()))
+    [LayerReport(name='0', layer='Conv2d', status='stock', reason='')]
+    """
+    rows = []
+    for name, module in model.named_modules():
+        base = stock_base(module)
+        if base is None:
+            continue
+        layer = type(module).__name__
+        if isinstance(module, SWAPS[base]):
+            rows.append(LayerReport(name, layer, "freezekit", _what_it_still_keeps(module)))
+        else:
+            reason = reason_to_leave(module, base)
+            rows.append(LayerReport(name, layer, "left alone" if reason else "stock", reason))
+    if inputs is not None:
+        for call in functional_calls(model, inputs):
+            times = f" ({call.count} times)" if call.count > 1 else ""
+            reason = f"a call{times} that convert cannot swap: write {call.instead}"
+            rows.append(LayerReport(call.module, call.function, "call", reason, call.where, call.bytes_kept))
+    return rows
+
+
+def _what_it_still_keeps(module: nn.Module) -> str:
+    """A word on frozen layers whose formula reads their input all the same."""
+    parameters = list(module.parameters(recurse=False))
+    if any(p.requires_grad for p in parameters):
+        return ""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
+        return "normalises by batch: its gradient reads its input, which is kept, frozen or not"
+    if isinstance(module, nn.LayerNorm | nn.GroupNorm):
+        return "normalises by its input: the gradient reads it, so it is kept, frozen or not"
+    return ""

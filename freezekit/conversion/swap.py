@@ -1,0 +1,140 @@
+"""`convert` and `revert`: which layer becomes which, by reassigning the class of the same object."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from typing import TypeVar
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from freezekit import nn as layers
+
+Model = TypeVar("Model", bound=nn.Module)
+Only = str | type[nn.Module] | Iterable[str | type[nn.Module]]
+
+
+def _replaced(kind: type[nn.Module]) -> type[nn.Module]:
+    """The public class of torch.nn that a layer of freezekit.nn is made from."""
+    return next(b for b in kind.__mro__ if b.__module__.startswith("torch.nn.modules") and b.__name__[0] != "_")
+
+
+SWAPS: dict[type[nn.Module], type[nn.Module]] = {
+    _replaced(kind): kind for kind in (getattr(layers, name) for name in layers.__all__)
+}
+
+
+def convert(model: Model, *, only: Only | None = None) -> Model:
+    """Makes the layers of `model` freezekit's, in place.
+
+    Convolutions, transposed convolutions, batch, layer and group norm, ReLU, ReLU6, LeakyReLU, Hardtanh, Dropout,
+    MaxPool2d, average pools, reflection and replication pads (see `freezekit.nn`) keep what they are: parameters,
+    buffers, hooks, names, parametrizations, shared modules and attributes stay the same objects, only the class
+    changes. Subclasses of users, and modules with a `forward` or `_conv_forward` of their own, are left alone;
+    `conversion_report` lists them.
+
+    Args:
+        model: any module; a single layer too.
+        only: what to convert, instead of everything: a module's name (it stands for all it contains), a glob over
+            dotted names (``"layer1.*"``; ``*`` crosses dots), a stock class (``nn.ReLU``), or several of these.
+
+    Returns:
+        The same object.
+
+    Raises:
+        TypeError: if `model` is no nn.Module, or `only` holds something else than names and classes.
+        ValueError: if a part of `only` meets no layer that freezekit has.
+
+    >>> from torch import nn
+    >>> import freezekit as fk
+    >>> fk.convert(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), only=nn.Conv2d)
+    Sequential(
+      (0): FreezableConv2d(3, 4, kernel_size=(1, 1), stride=(1, 1))
+      (1): ReLU()
+    )
+    """
+    for module in _selected(model, only):
+        base = stock_base(module)
+        if base is None or isinstance(module, SWAPS[base]) or reason_to_leave(module, base):
+            continue
+        _become(module, SWAPS[base])
+    return model
+
+
+def revert(model: Model, *, only: Only | None = None) -> Model:
+    """Makes freezekit's layers of `model` those of `torch.nn` again, in place: the opposite of `convert`.
+
+    Args:
+        model, only: as for `convert`.
+
+    Returns:
+        The same object.
+
+    Raises:
+        TypeError, ValueError: as `convert`.
+
+    >>> from torch import nn
+    >>> import freezekit as fk
+    >>> type(fk.revert(fk.convert(nn.ReLU()))) is nn.ReLU
+    True
+    """
+    for module in _selected(model, only):
+        base = stock_base(module)
+        if base is None or not isinstance(module, SWAPS[base]):
+            continue
+        if type(module) is SWAPS[base] or _is_parametrized_only(module, SWAPS[base]):
+            _become(module, base)
+    return model
+
+
+def stock_base(module: nn.Module) -> type[nn.Module] | None:
+    """The class of torch.nn that freezekit has a layer for and that `module` is, nearest first."""
+    return next((base for base in type(module).__mro__ if base in SWAPS), None)
+
+
+def reason_to_leave(module: nn.Module, base: type[nn.Module]) -> str:
+    """Why a swap would change what `module` does; "" if it would not."""
+    own = [name for name in ("forward", "_conv_forward") if name in module.__dict__]
+    if own:
+        return f"this instance has its own {own[0]}"
+    if type(module) is base or _is_parametrized_only(module, base):
+        return ""
+    kind = type(module)
+    return f"{kind.__module__}.{kind.__qualname__} is a subclass of {base.__name__} with behaviour of its own"
+
+
+def _is_parametrized_only(module: nn.Module, base: type[nn.Module]) -> bool:
+    """Whether the class of `module` is the one that torch makes for parametrizations of a plain `base`."""
+    return parametrize.is_parametrized(module) and type(module).__bases__ == (base,)
+
+
+def _become(module: nn.Module, kind: type[nn.Module]) -> None:
+    if parametrize.is_parametrized(module):
+        # The class that torch made for this module, made again on another base.
+        body = {k: v for k, v in vars(type(module)).items() if k not in ("__dict__", "__weakref__", "__doc__")}
+        kind = type(f"Parametrized{kind.__name__}", (kind,), body)
+    module.__class__ = kind
+
+
+def _selected(model: nn.Module, only: Only | None) -> list[nn.Module]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if only is None:
+        return list(model.modules())
+    parts = [only] if isinstance(only, str | type) else list(only)
+    found: dict[int, nn.Module] = {}
+    for part in parts:
+        met = [m for name, m in model.named_modules(remove_duplicate=False) if _meets(part, name, m)]
+        if not any(stock_base(m) for m in met):
+            raise ValueError(f"only: {part!r} meets no layer of the model that freezekit has a layer for")
+        found.update((id(m), m) for m in met)
+    return list(found.values())
+
+
+def _meets(part: object, name: str, module: nn.Module) -> bool:
+    if isinstance(part, type) and issubclass(part, nn.Module):
+        return isinstance(module, part)
+    if isinstance(part, str):
+        return name == part or name.startswith(f"{part}.") or fnmatchcase(name, part)
+    raise TypeError(f"only must hold names and nn.Module classes, got {part!r}")

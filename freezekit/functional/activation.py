@@ -1,0 +1,123 @@
+"""Activations that are linear in pieces, and dropout: one bit an element is what backward reads of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+from freezekit import backends
+
+_activation = torch.ops.freezekit.activation.default
+_activation_ = torch.ops.freezekit.activation_.default
+_dropout = torch.ops.freezekit.dropout.default
+_dropout_ = torch.ops.freezekit.dropout_.default
+
+
+def relu(input: Tensor, inplace: bool = False) -> Tensor:
+    """`torch.nn.functional.relu`, keeping one bit an element instead of its output.
+
+    The gradient at 0 is 0. NaN passes, forward and backward, as in torch.
+
+    Args:
+        input: any shape, layout, device and dtype; bits are kept for floating dtypes where a gradient is needed.
+        inplace: write the result into `input`.
+
+    >>> import torch, freezekit as fk
+    >>> x = torch.tensor([-1.0, 0.0, 2.0], requires_grad=True)
+    >>> fk.functional.relu(x).sum().backward()
+    >>> x.grad
+    tensor([0., 0., 1.])
+    """
+    if has_torch_function_unary(input):
+        return handle_torch_function(relu, (input,), input, inplace=inplace)
+    return _apply(input, inplace, "relu", 0.0, 0.0)
+
+
+def relu6(input: Tensor, inplace: bool = False) -> Tensor:
+    """`torch.nn.functional.relu6`, min(max(x, 0), 6), keeping one bit an element instead of its input.
+
+    Args:
+        input, inplace: as for :func:`relu`.
+
+    >>> import torch, freezekit as fk
+    >>> fk.functional.relu6(torch.tensor([-1.0, 3.0, 7.0]))
+    tensor([0., 3., 6.])
+    """
+    return hardtanh(input, 0.0, 6.0, inplace)
+
+
+def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
+    """`torch.nn.functional.hardtanh`, min(max(x, min_val), max_val), keeping one bit an element instead of its input.
+
+    The gradient is 0 at both ends and beyond.
+
+    Args:
+        input, inplace: as for :func:`relu`.
+        min_val, max_val: the ends.
+
+    Raises:
+        ValueError: if `min_val` is greater than `max_val`.
+
+    >>> import torch, freezekit as fk
+    >>> fk.functional.hardtanh(torch.tensor([-3.0, 0.5, 3.0]))
+    tensor([-1.0000,  0.5000,  1.0000])
+    """
+    if has_torch_function_unary(input):
+        return handle_torch_function(hardtanh, (input,), input, min_val=min_val, max_val=max_val, inplace=inplace)
+    if min_val > max_val:
+        raise ValueError(f"min_val must not be greater than max_val, got {min_val} and {max_val}")
+    return _apply(input, inplace, "hardtanh", float(min_val), float(max_val))
+
+
+def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
+    """`torch.nn.functional.leaky_relu`, keeping one bit an element instead of its input.
+
+    Args:
+        input, inplace: as for :func:`relu`. In place any slope has its gradient, a negative one too.
+        negative_slope: the factor below 0, and at 0.
+
+    >>> import torch, freezekit as fk
+    >>> fk.functional.leaky_relu(torch.tensor([-1.0, 2.0]), 0.5)
+    tensor([-0.5000,  2.0000])
+    """
+    if has_torch_function_unary(input):
+        return handle_torch_function(leaky_relu, (input,), input, negative_slope=negative_slope, inplace=inplace)
+    return _apply(input, inplace, "leaky_relu", float(negative_slope), 0.0)
+
+
+def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """`torch.nn.functional.dropout`, keeping one bit an element instead of a mask of the input's dtype.
+
+    It draws from torch's generator by the calls that torch makes: the same seed drops the same elements, and what comes
+    after finds the generator in the same state.
+
+    Args:
+        input: any shape and floating dtype.
+        p: probability of an element to be zeroed; the others are scaled by 1 / (1 - p).
+        training: False returns `input` as it is.
+        inplace: write the result into `input`.
+
+    Raises:
+        ValueError: if `p` is not between 0 and 1.
+
+    >>> import torch, freezekit as fk
+    >>> _ = torch.manual_seed(0)
+    >>> sorted(set(fk.functional.dropout(torch.ones(100)).tolist()))
+    [0.0, 2.0]
+    """
+    if has_torch_function_unary(input):
+        return handle_torch_function(dropout, (input,), input, p=p, training=training, inplace=inplace)
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
+    if not inplace:
+        return _dropout(input, float(p), training, backend=backends._current)
+    _dropout_(input, float(p), training, backend=backends._current)
+    return input
+
+
+def _apply(input: Tensor, inplace: bool, kind: str, a: float, b: float) -> Tensor:
+    if not inplace:
+        return _activation(input, kind, a, b, backend=backends._current)
+    _activation_(input, kind, a, b, backend=backends._current)
+    return input

@@ -1,0 +1,70 @@
+"""Activations and dropout that keep one bit an element."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from freezekit import functional
+
+
+class ReLU(nn.ReLU):
+    """An `nn.ReLU` that keeps one bit an element instead of its output. In place where asked.
+
+    >>> import torch, freezekit as fk
+    >>> fk.nn.ReLU(inplace=True)(torch.tensor([-1.0, 2.0]))
+    tensor([0., 2.])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.relu(input, self.inplace)
+
+
+class ReLU6(nn.ReLU6):
+    """An `nn.ReLU6` that keeps one bit an element instead of its input.
+
+    >>> import torch, freezekit as fk
+    >>> fk.nn.ReLU6()(torch.tensor([-1.0, 2.0, 7.0]))
+    tensor([0., 2., 6.])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.hardtanh(input, self.min_val, self.max_val, self.inplace)
+
+
+class LeakyReLU(nn.LeakyReLU):
+    """An `nn.LeakyReLU` that keeps one bit an element instead of its input.
+
+    >>> import torch, freezekit as fk
+    >>> fk.nn.LeakyReLU(0.5)(torch.tensor([-1.0, 2.0]))
+    tensor([-0.5000,  2.0000])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.leaky_relu(input, self.negative_slope, self.inplace)
+
+
+class Hardtanh(nn.Hardtanh):
+    """An `nn.Hardtanh` that keeps one bit an element instead of its input.
+
+    >>> import torch, freezekit as fk
+    >>> fk.nn.Hardtanh(-1.0, 3.0)(torch.tensor([-2.0, 2.0, 7.0]))
+    tensor([-1.,  2.,  3.])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.hardtanh(input, self.min_val, self.max_val, self.inplace)
+
+
+class Dropout(nn.Dropout):
+    """An `nn.Dropout` that keeps one bit an element instead of a mask of the input's dtype.
+
+    The same seed drops the same elements as `nn.Dropout`.
+
+    >>> import torch, freezekit as fk
+    >>> x = torch.ones(3)
+    >>> fk.nn.Dropout().eval()(x) is x
+    True
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.dropout(input, self.p, self.training, self.inplace)

@@ -1,0 +1,107 @@
+"""Pools and pads that keep a byte an output element, or sizes alone."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from freezekit import functional
+
+
+class MaxPool2d(nn.MaxPool2d):
+    """An `nn.MaxPool2d` that keeps one byte an output element (two for windows over 256) instead of input and indices.
+
+    >>> import torch, freezekit as fk
+    >>> fk.nn.MaxPool2d(2)(torch.arange(4.0).view(1, 1, 2, 2))
+    tensor([[[[3.]]]])
+    """
+
+    def forward(self, input: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        settings = (self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode, self.return_indices)
+        return functional.max_pool2d(input, *settings)
+
+
+class AvgPool1d(nn.AvgPool1d):
+    """An `nn.AvgPool1d` that keeps sizes instead of its input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        settings = (self.kernel_size, self.stride, self.padding, self.ceil_mode, self.count_include_pad)
+        return functional.avg_pool1d(input, *settings)
+
+
+class AvgPool2d(nn.AvgPool2d):
+    """An `nn.AvgPool2d` that keeps sizes instead of its input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        settings = (self.kernel_size, self.stride, self.padding, self.ceil_mode, self.count_include_pad)
+        return functional.avg_pool2d(input, *settings, self.divisor_override)
+
+
+class AvgPool3d(nn.AvgPool3d):
+    """An `nn.AvgPool3d` that keeps sizes instead of its input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        settings = (self.kernel_size, self.stride, self.padding, self.ceil_mode, self.count_include_pad)
+        return functional.avg_pool3d(input, *settings, self.divisor_override)
+
+
+class AdaptiveAvgPool1d(nn.AdaptiveAvgPool1d):
+    """An `nn.AdaptiveAvgPool1d` that keeps sizes instead of its input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.adaptive_avg_pool1d(input, self.output_size)
+
+
+class AdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
+    """An `nn.AdaptiveAvgPool2d` that keeps sizes instead of its input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.adaptive_avg_pool2d(input, self.output_size)
+
+
+class AdaptiveAvgPool3d(nn.AdaptiveAvgPool3d):
+    """An `nn.AdaptiveAvgPool3d` that keeps sizes instead of its input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.adaptive_avg_pool3d(input, self.output_size)
+
+
+class ReflectionPad1d(nn.ReflectionPad1d):
+    """An `nn.ReflectionPad1d` that keeps sizes instead of its input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.pad(input, self.padding, "reflect")
+
+
+class ReflectionPad2d(nn.ReflectionPad2d):
+    """An `nn.ReflectionPad2d` that keeps sizes instead of its input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.pad(input, self.padding, "reflect")
+
+
+class ReflectionPad3d(nn.ReflectionPad3d):
+    """An `nn.ReflectionPad3d` that keeps sizes instead of its input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.pad(input, self.padding, "reflect")
+
+
+class ReplicationPad1d(nn.ReplicationPad1d):
+    """An `nn.ReplicationPad1d` that keeps sizes instead of its input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.pad(input, self.padding, "replicate")
+
+
+class ReplicationPad2d(nn.ReplicationPad2d):
+    """An `nn.ReplicationPad2d` that keeps sizes instead of its input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.pad(input, self.padding, "replicate")
+
+
+class ReplicationPad3d(nn.ReplicationPad3d):
+    """An `nn.ReplicationPad3d` that keeps sizes instead of its input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.pad(input, self.padding, "replicate")

@@ -1,0 +1,146 @@
+"""`convert`, `revert` and the report: what is swapped, what is left alone and why, and calls that cannot be swapped."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+import freezekit as fk
+from freezekit import nn as layers
+from freezekit.conversion import SWAPS, conversion_report, convert, revert
+
+ARGUMENTS: dict[str, tuple[object, ...]] = {
+    **{f"Conv{t}{i}d": (2, 4, 3) for i in (1, 2, 3) for t in ("", "Transpose")},
+    **{f"BatchNorm{i}d": (4,) for i in (1, 2, 3)},
+    **{f"{kind}Pad{i}d": (1,) for i in (1, 2, 3) for kind in ("Reflection", "Replication")},
+    **{f"AdaptiveAvgPool{i}d": (1,) for i in (1, 2, 3)},
+    **{f"AvgPool{i}d": (2,) for i in (1, 2, 3)},
+    "MaxPool2d": (2,),
+    "LayerNorm": (4,),
+    "GroupNorm": (2, 4),
+}
+
+
+class OwnReLU(nn.ReLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
+class Calling(nn.Module):
+    """Calls functions where it could have layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), OwnReLU())
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.body(x))
+        for _ in range(2):
+            x = torch.relu(x - 0.1)
+        x = F.max_pool2d(self.norm(x).relu(), 2)
+        return F.dropout(F.pad(x, (1, 1, 1, 1), mode="reflect"), 0.5)
+
+
+def line_of(text: str) -> int:
+    return next(i for i, line in enumerate(Path(__file__).read_text().splitlines(), 1) if text in line)
+
+
+@pytest.mark.parametrize("stock", SWAPS, ids=lambda kind: kind.__name__)
+def test_every_layer_is_its_stock_layer_and_comes_back(stock: type[nn.Module]) -> None:
+    arguments = ARGUMENTS.get(stock.__name__, ())
+    made, ours = stock(*arguments), SWAPS[stock](*arguments)
+    assert isinstance(ours, stock)
+    assert inspect.signature(type(ours)) == inspect.signature(stock)
+    assert ours.extra_repr() == made.extra_repr()
+    assert ours.state_dict().keys() == made.state_dict().keys()
+    convert(made)
+    assert type(made) is SWAPS[stock]
+    assert type(pickle.loads(pickle.dumps(made))) is type(copy.deepcopy(made)) is SWAPS[stock]
+    assert type(revert(made)) is stock
+
+
+def test_every_layer_has_a_stock_class() -> None:
+    assert {SWAPS[base] for base in SWAPS} == {getattr(layers, name) for name in layers.__all__}
+    assert all(issubclass(kind, base) for base, kind in SWAPS.items())
+
+
+def test_only_some() -> None:
+    def kinds(model: nn.Module) -> list[bool]:
+        return [type(m) in SWAPS.values() for m in (model.body[0], model.body[1], model.norm)]
+
+    assert kinds(convert(Calling(), only=nn.ReLU)) == [False, True, False]
+    assert kinds(convert(Calling(), only="body")) == [True, True, False]
+    assert kinds(convert(Calling(), only=["body.0", nn.BatchNorm2d])) == [True, False, True]
+    assert kinds(convert(Calling(), only="*.1")) == [False, True, False]
+    assert kinds(revert(convert(Calling()), only="norm")) == [True, True, False]
+    with pytest.raises(ValueError, match="'bodi' meets no layer"):
+        convert(Calling(), only="bodi")
+    with pytest.raises(ValueError, match="LSTM"):
+        convert(Calling(), only=[nn.ReLU, nn.LSTM])
+    with pytest.raises(TypeError, match="only must hold names and nn.Module classes, got 3"):
+        convert(Calling(), only=[3])
+    with pytest.raises(TypeError, match="model must be an nn.Module"):
+        revert(3)
+
+
+def test_parametrized_layers_and_instances_with_a_forward_of_their_own() -> None:
+    norm = nn.utils.parametrizations.weight_norm(nn.Conv1d(2, 3, 3))
+    x = torch.randn(1, 2, 8)
+    before = norm(x)
+    convert(norm)
+    assert isinstance(norm, layers.FreezableConv1d)
+    assert parametrize.is_parametrized(norm)
+    assert torch.equal(norm(x), before)
+    revert(norm)
+    assert not isinstance(norm, layers.FreezableConv1d)
+    assert torch.equal(norm(x), before)
+    relu = nn.ReLU()
+    relu.forward = lambda x: x
+    assert type(convert(relu)) is nn.ReLU
+
+
+def test_the_report_of_layers() -> None:
+    rows = {row.name: row for row in conversion_report(convert(Calling(), only=nn.Conv2d))}
+    assert {name: row.status for name, row in rows.items()} == {
+        "body.0": "freezekit", "body.1": "stock", "body.2": "left alone", "norm": "stock",
+    }  # fmt: skip
+    assert "OwnReLU is a subclass of ReLU with behaviour of its own" in rows["body.2"].reason
+
+
+def test_the_report_of_calls_names_places_and_bytes() -> None:
+    model = convert(Calling())
+    x = torch.randn(2, 3, 8, 8)
+    state = torch.random.get_rng_state()
+    statistics = [b.clone() for b in model.buffers()]
+    rows = [row for row in conversion_report(model, x) if row.status == "call"]
+    found = {row.layer: (row.name, row.where, row.bytes_kept) for row in rows}
+    big, small = 2 * 4 * 64 * 4, 2 * 4 * 16 * 4
+    here = __file__
+    assert found == {
+        "F.relu": ("", f"{here}:{line_of('x = F.relu(self')}", big),
+        "torch.relu": ("", f"{here}:{line_of('x = torch.relu(x')}", 2 * big),
+        "Tensor.relu": ("", f"{here}:{line_of('x = F.max_pool2d(self')}", big),
+        "F.max_pool2d": ("", f"{here}:{line_of('x = F.max_pool2d(self')}", big + 2 * small),
+        "F.pad": ("", f"{here}:{line_of('return F.dropout(F.pad')}", small),
+        "F.dropout": ("", f"{here}:{line_of('return F.dropout(F.pad')}", 2 * 4 * 36 * 4),
+    }
+    assert "2 times" in next(row.reason for row in rows if row.layer == "torch.relu")
+    assert "freezekit.functional.max_pool2d" in next(row.reason for row in rows if row.layer == "F.max_pool2d")
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert all(torch.equal(a, b) for a, b in zip(statistics, model.buffers(), strict=True))
+    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+    frozen = [row.bytes_kept for row in conversion_report(model.requires_grad_(False), (x,)) if row.status == "call"]
+    assert frozen == [0] * 6
+
+
+def test_top_level_names() -> None:
+    assert fk.convert is convert

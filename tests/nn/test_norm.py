@@ -1,0 +1,190 @@
+"""Norms: torch's values and gradients in every state; what each state keeps."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import grad, gradcheck, gradgradcheck
+
+import freezekit as fk
+from freezekit import nn as layers
+from tests.observe import bytes_kept
+
+STATES = list(itertools.product([False, True], repeat=3))  # weight learns, bias learns, input needs grad
+BATCH_NORMS = {2: layers.FreezableBatchNorm2d, 1: layers.FreezableBatchNorm1d, 3: layers.FreezableBatchNorm3d}
+SIZES = {1: (4, 6, 5), 2: (4, 6, 5, 3), 3: (2, 6, 3, 4, 5)}
+
+
+def settled(norm: nn.Module) -> nn.Module:
+    for name, tensor in norm.state_dict().items():
+        if tensor.is_floating_point():
+            nn.init.uniform_(tensor, 0.5, 1.5) if "bias" not in name else nn.init.uniform_(tensor, -1, 1)
+    return norm
+
+
+def twin(norm: nn.Module) -> nn.Module:
+    """The stock layer with the same everything."""
+    return fk.conversion.revert(copy.deepcopy(norm))
+
+
+def step(norm: nn.Module, x: Tensor, g: Tensor) -> list[Tensor]:
+    x = x.detach().requires_grad_(x.requires_grad)
+    y = norm(x)
+    wanted = [t for t in (x, *norm.parameters()) if t.requires_grad]
+    return [y.detach(), *(grad(y, wanted, g) if wanted else ())]
+
+
+def check(norm: nn.Module, x: Tensor) -> None:
+    stock = twin(norm)
+    g = torch.randn(x.shape).to(x.dtype)
+    exact = step(twin(norm).double(), x.double().requires_grad_(x.requires_grad), g.double())
+    for a, b, c in zip(step(norm, x, g), step(stock, x, g), exact, strict=True):
+        assert a.dtype == b.dtype
+        if x.dtype == torch.bfloat16:  # no further from the truth than torch is, rounding aside
+            error, allowed = (a.double() - c).abs().max(), (b.double() - c).abs().max()
+            assert error <= allowed + 2**-8 * c.abs().max()
+        else:
+            torch.testing.assert_close(a, b)
+    for a, b in zip(norm.buffers(), stock.buffers(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("state", STATES, ids=str)
+@pytest.mark.parametrize("axes", BATCH_NORMS)
+def test_batch_norm_is_torch_s(axes: int, state: tuple[bool, bool, bool], training: bool) -> None:
+    norm = settled(BATCH_NORMS[axes](6)).train(training)
+    norm.weight.requires_grad_(state[0])
+    norm.bias.requires_grad_(state[1])
+    check(norm, torch.randn(SIZES[axes]).requires_grad_(state[2]))
+    assert norm(torch.randn(SIZES[axes])).requires_grad == (state[0] or state[1])
+
+
+@pytest.mark.parametrize(
+    "kind", ["no affine", "no statistics", "cumulative", "channels_last", "float64", "bfloat16", "mixed"]
+)
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_batch_norm_of_every_kind(kind: str, training: bool) -> None:
+    settings = {
+        "no affine": {"affine": False},
+        "no statistics": {"track_running_stats": False},
+        "cumulative": {"momentum": None},
+    }
+    norm = settled(layers.FreezableBatchNorm2d(6, **settings.get(kind, {}))).train(training).requires_grad_(False)
+    x = torch.randn(SIZES[2])
+    if kind == "channels_last":
+        x = x.to(memory_format=torch.channels_last)
+    dtype = {"float64": torch.float64, "bfloat16": torch.bfloat16, "mixed": torch.bfloat16}.get(kind, torch.float32)
+    if kind != "mixed":
+        norm = norm.to(dtype)
+    check(norm, x.to(dtype).requires_grad_())
+
+
+@pytest.mark.parametrize("axes", BATCH_NORMS)
+def test_what_batch_norm_keeps(axes: int) -> None:
+    norm = settled(BATCH_NORMS[axes](6)).eval()
+    x = torch.randn(SIZES[axes], requires_grad=True)
+    for (weight, bias, needs), training in itertools.product(STATES, [False, True]):
+        norm.train(training)
+        norm.weight.requires_grad_(weight)
+        norm.bias.requires_grad_(bias)
+        t = x if needs else x.detach()
+        kept = bytes_kept(norm, t)
+        if weight or (training and (bias or needs)):
+            assert kept == bytes_kept(twin(norm), t)
+        else:
+            assert kept == 8 * training, (weight, bias, needs)  # the counter of batches, written in place
+
+
+def test_a_frozen_batch_norm_keeps_its_statistics_after_train() -> None:
+    model = fk.convert(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()))
+    fk.freeze(model)
+    model.train()
+    x = torch.randn(2, 3, 8, 8, requires_grad=True)
+    before = [b.clone() for b in model.buffers()]
+    assert bytes_kept(model, x) == 2 * 4 * 64 // 8
+    assert all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True))
+    fk.unfreeze(model)
+    assert model[1].training
+    fk.freeze(model, norm="batch")
+    model(x)
+    assert not torch.equal(before[0], next(model.buffers()))
+    (said,) = [row.reason for row in fk.conversion_report(model) if row.layer == "FreezableBatchNorm2d"]
+    assert "normalises by batch" in said
+
+
+def test_batch_norm_derivatives_and_double_backward() -> None:
+    norm = settled(layers.FreezableBatchNorm2d(6)).double().eval()
+    norm.weight.requires_grad_(False)
+    x = torch.randn(2, 6, 3, 2, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(lambda t, b: norm(t * t), (x, norm.bias))
+    assert gradgradcheck(lambda t: norm(t * t), x)
+
+
+def test_batch_norm_zero_batch_and_errors() -> None:
+    norm = layers.FreezableBatchNorm2d(6).eval().requires_grad_(False)
+    x = torch.randn(0, 6, 3, 3, requires_grad=True)
+    assert grad(norm(x).sum(), x)[0].shape == x.shape
+    with pytest.raises(ValueError, match="expected 4D input"):
+        norm(torch.randn(2, 6))
+    with pytest.raises(RuntimeError, match="running_mean should contain 5 elements"):
+        norm(torch.randn(2, 5, 3, 3, requires_grad=True))
+
+
+def test_editing_the_input_of_a_frozen_batch_norm_is_fine() -> None:
+    norm = layers.FreezableBatchNorm2d(6).eval().requires_grad_(False)
+    x = torch.randn(2, 6, 3, 3, requires_grad=True)
+    hidden = x * 1
+    y = norm(hidden)
+    hidden.add_(1)
+    y.sum().backward()
+    y = norm(x)
+    norm.running_var.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: layers.FreezableLayerNorm((5, 3)), lambda: layers.FreezableGroupNorm(2, 6)], ids=["layer", "group"]
+)
+@pytest.mark.parametrize("state", STATES, ids=str)
+def test_layer_and_group_norm(state: tuple[bool, bool, bool], make: type[nn.Module]) -> None:
+    norm = settled(make())
+    norm.weight.requires_grad_(state[0])
+    norm.bias.requires_grad_(state[1])
+    x = torch.randn(SIZES[2]).requires_grad_(state[2])
+    check(norm, x)
+    kept = bytes_kept(norm, x)
+    assert kept == 0 if not (state[0] or state[2]) else kept == bytes_kept(twin(norm), x)
+    check(norm.bfloat16(), x.detach().bfloat16().requires_grad_(state[2]))
+
+
+def test_layer_and_group_norm_errors_are_torch_s() -> None:
+    for norm, x in (
+        (layers.FreezableGroupNorm(2, 2), torch.ones(1, 2)),
+        (layers.FreezableLayerNorm(3), torch.ones(2, 2)),
+    ):
+        norm.weight.requires_grad_(False)
+        with pytest.raises((RuntimeError, ValueError)) as ours:
+            norm(x)
+        with pytest.raises((RuntimeError, ValueError)) as stock:
+            twin(norm)(x)
+        assert str(ours.value) == str(stock.value)
+
+
+def test_transforms_and_opcheck() -> None:
+    norm = settled(layers.FreezableBatchNorm2d(6)).eval().requires_grad_(False)
+    stock = twin(norm)
+    x, t = torch.randn(SIZES[2]), torch.randn(SIZES[2])
+    for f in (torch.func.vmap(lambda v: v), torch.func.grad):
+        a, b = ((f(lambda v, n=n: n(v).square().sum())(x) if f is torch.func.grad else n(x)) for n in (norm, stock))
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(torch.func.jvp(norm, (x,), (t,)), torch.func.jvp(stock, (x,), (t,)))
+    ops, w = torch.ops.freezekit, torch.rand(6)
+    torch.library.opcheck(ops.batch_norm, (x.requires_grad_(), w, w.clone().requires_grad_(), w, w, 1e-5))
+    torch.library.opcheck(ops.layer_norm, (t, [3], None, torch.rand(3).requires_grad_(), 1e-5))
+    torch.library.opcheck(ops.group_norm, (t, 2, None, torch.rand(6).requires_grad_(), 1e-5))
