@@ -29,3 +29,5 @@ def place(request: pytest.FixtureRequest) -> tuple[str, str]:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+    # The kernels obey it, emulated or not: float32 is float32 here unless a test says otherwise.
+    torch.backends.cudnn.allow_tf32 = False
