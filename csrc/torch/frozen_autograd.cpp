@@ -1,164 +1,30 @@
-// Autograd of a frozen convolution, and how neighbouring ones share their passes.
-//
-// A node keeps bits and the weight, no activation. In the backward pass it looks along the edge to who made its input:
-//
-//   - if that is a frozen convolution with bits, its bits go into this one's dgrad as the mask, in the same kernel;
-//     the result is marked there, and the maker leaves out the pass that masks its own dy. Whether a mark still holds
-//     is asked of the tensor that arrives: a sum, a hook's result or an edited tensor is not the marked one, and is masked
-//     (again, which does no harm). So nothing depends on knowing who else reads the maker's output.
-//   - no mask is lent where somebody looks at that gradient (a hook, retain_grad, autograd.grad for it): dL/dy of an
-//     activation is not zero where the activation is.
-//
-// `frozen_conv2d_shared` also returns its input, for the other readers of it: what flows back to them reaches this node
-// and is added in dgrad's epilogue, where autograd would sum in a pass of its own.
+// Autograd, autocast and transforms of a frozen convolution. What its backward pass does stands in frozen_node.h.
 #include <ATen/ATen.h>
-#include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/autocast_mode.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
-#include <torch/csrc/autograd/graph_task.h>
-#include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
-
-#include <mutex>
 
 #include "torch/aten.h"
 #include "torch/checks.h"
 #include "torch/constants.h"
 #include "torch/formula.h"
 #include "torch/frozen_conv2d.h"
+#include "torch/frozen_node.h"
 #include "torch/gate.h"
-#include "torch/layout.h"
 #include "torch/node.h"
 
 namespace freezekit {
 namespace {
 
-using torch::autograd::Node;
-using torch::autograd::SavedVariable;
-
-constexpr size_t kInput = 0, kResidual = 1;  // edges
-constexpr size_t kPassedOn = 1;              // the gradient of the input that was passed on
-
-class FrozenConv2dBackward : public Node {
- public:
-  FrozenConv2dBackward(FrozenConv2d f, const Tensor& input, const Tensor& weight)
-      : f_(std::move(f)), input_size_(owned(input.sym_sizes())), weight_(weight, /*is_output=*/false) {
-    input_is_channels_last_ = input.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
-  }
-
-  // After the forward pass: the bits and how they lie.
-  void keep(const Tensor& y, const Tensor& bits) {
-    if (bits.sym_numel() == 0) return;
-    const bool last = f_.own_kernels() || y.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
-    bits_stride_ = dense_stride(y.sym_sizes(), last);
-    bits_are_channels_last_ = last;
-    bits_ = SavedVariable(bits, /*is_output=*/false);
-    has_bits_ = true;
-  }
-
-  std::string name() const override { return "FreezekitFrozenConv2dBackward"; }
-
-  void release_variables() override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    weight_.reset_data();
-    bits_.reset_data();
-    masked_.reset();
-  }
-
-  variable_list apply(variable_list&& grads) override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    variable_list result(num_outputs());
-    const Tensor passed = grads.size() > kPassedOn ? std::move(grads[kPassedOn]) : Tensor();
-    const bool wants_input = task_should_compute_output(kInput);
-    if (!grads[0].defined()) {
-      if (wants_input) result[kInput] = passed;
-      return result;
-    }
-    const Tensor dy = masked(std::move(grads[0]));
-    if (num_outputs() > kResidual && task_should_compute_output(kResidual)) result[kResidual] = dy;
-    if (wants_input) result[kInput] = input_gradient(dy, passed);
-    return result;
-  }
-
- private:
-  // dy where this one's activation let the value through.
-  Tensor masked(Tensor&& dy) {
-    if (!has_bits_) return std::move(dy);
-    const bool known = is_marked(dy);
-    masked_.reset();
-    if (known) return std::move(dy);
-    const Tensor bits = bits_.unpack();
-    if (may_write(dy)) {
-      gate_inplace(dy, bits, {}, "auto");
-      return std::move(dy);
-    }
-    return gate(dy, bits, bits_stride_, {}, to_string(f_.geometry.backend));
-  }
-
-  Tensor input_gradient(const Tensor& dy, const Tensor& passed) {
-    const Tensor weight = weight_.unpack();
-    if (at::GradMode::is_enabled()) {  // create_graph: of differentiable operators, masks where they are made
-      const Tensor dx = conv2d_dgrad(dy, weight, input_size_, f_.geometry);
-      return passed.defined() ? dx + passed : dx;
-    }
-    FrozenConv2dBackward* maker = maker_of_input();
-    const Tensor bits = maker ? maker->lend() : Tensor();
-    const Tensor dx =
-        frozen_conv2d_dgrad(dy, weight, input_size_, passed, bits, input_is_channels_last_, f_.geometry);
-    if (bits.defined()) maker->mark(dx);
-    return dx;
-  }
-
-  // Who made the input, if its gradient is nobody else's business and its bits lie as this dgrad computes.
-  FrozenConv2dBackward* maker_of_input() const {
-    const auto& edge = next_edge(kInput);
-    auto* maker = dynamic_cast<FrozenConv2dBackward*>(edge.function.get());
-    if (!maker || edge.input_nr != 0 || !maker->has_bits_) return nullptr;
-    if (maker->bits_are_channels_last_ != (f_.own_kernels() || input_is_channels_last_)) return nullptr;
-    if (!maker->tensor_pre_hooks().empty() || !maker->pre_hooks().empty() || !maker->retains_grad_hooks().empty()) {
-      return nullptr;
-    }
-    if (const auto* tasks = torch::autograd::get_current_graph_task_exec_info()) {
-      const auto found = tasks->find(maker);
-      if (found != tasks->end() && found->second.captures_) return nullptr;
-    }
-    return maker;
-  }
-
-  Tensor lend() {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    return bits_.unpack();
-  }
-
-  void mark(const Tensor& grad) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    masked_.emplace(grad.getIntrusivePtr());
-    masked_version_ = grad._version();
-  }
-
-  bool is_marked(const Tensor& grad) const {
-    // While the weak pointer is held no other tensor can take the address.
-    return masked_ && masked_->_unsafe_get_target() == grad.unsafeGetTensorImpl() && grad._version() == masked_version_;
-  }
-
-  bool may_write(const Tensor& dy) const {
-    return !at::GradMode::is_enabled() && dy.use_count() == 1 && !at::isTensorSubclassLike(dy) && dy.has_storage() &&
-           dy.storage().use_count() == 1 && dy.sym_strides() == SymIntArrayRef(bits_stride_) &&
-           dy.is_non_overlapping_and_dense();
-  }
-
-  FrozenConv2d f_;
-  std::vector<c10::SymInt> input_size_, bits_stride_;
-  bool input_is_channels_last_ = false, bits_are_channels_last_ = false, has_bits_ = false;
-  SavedVariable weight_, bits_;
-  std::optional<c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>> masked_;
-  uint32_t masked_version_ = 0;
-};
-
 void check_frozen(const Tensor& tensor, const char* name) {
   TORCH_CHECK(!tensor.defined() || !tensor.requires_grad() || !at::GradMode::is_enabled(), name,
               " must not require grad: frozen_conv2d has no gradient for it; conv2d has");
+}
+
+void check_formula_backend(const FrozenConv2d& f) {
+  TORCH_CHECK(!f.own_kernels(), "backend='", to_string(f.geometry.backend),
+              "' has no formulas for torch.func transforms and forward-mode AD; backend='aten' has");
 }
 
 // By ATen's formulas, for torch.func transforms and forward-mode AD.
@@ -211,6 +77,7 @@ Result record(const Call& call, const FrozenConv2d& f, bool keep_mask, bool shar
   check_frozen(call.weight, "weight");
   check_frozen(call.bias, "bias");
   if (call.needs_aten()) {
+    check_formula_backend(f);
     TORCH_CHECK(!keep_mask, "keep_mask must be False under torch.func transforms and forward-mode AD");
     return {by_aten(call.input, call.weight, call.optional_bias(), call.residual, f), no_bits(call.input), call.input};
   }
@@ -304,6 +171,7 @@ std::tuple<Tensor, Tensor> frozen_batched(const Tensor& input, const Tensor& wei
                                           std::string_view backend) {
   TORCH_CHECK(!keep_mask, "keep_mask must be False under torch.vmap");
   const FrozenConv2d f(activation, channels_last, Geometry(stride, padding, dilation, groups, backend));
+  check_formula_backend(f);
   const Tensor y = by_aten(input, weight, bias, residual.value_or(Tensor()), f);
   return {y, no_bits(y)};
 }

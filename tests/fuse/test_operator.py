@@ -224,3 +224,27 @@ def test_kernels_do_it_all_in_one_launch_each_way() -> None:
         assert [row["operator"] for row in _C.take_launch_log()] == ["conv2d", "conv2d_dgrad"]
     finally:
         _C.set_launch_log(False)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_compiled_autograd(activation: str) -> None:
+    x, w, b, r = tensors(torch.float32, {"padding": [1]}, "cpu", True)
+    gradients = []
+    for compiled in (False, True):
+        leaves = [t.clone().requires_grad_() for t in (x, r)]
+        y, _ = frozen(leaves[0], w, b, leaves[1], activation, [1], [1])
+        loss = (y * cotangent(y)).sum()
+        if compiled:
+            with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+                loss.backward()
+        else:
+            loss.backward()
+        gradients.append([leaf.grad for leaf in leaves])
+    for eager, traced in zip(*gradients, strict=True):
+        assert torch.equal(eager, traced)
+
+
+def test_transforms_are_not_for_explicit_kernels() -> None:
+    x, w, _, _ = tensors(torch.float32, {}, "cpu", False)
+    with pytest.raises(RuntimeError, match="backend='emulated' has no formulas"):
+        torch.func.grad(lambda x: frozen(x, w, backend="emulated")[0].sum())(x)
