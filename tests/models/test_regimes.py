@@ -21,7 +21,8 @@ def step(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     torch.manual_seed(1)
     x = x.detach().requires_grad_(x.requires_grad)
     y = model(x)
-    (y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
+    if y.requires_grad:
+        (y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     return {"output": y.detach(), **found, **({"input": x.grad} if x.grad is not None else {})}
 
@@ -46,11 +47,11 @@ def test_outputs_and_gradients_are_torch_s(name: str, regime: str, training: boo
     ours = fk.convert(copy.deepcopy(stock))
     expected, actual = step(stock, x), step(ours, x)
     assert expected.keys() == actual.keys()
-    assert len(expected) > 1
+    assert len(expected) > 1 or (name, regime) == ("alexnet", "norms-learn")  # which has no norm
+    # A bias before batch norm has a gradient of zero: what is left there is rounding of terms as large as the others.
+    scale = max(1.0, *(value.abs().max().item() for value in expected.values()))
     for key, value in expected.items():
-        torch.testing.assert_close(
-            actual[key], value, rtol=1e-4, atol=1e-5 * max(1.0, value.abs().max().item()), msg=key
-        )
+        torch.testing.assert_close(actual[key], value, rtol=1e-4, atol=1e-5 * scale, msg=lambda m, k=key: f"{k}: {m}")
     for (key, a), b in zip(stock.named_buffers(), ours.buffers(), strict=True):
         torch.testing.assert_close(b, a, msg=key)
 

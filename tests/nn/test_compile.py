@@ -20,7 +20,7 @@ def network() -> nn.Module:
 
 
 def bytes_saved(forward: Callable[[Tensor], Tensor], x: Tensor) -> int:
-    """Bytes of the storages that autograd saves; torch.compile compiles under no dispatch mode, which would see more."""
+    """Bytes of the storages that autograd saves; torch.compile compiles under no dispatch mode, which sees more."""
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ def test_values_and_gradients_are_torch_s(case: Any, state: tuple[bool, bool, bo
 def test_what_is_kept_and_run(case: Any) -> None:
     ours, _, x = pair(case)
     pads = case[1].get("padding_mode") is not None or case[1].get("padding") == "same"
-    for state in STATES:
+    for state in STATES[1::2] if pads else STATES:
         set_state(ours, state)
         t = x.detach().requires_grad_(state[2])
         kept = bytes_kept(ours, t)

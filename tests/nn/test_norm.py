@@ -84,10 +84,9 @@ def test_batch_norm_of_every_kind(kind: str, training: bool) -> None:
     check(norm, x.to(dtype).requires_grad_())
 
 
-@pytest.mark.parametrize("axes", BATCH_NORMS)
-def test_what_batch_norm_keeps(axes: int) -> None:
-    norm = settled(BATCH_NORMS[axes](6)).eval()
-    x = torch.randn(SIZES[axes], requires_grad=True)
+def test_what_batch_norm_keeps() -> None:
+    norm = settled(BATCH_NORMS[2](6)).eval()
+    x = torch.randn(SIZES[2], requires_grad=True)
     for (weight, bias, needs), training in itertools.product(STATES, [False, True]):
         norm.train(training)
         norm.weight.requires_grad_(weight)
