@@ -12,13 +12,15 @@ Size2 = int | Sequence[int]
 _SMALL = 2**31
 
 
-def plain(*settings: object) -> bool:
-    """Whether every one is an int or a tuple of ints, as a module's own settings are: nothing is left to convert."""
-    for setting in settings:
-        for value in setting if type(setting) is tuple else (setting,):
-            if type(value) is not int or not -1 < value < _SMALL:
-                return False
-    return True
+def plain(stride: object, padding: object, dilation: object, groups: object) -> bool:
+    """Whether all are ints or pairs of ints, as a module's own settings are: nothing is left to convert."""
+    return type(groups) is int and groups < _SMALL and _plain(stride) and _plain(padding) and _plain(dilation)
+
+
+def _plain(value: object) -> bool:
+    if type(value) is tuple:
+        return len(value) == 2 and type(value[0]) is int and type(value[1]) is int
+    return type(value) is int and value < _SMALL
 
 
 def numbers(name: str, value: object) -> int | list[int]:

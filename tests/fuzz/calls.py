@@ -66,7 +66,8 @@ def _draw(rng: random.Random) -> Call:
         spans = [d * (k - 1) + 1 for d, k in zip(_two(settings["dilation"]), (r, s))]
         padded = [2 * p for p in _two(settings["padding"])] if not isinstance(settings["padding"], str) else spans
         extent = [max(e, span - p) for e, span, p in zip(extent, spans, padded)]
-    device = "cuda" if torch.cuda.is_available() and rng.random() < 0.5 else "cpu"
+    on_gpu = rng.random() < 0.5  # drawn on every machine, so that a case is the same problem on each
+    device = "cuda" if on_gpu and torch.cuda.is_available() else "cpu"
     own = "native" if device == "cuda" else "emulated"
     dtype = rng.choice(DTYPES)
     return Call(
