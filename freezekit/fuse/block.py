@@ -77,7 +77,8 @@ def _runs_fused(
         folding.drop(conv)
         return False
     assert isinstance(conv, nn.Conv2d)
-    weight = conv.weight
+    weight = conv._parameters["weight"]
+    assert weight is not None
     if not _is_plain(x, weight) or not _fits(x, conv):
         return False
     dtype = x.dtype
@@ -97,7 +98,7 @@ def _is_plain(x: Tensor, weight: Tensor) -> bool:
 
 def _fits(x: Tensor, conv: nn.Conv2d) -> bool:
     """Whether sizes are right; where they are not, the layers themselves say so."""
-    return x.shape[1] == conv.in_channels and all(size >= 1 for size in _output_size(x, conv))
+    return x.shape[1] == conv.in_channels and min(_output_size(x, conv)) >= 1
 
 
 def _output_size(x: Tensor, conv: nn.Conv2d) -> tuple[int, int]:

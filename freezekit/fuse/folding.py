@@ -31,21 +31,23 @@ class Folded:
 class _State:
     """What a source was when it was read. The storage is held, so that no other can take its address."""
 
-    __slots__ = ("held", "source", "version")
+    __slots__ = ("address", "dtype", "held", "source", "stride", "version")
 
     def __init__(self, source: Tensor) -> None:
         self.source = weakref.ref(source)
         self.held = source.detach()
+        self.address = source.data_ptr()
         self.version = source._version
+        self.stride = source.stride()
+        self.dtype = source.dtype
 
     def matches(self, source: Tensor) -> bool:
-        held = self.held
         return (
             self.source() is source
             and self.version == source._version
-            and held.data_ptr() == source.data_ptr()
-            and held.dtype == source.dtype
-            and held.stride() == source.stride()
+            and self.address == source.data_ptr()
+            and self.dtype is source.dtype
+            and self.stride == source.stride()
         )
 
 
@@ -71,7 +73,7 @@ def folded(conv: nn.Conv2d, norm: nn.Module | None) -> Folded:
     if torch.compiler.is_compiling():
         return _fold(conv, norm, torch.float32)
     entry = _entries.get(conv)
-    now = tuple(sources(conv, norm))
+    now = sources(conv, norm)
     if entry is not None and _fits(entry, norm, now):
         return entry.folded
     cacheable = not any(source.is_inference() for source in now)
@@ -110,7 +112,7 @@ def verify(model: nn.Module | Tensor) -> None:
     """
     for conv, entry in _of(model):
         norm = None if entry.norm is None else entry.norm()
-        if not _fits(entry, norm, tuple(sources(conv, norm))):
+        if not _fits(entry, norm, sources(conv, norm)):
             continue  # seen, and made again at the next call
         with torch.no_grad():
             now = _fold(conv, norm, _exact(conv.weight))
@@ -154,10 +156,15 @@ def _eps(norm: nn.Module | None) -> float:
     return 0.0 if norm is None else float(norm.eps)  # type: ignore[arg-type]
 
 
-def _fits(entry: _Entry, norm: nn.Module | None, now: tuple[Tensor, ...]) -> bool:
+def _fits(entry: _Entry, norm: nn.Module | None, now: list[Tensor]) -> bool:
     if (None if entry.norm is None else entry.norm()) is not norm or entry.eps != _eps(norm):
         return False
-    return len(entry.states) == len(now) and all(state.matches(source) for state, source in zip(entry.states, now))
+    if len(entry.states) != len(now):
+        return False
+    for state, source in zip(entry.states, now):  # noqa: SIM110, a generator costs as much as the comparisons
+        if not state.matches(source):
+            return False
+    return True
 
 
 def _fold(conv: nn.Conv2d, norm: nn.Module | None, exact: torch.dtype) -> Folded:

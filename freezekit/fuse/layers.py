@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -36,8 +35,6 @@ ACTIVATION_CALLS: dict[Any, str] = {
     "relu_": "relu",
 }
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
 
 def activation_kind(activation: nn.Module | str | None) -> str | None:
     """ "none", "relu" or "relu6"; None for a module that is neither."""
@@ -46,16 +43,17 @@ def activation_kind(activation: nn.Module | str | None) -> str | None:
     return activation if isinstance(activation, str) else ACTIVATIONS.get(type(activation))
 
 
-def sources(conv: nn.Conv2d, norm: nn.Module | None) -> Iterator[Tensor]:
-    """All tensors that a folded weight and bias are made of."""
-    yield conv.weight
-    if conv.bias is not None:
-        yield conv.bias
+def sources(conv: nn.Module, norm: nn.Module | None) -> list[Tensor]:
+    """All tensors that a folded weight and bias are made of.
+
+    Read from the modules' dictionaries: `nn.Module.__getattr__` would be a good part of what a small block costs.
+    """
+    own = conv._parameters
+    found: list[Tensor | None] = [own["weight"], own["bias"]]
     if norm is not None:
-        for name in ("weight", "bias", "running_mean", "running_var"):
-            tensor = getattr(norm, name)
-            if tensor is not None:
-                yield tensor
+        affine, statistics = norm._parameters, norm._buffers
+        found += [affine["weight"], affine["bias"], statistics["running_mean"], statistics["running_var"]]
+    return [tensor for tensor in found if tensor is not None]
 
 
 def why_unfused(conv: nn.Module, norm: nn.Module | None, activation: nn.Module | str | None) -> str:
@@ -67,7 +65,7 @@ def why_unfused(conv: nn.Module, norm: nn.Module | None, activation: nn.Module |
     if activation_kind(activation) is None:
         return f"{type(activation).__name__} is no plain ReLU or ReLU6"
     assert isinstance(conv, nn.Conv2d)
-    if conv.weight.requires_grad or (conv.bias is not None and conv.bias.requires_grad):
+    if _is_trainable(conv):
         return "the convolution is trainable"
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return f"padding {conv.padding!r} with mode {conv.padding_mode!r} is not by numbers of zeros"
@@ -82,13 +80,26 @@ def why_unfused(conv: nn.Module, norm: nn.Module | None, activation: nn.Module |
 def _why_norm_is_live(norm: nn.Module) -> str:
     if norm.training:
         return "the batch norm normalises with the statistics of the batch"
-    if norm.running_mean is None or norm.running_var is None:
+    if norm._buffers.get("running_mean") is None or norm._buffers.get("running_var") is None:
         return "the batch norm has no running statistics"
-    if any(p is not None and p.requires_grad for p in norm._parameters.values()):
+    if _is_trainable(norm):
         return "the batch norm is trainable"
     return ""
 
 
+def _is_trainable(layer: nn.Module) -> bool:
+    for parameter in layer._parameters.values():  # noqa: SIM110, a generator costs more than what it runs over
+        if parameter is not None and parameter.requires_grad:
+            return True
+    return False
+
+
 def _is_watched(layer: nn.Module) -> bool:
     own = layer.__dict__
-    return "forward" in own or any(own[name] for name in _HOOKS)
+    return bool(
+        "forward" in own
+        or own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+    )
