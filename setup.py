@@ -48,6 +48,10 @@ def cuda_home(nvcc: Path) -> Path:
     return Path(tops[0]).resolve() if tops else nvcc.resolve().parent.parent
 
 
+def version_of(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".")[:2])
+
+
 def arch_flags(archs: list[str]) -> list[str]:
     """SASS for every architecture, and PTX of the lowest one for chips that are newer than all of them."""
     lowest = min(archs, key=lambda arch: int(arch.rstrip("af")))
@@ -80,7 +84,11 @@ class Build(BuildExtension):
             banner = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
             info["cuda"] = re.findall(r"\bV([\d.]+)", banner)[0]
             info["archs"] = archs
-            flags = f"-std=c++17 -O3 -I{CSRC} -Xcompiler -fPIC,-fvisibility=hidden {' '.join(arch_flags(archs))}"
+            # nvcc's own default leaves the binary three times as large; older ones do not know the option.
+            small = "--compress-mode=size" if version_of(info["cuda"]) >= (12, 8) else ""
+            flags = (
+                f"-std=c++17 -O3 -I{CSRC} -Xcompiler -fPIC,-fvisibility=hidden {small} {' '.join(arch_flags(archs))}"
+            )
             extension.extra_objects += map(
                 str, ninja(build, "nvcc", f"{nvcc} {flags} -MD -MF $out.d -c $in -o $out", kernels)
             )

@@ -25,6 +25,7 @@ from freezekit.nn import FreezableConv2d  # noqa: E402
 from freezekit.plan import Plan, plan  # noqa: E402
 from freezekit.profiling import profile  # noqa: E402
 from freezekit.schedule import FreezeOut, UpdateNorm  # noqa: E402
+from freezekit.tuning import autotune, clear_choices, load_choices  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -41,7 +42,9 @@ __all__ = [
     "Plan",
     "UpdateNorm",
     "audit",
+    "autotune",
     "backend",
+    "clear_choices",
     "conv2d",
     "conv2d_dgrad",
     "conv2d_wgrad",
@@ -54,6 +57,7 @@ __all__ = [
     "guard",
     "invalidate",
     "is_held",
+    "load_choices",
     "load_freeze_state",
     "plan",
     "profile",

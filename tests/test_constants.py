@@ -243,3 +243,31 @@ def test_freeze_declares_and_unfreeze_withdraws() -> None:
     state = fk.freeze_state(fk.FreezableConv2d(4, 8, 3).requires_grad_(False))
     fk.load_freeze_state(conv, state)
     assert constants.is_constant(conv.weight)
+
+
+def test_the_transposed_filter_of_a_constant_is_made_once() -> None:
+    """What dgrad's tensor-core kernel reads instead of the weight."""
+    weight = torch.randn(32, 16, 3, 3, dtype=torch.bfloat16)
+    dy = torch.randn(1, 32, 6, 6, dtype=torch.bfloat16)
+
+    def dgrad() -> Tensor:
+        return fk.conv2d_dgrad(dy, weight, (1, 16, 8, 8), backend="emulated")
+
+    fresh = dgrad()
+    constants.declare_constant(weight)
+    before = constants.usage()
+    assert torch.equal(dgrad(), fresh)
+    assert torch.equal(dgrad(), fresh)
+    after = constants.usage()
+    assert (after["misses"], after["hits"]) == (before["misses"] + 1, before["hits"] + 1)
+    assert after["bytes"] == before["bytes"] + weight.nbytes
+    weight.mul_(2)
+    assert torch.equal(dgrad(), 2 * fresh)
+    weight.data.mul_(2)
+    with pytest.raises(RuntimeError, match="kept transposed filter of constant '' is stale"):
+        constants.verify_constants(weight)
+    constants.invalidate(weight)
+    assert torch.equal(dgrad(), 4 * fresh)
+    strided = weight.to(memory_format=torch.channels_last)
+    constants.declare_constant(strided)
+    assert torch.equal(fk.conv2d_dgrad(dy, strided, (1, 16, 8, 8), backend="emulated"), 4 * fresh)

@@ -95,5 +95,6 @@ PYBIND11_MODULE(_C, m) {
         py::arg("padding") = Pair{0, 0}, py::arg("dilation") = Pair{1, 1}, py::arg("groups") = 1, py::kw_only(),
         py::arg("sm") = 80, py::arg("sm_count") = 108, py::arg("allow_tf32") = false,
         py::arg("deterministic") = false);
+  bind_choices(m);
   bind_constants(m);
 }

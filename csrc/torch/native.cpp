@@ -8,6 +8,7 @@
 #include <mutex>
 
 #include "torch/checks.h"
+#include "torch/constants.h"
 #include "torch/kernel_library.h"
 #include "torch/layout.h"
 
@@ -50,29 +51,66 @@ Target target_on(const KernelLibrary& library) {
 
 Tensor dense_channels_last(const Tensor& tensor) { return tensor.contiguous(at::MemoryFormat::ChannelsLast); }
 
-// Everything of a launch that does not depend on the operator: device, stream, choice, workspace, the launch itself.
-void launch(Operator op, const Conv2dProblem& problem, const Tensor& on, Backend backend, const Conv2dTensors& tensors,
-            const Epilogue& epilogue) {
+// A launch decided on: everything that does not depend on the operator's tensors.
+struct Choice {
+  Operator op;
+  const Conv2dProblem& problem;
+  Backend backend;
+  const KernelLibrary& library;
+  DType dtype;
+  Selection selection;
+};
+
+Choice choose(Operator op, const Conv2dProblem& problem, const Tensor& on, Backend backend) {
   const KernelLibrary& library = kernel_library(backend);
-  const Target target = target_on(library);
   const DType dtype = *dtype_of(on);
-  const Selection selection = select(op, problem, dtype, target);
+  const Selection selection = select(op, problem, dtype, target_on(library));
   TORCH_CHECK(selection.family != Family::none, "no freezekit kernel for ", name_of(op), ": ", selection.reason,
               "; backend='aten' computes it");
+  return {op, problem, backend, library, dtype, selection};
+}
+
+Stream stream_of(const Tensor& on) {
+  if (!on.is_cuda()) return nullptr;
+  return c10::impl::VirtualGuardImpl(on.device().type()).getStream(on.device()).native_handle();
+}
+
+void check_status(Status status, const char* kernel, const KernelLibrary& library) {
+  TORCH_CHECK(status == Status::success, "freezekit kernel ", kernel, " failed: ", to_string(status),
+              library.last_error());
+}
+
+void launch(const Choice& choice, const Tensor& on, const Conv2dTensors& tensors, const Epilogue& epilogue) {
   Tensor workspace;
-  if (selection.workspace_bytes > 0) {
-    workspace = at::empty({static_cast<int64_t>(selection.workspace_bytes)}, on.options().dtype(at::kByte));
+  if (choice.selection.workspace_bytes > 0) {
+    workspace = at::empty({static_cast<int64_t>(choice.selection.workspace_bytes)}, on.options().dtype(at::kByte));
   }
-  Stream stream = nullptr;
-  if (on.is_cuda()) {
-    stream = c10::impl::VirtualGuardImpl(on.device().type()).getStream(on.device()).native_handle();
-  }
-  const Status status =
-      library.table->conv2d(op, selection, problem, dtype, tensors, epilogue,
-                            workspace.defined() ? workspace.mutable_data_ptr() : nullptr, stream);
-  TORCH_CHECK(status == Status::success, "freezekit kernel ", selection.kernel, " for ", name_of(op), " failed: ",
-              to_string(status), library.last_error());
-  log_launch({op, selection.kernel, backend, problem});
+  check_status(choice.library.table->conv2d(choice.op, choice.selection, choice.problem, choice.dtype, tensors,
+                                            epilogue, workspace.defined() ? workspace.mutable_data_ptr() : nullptr,
+                                            stream_of(on)),
+               choice.selection.kernel, choice.library);
+  log_launch({choice.op, choice.selection.kernel, choice.backend, choice.problem});
+}
+
+// W', the filter as dgrad's GEMM reads it, of a weight that was declared constant: made once. Undefined for others,
+// whose W' the kernel makes in its workspace, and for kernels that read the filter as it is.
+Tensor kept_transposed_filter(const Choice& choice, const Tensor& weight) {
+  if (choice.selection.family != Family::implicit_gemm || !constants::is_declared(weight)) return {};
+  const int64_t detail = choice.problem.groups * 8 + static_cast<int64_t>(choice.backend);
+  // By value, since the cache keeps it to make W' again; the library lives as long as the process.
+  const auto make = [library = &choice.library, problem = choice.problem, dtype = choice.dtype](const Tensor& source) {
+    const Tensor made = at::empty({source.numel()}, source.options());
+    FilterTransform transform;
+    transform.from = transform.to = dtype;
+    transform.transposed = true;
+    transform.stride_k = source.stride(0), transform.stride_c = source.stride(1);
+    transform.stride_r = source.stride(2), transform.stride_s = source.stride(3);
+    check_status(library->table->filter_transform(problem, transform, source.const_data_ptr(),
+                                                  made.mutable_data_ptr(), stream_of(source)),
+                 "filter_transform", *library);
+    return made;
+  };
+  return constants::derived(weight, {"transposed filter", detail}, make);
 }
 
 // Kernels write NHWC; the caller gets the layout that ATen would give.
@@ -82,8 +120,14 @@ Tensor empty_output(IntArrayRef size, const Tensor& like) {
 
 }  // namespace
 
+bool supports(Operator op, const Conv2dProblem& problem, const Tensor& on, Backend backend) {
+  const auto dtype = dtype_of(on);
+  return dtype && on.layout() == at::kStrided &&
+         select(op, problem, *dtype, target_on(kernel_library(backend))).family != Family::none;
+}
+
 bool runs(Operator op, const Conv2dProblem& problem, const Tensor& on, Backend backend) {
-  // ATen's libraries stay the automatic choice until a measurement on a GPU says otherwise.
+  // What `auto` means was decided before; left undecided, it is ATen.
   if (backend == Backend::automatic || backend == Backend::aten) return false;
   if (backend == Backend::native) {
     TORCH_CHECK(on.is_cuda(), "backend='native' needs CUDA tensors, got one on ", on.device(),
@@ -111,7 +155,7 @@ Tensor conv2d_epilogue(const Conv2dProblem& problem, const Tensor& input, const 
   if (r.defined()) epilogue.residual = r.const_data_ptr();
   epilogue.relu = relu;
   if (mask_out.defined()) epilogue.mask_out = static_cast<uint32_t*>(mask_out.mutable_data_ptr());
-  launch(Operator::fprop, problem, input, g.backend,
+  launch(choose(Operator::fprop, problem, input, g.backend), input,
          {const_cast<void*>(x.const_data_ptr()), const_cast<void*>(w.const_data_ptr()), y.mutable_data_ptr()},
          epilogue);
   return y;
@@ -127,8 +171,11 @@ Tensor dgrad_epilogue(const Conv2dProblem& problem, const Tensor& grad_output, c
   Epilogue epilogue;
   if (r.defined()) epilogue.residual = r.const_data_ptr();
   if (m.defined()) epilogue.mask_in = static_cast<const uint32_t*>(m.const_data_ptr());
-  launch(Operator::dgrad, problem, grad_output, g.backend,
-         {dx.mutable_data_ptr(), const_cast<void*>(w.const_data_ptr()), const_cast<void*>(dy.const_data_ptr())},
+  const Choice choice = choose(Operator::dgrad, problem, grad_output, g.backend);
+  const Tensor transposed = kept_transposed_filter(choice, weight);
+  launch(choice, grad_output,
+         {dx.mutable_data_ptr(), const_cast<void*>(w.const_data_ptr()), const_cast<void*>(dy.const_data_ptr()),
+          transposed.defined() ? transposed.const_data_ptr() : nullptr},
          epilogue);
   return dx;
 }
@@ -147,7 +194,7 @@ Tensor wgrad(const Conv2dProblem& problem, const Tensor& grad_output, const Tens
   const c10::DeviceGuard guard(grad_output.device());
   const Tensor dy = dense_channels_last(grad_output), x = dense_channels_last(input);
   const Tensor dw = empty_output({problem.k, problem.c_per_group(), problem.r, problem.s}, grad_output);
-  launch(Operator::wgrad, problem, grad_output, g.backend,
+  launch(choose(Operator::wgrad, problem, grad_output, g.backend), grad_output,
          {const_cast<void*>(x.const_data_ptr()), dw.mutable_data_ptr(), const_cast<void*>(dy.const_data_ptr())}, {});
   return dw.contiguous(layout_of(grad_output, input));
 }

@@ -12,6 +12,9 @@ namespace freezekit::native {
 // Whether `backend` means these kernels for this problem; throws where it demands them and they cannot run.
 bool runs(Operator, const Conv2dProblem&, const Tensor& on, Backend backend);
 
+// Whether some kernel of `backend` computes this problem.
+bool supports(Operator, const Conv2dProblem&, const Tensor& on, Backend backend);
+
 Tensor conv2d(const Conv2dProblem&, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
               const Geometry&);
 Tensor dgrad(const Conv2dProblem&, const Tensor& grad_output, const Tensor& weight, const Geometry&);

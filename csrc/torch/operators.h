@@ -28,6 +28,12 @@ std::string_view to_string(Backend);
 struct Geometry {
   Geometry(IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups, std::string_view backend);
 
+  Geometry with(Backend other) const {
+    Geometry copy = *this;
+    copy.backend = other;
+    return copy;
+  }
+
   std::array<int64_t, 2> stride, padding, dilation;
   int64_t groups;
   Backend backend;
