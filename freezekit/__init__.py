@@ -20,8 +20,21 @@ from freezekit.freezing import (  # noqa: E402
     unfreeze,
 )
 from freezekit.functional import conv2d, conv2d_dgrad, conv2d_wgrad  # noqa: E402
+from freezekit.fuse import BlockReport, fuse, fusion_report, unfuse  # noqa: E402
 from freezekit.guard import FrozenMoved, Guard, guard  # noqa: E402
-from freezekit.nn import FreezableConv2d  # noqa: E402
+from freezekit.nn import (  # noqa: E402
+    FreezableBatchNorm1d,
+    FreezableBatchNorm2d,
+    FreezableBatchNorm3d,
+    FreezableConv1d,
+    FreezableConv2d,
+    FreezableConv3d,
+    FreezableConvTranspose1d,
+    FreezableConvTranspose2d,
+    FreezableConvTranspose3d,
+    FreezableGroupNorm,
+    FreezableLayerNorm,
+)
 from freezekit.plan import Plan, plan  # noqa: E402
 from freezekit.profiling import profile  # noqa: E402
 from freezekit.schedule import FreezeOut, UpdateNorm  # noqa: E402
@@ -31,8 +44,19 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AuditError",
+    "BlockReport",
     "Explanation",
+    "FreezableBatchNorm1d",
+    "FreezableBatchNorm2d",
+    "FreezableBatchNorm3d",
+    "FreezableConv1d",
     "FreezableConv2d",
+    "FreezableConv3d",
+    "FreezableConvTranspose1d",
+    "FreezableConvTranspose2d",
+    "FreezableConvTranspose3d",
+    "FreezableGroupNorm",
+    "FreezableLayerNorm",
     "FreezeOut",
     "Frozen",
     "FrozenMoved",
@@ -54,6 +78,8 @@ __all__ = [
     "explain",
     "freeze",
     "freeze_state",
+    "fuse",
+    "fusion_report",
     "guard",
     "invalidate",
     "is_held",
@@ -64,5 +90,6 @@ __all__ = [
     "revert",
     "rewrap",
     "unfreeze",
+    "unfuse",
     "verify_constants",
 ]
