@@ -1,35 +1,16 @@
 // Which backend computes an operator on tensors with data: ATen's libraries, or freezekit's own kernels.
-#include <ATen/core/LegacyTypeDispatch.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
 #include "torch/aten.h"
 #include "torch/checks.h"
 #include "torch/choices.h"
+#include "torch/computing.h"
 #include "torch/layout.h"
 #include "torch/native.h"
 #include "torch/operators.h"
 
 namespace freezekit {
 namespace {
-
-// Calling ATen from a kernel would enter Autograd and Autocast again: autocast would cast what it already has cast.
-struct BelowAutogradAndAutocast {
-  c10::impl::ExcludeDispatchKeyGuard autograd{c10::autograd_dispatch_keyset_with_ADInplaceOrView};
-  c10::impl::ExcludeDispatchKeyGuard autocast{c10::autocast_dispatch_keyset};
-};
-
-Conv2dProblem problem_of(IntArrayRef x, IntArrayRef w, IntArrayRef y, const Geometry& g) {
-  Conv2dProblem problem;
-  problem.n = x[0], problem.c = x[1], problem.h = x[2], problem.w = x[3];
-  problem.k = w[0], problem.r = w[2], problem.s = w[3];
-  problem.p = y[2], problem.q = y[3];
-  problem.pad_h = g.padding[0], problem.pad_w = g.padding[1];
-  problem.stride_h = g.stride[0], problem.stride_w = g.stride[1];
-  problem.dilation_h = g.dilation[0], problem.dilation_w = g.dilation[1];
-  problem.groups = g.groups;
-  return problem;
-}
 
 Tensor conv2d_kernel(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, IntArrayRef stride,
                      IntArrayRef padding, IntArrayRef dilation, int64_t groups, std::string_view backend) {

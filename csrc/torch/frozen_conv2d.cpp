@@ -1,6 +1,5 @@
 #include "torch/frozen_conv2d.h"
 
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/hardtanh.h>
@@ -10,6 +9,7 @@
 #include "core/mask.h"
 #include "torch/aten.h"
 #include "torch/checks.h"
+#include "torch/computing.h"
 #include "torch/gate.h"
 #include "torch/layout.h"
 #include "torch/native.h"
@@ -58,24 +58,6 @@ Tensor activation_bits_(Tensor& y, std::string_view kind, double a, double b) {
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("freezekit::activation_bits_", "").typed<Signature>();
   return op.call(y, kind, a, b, "auto");
-}
-
-// Calling ATen from a kernel would enter Autograd and Autocast again.
-struct BelowAutogradAndAutocast {
-  c10::impl::ExcludeDispatchKeyGuard autograd{c10::autograd_dispatch_keyset_with_ADInplaceOrView};
-  c10::impl::ExcludeDispatchKeyGuard autocast{c10::autocast_dispatch_keyset};
-};
-
-Conv2dProblem problem_of(IntArrayRef x, IntArrayRef w, IntArrayRef y, const Geometry& g) {
-  Conv2dProblem problem;
-  problem.n = x[0], problem.c = x[1], problem.h = x[2], problem.w = x[3];
-  problem.k = w[0], problem.r = w[2], problem.s = w[3];
-  problem.p = y[2], problem.q = y[3];
-  problem.pad_h = g.padding[0], problem.pad_w = g.padding[1];
-  problem.stride_h = g.stride[0], problem.stride_w = g.stride[1];
-  problem.dilation_h = g.dilation[0], problem.dilation_w = g.dilation[1];
-  problem.groups = g.groups;
-  return problem;
 }
 
 // conv + bias + residual, by ATen or oneDNN, in the wanted layout.
