@@ -56,14 +56,14 @@ FK_INLINE void make_bits(const T* x, T* y, uint32_t* bits, int64_t numel, int64_
     uint32_t packed = 0;
     if (32 * (word + 1) <= numel) {
       C values[32];
-      for (int i = 0; i < 32; ++i) values[i] = static_cast<C>(from[i]);
+      for (int i = 0; i < 32; ++i) values[i] = up(from[i]);
       for (int i = 0; i < 32; ++i) packed |= rule.bit(values[i]) ? 1u << i : 0u;
-      for (int i = 0; i < 32; ++i) to[i] = static_cast<T>(rule.value(values[i]));
+      for (int i = 0; i < 32; ++i) to[i] = down<T>(rule.value(values[i]));
     } else {
       for (int i = 0; i < static_cast<int>(numel - 32 * word); ++i) {
-        const C value = static_cast<C>(from[i]);
+        const C value = up(from[i]);
         packed |= rule.bit(value) ? 1u << i : 0u;
-        to[i] = static_cast<T>(rule.value(value));
+        to[i] = down<T>(rule.value(value));
       }
     }
     bits[word] = packed;
@@ -84,7 +84,7 @@ template <class T>
 struct Scale {
   using Element = T;
   Compute<T> on, off;
-  FK_INLINE T operator()(Bits<T> bit, T x) const { return static_cast<T>(static_cast<Compute<T>>(x) * (bit ? on : off)); }
+  FK_INLINE T operator()(Bits<T> bit, T x) const { return down<T>(up(x) * (bit ? on : off)); }
 };
 
 // A whole word is read before it is written, so x and y may be one array and the loop still becomes vector code.

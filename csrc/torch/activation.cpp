@@ -21,6 +21,7 @@
 
 #include "cpu/gate.h"
 #include "cpu/simd.h"
+#include "torch/cpu_formats.h"
 #include "torch/gate.h"
 
 namespace freezekit {

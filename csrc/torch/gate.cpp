@@ -17,6 +17,7 @@
 
 #include "cpu/gate.h"
 #include "cpu/simd.h"
+#include "torch/cpu_formats.h"
 
 namespace freezekit {
 namespace {
