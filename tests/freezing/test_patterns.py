@@ -14,6 +14,11 @@ from freezekit.freezing.patterns import select
 from tests.freezing.cases import Tied
 
 
+def named(value: Any) -> str:
+    """A test's name that is the same in every process: a function's repr holds its address."""
+    return getattr(value, "__qualname__", str(value))
+
+
 def backbone() -> nn.Module:
     def block() -> nn.Module:
         return nn.Sequential(OrderedDict(conv=nn.Conv2d(2, 2, 1), bn=nn.BatchNorm2d(2), relu=nn.ReLU()))
@@ -45,7 +50,7 @@ LAYER2 = ["layer2.conv.weight", "layer2.conv.bias", "layer2.bn.weight", "layer2.
         (nn.Linear, ["head.weight", "head.bias"], []),
         (lambda name, param: param.ndim == 4 and "layer2" in name, LAYER2[:1], []),
     ],
-    ids=str,
+    ids=named,
 )
 def test_selects(pattern: Any, params: list[str], norms: list[str]) -> None:
     found = select(backbone(), [pattern])
@@ -113,7 +118,7 @@ def test_tied_parameters_are_one_under_all_names() -> None:
         (nn.ReLU, r"no ReLU with parameters"),
         (lambda name, p: False, r"<lambda> selects none of the 16 parameters"),
     ],
-    ids=str,
+    ids=named,
 )
 def test_nothing_matched_is_an_error_that_helps(pattern: Any, says: str) -> None:
     model = backbone()
