@@ -30,6 +30,7 @@
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/library.h>
 
+#include "torch/layout.h"
 #include "torch/formula.h"
 #include "torch/operators.h"
 
@@ -107,7 +108,7 @@ struct ReplicationPad {
 // wants a tensor that it can follow, and gets one element seen many times, whose layout says nothing.
 Tensor stand_in(const Tensor& grad, SymIntArrayRef size, at::MemoryFormat format) {
   const bool has_data = !grad.is_meta() && !grad.key_set().has_any(c10::DispatchKeySet(
-                            {c10::DispatchKey::Python, c10::DispatchKey::FuncTorchBatched,
+                            {c10::DispatchKey::Python, c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Batched,
                              c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::Functionalize}));
   const bool watched = c10::impl::TorchDispatchModeTLS::any_modes_set();
   if (!has_data || watched) return at::empty({1}, grad.options()).expand_symint(size);
@@ -126,7 +127,7 @@ variable_list backward(const Tensor& grad, const variable_list&, const Settings&
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const auto& size = settings.sizes.back();
   const auto format = static_cast<at::MemoryFormat>(settings.values.back().toInt());
-  return {Layer::gradient(grad, stand_in(grad, size, format), settings).contiguous(format)};
+  return {in_layout(Layer::gradient(grad, stand_in(grad, size, format), settings), format)};
 }
 
 template <class Layer>
