@@ -15,12 +15,32 @@ namespace {
 
 c10::SymIntArrayRef sym(const std::array<int64_t, 2>& values) { return c10::fromIntArrayRefSlow(values); }
 
-// With one thread and a small batch ATen gives 1x1 convolutions to its own GEMM instead of oneDNN. That is the faster
-// way for a convolution and the slower one for a transposed convolution, which a 1x1 dgrad need not be.
+// Whether a tensor is data and nothing else: no transform, trace or subclass looks at what is done with it.
+bool is_plain(const Tensor& tensor) {
+  constexpr c10::DispatchKeySet watchers({c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper,
+                                          c10::DispatchKey::Batched, c10::DispatchKey::Python,
+                                          c10::DispatchKey::Functionalize});
+  return tensor.is_cpu() && tensor.layout() == at::kStrided && !tensor.key_set().has_any(watchers);
+}
+
+// With one thread and a batch under 16 ATen gives 1x1 convolutions to its own GEMM instead of oneDNN, and transposed
+// ones to a slower way than the plain product that a 1x1 dgrad is.
 bool is_small_pointwise(const Tensor& grad_output, const Tensor& weight, const Geometry& g) {
   constexpr std::array<int64_t, 2> ones = {1, 1}, zeros = {0, 0};
-  return grad_output.is_cpu() && at::get_num_threads() == 1 && g.groups == 1 && g.stride == ones &&
-         g.padding == zeros && weight.sym_size(2) == 1 && weight.sym_size(3) == 1 && grad_output.sym_size(0) < 16;
+  if (at::get_num_threads() != 1 || !is_plain(grad_output) || !is_plain(weight)) return false;
+  return (grad_output.scalar_type() == at::kFloat || grad_output.scalar_type() == at::kDouble) && g.groups == 1 &&
+         g.stride == ones && g.padding == zeros && weight.size(2) == 1 && weight.size(3) == 1 &&
+         grad_output.size(0) < 16 && grad_output.numel() > 0;
+}
+
+// dx[n] = w^T dy[n] for 1x1 filters; the product reads both as they lie.
+Tensor pointwise_dgrad(const Tensor& dy, const Tensor& w) {
+  const int64_t n = dy.size(0), k = dy.size(1), p = dy.size(2), q = dy.size(3), c = w.size(1);
+  const Tensor matrix = w.reshape({k, c});
+  if (layout_of(dy, w) == at::MemoryFormat::ChannelsLast) {
+    return dy.permute({0, 2, 3, 1}).reshape({n * p * q, k}).mm(matrix).view({n, p, q, c}).permute({0, 3, 1, 2});
+  }
+  return matrix.t().unsqueeze(0).expand({n, c, k}).bmm(dy.reshape({n, k, p * q})).view({n, c, p, q});
 }
 
 }  // namespace
@@ -35,9 +55,7 @@ Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Ten
 Tensor dgrad(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size, const Geometry& g) {
   TORCH_CHECK(!grad_output.is_complex(), "conv2d_dgrad takes no complex grad_output, got ",
               grad_output.scalar_type());
-  if (is_small_pointwise(grad_output, weight, g)) {
-    return at::conv2d_symint(grad_output, weight.transpose(0, 1), {}, sym({1, 1}), sym({0, 0}), sym({1, 1}), 1);
-  }
+  if (is_small_pointwise(grad_output, weight, g)) return pointwise_dgrad(grad_output, weight);
   SizeVector<c10::SymInt> output_padding;
   for (size_t i = 0; i < 2; ++i) {
     const c10::SymInt reached = (grad_output.sym_size(2 + i) - 1) * g.stride[i] - 2 * g.padding[i] +
