@@ -16,7 +16,7 @@ endif
 # Tests run on all cores where pytest-xdist is there; it is not needed.
 WORKERS = $(shell $(PY) -c "import xdist" 2>/dev/null && echo "-n auto --dist loadfile")
 
-.PHONY: build compare bench test lint sass emulate-all fuzz gpu-check clean help
+.PHONY: build compare bench test lint sass emulate-all fuzz clean help
 
 help:  ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 16

@@ -93,6 +93,8 @@ def test_select_needs_no_device() -> None:
     assert choice["family"] == "direct"
     assert choice["kernel"]
     assert choice["reason"]
+    assert choice["auto"] == "aten"
+    assert "autotune" in choice["auto_reason"]
     with pytest.raises(ValueError, match="operator is unknown: 'relu'"):
         _C.select("relu", "float32", (1, 1, 1, 1), (1, 1, 1, 1))
 

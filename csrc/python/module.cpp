@@ -8,6 +8,7 @@
 
 #include "kernels/api.h"
 #include "python/bindings.h"
+#include "torch/choices.h"
 #include "torch/kernel_library.h"
 #include "torch/native.h"
 
@@ -64,6 +65,8 @@ py::dict choose(const std::string& op, const std::string& dtype, const std::arra
   result["split_k"] = chosen.split_k;
   result["workspace_bytes"] = chosen.workspace_bytes;
   result["reason"] = chosen.reason;
+  result["auto"] = "aten";
+  result["auto_reason"] = choices::kRule;
   return result;
 }
 

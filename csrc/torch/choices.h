@@ -14,6 +14,10 @@
 
 namespace freezekit::choices {
 
+// The rule of `auto` in words, for a problem that was not measured.
+constexpr const char* kRule =
+    "ATen, until freezekit.autotune measures this problem: no own kernel has been timed on a GPU yet";
+
 struct Measurement {
   double aten_seconds = 0, native_seconds = 0;  // medians of interleaved runs
   bool agree = true;                            // the results are equal within rounding
