@@ -19,7 +19,10 @@
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/library.h>
 
+#include <algorithm>
+
 #include "cpu/gate.h"
+#include "cpu/relu_avx512.h"
 #include "cpu/simd.h"
 #include "torch/cpu_formats.h"
 #include "torch/gate.h"
@@ -92,6 +95,9 @@ void bits_cpu(const Tensor& x, const Tensor& y, const Tensor& bits, const Activa
     const C a = static_cast<C>(f.a), b = static_cast<C>(f.b);
     const auto rounded = [](C value) { return static_cast<C>(static_cast<scalar_t>(value)); };
     at::parallel_for(0, mask_words(numel), kWordsPerTask, [&](int64_t first, int64_t last) {
+      if (f.kind == Kind::relu) {
+        first = cpu::relu_fast(from, to, words, first, std::clamp(numel / 32, first, last));
+      }
       if (f.kind == Kind::relu) {
         relu_words(from, to, words, numel, first, last);
       } else if (f.kind == Kind::hardtanh) {

@@ -15,7 +15,10 @@
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/library.h>
 
+#include <algorithm>
+
 #include "cpu/gate.h"
+#include "cpu/relu_avx512.h"
 #include "cpu/simd.h"
 #include "torch/cpu_formats.h"
 
@@ -44,6 +47,7 @@ void gate_cpu(const Tensor& x, const Tensor& y, const Tensor& bits, const GateRu
     scalar_t* to = y.mutable_data_ptr<scalar_t>();
     using C = cpu::Compute<scalar_t>;
     at::parallel_for(0, mask_words(numel), kWordsPerTask, [&](int64_t first, int64_t last) {
+      if (!rule.off) first = cpu::select_fast(from, to, words, first, std::clamp(numel / 32, first, last));
       if (rule.off) {
         scale_words(from, to, words, numel, first, last, static_cast<C>(rule.on), static_cast<C>(*rule.off));
       } else {
