@@ -63,7 +63,7 @@ def ninja(build: Path, name: str, command: str, sources: list[Path]) -> list[Pat
     """Compiles the sources to objects with `command`, in parallel and only where something changed."""
     build.mkdir(parents=True, exist_ok=True)
     objects = [build / f"{source.stem}.{name}.o" for source in sources]
-    rule = f"rule {name}\n  command = {command}\n  depfile = $out.d\n  deps = gcc\n"
+    rule = f"rule {name}\n  command = {command}\n  description = {name} $in\n  depfile = $out.d\n  deps = gcc\n"
     steps = [f"build {out}: {name} {source}" for source, out in zip(sources, objects)]
     (build / f"{name}.ninja").write_text("\n".join([rule, *steps, ""]))
     subprocess.run(["ninja", "-j", JOBS, "-f", f"{name}.ninja"], cwd=build, check=True)
