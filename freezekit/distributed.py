@@ -171,9 +171,14 @@ class _Watch:
     def __init__(self) -> None:
         self.reducer: Any = None
         self.built: frozenset[str] | None = None
+        # Not as a decorator: it imports all of torch._dynamo, a second that `import freezekit` would take.
+        self.look = torch.compiler.disable(self._look)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"reducer": None, "built": None}
+        return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         if isinstance(module, DDP):
@@ -182,8 +187,7 @@ class _Watch:
             # Not in a compiled module inside the wrapper: the look would break its graph in two.
             self.look(DDP._active_ddp_module)
 
-    @torch.compiler.disable
-    def look(self, ddp: DDP) -> None:
+    def _look(self, ddp: DDP) -> None:
         if not torch.is_grad_enabled():
             return
         if retired(ddp):

@@ -39,6 +39,14 @@ def test_info_runs_as_a_module() -> None:
     assert out.stderr == ""
 
 
+def test_import_brings_nothing_that_only_some_need() -> None:
+    code = "import sys, torch; old = set(sys.modules); import freezekit; print(*(set(sys.modules) - old))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    new = {name.split(".")[0] if not name.startswith("torch.") else name for name in out.split()}
+    assert "freezekit" in new
+    assert not new & {"rich", "matplotlib", "numpy", "sklearn", "torch._dynamo", "torch._inductor"}
+
+
 def test_cuda_kernels_are_in_wherever_nvcc_is() -> None:
     found = shutil.which("nvcc") is not None
     assert _C.has_cuda_kernels() == found

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+if TYPE_CHECKING:
+    from rich.console import Console
 
 SEVERITIES = ("error", "warning", "info")
 _STYLES = {"error": "bold red", "warning": "yellow", "info": "cyan"}
@@ -110,6 +109,10 @@ class Report:
         Args:
             console: where to print; by default a new `rich.console.Console` on standard output.
         """
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
         console = console or Console()
         counts = self.counts()
         title = f"audit of {self.model}: " + ", ".join(f"{n} {severity}" for severity, n in counts.items())

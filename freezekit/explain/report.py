@@ -6,11 +6,9 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 import freezekit._C as _C
@@ -18,6 +16,9 @@ from freezekit import conversion
 from freezekit.backends import current_backend
 from freezekit.explain.trace import Call, Trace, trace
 from freezekit.nn import FreezableConv2d
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 OPERATORS = ("conv2d", "conv2d_dgrad", "conv2d_wgrad")
 NATIVE_DTYPES = {
@@ -104,6 +105,8 @@ class Explanation:
 
     def print(self, console: Console | None = None) -> None:
         """A table on the terminal, with the totals last."""
+        from rich.table import Table
+
         caption = AUTO_RULE if any(row.kernel == "aten" for row in self) else None
         table = Table(title="what a training step computes and keeps now", caption=caption)
         for column in ("name", "layer", "output"):
@@ -243,6 +246,8 @@ def _advice(call: Call, weight_learns: bool, held: int, alone: int) -> str:
 
 def default_console() -> Console:
     """The terminal; where output goes elsewhere, 140 columns, so that tables stay readable."""
+    from rich.console import Console  # Here, so that `import freezekit` needs no rich and does not wait for it.
+
     console = Console()
     return console if console.is_terminal else Console(width=140)
 

@@ -6,12 +6,13 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING
 
 from freezekit.explain.report import default_console
 from freezekit.plan.machine import Machine
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ class Plan:
 
     def print(self, console: Console | None = None) -> None:
         """A table of the options; the choice is marked."""
+        from rich.table import Table
+
         budget = "" if self.memory is None else f", at most {self.memory / 2**20:.1f} MiB"
         budget += "" if self.time is None else f", at most {self.time * 1e3:.1f} ms backward"
         table = Table("option", title=f"what freezing would buy{budget}")

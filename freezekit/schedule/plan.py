@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Any
-
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from typing import TYPE_CHECKING, Any
 
 from .base import compile_entries, recompile_limit
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Spans = Mapping[str, tuple[tuple[int, int], ...]]
 
@@ -59,6 +58,10 @@ class Plan:
 
     def print(self, console: Console | None = None) -> None:
         """Print a row for each stage, and what torch.compile will make of it."""
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
         console = console or Console()
         table = Table(title=self.title, title_justify="left")
         for column in ("from step", "freezes", "thaws", "layers frozen", "parameters that train"):
