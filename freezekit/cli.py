@@ -3,26 +3,59 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 from freezekit.audit.__main__ import FactoryError, build
+from freezekit.explain.trace import arguments
+from freezekit.profiling import profile
 
 EPILOG = """examples:
   freezekit info
   freezekit explain mymodels:resnet --json > kept.json
   freezekit plan mymodels:resnet --memory 500M --plot plan.png
+  freezekit profile mymodels:resnet --against mymodels:frozen_resnet
   freezekit audit mymodels:training_setup
 
 A model is given as module:factory: the factory takes no arguments and returns (model, inputs) or
-(model, optimizer, inputs); for audit, inputs may be missing. The module is looked for in the current folder first.
+(model, optimizer, inputs); for audit, inputs may be missing. The module is looked for in the current folder first:
 
-exit codes: 0 done; 1 something was found (audit errors, selftest failures, no plan within budget); 2 wrong usage."""
+  # mymodels.py
+  def resnet():
+      model = fk.convert(torchvision.models.resnet50())
+      fk.freeze(model, "layer1", "layer2.*")
+      return model, torch.empty(32, 3, 224, 224)
+
+exit codes: 0 done; 1 something was found (audit errors, selftest failures, no plan within budget); 2 wrong usage,
+or a model that does not run."""
+
+# What each command's own --help says beyond its one line.
+_MORE = {
+    "info": "Says whether CUDA kernels were compiled in, for which architectures, and which devices torch sees.",
+    "explain": """One row a layer, from a forward pass without data: nothing is computed, and a model too big for the
+machine can be explained.
+
+  runs              what a training step runs now: fprop, dgrad, wgrad, db
+  kept              bytes that autograd keeps for the layer's backward, parameters aside
+  also held         bytes that an earlier row keeps and this one holds too: freezing one of them frees nothing
+  kernel            what computes it, and why
+  what would ...    what converting, freezing or fusing the layer would take away""",
+    "plan": """Freezes the first layers, one more each time, and each named regime: the bytes are exact, times are
+predicted from the machine's measured speed. With --memory or --time the shallowest depth that fits is marked.""",
+    "audit": """Asks the optimizer, by a step on copies, whether it would move what is frozen; looks for typos, stale
+gradients and momenta, wrappers that are out of date, memory kept in vain; says how to mend each.""",
+    "selftest": "Every kernel family against float64, each case with its error as a fraction of the bound.",
+    "profile": """Runs forward and backward once and lists the kernels (operators on a CPU) by time. In brackets: what
+each computes for a convolution: fprop, dgrad, wgrad, db, epilogue.""",
+}
 
 
 def load_model(text: str) -> tuple[nn.Module, Any]:
@@ -56,9 +89,9 @@ def parse_bytes(text: str) -> float:
 
 
 def _info(options: argparse.Namespace) -> int:
-    from freezekit.info import describe
+    from freezekit.info import describe, info
 
-    print(describe())
+    print(json.dumps(info(), indent=2) if options.json else describe())
     return 0
 
 
@@ -73,7 +106,7 @@ def _explain(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     from freezekit.plan import plan
 
-    made = plan(*load_model(options.model), memory=options.memory, time=options.time)
+    made = plan(*load_model(options.model), memory=options.memory, time=options.time, measure=options.measure)
     _show(made, options)
     budget = options.memory is not None or options.time is not None
     return int(budget and made.choice is None)
@@ -91,7 +124,8 @@ def _show(report: Any, options: argparse.Namespace) -> None:
 def _audit(options: argparse.Namespace) -> int:
     from freezekit.audit.__main__ import main
 
-    return main([options.model, *(["--json"] if options.json else [])])
+    flags = {"--json": options.json, "--strict": options.strict}
+    return main([options.model, *(flag for flag, given in flags.items() if given)])
 
 
 def _selftest(options: argparse.Namespace) -> int:
@@ -101,19 +135,31 @@ def _selftest(options: argparse.Namespace) -> int:
 
 
 def _profile(options: argparse.Namespace) -> int:
-    import torch
-
-    from freezekit.profiling import profile
-
-    model, inputs = load_model(options.model)
-    arguments = (inputs,) if isinstance(inputs, torch.Tensor) else tuple(inputs)
-    with profile() as recorded:
-        output = model(*arguments)
-        (output if isinstance(output, torch.Tensor) else output[0]).mean().backward()
-    print(recorded.to_json() if options.json else recorded.kernels())
+    recorded = _record(options.model)
+    if options.against is None:
+        print(recorded.to_json() if options.json else recorded.kernels())
+    else:
+        difference = recorded.diff(_record(options.against))
+        print(json.dumps(difference.to_dict(), indent=2) if options.json else difference)
     if options.trace:
         recorded.to_chrome_trace(options.trace)
     return 0
+
+
+def _record(text: str) -> profile:
+    """One forward and backward pass; the one before it, which pays for what is made once, is not recorded."""
+    model, inputs = load_model(text)
+    args, kwargs = arguments(inputs)
+    _step(model, args, kwargs)
+    with profile() as recorded:
+        _step(model, args, kwargs)
+    return recorded
+
+
+def _step(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    outputs = [t for t in tree_leaves(model(*args, **kwargs)) if isinstance(t, Tensor) and t.requires_grad]
+    if outputs:  # With everything frozen and no input that learns there is no backward pass.
+        torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
 
 
 def parser() -> argparse.ArgumentParser:
@@ -127,10 +173,13 @@ def parser() -> argparse.ArgumentParser:
     commands = made.add_subparsers(dest="command", required=True, metavar="command")
 
     def command(name: str, run: Callable[[argparse.Namespace], int], text: str, model: bool) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text)
+        description = f"{text[0].upper()}{text[1:]}.\n\n{_MORE[name]}"
+        layout = argparse.RawDescriptionHelpFormatter
+        sub = commands.add_parser(name, help=text, description=description, formatter_class=layout)
         sub.set_defaults(run=run)
         if model:
             sub.add_argument("model", metavar="module:factory", help="a callable that returns (model, inputs)")
+        if name != "selftest":
             sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
         return sub
 
@@ -141,11 +190,14 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--plot", type=Path, metavar="PNG", help="draw memory and time against depth")
     plan.add_argument("--memory", type=parse_bytes, metavar="BYTES", help="budget for what is kept, such as 800M")
     plan.add_argument("--time", type=float, metavar="SECONDS", help="budget for the backward pass")
-    command("audit", _audit, "what would still move, run or be kept, and how to mend it", model=True)
+    plan.add_argument("--measure", action="store_true", help="run each option too, and show both")
+    audit = command("audit", _audit, "what would still move, run or be kept, and how to mend it", model=True)
+    audit.add_argument("--strict", action="store_true", help="exit with 1 for a warning too")
     selftest = command("selftest", _selftest, "every kernel against float64, on the device that is here", model=False)
     selftest.add_argument("--backend", choices=("native", "emulated", "aten"))
-    profile = command("profile", _profile, "the kernels of one forward and backward pass", model=True)
-    profile.add_argument("--trace", type=Path, metavar="JSON", help="write a Chrome trace")
+    step = command("profile", _profile, "the kernels of one forward and backward pass", model=True)
+    step.add_argument("--trace", type=Path, metavar="JSON", help="write a Chrome trace")
+    step.add_argument("--against", metavar="module:factory", help="another model: show what changes to it")
     return made
 
 
@@ -156,6 +208,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.run(options)
     except FactoryError as error:
         print(f"freezekit {options.command}: {error}", file=sys.stderr)
+        return 2
+    except (ImportError, NotImplementedError, OSError, RuntimeError, TypeError, ValueError) as error:
+        # What torch says about a model and inputs that do not fit, or a file that cannot be written.
+        print(f"freezekit {options.command}: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
 
 

@@ -20,6 +20,22 @@ def net():
 def setup():
     model, x = net()
     return model, torch.optim.SGD(model.parameters(), lr=0.1), x
+def frozen():
+    model, x = net()
+    return model.requires_grad_(False), x
+def named():
+    return net()[0], {"input": torch.zeros(2, 3, 12, 12)}
+def misfit():
+    return net()[0], torch.zeros(2, 5, 12, 12)
+def stale():
+    model, optimizer, x = setup()
+    model(x).sum().backward()
+    model[0].requires_grad_(False)  # its gradients stay: the optimizer would step once more
+    return model, optimizer, x
+def odd():
+    model, optimizer, x = setup()
+    model.register_buffer("scale", torch.ones(1, requires_grad=True))  # trains, and no optimizer sees it
+    return model, optimizer, x
 def alone():
     return net()[0]
 def number():
@@ -39,6 +55,8 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info"]) == 0
     assert "CUDA kernels" in capsys.readouterr().out
+    assert main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["freezekit"]
 
 
 @pytest.mark.parametrize("factory", ["net", "setup"])
@@ -60,6 +78,14 @@ def test_plan_exits_with_one_where_nothing_fits(models: str, capsys: pytest.Capt
 def test_audit(models: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["audit", f"{models}:setup"]) == 0
     assert capsys.readouterr().out
+    assert main(["audit", f"{models}:stale", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["summary"]["error"]
+
+
+def test_audit_is_strict_on_demand(models: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["audit", f"{models}:odd", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["summary"]["warning"]
+    assert main(["audit", f"{models}:odd", "--strict"]) == 1
 
 
 def test_profile(models: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,6 +94,51 @@ def test_profile(models: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "Total Time (ns)" in out
     assert "conv2d_wgrad" in out
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+
+
+@pytest.mark.parametrize("factory", ["named", "frozen"])
+def test_profile_takes_keywords_and_models_without_a_backward_pass(
+    models: str, factory: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["profile", f"{models}:{factory}", "--json"]) == 0
+    counts = json.loads(capsys.readouterr().out)["counts"]
+    assert counts["fprop"] == 2
+    assert counts["wgrad"] == (0 if factory == "frozen" else 2)
+
+
+def test_profile_shows_what_freezing_takes_away(models: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["profile", f"{models}:net", "--against", f"{models}:frozen"]) == 0
+    assert "wgrad 2 -> 0" in capsys.readouterr().out.splitlines()
+
+
+def test_plan_measures_on_demand(models: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", f"{models}:net", "--measure", "--json"]) == 0
+    options = json.loads(capsys.readouterr().out)["options"]
+    assert all(option["measured_bytes"] == option["bytes_kept"] for option in options)
+
+
+@pytest.mark.parametrize("command", ["explain", "plan", "profile"])
+def test_inputs_that_do_not_fit_are_told_in_a_line(
+    models: str, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, f"{models}:misfit"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"freezekit {command}: ")
+    assert "5" in captured.err
+    assert "Traceback" not in captured.err + captured.out
+
+
+def test_a_picture_that_cannot_be_written(models: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", f"{models}:net", "--plot", "no/such/folder/kept.png"]) == 2
+    assert "no/such/folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["info", "explain", "plan", "audit", "selftest", "profile"])
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    assert len(capsys.readouterr().out.splitlines()) > 8
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The kernel table of any code, with fprop, dgrad, wgrad and db told apart, for freezekit's layers and stock ones."""
+"""The kernel table of any code, with the phases of convolutions told apart, for freezekit's layers and stock ones."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class profile:
     >>> with profile() as before:
     ...     loss.backward()
     >>> before.counts()
-    {'fprop': 0, 'dgrad': 1, 'wgrad': 1, 'db': 1}
+    {'fprop': 0, 'dgrad': 1, 'wgrad': 1, 'db': 1, 'epilogue': 0}
     >>> loss = conv.requires_grad_(False)(x).mean()
     >>> with profile() as after:
     ...     loss.backward()
@@ -76,7 +76,9 @@ class profile:
         return tabulate((e.name, phases_of_operator(e), e.duration) for e in outermost_operators(events))
 
     def counts(self) -> dict[str, int]:
-        """How often fprop, dgrad, wgrad and db were computed, counted in operators on every device.
+        """How often each of PHASES was computed, counted in operators on every device.
+
+        An epilogue is what a fused block does beside its convolution: bias, residual, activation, mask.
 
         Raises:
             RuntimeError: if the block has not ended.

@@ -23,7 +23,7 @@ class ProfileDiff:
     """Two profiles side by side; prints counts first (``wgrad 3 -> 2``), then every kernel.
 
     Attributes:
-        phases: for each of fprop, dgrad, wgrad and db that ran at all: how often, before and after.
+        phases: for each of PHASES that ran at all: how often, before and after.
         kernels: by the larger total time of either side, falling.
     """
 

@@ -1,4 +1,4 @@
-"""Which part of a convolution an operator or a kernel computes: fprop, dgrad, wgrad or db."""
+"""Which part of a convolution an operator or a kernel computes: fprop, dgrad, wgrad, db or epilogue."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ from collections.abc import Iterator
 
 from freezekit.profiling.events import Event
 
-PHASES = ("fprop", "dgrad", "wgrad", "db")
+PHASES = ("fprop", "dgrad", "wgrad", "db", "epilogue")
 
 _BY_OPERATOR = {
     "freezekit::conv2d": ("fprop",),
     "freezekit::conv2d_dgrad": ("dgrad",),
     "freezekit::conv2d_wgrad": ("wgrad",),
+    "freezekit::convolution": ("fprop",),
+    # Bias, residual, activation and mask are applied where the sums are made.
+    "freezekit::frozen_conv2d": ("fprop", "epilogue"),
+    "freezekit::frozen_conv2d_shared": ("fprop", "epilogue"),
+    "freezekit::frozen_conv2d_dgrad": ("dgrad", "epilogue"),
     **{f"aten::conv{d}d": ("fprop",) for d in (1, 2, 3)},
     **{f"aten::conv_transpose{d}d": ("fprop",) for d in (1, 2, 3)},
     "aten::convolution": ("fprop",),
@@ -20,9 +25,15 @@ _BY_OPERATOR = {
     "aten::cudnn_convolution": ("fprop",),
     "aten::mkldnn_convolution": ("fprop",),
 }
-_NODE = "FreezekitConv2dBackward"
+# What an operator means inside freezekit's autograd nodes: a dgrad is a (transposed) convolution, a db is a sum.
+_IN_NODE = {
+    "FreezekitConv2dBackward": {"aten::sum": ("db",)},
+    "FreezekitConvolutionBackward": {"aten::sum": ("db",), "aten::convolution": ("dgrad",)},
+    "FreezekitFrozenConv2dBackward": {"freezekit::gate": ("epilogue",)},
+}
 _BACKWARD = "aten::convolution_backward"
 _IN_KERNEL_NAME = re.compile("dgrad|wgrad|fprop")
+_MASK_KERNEL = re.compile("mask_(pack|apply)_kernel")
 
 
 def phases_of_operator(event: Event) -> tuple[str, ...]:
@@ -35,8 +46,9 @@ def phases_of_operator(event: Event) -> tuple[str, ...]:
         if not isinstance(mask, (list, tuple)) or len(mask) != 3:
             raise ValueError(f"{_BACKWARD} was recorded without its output_mask: profile with record_shapes=True")
         return tuple(phase for phase, asked in zip(("dgrad", "wgrad", "db"), mask) if asked)
-    if event.name == "aten::sum" and event.parent is not None and event.parent.name == _NODE:
-        return ("db",)
+    in_node = _IN_NODE.get(event.parent.name, {}) if event.parent is not None else {}
+    if event.name in in_node:
+        return in_node[event.name]
     return _BY_OPERATOR.get(event.name, ())
 
 
@@ -57,15 +69,16 @@ def outermost_operators(events: list[Event]) -> Iterator[Event]:
 def phases_of_kernel(event: Event) -> tuple[str, ...]:
     """What this kernel computes for a convolution, read from the operator that launched it.
 
-    Where one `aten::convolution_backward` asked for both gradients the kernel's own name decides; a kernel that does
-    not tell keeps both.
+    Where one operator computes several, as an `aten::convolution_backward` that was asked for both gradients, the
+    kernel's own name decides; a kernel that does not tell keeps them all, and one that convolves keeps its epilogue.
     """
     found: tuple[str, ...] = ()
     for outer in event.ancestors():
         if not outer.on_device:
             found = phases_of_operator(outer) or found
-    if len(found) > 1:
-        named = set(_IN_KERNEL_NAME.findall(event.name.lower())) & set(found)
-        if len(named) == 1:
-            return tuple(named)
+    if "epilogue" in found and _MASK_KERNEL.search(event.name):
+        return ("epilogue",)
+    named = set(_IN_KERNEL_NAME.findall(event.name.lower())) & set(found)
+    if len(named) == 1:
+        return tuple(phase for phase in found if phase in named or phase == "epilogue")
     return found

@@ -27,7 +27,8 @@ class KernelRow:
     Attributes:
         time_percent: share of the table's total time.
         stddev: of the sample (n - 1); 0 for a single call.
-        phases: which parts of a convolution it computes, of "fprop", "dgrad", "wgrad", "db"; () for anything else.
+        phases: which parts of a convolution it computes, of PHASES ("fprop", "dgrad", "wgrad", "db",
+            "epilogue"); () for anything else.
     """
 
     time_percent: float

@@ -6,7 +6,7 @@ import pytest
 
 from freezekit.profiling.diff import compare
 from freezekit.profiling.events import Event, nest
-from freezekit.profiling.phases import outermost_operators, phases_of_kernel, phases_of_operator
+from freezekit.profiling.phases import PHASES, outermost_operators, phases_of_kernel, phases_of_operator
 from freezekit.profiling.table import COLUMNS, tabulate
 
 
@@ -102,6 +102,20 @@ def test_dgrad_as_a_transposed_convolution_is_a_dgrad() -> None:
     assert phases_of_kernel(launched) == ("dgrad",)
 
 
+@pytest.mark.parametrize(
+    ("name", "phases"),
+    [
+        ("void freezekit::conv2d_implicit_gemm_kernel<...>", ("dgrad", "epilogue")),
+        ("void freezekit::depthwise_dgrad_stride2_kernel<...>", ("dgrad", "epilogue")),
+        ("void freezekit::mask_apply_kernel<float>", ("epilogue",)),
+    ],
+)
+def test_kernels_of_a_fused_block(name: str, phases: tuple[str, ...]) -> None:
+    launched = kernel(name, 200, 7)
+    nest([op("freezekit::frozen_conv2d_dgrad", 0, 100, correlation=7), launched])
+    assert phases_of_kernel(launched) == phases
+
+
 def test_device_work_that_nobody_launched_has_no_phase() -> None:
     launched = kernel("dgrad_of_someone", 200, 99)
     nest([backward([True, True, True]), launched])
@@ -121,7 +135,7 @@ def test_table_statistics() -> None:
 def test_diff_lists_kernels_of_either_side() -> None:
     before = tabulate([("wgrad", ("wgrad",), 30), ("gone", (), 5)])
     after = tabulate([("wgrad", ("wgrad",), 20), ("new", (), 50)])
-    counts = {"fprop": 0, "dgrad": 0, "wgrad": 1, "db": 0}
+    counts = {**dict.fromkeys(PHASES, 0), "wgrad": 1}
     difference = compare(before, {**counts, "wgrad": 3}, after, counts)
     assert difference.phases == {"wgrad": (3, 1)}
     assert [(c.name, c.instances) for c in difference.kernels] == [

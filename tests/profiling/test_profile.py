@@ -30,7 +30,7 @@ def record(net: nn.Module, x: Tensor) -> profile:
 @pytest.mark.parametrize(("frozen", "wgrads"), [(False, 3), (True, 2)])
 def test_counts_of_the_forum_example(ours: bool, frozen: bool, wgrads: int) -> None:
     recorded = record(*forum(frozen, ours))
-    assert recorded.counts() == {"fprop": 3, "dgrad": 2, "wgrad": wgrads, "db": wgrads}
+    assert recorded.counts() == {"fprop": 3, "dgrad": 2, "wgrad": wgrads, "db": wgrads, "epilogue": 0}
 
 
 def test_rows_of_one_phase_add_up_to_its_count() -> None:
@@ -56,7 +56,7 @@ def test_bias_only_training_is_seen() -> None:
     y = conv(torch.randn(1, 3, 8, 8, requires_grad=True))
     with profile() as recorded:
         y.sum().backward()
-    assert recorded.counts() == {"fprop": 0, "dgrad": 1, "wgrad": 0, "db": 1}
+    assert recorded.counts() == {"fprop": 0, "dgrad": 1, "wgrad": 0, "db": 1, "epilogue": 0}
 
 
 def test_a_subset_of_gradients_is_seen() -> None:
@@ -65,7 +65,35 @@ def test_a_subset_of_gradients_is_seen() -> None:
     y = conv(x).sum()
     with profile() as recorded:
         torch.autograd.grad(y, x)
-    assert recorded.counts() == {"fprop": 0, "dgrad": 1, "wgrad": 0, "db": 0}
+    assert recorded.counts() == {"fprop": 0, "dgrad": 1, "wgrad": 0, "db": 0, "epilogue": 0}
+
+
+@pytest.mark.parametrize("layer", [nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_other_convolutions_are_told_apart_too(layer: type[nn.Module], frozen: bool) -> None:
+    conv = fk.convert(layer(2, 3, 2))
+    conv.weight.requires_grad_(not frozen)
+    sizes = [4] * int(layer.__name__[-2])
+    x = torch.randn(1, 2, *sizes, requires_grad=True)
+    with profile() as recorded:
+        conv(x).sum().backward()
+    assert recorded.counts() == {"fprop": 1, "dgrad": 1, "wgrad": int(not frozen), "db": 1, "epilogue": 0}
+
+
+def test_a_fused_block_computes_its_epilogue_with_its_convolution() -> None:
+    block = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    net = fk.fuse(nn.Sequential(*block, nn.Conv2d(4, 4, 3), nn.ReLU()).eval().requires_grad_(False))
+    x = torch.randn(1, 3, 8, 8, requires_grad=True)
+    net(x)  # Folded weights are kept from the first call.
+    with profile() as recorded:
+        net(x).sum().backward()
+    phases = {row.name: row.phases for row in recorded.kernels() if row.name.startswith("freezekit::")}
+    assert phases == {
+        "freezekit::frozen_conv2d": ("fprop", "epilogue"),
+        "freezekit::frozen_conv2d_dgrad": ("dgrad", "epilogue"),
+        "freezekit::gate": ("epilogue",),  # The last block's own mask: nobody downstream applies it.
+    }
+    assert recorded.counts() == {"fprop": 2, "dgrad": 2, "wgrad": 0, "db": 0, "epilogue": 5}
 
 
 def test_diff_says_what_freezing_took_away() -> None:
