@@ -27,7 +27,8 @@ build: $(READY)  ## compile the extension in place
 compare: build  ## freezekit beside stock PyTorch, in under two minutes
 	$(PY) bench/compare.py
 
-bench: build  ## every section of the comparison, with plots
+bench: build  ## every section of the comparison, with plots, in under twenty minutes
+	mkdir -p bench/out
 	$(PY) bench/compare.py --all --plot bench/out --json bench/out/compare.json
 
 test: build  ## the test suite, on the CPU and, where there is one, on a GPU

@@ -2,7 +2,7 @@
 
     python bench/compare.py                         under two minutes: the forum example, ResNet-50's layers, a step
     python bench/compare.py --quick                 a first look
-    python bench/compare.py --section all --json out.json --plot plots
+    python bench/compare.py --all --json out.json --plot plots          everything, under twenty minutes
     python bench/compare.py --layers mobilenet_v3,convnext_tiny --sides stock,freezekit,stock_channels_last
     python bench/compare.py --device cuda --dtype bfloat16 --batch 64 --parts fprop,dgrad,wgrad
 
@@ -125,7 +125,7 @@ def _weight(cases: list[MakeCase]) -> int:
 def main(arguments: list[str] | None = None, console: Console | None = None) -> int:
     """The command; see the module's text."""
     asked = options.parse(arguments)
-    report = Report(console or Console())
+    report = Report(console or Console(), asked.settings.sides)
     run = Run(asked.settings, report, asked.time_limit)
     for line in asked.notes:
         report.line(line, "yellow")

@@ -193,6 +193,7 @@ _NETWORKS: dict[str, Callable[[], Iterator[Layer]]] = {
 }
 
 NAMES = tuple(_NETWORKS)
+NETWORKS = tuple(name for name in NAMES if name != "tiny")
 
 
 def layers_of(network: str) -> list[Layer]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -16,15 +16,8 @@ from bench.rows import Row
 from bench.settings import Settings
 from bench.sides import SIDES, Side
 from bench.timing import Clock, Step, interleave
+from bench.work import Work, count
 from freezekit.profiling import profile
-
-
-@dataclass(frozen=True)
-class Work:
-    """What the mathematics needs at least: floating point operations, and bytes read and written."""
-
-    flops: float
-    traffic: float
 
 
 @dataclass(frozen=True)
@@ -35,6 +28,7 @@ class Case:
         module: stock's, already in its regime; every side gets a copy.
         input: whether it requires a gradient is part of the regime.
         tolerance: the largest error allowed of "y", "dx" and of each parameter's gradient by the parameter's name.
+        work: what the mathematics needs; None counts it in stock's step.
         learning_rate: of a plain SGD step after the backward pass; None for no step.
     """
 
@@ -124,7 +118,7 @@ def measure(case: Case, settings: Settings, peaks: Peaks, clock: Clock, skipped:
     errors = {"stock": 0.0}
     for name in settings.sides:
         side = SIDES[name]
-        if name == "stock" or (side.sections and case.section not in side.sections):
+        if name == "stock" or side.why_not(case.section, settings.everything):
             continue
         try:
             subject = Subject(side, case, subjects["stock"].dy)
@@ -136,6 +130,7 @@ def measure(case: Case, settings: Settings, peaks: Peaks, clock: Clock, skipped:
             continue
         errors[name] = check(case.label, name, results, expected, tolerances)
         subjects[name] = subject
+    work = case.work or count(subjects["stock"].step)
     counted = {name: _count(case, subject) for name, subject in subjects.items()}
     steps = {name: subject.step_for(case.part) for name, subject in subjects.items()}
     timed = interleave(steps, clock=clock, rounds=_rounds(steps, settings, clock), seed=settings.seed)
@@ -154,16 +149,12 @@ def measure(case: Case, settings: Settings, peaks: Peaks, clock: Clock, skipped:
             seconds,
             timed.ratio(name, "stock"),
             errors[name],
+            tflops=work.flops / seconds.median / 1e12,
+            gbs=work.traffic / seconds.median / 1e9,
+            roofline=peaks.least_seconds(work.flops, work.traffic) / seconds.median,
             x=case.x,
             **counted[name],
         )
-        if case.work is not None:
-            row = replace(
-                row,
-                tflops=case.work.flops / seconds.median / 1e12,
-                gbs=case.work.traffic / seconds.median / 1e9,
-                roofline=peaks.least_seconds(case.work.flops, case.work.traffic) / seconds.median,
-            )
         rows.append(row)
     return rows
 

@@ -83,9 +83,11 @@ REGIMES = (
     "all trainable",
     "first half frozen",
     "second half frozen",
+    "bias only",
     "norm only",
     "head only",
     "all frozen, input learns",
+    "all frozen",
 )
 
 
@@ -93,7 +95,8 @@ def enter(model: SmallResNet, regime: str) -> bool:
     """Puts the model in a regime; returns whether its input needs a gradient.
 
     "second half frozen" is surgical fine-tuning: early layers learn, so every frozen layer's dgrad is needed, as it is
-    where only norms learn or a prompt at the input does. Above a frozen first half nothing reaches it.
+    where only biases or norms learn, or a prompt at the input does. Above a frozen first half nothing reaches it.
+    "all frozen" has no backward pass: what remains is a forward pass that must keep nothing.
 
     Raises:
         ValueError: if the regime is not in REGIMES.
@@ -105,6 +108,10 @@ def enter(model: SmallResNet, regime: str) -> bool:
         freeze(model.stages[:3])
     elif regime == "second half frozen":
         freeze(model.stages[3:])
+    elif regime == "bias only":
+        freeze(model)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.endswith("bias"))
     elif regime == "norm only":
         for module in model.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -112,7 +119,7 @@ def enter(model: SmallResNet, regime: str) -> bool:
     elif regime == "head only":
         freeze(model.stem)
         freeze(model.stages)
-    elif regime == "all frozen, input learns":
+    elif regime.startswith("all frozen"):
         freeze(model)
     return regime == "all frozen, input learns"
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 
 from bench import document, layer_lists, sections
+from bench.layer_lists import NETWORKS
 from bench.sections.layers import PARTS
 from bench.settings import DTYPES, Settings
-from bench.sides import SIDES, why_absent
+from bench.sides import COMPETITORS, SIDES, why_absent
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,11 @@ def parse(arguments: Sequence[str] | None) -> Asked:
     for name, path in (("--json", args.json), ("--plot", args.plot)):
         if path is not None and not path.resolve().parent.is_dir():
             parser.error(f"argument {name}: no such folder: {path.resolve().parent}")
-    names = sections.NAMES if args.section == ("all",) else args.section or sections.DEFAULT
-    wanted = tuple(dict.fromkeys(("stock", *args.sides)))
+    if args.all and args.section:
+        parser.error("argument --all: every section is in it; leave out --section")
+    everything = args.all or "all" in (args.section or ())
+    names = sections.NAMES if everything else args.section or sections.DEFAULT
+    wanted = tuple(dict.fromkeys(("stock", *(args.sides or (COMPETITORS if args.all else ("freezekit",))))))
     absent = {name: why for name in wanted if (why := why_absent(name, device))}
     settings = Settings(
         device=device,
@@ -65,16 +69,23 @@ def parse(arguments: Sequence[str] | None) -> Asked:
         seed=args.seed,
         cold=not args.warm,
         quick=args.quick,
-        thorough=args.section is not None,
+        thorough=everything or args.section is not None,
+        everything=args.all,
         sides=tuple(name for name in wanted if name not in absent),
-        parts=args.parts,
-        layer_lists=args.layers or (("tiny",) if args.quick else ("resnet50",)),
+        parts=args.parts or (PARTS if args.all else ("step",)),
+        layer_lists=args.layers or (("tiny",) if args.quick else NETWORKS if args.all else ("resnet50",)),
     )
     limit = args.time_limit
     if limit is None:
-        limit = 90.0 if args.section is None and not args.repeat else 0.0
-    notes = tuple(f"left out: {name}: {why}" for name, why in absent.items())
-    return Asked(settings, names, args.threads, limit or None, args.json, args.plot, args.baseline, notes)
+        limit = 1050.0 if args.all else 90.0 if args.section is None and not args.repeat else 0.0
+    notes = [f"left out: {name}: {why}" for name, why in absent.items()]
+    for name in settings.sides:
+        notes += [f"left out of {s}: {name}: {why}" for s in names if (why := _why_not(name, s, args.all))]
+    return Asked(settings, names, args.threads, limit or None, args.json, args.plot, args.baseline, tuple(notes))
+
+
+def _why_not(side: str, section: str, everything: bool) -> str:
+    return "" if section == "kernels" else SIDES[side].why_not(section, everything)
 
 
 @contextlib.contextmanager
@@ -96,10 +107,11 @@ def _parser() -> argparse.ArgumentParser:
         prog="compare.py", description=compare.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     what = parser.add_argument_group("what")
+    what.add_argument("--all", action="store_true", help="every section, layer list, part and competitor")
     what.add_argument("--section", type=_some((*sections.NAMES, "all")), help=f"of {', '.join(sections.NAMES)}; or all")
     what.add_argument("--layers", type=_some(layer_lists.NAMES), help=f"of {', '.join(layer_lists.NAMES)}")
-    what.add_argument("--sides", type=_some(tuple(SIDES)), default=("freezekit",), help=f"of {', '.join(SIDES)}")
-    what.add_argument("--parts", type=_some(PARTS), default=("step",), help=f"of a layer: {', '.join(PARTS)}")
+    what.add_argument("--sides", type=_some(tuple(SIDES)), help=f"of {', '.join(SIDES)}; by default freezekit")
+    what.add_argument("--parts", type=_some(PARTS), help=f"of a layer: {', '.join(PARTS)}; by default step")
     what.add_argument("--quick", action="store_true", help="small sizes and few rounds, for a first look")
     where = parser.add_argument_group("where")
     where.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -110,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--repeat", type=_positive, help="rounds, exactly; by default 3 to 15, as time allows")
     how.add_argument("--seed", type=int, default=0)
     how.add_argument("--warm", action="store_true", help="on a GPU, leave the L2 cache warm")
-    how.add_argument("--time-limit", type=float, help="seconds; 0 is none; by default 90 where no section is named")
+    how.add_argument("--time-limit", type=float, help="seconds, 0 for none; by default 90, with --all 1050")
     to = parser.add_argument_group("output")
     to.add_argument("--json", type=Path, metavar="FILE", help="as bench/schema.json says")
     to.add_argument("--plot", type=Path, metavar="DIR", help="draw PNGs; needs matplotlib")

@@ -20,9 +20,9 @@ plt.switch_backend("Agg")  # No window, so no display is needed.
 plt.rcParams["font.size"] = 8
 
 # Okabe and Ito's palette, and a marker and a hatch each for print in grey.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
-_MARKERS = "osD^vP*X"
-_HATCHES = ("", "//", "..", "xx", "\\\\", "++", "--", "oo")
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442", "#999999")
+_MARKERS = "osD^vP*Xh"
+_HATCHES = ("", "//", "..", "xx", "\\\\", "++", "--", "oo", "**")
 
 
 def draw(document: dict[str, Any], folder: Path) -> list[Path]:
@@ -106,7 +106,10 @@ def _bars(
 
 
 # A side keeps its colour in every picture.
-_ORDER = ["stock", "freezekit", "freezekit_native", "stock_channels_last", "memsave_torch", "checkpoint"]
+_ORDER = [
+    *("stock", "freezekit", "freezekit_fused", "stock_channels_last"),
+    *("stock_compiled", "memsave_torch", "checkpoint", "freezekit_native"),
+]
 
 
 def _rank(side: str) -> int:

@@ -1,12 +1,14 @@
-"""Tables for people: rows appear as they are measured, in fixed columns that fit 120 characters."""
+"""Tables for people: rows appear as they are measured, in fixed columns that fit 120 characters, or the terminal."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 from bench.rows import Row
 from bench.timing import Spread
@@ -55,30 +57,45 @@ def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
 
 
-Cell = Callable[[Row], str]
+class Column(NamedTuple):
+    """A head, its width and a row's text; of the lowest rank first columns give way where a terminal is narrow."""
 
-# Head, width, text.
-_DETAIL: list[tuple[str, int, Cell]] = [
-    ("side", -23, lambda r: r.side),
-    ("ms", 8, lambda r: milliseconds(r.seconds.median)),
-    ("±", 4, lambda r: f"{r.seconds.relative * 100:.0f}%"),
-    ("ratio to stock", 14, lambda r: percent(r.ratio) if r.ratio else "-"),
-    ("TFLOP/s", 8, lambda r: number(r.tflops)),
-    ("GB/s", 7, lambda r: number(r.gbs)),
-    ("roof", 5, lambda r: "-" if r.roofline is None else f"{r.roofline * 100:.0f}%"),
-    ("kept MiB", 8, lambda r: mebibytes(r.bytes_kept)),
-    ("peak MiB", 8, lambda r: mebibytes(r.peak_bytes)),
-    ("kernels", 7, lambda r: number(r.kernels)),
-]
+    head: str
+    width: int
+    text: Callable[[Row], str]
+    rank: int = 9
+
+
+LEGEND = (
+    "ms, ratio: medians of interleaved rounds, ± half the distance between quartiles. roof: of what the measured peaks"
+    " allow. kept: for the backward pass. peak: most held in a step. kernels: launches; operators on a CPU."
+)
+
+_COLUMNS = (
+    Column("ms", 8, lambda r: milliseconds(r.seconds.median)),
+    Column("±", 4, lambda r: f"{r.seconds.relative * 100:.0f}%"),
+    Column("ratio to stock", 14, lambda r: percent(r.ratio) if r.ratio else "-"),
+    Column("TFLOP/s", 8, lambda r: number(r.tflops), 1),
+    Column("GB/s", 7, lambda r: number(r.gbs), 0),
+    Column("roof", 5, lambda r: "-" if r.roofline is None else f"{r.roofline * 100:.0f}%", 2),
+    Column("kept MiB", 8, lambda r: mebibytes(r.bytes_kept)),
+    Column("peak MiB", 8, lambda r: mebibytes(r.peak_bytes), 4),
+    Column("kernels", 7, lambda r: number(r.kernels), 3),
+)
 
 
 class Report:
-    """Prints rows, a group of sides at a time, with a head wherever the section or group changes."""
+    """Prints rows as they are measured, a case at a time, with a head wherever the section or group changes.
 
-    def __init__(self, console: Console) -> None:
+    Args:
+        console: where to; a terminal that is too narrow for all columns loses some, a file never does.
+        sides: the longest name sets the first column's width.
+    """
+
+    def __init__(self, console: Console, sides: Iterable[str] = ()) -> None:
         self.console = console
+        self.sides = tuple(sides)
         self._open: tuple[str, str] | None = None
-        self._last = ""
 
     def line(self, text: str = "", style: str = "") -> None:
         """Prints one line as it is, never wrapped."""
@@ -90,81 +107,58 @@ class Report:
         self.line(text, "bold")
 
     def show(self, rows: Sequence[Row]) -> None:
-        """Prints what one case gave: on one line for two sides, on a line a side for more."""
-        two = len(rows) == 2 and rows[1].ratio is not None
+        """Prints what one case gave, a line a side."""
         first = rows[0]
+        if self._open is None:
+            self.line()
+            self.console.print(LEGEND, style="dim", highlight=False)
         if self._open != (first.section, first.group):
             self._open = (first.section, first.group)
-            self._last = ""
             self.heading(f"{first.section}: {first.group}")
-            self.line(_two_head(rows) if two else _head(_DETAIL), "dim")
-        place = f"{first.case} {first.detail}"
-        if two:
-            self.line(_two_sides(rows, place if place != self._last else ""), _style(rows[1]))
-        else:
-            self.line(f"{place} · {first.regime} · {first.part}", "bold")
-            for row in rows:
-                self.line(_cells(_DETAIL, row), _style(row))
-        self._last = place
+            self.line(self._line("side", [column.head.rjust(column.width) for column in self._columns]), "dim")
+        what = [first.case, first.detail, "·", first.regime, *(["·", first.part] if first.section == "layers" else [])]
+        self.line(" ".join(what), "bold")
+        for row in rows:
+            cells = [column.text(row).rjust(column.width) for column in self._columns]
+            self.line(self._line(row.side, cells), _style(row))
+
+    @property
+    def _columns(self) -> list[Column]:
+        columns = list(_COLUMNS)
+        room = self.console.width if self.console.is_terminal else 1000
+        while len(self._line("", [" " * column.width for column in columns])) > room and len(columns) > 4:
+            columns.remove(min(columns, key=lambda column: column.rank))
+        return columns
+
+    def _line(self, side: str, cells: Sequence[str]) -> str:
+        return f"  {side:{max(map(len, (*self.sides, 'freezekit')))}} {' '.join(cells)}"
 
     def summarise(self, rows: Iterable[Row]) -> None:
-        """What layers add up to: geometric mean of ratios, time and bytes of the whole network."""
+        """What layers add up to: time and bytes of the whole network, geometric mean of ratios; a table for each."""
         groups: dict[tuple[str, str, str], list[Row]] = {}
         for row in rows:
             if row.section == "layers":
                 groups.setdefault((row.group, row.regime, row.part), []).append(row)
         for (group, regime, part), members in groups.items():
-            self.heading(f"all layers of {group}, {regime}, {part} (each as often as it occurs)")
+            self.line()
+            title = f"all layers of {group}, {regime}, {part} (each as often as it occurs)"
+            table = Table(title=title, title_justify="left", title_style="bold")
+            table.add_column("side")
+            for name in ("ms", "kept MiB", "ratio to stock, geometric mean"):
+                table.add_column(name, justify="right")
             for side in dict.fromkeys(row.side for row in members):
-                self.line("  " + _total(side, [row for row in members if row.side == side]))
+                table.add_row(side, *_totals([row for row in members if row.side == side]))
+            self.console.print(table)
 
 
-def _total(side: str, rows: list[Row]) -> str:
-    text = f"{side:23} {milliseconds(sum(row.count * row.seconds.median for row in rows)):>8} ms"
+def _totals(rows: list[Row]) -> tuple[str, str, str]:
     kept = [row.count * row.bytes_kept for row in rows if row.bytes_kept is not None]
-    if kept:
-        text += f"   kept {mebibytes(sum(kept)):>6} MiB"
     ratios = [row.ratio.median for row in rows if row.ratio]
-    if ratios and side != "stock":
-        text += f"   ratio to stock, geometric mean {statistics.geometric_mean(ratios):.3f}"
-    return text
-
-
-def _head(columns: list[tuple[str, int, Cell]]) -> str:
-    return "  " + " ".join(name.ljust(-width) if width < 0 else name.rjust(width) for name, width, _ in columns)
-
-
-def _cells(columns: list[tuple[str, int, Cell]], row: Row) -> str:
-    texts = [(cell(row), width) for _, width, cell in columns]
-    return "  " + " ".join(text.ljust(-width) if width < 0 else text.rjust(width) for text, width in texts)
-
-
-def _two_widths(rows: Sequence[Row]) -> tuple[int, int]:
-    """Of the place and the regime; layers have longer places, training steps longer regimes."""
-    return (46, 15) if rows[0].section == "layers" else (30, 24)
-
-
-def _two_head(rows: Sequence[Row]) -> str:
-    place, regime = _two_widths(rows)
-    columns = f"{'ms':>16} {'ratio':>12} "
-    if rows[0].tflops is not None:
-        columns += f"{'TFLOP/s':>8} {'kept MiB':>17}"
-    else:
-        columns += f"{'kept MiB':>18} {'peak MiB':>15}"
-    sides = f"{rows[0].side} -> {rows[1].side}"
-    return f"{sides:{place}} {'regime':{regime}} {columns}"
-
-
-def _two_sides(rows: Sequence[Row], label: str) -> str:
-    stock, ours = rows
-    place, regime = _two_widths(rows)
-    assert ours.ratio is not None
-    times = f"{milliseconds(stock.seconds.median)} -> {milliseconds(ours.seconds.median)}"
-    kept = f"{mebibytes(stock.bytes_kept)} -> {mebibytes(ours.bytes_kept)}"
-    peak = f"{mebibytes(stock.peak_bytes)} -> {mebibytes(ours.peak_bytes)}"
-    name = {"step": stock.regime, "fprop": f"fprop {stock.regime}"}.get(stock.part, stock.part)
-    text = f"{label:{place}} {name:{regime}} {times:>16} {percent(ours.ratio):>12} "
-    return text + (f"{number(ours.tflops):>8} {kept:>17}" if ours.tflops is not None else f"{kept:>18} {peak:>15}")
+    return (
+        milliseconds(sum(row.count * row.seconds.median for row in rows)),
+        mebibytes(sum(kept)) if kept else "-",
+        f"{statistics.geometric_mean(ratios):.3f}" if ratios else "-",
+    )
 
 
 def _style(row: Row) -> str:

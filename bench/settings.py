@@ -22,6 +22,7 @@ class Settings:
         cold: on a GPU, clear the L2 cache before each timing.
         quick: smaller networks, for a first look.
         thorough: every regime of `models`, not the three that matter most.
+        everything: all sections, layer lists, parts and competitors.
         sides: names of :data:`bench.sides.SIDES`, stock first.
         parts: of the `layers` section.
         layer_lists: names of :data:`bench.layer_lists.NAMES`.
@@ -37,6 +38,7 @@ class Settings:
     cold: bool = True
     quick: bool = False
     thorough: bool = False
+    everything: bool = False
     sides: tuple[str, ...] = ("stock", "freezekit")
     parts: tuple[str, ...] = ("step",)
     layer_lists: tuple[str, ...] = ("resnet50",)

@@ -37,6 +37,7 @@ class Side:
         channels_last: whether module and input are put in channels_last first.
         backend: freezekit's backend during the forward pass, where it is not the automatic one.
         sections: where it takes part; () is everywhere.
+        slow: preparing it takes seconds, so that hundreds of single layers of every network are too many.
     """
 
     name: str
@@ -44,6 +45,19 @@ class Side:
     channels_last: bool = False
     backend: Backend | None = None
     sections: tuple[str, ...] = ()
+    slow: bool = False
+
+    def why_not(self, section: str, everything: bool) -> str:
+        """Why it takes no part in a section of a run, of everything or not; "" if it does.
+
+        >>> SIDES["checkpoint"].why_not("layers", everything=False)
+        'takes part in blocks, models, memory, scaling alone'
+        """
+        if self.sections and section not in self.sections:
+            return f"takes part in {', '.join(self.sections)} alone"
+        if self.slow and everything and section == "layers":
+            return "compiling every layer takes too long: ask for it with --section layers"
+        return ""
 
     def build(self, stock: nn.Module) -> nn.Module:
         """This side's module; `stock` stays as it is."""
@@ -82,6 +96,8 @@ def _compiled(module: nn.Module) -> nn.Module:
     return module
 
 
+_NETWORKS = ("blocks", "models", "memory", "scaling")
+
 SIDES = {
     side.name: side
     for side in (
@@ -91,12 +107,19 @@ SIDES = {
         Side("freezekit_native", fk.convert, backend="native"),
         Side("stock_channels_last", lambda module: module, channels_last=True),
         Side("freezekit_channels_last", fk.convert, channels_last=True),
-        Side("stock_compiled", _compiled),
-        Side("freezekit_compiled", lambda module: _compiled(fk.convert(module))),
+        Side("stock_compiled", _compiled, slow=True),
+        Side("freezekit_compiled", lambda module: _compiled(fk.convert(module)), slow=True),
         Side("memsave_torch", _memsave),
-        Side("checkpoint", Checkpointed, sections=("blocks", "models", "memory", "scaling")),
+        Side("freezekit_fused", lambda module: fk.fuse(fk.convert(module)), sections=_NETWORKS),
+        Side("checkpoint", Checkpointed, sections=_NETWORKS),
     )
 }
+
+# Who takes part in a run of everything: the other sides are settings of these, for a closer look.
+COMPETITORS = (
+    *("freezekit", "freezekit_fused", "freezekit_native", "freezekit_aten"),
+    *("stock_channels_last", "stock_compiled", "memsave_torch", "checkpoint"),
+)
 
 
 def why_absent(name: str, device: torch.device) -> str:
@@ -109,6 +132,8 @@ def why_absent(name: str, device: torch.device) -> str:
         return "memsave_torch is not installed"
     if name == "freezekit_native" and device.type != "cuda":
         return "freezekit's own kernels need a CUDA device"
+    if name == "freezekit_aten" and device.type != "cuda":
+        return "on a CPU freezekit computes by ATen anyway"
     return ""
 
 

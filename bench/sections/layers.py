@@ -9,8 +9,9 @@ import torch
 
 from bench.gate import Tolerance
 from bench.layer_lists import Layer, layers_of
-from bench.measure import Case, MakeCase, Work
+from bench.measure import Case, MakeCase
 from bench.settings import Settings
+from bench.work import Work
 
 SECTION = "layers"
 PARTS = ("step", "fprop", "dgrad", "wgrad", "backward")

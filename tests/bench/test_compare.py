@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from bench import compare, document, options
+from bench import compare, document, options, sections
 from bench.environment import ROOT
 from bench.rows import Row
 
@@ -71,6 +72,20 @@ def test_every_row_is_beside_stock(whole: tuple[dict, str]) -> None:
     assert all(row.ratio == row.ratio.of([1.0]) for row in rows if row.side == "stock" and row.ratio)
 
 
+def test_every_row_has_every_figure(whole: tuple[dict, str]) -> None:
+    for row in whole[0]["rows"]:
+        assert not [name for name, value in row.items() if value is None and name != "x"], row["case"]
+        assert row["kernels"] > 0
+        assert row["roofline"] > 0
+
+
+def test_models_run_in_every_regime(whole: tuple[dict, str]) -> None:
+    assert {row["regime"] for row in whole[0]["rows"] if row["section"] == "models"} == {
+        "all trainable", "first half frozen", "second half frozen", "bias only", "norm only", "head only",
+        "all frozen, input learns", "all frozen",
+    }  # fmt: skip
+
+
 def test_lines_fit_the_page(whole: tuple[dict, str]) -> None:
     rows = whole[1][whole[1].index("layers:") :].splitlines()  # Kernels' names are as long as they are.
     assert max(len(line.rstrip()) for line in rows if not line.startswith("written")) <= 120
@@ -103,9 +118,34 @@ def test_time_limit_says_what_was_not_run(tmp_path: Path) -> None:
     assert document.read(path)["skipped"]
 
 
+def test_who_takes_no_part_is_told() -> None:
+    notes = options.parse(["--device", "cpu", "--section", "layers", "--sides", "checkpoint"]).notes
+    assert notes == ("left out of layers: checkpoint: takes part in blocks, models, memory, scaling alone",)
+
+
+def test_everything_is_everything() -> None:
+    asked = options.parse(["--device", "cpu", "--all"])
+    assert asked.sections == sections.NAMES
+    assert len(asked.settings.layer_lists) == 6
+    assert {"stock", "freezekit", "stock_channels_last", "stock_compiled", "checkpoint"} <= set(asked.settings.sides)
+    assert set(asked.settings.parts) == {"step", "fprop", "dgrad", "wgrad", "backward"}
+    assert asked.time_limit is not None
+    assert asked.time_limit < 20 * 60
+
+
+def test_the_makefile_asks_for_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bench" / "out").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    commands = re.findall(r"\$\(PY\) bench/compare.py(.*)", (ROOT / "Makefile").read_text())
+    assert len(commands) == 2
+    for command in commands:
+        options.parse(command.split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--all", "--section", "layers"], "every section is in it"),
         (["--layers", "resnet5"], "'resnet5' is none of resnet50"),
         (["--section", "layer"], "'layer' is none of kernels"),
         (["--sides", "stok"], "'stok' is none of stock"),

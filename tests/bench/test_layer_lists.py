@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.layer_lists import NAMES, layers_of
+from bench.layer_lists import NAMES, Layer, layers_of
 from bench.sections.layers import work
+from bench.work import count
 
 # Parameters of torchvision's models without their classifiers: convolutions, and two a channel of batch norms.
 PUBLISHED = {
@@ -51,6 +52,24 @@ def test_work_counts_two_operations_a_product() -> None:
     assert work(layer, 2, "step", "trainable", 4).flops == 3 * work(layer, 2, "fprop", "frozen", 4).flops
     elements = 2 * 3 * 224 * 224 + 2 * 64 * 112 * 112 + 64 * 3 * 49
     assert work(layer, 2, "dgrad", "frozen", 4).traffic == 4 * elements
+
+
+@pytest.mark.parametrize("part", ["step", "fprop", "dgrad", "wgrad"])
+@pytest.mark.parametrize("layer", layers_of("tiny"), ids=lambda layer: layer.name)
+def test_work_is_what_is_counted_in_a_step(layer: Layer, part: str) -> None:
+    module = layer.module(torch.device("cpu"), torch.float32)
+    x = torch.randn(2, layer.in_channels, layer.size, layer.size, requires_grad=True)
+    y = module(x).sum()
+    steps = {
+        "step": lambda: torch.autograd.grad(module(x).sum(), [x, module.weight]),
+        "fprop": lambda: module(x),
+        "dgrad": lambda: torch.autograd.grad(y, x),
+        "wgrad": lambda: torch.autograd.grad(y, module.weight),
+    }
+    counted, expected = count(steps[part]), work(layer, 2, part, "trainable", 4)
+    bias = layer.out_channels * 4 if layer.bias and part in ("step", "fprop") else 0
+    assert counted.flops == expected.flops
+    assert counted.traffic == expected.traffic + bias
 
 
 def test_unknown_list_is_named() -> None:
