@@ -142,7 +142,8 @@ std::tuple<Tensor, Tensor> frozen_shared(const Tensor& input, const Tensor& weig
   const FrozenConv2d f(activation, channels_last, Geometry(stride, padding, dilation, groups, backend));
   Call call{input, weight, bias.value_or(Tensor()), residual.value_or(Tensor())};
   const c10::DeviceType device = input.device().type();
-  const bool casts = at::autocast::is_autocast_enabled(device);
+  // Autocast does not know the meta device, on which models are explained, and raises when asked.
+  const bool casts = device != c10::DeviceType::Meta && at::autocast::is_autocast_enabled(device);
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(casts ? c10::autocast_dispatch_keyset : c10::DispatchKeySet());
   if (casts) call = low_precision(call, device);
   // The copy that a cast made is not what the other readers read.

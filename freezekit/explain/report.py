@@ -12,9 +12,11 @@ import torch
 from torch import nn
 
 import freezekit._C as _C
-from freezekit import conversion
 from freezekit.backends import current_backend
-from freezekit.explain.trace import Call, Trace, trace
+from freezekit.explain.advice import Advisor
+from freezekit.explain.record import Call, Trace
+from freezekit.explain.trace import trace
+from freezekit.explain.units import bytes_text, flops_text
 from freezekit.nn import FreezableConv2d
 
 if TYPE_CHECKING:
@@ -78,7 +80,7 @@ class Explanation:
         return len(self.rows)
 
     def __repr__(self) -> str:
-        return f"Explanation({len(self)} rows, {_bytes(self.bytes_kept)} kept, {_flops(self.flops)} forward)"
+        return f"Explanation({len(self)} rows, {bytes_text(self.bytes_kept)} kept, {flops_text(self.flops)} forward)"
 
     @property
     def bytes_kept(self) -> int:
@@ -111,18 +113,18 @@ class Explanation:
         table = Table(title="what a training step computes and keeps now", caption=caption)
         for column in ("name", "layer", "output"):
             table.add_column(column, overflow="fold")
-        for column in ("GFLOP", "runs", "kept", "also held"):
+        for column in ("forward", "runs", "kept", "also held"):
             table.add_column(column, justify="right", no_wrap=True)
         table.add_column("kernel", overflow="fold")
         table.add_column("what would change it", overflow="fold")
         for row in self.rows:
             shape = "x".join(map(str, row.outputs))
-            kept, shared = (_bytes(n) if n else "" for n in (row.bytes_kept, row.bytes_shared))
-            flops = f"{row.flops / 1e9:.3f}" if row.flops else ""
+            kept, shared = (bytes_text(n) if n else "" for n in (row.bytes_kept, row.bytes_shared))
+            flops = flops_text(row.flops) if row.flops else ""
             table.add_row(row.name, row.layer, shape, flops, _runs(row), kept, shared, row.kernel, row.advice)
-        forward, backward = f"{self.flops / 1e9:.3f}", f"{self.backward_flops / 1e9:.3f}"
+        backward = f"backward {flops_text(self.backward_flops)}"
         table.add_section()
-        table.add_row("total", f"{len(self)} rows", "", forward, f"+ {backward} backward", _bytes(self.bytes_kept))
+        table.add_row("total", f"{len(self)} rows", "", flops_text(self.flops), backward, bytes_text(self.bytes_kept))
         (console or default_console()).print(table)
 
     def plot(self, path: str | Path) -> None:
@@ -159,7 +161,7 @@ def explain(model: nn.Module, inputs: Any) -> Explanation:
     >>> from torch import nn
     >>> net = fk.convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)))
     >>> explain(net, torch.empty(1, 3, 12, 12, device="meta"))
-    Explanation(2 rows, 4.8 KiB kept, 0.000 GFLOP forward)
+    Explanation(2 rows, 4.8 KiB kept, 117 kFLOP forward)
     >>> net[1].requires_grad_(False)  # keeps its input no more
     FreezableConv2d(8, 8, kernel_size=(3, 3), stride=(1, 1))
     >>> explain(net, torch.empty(1, 3, 12, 12, device="meta")).bytes_kept == 3 * 12 * 12 * 4
@@ -167,10 +169,10 @@ def explain(model: nn.Module, inputs: Any) -> Explanation:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    return _explain(trace(model, inputs))
+    return _explain(trace(model, inputs), Advisor(model))
 
 
-def _explain(traced: Trace) -> Explanation:
+def _explain(traced: Trace, advisor: Advisor) -> Explanation:
     first = [0] * len(traced.calls)
     shared = [0] * len(traced.calls)
     alone = [0] * len(traced.calls)
@@ -180,11 +182,11 @@ def _explain(traced: Trace) -> Explanation:
             shared[holder] += kept.nbytes
         if len(kept.holders) == 1:
             alone[kept.holders[0]] += kept.nbytes
-    rows = [_row(call, *held) for call, *held in zip(traced.calls, first, shared, alone)]
+    rows = [_row(advisor, call, *held) for call, *held in zip(traced.calls, first, shared, alone)]
     return Explanation([row for row in rows if row.flops or row.bytes_kept or row.bytes_shared or row.fprop])
 
 
-def _row(call: Call, kept: int, shared: int, alone: int) -> Row:
+def _row(advisor: Advisor, call: Call, kept: int, shared: int, alone: int) -> Row:
     weight, bias = _learns(call, "weight"), _learns(call, "bias")
     return Row(
         name=call.name,
@@ -199,7 +201,7 @@ def _row(call: Call, kept: int, shared: int, alone: int) -> Row:
         bytes_kept=kept,
         bytes_shared=shared,
         kernel=_kernel(call),
-        advice=_advice(call, weight, kept + shared, alone),
+        advice=advisor.advise(call, weight, kept + shared, alone),
     )
 
 
@@ -233,17 +235,6 @@ def _padded(conv: nn.Conv2d, inputs: tuple[int, ...]) -> tuple[int, int]:
     return inputs[2] + top + bottom, inputs[3] + left + right
 
 
-def _advice(call: Call, weight_learns: bool, held: int, alone: int) -> str:
-    if call.module is None or call.function:
-        return ""
-    swap = conversion.SWAPS.get(type(call.module))
-    if swap is not None and not weight_learns and held:
-        return f"convert to {swap.__name__}: up to -{_bytes(alone)}"
-    if isinstance(call.module, FreezableConv2d) and weight_learns:
-        return f"freeze: -{_flops(call.flops)}, -{_bytes(alone)}"
-    return ""
-
-
 def default_console() -> Console:
     """The terminal; where output goes elsewhere, 140 columns, so that tables stay readable."""
     from rich.console import Console  # Here, so that `import freezekit` needs no rich and does not wait for it.
@@ -255,14 +246,3 @@ def default_console() -> Console:
 def _runs(row: Row) -> str:
     names = (("fprop", row.fprop), ("dgrad", row.dgrad), ("wgrad", row.wgrad), ("db", row.db))
     return " ".join(name for name, runs in names if runs)
-
-
-def _bytes(count: int) -> str:
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} B"
-
-
-def _flops(count: int) -> str:
-    return f"{count / 1e9:.3f} GFLOP"

@@ -82,7 +82,7 @@ def _runs_fused(
     if not _is_plain(x, weight) or not _fits(x, conv):
         return False
     dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type):
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         if torch.float64 in (x.dtype, weight.dtype):
             return False
         dtype = torch.get_autocast_dtype(x.device.type)

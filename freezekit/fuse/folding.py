@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -124,6 +126,24 @@ def verify(model: nn.Module | Tensor) -> None:
                 f"the kept folded weight of {conv} is stale: it or its batch norm was written to through .data or "
                 "numpy; call freezekit.invalidate(model) after such a write"
             )
+
+
+def kept(model: nn.Module) -> Iterator[Folded]:
+    """What is kept for a model's convolutions at this moment."""
+    for _, entry in _of(model):
+        yield entry.folded
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Within the block a model may run on other tensors; what was kept of its own is there again after it."""
+    before = _of(model)
+    try:
+        yield
+    finally:
+        drop_all(model)
+        with _lock:
+            _entries.update(before)
 
 
 class _Folds:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from freezekit.explain.fused import constants
 from freezekit.explain.trace import Trace, arguments, trace
 from freezekit.plan.machine import Machine, seconds
 from freezekit.plan.report import Option, Plan
@@ -143,7 +144,7 @@ def _measure(model: nn.Module, inputs: Any, option: Option) -> Option:
             lambda v: v.detach().requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else v, inputs
         )
     args, kwargs = arguments(inputs)
-    own = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
+    own: set[int] = set()
     kept: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -154,6 +155,9 @@ def _measure(model: nn.Module, inputs: Any, option: Option) -> Option:
 
     device = next(model.parameters()).device
     with _frozen(dict(model.named_parameters()), list(option.frozen)):
+        model(*args, **kwargs)  # Weights are folded once, not in every step.
+        there = [*model.parameters(), *model.buffers(), *constants(model)]
+        own |= {tensor.untyped_storage()._cdata for tensor in there}
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             output = model(*args, **kwargs)
         outputs = [t for t in torch.utils._pytree.tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]

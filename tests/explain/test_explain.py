@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import freezekit as fk
 from freezekit.explain import explain
+from freezekit.explain.fused import constants
 from freezekit.explain.trace import trace
 
 
@@ -33,7 +34,8 @@ def net() -> nn.Module:
 
 
 def kept_on_data(model: nn.Module, x: Tensor) -> int:
-    own = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
+    there = [*model.parameters(), *model.buffers(), *constants(model)]
+    own = {t.untyped_storage()._cdata for t in there}
     kept: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -69,6 +71,49 @@ def test_bytes_are_those_of_a_real_step(regime, needs_dx: bool, convert: bool) -
     assert explain(model, x).bytes_kept == kept_on_data(model, x)
 
 
+@pytest.mark.parametrize("needs_dx", [False, True])
+@pytest.mark.parametrize("regime", REGIMES.values(), ids=REGIMES)
+def test_bytes_of_fused_blocks_are_those_of_a_real_step(regime, needs_dx: bool) -> None:
+    model = fk.fuse(fk.convert(net())).eval()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(regime(name))
+    x = torch.randn(2, 3, 8, 8, requires_grad=needs_dx)
+    model(x)  # Weights are folded.
+    before = list(constants(model))
+    assert explain(model, x).bytes_kept == kept_on_data(model, x)
+    assert all(a is b for a, b in zip(before, constants(model), strict=True))
+
+
+def test_a_fused_block_is_a_row() -> None:
+    model = fk.fuse(fk.convert(net())).eval()
+    model[1].requires_grad_(False)
+    rows = list(explain(model, torch.empty(2, 3, 8, 8, device="meta")))
+    (block,) = (row for row in rows if "fused" in row.layer)
+    assert (block.name, block.layer) == ("1", "Block: fused conv + norm + add + relu")
+    assert (block.fprop, block.dgrad, block.wgrad, block.db) == (True, True, False, False)
+    assert block.inputs == block.outputs == (2, 8, 8, 8)
+    assert block.bytes_kept == 2 * 8 * 8 * 8 / 8  # a bit an element
+    assert block.flops == 2 * 2 * 8 * 8 * 8 * 8 * 9
+    assert not any(row.name.startswith("1.") for row in rows)
+
+
+def test_a_value_that_several_blocks_read_is_explained_too() -> None:
+    class Basic(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv1, self.conv2 = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(self.conv2(F.relu(self.conv1(x))) + x)
+
+    model = fk.fuse(nn.Sequential(Basic(), Basic()).requires_grad_(False))
+    x = torch.randn(1, 4, 6, 6, requires_grad=True)
+    model(x)
+    explained = explain(model, x)
+    assert [row.layer for row in explained] == ["Basic: fused conv1 + relu", "Basic: fused conv2 + add + relu"] * 2
+    assert explained.bytes_kept == kept_on_data(model, x) == 4 * 4 * 36 / 8
+
+
 def test_rows_tell_what_runs() -> None:
     model = fk.convert(net())
     model[1].conv.requires_grad_(False)
@@ -92,6 +137,47 @@ def test_advice_comes_true() -> None:
     model[0].requires_grad_(True)
     (row,) = (row for row in explain(model, x) if row.name == "0")
     assert row.advice.startswith("freeze: -")
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_freezing_saves_what_the_advice_says(converted: bool) -> None:
+    x = torch.empty(2, 3, 8, 8, device="meta")
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sigmoid(), nn.Conv2d(8, 4, 3))
+    if converted:
+        fk.convert(model)
+    before = explain(model, x)
+    (advice,) = (row.advice for row in before if row.name == "0")
+    kept = 2 * 3 * 8 * 8 * 4
+    assert advice == ("freeze" if converted else "convert and freeze") + f": -31.1 kFLOP, -{kept / 1024:.1f} KiB"
+    fk.convert(model)[0].requires_grad_(False)
+    after = explain(model, x)
+    assert before.bytes_kept - after.bytes_kept == kept  # The sigmoid stays: the last layer reads its output too.
+
+
+def test_functions_that_keep_memory_have_a_cure() -> None:
+    class Net(nn.Module):
+        def __init__(self, relu) -> None:  # type: ignore[no-untyped-def]
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+            self.relu = relu
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.relu(self.conv(x)) * 2
+
+    x = torch.empty(2, 3, 8, 8, device="meta")
+    before, after = explain(Net(F.relu), x), explain(Net(fk.functional.relu), x)
+    (advice,) = (row.advice for row in before if row.layer == "Net: relu")
+    assert advice == f"call fk.functional.relu: -{2 * 8 * 36 * 4 / 1024:.1f} KiB"
+    assert before.bytes_kept - after.bytes_kept == 2 * 8 * 36 * 4 - 2 * 8 * 36 // 8
+
+
+def test_what_could_be_fused_is_told_and_then_is() -> None:
+    model = fk.convert(net()).eval().requires_grad_(False)
+    model[0].requires_grad_(True)
+    x = torch.empty(2, 3, 8, 8, device="meta")
+    advised = [row.name for row in explain(model, x) if row.advice.startswith("fuse with norm, add, relu")]
+    assert advised == ["1.conv", "2.conv"]
+    assert [row.name for row in explain(fk.fuse(model), x) if "fused" in row.layer] == ["1", "2"]
 
 
 def test_nothing_is_changed_and_nothing_is_allocated() -> None:

@@ -1,0 +1,53 @@
+"""What a trace writes down: the calls of a forward pass, and what autograd keeps of each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+
+@dataclass
+class Call:
+    """One layer's computation, or one function's that a module with children calls in its own forward.
+
+    Attributes:
+        name: the module's name; "" is the model itself.
+        layer: its class.
+        function: what its own forward calls, for modules that have children; "" for a layer.
+        inputs, outputs: shapes of the first tensor in and out.
+        flops: multiplications and additions of the forward pass.
+        moved: bytes of all tensors that the operators read and wrote.
+        input_needs_grad, output_needs_grad: what autograd sees.
+    """
+
+    name: str
+    layer: str
+    function: str
+    inputs: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
+    flops: int = 0
+    moved: int = 0
+    input_needs_grad: bool = False
+    output_needs_grad: bool = False
+    module: nn.Module | None = field(default=None, repr=False)
+
+
+@dataclass
+class Kept:
+    """One storage that autograd keeps for backward: its bytes, and the calls that hold it, first one first."""
+
+    nbytes: int
+    holders: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Trace:
+    """All calls of a forward pass in order, and all that is kept; parameters and buffers are not counted."""
+
+    calls: list[Call]
+    kept: list[Kept]
+
+    @property
+    def bytes_kept(self) -> int:
+        return sum(kept.nbytes for kept in self.kept)
