@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -67,11 +68,21 @@ class Plan:
     def __repr__(self) -> str:
         return f"Plan({len(self.options)} options, choice={self.choice.name if self.choice else None})"
 
+    @property
+    def rank_correlation(self) -> float | None:
+        """Spearman's, of predicted and measured backward times: 1 where the order is right; None where unmeasured."""
+        pairs = [(o.backward_seconds, o.measured_seconds) for o in self if o.measured_seconds is not None]
+        if len({predicted for predicted, _ in pairs}) < 2 or len({measured for _, measured in pairs}) < 2:
+            return None
+        return statistics.correlation(*(_ranks(list(values)) for values in zip(*pairs)))
+
     def to_json(self) -> str:
-        """`{"options": [...], "choice": name or null, "machine": {...}}`; bytes, FLOPs, seconds."""
+        """`{"options": [...], "choice": name or null, "machine": {...}, "rank_correlation": number or null}`; bytes,
+        FLOPs, seconds."""
         choice = self.choice.name if self.choice else None
         options = [asdict(option) for option in self.options]
-        return json.dumps({"options": options, "choice": choice, "machine": asdict(self.machine)})
+        found = {"options": options, "choice": choice, "machine": asdict(self.machine)}
+        return json.dumps({**found, "rank_correlation": self.rank_correlation})
 
     def print(self, console: Console | None = None) -> None:
         """A table of the options; the choice is marked."""
@@ -79,7 +90,9 @@ class Plan:
 
         budget = "" if self.memory is None else f", at most {self.memory / 2**20:.1f} MiB"
         budget += "" if self.time is None else f", at most {self.time * 1e3:.1f} ms backward"
-        table = Table("option", title=f"what freezing would buy{budget}")
+        order = self.rank_correlation
+        caption = None if order is None else f"order of predicted and measured times: {order:.2f} (rank correlation)"
+        table = Table("option", title=f"what freezing would buy{budget}", caption=caption)
         for column in ("parameters frozen", "learning", "kept (MiB)", "backward (GFLOP)", "backward (ms)"):
             table.add_column(column, justify="right")
         measured = any(option.measured_bytes is not None for option in self)
@@ -118,6 +131,16 @@ class Plan:
         right.set_ylim(bottom=0)
         made.legend(loc="outside upper center", ncols=2)
         made.savefig(path, dpi=150)
+
+
+def _ranks(values: list[float]) -> list[float]:
+    """The place of each value in order; equal ones share the mean of their places.
+
+    >>> _ranks([3.0, 1.0, 3.0])
+    [1.5, 0.0, 1.5]
+    """
+    order = sorted(values)
+    return [order.index(value) + (order.count(value) - 1) / 2 for value in values]
 
 
 def _measured(option: Option) -> tuple[str, str]:

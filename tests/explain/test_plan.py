@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import nn
 
 import freezekit as fk
-from freezekit.plan import Machine, plan
+from freezekit.plan import Machine, Option, Plan, plan
 
 MACHINE = Machine(flops=1e9, bandwidth=1e9)
 
@@ -87,6 +87,20 @@ def test_machine_is_measured() -> None:
     assert machine.bandwidth > 1e8
 
 
+def test_predictions_of_time_are_judged_by_their_order() -> None:
+    def planned(measured: list[float | None]) -> Plan:
+        options = [
+            Option(f"depth {i}", (), 0, 0, float(predicted), 0, 0, seconds)
+            for i, (predicted, seconds) in enumerate(zip([4, 3, 2, 0, 0], measured, strict=True))
+        ]
+        return Plan(options, MACHINE, None, None)
+
+    assert planned([9.0, 8.0, 0.5, 0.0, 0.0]).rank_correlation == pytest.approx(1)
+    assert planned([0.0, 1.0, 2.0, 3.0, 3.0]).rank_correlation == pytest.approx(-1)
+    assert planned([9.0, 0.5, 8.0, 0.0, 0.0]).rank_correlation == pytest.approx(0.895, abs=1e-3)
+    assert planned([None] * 5).rank_correlation is None
+
+
 def test_json_print_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = plan(net(), torch.randn(2, 3, 16, 16), memory=5e4, machine=MACHINE, measure=True)
     data = json.loads(made.to_json())
@@ -96,5 +110,6 @@ def test_json_print_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     out = capsys.readouterr().out
     assert "<- fits first" in out
     assert "measured (ms)" in out
+    assert "rank correlation" in out
     made.plot(tmp_path / "plan.png")
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
