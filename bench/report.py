@@ -68,7 +68,8 @@ class Column(NamedTuple):
 
 LEGEND = (
     "ms, ratio: medians of interleaved rounds, ± half the distance between quartiles. roof: of what the measured peaks"
-    " allow. kept: for the backward pass. peak: most held in a step. kernels: launches; operators on a CPU."
+    " allow, over 100% from a cache. kept: for the backward pass. peak: most held in a step. kernels: launches, or"
+    " operators on a CPU."
 )
 
 _COLUMNS = (
