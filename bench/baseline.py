@@ -9,7 +9,9 @@ from pathlib import Path
 from bench import document
 from bench.report import Report, mebibytes
 from bench.rows import Row
-from bench.timing import Spread
+
+# Student's t, two-sided, 0.001, by degrees of freedom.
+_STUDENT = {1: 637.0, 2: 31.6, 3: 12.9, 4: 8.61, 5: 6.87, 6: 5.96, 8: 5.04, 10: 4.59, 15: 4.07, 20: 3.85, 40: 3.55}
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,8 @@ def changes(before: Iterable[Row], after: Iterable[Row]) -> list[Change]:
     """Measurements of both runs that differ beyond noise.
 
     Time is compared as the ratio to stock of the same run, which another machine or a busier hour moves less than
-    time itself; it has changed if the two runs' quartile ranges do not meet and the medians differ by over 2 %.
-    Bytes are exact: any difference is a change.
+    time itself; it has changed if the medians differ by over 2 % and by more than `noise`. Bytes are exact: any
+    difference is a change.
     """
     old = {row.key: row for row in before}
     found = []
@@ -36,7 +38,7 @@ def changes(before: Iterable[Row], after: Iterable[Row]) -> list[Change]:
             continue
         if row.side != "stock" and row.ratio is not None and earlier.ratio is not None:
             factor = row.ratio.median / earlier.ratio.median
-            if _apart(row.ratio, earlier.ratio) and abs(factor - 1) > 0.02:
+            if abs(factor - 1) > 0.02 and abs(row.ratio.median - earlier.ratio.median) > noise(earlier, row):
                 text = f"ratio to stock {earlier.ratio.median:.3f} -> {row.ratio.median:.3f} ({factor - 1:+.0%})"
                 found.append(Change(row, text, factor > 1))
         for name in ("bytes_kept", "peak_bytes"):
@@ -66,8 +68,19 @@ def show(report: Report, path: Path, rows: list[Row]) -> None:
     report.line(f"{shared} of {len(rows)} measurements are in both runs; {len(found)} changed beyond noise")
 
 
-def _apart(a: Spread, b: Spread) -> bool:
-    return a.low > b.high or b.low > a.high
+def noise(a: Row, b: Row) -> float:
+    """How far the ratios' medians of two runs of the same thing lie apart in one of a thousand pairs at most.
+
+    A median of n values has the standard error 1.253 sigma / sqrt(n), and sigma is read off the quartiles, which are
+    1.349 sigma apart. As an estimate that is worth about 0.37 n values, so Student's t has few degrees of freedom:
+    a handful of rounds is no ground for a claim.
+    """
+    assert a.ratio is not None
+    assert b.ratio is not None
+    errors = [1.253 / 1.349 * (r.ratio.high - r.ratio.low) / r.rounds**0.5 for r in (a, b) if r.ratio is not None]
+    freedom = int(0.37 * (a.rounds + b.rounds - 2))
+    reach = [t for degrees, t in _STUDENT.items() if degrees <= max(freedom, 1)][-1]
+    return reach * (errors[0] ** 2 + errors[1] ** 2) ** 0.5
 
 
 def _colour(change: Change) -> str:

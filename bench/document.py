@@ -12,7 +12,7 @@ from bench.rows import Row
 from bench.sections.kernels import Profiled
 from bench.settings import Settings
 
-VERSION = 1
+VERSION = 2
 SCHEMA = json.loads((Path(__file__).parent / "schema.json").read_text())
 
 _TYPES: dict[str, tuple[type, ...]] = {

@@ -133,7 +133,8 @@ def measure(case: Case, settings: Settings, peaks: Peaks, clock: Clock, skipped:
     work = case.work or count(subjects["stock"].step)
     counted = {name: _count(case, subject) for name, subject in subjects.items()}
     steps = {name: subject.step_for(case.part) for name, subject in subjects.items()}
-    timed = interleave(steps, clock=clock, rounds=_rounds(steps, settings, clock), seed=settings.seed)
+    rounds = _rounds(steps, settings, clock)
+    timed = interleave(steps, clock=clock, rounds=rounds, seed=settings.seed)
     rows = []
     for name in subjects:
         seconds = timed.time(name)
@@ -146,6 +147,7 @@ def measure(case: Case, settings: Settings, peaks: Peaks, clock: Clock, skipped:
             case.part,
             name,
             case.count,
+            rounds,
             seconds,
             timed.ratio(name, "stock"),
             errors[name],

@@ -21,6 +21,7 @@ class Row:
         part: what was timed: "step", "fprop", "dgrad" or "wgrad".
         side: "stock", "freezekit" or another competitor.
         count: how often the case occurs in its group.
+        rounds: how many values `seconds` and `ratio` are medians of.
         seconds: of one call.
         ratio: to stock, round by round; None where stock was not run.
         error: largest difference from stock as a fraction of what rounding explains; at most 1.
@@ -40,6 +41,7 @@ class Row:
     part: str
     side: str
     count: int
+    rounds: int
     seconds: Spread
     ratio: Spread | None
     error: float

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from bench import baseline
 from bench.document import NotThisSchema
 from bench.report import Report
+from bench.rows import Row
 from bench.timing import Spread
 from tests.bench.test_document import ROW, VALID
 
@@ -22,20 +24,42 @@ def found(after: object) -> list[tuple[str, bool]]:
     return [(change.what, change.worse) for change in baseline.changes([OURS], [after])]  # type: ignore[list-item]
 
 
-@pytest.mark.parametrize("ratio", [Spread(1.01, 1.0, 1.03), Spread(1.1, 1.01, 1.2), Spread(0.97, 0.9, 0.99)])
-def test_ranges_that_meet_are_noise(ratio: Spread) -> None:
+@pytest.mark.parametrize("ratio", [Spread(1.01, 0.99, 1.03), Spread(1.06, 1.04, 1.08), Spread(0.94, 0.9, 0.96)])
+def test_what_the_spread_explains_is_noise(ratio: Spread) -> None:
     assert found(replace(OURS, ratio=ratio)) == []
 
 
-def test_ranges_apart_are_a_change() -> None:
-    assert found(replace(OURS, ratio=Spread(1.2, 1.15, 1.3))) == [("ratio to stock 1.000 -> 1.200 (+20%)", True)]
+def test_what_it_does_not_explain_is_a_change() -> None:
+    assert found(replace(OURS, ratio=Spread(1.2, 1.15, 1.25))) == [("ratio to stock 1.000 -> 1.200 (+20%)", True)]
     assert found(replace(OURS, ratio=Spread(0.5, 0.4, 0.6))) == [("ratio to stock 1.000 -> 0.500 (-50%)", False)]
 
 
+def test_few_rounds_claim_little_and_many_much() -> None:
+    def pair(rounds: int, ratio: float) -> list[baseline.Change]:
+        before = replace(OURS, rounds=rounds)
+        return baseline.changes([before], [replace(before, ratio=Spread(ratio, ratio - 0.02, ratio + 0.02))])
+
+    assert not pair(3, 1.3)
+    assert not pair(15, 1.05)
+    assert pair(15, 1.1)
+    assert pair(200, 1.03)
+
+
+def test_a_thousand_pairs_of_equal_runs() -> None:
+    order = random.Random(0)
+
+    def run(rounds: int) -> Row:
+        values = [order.gauss(1.0, 0.05) for _ in range(rounds)]
+        return replace(OURS, rounds=rounds, ratio=Spread.of(values))
+
+    for rounds in (3, 5, 9, 15, 50):
+        assert sum(bool(baseline.changes([run(rounds)], [run(rounds)])) for _ in range(1000)) <= 5, rounds
+
+
 def test_a_change_below_two_percent_is_too_small_to_name() -> None:
-    assert found(replace(OURS, ratio=Spread(1.021, 1.0205, 1.03))) == [("ratio to stock 1.000 -> 1.021 (+2%)", True)]
     narrow = replace(OURS, ratio=Spread(1.0, 1.0, 1.0))
-    assert baseline.changes([narrow], [replace(OURS, ratio=Spread(1.01, 1.005, 1.015))]) == []
+    assert baseline.changes([narrow], [replace(OURS, ratio=Spread(1.021, 1.021, 1.021))])
+    assert baseline.changes([narrow], [replace(OURS, ratio=Spread(1.019, 1.019, 1.019))]) == []
 
 
 def test_a_byte_is_a_change() -> None:

@@ -17,9 +17,9 @@ from bench.timing import Spread
 from freezekit.profiling import KernelRow
 
 LABELS = ("layers", "tiny", "dense", "8x12x12", "frozen", "step", "stock")
-ROW = Row(*LABELS, 1, Spread(2.0, 1.0, 3.0), Spread(1.0, 1.0, 1.0), 0.0)
+ROW = Row(*LABELS, 1, 15, Spread(2.0, 1.0, 3.0), Spread(1.0, 1.0, 1.0), 0.0)
 VALID: dict[str, Any] = {
-    "version": 1,
+    "version": 2,
     "environment": {
         "device": "CPU",
         "threads": 2,
@@ -55,7 +55,7 @@ def test_valid_document() -> None:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("version",), 2, r"\$.version must be one of \[1\]"),
+        (("version",), 1, r"\$.version must be one of \[2\]"),
         (("rows", 0, "section"), "layer", r"\$.rows\[0\].section must be one of"),
         (("rows", 0, "count"), 0, "at least 1"),
         (("rows", 0, "count"), True, "must be integer"),

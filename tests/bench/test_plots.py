@@ -25,6 +25,7 @@ BASE = Row(
     "step",
     "stock",
     1,
+    15,
     Spread(2e-3, 1e-3, 3e-3),
     Spread(1.0, 1.0, 1.0),
     0.0,
