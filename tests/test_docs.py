@@ -28,6 +28,19 @@ def blocks(path: Path) -> list[tuple[str, str | None]]:
 DOCUMENTS = [p for p in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))] if p.exists() and blocks(p)]
 
 
+CODE = re.compile(r"^```.*?^```\n", re.DOTALL | re.MULTILINE)
+MEASURED = re.compile(r"\d\s?(ms|us|microseconds|MiB|GiB|GB/s|TFLOP/s|of stock)\b")
+# What a measured figure has beside it: a date, a device, and a command.
+ORIGIN = (r"20\d\d-\d\d-\d\d", r"\b(CPU|GPU|cores?|Xeon|H100|H200|A100)\b", r"`(python|pytest|make) [^`]+`")
+
+
+def without_origin(text: str) -> list[str]:
+    """Headings of the sections that give a measured figure and not where it comes from; code shows, and claims not."""
+    sections = re.split(r"^(?=#)", CODE.sub("", text), flags=re.MULTILINE)
+    claims = [section for section in sections if MEASURED.search(section)]
+    return [claim.splitlines()[0] for claim in claims if not all(re.search(mark, claim) for mark in ORIGIN)]
+
+
 def lines(text: str) -> list[str]:
     return [line.rstrip() for line in text.strip().splitlines()]
 
@@ -36,6 +49,26 @@ def test_blocks_are_found() -> None:
     assert ROOT / "docs" / "two_step.md" in DOCUMENTS
     text = "a\n```python\nprint(1)\n```\n\n```text\n1\n```\n```python\nx = 2\n```\n```sh\nls\n```\n"
     assert [m.groups() for m in BLOCK.finditer(text)] == [("print(1)\n", "1\n"), ("x = 2\n", None)]
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.name)
+def test_figures_name_command_device_and_date(path: Path) -> None:
+    assert without_origin(path.read_text()) == []
+
+
+def test_a_figure_without_origin_is_found() -> None:
+    origin = "`make compare`, a CPU, 2026-01-01"
+    text = f"# A\n12 ms\n## B\n12 ms, {origin}\n## C\nfast\n## D\n`3 MiB` 2026-01-01 on a CPU\n"
+    assert without_origin(text) == ["# A", "## D"]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", CODE.sub("", path.read_text())):
+        assert (path.parent / target).exists(), target
 
 
 def modules() -> list[str]:
