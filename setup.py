@@ -114,6 +114,10 @@ class Build(BuildExtension):
         subprocess.run([*cxx.split(), "-shared", *objects, "-o", PACKAGE / "_emulated.so"], check=True)
 
 
+# Torch's parallel_for is a header: it runs on one thread unless the code that calls it is compiled with OpenMP, as
+# torch is. Compiled, not linked: the runtime is then the one that torch has loaded, with its one pool of threads.
+OPENMP = ["-fopenmp"] if torch.backends.openmp.is_available() and sys.platform == "linux" else []
+
 setup(
     ext_modules=[
         CppExtension(
@@ -122,7 +126,7 @@ setup(
                 str(p.relative_to(ROOT)) for d in ("kernels", "torch", "python") for p in (CSRC / d).glob("*.cpp")
             ),
             include_dirs=[str(CSRC)],
-            extra_compile_args=["-O2", "-g0", "-fvisibility=hidden"],
+            extra_compile_args=["-O2", "-g0", "-fvisibility=hidden", *OPENMP],
         )
     ],
     cmdclass={"build_ext": Build},
