@@ -18,92 +18,120 @@
 
 namespace freezekit::cpu {
 
-// Comparisons are written so that NaN falls where torch's backward formulas put it: it passes relu, takes leaky_relu's
-// slope and stops at hardtanh. (There torch's own CPU kernel stops it in its vectors and passes it in the rest that fills
-// no vector; its GPU kernel passes it.)
-template <class C>
-struct Relu {
-  FK_INLINE bool bit(C x) const { return !(x <= C(0)); }
-  FK_INLINE C value(C x) const { return x <= C(0) ? C(0) : x; }
-};
-
-template <class C>
-struct LeakyRelu {
-  C slope;
-  FK_INLINE bool bit(C x) const { return x > C(0); }
-  FK_INLINE C value(C x) const { return x > C(0) ? x : x * slope; }
-};
-
-// The ends of values are rounded to the tensor's dtype, those of the gradient are not: so torch does it.
-template <class C>
-struct Hardtanh {
-  C lowest, highest;
-  C below, above;
-  FK_INLINE bool bit(C x) const { return x > below && x < above; }
-  FK_INLINE C value(C x) const {
-    const C raised = x < lowest ? lowest : x;
-    return raised > highest ? highest : raised;
-  }
-};
-
-template <class T, class Rule>
-FK_INLINE void make_bits(const T* x, T* y, uint32_t* bits, int64_t numel, int64_t first,
-                                                     int64_t last, Rule rule) {
-  using C = Compute<T>;
-  for (int64_t word = first; word < last; ++word) {
-    const T* from = x + 32 * word;
-    T* to = y + 32 * word;
-    uint32_t packed = 0;
-    if (32 * (word + 1) <= numel) {
-      C values[32];
-      for (int i = 0; i < 32; ++i) values[i] = up(from[i]);
-      for (int i = 0; i < 32; ++i) packed |= rule.bit(values[i]) ? 1u << i : 0u;
-      for (int i = 0; i < 32; ++i) to[i] = down<T>(rule.value(values[i]));
-    } else {
-      for (int i = 0; i < static_cast<int>(numel - 32 * word); ++i) {
-        const C value = up(from[i]);
-        packed |= rule.bit(value) ? 1u << i : 0u;
-        to[i] = down<T>(rule.value(value));
-      }
-    }
-    bits[word] = packed;
-  }
-}
-
-// What carries T through a select: whole bits, which stop NaN and inf and compile to vector code for every T.
+// What elements of T are carried in: whole bits, which compile to vector code for every T, and a select of which stops
+// NaN and inf.
 template <class T>
 using Bits = std::conditional_t<sizeof(T) == 8, uint64_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;
 
+// The same as seen through a pointer to an array of T.
+template <class T>
+using Shared __attribute__((may_alias)) = Bits<T>;
+
+// Rules. Comparisons are written so that NaN falls where torch's backward formulas put it: it passes relu, takes
+// leaky_relu's slope and stops at hardtanh. (There torch's own CPU kernel stops it in its vectors and passes it in the
+// rest that fills no vector; its GPU kernel passes it.)
+
+// On whole bits, where a positive number is a positive integer and a NaN lies beyond infinity: no conversion is needed.
+template <class T>
+struct Relu {
+  static constexpr Bits<T> kNegativeInfinity =
+      sizeof(T) == 8   ? static_cast<Bits<T>>(0xfff0000000000000u)
+      : sizeof(T) == 4 ? static_cast<Bits<T>>(0xff800000u)
+                       : static_cast<Bits<T>>(kFormat<T> == Format::float16 ? 0xfc00u : 0xff80u);
+
+  FK_INLINE bool bit(Bits<T> x) const {
+    return (static_cast<std::make_signed_t<Bits<T>>>(x) > 0) | (x > kNegativeInfinity);
+  }
+  FK_INLINE Bits<T> value(Bits<T> x) const { return x & (Bits<T>(0) - Bits<T>(bit(x))); }
+};
+
+template <class T>
+struct LeakyRelu {
+  Compute<T> slope;
+  FK_INLINE bool bit(Bits<T> x) const { return up(bits_as<T>(x)) > 0; }
+  FK_INLINE Bits<T> value(Bits<T> x) const {
+    const Compute<T> value = up(bits_as<T>(x));
+    return bits_as<Bits<T>>(down<T>(value * pick(value > 0, Compute<T>(1), slope)));
+  }
+};
+
+// The ends of values are rounded to the tensor's dtype, those of the gradient are not: so torch does it.
+template <class T>
+struct Hardtanh {
+  Compute<T> lowest, highest;
+  Compute<T> below, above;
+  FK_INLINE bool bit(Bits<T> x) const {
+    const Compute<T> value = up(bits_as<T>(x));
+    return (value > below) & (value < above);
+  }
+  FK_INLINE Bits<T> value(Bits<T> x) const {
+    const Compute<T> value = up(bits_as<T>(x)), raised = pick(value < lowest, lowest, value);
+    return bits_as<Bits<T>>(down<T>(pick(raised > highest, highest, raised)));
+  }
+};
+
+// Bit i is byte i, of 32 that are 0 or 1. A product moves eight bytes' bits side by side into its highest byte: lanes
+// to bits in a handful of instructions, where vectors have no masks of their own.
+FK_INLINE uint32_t pack_bytes(const uint8_t (&bytes)[32]) {
+  uint64_t eights[4];
+  std::memcpy(eights, bytes, sizeof(bytes));
+  uint32_t packed = 0;
+  for (int i = 0; i < 4; ++i) packed |= static_cast<uint32_t>(eights[i] * 0x0102040810204080u >> 56) << 8 * i;
+  return packed;
+}
+
+// A whole word is read before it is written, so x and y may be one array and the loops still become vector code. Rules
+// read x itself: a copy made first would be stored in pieces smaller than the vectors that are loaded from it next.
+template <class T, class Rule>
+FK_INLINE void make_bits(const T* x, T* y, uint32_t* bits, int64_t numel, int64_t first, int64_t last, Rule rule) {
+  for (int64_t word = first; word < last; ++word) {
+    const int64_t count = std::min<int64_t>(32, numel - 32 * word);
+    const auto* const from = reinterpret_cast<const Shared<T>*>(x) + 32 * word;
+    auto* const to = reinterpret_cast<Shared<T>*>(y) + 32 * word;
+    Bits<T> values[32];
+    uint8_t bytes[32] = {};
+    if (count == 32) {
+      for (int i = 0; i < 32; ++i) bytes[i] = rule.bit(from[i]);
+      for (int i = 0; i < 32; ++i) values[i] = rule.value(from[i]);
+      for (int i = 0; i < 32; ++i) to[i] = values[i];
+    } else {
+      std::memcpy(values, from, count * sizeof(T));
+      for (int i = 0; i < count; ++i) bytes[i] = rule.bit(values[i]), values[i] = rule.value(values[i]);
+      std::memcpy(to, values, count * sizeof(T));
+    }
+    bits[word] = pack_bytes(bytes);
+  }
+}
+
 template <class T>
 struct Select {
-  using Element = Bits<T>;
-  FK_INLINE Element operator()(Element bit, Element x) const { return x & (Element(0) - bit); }
+  FK_INLINE Bits<T> operator()(Bits<T> bit, Bits<T> x) const { return x & (Bits<T>(0) - bit); }
 };
 
 template <class T>
 struct Scale {
-  using Element = T;
   Compute<T> on, off;
-  FK_INLINE T operator()(Bits<T> bit, T x) const { return down<T>(up(x) * (bit ? on : off)); }
+  FK_INLINE Bits<T> operator()(Bits<T> bit, Bits<T> x) const {
+    return bits_as<Bits<T>>(down<T>(up(bits_as<T>(x)) * pick(bit != 0, on, off)));
+  }
 };
 
-// A whole word is read before it is written, so x and y may be one array and the loop still becomes vector code.
 template <class T, class Rule>
-FK_INLINE void apply_bits(const T* x, T* y, const uint32_t* bits, int64_t numel,
-                                                      int64_t first, int64_t last, Rule rule) {
-  using Element = typename Rule::Element;
+FK_INLINE void apply_bits(const T* x, T* y, const uint32_t* bits, int64_t numel, int64_t first, int64_t last,
+                          Rule rule) {
   for (int64_t word = first; word < last; ++word) {
     const uint32_t packed = bits[word];
     const int64_t count = std::min<int64_t>(32, numel - 32 * word);
-    Element values[32];
+    const auto* const from = reinterpret_cast<const Shared<T>*>(x) + 32 * word;
+    auto* const to = reinterpret_cast<Shared<T>*>(y) + 32 * word;
+    Bits<T> values[32];
     if (count == 32) {
-      std::memcpy(values, x + 32 * word, sizeof(values));
-      for (int i = 0; i < 32; ++i) values[i] = rule(static_cast<Bits<T>>((packed >> i) & 1u), values[i]);
-      std::memcpy(y + 32 * word, values, sizeof(values));
+      for (int i = 0; i < 32; ++i) values[i] = rule(static_cast<Bits<T>>((packed >> i) & 1u), from[i]);
+      for (int i = 0; i < 32; ++i) to[i] = values[i];
     } else {
-      std::memcpy(values, x + 32 * word, count * sizeof(T));
+      std::memcpy(values, from, count * sizeof(T));
       for (int i = 0; i < count; ++i) values[i] = rule(static_cast<Bits<T>>((packed >> i) & 1u), values[i]);
-      std::memcpy(y + 32 * word, values, count * sizeof(T));
+      std::memcpy(to, values, count * sizeof(T));
     }
   }
 }

@@ -69,18 +69,18 @@ struct Activation {
 
 template <class T>
 FK_SIMD_CLONES void relu_words(const T* x, T* y, uint32_t* bits, int64_t numel, int64_t first, int64_t last) {
-  cpu::make_bits(x, y, bits, numel, first, last, cpu::Relu<cpu::Compute<T>>{});
+  cpu::make_bits(x, y, bits, numel, first, last, cpu::Relu<T>{});
 }
 
 template <class T>
 FK_SIMD_CLONES void leaky_relu_words(const T* x, T* y, uint32_t* bits, int64_t numel, int64_t first, int64_t last,
-                                     cpu::LeakyRelu<cpu::Compute<T>> rule) {
+                                     cpu::LeakyRelu<T> rule) {
   cpu::make_bits(x, y, bits, numel, first, last, rule);
 }
 
 template <class T>
 FK_SIMD_CLONES void hardtanh_words(const T* x, T* y, uint32_t* bits, int64_t numel, int64_t first, int64_t last,
-                                   cpu::Hardtanh<cpu::Compute<T>> rule) {
+                                   cpu::Hardtanh<T> rule) {
   cpu::make_bits(x, y, bits, numel, first, last, rule);
 }
 

@@ -6,7 +6,7 @@
 #include <array>
 #include <string>
 
-#include "cpu/max_pool.h"
+#include "core/pooling.h"
 #include "torch/operators.h"
 
 namespace freezekit {
@@ -17,7 +17,7 @@ struct PoolGeometry {
                std::string_view backend);
 
   // The same as numbers, with sizes of concrete tensors.
-  cpu::Pooling pooling(int64_t h, int64_t w, int64_t p, int64_t q) const;
+  Pooling pooling(int64_t h, int64_t w, int64_t p, int64_t q) const;
   // One byte up to 256 taps, two up to 32768, four beyond.
   at::ScalarType tap_type() const;
 

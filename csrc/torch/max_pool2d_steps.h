@@ -1,0 +1,22 @@
+// What computes max pooling on tensors with data, once sizes are checked and results allocated.
+#pragma once
+
+#include <utility>
+
+#include "torch/max_pool2d.h"
+
+namespace freezekit::max_pool {
+
+// x, y, taps (dy, taps, dx) dense and all of one layout, NHWC or NCHW; dx holds zeros.
+void forward_cpu(const Tensor& x, const Tensor& y, const Tensor& taps, const Pooling&, bool nhwc);
+void scatter_cpu(const Tensor& dy, const Tensor& taps, const Tensor& dx, const Pooling&, bool nhwc);
+void gather_cpu(const Tensor& x, const Tensor& taps, const Tensor& y, const Pooling&, bool nhwc);
+
+Tensor scatter_by_aten(const Tensor& dy, const Tensor& taps, SymIntArrayRef input_size, const PoolGeometry&);
+Tensor gather_by_aten(const Tensor& x, const Tensor& taps, const PoolGeometry&);
+Tensor taps_of_indices(const Tensor& indices, const Tensor& x, const PoolGeometry&);
+
+// Where the taps lie: (positions h * W + w, whether that is inside the input), both (N, C, P, Q) and int64, bool.
+std::pair<Tensor, Tensor> positions(const Tensor& taps, SymIntArrayRef input_size, const PoolGeometry&);
+
+}  // namespace freezekit::max_pool

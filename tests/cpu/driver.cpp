@@ -1,0 +1,83 @@
+// A C face of csrc/cpu for ctypes. It is compiled once for each instruction set that FK_SIMD_CLONES names, so that a test
+// can hold their results against each other: the loader of the package only ever picks one of them.
+#include "cpu/gate.h"
+#include "cpu/max_pool.h"
+#include "cpu/relu_avx512.h"
+
+using namespace freezekit::cpu;
+using freezekit::Pooling;
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+}  // namespace
+
+namespace freezekit::cpu {
+template <>
+inline constexpr Format kFormat<BFloat16> = Format::bfloat16;
+template <>
+inline constexpr Format kFormat<Float16> = Format::float16;
+}  // namespace freezekit::cpu
+
+namespace {
+
+enum Kind { kRelu, kLeakyRelu, kHardtanh, kSelect, kScale };
+
+template <class T>
+void run(Kind kind, const void* from, void* to, uint32_t* bits, int64_t numel, double a, double b) {
+  const T* const x = static_cast<const T*>(from);
+  T* const y = static_cast<T*>(to);
+  const int64_t words = freezekit::mask_words(numel);
+  const auto low = static_cast<Compute<T>>(a), high = static_cast<Compute<T>>(b);
+  if (kind == kRelu) make_bits(x, y, bits, numel, 0, words, Relu<T>{});
+  if (kind == kLeakyRelu) make_bits(x, y, bits, numel, 0, words, LeakyRelu<T>{low});
+  if (kind == kHardtanh) make_bits(x, y, bits, numel, 0, words, Hardtanh<T>{up(down<T>(low)), up(down<T>(high)), low, high});
+  if (kind == kSelect) apply_bits(x, y, bits, numel, 0, words, Select<T>{});
+  if (kind == kScale) apply_bits(x, y, bits, numel, 0, words, Scale<T>{low, high});
+}
+
+template <class T>
+void pool(const void* x, void* y, uint8_t* taps, const Pooling& g, int64_t channels) {
+  std::vector<Compute<T>> best(static_cast<size_t>(channels));
+  std::vector<int32_t> tap(static_cast<size_t>(channels));
+  for (int64_t p = 0; p < g.p; ++p) {
+    max_pool_pixels<T, Compute<T>>(static_cast<const T*>(x), static_cast<T*>(y) + p * g.q * channels, taps + p * g.q * channels, g, p,
+                    channels, best.data(), tap.data());
+  }
+}
+
+}  // namespace
+
+// dtype as in csrc/core/problem.h: f32, f64, f16, bf16.
+EXPORT void driver_gate(int dtype, int kind, const void* x, void* y, uint32_t* bits, int64_t numel, double a, double b) {
+  const auto f = dtype == 0 ? run<float> : dtype == 1 ? run<double> : dtype == 2 ? run<Float16> : run<BFloat16>;
+  f(static_cast<Kind>(kind), x, y, bits, numel, a, b);
+}
+
+// One image in NHWC; sizes: h, w, p, q, kernel, stride, padding and dilation as (height, width).
+EXPORT void driver_max_pool(int dtype, const void* x, void* y, uint8_t* taps, const int64_t* sizes, int64_t channels) {
+  const int64_t* const v = sizes;
+  const Pooling g = {v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10], v[11]};
+  const auto f = dtype == 0 ? pool<float> : dtype == 1 ? pool<double> : dtype == 2 ? pool<Float16> : pool<BFloat16>;
+  f(x, y, taps, g, channels);
+}
+
+EXPORT void driver_to_float(int dtype, const uint16_t* from, float* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    to[i] = dtype == 2 ? up(bits_as<Float16>(from[i])) : up(bits_as<BFloat16>(from[i]));
+  }
+}
+
+EXPORT void driver_from_float(int dtype, const float* from, uint16_t* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    to[i] = dtype == 2 ? down<Float16>(from[i]).bits : down<BFloat16>(from[i]).bits;
+  }
+}

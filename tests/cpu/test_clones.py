@@ -1,0 +1,177 @@
+"""csrc/cpu compiled for each instruction set that the package has clones for: every one gives the same bits."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+BUILD = ROOT / "build" / "cpu-tests"
+TARGETS = {
+    "x86-64": [],
+    "x86-64-v3": ["avx2", "f16c", "fma"],
+    "x86-64-v4": ["avx512f", "avx512bw", "avx512dq", "avx512vl"],
+}
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+KINDS = ("relu", "leaky_relu", "hardtanh", "select", "scale")
+NUMELS = (0, 1, 7, 31, 32, 33, 100, 1024, 4099)
+
+
+@functools.cache
+def library(target: str) -> ctypes.CDLL:
+    """The driver for an instruction set, with the optimisations of csrc/cpu/simd.h; skips where it cannot run."""
+    flags = Path("/proc/cpuinfo").read_text().split("flags", 1)[-1].split("\n", 1)[0].split()
+    if missing := [flag for flag in TARGETS[target] if flag not in flags]:
+        pytest.skip(f"this CPU lacks {', '.join(missing)}")
+    BUILD.mkdir(parents=True, exist_ok=True)
+    out = BUILD / f"{target}.so"
+    options = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", f"-march={target}", "-fPIC", "-shared"]
+    command = [
+        "g++",
+        *options,
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        f"-I{ROOT / 'csrc'}",
+        str(HERE / "driver.cpp"),
+        "-o",
+        str(out),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return ctypes.CDLL(str(out))
+
+
+def pointer(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def gate(target: str, kind: str, x: Tensor, bits: Tensor, a: float, b: float, in_place: bool = False) -> Tensor:
+    y = x.clone() if in_place else torch.full_like(x, 7.0)
+    library(target).driver_gate(
+        DTYPES[x.dtype],
+        KINDS.index(kind),
+        pointer(y if in_place else x),
+        pointer(y),
+        pointer(bits),
+        ctypes.c_int64(x.numel()),
+        ctypes.c_double(a),
+        ctypes.c_double(b),
+    )
+    return y
+
+
+def values(numel: int, dtype: torch.dtype) -> Tensor:
+    """Normal numbers, both zeros, subnormal ones, infinities and NaN."""
+    x = torch.randn(numel, dtype=torch.float64, generator=torch.Generator().manual_seed(numel)).to(dtype) * 3
+    tiny = torch.finfo(dtype).smallest_normal / 4
+    for i, special in enumerate((0.0, -0.0, tiny, -tiny, float("inf"), -float("inf"), float("nan"), -float("nan"))):
+        x[i * 3 + 1 :: 29] = special
+    return x
+
+
+def pack(keep: Tensor) -> Tensor:
+    padded = F.pad(keep.long(), (0, -keep.numel() % 32)).view(-1, 32)
+    return (padded << torch.arange(32)).sum(1).to(torch.int32)
+
+
+def expected(kind: str, x: Tensor, a: float, b: float) -> tuple[Tensor, Tensor]:
+    """Value and kept elements by torch; the CPU's arithmetic on 16-bit numbers is that of float, rounded once."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    a, b = (torch.tensor(v, dtype=wide.dtype) for v in (a, b))
+    if kind == "relu":
+        return wide.relu().to(x.dtype), ~(x <= 0)
+    if kind == "leaky_relu":
+        return torch.where(wide > 0, wide, wide * a).to(x.dtype), x > 0
+    low, high = (v.to(x.dtype).to(wide.dtype) for v in (a, b))
+    return wide.clamp(low, high).to(x.dtype), (wide > a) & (wide < b)
+
+
+def assert_same(actual: Tensor, wanted: Tensor) -> None:
+    """Equal values, NaN where a NaN is wanted. (torch itself gives both zeros for relu(-0.0), by position.)"""
+    assert actual.dtype == wanted.dtype
+    assert torch.equal(actual.isnan(), wanted.isnan())
+    assert torch.equal(actual[~actual.isnan()], wanted[~wanted.isnan()])
+
+
+def assert_identical(actual: Tensor, wanted: Tensor) -> None:
+    """Equal bits, but that a NaN is a NaN."""
+    assert_same(actual, wanted)
+    assert torch.equal(actual[~actual.isnan()].signbit(), wanted[~wanted.isnan()].signbit())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("kind", "a", "b"), [("relu", 0, 0), ("leaky_relu", 0.3, 0), ("hardtanh", -0.7, 1.1)])
+@pytest.mark.parametrize("target", TARGETS)
+def test_bits_and_values_are_those_of_torch(target: str, kind: str, a: float, b: float, dtype: torch.dtype) -> None:
+    for numel in NUMELS:
+        x = values(numel, dtype)
+        wanted, keep = expected(kind, x, a, b)
+        for in_place in (False, True):
+            bits = torch.full(((numel + 31) // 32,), -1, dtype=torch.int32)
+            y = gate(target, kind, x, bits, a, b, in_place)
+            assert_same(y, wanted)
+            assert torch.equal(bits, pack(keep)), numel
+            assert_identical(y, gate("x86-64", kind, x, bits, a, b))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("kind", "on", "off"), [("select", 1.0, 0.0), ("scale", 1.7, 0.3), ("scale", 1.25, 0.0)])
+@pytest.mark.parametrize("target", TARGETS)
+def test_bits_are_applied_as_torch_would(target: str, kind: str, on: float, off: float, dtype: torch.dtype) -> None:
+    for numel in NUMELS:
+        x, keep = values(numel, dtype), torch.rand(numel, generator=torch.Generator().manual_seed(1)) < 0.5
+        wide = x if dtype == torch.float64 else x.float()
+        factor = torch.tensor([off, on], dtype=wide.dtype)[keep.long()]
+        wanted = torch.where(keep, x, 0) if kind == "select" else (wide * factor).to(dtype)
+        for in_place in (False, True):
+            y = gate(target, kind, x, pack(keep), on, off, in_place)
+            assert_same(y, wanted)
+            assert_identical(y, gate("x86-64", kind, x, pack(keep), on, off))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("target", TARGETS)
+def test_16_bit_numbers_convert_as_in_torch(target: str, dtype: torch.dtype) -> None:
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    wide = torch.empty(2**16)
+    library(target).driver_to_float(DTYPES[dtype], pointer(every), pointer(wide), ctypes.c_int64(2**16))
+    assert_identical(wide, every.view(dtype).float())
+    finite = wide[wide.isfinite()].sort().values
+    # Every number there is, the middle between each and the next, and the floats beside that middle.
+    middle = (finite[1:] + finite[:-1]) / 2
+    beside = [middle.nextafter(torch.tensor(sign * float("inf"))) for sign in (1, -1)]
+    edges = torch.tensor([65519.0, 65520.0, 65521.0, 3.39e38, float("inf"), float("nan"), 2.0**-25, 2.0**-26, 1e-45])
+    x = torch.cat([finite, middle, *beside, edges, -edges])
+    narrow = torch.empty(x.numel(), dtype=dtype)
+    library(target).driver_from_float(DTYPES[dtype], pointer(x), pointer(narrow), ctypes.c_int64(x.numel()))
+    assert_identical(narrow, x.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels", [1, 7, 16, 65])
+@pytest.mark.parametrize("target", TARGETS)
+def test_pooled_pixels_are_those_of_torch(target: str, channels: int, dtype: torch.dtype) -> None:
+    x = values(channels * 9 * 11, dtype).view(1, 9, 11, channels).permute(0, 3, 1, 2)
+    for kernel, stride, padding, dilation in ((3, 2, 1, 1), (2, 2, 0, 1), (3, 1, 1, 2)):
+        wanted, indices = F.max_pool2d(x, kernel, stride, padding, dilation, return_indices=True)
+        p, q = wanted.shape[2:]
+        y = torch.full((p, q, channels), 7.0, dtype=dtype)
+        taps = torch.full((p, q, channels), 255, dtype=torch.uint8)
+        sizes = (ctypes.c_int64 * 12)(9, 11, p, q, *(v for v in (kernel, stride, padding, dilation) for _ in range(2)))
+        library(target).driver_max_pool(
+            DTYPES[dtype], pointer(x), pointer(y), pointer(taps), sizes, ctypes.c_int64(channels)
+        )
+        assert_same(y, wanted[0].permute(1, 2, 0).contiguous())
+        tap = taps.long()
+        rows = torch.arange(p)[:, None, None] * stride - padding + tap // kernel * dilation
+        columns = torch.arange(q)[None, :, None] * stride - padding + tap % kernel * dilation
+        assert torch.equal(rows * 11 + columns, indices[0].permute(1, 2, 0))
