@@ -13,16 +13,12 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FormatStrFormatter, NullFormatter
 
+from bench.palette import colour, hatch, line, marker
 from bench.report import MIB
 from bench.rows import Row
 
 plt.switch_backend("Agg")  # No window, so no display is needed.
 plt.rcParams["font.size"] = 8
-
-# Okabe and Ito's palette, and a marker and a hatch each for print in grey.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442", "#999999")
-_MARKERS = "osD^vP*Xh"
-_HATCHES = ("", "//", "..", "xx", "\\\\", "++", "--", "oo", "**")
 
 
 def draw(document: dict[str, Any], folder: Path) -> list[Path]:
@@ -37,7 +33,7 @@ def draw(document: dict[str, Any], folder: Path) -> list[Path]:
     for group, regime, part in dict.fromkeys((row.group, row.regime, row.part) for row in layers):
         chosen = [row for row in layers if (row.group, row.regime, row.part) == (group, regime, part)]
         name = f"layers-{group}-{regime}-{part}".replace(" ", "-")
-        pictures.append((name, _layer_ratios(chosen, f"{group}, {regime}, {part}")))
+        pictures += _layer_pages(chosen, name, f"{group}, {regime}, {part}")
     models = [row for row in rows if row.section == "models"]
     if models:
         pictures.append(("regimes", _regimes(models)))
@@ -93,37 +89,31 @@ def _bars(
                 middle,
                 height * 0.92,
                 xerr=[[max(middle - low, 0)], [max(high - middle, 0)]] if high > low else None,
-                color=_colour(side),
-                hatch=_hatch(side),
+                color=colour(side),
+                hatch=hatch(side),
                 edgecolor="white",
                 error_kw={"lw": 0.8, "capsize": 1.5},
                 label=side if place == 0 else None,
             )
     axis.set_yticks(range(len(labels)), labels, fontsize=7)
-    axis.invert_yaxis()
+    axis.set_ylim(len(labels) - 0.5, -0.5)
     axis.grid(axis="x", lw=0.4)
     axis.set_axisbelow(True)
 
 
-# A side keeps its colour in every picture.
-_ORDER = [
-    *("stock", "freezekit", "freezekit_fused", "stock_channels_last"),
-    *("stock_compiled", "memsave_torch", "checkpoint", "freezekit_native"),
-]
-
-
-def _rank(side: str) -> int:
-    if side not in _ORDER:
-        _ORDER.append(side)
-    return _ORDER.index(side) % len(_COLOURS)
-
-
-def _colour(side: str) -> str:
-    return _COLOURS[_rank(side)]
-
-
-def _hatch(side: str) -> str:
-    return _HATCHES[_rank(side)]
+def _layer_pages(rows: list[Row], name: str, title: str) -> list[tuple[str, Figure]]:
+    """A picture for every 20 layers: more would not be read on a page."""
+    layers = list(dict.fromkeys((row.case, row.detail) for row in rows))
+    pages = [layers[start : start + 20] for start in range(0, len(layers), 20)]
+    if len(pages) == 1:
+        return [(name, _layer_ratios(rows, title))]
+    return [
+        (
+            f"{name}-{number}",
+            _layer_ratios([r for r in rows if (r.case, r.detail) in page], f"{title}, {number} of {len(pages)}"),
+        )
+        for number, page in enumerate(pages, 1)
+    ]
 
 
 def _layer_ratios(rows: list[Row], title: str) -> Figure:
@@ -193,7 +183,7 @@ def _memory(rows: list[Row]) -> Figure:
 
 def _line(axis: Axes, side: str, points: list[tuple[float | None, int | None]]) -> None:
     known = [(x, y / MIB) for x, y in points if x is not None and y is not None]
-    axis.plot(*zip(*known, strict=True), color=_colour(side), marker=_MARKERS[_rank(side)], ms=4, lw=1.2, label=side)
+    axis.plot(*zip(*known, strict=True), **line(side))
 
 
 def _from_zero(axis: Axes) -> None:
@@ -212,8 +202,7 @@ def _scaling(rows: list[Row]) -> Figure:
                 [(row.seconds.high - row.seconds.median) * 1e3 for row in mine],
             ]
             x = [row.x or 0 for row in mine]
-            marker = _MARKERS[_rank(side)]
-            axis.errorbar(x, middle, errors, color=_colour(side), marker=marker, ms=4, lw=1.2, capsize=2, label=side)
+            axis.errorbar(x, middle, errors, **line(side), elinewidth=0.8, capsize=2)
         unit = "images" if group.endswith("by batch") else "pixels (height and width)"
         axis.set_xlabel(f"{group.split(' by ')[-1]}, {unit}")
         axis.set_ylabel("training step, ms")
@@ -234,7 +223,7 @@ def _roofline(rows: list[Row], peaks: dict[str, float]) -> Figure:
         x = [row.tflops * 1e3 / row.gbs for row in mine if row.tflops and row.gbs]
         y = [row.tflops or 0 for row in mine]
         intensities += x
-        axis.scatter(x, y, s=16, color=_colour(side), marker=_MARKERS[_rank(side)], alpha=0.75, label=side, lw=0)
+        axis.scatter(x, y, s=16, color=colour(side), marker=marker(side), alpha=0.75, label=side, lw=0)
     ends = [min(intensities) / 1.5, max(*intensities, peaks["tflops"] * 1e3 / peaks["gbs"]) * 1.5]
     knee = peaks["tflops"] * 1e3 / peaks["gbs"]
     line = sorted({*ends, min(max(knee, ends[0]), ends[1])})
