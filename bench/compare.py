@@ -31,9 +31,9 @@ from bench.gate import WrongResult
 from bench.measure import MakeCase, measure
 from bench.report import Report
 from bench.rows import Row
-from bench.sections import SECTIONS, kernels, layers
+from bench.sections import SECTIONS, kernels, layers, models
 from bench.settings import Settings
-from bench.sides import cudnn_benchmark
+from bench.sides import SIDES, cudnn_benchmark
 from bench.timing import Clock, clock_for, small_heap
 
 
@@ -79,8 +79,21 @@ class Run:
         """When a section must be done, so that those after it get their share of the time; by weight."""
         if self.end is None:
             return None
-        left, now = sum(map(_weight, cases[index:])), time.monotonic()
-        return now + (self.end - now) * _weight(cases[index]) / left
+        left, now = sum(map(self._weight, cases[index:])), time.monotonic()
+        return now + (self.end - now) * self._weight(cases[index]) / left
+
+    def _weight(self, cases: list[MakeCase]) -> int:
+        """Of a section's claim to time: in layers' steps, of which a network's is worth about five.
+
+        Compiling a network for one case takes as long as timing some thirty layers.
+        """
+        networks = [make for make in cases if make.func is not layers.layer_case]
+        compiled = [make for make in networks if any(self._compiles(side, make) for side in self.settings.sides)]
+        return len(cases) + 4 * len(networks) + 30 * len(compiled)
+
+    def _compiles(self, side: str, make: MakeCase) -> bool:
+        section = make.args[0] if make.func is models.step_case else "blocks"
+        return SIDES[side].slow and not SIDES[side].why_not(section, self.settings.everything)
 
     def _section(self, cases: list[MakeCase], end: float | None, clock: Clock, progress: Progress, task: Any) -> None:
         longest = 0.0
@@ -115,11 +128,6 @@ class Run:
             self.report.line()
             self.report.line(f"{profiled.regime}, {profiled.side}: {counts}", "bold")
             self.report.line(str(profiled.table))
-
-
-def _weight(cases: list[MakeCase]) -> int:
-    """Of a section's claim to time: a network's step costs about five times a layer's, and there are few of them."""
-    return len(cases) + 4 * sum(make.func is not layers.layer_case for make in cases)
 
 
 def main(arguments: list[str] | None = None, console: Console | None = None) -> int:

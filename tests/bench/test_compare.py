@@ -13,6 +13,7 @@ from rich.console import Console
 
 from bench import compare, document, options, sections
 from bench.environment import ROOT
+from bench.report import Report
 from bench.rows import Row
 
 TINY = ["--device", "cpu", "--layers", "tiny", "--repeat", "1"]
@@ -131,6 +132,14 @@ def test_everything_is_everything() -> None:
     assert set(asked.settings.parts) == {"step", "fprop", "dgrad", "wgrad", "backward"}
     assert asked.time_limit is not None
     assert asked.time_limit < 20 * 60
+
+
+def test_time_is_shared_by_what_cases_cost() -> None:
+    settings = options.parse(["--device", "cpu", "--all"]).settings
+    run = compare.Run(settings, Report(Console(quiet=True)), None)
+    cases = {name: make(settings) for name, make in sections.SECTIONS.items()}
+    weights = {name: run._weight(made) / len(made) for name, made in cases.items()}
+    assert weights == {"layers": 1, "blocks": 35, "models": 35, "memory": 5, "scaling": 5}
 
 
 def test_the_makefile_asks_for_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
