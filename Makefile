@@ -16,7 +16,7 @@ endif
 # Tests run on all cores where pytest-xdist is there; it is not needed.
 WORKERS = $(shell $(PY) -c "import xdist" 2>/dev/null && echo "-n auto --dist loadfile")
 
-.PHONY: build compare bench test lint sass emulate-all fuzz clean help
+.PHONY: build compare bench test lint sass emulate-all gpu-check fuzz clean help
 
 help:  ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -44,6 +44,10 @@ sass: build  ## registers, spills and instructions of every CUDA kernel
 
 emulate-all: build  ## the emulator's whole matrix: every mode, every planted bug
 	$(PY) -m pytest $(WORKERS) -m "full or not full" tests/emulator tests/kernels
+
+OUT ?= gpu-check
+gpu-check: $(READY)  ## all that only a GPU can tell, in under nine minutes, into one folder: make gpu-check OUT=DIR
+	$(PY) -m tools.gpu_check --out $(OUT) $(if $(EMULATED),--emulated) $(if $(COMMIT),--commit $(COMMIT))
 
 N ?= 10000
 fuzz: build  ## a long run of the fuzzer: make fuzz N=10000

@@ -107,6 +107,7 @@ SIDES = {
         Side("freezekit_native", fk.convert, backend="native"),
         Side("stock_channels_last", lambda module: module, channels_last=True),
         Side("freezekit_channels_last", fk.convert, channels_last=True),
+        Side("freezekit_native_channels_last", fk.convert, channels_last=True, backend="native"),
         Side("stock_compiled", _compiled, slow=True),
         Side("freezekit_compiled", lambda module: _compiled(fk.convert(module)), slow=True),
         Side("memsave_torch", _memsave),
@@ -130,7 +131,7 @@ def why_absent(name: str, device: torch.device) -> str:
     """
     if name == "memsave_torch" and importlib.util.find_spec("memsave_torch") is None:
         return "memsave_torch is not installed"
-    if name == "freezekit_native" and device.type != "cuda":
+    if name.startswith("freezekit_native") and device.type != "cuda":
         return "freezekit's own kernels need a CUDA device"
     if name == "freezekit_aten" and device.type != "cuda":
         return "on a CPU freezekit computes by ATen anyway"

@@ -1,6 +1,7 @@
 // Runs convolutions through the kernels' table and compares every bit with conv_reference.
 //
-//   conv_driver SEED CP_ASYNC DATA CASE...
+//   conv_driver SEED CP_ASYNC DATA CASE...        emulated
+//   conv_driver SEED MEMORY DATA CASE...          on a GPU; MEMORY: poisoned, or unwritten for initcheck
 //     DATA: integers, whose sums are exact and compared; or reals, of which a checksum of the output's bits is printed
 //     CASE: operator,dtype,family,config,split_k,epilogue,allow_tf32,and 16 sizes; family -1 takes what select() chooses,
 //           its config and split_k with it
@@ -72,7 +73,8 @@ std::vector<uint32_t> finish(const Case& c, std::vector<double>& expected, const
 template <class T>
 int print_checksum(const char* text, const Array<T>& out) {
   uint64_t sum = 14695981039346656037u;  // FNV-1a
-  for (size_t i = 0; i < out.bytes(); i++) sum = (sum ^ reinterpret_cast<unsigned char*>(out.data())[i]) * 1099511628211u;
+  const auto* bytes = reinterpret_cast<const unsigned char*>(out.fetched());
+  for (size_t i = 0; i < out.bytes(); i++) sum = (sum ^ bytes[i]) * 1099511628211u;
   std::printf("%s %016llx\n", text, static_cast<unsigned long long>(sum));
   return kRight;
 }
@@ -93,8 +95,7 @@ int run_case(const Case& c, bool integers) {
 
   const Selection selection = selection_of(c);
   const Array<T> of_first(first), of_second(second), out(expected.size()), of_bias(bias), of_residual(residual);
-  const Array<uint32_t> mask_out(mask_in.size()), of_mask_in(mask_in.size());
-  std::memcpy(of_mask_in.data(), mask_in.data(), of_mask_in.bytes());
+  const Array<uint32_t> mask_out(mask_in.size()), of_mask_in(mask_in);
   const Array<char> workspace(selection.workspace_bytes);
   Conv2dTensors tensors;
   (fprop ? tensors.x : tensors.y) = of_first.data();
@@ -118,14 +119,13 @@ int run_case(const Case& c, bool integers) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc < 5 || !freezekit_emulator_set_cp_async(argv[2])) return kUsage;
-  freezekit_emulator_set_seed(static_cast<unsigned>(std::atoi(argv[1])));
+  if (argc < 5 || !set_schedule(static_cast<unsigned>(std::atoi(argv[1])), argv[2])) return kUsage;
   const bool integers = std::strcmp(argv[3], "integers") == 0;
   for (int i = 4; i < argc; i++) {
     const Case c = parse(argv[i]);
     if (const int code = with_type(c.dtype, [&](auto zero) { return run_case<decltype(zero)>(c, integers); })) return code;
   }
-  const auto conflicts = static_cast<unsigned long long>(freezekit_emulator_counter("ldmatrix_conflicts"));
+  const unsigned long long conflicts = bank_conflicts();
   if (conflicts) std::printf("bank conflicts in %llu phases of ldmatrix\n", conflicts);
   return conflicts ? kBankConflicts : kRight;
 }

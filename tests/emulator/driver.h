@@ -1,4 +1,4 @@
-// What the drivers share: exact heap blocks, repeatable operands, comparisons, and what a launch reported.
+// What the drivers share: operands where kernels see them, repeatable values, comparisons, and what a launch reported.
 #pragma once
 
 #include <cmath>
@@ -9,11 +9,8 @@
 #include <vector>
 
 #include "kernels/api.h"
-#include "kernels/device.h"
-
-extern "C" void freezekit_emulator_set_seed(unsigned);
-extern "C" bool freezekit_emulator_set_cp_async(const char*);
-extern "C" uint64_t freezekit_emulator_counter(const char*);
+#include "kernels/last_error.h"
+#include "tests/emulator/platform.h"
 
 namespace driver {
 
@@ -42,57 +39,69 @@ inline std::vector<double> random_reals(int64_t count) {
 
 template <class T>
 T rounded(double value) {
-  if constexpr (std::is_same_v<T, double>) {
-    return value;
+  if constexpr (std::is_same_v<T, __half>) {
+    return __float2half_rn(static_cast<float>(value));
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __float2bfloat16_rn(static_cast<float>(value));
   } else {
-    return freezekit::cast<T>(static_cast<float>(value));
+    return static_cast<T>(value);
   }
 }
 
 template <class T>
 double value_of(T v) {
-  if constexpr (std::is_same_v<T, double>) {
-    return v;
+  if constexpr (std::is_same_v<T, __half>) {
+    return __half2float(v);
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __bfloat162float(v);
   } else {
-    return freezekit::cast<float>(v);
+    return v;
   }
 }
 
-// A heap block of the exact size, so that a sanitizer sees the first byte beyond it, full of NaN to begin with.
+// An operand or a result: `data` is for kernels, `fetched` what they left there.
 template <class T>
 class Array {
  public:
-  explicit Array(size_t count) : count_(count), data_(static_cast<T*>(std::malloc(count * sizeof(T)))) {
-    std::memset(static_cast<void*>(data_), 0xff, bytes());
+  explicit Array(size_t count) : count_(count), memory_(count * sizeof(T)) {}
+  template <class Value>
+  explicit Array(const std::vector<Value>& values) : Array(values.size()) {
+    T* host = static_cast<T*>(memory_.of_host());
+    for (size_t i = 0; i < count_; i++) {
+      if constexpr (std::is_same_v<T, Value>) {
+        host[i] = values[i];
+      } else {
+        host[i] = rounded<T>(values[i]);
+      }
+    }
+    memory_.to_kernels();
   }
-  explicit Array(const std::vector<double>& values) : Array(values.size()) {
-    for (size_t i = 0; i < count_; i++) data_[i] = rounded<T>(values[i]);
+  T* data() const { return static_cast<T*>(memory_.of_kernels()); }
+  const T* fetched() const {
+    memory_.to_host();
+    return static_cast<const T*>(memory_.of_host());
   }
-  ~Array() { std::free(data_); }
-  Array(const Array&) = delete;
-  Array& operator=(const Array&) = delete;
-  T* data() const { return data_; }
-  size_t size() const { return count_; }
   size_t bytes() const { return count_ * sizeof(T); }
 
  private:
   size_t count_;
-  T* data_;
+  Memory memory_;
 };
 
 // The exit codes.
 enum Outcome { kRight = 0, kWrong = 1, kUsage = 2, kLaunchFailed = 3, kBankConflicts = 4 };
 
 inline int check_status(const char* what, Status status) {
-  if (status == Status::success) return kRight;
+  if (status == Status::success) return finish_kernels(), kRight;
   std::printf("launch failed: %s: %s: %s\n", what, freezekit::to_string(status), freezekit_last_error());
   return kLaunchFailed;
 }
 
 template <class T>
 int compare(const char* what, const Array<T>& actual, const std::vector<double>& expected) {
+  const T* values = actual.fetched();
   for (size_t i = 0; i < expected.size(); i++) {
-    const double wanted = value_of(rounded<T>(expected[i])), found = value_of(actual.data()[i]);
+    const double wanted = value_of(rounded<T>(expected[i])), found = value_of(values[i]);
     if (found == wanted) continue;
     std::printf("wrong value: %s element %zu is %g, not %g\n", what, i, found, wanted);
     return kWrong;
@@ -101,7 +110,7 @@ int compare(const char* what, const Array<T>& actual, const std::vector<double>&
 }
 
 inline int compare_mask(const char* what, const Array<uint32_t>& actual, const std::vector<uint32_t>& expected) {
-  if (std::memcmp(actual.data(), expected.data(), actual.bytes()) == 0) return kRight;
+  if (std::memcmp(actual.fetched(), expected.data(), actual.bytes()) == 0) return kRight;
   std::printf("wrong mask: %s\n", what);
   return kWrong;
 }
@@ -115,9 +124,9 @@ int with_type(DType dtype, const F& f) {
     case DType::f64:
       return f(double());
     case DType::f16:
-      return f(freezekit::f16());
+      return f(__half());
     case DType::bf16:
-      return f(freezekit::bf16());
+      return f(__nv_bfloat16());
   }
   return kUsage;
 }

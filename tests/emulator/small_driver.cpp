@@ -1,6 +1,7 @@
 // Runs the kernels around the convolutions and compares every bit with loops.
 //
-//   small_driver SEED JOB...     JOB: bias:ROWS,K or layout:N,C,H,W or mask:NUMEL or filter:K,C,TAPS
+//   small_driver SEED SCHEDULE JOB...     SEED, SCHEDULE: as conv_driver's
+//     JOB: bias:ROWS,K or layout:N,C,H,W or mask:NUMEL or filter:K,C,TAPS
 //
 // Every job runs in all dtypes.
 #include <string>
@@ -120,9 +121,8 @@ int run_job(DType dtype, const Job& job) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc < 3) return kUsage;
-  freezekit_emulator_set_seed(static_cast<unsigned>(std::atoi(argv[1])));
-  for (int i = 2; i < argc; i++) {
+  if (argc < 4 || !set_schedule(static_cast<unsigned>(std::atoi(argv[1])), argv[2])) return kUsage;
+  for (int i = 3; i < argc; i++) {
     const Job job = parse(argv[i]);
     for (const DType dtype : {DType::f32, DType::f64, DType::f16, DType::bf16}) {
       if (const int code = with_type(dtype, [&](auto zero) { return run_job<decltype(zero)>(dtype, job); })) return code;

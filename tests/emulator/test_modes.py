@@ -45,7 +45,7 @@ def run_convolutions(
 
 
 def run_small(mode: str, seed: int, jobs: list[str], planted: Planted = UNMODIFIED) -> Result:
-    return run(SMALL_KERNELS, MODES[mode], (str(seed), *jobs), planted)
+    return run(SMALL_KERNELS, MODES[mode], (str(seed), "lazy", *jobs), planted)
 
 
 @pytest.mark.parametrize("cases", CASES)

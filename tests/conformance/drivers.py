@@ -1,0 +1,99 @@
+"""`python -m tests.conformance.drivers`: every family, tile and epilogue on a GPU, bit for bit, without torch.
+
+The drivers of tests/emulator, linked with the CUDA objects of the package's build. Small and quick to start, they are
+also what compute-sanitizer watches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.emulator.build import MODES, ROOT, kernel_host_sources
+from tests.emulator.build import build as build_emulated
+from tests.emulator.cases import DEPTHWISE, DIRECT, GEMM, texts
+from tests.emulator.test_modes import CONV, SMALL_JOBS, SMALL_KERNELS
+
+from .place import find_nvcc
+
+OUT = ROOT / "build" / "conformance"
+REFERENCE = "tests/emulator/conv_reference.cpp"
+SOURCES = {
+    "convolutions": ("tests/emulator/conv_driver.cpp", REFERENCE),
+    "small": ("tests/emulator/small_driver.cpp",),
+}
+
+
+def cuda_objects() -> list[Path]:
+    """What setup.py made of csrc/kernels with nvcc for this Python.
+
+    Raises:
+        RuntimeError: where it has not.
+    """
+    folders = sorted((ROOT / "build").glob(f"temp.*{sys.implementation.cache_tag}*"))
+    found = [path for folder in folders[-1:] for path in sorted(folder.glob("*.nvcc.o"))]
+    expected = {f"{path.stem}.nvcc.o" for path in (ROOT / "csrc/kernels").glob("*.cu")}
+    if not found or {path.name for path in found} != expected:
+        raise RuntimeError("freezekit is not built with CUDA kernels here: `make build` with nvcc on PATH makes them")
+    return found
+
+
+def build(name: str) -> Path:
+    """The program of a driver for this machine's GPU.
+
+    Raises:
+        RuntimeError: if there are no CUDA kernels, or g++ refuses.
+    """
+    nvcc = find_nvcc()
+    objects = cuda_objects()
+    assert nvcc is not None, "who built CUDA objects has nvcc"
+    home = cuda_home(nvcc)
+    out = OUT / name
+    OUT.mkdir(parents=True, exist_ok=True)
+    sources = [*SOURCES[name], *kernel_host_sources()]
+    command = ["g++", "-std=c++17", "-O2", "-DFK_ON_DEVICE", f"-I{ROOT}", f"-I{ROOT}/csrc", f"-isystem{home}/include"]
+    command += [*(str(ROOT / source) for source in sources), *map(str, objects)]
+    command += [*(f"-L{home / folder}" for folder in ("lib64", "lib")), "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    done = subprocess.run([*command, "-o", str(out)], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+    return out
+
+
+def cuda_home(nvcc: str) -> Path:
+    """The toolkit that nvcc belongs to, as nvcc says (it may be a link or a wrapper)."""
+    dry = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", "/dev/null"], capture_output=True, text=True).stderr
+    tops = [line.split("TOP=", 1)[1].strip() for line in dry.splitlines() if "TOP=" in line]
+    return Path(tops[0]).resolve() if tops else Path(nvcc).resolve().parent.parent
+
+
+def arguments_of(name: str, memory: str = "poisoned", most: int | None = None) -> list[str]:
+    """Of the driver: all its cases, or `most` of them spread over the list."""
+    cases = list(texts([*DIRECT, *DEPTHWISE, *(case for cases in GEMM.values() for case in cases)]))
+    jobs = cases if name == "convolutions" else list(SMALL_JOBS)
+    step = 1 if most is None else max(1, len(jobs) // most)
+    return ["0", memory, *(["integers"] if name == "convolutions" else []), *jobs[::step]]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the number of drivers that failed."""
+    parser = argparse.ArgumentParser(prog="python -m tests.conformance.drivers", description=__doc__)
+    parser.add_argument("--place", choices=("emulated", "cuda"), default="cuda")
+    emulated = parser.parse_args(arguments).place == "emulated"
+    failed = 0
+    for name, program in (("convolutions", CONV), ("small", SMALL_KERNELS)):
+        path = build_emulated(program, MODES["plain"]) if emulated else build(name)
+        given = arguments_of(name, "lazy" if emulated else "poisoned")
+        code = subprocess.run([path, *given]).returncode
+        failed += code != 0
+        print(f"{name}: {'failed' if code else 'right'}", flush=True)
+    print(
+        f"{failed} of {len(SOURCES)} drivers failed; {len(arguments_of('convolutions')) - 3} convolutions, each exact"
+    )
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""What is left of a check: a row to paste, a table to read, numbers to load; and nobody else's files touched."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tools.gpu_check import __main__ as command
+from tools.gpu_check import machine, report, steps
+from tools.gpu_check.step import Outcome, Step
+
+HERE = machine.Machine("2026-11-26", "Some GPU", "580.1", "2.11.0", "13.0", "13.0.88", "3.12.3", 16, "abc123")
+OUTCOMES = [
+    Outcome("build", "passed", 61.26, "done", "compiled\n"),
+    Outcome("kernels", "failed", 3.0, "exit code 1: a | b", "wrong value"),
+    Outcome("sanitizer", "not run", 0.0, "no such tool"),
+]
+
+
+def test_the_row_fits_the_table_of_the_docs() -> None:
+    row = report.row(HERE, OUTCOMES, "make gpu-check")
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    table = (report.Path(__file__).parents[2] / "docs" / "hardware.md").read_text()
+    heading = next(line for line in table.splitlines() if line.startswith("| date |"))
+    assert len(cells) == heading.count("|") - 1
+    assert cells[:6] == ["2026-11-26", "Some GPU", "580.1", "2.11.0 / 13.0", "abc123", "`make gpu-check`"]
+    assert cells[6] == "1 of 3 steps passed; kernels failed: exit code 1: a / b; sanitizer not run: no such tool"
+
+
+def test_a_row_without_a_device_says_that_it_is_no_proof() -> None:
+    here = machine.Machine(**{**HERE.to_dict(), "device": ""})  # type: ignore[arg-type]
+    row = report.row(here, OUTCOMES, "make gpu-check EMULATED=1")
+    assert "| no CUDA device |" in row
+    assert "emulated, which says nothing of hardware: 1 of 3 steps passed" in row
+
+
+def test_the_files(tmp_path: Path) -> None:
+    report.write(tmp_path, HERE, OUTCOMES, "make gpu-check")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["machine"]["device"] == "Some GPU"
+    assert summary["steps"][0] == {"step": "build", "result": "passed", "seconds": 61.3, "said": "done"}
+    text = (tmp_path / "summary.md").read_text()
+    assert report.row(HERE, OUTCOMES, "make gpu-check") in text
+    assert "| kernels | failed | 3 | exit code 1: a / b |" in text
+    assert "===== kernels: failed\nwrong value\n" in (tmp_path / "log.txt").read_text()
+
+
+def test_only_results_are_removed(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "out"
+    assert report.empty(folder)
+    report.write(folder, HERE, OUTCOMES, "make gpu-check")
+    assert report.empty(folder)
+    assert list(folder.iterdir()) == []
+    (folder / "thesis.tex").touch()
+    (folder / "log.txt").touch()
+    assert not report.empty(folder)
+    assert len(list(folder.iterdir())) == 2
+    assert not report.empty(folder / "thesis.tex")
+
+
+@pytest.fixture
+def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = machine.Machine(**{**HERE.to_dict(), "device": ""})  # type: ignore[arg-type]
+    monkeypatch.setattr(machine, "read", lambda commit: here)
+
+
+@pytest.mark.usefixtures("no_device")
+def test_without_a_gpu_nothing_is_claimed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--out", str(tmp_path / "out")]) == 1
+    assert "no CUDA device here" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("no_device")
+def test_the_exit_code_counts_failed_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = [Step("a", ("false",), 5), Step("b", ("true",), 5), Step("c", ("false",), 5), Step("d", ("true",), 5, "why")]
+    monkeypatch.setattr(steps, "plan", lambda *_: plan)
+    assert command.main(["--emulated", "--out", str(tmp_path / "out")]) == 2
+    assert command.main(["--emulated", "--out", str(tmp_path / "out"), "--only", "b,d"]) == 0
+    with pytest.raises(SystemExit):
+        command.main(["--emulated", "--out", str(tmp_path / "out"), "--only", "b,x"])
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").touch()
+    with pytest.raises(SystemExit):
+        command.main(["--emulated", "--out", str(tmp_path / "other")])
+
+
+def test_this_machine_is_described() -> None:
+    here = machine.read("abc")
+    assert here.commit == "abc"
+    assert here.torch.startswith("2.")
+    assert here.cores >= 1
+
+
+def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(machine, "MODULES", ("torch", "no_such_module"))
+    monkeypatch.setattr(machine, "PROGRAMS", ("g++", "no-such-program"))
+    assert machine.main() == 2
+    assert "missing: no_such_module, no-such-program" in capsys.readouterr().out

@@ -1,0 +1,83 @@
+"""The sanitizer's step with a stand-in for compute-sanitizer: what each answer of the real one would come to."""
+
+from __future__ import annotations
+
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.conformance import drivers
+from tools.gpu_check import sanitizer
+from tools.gpu_check.step import NOT_RUN
+
+FAKE = """#!/bin/sh
+# compute-sanitizer --tool TOOL --error-exitcode 99 PROGRAM ...
+[ "$1 $3 $4" = "--tool --error-exitcode 99" ] || exit 2
+echo "$2 on $5 $7"
+case "$5" in *faults) exit {control};; *) {program};; esac
+"""
+
+
+def fake(folder: Path, control: str, program: str) -> str:
+    path = folder / "compute-sanitizer"
+    path.write_text(FAKE.format(control=control, program=program))
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drivers, "build", lambda name: Path("/nowhere") / name)
+    monkeypatch.setattr(sanitizer, "build_faults", lambda: Path("/nowhere/faults"))
+
+
+@pytest.mark.usefixtures("built")
+@pytest.mark.parametrize(
+    ("control", "program", "code", "said"),
+    [
+        ("99", "exit 0", 0, "memcheck clean, racecheck clean, synccheck clean, initcheck clean"),
+        ("99", "exit 99", 4, "memcheck found, racecheck found, synccheck found, initcheck found"),
+        ("99", "exit 1", 4, "memcheck found, racecheck found, synccheck found, initcheck found"),
+        ("0", "exit 0", NOT_RUN, "memcheck not run, racecheck not run, synccheck not run, initcheck not run"),
+        (
+            "$([ $2 = racecheck ] && echo 0 || echo 99)",
+            "[ $2 = initcheck ] && exit 99 || exit 0",
+            1,
+            "memcheck clean, racecheck not run, synccheck clean, initcheck found",
+        ),
+    ],
+)
+def test_answers(
+    control: str,
+    program: str,
+    code: int,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sanitizer, "find_sanitizer", lambda: fake(tmp_path, control, program))
+    assert sanitizer.main() == code
+    out = capsys.readouterr().out
+    assert out.strip().splitlines()[-1] == said
+    assert "initcheck on /nowhere/small unwritten" in out or "initcheck clean" not in said
+
+
+def test_no_sanitizer_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sanitizer, "find_sanitizer", lambda: None)
+    assert sanitizer.main() == NOT_RUN
+    assert "neither on PATH" in capsys.readouterr().out
+
+
+def test_a_tool_that_does_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sanitizer, "SECONDS", 0.2)
+    program = fake(tmp_path, "0", "sleep 5")
+    assert sanitizer.watch(program, "memcheck", ["other"]) == (None, "did not end within 0.2 s")
+
+
+@pytest.mark.skipif(drivers.find_nvcc() is None, reason="needs nvcc")
+def test_the_planted_faults_compile() -> None:
+    drivers.OUT.mkdir(parents=True, exist_ok=True)
+    assert subprocess.run([sanitizer.build_faults()]).returncode == 2, "asked for nothing"

@@ -1,0 +1,144 @@
+"""Steps end within their budgets, and one that fails or hangs keeps no other from running."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tools.gpu_check import __main__ as command
+from tools.gpu_check import report, steps
+from tools.gpu_check.machine import Machine
+from tools.gpu_check.step import LOG_BYTES, NOT_RUN, ROOT, Step, run
+
+HERE = Machine("2026-11-26", "Some GPU", "580.1", "2.11.0", "13.0", "13.0.88", "3.12.3", 16, "abc123")
+
+
+def script(text: str) -> tuple[str, ...]:
+    return sys.executable, "-c", text
+
+
+def step(name: str, text: str, budget: float = 20) -> Step:
+    return Step(name, script(text), budget)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] not in "ZX"
+    except OSError:
+        return False
+
+
+def test_what_a_command_says_becomes_the_outcome() -> None:
+    passed = run(step("a", "print('first'); print('4 passed'); print()"), 60)
+    assert (passed.result, passed.said) == ("passed", "4 passed")
+    assert passed.log.split() == ["first", "4", "passed"]
+    failed = run(step("b", "import sys; print('2 wrong'); sys.exit(2)"), 60)
+    assert (failed.result, failed.said) == ("failed", "exit code 2: 2 wrong")
+    silent = run(step("c", ""), 60)
+    assert (silent.result, silent.said) == ("passed", "it printed nothing")
+    refused = run(step("d", f"import sys; print('no such tool'); sys.exit({NOT_RUN})"), 60)
+    assert (refused.result, refused.said) == ("not run", "no such tool")
+    absent = run(Step("e", ("no-such-program",), 5), 60)
+    assert (absent.result, absent.said) == ("failed", "no-such-program: No such file or directory")
+    assert run(Step("f", ("false",), 5, "no CUDA device"), 60).said == "no CUDA device"
+
+
+def test_a_command_runs_in_the_root_and_knows_its_time() -> None:
+    outcome = run(Step("a", (*script("import os, sys; print(os.getcwd(), sys.argv[1])"), "{seconds}"), 300), 45.2)
+    assert outcome.said == f"{ROOT} 45"
+
+
+def test_a_hanging_step_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
+    """A child that ignores being asked to end, as a kernel that never returns does."""
+    child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+    text = f"""
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", {child!r}])
+open({str(tmp_path / "pid")!r}, "w").write(str(child.pid))
+print("under way", flush=True)
+time.sleep(600)
+"""
+    start = time.monotonic()
+    outcome = run(step("hangs", text, budget=3), 60)
+    assert time.monotonic() - start < 20
+    assert (outcome.result, outcome.log) == ("failed", "under way\n")
+    assert "ended after 3 s, which is its budget; last: under way" in outcome.said
+    pid = int((tmp_path / "pid").read_text())
+    while is_running(pid):
+        assert time.monotonic() - start < 60
+        time.sleep(0.1)
+
+
+def test_a_log_is_kept_from_its_end() -> None:
+    outcome = run(step("a", "print('x' * 3_000_000); print('done')"), 60)
+    assert outcome.said == "done"
+    assert len(outcome.log) == LOG_BYTES
+
+
+def test_every_step_runs_whatever_became_of_those_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = [
+        step("broken", "raise SystemExit(3)"),
+        step("hangs", "import time; time.sleep(60)", budget=0.5),
+        step("fine", "print('right')"),
+        step("too late", "import time; time.sleep(60)", budget=60),
+        step("never", "print('ran')"),
+    ]
+    outcomes = command.run_all(plan, tmp_path, HERE, "make gpu-check", 12)
+    assert [o.result for o in outcomes] == ["failed", "failed", "passed", "failed", "not run"]
+    assert outcomes[-1].said == "no time was left"
+    assert sum(o.seconds for o in outcomes) < 25
+    assert "passed   fine: right" in capsys.readouterr().out
+
+
+def test_results_that_are_too_large_fail(tmp_path: Path) -> None:
+    assert report.check_size(tmp_path) == ""
+    big = step("big", f"open({str(tmp_path / 'layers.json')!r}, 'wb').truncate(17 << 20)")
+    outcomes = command.run_all([big], tmp_path, HERE, "make gpu-check", 60)
+    assert [(o.step, o.result) for o in outcomes] == [("big", "passed"), ("size of the results", "failed")]
+    assert "at most 16777216 are allowed" in (tmp_path / "summary.md").read_text()
+    for i in range(9):
+        (tmp_path / f"{i}").touch()
+    assert "files of results, at most 8" in report.check_size(tmp_path)
+
+
+def test_the_budgets_leave_time_for_all_that_needs_a_gpu() -> None:
+    plan = steps.plan(Path("out"), emulated=False, about="")
+    *needed, rest = plan
+    assert rest.name == "other tests"
+    assert sum(s.budget for s in needed) <= command.SECONDS < 540
+    assert not any(s.not_here for s in plan)
+    assert len({s.name for s in plan}) == len(plan)
+
+
+def test_the_plan_covers_all_tests_and_knows_its_files() -> None:
+    plan = {s.name: s for s in steps.plan(Path("out"), emulated=True, about="")}
+    assert {name for name, s in plan.items() if s.not_here} == {"gpu tests", "sanitizer", "layers"}
+    paths = [part for part in plan["other tests"].command if part.startswith("tests/")]
+    assert paths[-1] == "tests/emulator"
+    tests = {p.name for p in (ROOT / "tests").iterdir() if any(p.glob("test_*.py")) or p.name.startswith("test_")}
+    assert tests <= {Path(p).name for p in paths}
+    written = {Path(part).name for s in plan.values() for part in s.command if part.startswith("out/")}
+    assert written | {"summary.json", "summary.md", "log.txt"} == set(report.FILES)
+    assert len(report.FILES) <= report.MOST_FILES
+
+
+def test_tests_that_would_begin_late_are_counted(tmp_path: Path) -> None:
+    body = "def test_a(): pass\ndef test_b(): assert 0\ndef test_c(): __import__('pytest').skip('why')\n"
+    (tmp_path / "test_some.py").write_text(body)
+    base = [sys.executable, "-m", "pytest", "-q", "-p", "tools.gpu_check.deadline", "--rootdir", str(tmp_path)]
+    workers = ["-n", "2"] if "-n" in steps.pytest(dist="load") else []
+    said = {}
+    for within, more in ((600, []), (0, []), (0, workers)):
+        arguments = [*base, *more, "--begin-within", str(within), str(tmp_path)]
+        done = subprocess.run(
+            arguments, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        )
+        said[within, bool(more)] = (done.returncode, done.stdout.strip().splitlines()[-1])
+    assert said[600, False] == (1, "1 passed, 1 failed, 0 error, 1 skipped, 0 not run for want of time")
+    late = (0, "0 passed, 0 failed, 0 error, 0 skipped, 3 not run for want of time")
+    assert said[0, False] == said.get((0, True), late) == late

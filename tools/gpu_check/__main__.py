@@ -1,0 +1,83 @@
+"""Runs every step, each within its budget and whatever became of those before it: `make gpu-check`.
+
+The exit code is the number of steps that failed. Without a GPU there is nothing to check; --emulated exercises the
+steps all the same, which says nothing about hardware.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import machine, report, steps
+from .step import Outcome, Step, run
+
+SECONDS = 530.0  # of the whole: under nine minutes
+
+
+def run_all(plan: Sequence[Step], folder: Path, here: machine.Machine, command: str, seconds: float) -> list[Outcome]:
+    """Runs the steps in order; the folder holds what is known after each."""
+    end, outcomes = time.monotonic() + seconds, []
+    for step in plan:
+        outcome = run(step, end - time.monotonic())
+        outcomes.append(outcome)
+        report.write(folder, here, outcomes, command)
+        print(f"{outcome.seconds:4.0f} s  {outcome.result:8} {outcome.step}: {outcome.said}", flush=True)
+    if too_much := report.check_size(folder):
+        outcomes.append(Outcome("size of the results", "failed", 0.0, too_much))
+        report.write(folder, here, outcomes, command)
+    return outcomes
+
+
+def find_cuda() -> None:
+    """Puts a toolkit in its usual place on PATH, as those who install one often leave to others."""
+    usual = "/usr/local/cuda/bin"
+    if shutil.which("nvcc") is None and not os.environ.get("CUDA_HOME") and Path(usual, "nvcc").exists():
+        os.environ["PATH"] += os.pathsep + usual
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; see the module's text."""
+    parser = argparse.ArgumentParser(prog="python -m tools.gpu_check", description=__doc__)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("gpu-check"),
+        metavar="DIR",
+        help="for the results; older ones there are removed",
+    )
+    parser.add_argument("--emulated", action="store_true", help="without a GPU: prove the steps, not the hardware")
+    parser.add_argument("--only", help="names of steps, with commas")
+    parser.add_argument("--commit", help="of the sources, where there is no git to ask")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for all steps together")
+    options = parser.parse_args(arguments)
+    find_cuda()
+    here = machine.read(options.commit)
+    if not here.device and not options.emulated:
+        print("torch sees no CUDA device here; --emulated (make gpu-check EMULATED=1) exercises the steps without one")
+        return 1
+    folder = options.out.resolve()
+    if not report.empty(folder):
+        parser.error(f"argument --out: {folder} holds something else than results of gpu-check")
+    plan = steps.plan(folder, options.emulated, f"{here.date}, driver {here.driver}, commit {here.commit}")
+    if options.only:
+        wanted = options.only.split(",")
+        if unknown := set(wanted) - {step.name for step in plan}:
+            parser.error(f"argument --only: no such step: {', '.join(sorted(unknown))}")
+        plan = [step for step in plan if step.name in wanted]
+    command = "make gpu-check" + (" EMULATED=1" if options.emulated else "")
+    print(
+        f"{here.device or 'no CUDA device'}, driver {here.driver}, torch {here.torch}, commit {here.commit}", flush=True
+    )
+    outcomes = run_all(plan, folder, here, command, options.seconds)
+    print("\n" + report.row(here, outcomes, command) + f"\n\nresults in {folder}")
+    return min(125, sum(outcome.result == "failed" for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

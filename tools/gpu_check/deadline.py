@@ -1,0 +1,40 @@
+"""A pytest plugin: tests that would begin late are skipped, and counted apart from other skips.
+
+    python -m pytest -p tools.gpu_check.deadline --begin-within SECONDS
+
+A whole suite need not fit into what is left of nine minutes; what did not fit is said, and is not a pass.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+
+LATE = "not run: no time was left"
+MARGIN = 12.0  # seconds for the tests under way, and for the summary
+STARTED = time.monotonic()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--begin-within", type=float, help="seconds after which, less a margin, tests are skipped")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    within = item.config.getoption("--begin-within")
+    if within is not None and time.monotonic() - STARTED > within - MARGIN:
+        pytest.skip(LATE)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """The last line of the output, for whoever reads one line of it."""
+    reporter: Any = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or hasattr(config, "workerinput"):
+        return
+    skipped = reporter.stats.get("skipped", [])
+    late = sum(LATE in str(report.longrepr) for report in skipped)
+    counts = {name: len(reporter.stats.get(name, [])) for name in ("passed", "failed", "error")}
+    said = [f"{count} {name}" for name, count in counts.items()]
+    reporter.write_line(", ".join([*said, f"{len(skipped) - late} skipped", f"{late} not run for want of time"]))

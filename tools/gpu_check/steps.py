@@ -1,0 +1,61 @@
+"""The steps, in order: what all others need, then what hardware alone can tell, then what fits in the time left."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+from .step import ROOT, Step
+
+NO_DEVICE = "no CUDA device"
+NETWORKS = "resnet50,mobilenet_v3,efficientnet_b0,convnext_tiny"
+# They prove the emulator, and never touch a GPU: last, so that what is left out for want of time is theirs.
+LAST = ("kernels", "emulator")
+
+
+def python(*arguments: str) -> tuple[str, ...]:
+    """Of this interpreter."""
+    return sys.executable, *arguments
+
+
+def pytest(*arguments: str, dist: str) -> tuple[str, ...]:
+    """On all cores where xdist is there; no test begins near the end of the step."""
+    workers = ("-n", "auto", "--dist", dist) if importlib.util.find_spec("xdist") else ()
+    late = ("-p", "tools.gpu_check.deadline", "--begin-within", "{seconds}")
+    return python("-m", "pytest", *late, *workers, *arguments)
+
+
+def test_folders() -> tuple[str, ...]:
+    """All of tests/, in the order to run them in."""
+    found = sorted(path for path in (ROOT / "tests").iterdir() if path.is_dir() or path.name.startswith("test_"))
+    names = [path.name for path in found if path.name not in ("__pycache__", *LAST)]
+    return tuple(f"tests/{name}" for name in (*names, *LAST))
+
+
+def plan(folder: Path, emulated: bool, about: str) -> list[Step]:
+    """All steps. Emulated, those that have another form than the GPU's take it, and the rest say why they are not run.
+
+    Args:
+        folder: where steps put files.
+        emulated: whether to do without a device.
+        about: kept with golden vectors.
+    """
+    where, own, device = ("emulated", "emulated", NO_DEVICE) if emulated else ("cuda", "native", "")
+    golden = ("--golden", str(folder / "golden.npz"), "--about", about)
+    compare = python("bench/compare.py", "--device", "cpu" if emulated else "cuda")
+    layers = ("--section", "layers", "--layers", NETWORKS, "--parts", "dgrad,wgrad,fprop", "--dtype", "bfloat16")
+    sides = ("--batch", "128", "--sides", "stock_channels_last,freezekit_native_channels_last")
+    to = {name: ("--json", str(folder / f"{name}.json")) for name in ("layers", "compare")}
+    return [
+        Step("machine", python("-m", "tools.gpu_check.machine"), 20),
+        Step("build", python("setup.py", "-q", "build_ext", "--inplace"), 150),
+        Step("conformance", python("-m", "tests.conformance", "--place", where, *golden), 45),
+        Step("kernels", python("-m", "tests.conformance.drivers", "--place", where), 40),
+        Step("selftest", python("-m", "freezekit.selftest", "--backend", own), 25),
+        Step("gpu tests", pytest("-m", "gpu and not full", dist="load"), 60, device),
+        Step("sanitizer", python("-m", "tools.gpu_check.sanitizer"), 50, device),
+        Step("layers", (*compare, *layers, *sides, "--time-limit", "65", *to["layers"]), 80, device),
+        Step("compare", (*compare, "--time-limit", "40", *to["compare"]), 55),
+        Step("other tests", pytest("-m", "not gpu and not full", *test_folders(), dist="loadfile"), 400),
+    ]
