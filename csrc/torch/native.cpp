@@ -44,7 +44,7 @@ Target target_on(const KernelLibrary& library) {
   TORCH_CHECK(library.table->target(&target) == Status::success,
               "freezekit cannot read the current device's properties", library.last_error());
   const auto& context = at::globalContext();
-  target.allow_tf32 = context.allowTF32CuDNN();
+  target.allow_tf32 = context.allowTF32CuDNN(at::Float32Op::CONV);
   target.deterministic = context.deterministicAlgorithms() || context.deterministicCuDNN();
   return target;
 }

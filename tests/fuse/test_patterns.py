@@ -35,13 +35,15 @@ def test_float64_is_exact(name: str, channels_last: bool, place: tuple[str, str]
     backend, device = place
     stock = settled(PATTERNS[name]()).to(device, torch.float64)
     x = make_input(torch.float64, channels_last, device)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
     expected = outcome(stock, x)
     with fk.backend(backend):
         result = outcome(fuse(stock), x)
     assert all(row.fused for row in fusion_report(stock))
     for ours, theirs in zip(result, expected, strict=True):
         assert (ours - theirs).abs().max().item() <= 1e-12 * max(1, theirs.abs().max().item())
-        assert ours.stride() == theirs.stride()
+        # cuDNN answers float64 in NCHW, whatever comes in; freezekit keeps the layout.
+        assert ours.is_contiguous(memory_format=layout) if device == "cuda" else ours.stride() == theirs.stride()
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
