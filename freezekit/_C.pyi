@@ -48,3 +48,19 @@ class choices:
     def set(key: str, aten_seconds: float, native_seconds: float, agree: bool) -> None: ...
     @staticmethod
     def all() -> list[tuple[str, float, float, bool]]: ...
+
+class tiles:
+    @staticmethod
+    def launch(
+        operator: int,
+        x: Any,
+        w: Any,
+        y: Any,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        family: int,
+        config: int,
+        split_k: int,
+    ) -> bool: ...

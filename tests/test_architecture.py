@@ -21,6 +21,11 @@ MAY_INCLUDE = {
     "torch": {"torch", "kernels", "core", "cpu"},
     "python": {"python", "torch", "kernels", "core"},
 }
+# A CUDA graph captures whatever a kernel's launcher does: none of this is allowed while it does.
+NEVER_WHILE_CAPTURED = re.compile(
+    r"\b(cuda(Malloc|Free|HostAlloc|HostRegister|StreamCreate)\w*|cuda\w*Synchronize|cudaMemcpy(?!\w*Async)\w*"
+    r"|(?<!sn)printf|fputs|cout|cerr|getenv)\b"
+)
 TORCH_HEADER = re.compile(r"^(ATen|c10|torch|caffe2|pybind11|Python\.h)(/|$)")
 
 # Python modules by layer: one may import its own layer and those before it.
@@ -57,6 +62,27 @@ def test_includes_follow_the_layers(folder: str) -> None:
             if target in MAY_INCLUDE and (CSRC / include).exists() and target not in MAY_INCLUDE[folder]:
                 wrong.append(f"{path.relative_to(ROOT)} includes {include}")
     assert not wrong
+
+
+def test_launchers_neither_allocate_nor_synchronise_nor_print_nor_read_the_environment() -> None:
+    found = []
+    for path in (*sources("kernels"), *sources("core")):
+        text = re.sub(r"//[^\n]*|/\*.*?\*/", "", path.read_text(), flags=re.DOTALL)
+        found += [f"{path.relative_to(ROOT)}: {match[0]}" for match in NEVER_WHILE_CAPTURED.finditer(text)]
+    assert not found
+
+
+def test_that_rule_sees_what_it_must() -> None:
+    for bad in (
+        "cudaMalloc(&p, 1)",
+        "cudaDeviceSynchronize()",
+        "cudaMemcpy(a, b, 1)",
+        'printf("x")',
+        'std::getenv("A")',
+    ):
+        assert NEVER_WHILE_CAPTURED.search(bad), bad
+    for good in ("cudaMemcpyAsync(a, b, 1)", "std::snprintf(a)", "cudaFuncSetAttribute(k)", "cudaGetLastError()"):
+        assert not NEVER_WHILE_CAPTURED.search(good), good
 
 
 def imported(path: Path) -> set[str]:

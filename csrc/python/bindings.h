@@ -9,5 +9,6 @@ namespace freezekit {
 
 void bind_choices(py::module_& parent);
 void bind_constants(py::module_& parent);
+void bind_tiles(py::module_& parent);
 
 }  // namespace freezekit

@@ -100,4 +100,5 @@ PYBIND11_MODULE(_C, m) {
         py::arg("deterministic") = false);
   bind_choices(m);
   bind_constants(m);
+  bind_tiles(m);
 }

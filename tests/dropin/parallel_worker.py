@@ -47,13 +47,14 @@ def ddp() -> None:
 
 
 def fsdp2() -> None:
+    mesh = init_device_mesh("cpu", (2,))  # the default is the accelerator's, which gloo and one GPU do not serve
     for frozen in (False, True):
         results = []
         for net in nets():
             net[2].requires_grad_(not frozen)
             for layer in (net[0], net[2]):
-                fully_shard(layer)
-            fully_shard(net)
+                fully_shard(layer, mesh=mesh)
+            fully_shard(net, mesh=mesh)
             results.append(train(net, frozen))
         same(*results)
     print("fsdp2")

@@ -117,7 +117,7 @@ def test_the_budgets_leave_time_for_all_that_needs_a_gpu() -> None:
 
 def test_the_plan_covers_all_tests_and_knows_its_files() -> None:
     plan = {s.name: s for s in steps.plan(Path("out"), emulated=True, about="")}
-    assert {name for name, s in plan.items() if s.not_here} == {"gpu tests", "sanitizer", "layers"}
+    assert {name for name, s in plan.items() if s.not_here} == {"gpu tests", "sanitizer", "layers", "tiles"}
     paths = [part for part in plan["other tests"].command if part.startswith("tests/")]
     assert paths[-1] == "tests/emulator"
     tests = {p.name for p in (ROOT / "tests").iterdir() if any(p.glob("test_*.py")) or p.name.startswith("test_")}

@@ -35,10 +35,10 @@ def run_all(plan: Sequence[Step], folder: Path, here: machine.Machine, command: 
 
 
 def find_cuda() -> None:
-    """Puts a toolkit in its usual place on PATH, as those who install one often leave to others."""
-    usual = "/usr/local/cuda/bin"
-    if shutil.which("nvcc") is None and not os.environ.get("CUDA_HOME") and Path(usual, "nvcc").exists():
-        os.environ["PATH"] += os.pathsep + usual
+    """Puts the toolkit in CUDA_HOME, or in its usual place, on PATH, as those who install one often leave to others."""
+    tools = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
+    if shutil.which("nvcc") is None and (tools / "nvcc").exists():
+        os.environ["PATH"] += f"{os.pathsep}{tools}"
 
 
 def main(arguments: list[str] | None = None) -> int:

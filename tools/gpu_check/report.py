@@ -10,7 +10,7 @@ from .machine import Machine
 from .step import Outcome
 
 # All that steps and this module write.
-FILES = ("summary.json", "summary.md", "log.txt", "golden.npz", "layers.json", "compare.json")
+FILES = ("summary.json", "summary.md", "log.txt", "golden.npz", "layers.json", "tiles.json", "compare.json")
 MOST_FILES = 8
 MOST_BYTES = 16 << 20
 

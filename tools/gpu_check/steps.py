@@ -46,16 +46,17 @@ def plan(folder: Path, emulated: bool, about: str) -> list[Step]:
     compare = python("bench/compare.py", "--device", "cpu" if emulated else "cuda")
     layers = ("--section", "layers", "--layers", NETWORKS, "--parts", "dgrad,wgrad,fprop", "--dtype", "bfloat16")
     sides = ("--batch", "128", "--sides", "stock_channels_last,freezekit_native_channels_last")
-    to = {name: ("--json", str(folder / f"{name}.json")) for name in ("layers", "compare")}
+    to = {name: ("--json", str(folder / f"{name}.json")) for name in ("layers", "tiles", "compare")}
     return [
         Step("machine", python("-m", "tools.gpu_check.machine"), 20),
-        Step("build", python("setup.py", "-q", "build_ext", "--inplace"), 150),
-        Step("conformance", python("-m", "tests.conformance", "--place", where, *golden), 45),
-        Step("kernels", python("-m", "tests.conformance.drivers", "--place", where), 40),
+        Step("build", python("setup.py", "-q", "build_ext", "--inplace"), 130),
+        Step("conformance", python("-m", "tests.conformance", "--place", where, *golden), 35),
+        Step("kernels", python("-m", "tests.conformance.drivers", "--place", where), 30),
         Step("selftest", python("-m", "freezekit.selftest", "--backend", own), 25),
         Step("gpu tests", pytest("-m", "gpu and not full", dist="load"), 60, device),
         Step("sanitizer", python("-m", "tools.gpu_check.sanitizer"), 50, device),
-        Step("layers", (*compare, *layers, *sides, "--time-limit", "65", *to["layers"]), 80, device),
-        Step("compare", (*compare, "--time-limit", "40", *to["compare"]), 55),
+        Step("layers", (*compare, *layers, *sides, "--time-limit", "60", *to["layers"]), 75, device),
+        Step("tiles", python("-m", "bench.tiles", *to["tiles"]), 35, device),
+        Step("compare", (*compare, "--time-limit", "30", *to["compare"]), 50),
         Step("other tests", pytest("-m", "not gpu and not full", *test_folders(), dist="loadfile"), 400),
     ]

@@ -1,0 +1,217 @@
+"""Times every kernel and tile that takes a layer: what `select`'s choice should be made from.
+
+    python -m bench.tiles --json tiles.json                     a GPU: ResNet-50's layers, bf16, batch 128, cold L2
+    python -m bench.tiles --device cpu --layers tiny --batch 1  emulated: shows that it runs, says nothing of any GPU
+
+Each line is one layer and operator: the time of what `select` takes, the fastest of all, and ATen's. All candidates are
+timed interleaved, and a candidate that computes something else than ATen is a failure: exit code 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import freezekit as fk
+from bench import layer_lists
+from bench.environment import describe
+from bench.layer_lists import Layer
+from bench.settings import DTYPES
+from bench.sides import cudnn_benchmark
+from bench.timing import clock_for, interleave
+from freezekit import _C
+
+OPERATORS = ("conv2d", "conv2d_dgrad", "conv2d_wgrad")
+# As csrc/kernels/api.h numbers them; a family that this build lacks refuses every problem.
+FAMILIES = ("none", "direct", "implicit_gemm", "depthwise", "hopper")
+MOST_CONFIGS = 8
+# Half the digits of a dtype, relative to the largest value: another kernel's order of summation is far inside of it.
+CLOSE = {torch.float32: 2e-3, torch.float64: 1e-9, torch.float16: 2e-2, torch.bfloat16: 4e-2}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to run a layer; `split_k` slices of a wgrad."""
+
+    family: str
+    config: int
+    split_k: int
+
+    @property
+    def name(self) -> str:
+        """For keys and tables."""
+        return f"{self.family}/{self.config}" + (f" split {self.split_k}" if self.split_k > 1 else "")
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A candidate's median seconds and quartiles. ATen is "aten"; `chosen` is what `select` takes."""
+
+    layer: str
+    shape: str
+    operator: str
+    candidate: str
+    seconds: float
+    low: float
+    high: float
+    chosen: bool
+
+
+class Problem:
+    """A layer's tensors, channels_last, and the ways to compute one operator on them."""
+
+    def __init__(self, layer: Layer, operator: str, batch: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.layer, self.operator = layer, operator
+        self.number = OPERATORS.index(operator)
+        sizes = (
+            (batch, layer.in_channels, layer.size, layer.size),
+            (layer.out_channels, layer.in_channels // layer.groups, layer.kernel, layer.kernel),
+            (batch, layer.out_channels, layer.output_size, layer.output_size),
+        )
+        self.x, self.w, self.y = (
+            torch.randn(size, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
+            for size in sizes
+        )
+        self.geometry: tuple[Any, ...] = ((layer.stride,) * 2, (layer.padding,) * 2, (1, 1), layer.groups)
+        self.outputs = [self.y, self.x, self.w]
+
+    def aten(self) -> Tensor:
+        """The operator by ATen."""
+        stride, padding, dilation, groups = self.geometry
+        settings: dict[str, Any] = dict(stride=stride, padding=padding, dilation=dilation, groups=groups)
+        if self.operator == "conv2d":
+            return fk.conv2d(self.x, self.w, **settings, backend="aten")
+        if self.operator == "conv2d_dgrad":
+            return fk.conv2d_dgrad(self.y, self.w, self.x.shape, **settings, backend="aten")
+        return fk.conv2d_wgrad(self.y, self.x, self.w.shape, **settings, backend="aten")
+
+    def run(self, candidate: Candidate, out: Tensor) -> bool:
+        """Computes into `out`; False if the candidate does not take the problem."""
+        tensors = [self.x, self.w, self.y]
+        tensors[(2, 0, 1)[self.number]] = out
+        family = FAMILIES.index(candidate.family)
+        return _C.tiles.launch(self.number, *tensors, *self.geometry, family, candidate.config, candidate.split_k)
+
+    def chosen(self) -> Candidate:
+        """What `select` takes on this device."""
+        target: dict[str, Any] = dict(sm=80, sm_count=4)  # what the emulator says it is
+        if self.x.is_cuda:
+            facts = torch.cuda.get_device_properties(self.x.device)
+            target = dict(sm=10 * facts.major + facts.minor, sm_count=facts.multi_processor_count)
+        target["allow_tf32"] = torch.backends.cudnn.allow_tf32
+        dtype = str(self.x.dtype).removeprefix("torch.")
+        picked = _C.select(self.operator, dtype, tuple(self.x.shape), tuple(self.w.shape), *self.geometry, **target)
+        return Candidate(picked["family"], picked["config"], picked["split_k"])
+
+    def candidates(self) -> Iterator[Candidate]:
+        """`select`'s, its other configs, those of the tensor-core families, and half and double its slices."""
+        first = self.chosen()
+        splits = sorted({max(1, first.split_k // 2), first.split_k, 2 * first.split_k}) if self.number == 2 else [1]
+        out = torch.empty_like(self.outputs[self.number])
+        for family in dict.fromkeys((first.family, "implicit_gemm", "hopper")):
+            for config in range(MOST_CONFIGS):
+                for split_k in splits:
+                    if self.run(candidate := Candidate(family, config, split_k), out):
+                        yield candidate
+
+
+class Wrong(Exception):
+    """A candidate computed something else than ATen; the text says which, where and by how much."""
+
+
+def measure(problem: Problem, rounds: int, cold: bool) -> list[Timed]:
+    """All candidates and ATen, interleaved; each held against ATen first."""
+    expected, found = problem.aten().double(), list(problem.candidates())
+    steps: dict[str, Callable[[], object]] = {"aten": problem.aten}
+    for candidate in found:
+        out = torch.full_like(problem.outputs[problem.number], float("nan"))
+        problem.run(candidate, out)
+        error = ((out.double() - expected).abs().max() / expected.abs().max()).item()
+        if not error <= CLOSE[out.dtype]:
+            raise Wrong(f"{candidate.name} on {problem.layer.name}, {problem.operator}: relative error {error:.2g}")
+        steps[candidate.name] = lambda candidate=candidate, out=out: problem.run(candidate, out)
+    times = interleave(steps, clock=clock_for(problem.x.device, cold), rounds=rounds)
+    first = problem.chosen().name
+    return [
+        Timed(problem.layer.name, problem.layer.shape, problem.operator, name, t.median, t.low, t.high, name == first)
+        for name in steps
+        for t in [times.time(name)]
+    ]
+
+
+def line(rows: Sequence[Timed]) -> str:
+    """One problem: what is chosen, the fastest own kernel, ATen."""
+    own = [row for row in rows if row.candidate != "aten"]
+    best, aten = min(own, key=lambda row: row.seconds), next(row for row in rows if row.candidate == "aten")
+    chosen = next((row for row in own if row.chosen), best)
+    facts = f"{chosen.candidate} {chosen.seconds * 1e6:.1f} us, best {best.candidate} {best.seconds * 1e6:.1f} us"
+    return f"{rows[0].shape:32} {rows[0].operator:13} {facts}, aten {aten.seconds * 1e6:.1f} us"
+
+
+def summary(rows: Sequence[Timed]) -> str:
+    """Geometric mean over problems of the chosen one's time over the fastest's: what a better `select` would win."""
+    problems: dict[tuple[str, str], list[Timed]] = {}
+    for row in rows:
+        if row.candidate != "aten":
+            problems.setdefault((row.layer, row.operator), []).append(row)
+    ratios = [
+        math.log(row.seconds / min(other.seconds for other in found))
+        for found in problems.values()
+        for row in found
+        if row.chosen
+    ]
+    mean = math.exp(sum(ratios) / len(ratios)) if ratios else float("nan")
+    return f"{len(problems)} problems; time of select's choice over the fastest, geometric mean: {mean:.3f}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; see the module's text."""
+    parser = argparse.ArgumentParser(prog="python -m bench.tiles", description=__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--layers", choices=layer_lists.NAMES, default="resnet50")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--warm", action="store_true", help="on a GPU, leave the L2 cache warm")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args(arguments)
+    device, dtype = torch.device(options.device), DTYPES[options.dtype]
+    torch.manual_seed(0)
+    environment, rows = describe(device, dtype), list[Timed]()
+    print("\n".join(environment.lines()))
+    if options.device == "cpu":
+        print("emulated on a CPU: these times say nothing of any GPU")
+    with cudnn_benchmark():
+        try:
+            for layer in layer_lists.layers_of(options.layers):
+                for operator in OPERATORS:
+                    found = measure(
+                        Problem(layer, operator, options.batch, device, dtype), options.rounds, not options.warm
+                    )
+                    rows += found
+                    print(line(found), flush=True)
+        except Wrong as wrong:
+            print(f"WRONG RESULT: {wrong}")
+            return 1
+    print(summary(rows))
+    if options.json:
+        content = {
+            "environment": environment.to_dict(),
+            "emulated": options.device == "cpu",
+            "rows": list(map(asdict, rows)),
+        }
+        options.json.write_text(json.dumps(content, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""Timing of tiles, emulated: every candidate is tried and right, and a wrong one stops it. No figure is tested."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import tiles
+from bench.layer_lists import Layer, layers_of
+from freezekit import _C
+
+CPU = torch.device("cpu")
+LAYER = Layer("one", 16, 24, 3, 6, padding=1)
+
+
+def candidates(operator: str, layer: Layer = LAYER, dtype: torch.dtype = torch.bfloat16) -> list[str]:
+    problem = tiles.Problem(layer, operator, 1, CPU, dtype)
+    return [candidate.name for candidate in problem.candidates()]
+
+
+def test_every_tile_that_takes_the_layer_is_a_candidate() -> None:
+    gathers = [f"implicit_gemm/{config}" for config in range(5)]
+    assert candidates("conv2d") == candidates("conv2d_dgrad") == gathers
+    slices = candidates("conv2d_wgrad")
+    assert {"implicit_gemm/0", "implicit_gemm/1", "implicit_gemm/2"} <= set(slices)
+    depthwise = candidates("conv2d", Layer("dw", 16, 16, 3, 6, padding=1, groups=16))
+    assert depthwise[0].startswith("depthwise/")
+    assert candidates("conv2d", dtype=torch.float64)[0].startswith("direct/")
+
+
+@pytest.mark.parametrize("operator", tiles.OPERATORS)
+def test_what_select_takes_is_among_them(operator: str) -> None:
+    for layer in layers_of("tiny"):
+        problem = tiles.Problem(layer, operator, 1, CPU, torch.bfloat16)
+        assert problem.chosen() in list(problem.candidates())
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "tiles.json"
+    arguments = ["--device", "cpu", "--layers", "tiny", "--batch", "1", "--rounds", "1", "--json", str(file)]
+    assert tiles.main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "these times say nothing of any GPU" in said
+    assert f"{3 * len(layers_of('tiny'))} problems" in said
+    content = json.loads(file.read_text())
+    assert content["emulated"] is True
+    rows = content["rows"]
+    assert {row["operator"] for row in rows} == set(tiles.OPERATORS)
+    assert all(row["seconds"] > 0 for row in rows)
+    for layer in layers_of("tiny"):
+        of_layer = [row for row in rows if row["layer"] == layer.name and row["operator"] == "conv2d"]
+        assert sum(row["chosen"] for row in of_layer) == 1
+        assert sum(row["candidate"] == "aten" for row in of_layer) == 1
+
+
+def test_a_wrong_kernel_stops_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(tiles.Problem, "aten", lambda self: self.outputs[self.number] + 1)
+    assert tiles.main(["--device", "cpu", "--layers", "tiny", "--batch", "1", "--rounds", "1"]) == 1
+    assert "WRONG RESULT: implicit_gemm/" in capsys.readouterr().out
+
+
+def test_what_cannot_be_launched_is_said() -> None:
+    x, w, y = torch.ones(1, 8, 4, 4), torch.ones(8, 8, 1, 1), torch.ones(1, 8, 4, 4)
+    geometry = ((1, 1), (0, 0), (1, 1), 1)
+    with pytest.raises(ValueError, match="dense channels_last"):
+        _C.tiles.launch(0, x, w, y, *geometry, 1, 0, 1)
+    x, y = (t.contiguous(memory_format=torch.channels_last) for t in (x, y))
+    assert _C.tiles.launch(0, x, w, y, *geometry, 1, 0, 1)
+    assert torch.equal(y, torch.full_like(y, 8))
+    assert not _C.tiles.launch(0, x, w, y, *geometry, 1, 9, 1), "no such config"
+    assert not _C.tiles.launch(0, x, w, y, *geometry, 0, 0, 1), "no family"
+    with pytest.raises(ValueError, match="do not make a convolution"):
+        _C.tiles.launch(0, x, w, y[..., :2].contiguous(memory_format=torch.channels_last), *geometry, 1, 0, 1)
