@@ -9,7 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from bench import options
 from tools.gpu_check import __main__ as command
 from tools.gpu_check import report, steps
 from tools.gpu_check.machine import Machine
@@ -125,6 +127,16 @@ def test_the_plan_covers_all_tests_and_knows_its_files() -> None:
     written = {Path(part).name for s in plan.values() for part in s.command if part.startswith("out/")}
     assert written | {"summary.json", "summary.md", "log.txt"} == set(report.FILES)
     assert len(report.FILES) <= report.MOST_FILES
+
+
+def test_what_is_asked_of_compare_makes_sense(tmp_path: Path) -> None:
+    plan = {s.name: s for s in steps.plan(tmp_path, emulated=True, about="")}
+    for name, dtype in (("layers", torch.bfloat16), ("compare", torch.float32)):
+        asked = options.parse(plan[name].command[2:])
+        assert asked.settings.dtype == dtype
+        assert asked.json == tmp_path / f"{name}.json"
+        assert asked.time_limit is not None
+        assert asked.time_limit + 10 < plan[name].budget
 
 
 def test_tests_that_would_begin_late_are_counted(tmp_path: Path) -> None:
