@@ -10,13 +10,13 @@ READY :=
 else
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
-export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export PATH := $(abspath $(VENV))/bin:$(PATH)
 endif
 
 # Tests run on all cores where pytest-xdist is there; it is not needed.
 WORKERS = $(shell $(PY) -c "import xdist" 2>/dev/null && echo "-n auto --dist loadfile")
 
-.PHONY: build compare bench test lint sass emulate-all gpu-check fuzz clean help
+.PHONY: build compare bench test test-torch lint sass emulate-all gpu-check fuzz clean help
 
 help:  ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -33,6 +33,15 @@ bench: build  ## every section of the comparison, with plots, in under twenty mi
 
 test: build  ## the test suite, on the CPU and, where there is one, on a GPU
 	$(PY) -m pytest $(WORKERS) $(TESTS)
+
+# A build belongs to one minor version of torch, so another version has a copy of the sources and an environment of its own.
+V ?= 2.11.0
+OTHER = build/torch-$(V)
+test-torch: .venv-$(V)/.ready  ## the suite under another torch: make test-torch V=2.11.0
+	mkdir -p $(OTHER)
+	find $(OTHER) -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +
+	tar -c --exclude='./.git' --exclude='./.venv*' --exclude='./build' --exclude='*.so' --exclude=_build_info.json . | tar -x -C $(OTHER)
+	PATH="$(CURDIR)/.venv-$(V)/bin:$$PATH" $(MAKE) -C $(OTHER) test VENV= PYTHON=python
 
 lint: $(READY)  ## style and types
 	$(PY) -m ruff check .
@@ -59,4 +68,11 @@ clean:  ## remove what was built
 $(VENV)/.ready: requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q -r requirements-dev.txt
+	touch $@
+
+# The pinned setuptools is one that some releases of torch refuse.
+.venv-%/.ready: requirements-dev.txt
+	$(PYTHON) -m venv .venv-$*
+	sed -e 's/^torch==.*/torch==$*/' -e 's/^setuptools==.*/setuptools>=77/' $< > .venv-$*/requirements.txt
+	.venv-$*/bin/python -m pip install -q -r .venv-$*/requirements.txt
 	touch $@

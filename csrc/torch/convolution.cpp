@@ -11,6 +11,7 @@
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/library.h>
 
+#include "torch/checks.h"
 #include "torch/constants.h"
 #include "torch/formula.h"
 #include "torch/operators.h"
@@ -31,7 +32,8 @@ struct ConvolutionGeometry {
 };
 
 // dx of y = conv(x, w). The transposed convolution ends where the last window does: output_padding restores what lies
-// beyond. A transposed convolution's own output_padding can make its dgrad longer than x: what is past its end is cut.
+// beyond. A transposed convolution's own output_padding can make its dgrad longer than x: what is past its end is cut,
+// and the rest is copied, since torch's gradient is dense.
 Tensor dgrad(const Tensor& dy, const Tensor& weight, SymIntArrayRef input_size, ConvolutionGeometry g) {
   const int64_t axes = dy.dim() - 2;
   for (int64_t i = 0; i < axes; ++i) {
@@ -44,7 +46,7 @@ Tensor dgrad(const Tensor& dy, const Tensor& weight, SymIntArrayRef input_size, 
   for (int64_t i = 0; i < axes; ++i) {
     if (dx.sym_size(2 + i) != input_size[2 + i]) dx = dx.narrow_symint(2 + i, 0, input_size[2 + i]);
   }
-  return dx;
+  return dx.contiguous(dx.suggest_memory_format());
 }
 
 // ATen's interface wants a weight for its size and layout; this one is allocated and never read or written.
@@ -59,6 +61,11 @@ Tensor bias_gradient(const Tensor& dy) {
   std::vector<int64_t> dims = {0};
   for (int64_t i = 2; i < dy.dim(); ++i) dims.push_back(i);
   return dy.sum(dims);
+}
+
+// at::conv1d and at::conv3d refuse a bias of another dtype; at::convolution, below them and used here, does not.
+void check_bias(const Tensor& input, const OptionalTensor& bias, bool transposed) {
+  if (!transposed && bias && bias->defined()) check_same(input, "input", *bias, "bias");
 }
 
 // sizes: stride, padding, dilation, output_padding, then those of x and w.
@@ -86,6 +93,7 @@ variable_list backward(const Tensor& grad, const variable_list& kept, const Sett
 Tensor convolution_autograd(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                             SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation, bool transposed,
                             SymIntArrayRef output_padding, int64_t groups) {
+  check_bias(input, bias, transposed);
   const ConvolutionGeometry g{owned(stride),      owned(padding), owned(dilation), owned(output_padding),
                               transposed,         groups};
   const Tensor b = bias.value_or(Tensor());
@@ -108,6 +116,7 @@ Tensor convolution_autograd(const Tensor& input, const Tensor& weight, const Opt
 Tensor convolution_aten(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, SymIntArrayRef stride,
                         SymIntArrayRef padding, SymIntArrayRef dilation, bool transposed,
                         SymIntArrayRef output_padding, int64_t groups) {
+  check_bias(input, bias, transposed);
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   return at::convolution_symint(input, weight, bias, stride, padding, dilation, transposed, output_padding, groups);
 }

@@ -30,8 +30,9 @@
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/library.h>
 
-#include "torch/layout.h"
+#include "torch/checks.h"
 #include "torch/formula.h"
+#include "torch/layout.h"
 #include "torch/operators.h"
 
 namespace freezekit {
@@ -160,6 +161,11 @@ Settings avg_pool_settings(IntArrayRef kernel_size, IntArrayRef stride, IntArray
 
 Settings pad_settings(SymIntArrayRef padding) {
   check_count(padding.size(), {2, 4, 6}, "padding");
+  for (const auto& side : padding) {  // ATen adds them up unchecked: a replication that wraps around crashes
+    const auto known = side.maybe_as_int();
+    TORCH_CHECK(!known || (*known < kExtentLimit && *known > -kExtentLimit), "padding must be below ", kExtentLimit,
+                " either way, got ", padding);
+  }
   return {{}, {owned(padding)}};
 }
 

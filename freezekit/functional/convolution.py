@@ -186,22 +186,24 @@ def _forward(
     dilation: SizeN,
     groups: int,
 ) -> Tensor:
+    if _is_torch_s(axes, input, weight):
+        return torch_s(input, weight, bias, stride, padding, dilation, groups)
     step, spread = _ints(stride, axes), _ints(dilation, axes)
-    edge = None
+    edge, whole = None, input
     if padding == "valid":
         edge = (0,) * axes
-    elif padding == "same" and step == (1,) * axes and spread is not None and weight.dim() == axes + 2:
+    elif padding == "same" and step == (1,) * axes and spread is not None:
         total = [d * (k - 1) for d, k in zip(spread, weight.shape[2:])]
         edge = tuple(t // 2 for t in total)
         if any(t % 2 for t in total):  # one element more at the end
-            input = F.pad(input, [side for t in reversed(total) for side in (0, t % 2)])
+            whole = F.pad(input, [side for t in reversed(total) for side in (0, t % 2)])
     elif not isinstance(padding, str):
         edge = _ints(padding, axes)
-    if step is None or spread is None or edge is None or _is_torch_s(axes, input, weight):
+    if step is None or spread is None or edge is None:
         return torch_s(input, weight, bias, stride, padding, dilation, groups)
     if input.dim() == axes + 1:
-        return _convolution(input.unsqueeze(0), weight, bias, step, edge, spread, False, (0,) * axes, groups).squeeze(0)
-    return _convolution(input, weight, bias, step, edge, spread, False, (0,) * axes, groups)
+        return _convolution(whole.unsqueeze(0), weight, bias, step, edge, spread, False, (0,) * axes, groups).squeeze(0)
+    return _convolution(whole, weight, bias, step, edge, spread, False, (0,) * axes, groups)
 
 
 def _transposed(

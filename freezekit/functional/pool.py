@@ -213,7 +213,7 @@ def _avg_pool_nd(
 
 def _adaptive_avg_pool_nd(axes: int, input: Tensor, output_size: MaybeSizeN) -> Tensor:
     wanted = tuple(output_size) if isinstance(output_size, Sequence) else (output_size,) * axes
-    if len(wanted) != axes or input.dim() < axes or set(wanted) == {1}:  # errors, and means
+    if len(wanted) != axes or input.dim() <= axes or set(wanted) == {1}:  # errors, and means
         torch_s = F.adaptive_avg_pool2d if axes == 2 else F.adaptive_avg_pool3d
         return torch_s(input, output_size)
     return _adaptive_avg_pool(input, [own if new is None else new for own, new in zip(input.shape[-axes:], wanted)])

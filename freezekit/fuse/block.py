@@ -63,10 +63,21 @@ def inner_layout(x: Tensor) -> bool | None:
     return True if backends._current in ("native", "emulated") else None
 
 
-def outer_layout(x: Tensor) -> bool | None:
-    """The layout of a result whose makers ran in another one: that of what went in."""
-    if type(x) is not Tensor or x.dim() != 4:
+def outer_layout(before: Tensor | bool | None, conv: nn.Conv2d) -> bool | None:
+    """Whether torch's result would lie in channels_last, where its makers run in a layout of their own.
+
+    `before` is what goes into the convolution, or this function's word on it.
+    """
+    if isinstance(before, Tensor):
+        if type(before) is not Tensor or before.dim() != 4:
+            return None
+        before = _is_channels_last(before)
+    if before is None:
         return None
+    return (before and conv.padding_mode != "circular") or _is_channels_last(conv.weight)
+
+
+def _is_channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 

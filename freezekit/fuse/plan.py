@@ -118,7 +118,7 @@ def _rewrite(graph: fx.Graph, chains: list[Chain]) -> fx.Graph:
     last_reader = {arg: i for i, node in enumerate(order) for arg in _reads(node, ends)}
     new = fx.Graph()
     value: dict[fx.Node, fx.Node] = {}
-    layouts = _Layouts(new, value, ends, internal)
+    layouts = _Layouts(new, value, internal)
     for i, node in enumerate(order):
         chain = ends.get(node)
         if chain is None:
@@ -149,27 +149,22 @@ def _only_blocks_read(end: fx.Node, chains: list[Chain]) -> bool:
 
 
 class _Layouts:
-    """Results that only blocks read lie as kernels like it; what leaves lies as the module's input did."""
+    """Results that only blocks read lie as kernels like it; what leaves lies as it would without any block."""
 
-    def __init__(
-        self, graph: fx.Graph, value: dict[fx.Node, fx.Node], ends: dict[fx.Node, Chain], internal: set[fx.Node]
-    ) -> None:
-        self.graph, self.value, self.ends, self.internal = graph, value, ends, internal
-        self.of_head: dict[fx.Node, fx.Node] = {}
+    def __init__(self, graph: fx.Graph, value: dict[fx.Node, fx.Node], internal: set[fx.Node]) -> None:
+        self.graph, self.value, self.internal = graph, value, internal
+        self.outside: dict[fx.Node, fx.Node] = {}  # of a result that only blocks read: its layout without blocks
 
     def of(self, chain: Chain) -> fx.Node | None:
         head = chain.input
-        if chain.end in self.internal:
-            result = self.graph.call_function(inner_layout, (self.value[head],))
-            if head not in self.internal:
-                self._remember(head, chain)
-            else:
-                self.of_head[chain.end] = self.of_head[head]
-            return result
-        return self.of_head.get(head) if head in self.internal else None
-
-    def _remember(self, head: fx.Node, chain: Chain) -> None:
-        self.of_head[chain.end] = self.graph.call_function(outer_layout, (self.value[head],))
+        if chain.end not in self.internal and head not in self.internal:
+            return None
+        conv = self.graph.get_attr(str(chain.conv.target))
+        outside = self.graph.call_function(outer_layout, (self.outside.get(head, self.value[head]), conv))
+        if chain.end not in self.internal:
+            return outside
+        self.outside[chain.end] = outside
+        return self.graph.call_function(inner_layout, (self.value[head],))
 
 
 def _arguments(new: fx.Graph, chain: Chain, value: dict[fx.Node, fx.Node], layout: fx.Node | None) -> tuple[Any, ...]:

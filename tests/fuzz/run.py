@@ -16,7 +16,7 @@ def _rng(seed: int, index: int) -> random.Random:
 
 def describe(seed: int, index: int) -> str:
     if index % LIFE_EVERY == LIFE_EVERY - 1:
-        return f"case {index} of seed {seed}: the life of a model, in 12 steps"
+        return f"case {index} of seed {seed}: the life of a model, in {sequences.LENGTH} steps"
     return f"case {index} of seed {seed}: {calls.draw(_rng(seed, index))}"
 
 

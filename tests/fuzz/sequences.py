@@ -1,4 +1,4 @@
-"""Random lives of a model: freeze, train, save, copy, convert, beside a stock twin that lives the same life."""
+"""Random lives of a model: freeze, train, save, copy, convert, fuse and back, beside a stock twin."""
 
 from __future__ import annotations
 
@@ -13,7 +13,18 @@ from torch import Tensor, nn
 
 import freezekit as fk
 
-LAYERS = ["0", "1", "3", "4", "6"]
+LAYERS = ["0", "1", "3", "4", "7.conv", "7.bn", "8"]
+BLOCKS = [("0", "1"), ("3", "4"), ("7.conv", "7.bn")]  # what fuse makes one operator of, once frozen
+LENGTH = 16
+
+
+class Residual(nn.Module):
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.conv, self.bn, self.relu = nn.Conv2d(c, c, 3, padding=1, bias=False), nn.BatchNorm2d(c), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.bn(self.conv(x)) + x)
 
 
 def _stock(rng: random.Random) -> nn.Sequential:
@@ -25,7 +36,9 @@ def _stock(rng: random.Random) -> nn.Sequential:
         nn.ReLU(),
         nn.Conv2d(c, c, rng.choice([1, 3]), stride=rng.choice([1, 2]), groups=rng.choice([1, c]), bias=False),
         nn.BatchNorm2d(c),
-        nn.ReLU(),
+        rng.choice([nn.ReLU(inplace=True), nn.LeakyReLU(0.1)]),
+        rng.choice([nn.MaxPool2d(2, stride=1), nn.Dropout(0.2)]),
+        Residual(c),
         nn.Conv2d(c, 2, 2, padding="same", dilation=rng.choice([1, 2])),
     ).double()
 
@@ -38,7 +51,10 @@ class Pair:
         torch.manual_seed(rng.randrange(2**31))
         self.stock = _stock(rng)
         self.ours = fk.convert(copy.deepcopy(self.stock))
+        if rng.random() < 0.5:
+            fk.fuse(self.ours)
         self.frozen: set[str] = set()
+        self.fused = 0  # training steps of which a part ran as one operator
         self.optimizers()
 
     @property
@@ -53,17 +69,23 @@ class Pair:
     def hold(self) -> None:
         """What freezekit promises of frozen batch norm, done by hand for the twin."""
         for name in self.frozen:
-            self.stock[int(name)].eval()
+            self.stock.get_submodule(name).eval()
 
     # The steps. Each does the same to both.
 
     def freeze(self) -> None:
-        name = self.rng.choice(LAYERS)
-        fk.freeze(self.ours, name, optimizer=self.optims[0])
-        self.frozen.add(name)
-        for p in self.stock[int(name)].parameters():
-            p.requires_grad_(False)
-            p.grad = None
+        self._freeze(self.rng.choice(LAYERS))
+
+    def freeze_block(self) -> None:
+        self._freeze(*self.rng.choice(BLOCKS))
+
+    def _freeze(self, *names: str) -> None:
+        fk.freeze(self.ours, *names, optimizer=self.optims[0])
+        self.frozen.update(names)
+        for name in names:
+            for p in self.stock.get_submodule(name).parameters():
+                p.requires_grad_(False)
+                p.grad = None
         self.hold()
 
     def unfreeze(self) -> None:
@@ -72,16 +94,17 @@ class Pair:
         name = self.rng.choice(sorted(self.frozen))
         fk.unfreeze(self.ours, name, optimizer=self.optims[0])
         self.frozen.discard(name)
-        self.stock[int(name)].requires_grad_(True)
-        self.stock[int(name)].train(self.stock.training)
+        self.stock.get_submodule(name).requires_grad_(True).train(self.stock.training)
 
     def step(self) -> None:
         x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
         if self.rng.random() < 0.3:
             x = x.to(memory_format=torch.channels_last)
         needs = self.rng.random() < 0.5
-        found = []
+        self.fused += any(row.fused for row in fk.fusion_report(self.ours))
+        found, seed = [], self.rng.randrange(2**31)
         for net, optim in zip(self.nets, self.optims):
+            torch.manual_seed(seed)  # dropout drops the same in both
             leaf = x.clone().requires_grad_(needs)
             y = net(leaf)
             optim.zero_grad()
@@ -93,8 +116,12 @@ class Pair:
 
     def look(self) -> None:
         x = torch.randn(1, 3, 9, 7, dtype=torch.float64)
+        found, seed = [], self.rng.randrange(2**31)
         with self.rng.choice([torch.no_grad, torch.inference_mode, torch.enable_grad])():
-            self.same({"y": self.ours(x)}, {"y": self.stock(x)})
+            for net in self.nets:
+                torch.manual_seed(seed)
+                found.append({"y": net(x)})
+        self.same(*found)
 
     def mode(self) -> None:
         training = self.rng.random() < 0.6
@@ -122,6 +149,15 @@ class Pair:
     def convert(self) -> None:
         fk.convert(self.ours)
 
+    def revert(self) -> None:
+        fk.revert(self.ours)
+
+    def fuse(self) -> None:
+        fk.fuse(self.ours)
+
+    def unfuse(self) -> None:
+        fk.unfuse(self.ours)
+
     def layout(self) -> None:
         order = self.rng.choice([torch.channels_last, torch.contiguous_format])
         for net in self.nets:
@@ -147,14 +183,15 @@ class Pair:
         assert flags[0] == flags[1], f"requires_grad {flags[0]}, in the twin {flags[1]}"
 
 
-STEPS = [Pair.freeze] * 3 + [Pair.unfreeze] * 2 + [Pair.step] * 6 + [Pair.look] * 2
-STEPS += [Pair.mode, Pair.save_and_load, Pair.copy, Pair.convert, Pair.layout, Pair.edit]
+STEPS = [Pair.freeze] * 2 + [Pair.freeze_block] * 4 + [Pair.unfreeze] * 3 + [Pair.step] * 7 + [Pair.look] * 2
+STEPS += [Pair.mode, Pair.save_and_load, Pair.copy, Pair.layout, Pair.edit]
+STEPS += [Pair.convert, Pair.convert, Pair.revert, Pair.fuse, Pair.fuse, Pair.unfuse]
 
 
-def check(rng: random.Random) -> None:
-    """One life of 12 steps; raises AssertionError, naming the steps so far, where the twins part."""
+def check(rng: random.Random) -> Pair:
+    """One life; raises AssertionError, naming the steps so far, where the twins part."""
     pair, done = Pair(rng), []
-    for _ in range(12):
+    for _ in range(LENGTH):
         step = rng.choice(STEPS)
         done.append(step.__name__)
         try:
@@ -162,3 +199,4 @@ def check(rng: random.Random) -> None:
             pair.compare_state()
         except Exception as error:
             raise AssertionError(f"after {', '.join(done)}: {error!r}") from error
+    return pair

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import freezekit as fk
-from tests.fuzz import calls
+from tests.fuzz import calls, sequences
 from tests.fuzz.__main__ import main
 from tests.fuzz.run import describe, run_case
 
@@ -40,6 +40,10 @@ def test_the_cases_reach_what_they_should() -> None:
         return True
 
     assert 0.7 * CASES < sum(map(valid, drawn)) < CASES
+
+
+def test_lives_reach_fused_steps() -> None:
+    assert sum(sequences.check(random.Random(f"fused/{index}")).fused for index in range(16)) >= 5
 
 
 def test_a_case_follows_from_its_numbers() -> None:
