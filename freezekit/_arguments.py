@@ -6,10 +6,22 @@ import operator
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 Size2 = int | Sequence[int]
 
 _SMALL = 2**31
+
+
+def check_module(value: object, name: str = "model") -> None:
+    """Refuses what is no module.
+
+    >>> check_module("resnet50")
+    Traceback (most recent call last):
+    TypeError: model must be an nn.Module, got str
+    """
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name} must be an nn.Module, got {type(value).__name__}")
 
 
 def plain(stride: object, padding: object, dilation: object, groups: object) -> bool:

@@ -117,6 +117,9 @@ def verify_constants(model: nn.Module | Tensor) -> None:
 
     Raises:
         RuntimeError: if one is stale, naming the tensor, the form and the cure.
+
+    >>> import torch
+    >>> verify_constants(nn.Conv2d(3, 4, 3))
     """
     for name, tensor in _tensors(model):
         for form in _C.constants.stale(tensor):
@@ -141,5 +144,7 @@ def _tensors(model: nn.Module | Tensor) -> Iterator[tuple[str, Tensor]]:
     if isinstance(model, Tensor):
         yield "", model
         return
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module or a Tensor, got {type(model).__name__}")
     yield from model.named_parameters()
     yield from model.named_buffers()

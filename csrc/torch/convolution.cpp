@@ -63,9 +63,22 @@ Tensor bias_gradient(const Tensor& dy) {
   return dy.sum(dims);
 }
 
-// at::conv1d and at::conv3d refuse a bias of another dtype; at::convolution, below them and used here, does not.
-void check_bias(const Tensor& input, const OptionalTensor& bias, bool transposed) {
-  if (!transposed && bias && bias->defined()) check_same(input, "input", *bias, "bias");
+// ATen reads what lies on the meta device as if it had data, and forms products of sizes unchecked. at::conv1d and
+// at::conv3d refuse a bias of another dtype; at::convolution, below them and used here, does not.
+void check_convolution(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, bool transposed,
+                       std::initializer_list<SymIntArrayRef> settings) {
+  check_device(input, "input", weight, "weight");
+  if (bias && bias->defined()) {
+    check_device(input, "input", *bias, "bias");
+    if (!transposed) check_same(input, "input", *bias, "bias");
+  }
+  for (const auto& setting : settings) {
+    for (const auto& number : setting) {
+      const auto known = number.maybe_as_int();
+      TORCH_CHECK(!known || *known < kExtentLimit, "stride, padding, dilation and output_padding must be below ",
+                  kExtentLimit, ", got ", setting);
+    }
+  }
 }
 
 // sizes: stride, padding, dilation, output_padding, then those of x and w.
@@ -93,7 +106,7 @@ variable_list backward(const Tensor& grad, const variable_list& kept, const Sett
 Tensor convolution_autograd(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                             SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation, bool transposed,
                             SymIntArrayRef output_padding, int64_t groups) {
-  check_bias(input, bias, transposed);
+  check_convolution(input, weight, bias, transposed, {stride, padding, dilation, output_padding});
   const ConvolutionGeometry g{owned(stride),      owned(padding), owned(dilation), owned(output_padding),
                               transposed,         groups};
   const Tensor b = bias.value_or(Tensor());
@@ -116,7 +129,7 @@ Tensor convolution_autograd(const Tensor& input, const Tensor& weight, const Opt
 Tensor convolution_aten(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, SymIntArrayRef stride,
                         SymIntArrayRef padding, SymIntArrayRef dilation, bool transposed,
                         SymIntArrayRef output_padding, int64_t groups) {
-  check_bias(input, bias, transposed);
+  check_convolution(input, weight, bias, transposed, {stride, padding, dilation, output_padding});
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   return at::convolution_symint(input, weight, bias, stride, padding, dilation, transposed, output_padding, groups);
 }

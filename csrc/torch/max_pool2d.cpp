@@ -10,6 +10,7 @@
 #include <ATen/ops/max_pool2d_with_indices.h>
 #include <torch/library.h>
 
+#include "torch/checks.h"
 #include "torch/gate.h"
 #include "torch/max_pool2d_steps.h"
 
@@ -19,6 +20,8 @@ namespace {
 std::array<int64_t, 2> pair(IntArrayRef values, const char* name) {
   TORCH_CHECK(values.size() == 1 || values.size() == 2, name, " must be one number or two (height, width), got ",
               values.size(), " of them: ", values);
+  TORCH_CHECK(values.front() < kExtentLimit && values.back() < kExtentLimit, name, " must be below ", kExtentLimit,
+              ", got ", values);
   return {values.front(), values.back()};
 }
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from freezekit._arguments import check_module
 from freezekit.conversion.calls import functional_calls
 from freezekit.conversion.swap import SWAPS, reason_to_leave, stock_base
 
@@ -49,6 +50,7 @@ def conversion_report(model: nn.Module, inputs: Any = None) -> list[LayerReport]
     >>> fk.conversion_report(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sigmoid()))
     [LayerReport(name='0', layer='Conv2d', status='stock', reason='')]
     """
+    check_module(model)
     rows = []
     for name, module in model.named_modules():
         base = stock_base(module)

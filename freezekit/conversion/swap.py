@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from freezekit import nn as layers
+from freezekit._arguments import check_module
 
 Model = TypeVar("Model", bound=nn.Module)
 Only = str | type[nn.Module] | Iterable[str | type[nn.Module]]
@@ -118,11 +119,10 @@ def _become(module: nn.Module, kind: type[nn.Module]) -> None:
 
 
 def _selected(model: nn.Module, only: Only | None) -> list[nn.Module]:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    check_module(model)
     if only is None:
         return list(model.modules())
-    parts = [only] if isinstance(only, str | type) else list(only)
+    parts = list(only) if isinstance(only, Iterable) and not isinstance(only, str | type) else [only]
     found: dict[int, nn.Module] = {}
     for part in parts:
         met = [m for name, m in model.named_modules(remove_duplicate=False) if _meets(part, name, m)]

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import LBFGS, Optimizer
 
 from freezekit import constants
+from freezekit._arguments import check_module
 from freezekit.distributed import note_freeze
 from freezekit.freezing import norm as statistics
 from freezekit.freezing import optim
@@ -38,6 +39,7 @@ def freeze_state(model: nn.Module, optimizer: Optimizers = None) -> dict[str, An
     >>> freeze_state(model)["frozen"]
     ['0.weight']
     """
+    check_module(model)
     named = dict(model.named_parameters())
     state: dict[str, Any] = {
         "version": VERSION,
@@ -84,7 +86,15 @@ def load_freeze_state(
 
     Raises:
         ValueError: ``state`` is not a freeze state, or does not fit the model or optimizer. Nothing is changed then.
+
+    >>> model, other = nn.Linear(2, 3), nn.Linear(2, 3)
+    >>> model.bias.requires_grad = False
+    >>> load_freeze_state(other, freeze_state(model)).params
+    ('bias',)
+    >>> other.bias.requires_grad
+    False
     """
+    check_module(model)
     check_form(state)
     params, skipped = match_params(model, state, strict)
     norms, skipped_norms = match_norms(model, state, strict)

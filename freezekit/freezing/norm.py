@@ -26,6 +26,8 @@ import torch
 from torch import nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 
+from freezekit._arguments import check_module
+
 
 class Hold:
     """Stands in for the ``train`` method of one layer and keeps it in eval mode.
@@ -78,7 +80,15 @@ def has_statistics(module: nn.Module) -> bool:
 
 
 def is_held(module: nn.Module) -> bool:
-    """Whether ``module``'s running statistics are frozen: it uses them, keeps them, and ignores ``train()``."""
+    """Whether ``module``'s running statistics are frozen: it uses them, keeps them, and ignores ``train()``.
+
+    >>> import freezekit as fk
+    >>> norm = nn.BatchNorm2d(4)
+    >>> _ = fk.freeze(norm)
+    >>> fk.is_held(norm), norm.train().training
+    (True, False)
+    """
+    check_module(module, "module")
     return isinstance(module.__dict__.get("train"), Hold)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from freezekit import backends
+from freezekit.functional._errors import as_torch
 
 _activation = torch.ops.freezekit.activation.default
 _activation_ = torch.ops.freezekit.activation_.default
@@ -14,6 +16,7 @@ _dropout = torch.ops.freezekit.dropout.default
 _dropout_ = torch.ops.freezekit.dropout_.default
 
 
+@as_torch(F.relu)
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """`torch.nn.functional.relu`, keeping one bit an element instead of its output.
 
@@ -34,6 +37,7 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     return _apply(input, inplace, "relu", 0.0, 0.0)
 
 
+@as_torch(F.relu6)
 def relu6(input: Tensor, inplace: bool = False) -> Tensor:
     """`torch.nn.functional.relu6`, min(max(x, 0), 6), keeping one bit an element instead of its input.
 
@@ -47,6 +51,7 @@ def relu6(input: Tensor, inplace: bool = False) -> Tensor:
     return hardtanh(input, 0.0, 6.0, inplace)
 
 
+@as_torch(F.hardtanh)
 def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
     """`torch.nn.functional.hardtanh`, min(max(x, min_val), max_val), keeping one bit an element instead of its input.
 
@@ -65,11 +70,12 @@ def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace
     """
     if has_torch_function_unary(input):
         return handle_torch_function(hardtanh, (input,), input, min_val=min_val, max_val=max_val, inplace=inplace)
-    if min_val > max_val:
-        raise ValueError(f"min_val must not be greater than max_val, got {min_val} and {max_val}")
+    if not min_val <= max_val:  # torch's error, and its own way with NaN
+        return F.hardtanh(input, min_val, max_val, inplace)
     return _apply(input, inplace, "hardtanh", float(min_val), float(max_val))
 
 
+@as_torch(F.leaky_relu)
 def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
     """`torch.nn.functional.leaky_relu`, keeping one bit an element instead of its input.
 
@@ -86,6 +92,7 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
     return _apply(input, inplace, "leaky_relu", float(negative_slope), 0.0)
 
 
+@as_torch(F.dropout)
 def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     """`torch.nn.functional.dropout`, keeping one bit an element instead of a mask of the input's dtype.
 
@@ -110,6 +117,8 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
         return handle_torch_function(dropout, (input,), input, p=p, training=training, inplace=inplace)
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
+    if not isinstance(input, Tensor):  # the operator would take None
+        return F.dropout(input, p, training, inplace)
     if not inplace:
         return _dropout(input, float(p), training, backend=backends._current)
     _dropout_(input, float(p), training, backend=backends._current)

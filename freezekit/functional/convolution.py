@@ -9,11 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
+from freezekit.functional._errors import as_torch
+
 SizeN = int | Sequence[int]
 
 _convolution = torch.ops.freezekit.convolution.default
 
 
+@as_torch(F.conv1d)
 def conv1d(
     input: Tensor,
     weight: Tensor,
@@ -43,6 +46,7 @@ def conv1d(
     return _forward(1, F.conv1d, input, weight, bias, stride, padding, dilation, groups)
 
 
+@as_torch(F.conv3d)
 def conv3d(
     input: Tensor,
     weight: Tensor,
@@ -72,6 +76,7 @@ def conv3d(
     return _forward(3, F.conv3d, input, weight, bias, stride, padding, dilation, groups)
 
 
+@as_torch(F.conv_transpose1d)
 def conv_transpose1d(
     input: Tensor,
     weight: Tensor,
@@ -102,6 +107,7 @@ def conv_transpose1d(
     return _transposed(1, F.conv_transpose1d, input, weight, bias, *settings)
 
 
+@as_torch(F.conv_transpose2d)
 def conv_transpose2d(
     input: Tensor,
     weight: Tensor,
@@ -132,6 +138,7 @@ def conv_transpose2d(
     return _transposed(2, F.conv_transpose2d, input, weight, bias, *settings)
 
 
+@as_torch(F.conv_transpose3d)
 def conv_transpose3d(
     input: Tensor,
     weight: Tensor,

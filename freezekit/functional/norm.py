@@ -9,11 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
+from freezekit.functional._errors import as_torch
+
 _batch_norm = torch.ops.freezekit.batch_norm.default
 _layer_norm = torch.ops.freezekit.layer_norm.default
 _group_norm = torch.ops.freezekit.group_norm.default
 
 
+@as_torch(F.batch_norm)
 def batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -50,11 +53,12 @@ def batch_norm(
     tensors = (input, running_mean, running_var, weight, bias)
     if has_torch_function_variadic(*tensors):
         return handle_torch_function(batch_norm, tensors, *tensors, training=training, momentum=momentum, eps=eps)
-    if training or running_mean is None or running_var is None:
+    if training or running_mean is None or running_var is None or eps < 0.0:
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     return _batch_norm(input, weight, bias, running_mean, running_var, eps)
 
 
+@as_torch(F.layer_norm)
 def layer_norm(
     input: Tensor,
     normalized_shape: Sequence[int],
@@ -89,6 +93,7 @@ def layer_norm(
     return _layer_norm(input, normalized_shape, weight, bias, eps)
 
 
+@as_torch(F.group_norm)
 def group_norm(
     input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:

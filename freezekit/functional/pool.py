@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from freezekit import backends
+from freezekit.functional._errors import as_torch
 
 # torch's own functions, which give torch's own errors: their types know fewer sequences than they take.
 F: Any = torch.nn.functional
@@ -28,6 +29,7 @@ _PADS = {
 }
 
 
+@as_torch(F.max_pool2d)
 def max_pool2d(
     input: Tensor,
     kernel_size: SizeN,
@@ -71,9 +73,12 @@ def max_pool2d(
         result = max_pool2d(input.unsqueeze(0), *settings)
         return result.squeeze(0) if isinstance(result, Tensor) else (result[0].squeeze(0), result[1].squeeze(0))
     op = _max_pool2d_with_indices if return_indices else _max_pool2d
-    return op(input, kernel_size, stride or [], padding, dilation, ceil_mode, backend=backends._current)
+    return op(
+        input, kernel_size, [] if stride is None else stride, padding, dilation, ceil_mode, backend=backends._current
+    )
 
 
+@as_torch(F.avg_pool1d)
 def avg_pool1d(
     input: Tensor,
     kernel_size: SizeN,
@@ -91,12 +96,15 @@ def avg_pool1d(
     if has_torch_function_unary(input):
         arguments = (input, kernel_size, stride, padding, ceil_mode, count_include_pad)
         return handle_torch_function(avg_pool1d, (input,), *arguments)
-    if input.dim() not in (2, 3):
-        return F.avg_pool1d(input, _ints(kernel_size, 1), stride, padding, ceil_mode, count_include_pad)
-    kernel, step, edge = (1, *_ints(kernel_size, 1)), (1, *_ints(stride or kernel_size, 1)), (0, *_ints(padding, 1))
-    return _avg_pool(input.unsqueeze(-2), kernel, step, edge, ceil_mode, count_include_pad).squeeze(-2)
+    window, step, edge = _ints(kernel_size, 1), _ints(_step(stride, kernel_size), 1), _ints(padding, 1)
+    if input.dim() not in (2, 3) or {len(window), len(step), len(edge)} != {1}:
+        return F.avg_pool1d(input, window, stride, padding, ceil_mode, count_include_pad)
+    return _avg_pool(input.unsqueeze(-2), (1, *window), (1, *step), (0, *edge), ceil_mode, count_include_pad).squeeze(
+        -2
+    )
 
 
+@as_torch(F.avg_pool2d)
 def avg_pool2d(
     input: Tensor,
     kernel_size: SizeN,
@@ -118,6 +126,7 @@ def avg_pool2d(
     return _avg_pool_nd(2, *arguments)
 
 
+@as_torch(F.avg_pool3d)
 def avg_pool3d(
     input: Tensor,
     kernel_size: SizeN,
@@ -139,6 +148,7 @@ def avg_pool3d(
     return _avg_pool_nd(3, *arguments)
 
 
+@as_torch(F.adaptive_avg_pool1d)
 def adaptive_avg_pool1d(input: Tensor, output_size: SizeN) -> Tensor:
     """`torch.nn.functional.adaptive_avg_pool1d`, keeping sizes alone.
 
@@ -153,6 +163,7 @@ def adaptive_avg_pool1d(input: Tensor, output_size: SizeN) -> Tensor:
     return _adaptive_avg_pool(input.unsqueeze(-2), [1, *_ints(output_size, 1)]).squeeze(-2)
 
 
+@as_torch(F.adaptive_avg_pool2d)
 def adaptive_avg_pool2d(input: Tensor, output_size: MaybeSizeN) -> Tensor:
     """`torch.nn.functional.adaptive_avg_pool2d`, keeping sizes alone. None in `output_size` keeps the input's size.
 
@@ -165,6 +176,7 @@ def adaptive_avg_pool2d(input: Tensor, output_size: MaybeSizeN) -> Tensor:
     return _adaptive_avg_pool_nd(2, input, output_size)
 
 
+@as_torch(F.adaptive_avg_pool3d)
 def adaptive_avg_pool3d(input: Tensor, output_size: MaybeSizeN) -> Tensor:
     """`torch.nn.functional.adaptive_avg_pool3d`, keeping sizes alone. None in `output_size` keeps the input's size.
 
@@ -177,6 +189,7 @@ def adaptive_avg_pool3d(input: Tensor, output_size: MaybeSizeN) -> Tensor:
     return _adaptive_avg_pool_nd(3, input, output_size)
 
 
+@as_torch(F.pad)
 def pad(input: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Tensor:
     """`torch.nn.functional.pad`; reflection and replication keep sizes instead of the input. Arguments as there.
 
@@ -201,10 +214,15 @@ def _ints(value: SizeN, count: int) -> tuple[int, ...]:
     return tuple(value) * (count if len(value) == 1 else 1)
 
 
+def _step(stride: SizeN | None, kernel_size: SizeN) -> SizeN:
+    """As in torch, windows lie side by side where no stride is given, or an empty one."""
+    return kernel_size if stride is None or (isinstance(stride, Sequence) and not stride) else stride
+
+
 def _avg_pool_nd(
     axes: int, input: Tensor, kernel_size: SizeN, stride: SizeN | None, padding: SizeN, *rest: object
 ) -> Tensor:
-    kernel, step, edge = _ints(kernel_size, axes), _ints(stride or kernel_size, axes), _ints(padding, axes)
+    kernel, step, edge = _ints(kernel_size, axes), _ints(_step(stride, kernel_size), axes), _ints(padding, axes)
     if {len(kernel), len(step), len(edge)} != {axes}:
         torch_s = F.avg_pool2d if axes == 2 else F.avg_pool3d
         return torch_s(input, kernel_size, stride, padding, *rest)
@@ -213,7 +231,7 @@ def _avg_pool_nd(
 
 def _adaptive_avg_pool_nd(axes: int, input: Tensor, output_size: MaybeSizeN) -> Tensor:
     wanted = tuple(output_size) if isinstance(output_size, Sequence) else (output_size,) * axes
-    if len(wanted) != axes or input.dim() <= axes or set(wanted) == {1}:  # errors, and means
+    if output_size is None or len(wanted) != axes or input.dim() <= axes or set(wanted) == {1}:  # errors, and means
         torch_s = F.adaptive_avg_pool2d if axes == 2 else F.adaptive_avg_pool3d
         return torch_s(input, output_size)
     return _adaptive_avg_pool(input, [own if new is None else new for own, new in zip(input.shape[-axes:], wanted)])

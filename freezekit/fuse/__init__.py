@@ -7,6 +7,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from freezekit._arguments import check_module
 from freezekit.fuse import folding
 from freezekit.fuse.classes import fuse_module, original_class, plan_of, unfuse_module
 from freezekit.fuse.plan import make_plan
@@ -50,8 +51,7 @@ def fuse(model: Model) -> Model:
     >>> model(x).grad_fn.name()
     'FreezekitFrozenConv2dBackward'
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    check_module(model)
     for module in list(model.modules()):
         if not _may_rewrite(module):
             continue
@@ -72,6 +72,7 @@ def unfuse(model: Model) -> Model:
     >>> type(model) is nn.Sequential
     True
     """
+    check_module(model)
     for module in model.modules():
         unfuse_module(module)
     folding.drop_all(model)

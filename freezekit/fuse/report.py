@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from freezekit._arguments import check_module
 from freezekit.fuse.classes import original_class, plan_of
 from freezekit.fuse.layers import activation_kind, why_unfused
 from freezekit.fuse.plan import BlockNames, make_plan
@@ -50,6 +51,7 @@ def fusion_report(model: nn.Module) -> list[BlockReport]:
     >>> print(*fusion_report(model.requires_grad_()))
     0 + 1 + relu: not fused, the convolution is trainable
     """
+    check_module(model)
     rows: list[BlockReport] = []
     placed: set[str] = set()
     reasons: dict[str, str] = {}

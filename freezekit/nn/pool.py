@@ -21,7 +21,12 @@ class MaxPool2d(nn.MaxPool2d):
 
 
 class AvgPool1d(nn.AvgPool1d):
-    """An `nn.AvgPool1d` that keeps sizes instead of its input."""
+    """An `nn.AvgPool1d` that keeps sizes instead of its input.
+
+    >>> import torch, freezekit as fk
+    >>> fk.nn.AvgPool1d(2)(torch.tensor([[[1.0, 3.0]]]))
+    tensor([[[2.]]])
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         settings = (self.kernel_size, self.stride, self.padding, self.ceil_mode, self.count_include_pad)
@@ -29,7 +34,12 @@ class AvgPool1d(nn.AvgPool1d):
 
 
 class AvgPool2d(nn.AvgPool2d):
-    """An `nn.AvgPool2d` that keeps sizes instead of its input."""
+    """An `nn.AvgPool2d` that keeps sizes instead of its input.
+
+    >>> import torch, freezekit as fk
+    >>> fk.nn.AvgPool2d(2)(torch.ones(1, 1, 2, 2))
+    tensor([[[[1.]]]])
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         settings = (self.kernel_size, self.stride, self.padding, self.ceil_mode, self.count_include_pad)
@@ -37,7 +47,12 @@ class AvgPool2d(nn.AvgPool2d):
 
 
 class AvgPool3d(nn.AvgPool3d):
-    """An `nn.AvgPool3d` that keeps sizes instead of its input."""
+    """An `nn.AvgPool3d` that keeps sizes instead of its input.
+
+    >>> import torch, freezekit as fk
+    >>> fk.nn.AvgPool3d(2)(torch.ones(1, 1, 2, 2, 2))
+    tensor([[[[[1.]]]]])
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         settings = (self.kernel_size, self.stride, self.padding, self.ceil_mode, self.count_include_pad)
@@ -45,63 +60,108 @@ class AvgPool3d(nn.AvgPool3d):
 
 
 class AdaptiveAvgPool1d(nn.AdaptiveAvgPool1d):
-    """An `nn.AdaptiveAvgPool1d` that keeps sizes instead of its input."""
+    """An `nn.AdaptiveAvgPool1d` that keeps sizes instead of its input.
+
+    >>> import torch, freezekit as fk
+    >>> fk.nn.AdaptiveAvgPool1d(1)(torch.tensor([[[1.0, 3.0]]]))
+    tensor([[[2.]]])
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.adaptive_avg_pool1d(input, self.output_size)
 
 
 class AdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
-    """An `nn.AdaptiveAvgPool2d` that keeps sizes instead of its input."""
+    """An `nn.AdaptiveAvgPool2d` that keeps sizes instead of its input.
+
+    >>> import torch, freezekit as fk
+    >>> fk.nn.AdaptiveAvgPool2d((2, None))(torch.ones(1, 1, 4, 3)).shape
+    torch.Size([1, 1, 2, 3])
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.adaptive_avg_pool2d(input, self.output_size)
 
 
 class AdaptiveAvgPool3d(nn.AdaptiveAvgPool3d):
-    """An `nn.AdaptiveAvgPool3d` that keeps sizes instead of its input."""
+    """An `nn.AdaptiveAvgPool3d` that keeps sizes instead of its input.
+
+    >>> import torch, freezekit as fk
+    >>> fk.nn.AdaptiveAvgPool3d(2)(torch.ones(1, 1, 4, 4, 4)).shape
+    torch.Size([1, 1, 2, 2, 2])
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.adaptive_avg_pool3d(input, self.output_size)
 
 
 class ReflectionPad1d(nn.ReflectionPad1d):
-    """An `nn.ReflectionPad1d` that keeps sizes instead of its input."""
+    """An `nn.ReflectionPad1d` that keeps sizes instead of its input.
+
+    >>> import torch, freezekit as fk
+    >>> fk.nn.ReflectionPad1d(1)(torch.tensor([[[1.0, 2.0, 3.0]]]))
+    tensor([[[2., 1., 2., 3., 2.]]])
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.pad(input, self.padding, "reflect")
 
 
 class ReflectionPad2d(nn.ReflectionPad2d):
-    """An `nn.ReflectionPad2d` that keeps sizes instead of its input."""
+    """An `nn.ReflectionPad2d` that keeps sizes instead of its input.
+
+    >>> import torch, freezekit as fk
+    >>> fk.nn.ReflectionPad2d(1)(torch.ones(1, 1, 4, 4)).shape
+    torch.Size([1, 1, 6, 6])
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.pad(input, self.padding, "reflect")
 
 
 class ReflectionPad3d(nn.ReflectionPad3d):
-    """An `nn.ReflectionPad3d` that keeps sizes instead of its input."""
+    """An `nn.ReflectionPad3d` that keeps sizes instead of its input.
+
+    >>> import torch, freezekit as fk
+    >>> fk.nn.ReflectionPad3d(1)(torch.ones(1, 1, 4, 4, 4)).shape
+    torch.Size([1, 1, 6, 6, 6])
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.pad(input, self.padding, "reflect")
 
 
 class ReplicationPad1d(nn.ReplicationPad1d):
-    """An `nn.ReplicationPad1d` that keeps sizes instead of its input."""
+    """An `nn.ReplicationPad1d` that keeps sizes instead of its input.
+
+    >>> import torch, freezekit as fk
+    >>> fk.nn.ReplicationPad1d(1)(torch.tensor([[[1.0, 2.0]]]))
+    tensor([[[1., 1., 2., 2.]]])
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.pad(input, self.padding, "replicate")
 
 
 class ReplicationPad2d(nn.ReplicationPad2d):
-    """An `nn.ReplicationPad2d` that keeps sizes instead of its input."""
+    """An `nn.ReplicationPad2d` that keeps sizes instead of its input.
+
+    >>> import torch, freezekit as fk
+    >>> fk.nn.ReplicationPad2d(1)(torch.ones(1, 1, 4, 4)).shape
+    torch.Size([1, 1, 6, 6])
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.pad(input, self.padding, "replicate")
 
 
 class ReplicationPad3d(nn.ReplicationPad3d):
-    """An `nn.ReplicationPad3d` that keeps sizes instead of its input."""
+    """An `nn.ReplicationPad3d` that keeps sizes instead of its input.
+
+    >>> import torch, freezekit as fk
+    >>> fk.nn.ReplicationPad3d(1)(torch.ones(1, 1, 4, 4, 4)).shape
+    torch.Size([1, 1, 6, 6, 6])
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.pad(input, self.padding, "replicate")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from freezekit._arguments import check_module
 from freezekit.explain.fused import constants
 from freezekit.explain.trace import Trace, arguments, trace
 from freezekit.plan.machine import Machine, seconds
@@ -54,9 +55,12 @@ def plan(
     >>> plan(net, torch.empty(2, 3, 32, 32, device="meta"), memory=60_000).choice.name
     'depth 2'
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    check_module(model)
+    if machine is not None and not isinstance(machine, Machine):
+        raise TypeError(f"machine must be a Machine, got {type(machine).__name__}")
     for name, budget in (("memory", memory), ("time", time)):
+        if budget is not None and not isinstance(budget, int | float):
+            raise TypeError(f"{name} must be a number, got {budget!r}")
         if budget is not None and not budget > 0:
             raise ValueError(f"{name} must be positive, got {budget}")
     parameter = next(model.parameters(), None)
