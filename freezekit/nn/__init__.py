@@ -4,6 +4,7 @@ Each is an `isinstance` of the layer of `torch.nn` that it replaces, with its co
 errors.
 """
 
+from freezekit.nn._tracers import refuse_script
 from freezekit.nn.activation import Dropout, Hardtanh, LeakyReLU, ReLU, ReLU6
 from freezekit.nn.conv import FreezableConv2d
 from freezekit.nn.convolution import (
@@ -67,3 +68,6 @@ __all__ = [
     "ReplicationPad2d",
     "ReplicationPad3d",
 ]
+
+for _name in __all__:
+    globals()[_name].__prepare_scriptable__ = refuse_script

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from freezekit import functional
+from freezekit.nn._tracers import as_leaf
 
 
 class ReLU(nn.ReLU):
@@ -67,4 +68,6 @@ class Dropout(nn.Dropout):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, fx.Proxy) and (leaf := as_leaf(self, input)) is not None:
+            return leaf
         return functional.dropout(input, self.p, self.training, self.inplace)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
-
 from torch import Tensor, nn
 
 from freezekit import functional
@@ -29,13 +27,6 @@ class FreezableConv2d(nn.Conv2d):
             padded = functional.pad(input, self._reversed_padding_repeated_twice, self.padding_mode)
             return functional.conv2d(padded, weight, bias, self.stride, 0, self.dilation, self.groups)
         return functional.conv2d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
-
-    def __prepare_scriptable__(self) -> NoReturn:
-        """What torch.jit.script asks a module for first; its language has no way to choose a backend at run time."""
-        raise RuntimeError(
-            f"torch.jit.script cannot compile a {type(self).__name__}: use torch.jit.trace, torch.export or "
-            "torch.compile, or script the model with the nn.Conv2d that it had before"
-        )
 
     @classmethod
     def from_conv2d(cls, conv: nn.Conv2d) -> FreezableConv2d:

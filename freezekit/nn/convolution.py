@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from freezekit import functional
+from freezekit.nn._tracers import as_leaf
 
 
 class FreezableConv1d(nn.Conv1d):
@@ -43,6 +44,8 @@ class FreezableConv3d(nn.Conv3d):
 
 class _FreezableConvTranspose(nn.modules.conv._ConvTransposeNd):
     def _transposed(self, function: Any, axes: int, input: Tensor, output_size: list[int] | None) -> Tensor:
+        if isinstance(input, fx.Proxy) and (leaf := as_leaf(self, input, output_size)) is not None:
+            return leaf
         if self.padding_mode != "zeros":
             raise ValueError(f"Only `zeros` padding mode is supported for ConvTranspose{axes}d")
         more = self._output_padding(

@@ -6,13 +6,16 @@ that flag (see `freezekit.freezing.is_held`), so a frozen layer goes on using it
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from freezekit import functional
+from freezekit.nn._tracers import as_leaf
 
 
 class _FreezableBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, fx.Proxy) and (leaf := as_leaf(self, input)) is not None:
+            return leaf
         if self.training or self.running_mean is None or self.running_var is None:
             return super().forward(input)  # batch statistics: the formula reads the input
         self._check_input_dim(input)

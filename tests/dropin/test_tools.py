@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import warnings
 
@@ -41,6 +42,33 @@ def test_jit_script_says_what_to_do() -> None:
     for module in (fk.FreezableConv2d(3, 4, 3), net(fk.FreezableConv2d)):
         with pytest.raises(RuntimeError, match=r"FreezableConv2d.*torch\.jit\.trace.*torch\.compile"):
             torch.jit.script(module)
+    for name in fk.nn.__all__:
+        kind = getattr(fk.nn, name)
+        with pytest.raises(RuntimeError, match=rf"cannot compile a {name}: .*revert"):
+            torch.jit.script(nn.Sequential(kind.__new__(kind)))
+
+
+class Mixed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.up = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ConvTranspose2d(4, 4, 2, stride=2)
+        self.rest = nn.Sequential(nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.5), nn.AdaptiveAvgPool2d(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.rest(self.up(self.norm(self.conv(x)) + 1))
+
+
+@pytest.mark.parametrize("traced_in", [True, False], ids=["train", "eval"])
+def test_a_traced_model_still_follows_train_and_eval(traced_in: bool) -> None:
+    stock = Mixed().train(traced_in)
+    ours = torch.fx.symbolic_trace(fk.convert(copy.deepcopy(stock)))
+    for training in (True, False, True):
+        results = []
+        for model in (ours, stock):
+            torch.manual_seed(0)
+            results.append(model.train(training)(X))
+        torch.testing.assert_close(*results)
+    torch.testing.assert_close(ours.norm.running_mean, stock.norm.running_mean)
 
 
 def test_fx_traces_to_the_function() -> None:
