@@ -55,15 +55,11 @@ void check_operand(const Tensor& tensor, const char* name) {
               " must be a dense tensor, got layout ", tensor.layout());
 }
 
-void check_device(const Tensor& a, const char* a_name, const Tensor& b, const char* b_name) {
-  TORCH_CHECK(a.device() == b.device(), a_name, " is on ", a.device(), ", ", b_name, " is on ", b.device(),
-              ": both must be on one device");
-}
-
 void check_same(const Tensor& a, const char* a_name, const Tensor& b, const char* b_name) {
   check_operand(a, a_name);
   check_operand(b, b_name);
-  check_device(a, a_name, b, b_name);
+  TORCH_CHECK(a.device() == b.device(), a_name, " is on ", a.device(), ", ", b_name, " is on ", b.device(),
+              ": both must be on one device");
   // A oneDNN tensor goes with a dense one, as in torch; not the other way round.
   TORCH_CHECK(a.layout() == b.layout() || a.is_mkldnn(), a_name, " has layout ", a.layout(), ", ", b_name,
               " has layout ", b.layout(), ": both must have one layout");

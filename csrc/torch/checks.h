@@ -27,7 +27,6 @@ void check_geometry(const Geometry&);
 void check_formula_backend(const Geometry&, const char* what);
 // A defined tensor of a layout that convolutions exist for.
 void check_operand(const Tensor&, const char* name);
-void check_device(const Tensor& a, const char* a_name, const Tensor& b, const char* b_name);
 // Two operands of one device and one dtype.
 void check_same(const Tensor& a, const char* a_name, const Tensor& b, const char* b_name);
 // No negative size, and not more elements than can be addressed.

@@ -63,13 +63,18 @@ Tensor bias_gradient(const Tensor& dy) {
   return dy.sum(dims);
 }
 
+void check_device(const Tensor& input, const Tensor& other, const char* name) {
+  TORCH_CHECK(input.device() == other.device(), "input is on ", input.device(), ", ", name, " is on ", other.device(),
+              ": both must be on one device");
+}
+
 // ATen reads what lies on the meta device as if it had data, and forms products of sizes unchecked. at::conv1d and
 // at::conv3d refuse a bias of another dtype; at::convolution, below them and used here, does not.
 void check_convolution(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, bool transposed,
                        std::initializer_list<SymIntArrayRef> settings) {
-  check_device(input, "input", weight, "weight");
+  check_device(input, weight, "weight");
   if (bias && bias->defined()) {
-    check_device(input, "input", *bias, "bias");
+    check_device(input, *bias, "bias");
     if (!transposed) check_same(input, "input", *bias, "bias");
   }
   for (const auto& setting : settings) {
