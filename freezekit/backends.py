@@ -5,9 +5,12 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Literal, get_args
 
+from freezekit import _C
+
 Backend = Literal["auto", "native", "aten", "emulated"]
 
 _current: Backend = "auto"
+_hopper = False
 
 
 def current_backend() -> Backend:
@@ -35,9 +38,12 @@ class backend:
         name: ``"auto"`` lets freezekit choose; ``"native"`` demands its CUDA kernels (an error where none fits);
             ``"aten"`` demands cuDNN or oneDNN; ``"emulated"`` runs the CUDA kernels' source on CPU tensors, slowly,
             for tests.
+        hopper: the kernels for sm_90a run where they can, on a GPU of sm_90 or emulated. They have never run on
+            hardware, so they are asked for by name. Unlike the backend, this is looked at by each kernel's launch: a
+            backward pass outside of the context runs the kernels of sm_80. ``"auto"`` never runs them.
 
     Raises:
-        ValueError: if `name` is no backend.
+        ValueError: if `name` is no backend, or `hopper` is set for one that has no such kernels.
 
     >>> import torch, freezekit as fk
     >>> x, w = torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3)
@@ -46,19 +52,26 @@ class backend:
     9.0
     """
 
-    def __init__(self, name: Backend) -> None:
+    def __init__(self, name: Backend, *, hopper: bool = False) -> None:
         check_backend(name)
+        if hopper and name not in ("native", "emulated"):
+            raise ValueError(f"hopper=True needs backend 'native' or 'emulated', got {name!r}")
         self.name = name
-        self._outer: list[Backend] = []
+        self.hopper = hopper
+        self._outer: list[tuple[Backend, bool]] = []
 
     def __enter__(self) -> backend:
-        global _current
-        self._outer.append(_current)
-        _current = self.name
+        self._outer.append((_current, _hopper))
+        _set(self.name, self.hopper)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        global _current
-        _current = self._outer.pop()
+        _set(*self._outer.pop())
+
+
+def _set(name: Backend, hopper: bool) -> None:
+    global _current, _hopper
+    _current, _hopper = name, hopper
+    _C.set_hopper(hopper)

@@ -11,8 +11,8 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from freezekit import _C, functional
 from freezekit.backends import Backend
+from freezekit.backends import backend as use_backend
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # Bits of the significand that a product's factors keep: what bounds the error of one term.
@@ -58,6 +59,9 @@ PROBLEMS = (
     Problem("depthwise 5x5 stride 2", (1, 16, 11, 11), (32, 1, 5, 5), stride=2, padding=2, groups=16),
 )
 
+# What the kernels of sm_90a take: whole 16-byte chunks of channels, at least half of 128 bytes of them.
+HOPPER_PROBLEMS = PROBLEMS[:4]
+
 
 @dataclass(frozen=True)
 class Row:
@@ -93,6 +97,18 @@ def selftest(backend: Backend, device: torch.device, problems: Iterable[Problem]
             for operator in ("conv2d", "conv2d_dgrad", "conv2d_wgrad"):
                 with _tf32(tf32):
                     yield _run(operator, problem, dtype, tf32, backend, device)
+
+
+def selftest_hopper(backend: Literal["native", "emulated"], device: torch.device) -> Iterator[Row]:
+    """The kernels of sm_90a, which no other row runs: they are asked for, see `freezekit.backend`."""
+    for problem in HOPPER_PROBLEMS:
+        for dtype, tf32 in [(torch.float16, False), (torch.bfloat16, False), (torch.float32, True)]:
+            for operator in ("conv2d", "conv2d_dgrad"):
+                with _tf32(tf32), use_backend(backend, hopper=True):
+                    row = _run(operator, problem, dtype, tf32, backend, device)
+                if not row.failure and not row.kernel.startswith("hopper"):
+                    row = replace(row, failure=f"{row.kernel} ran instead")
+                yield row
 
 
 def _run(
@@ -205,6 +221,8 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device("cuda" if backend == "native" or (backend == "aten" and gpu) else "cpu")
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
     rows = list(selftest(backend, device))
+    if backend == "emulated" or (backend == "native" and torch.cuda.get_device_capability(device) == (9, 0)):
+        rows += selftest_hopper(backend, device)
     _print(Console(width=None if sys.stdout.isatty() else 140), rows, f"freezekit selftest: {backend} on {where}")
     failures = sum(not row.passed for row in rows)
     print(f"{len(rows) - failures} passed, {failures} failed; kernels: {len({row.kernel for row in rows})}")

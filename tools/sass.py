@@ -1,8 +1,9 @@
 """Compiles every CUDA kernel for each architecture and reads what came out: `make sass`.
 
-For each kernel it prints registers, shared memory, spills and the number of tensor-core (HMMA, HGMMA), LDSM (ldmatrix)
-and LDGSTS (cp.async) instructions. It fails on a spill, on local loads or stores, and where a tensor-core kernel lacks
-an instruction that it is made of. No GPU is needed: nvcc compiles, nvdisasm (PyPI: nvidia-cuda-nvdisasm) disassembles.
+For each kernel it prints registers, static shared memory, spills and the number of tensor-core (HMMA; HGMMA is wgmma),
+LDSM (ldmatrix), LDGSTS (cp.async) and UTMALDG (bulk tensor copy) instructions. It fails on a spill, on local loads or
+stores, on advice of ptxas that a wgmma or setmaxnreg does not do what it should, and where a kernel lacks an
+instruction that it is made of. No GPU is needed: nvcc compiles, nvdisasm (PyPI: nvidia-cuda-nvdisasm) disassembles.
 """
 
 from __future__ import annotations
@@ -21,21 +22,28 @@ from pathlib import Path
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 ARCHS = ("sm_80", "sm_90a")
-COUNTED = {"HMMA": ("HMMA", "HGMMA"), "LDSM": ("LDSM",), "LDGSTS": ("LDGSTS",), "local": ("LDL", "STL")}
+COUNTED = {
+    **{name: (name,) for name in ("HMMA", "HGMMA", "LDSM", "LDGSTS", "UTMALDG", "SYNCS", "USETMAXREG")},
+    "local": ("LDL", "STL"),
+}
 # What a kernel whose name matches must have; all that match count. `(Access)2` loads single elements, and so do the two
 # `false` of a wgrad; ldmatrix cannot transpose the 32-bit operands of a wgrad in float.
 REQUIRED = [
-    (re.compile(r"gemm_kernel<"), "HMMA"),
+    (re.compile(r"(?<!hopper_)gemm_kernel<"), "HMMA"),
     (re.compile(r"implicit_gemm_kernel<|wgrad_gemm_kernel<(?!float)"), "LDSM"),
     (re.compile(r"implicit_gemm_kernel<(?!.*\(Access\)2)|wgrad_gemm_kernel<(?!.*false, false)"), "LDGSTS"),
     (re.compile(r"depthwise_(forward|dgrad_stride2|wgrad)_kernel<"), "LDGSTS"),
 ]
+# The same for kernels that are empty but for sm_90a. SYNCS are operations on mbarriers.
+HOPPER = re.compile(r"hopper_\w*gemm_kernel<")
+REQUIRED_OF_HOPPER = ("HGMMA", "UTMALDG", "IM2COL", "SYNCS", "USETMAXREG")
+PTXAS_ADVICE = re.compile(r"\(C7\d+\)")
 PTXAS_KERNEL = re.compile(r"Compiling entry function '(\w+)'")
 PTXAS_SPILL = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 PTXAS_USED = re.compile(r"Used (\d+) registers")
 PTXAS_SHARED = re.compile(r"(\d+) bytes smem")
 SASS_FUNCTION = re.compile(r"^\s*\.section\s+\.text\.(\w+)")
-SASS_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)")
+SASS_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)([\w.]*)")
 
 
 @dataclass
@@ -43,6 +51,7 @@ class Kernel:
     """One kernel of one architecture; sizes in bytes."""
 
     name: str
+    arch: str = ""
     registers: int = 0
     shared: int = 0
     spills: int = 0
@@ -53,9 +62,10 @@ class Kernel:
         faults = [f"spills {self.spills} bytes"] if self.spills else []
         if self.counts["local"]:
             faults.append(f"{self.counts['local']} local loads or stores")
-        return faults + [
-            f"no {name}" for pattern, name in REQUIRED if pattern.search(self.name) and not self.counts[name]
-        ]
+        required = [name for pattern, name in REQUIRED if pattern.search(self.name)]
+        if self.arch == "sm_90a" and HOPPER.search(self.name):
+            required += REQUIRED_OF_HOPPER
+        return faults + [f"no {name}" for name in required if not self.counts[name]]
 
 
 def find_nvdisasm() -> str:
@@ -112,6 +122,7 @@ def count_instructions(sass: str, kernels: dict[str, Kernel]) -> None:
             current.counts["all"] += 1
             for name, opcodes in COUNTED.items():
                 current.counts[name] += match[1] in opcodes
+            current.counts["IM2COL"] += match[1] == "UTMALDG" and ".IM2COL" in match[2]
 
 
 def compile_one(source: Path, arch: str, nvdisasm: str, folder: Path) -> list[Kernel]:
@@ -119,7 +130,7 @@ def compile_one(source: Path, arch: str, nvdisasm: str, folder: Path) -> list[Ke
     cubin = folder / f"{source.stem}.{arch}.cubin"
     flags = ["-std=c++17", "-O3", f"-I{CSRC}", f"-arch={arch}", "-Xptxas", "-v", "-cubin"]
     built = subprocess.run(["nvcc", *flags, str(source), "-o", str(cubin)], capture_output=True, text=True)
-    if built.returncode or "warning" in built.stderr:
+    if built.returncode or "warning" in built.stderr or PTXAS_ADVICE.search(built.stderr):
         sys.exit(f"{source.name} for {arch}:\n{built.stderr}")
     kernels = read_ptxas(built.stdout + built.stderr)
     if not kernels:
@@ -127,7 +138,7 @@ def compile_one(source: Path, arch: str, nvdisasm: str, folder: Path) -> list[Ke
     sass = subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
     count_instructions(sass, kernels)
     for mangled, name in demangle(list(kernels)).items():
-        kernels[mangled].name = name
+        kernels[mangled].name, kernels[mangled].arch = name, arch
     return sorted(kernels.values(), key=lambda kernel: kernel.name)
 
 
@@ -142,14 +153,13 @@ def main() -> int:
     failures = []
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.jobs) as pool:
         jobs = [(s, a, pool.submit(compile_one, s, a, nvdisasm, Path(folder))) for a in arguments.arch for s in sources]
-        print(f"{'arch':7}{'regs':>5}{'smem':>7}{'spill':>6}{'HMMA':>6}{'LDSM':>6}{'LDGSTS':>7}{'all':>7}  kernel")
+        shown = ("HMMA", "HGMMA", "LDSM", "LDGSTS", "UTMALDG", "all")
+        print(f"{'arch':7}{'regs':>5}{'smem':>7}{'spill':>6}{''.join(f'{name:>8}' for name in shown)}  kernel")
         for source, arch, job in jobs:
             for kernel in job.result():
-                c = kernel.counts
                 sizes = f"{kernel.registers:5}{kernel.shared:7}{kernel.spills:6}"
-                print(
-                    f"{arch:7}{sizes}{c['HMMA']:6}{c['LDSM']:6}{c['LDGSTS']:7}{c['all']:7}  {kernel.name}", flush=True
-                )
+                counts = "".join(f"{kernel.counts[name]:8}" for name in shown)
+                print(f"{arch:7}{sizes}{counts}  {kernel.name}", flush=True)
                 failures += [f"{arch} {source.name} {kernel.name}: {fault}" for fault in kernel.faults()]
     print("\n".join(["", *failures, f"{len(failures)} faults"]))
     return 1 if failures else 0

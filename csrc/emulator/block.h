@@ -14,9 +14,10 @@ namespace freezekit::emulator {
 constexpr int kWarpSize = 32;
 constexpr int kMaxThreads = 1024;  // of a block
 
-enum class State : uint8_t { not_started, ready, at_barrier, at_collective, done };
+enum class State : uint8_t { not_started, ready, at_barrier, at_collective, at_mbarrier, done };
 
 struct PendingCopy;
+struct Mbarrier;
 struct CollectiveKind;
 
 struct Thread {
@@ -27,6 +28,9 @@ struct Thread {
   unsigned mask = 0;
   const CollectiveKind* kind = nullptr;
   void* operand = nullptr;
+  // At an mbarrier, the parity of the phase that is waited for:
+  const Mbarrier* mbarrier = nullptr;
+  unsigned parity = 0;
   // cp.async: a queue in the order of issue.
   PendingCopy* oldest_copy = nullptr;
   PendingCopy* newest_copy = nullptr;
@@ -70,5 +74,7 @@ void begin_shared_memory(size_t dynamic_bytes);
 void end_shared_memory();
 void release_deferred_memory();
 bool is_shared(const void* p, size_t bytes);
+// `bytes` of shared memory at an address in its window of 32 bits; fails where they do not lie in one array.
+void* shared_pointer(uint32_t address, size_t bytes);
 
 }  // namespace freezekit::emulator

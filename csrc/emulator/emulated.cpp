@@ -25,6 +25,8 @@ constexpr Named kCounters[] = {
     {"switches", &Counters::switches},
     {"cp_async", &Counters::cp_async},
     {"mma", &Counters::mma},
+    {"tensor_copies", &Counters::tensor_copies},
+    {"wgmma", &Counters::wgmma},
     {"ldmatrix_phases", &Counters::ldmatrix_phases},
     {"ldmatrix_conflicts", &Counters::ldmatrix_conflicts},
     {"global_read_bytes", &Counters::global_read_bytes},

@@ -12,11 +12,13 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "emulator/tensor_map.h"
 #include "emulator/vector_types.h"
 
 namespace freezekit::emulator {
 
-// When a cp.async lands: as late as its wait allows, at once, or by chance one or the other.
+// When asynchronous work is done, be it a cp.async, a bulk copy or a wgmma: as late as its wait allows, at once, or by
+// chance one or the other.
 enum class CpAsync : int { lazy, eager, mixed };
 
 struct Settings {
@@ -27,9 +29,10 @@ struct Settings {
 struct Counters {
   uint64_t launches = 0, blocks = 0, switches = 0;   // switches from one fiber to another
   uint64_t cp_async = 0, mma = 0;                    // copies (a thread's), mma instructions (a warp's)
+  uint64_t tensor_copies = 0, wgmma = 0;             // bulk copies, wgmma instructions (a warp's)
   uint64_t ldmatrix_phases = 0;                      // 8 rows of 16 bytes read at once
   uint64_t ldmatrix_conflicts = 0;                   // phases whose rows do not lie in 8 different groups of 4 banks
-  uint64_t global_read_bytes = 0, global_write_bytes = 0;  // by load_global, store_global and cp.async
+  uint64_t global_read_bytes = 0, global_write_bytes = 0;  // by load_global, store_global and copies
 };
 
 extern Settings settings;
@@ -75,6 +78,30 @@ void cp_async_wait(int newest_groups_in_flight);
 // `matrices` is 1, 2 or 4. Lanes below 8 * matrices give the address of a row, check it, and pass what lies there.
 void check_ldmatrix_row(const void* address);
 void ldmatrix(uint32_t* fragment, int matrices, bool transposed, const void* address, const uint4& row);
+
+// The address of shared memory in its window, as PTX has it.
+uint32_t shared_address(const void* p);
+
+// mbarrier (PTX ISA 9.7.13.15). An arrival may expect bytes in the same phase. A wait returns once the phase of that
+// parity has completed.
+void mbarrier_init(uint64_t* barrier, uint32_t arrivals);
+void fence_mbarriers();  // the running thread's initialisations are seen by bulk copies
+void mbarrier_arrive(uint64_t* barrier, uint32_t bytes);
+void mbarrier_wait(uint64_t* barrier, uint32_t parity);
+
+// cp.async.bulk.tensor: coordinates innermost first; im2col's are channel, w, h, image, its offsets w, h.
+void copy_tiled(void* shared, const TensorMap* map, uint64_t* barrier, const int32_t* at, int rank);
+void copy_im2col(void* shared, const TensorMap* map, uint64_t* barrier, const int32_t (&at)[4],
+                 const uint16_t (&offset)[2]);
+
+// wgmma (PTX ISA 9.7.15): D[64][n] += A[64][depth] * B[depth][n] of a warpgroup, whose warps have 16 rows each. Bits of
+// `transposed`: 1 A, 2 B is MN-major.
+enum class WgmmaType : int { bf16, f16, tf32 };
+void wgmma(float* d, WgmmaType, int n, int transposed, uint64_t a, uint64_t b);
+void wgmma_fence();
+void wgmma_commit();
+void wgmma_wait(int newest_groups_in_flight);
+void set_max_registers(int registers);
 
 // D = A * B + D for one warp: fragments as in the PTX ISA.
 void mma_m16n8k16_bf16(float* d, const uint32_t* a, const uint32_t* b);

@@ -83,6 +83,29 @@ void* static_shared(const void* key, size_t bytes) {
   return add_array(key, kStaticAlignment, bytes);
 }
 
+// The window begins so that addresses in it agree with pointers modulo 1024, as on a GPU; the arrays are far apart.
+constexpr uint32_t kWindowOfArray = 1 << 18;
+
+uint32_t shared_address(const void* p) {
+  const char* at = static_cast<const char*>(p);
+  for (size_t i = 0; i < arrays.size(); i++) {
+    const Array& array = arrays[i];
+    if (at < array.memory || at >= array.memory + array.bytes) continue;
+    const auto base = static_cast<uint32_t>(i * kWindowOfArray + reinterpret_cast<uintptr_t>(array.memory) % 1024);
+    return base + static_cast<uint32_t>(at - array.memory);
+  }
+  fail("an address of shared memory is taken of something else");
+}
+
+void* shared_pointer(uint32_t address, size_t bytes) {
+  const size_t i = address / kWindowOfArray;
+  if (i < arrays.size()) {
+    char* const at = arrays[i].memory + (address % kWindowOfArray) - reinterpret_cast<uintptr_t>(arrays[i].memory) % 1024;
+    if (at >= arrays[i].memory && at + bytes <= arrays[i].memory + arrays[i].bytes) return at;
+  }
+  fail("%zu bytes at shared address %u lie outside of the block's arrays", bytes, address);
+}
+
 bool is_shared(const void* p, size_t bytes) {
   const char* at = static_cast<const char*>(p);
   for (const Array& array : arrays) {

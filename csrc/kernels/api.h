@@ -27,9 +27,10 @@ struct Target {
   int sm_count = 0;             // multiprocessors
   bool allow_tf32 = false;      // fp32 inputs may be rounded to tf32
   bool deterministic = false;   // results must repeat bit for bit
+  bool hopper = false;          // on sm_90 the Hopper family may be chosen: on request, since it has not run on one yet
 };
 
-enum class Family : int { none, direct, implicit_gemm, depthwise };
+enum class Family : int { none, direct, implicit_gemm, depthwise, hopper };
 
 // Which kernel runs, and why: printable data, not control flow. `config` indexes the family's own table of tiles.
 struct Selection {

@@ -2,7 +2,7 @@
 // They take problems that fits_int32 holds for and outputs that are not empty.
 #pragma once
 
-#include "core/gather.h"
+#include "core/pixel_box.h"
 #include "kernels/api.h"
 
 namespace freezekit {
@@ -22,6 +22,10 @@ constexpr int kImplicitGemmElements = 4;
 
 // The tensor-core wgrad's, for operands in whole chunks; others use the last.
 constexpr Tile kWgradGemmTiles[] = {{128, 128}, {64, 128}, {64, 64}};
+
+// The Hopper family's: two warpgroups of 64 rows each.
+constexpr int kHopperRows = 128;
+constexpr Tile kHopperTiles[] = {{kHopperRows, 256}, {kHopperRows, 128}, {kHopperRows, 64}};
 
 // Blocks of a gather's grid along x, in its largest phase.
 inline int64_t gather_blocks(const Gather& g, const Tile& tile) {
@@ -45,6 +49,10 @@ Status launch_direct_wgrad(int config, int split_k, const Conv2dProblem&, DType,
 Status launch_implicit_gemm(Operator, int config, const Conv2dProblem&, DType, const Conv2dTensors&, const Epilogue&,
                             void* workspace, Stream);
 
+// The filter as the GEMM of fprop or dgrad reads it: as it is, or W' as given or made in the workspace.
+Status prepare_filter(Operator, const Conv2dProblem&, DType, const Conv2dTensors&, void* workspace, Stream,
+                      const void** filter);
+
 // `filter` is KRSC for fprop and CRSK for dgrad; tf32 takes float.
 Status launch_implicit_gemm_bf16(int config, const Gather&, const void* in, const void* filter, void* out,
                                  const Epilogue&, Stream);
@@ -52,6 +60,30 @@ Status launch_implicit_gemm_f16(int config, const Gather&, const void* in, const
                                 const Epilogue&, Stream);
 Status launch_implicit_gemm_tf32(int config, const Gather&, const void* in, const void* filter, void* out,
                                  const Epilogue&, Stream);
+
+// The same for sm_90a; workspace as above. What hopper_takes and addresses that tensor maps cannot name go elsewhere.
+Status launch_hopper_gemm(Operator, int config, const Conv2dProblem&, DType, const Conv2dTensors&, const Epilogue&,
+                          void* workspace, Stream);
+Status launch_hopper_gemm_bf16(int config, const Gather&, const void* in, const void* filter, void* out,
+                               const Epilogue&, Stream);
+Status launch_hopper_gemm_f16(int config, const Gather&, const void* in, const void* filter, void* out,
+                              const Epilogue&, Stream);
+Status launch_hopper_gemm_tf32(int config, const Gather&, const void* in, const void* filter, void* out,
+                               const Epilogue&, Stream);
+
+// Whether tensor maps can name the problem's tensors. With several groups a k-tile must not reach into the next one,
+// whose values, if not finite, zeros of the filter would not blot out.
+inline bool hopper_takes(Operator op, const Conv2dProblem& p, DType dtype) {
+  if (dtype == DType::f64 || op == Operator::wgrad) return false;
+  const Gather g = make_gather(op, p);
+  const int64_t channel_bytes = g.in_c * size_of(dtype);
+  if (channel_bytes % (g.groups > 1 ? 128 : 16) != 0) return false;
+  if (channel_bytes * g.groups * g.in_h * g.in_w >= int64_t{1} << 40) return false;
+  if (g.phases_h > kMaxTraversalStride || g.phases_w > kMaxTraversalStride) return false;
+  if (g.is_pointwise()) return true;
+  const PixelBoxes boxes = make_pixel_boxes(g);
+  return fits_map(boxes.h) && fits_map(boxes.w);
+}
 
 // Needs split_k * filter_numel() floats of workspace, 16-byte aligned, where split_k > 1.
 Status launch_wgrad_gemm(int config, int split_k, const Conv2dProblem&, DType, const Conv2dTensors&, void* workspace,

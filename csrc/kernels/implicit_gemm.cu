@@ -19,16 +19,21 @@ Status transpose_filter(const Conv2dProblem& p, DType dtype, const void* filter,
 
 }  // namespace
 
+Status prepare_filter(Operator op, const Conv2dProblem& p, DType dtype, const Conv2dTensors& tensors, void* workspace,
+                      Stream stream, const void** filter) {
+  *filter = op == Operator::dgrad ? tensors.transposed_filter : tensors.filter;
+  if (*filter) return Status::success;
+  if (!workspace || !tensors.filter) return Status::invalid_argument;
+  *filter = workspace;
+  return transpose_filter(p, dtype, tensors.filter, workspace, stream);
+}
+
 Status launch_implicit_gemm(Operator op, int config, const Conv2dProblem& p, DType dtype, const Conv2dTensors& tensors,
                             const Epilogue& epilogue, void* workspace, Stream stream) {
   const bool dgrad = op == Operator::dgrad;
-  const void* filter = dgrad ? tensors.transposed_filter : tensors.filter;
-  if (!filter) {
-    if (!workspace || !tensors.filter) return Status::invalid_argument;
-    const Status status = transpose_filter(p, dtype, tensors.filter, workspace, stream);
-    if (status != Status::success) return status;
-    filter = workspace;
-  }
+  const void* filter = nullptr;
+  const Status status = prepare_filter(op, p, dtype, tensors, workspace, stream, &filter);
+  if (status != Status::success) return status;
   const void* const in = dgrad ? tensors.y : tensors.x;
   void* const out = dgrad ? tensors.x : tensors.y;
   const Gather g = make_gather(op, p);

@@ -22,8 +22,8 @@
 #pragma once
 
 #include "core/gather.h"
-#include "kernels/epilogue.h"
 #include "kernels/families.h"
+#include "kernels/finish_fragment.h"
 #include "kernels/tensor_core.h"
 
 namespace freezekit {
@@ -36,8 +36,7 @@ enum class Access {
 
 constexpr int kTileChunks = 4;                            // chunks along l in one k-tile
 constexpr int kTileRowBytes = kChunkBytes * kTileChunks;  // 32 values of 16 bits, 16 of 32 bits
-constexpr int kWarpColumns = 32;
-constexpr int kPatchPitch = kWarpColumns + 8;             // floats; rows of a patch start 8 banks apart
+constexpr int kWarpColumns = kFragmentColumns;
 
 FK_DEVICE int32_t chunk_offset(int32_t row, int32_t chunk) {
   return row * kTileRowBytes + ((chunk ^ (row >> 1 & 3)) * kChunkBytes);
@@ -50,7 +49,6 @@ struct GemmTile {
   static constexpr int kWarpTileRows = kRows / kWarpRows, kWarpsAcross = kColumns / kWarpColumns;
   static constexpr int kWarps = kWarpRows * kWarpsAcross, kThreads = kWarps * 32;
   static constexpr int kStageBytes = (kRows + kColumns) * kTileRowBytes;
-  static constexpr int kPatchBytes = 16 * kPatchPitch * 4;  // one warp's, for the epilogue
   static constexpr int kSharedBytes = kStages * kStageBytes;
   static constexpr int kLoadRows = kThreads / kTileChunks;  // rows that the block loads at once
   static_assert(kWarps * kPatchBytes <= kSharedBytes, "the epilogue reuses the memory of the ring");
@@ -203,46 +201,6 @@ FK_DEVICE void multiply_tile(float (&acc)[Tile::kWarpTileRows / 16][kWarpColumns
   }
 }
 
-// Lanes hold pairs of columns in rows far apart; through a patch of shared memory a lane gets eight neighbouring
-// columns of one row, the unit of the epilogue, and four lanes store a run of 32 channels.
-template <int kFlags, class T, class Tile>
-FK_DEVICE void finish_tile(const float (&acc)[Tile::kWarpTileRows / 16][kWarpColumns / 8][4], const Gather& g,
-                           const GatherAxis& h, const GatherAxis& w, const EpilogueParameters<T>& epilogue,
-                           float* patch, int32_t row0, int32_t rows, int32_t column0, int32_t group, int32_t lane) {
-  const int32_t column = column0 + lane % 4 * 8;
-  const int32_t count = g.out_c - column < 8 ? g.out_c - column : 8;
-  const int64_t channel = static_cast<int64_t>(group) * g.out_c + column;
-#pragma unroll
-  for (int i = 0; i < Tile::kWarpTileRows / 16; ++i) {
-#pragma unroll
-    for (int j = 0; j < kWarpColumns / 8; ++j) {
-      float* const to = patch + lane / 4 * kPatchPitch + 8 * j + lane % 4 * 2;
-      *reinterpret_cast<float2*>(to) = make_float2(acc[i][j][0], acc[i][j][1]);
-      *reinterpret_cast<float2*>(to + 8 * kPatchPitch) = make_float2(acc[i][j][2], acc[i][j][3]);
-    }
-    __syncwarp();
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int32_t row = half * 8 + lane / 4, m = row0 + 16 * i + row;
-      if (m >= rows || count <= 0) continue;
-      const float4* const from = reinterpret_cast<const float4*>(patch + row * kPatchPitch + lane % 4 * 8);
-      const float4 low = from[0], high = from[1];
-      float run[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-      int64_t offset;
-      if (g.rows_are_dense()) {
-        offset = static_cast<int64_t>(m) * (g.out_c * g.groups);
-      } else {
-        int32_t row_h, row_w;
-        const int32_t n = g.decode_row(m, static_cast<int32_t>(blockIdx.y), static_cast<int32_t>(blockIdx.z), &row_h,
-                                       &row_w);
-        offset = g.out_offset(n, h.out_first + row_h * h.out_step, w.out_first + row_w * w.out_step);
-      }
-      finish_run<kFlags>(epilogue, run, offset + channel, static_cast<int32_t>(channel), count);
-    }
-    __syncwarp();  // the next fragment overwrites the patch
-  }
-}
-
 template <class T, class Tile, Access kAccess, int kFlags>
 __global__ void __launch_bounds__(Tile::kThreads)
     conv2d_implicit_gemm_kernel(const Gather g, const T* __restrict__ in, const T* __restrict__ filter,
@@ -284,9 +242,13 @@ __global__ void __launch_bounds__(Tile::kThreads)
   ptx::cp_async_wait<0>();
   __syncthreads();  // the ring becomes the warps' patches
 
-  float* const patch = reinterpret_cast<float*>(shared + warp * Tile::kPatchBytes);
-  finish_tile<kFlags, T, Tile>(acc, g, h, w, epilogue, patch, row0 + warp_row, rows, column0 + warp_column, group,
-                               lane);
+  float* const patch = reinterpret_cast<float*>(shared + warp * kPatchBytes);
+  FragmentPlace at{static_cast<int32_t>(blockIdx.y), static_cast<int32_t>(blockIdx.z), h, w, rows, group,
+                   row0 + warp_row, column0 + warp_column};
+#pragma unroll
+  for (int i = 0; i < Tile::kWarpTileRows / 16; ++i, at.row0 += 16) {
+    finish_fragment<kFlags>(acc[i], g, at, epilogue, patch, lane);
+  }
 }
 
 }  // namespace freezekit

@@ -8,9 +8,14 @@
 
 namespace freezekit::ptx {
 
+// The address of shared memory in its window of 32 bits.
+FK_DEVICE uint32_t shared_address(const void* p) {
 #ifdef __CUDACC__
-FK_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+#else
+  return emulator::shared_address(p);
 #endif
+}
 
 // cp.async (9.7.9.25.3.1): copies Bytes = 4, 8 or 16 from global to shared memory, both aligned to Bytes; where `copy` is
 // false zeros are written and `global` is not read. 16 bytes bypass L1 (.cg), which has no smaller form.

@@ -85,6 +85,38 @@ int choose_gemm_tile(const Gather& g, const Target& target) {
   return best;
 }
 
+// Half a k-tile: with fewer bytes of input channels most of a product would be with zeros.
+constexpr int64_t kMinHopperChannelBytes = 64;
+
+bool hopper_is_chosen(Operator op, const Conv2dProblem& p, DType dtype, const Target& target) {
+  if (!target.hopper || target.sm != 90 || !has_tensor_core_type(dtype, target)) return false;
+  const Gather g = make_gather(op, p);
+  return hopper_takes(op, p, dtype) && g.in_c * size_of(dtype) >= kMinHopperChannelBytes &&
+         gather_blocks(g, kHopperTiles[2]) * g.phases_h * g.phases_w <= kMaxGridX;
+}
+
+// As choose_gemm_tile; the shares are estimates from the tiles' ratio of products to bytes copied.
+Selection select_hopper_gemm(Operator op, const Conv2dProblem& p, DType dtype, const Target& target) {
+  static const char* const names[2][3] = {{"hopper_fprop_128x256", "hopper_fprop_128x128", "hopper_fprop_128x64"},
+                                          {"hopper_dgrad_128x256", "hopper_dgrad_128x128", "hopper_dgrad_128x64"}};
+  constexpr double kShare[] = {1.0, 0.9, 0.7};
+  const Gather g = make_gather(op, p);
+  Selection selection;
+  selection.family = Family::hopper;
+  double best_time = 0;
+  for (int config = 0; config < 3; ++config) {
+    const Tile tile = kHopperTiles[config];
+    const int64_t blocks = gather_blocks(g, tile) * g.phases_h * g.phases_w;
+    const int64_t rounds = (blocks + std::max(target.sm_count, 1) - 1) / std::max(target.sm_count, 1);
+    const double time = static_cast<double>(rounds) * tile.rows * tile.columns / kShare[config];
+    if (config == 0 || time < best_time) selection.config = config, best_time = time;
+  }
+  selection.kernel = names[op == Operator::dgrad][selection.config];
+  selection.reason = "asked for: wgmma and bulk tensor copies of sm_90a, emulated but never run on hardware";
+  if (op == Operator::dgrad) selection.workspace_bytes = static_cast<size_t>(p.filter_numel() * size_of(dtype));
+  return selection;
+}
+
 Selection select_implicit_gemm(Operator op, const Conv2dProblem& p, DType dtype, const Target& target) {
   static const char* const names[2][5] = {
       {"implicit_gemm_fprop_128x128", "implicit_gemm_fprop_128x64", "implicit_gemm_fprop_64x64",
@@ -173,6 +205,7 @@ bool is_depthwise(Operator op, const Conv2dProblem& p) {
 Selection select(Operator op, const Conv2dProblem& p, DType dtype, const Target& target) {
   if (!fits_int32(p)) return unsupported("sizes, positions or filter elements beyond 2^30");
   if (is_depthwise(op, p)) return select_depthwise(op, p, dtype, target);
+  if (hopper_is_chosen(op, p, dtype, target)) return select_hopper_gemm(op, p, dtype, target);
   if (implicit_gemm_takes(op, p, dtype, target)) {
     return op == Operator::wgrad ? select_wgrad_gemm(p, dtype, target) : select_implicit_gemm(op, p, dtype, target);
   }

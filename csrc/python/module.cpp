@@ -18,7 +18,7 @@ namespace {
 
 constexpr std::array<const char*, 3> kOperators = {"conv2d", "conv2d_dgrad", "conv2d_wgrad"};
 constexpr std::array<const char*, 4> kDTypes = {"float32", "float64", "float16", "bfloat16"};
-constexpr std::array<const char*, 4> kFamilies = {"none", "direct", "implicit_gemm", "depthwise"};
+constexpr std::array<const char*, 5> kFamilies = {"none", "direct", "implicit_gemm", "depthwise", "hopper"};
 
 template <size_t N>
 int index_of(const std::array<const char*, N>& names, const std::string& name, const char* argument) {
@@ -52,9 +52,10 @@ Conv2dProblem make_problem(const std::array<int64_t, 4>& input, const std::array
 
 py::dict choose(const std::string& op, const std::string& dtype, const std::array<int64_t, 4>& input,
                 const std::array<int64_t, 4>& weight, const Pair& stride, const Pair& padding, const Pair& dilation,
-                int64_t groups, int sm, int sm_count, bool allow_tf32, bool deterministic) {
+                int64_t groups, int sm, int sm_count, bool allow_tf32, bool deterministic, bool hopper) {
   Target target;
   target.sm = sm, target.sm_count = sm_count, target.allow_tf32 = allow_tf32, target.deterministic = deterministic;
+  target.hopper = hopper;
   const Selection chosen = select(static_cast<Operator>(index_of(kOperators, op, "operator")),
                                   make_problem(input, weight, stride, padding, dilation, groups),
                                   static_cast<DType>(index_of(kDTypes, dtype, "dtype")), target);
@@ -91,13 +92,15 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "freezekit's compiled half: operators register themselves with torch on import.";
   m.def("has_cuda_kernels", &has_cuda_kernels, "Whether CUDA kernels were compiled into this binary.");
   m.def("set_emulator_path", &set_emulator_path, py::arg("path"), "Where the emulated kernels' library lies.");
+  m.def("set_hopper", &native::set_hopper, py::arg("allowed"),
+        "Whether calls that demand native or emulated kernels may run those of sm_90a.");
   m.def("set_launch_log", &native::set_launch_log, py::arg("enabled"), "Switches the log of kernel launches.");
   m.def("take_launch_log", &launch_log, "The launches since the last call: operator, kernel, backend, sizes.");
   m.def("select", &choose, "Which kernel the native backend would run, and why; needs no device.", py::arg("operator"),
         py::arg("dtype"), py::arg("input_size"), py::arg("weight_size"), py::arg("stride") = Pair{1, 1},
         py::arg("padding") = Pair{0, 0}, py::arg("dilation") = Pair{1, 1}, py::arg("groups") = 1, py::kw_only(),
         py::arg("sm") = 80, py::arg("sm_count") = 108, py::arg("allow_tf32") = false,
-        py::arg("deterministic") = false);
+        py::arg("deterministic") = false, py::arg("hopper") = false);
   bind_choices(m);
   bind_constants(m);
   bind_tiles(m);

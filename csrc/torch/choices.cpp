@@ -134,7 +134,11 @@ void set_tuning(std::optional<Backend> candidate) {
 }
 
 Tensor compute(Operator op, const Conv2dProblem& problem, const Tensor& on, Backend backend, const Compute& run) {
-  if (backend == Backend::automatic) backend = decide(op, problem, on, run);
+  std::optional<native::WithoutHopper> without_hopper;
+  if (backend == Backend::automatic) {
+    without_hopper.emplace();
+    backend = decide(op, problem, on, run);
+  }
   return run(native::runs(op, problem, on, backend) ? backend : Backend::aten);
 }
 

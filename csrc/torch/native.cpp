@@ -5,6 +5,7 @@
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
+#include <atomic>
 #include <mutex>
 
 #include "torch/checks.h"
@@ -39,13 +40,18 @@ void log_launch(const LaunchRecord& record) {
   if (log_enabled) log_records.push_back(record);
 }
 
-Target target_on(const KernelLibrary& library) {
+std::atomic<bool> hopper_allowed{false};
+thread_local bool without_hopper = false;
+
+Target target_on(const KernelLibrary& library, Backend backend) {
   Target target;
   TORCH_CHECK(library.table->target(&target) == Status::success,
               "freezekit cannot read the current device's properties", library.last_error());
   const auto& context = at::globalContext();
   target.allow_tf32 = context.allowTF32CuDNN(at::Float32Op::CONV);
   target.deterministic = context.deterministicAlgorithms() || context.deterministicCuDNN();
+  target.hopper = hopper_allowed && !without_hopper;
+  if (target.hopper && backend == Backend::emulated) target.sm = 90;
   return target;
 }
 
@@ -64,7 +70,7 @@ struct Choice {
 Choice choose(Operator op, const Conv2dProblem& problem, const Tensor& on, Backend backend) {
   const KernelLibrary& library = kernel_library(backend);
   const DType dtype = *dtype_of(on);
-  const Selection selection = select(op, problem, dtype, target_on(library));
+  const Selection selection = select(op, problem, dtype, target_on(library, backend));
   TORCH_CHECK(selection.family != Family::none, "no freezekit kernel for ", name_of(op), ": ", selection.reason,
               "; backend='aten' computes it");
   return {op, problem, backend, library, dtype, selection};
@@ -95,7 +101,8 @@ void launch(const Choice& choice, const Tensor& on, const Conv2dTensors& tensors
 // W', the filter as dgrad's GEMM reads it, of a weight that was declared constant: made once. Undefined for others,
 // whose W' the kernel makes in its workspace, and for kernels that read the filter as it is.
 Tensor kept_transposed_filter(const Choice& choice, const Tensor& weight) {
-  if (choice.selection.family != Family::implicit_gemm || !constants::is_declared(weight)) return {};
+  const bool reads_one = choice.selection.family == Family::implicit_gemm || choice.selection.family == Family::hopper;
+  if (!reads_one || !constants::is_declared(weight)) return {};
   const int64_t detail = choice.problem.groups * 8 + static_cast<int64_t>(choice.backend);
   // By value, since the cache keeps it to make W' again; the library lives as long as the process.
   const auto make = [library = &choice.library, problem = choice.problem, dtype = choice.dtype](const Tensor& source) {
@@ -123,7 +130,7 @@ Tensor empty_output(IntArrayRef size, const Tensor& like) {
 bool supports(Operator op, const Conv2dProblem& problem, const Tensor& on, Backend backend) {
   const auto dtype = dtype_of(on);
   return dtype && on.layout() == at::kStrided &&
-         select(op, problem, *dtype, target_on(kernel_library(backend))).family != Family::none;
+         select(op, problem, *dtype, target_on(kernel_library(backend), backend)).family != Family::none;
 }
 
 bool runs(Operator op, const Conv2dProblem& problem, const Tensor& on, Backend backend) {
@@ -198,6 +205,11 @@ Tensor wgrad(const Conv2dProblem& problem, const Tensor& grad_output, const Tens
          {const_cast<void*>(x.const_data_ptr()), dw.mutable_data_ptr(), const_cast<void*>(dy.const_data_ptr())}, {});
   return dw.contiguous(layout_of(grad_output, input));
 }
+
+void set_hopper(bool allowed) { hopper_allowed = allowed; }
+
+WithoutHopper::WithoutHopper() : outer_(without_hopper) { without_hopper = true; }
+WithoutHopper::~WithoutHopper() { without_hopper = outer_; }
 
 void set_launch_log(bool enabled) {
   const std::lock_guard<std::mutex> lock(log_mutex);

@@ -9,6 +9,21 @@
 
 namespace freezekit::native {
 
+// Whether calls that demand `native` or `emulated` may run the Hopper family: on a GPU of sm_90, or emulated as one.
+void set_hopper(bool allowed);
+
+// In this scope the calling thread's launches do not: what `auto` decides never leads there.
+class WithoutHopper {
+ public:
+  WithoutHopper();
+  ~WithoutHopper();
+  WithoutHopper(const WithoutHopper&) = delete;
+  WithoutHopper& operator=(const WithoutHopper&) = delete;
+
+ private:
+  bool outer_;
+};
+
 // Whether `backend` means these kernels for this problem; throws where it demands them and they cannot run.
 bool runs(Operator, const Conv2dProblem&, const Tensor& on, Backend backend);
 

@@ -171,7 +171,7 @@ def compiled(source: str, flags: tuple[str, ...], patched: Path | None) -> Path:
     out = CACHE / f"{digest(' '.join(flags), source, *read_with_includes(path, patched))}.o"
     if not out.exists():
         unfinished = out.with_suffix(f".{os.getpid()}.tmp")
-        warnings = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+        warnings = ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"]
         base = ["g++", "-std=c++17", "-fPIC", "-fvisibility=hidden", *(warnings if patched is None else ["-w"])]
         compile_or_fail([*base, *flags, *includes, "-x", "c++", "-c", str(path), "-o", str(unfinished)])
         unfinished.rename(out)

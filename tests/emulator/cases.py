@@ -78,6 +78,26 @@ def gemm_cases(dtype: str) -> list[Case]:
     ]
 
 
+HOPPER_WIDE = Problem(n=1, c=64, h=9, w=15, k=72)  # two tiles of rows and of 64 columns, a tail in both
+HOPPER_RAGGED = Problem(n=2, c=24, h=6, w=7, k=40, stride=(2, 2))
+
+
+def hopper(
+    operator: str, problem: Problem, dtype: str = "bf16", config: int = 2, epilogue: tuple[str, ...] = ()
+) -> Case:
+    return Case(operator, problem, dtype, "hopper", config, epilogue=epilogue, allow_tf32=True)
+
+
+HOPPER = [
+    *(hopper(op, HOPPER_WIDE, config=config) for op in ("fprop", "dgrad") for config in range(3)),
+    *(hopper(op, p) for op in ("fprop", "dgrad") for p in (POINTWISE, GEMM_STRIDED, GEMM_DILATED, GEMM_GAPPED)),
+    *(
+        hopper(op, HOPPER_RAGGED, dtype, 1, EVERY_EPILOGUE)
+        for op in ("fprop", "dgrad")
+        for dtype in ("bf16", "f16", "f32")
+    ),
+]
+
 DEPTHWISE_3 = Problem(n=2, c=16, h=9, w=18, k=16, groups=16)
 DEPTHWISE_5 = Problem(n=1, c=40, h=9, w=11, k=40, r=5, s=5, pad=(2, 1), stride=(2, 2), groups=40)
 DEPTHWISE_7 = Problem(n=1, c=8, h=8, w=7, k=8, r=7, s=7, pad=(3, 3), groups=8)

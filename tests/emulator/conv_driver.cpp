@@ -37,11 +37,12 @@ Case parse(const char* text) {
   return c;
 }
 
-// Of a forced family: slices of wgrad in the accumulator's type, or the implicit GEMM's W' for dgrad.
+// Of a forced family: slices of wgrad in the accumulator's type, or W' for a dgrad on tensor cores.
 size_t workspace_bytes(const Case& c) {
   const int64_t accumulator = c.dtype == DType::f64 ? 8 : 4, filter = c.problem.filter_numel();
   if (c.op == Operator::wgrad) return static_cast<size_t>(c.split_k > 1 ? c.split_k * filter * accumulator : 0);
-  const bool transposes = c.op == Operator::dgrad && c.family == static_cast<int>(Family::implicit_gemm);
+  const auto family = static_cast<Family>(c.family);
+  const bool transposes = c.op == Operator::dgrad && (family == Family::implicit_gemm || family == Family::hopper);
   return static_cast<size_t>(transposes ? filter * size_of(c.dtype) : 0);
 }
 

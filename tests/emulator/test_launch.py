@@ -147,11 +147,11 @@ def test_a_launch_that_a_gpu_would_refuse_is_refused(grid: np.ndarray, block: np
         launch("order", grid, block, np.zeros(1, np.int32))
 
 
-def test_a_block_has_163_kib_of_dynamic_shared_memory() -> None:
+def test_a_block_has_227_kib_of_dynamic_shared_memory() -> None:
     out = np.zeros(2, np.float32)
-    launch("dynamic_shared", ctypes.c_size_t(163 * 1024), out)
+    launch("dynamic_shared", ctypes.c_size_t(227 * 1024), out)
     with pytest.raises(RuntimeError, match="more dynamic shared memory"):
-        launch("dynamic_shared", ctypes.c_size_t(163 * 1024 + 1), out)
+        launch("dynamic_shared", ctypes.c_size_t(227 * 1024 + 1), out)
 
 
 def test_launches_from_several_threads_take_turns() -> None:

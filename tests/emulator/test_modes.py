@@ -7,7 +7,7 @@ import pytest
 from tests.kernels.emulated import OPERATORS
 
 from .build import MODES, UNMODIFIED, Planted, Program, Result, kernel_host_sources, kernel_sources, run
-from .cases import CHUNKS, DEPTHWISE, DEPTHWISE_3, DIRECT, GEMM, SMALL, STRIDED, WIDE, Case, gemm, texts
+from .cases import CHUNKS, DEPTHWISE, DEPTHWISE_3, DIRECT, GEMM, HOPPER, SMALL, STRIDED, WIDE, Case, gemm, texts
 
 REFERENCE = ("tests/emulator/conv_driver.cpp", "tests/emulator/conv_reference.cpp")
 CONV = Program("conv", kernel_sources(), (*kernel_host_sources(), *REFERENCE))
@@ -23,7 +23,7 @@ QUICK = [
     ("tsan", 2, "lazy"),
 ]
 FULL = [(mode, seed, cp) for mode in MODES for seed in (0, 1, 5, 6) for cp in ("lazy", "eager", "mixed")]
-CASES = {"direct": DIRECT, "depthwise": DEPTHWISE, **GEMM}
+CASES = {"direct": DIRECT, "depthwise": DEPTHWISE, "hopper": HOPPER, **GEMM}
 SMALL_JOBS = [
     *("bias:1,1", "bias:7,33", "bias:300,40", "bias:0,5"),
     *("layout:1,1,1,1", "layout:2,33,5,7", "layout:1,40,8,9"),

@@ -35,6 +35,7 @@ Target target_of(const int* settings) {
   Target target;
   target.sm = settings[0], target.sm_count = settings[1];
   target.allow_tf32 = settings[2], target.deterministic = settings[3];
+  target.hopper = settings[4];
   return target;
 }
 
@@ -50,20 +51,20 @@ EXPORT void driver_select(int op, int dtype, const int64_t* sizes, const int* se
   *kernel = selection.kernel, *reason = selection.reason;
 }
 
-// settings: sm, sm_count, allow_tf32, deterministic, then family, config and split_k to force, or -1.
+// settings: sm, sm_count, allow_tf32, deterministic, hopper, then family, config and split_k to force, or -1.
 EXPORT int driver_conv2d(int op, int dtype, const int64_t* sizes, const int* settings, void* const* tensors,
                          void* const* epilogue_pointers, int relu, const char** kernel) {
   const Conv2dProblem problem = problem_of(sizes);
   Selection selection =
       select(static_cast<Operator>(op), problem, static_cast<DType>(dtype), target_of(settings));
-  if (settings[4] >= 0 && selection.family != static_cast<Family>(settings[4])) {
+  if (settings[5] >= 0 && selection.family != static_cast<Family>(settings[5])) {
     selection = Selection();
-    selection.family = static_cast<Family>(settings[4]);
+    selection.family = static_cast<Family>(settings[5]);
     selection.kernel = "forced";
   }
-  if (settings[5] >= 0) selection.config = settings[5];
-  if (settings[6] >= 0) selection.split_k = settings[6];
-  if (settings[4] >= 0) {
+  if (settings[6] >= 0) selection.config = settings[6];
+  if (settings[7] >= 0) selection.split_k = settings[7];
+  if (settings[5] >= 0) {
     selection.workspace_bytes = static_cast<size_t>(problem.filter_numel() * 8 * selection.split_k);  // for any family
   }
   *kernel = selection.kernel;

@@ -17,11 +17,11 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 BUILD = ROOT / "build" / "kernel-tests"
-FLAGS = "-std=c++17 -O2 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-unknown-pragmas"
+FLAGS = "-std=c++17 -O2 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-unknown-pragmas -Wno-psabi"
 OPERATORS = ("fprop", "dgrad", "wgrad")
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 STATUS = ("success", "unsupported", "invalid_argument", "launch_failed")
-FAMILIES = {"direct": 1, "implicit_gemm": 2, "depthwise": 3}
+FAMILIES = {"direct": 1, "implicit_gemm": 2, "depthwise": 3, "hopper": 4}
 
 
 class KernelError(RuntimeError):
@@ -118,6 +118,7 @@ class Settings:
     sm_count: int = 4
     allow_tf32: bool = False
     deterministic: bool = False
+    hopper: bool = False
     family: str | None = None
     config: int = -1
     split_k: int = -1
@@ -126,7 +127,7 @@ class Settings:
 
     @property
     def target(self) -> list[int]:
-        return [self.sm, self.sm_count, self.allow_tf32, self.deterministic]
+        return [self.sm, self.sm_count, self.allow_tf32, self.deterministic, self.hopper]
 
 
 @contextlib.contextmanager
@@ -186,7 +187,7 @@ def run_conv2d(
         OPERATORS.index(operator),
         DTYPES[first.dtype],
         (ctypes.c_int64 * 16)(*problem.flat),
-        (ctypes.c_int * 7)(*options),
+        (ctypes.c_int * 8)(*options),
         (ctypes.c_void_p * 3)(*(pointer(tensors[name]) for name in ("x", "filter", "y"))),
         (ctypes.c_void_p * 4)(*given),
         int(epilogue.relu),
@@ -217,7 +218,7 @@ def select(operator: str, problem: Problem, dtype: torch.dtype, settings: Settin
         OPERATORS.index(operator),
         DTYPES[dtype],
         (ctypes.c_int64 * 16)(*problem.flat),
-        (ctypes.c_int * 4)(*settings.target),
+        (ctypes.c_int * 5)(*settings.target),
         numbers,
         ctypes.byref(kernel),
         ctypes.byref(reason),

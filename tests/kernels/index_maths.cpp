@@ -7,6 +7,8 @@
 #include "core/fast_divide.h"
 #include "core/gather.h"
 #include "core/mask.h"
+#include "core/pixel_box.h"
+#include "core/shared_tile.h"
 
 using namespace freezekit;
 
@@ -133,6 +135,84 @@ void gather_rows() {
       }
 }
 
+// Of each phase: its box holds one pixel an output, and pixel and offset lead to what the gather reads.
+void pixel_box(const ConvAxis& axis, bool dgrad) {
+  const int32_t in = dgrad ? axis.y : axis.x, out = dgrad ? axis.x : axis.y;
+  const int32_t phases = dgrad ? dgrad_phases(axis) : 1, wider = dgrad ? axis.x % axis.stride : 0;
+  const auto gather = [&](int32_t phase) { return dgrad ? dgrad_axis(axis, phase) : fprop_axis(axis); };
+  const PixelBox box = make_pixel_box(phases, dgrad ? axis.stride : 1, in, out, gather);
+  for (int32_t phase = 0; phase < phases; ++phase) {
+    const GatherAxis g = gather(phase);
+    int32_t pixels = 0;
+    for (int32_t at = box.lower; at <= in - 1 + box.upper[box_of_phase(phase, wider)]; at += box.stride) ++pixels;
+    REQUIRE(pixels == g.count, "phase %d has %d outputs, its box %d pixels", phase, g.count, pixels);
+    for (int32_t t = 0; t < g.taps; ++t) {
+      const int32_t offset = box.offset(g, t);
+      REQUIRE(offset >= 0 && offset <= box.max_offset, "tap %d is %d away", t, offset);
+      for (int32_t i = 0; i < g.count; ++i) {
+        REQUIRE(box.pixel(i) + offset == g.in_first + i * g.in_stride + t * g.in_step, "output %d, tap %d", i, t);
+      }
+    }
+  }
+}
+
+void pixel_boxes() {
+  for (int32_t x = 1; x <= 9; ++x)
+    for (int32_t taps = 1; taps <= 7; ++taps)
+      for (int32_t pad = 0; pad <= 4; ++pad)
+        for (int32_t stride = 1; stride <= 5; ++stride)
+          for (int32_t dilation = 1; dilation <= 4; ++dilation) {
+            if (x + 2 * pad < dilation * (taps - 1) + 1) continue;
+            const auto y = static_cast<int32_t>(output_size(x, taps, pad, stride, dilation));
+            for (const bool dgrad : {false, true}) pixel_box({x, y, taps, pad, stride, dilation}, dgrad);
+          }
+  PixelBox box;
+  REQUIRE(fits_map(box), "the smallest box fits");
+  for (int32_t PixelBox::*field : {&PixelBox::lower, &PixelBox::stride, &PixelBox::max_offset}) {
+    PixelBox large = box;
+    large.*field = 256;
+    REQUIRE(!fits_map(large), "256 does not fit");
+  }
+  box.lower = -129;
+  REQUIRE(!fits_map(box), "a corner of -129 does not fit");
+}
+
+// What the hardware makes of a descriptor: PTX ISA, "Strides" and "Canonical Layouts" of the 128-byte swizzle.
+uint32_t described(uint64_t descriptor, uint32_t across, uint32_t down, uint32_t byte) {
+  const auto field = [&](int bit) { return static_cast<uint32_t>(descriptor >> bit & 0x3fff) << 4; };
+  return swizzled(field(0) + across * field(16) + down / 8 * field(32) + down % 8 * 128 + byte);
+}
+
+// Descriptors lead to where copies have put each byte: row by row of 128 bytes, panel after panel.
+void shared_tiles() {
+  const uint32_t tile = 5 * 1024;
+  std::set<uint32_t> places;
+  for (uint32_t at = tile; at < tile + 1024; ++at) {
+    places.insert(swizzled(at));
+    REQUIRE(swizzled(at) % 16 == at % 16 && swizzled(at) / 128 == at / 128, "byte %u leaves its chunk or row", at);
+  }
+  REQUIRE(places.size() == 1024 && *places.begin() == tile && *places.rbegin() == tile + 1023, "no permutation");
+  for (uint32_t column = 0; column < 128; column += 16) {
+    std::set<uint32_t> banks;
+    for (uint32_t row = 0; row < 8; ++row) banks.insert(swizzled(tile + row * 128 + column) % 128);
+    REQUIRE(banks.size() == 8, "chunks of a column share banks");
+  }
+  for (int32_t step = 0; step < 4; ++step)
+    for (uint32_t row = 0; row < 256; ++row)
+      for (uint32_t byte = 0; byte < 32; ++byte) {
+        const uint32_t at = described(k_major_descriptor(tile, step), 0, row, byte);
+        REQUIRE(at == swizzled(tile + row * 128 + static_cast<uint32_t>(step) * 32 + byte), "K-major, row %u", row);
+      }
+  const uint32_t panel = 64 * 128;
+  for (int32_t step = 0; step < 4; ++step)
+    for (uint32_t l = 0; l < 16; ++l)
+      for (uint32_t mn = 0; mn < 256; ++mn) {
+        const uint32_t at = described(mn_major_descriptor(tile, panel, step), mn / 64, l, mn % 64 * 2);
+        const uint32_t row = static_cast<uint32_t>(step) * 16 + l;
+        REQUIRE(at == swizzled(tile + mn / 64 * panel + row * 128 + mn % 64 * 2), "MN-major, column %u", mn);
+      }
+}
+
 void masks() {
   for (int32_t element = 0; element < 70; ++element)
     for (int32_t count = 1; count <= 8; ++count)
@@ -175,6 +255,8 @@ int main() {
   fast_divide();
   gather_axes();
   gather_rows();
+  pixel_boxes();
+  shared_tiles();
   masks();
   limits();
   return 0;

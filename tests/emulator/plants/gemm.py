@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..cases import CHUNKS, GEMM_DILATED, GEMM_GAPPED, GEMM_STRIDED, POINTWISE, RAGGED, gemm
-from .plant import EPILOGUE, GATHER_MATHS, GEMM, GEMM_BF16, GEMM_LAUNCH, OVERFLOW, RACE, bug
+from .plant import EPILOGUE, FINISH, GATHER_MATHS, GEMM, GEMM_BF16, GEMM_LAUNCH, OVERFLOW, RACE, bug
 
 FPROP = gemm("bf16", "fprop", CHUNKS)
 MASKS = ("relu", "mask_out")
@@ -72,7 +72,7 @@ PLANTS = [
     ),
     bug(
         "a patch is overwritten while lanes read it",
-        GEMM,
+        FINISH,
         "__syncwarp();  // the next fragment overwrites the patch",
         "",
         case=FPROP,
@@ -126,9 +126,9 @@ PLANTS = [
     ),
     bug(
         "rows of an accumulator are exchanged",
-        GEMM,
-        "make_float2(acc[i][j][2], acc[i][j][3])",
-        "make_float2(acc[i][j][0], acc[i][j][1])",
+        FINISH,
+        "make_float2(acc[j][2], acc[j][3])",
+        "make_float2(acc[j][0], acc[j][1])",
         case=FPROP,
     ),
     bug(

@@ -14,6 +14,7 @@ OVERFLOW = "AddressSanitizer: heap-buffer-overflow"
 DIRECT_GATHER = "csrc/kernels/direct_gather.cu"
 DIRECT_WGRAD = "csrc/kernels/direct_wgrad.cu"
 GEMM = "csrc/kernels/implicit_gemm.h"
+FINISH = "csrc/kernels/finish_fragment.h"
 GEMM_LAUNCH = "csrc/kernels/implicit_gemm_launch.h"
 GEMM_BF16 = "csrc/kernels/implicit_gemm_bf16.cu"
 WGRAD_GEMM = "csrc/kernels/wgrad_gemm.h"
@@ -22,8 +23,17 @@ REDUCE = "csrc/kernels/reduce.cu"
 MASK = "csrc/kernels/mask.cu"
 EPILOGUE = "csrc/kernels/epilogue.h"
 GATHER_MATHS = "csrc/core/gather.h"
+HOPPER = "csrc/kernels/hopper_gemm.h"
+HOPPER_LAUNCH = "csrc/kernels/hopper_gemm_launch.h"
+HOPPER_BF16 = "csrc/kernels/hopper_gemm_bf16.cu"
+PIXEL_BOX = "csrc/core/pixel_box.h"
+SHARED_TILE = "csrc/core/shared_tile.h"
 # The sources to compile again with a header that is patched, where a plant does not say.
-INCLUDING = {GEMM: GEMM_BF16, GEMM_LAUNCH: GEMM_BF16, WGRAD_GEMM: "csrc/kernels/wgrad_gemm.cu"}
+INCLUDING = {
+    **dict.fromkeys((GEMM, GEMM_LAUNCH, FINISH), GEMM_BF16),
+    **dict.fromkeys((HOPPER, HOPPER_LAUNCH, PIXEL_BOX, SHARED_TILE), HOPPER_BF16),
+    WGRAD_GEMM: "csrc/kernels/wgrad_gemm.cu",
+}
 
 
 @dataclass(frozen=True)

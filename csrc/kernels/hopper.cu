@@ -1,0 +1,51 @@
+// Launches the Hopper family: on addresses that tensor maps take, else the family of sm_80, which computes the same.
+#include "core/gather.h"
+#include "kernels/families.h"
+#include "kernels/numeric.h"
+
+namespace freezekit {
+namespace {
+
+// A build without code for sm_90a must not launch the empty kernels that it holds instead.
+Status check_build() {
+#if defined(__CUDACC__) && !defined(FREEZEKIT_SM90A)
+  set_last_error("this build has no code for sm_90a; FREEZEKIT_CUDA_ARCHS must name 90a");
+  return Status::launch_failed;
+#else
+  return Status::success;
+#endif
+}
+
+}  // namespace
+
+Status launch_hopper_gemm(Operator op, int config, const Conv2dProblem& p, DType dtype, const Conv2dTensors& tensors,
+                          const Epilogue& epilogue, void* workspace, Stream stream) {
+  const bool dgrad = op == Operator::dgrad;
+  const void* const in = dgrad ? tensors.y : tensors.x;
+  const void* const filter_there = !dgrad                      ? tensors.filter
+                                   : tensors.transposed_filter ? tensors.transposed_filter
+                                                               : workspace;
+  if (!is_aligned_16(in) || !is_aligned_16(filter_there)) {
+    return launch_implicit_gemm(op, kImplicitGemmElements, p, dtype, tensors, epilogue, workspace, stream);
+  }
+  if (!hopper_takes(op, p, dtype)) return Status::invalid_argument;
+  Status status = check_build();
+  if (status != Status::success) return status;
+  const void* filter = nullptr;
+  status = prepare_filter(op, p, dtype, tensors, workspace, stream, &filter);
+  if (status != Status::success) return status;
+  void* const out = dgrad ? tensors.x : tensors.y;
+  const Gather g = make_gather(op, p);
+  switch (dtype) {
+    case DType::bf16:
+      return launch_hopper_gemm_bf16(config, g, in, filter, out, epilogue, stream);
+    case DType::f16:
+      return launch_hopper_gemm_f16(config, g, in, filter, out, epilogue, stream);
+    case DType::f32:
+      return launch_hopper_gemm_tf32(config, g, in, filter, out, epilogue, stream);
+    default:
+      return Status::unsupported;
+  }
+}
+
+}  // namespace freezekit

@@ -1,0 +1,64 @@
+"""The kernels of sm_90a from Python: on request alone, by the context that asks, never by `auto`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import freezekit as fk
+from freezekit import _C, selftest
+
+
+def kernels_of_a_step(backend: fk.backends.Backend | None = None) -> list[str]:
+    """What forward and both gradients of one convolution launched."""
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randint(-2, 3, size, generator=generator).bfloat16() for size in ((1, 64, 6, 6), (64, 64, 3, 3)))
+    _C.set_launch_log(True)
+    try:
+        fk.conv2d(x, w, padding=1, **({"backend": backend} if backend else {}))
+        fk.conv2d_dgrad(x, w, x.shape, padding=1, **({"backend": backend} if backend else {}))
+        return [row["kernel"] for row in _C.take_launch_log()]
+    finally:
+        _C.set_launch_log(False)
+
+
+def test_a_context_asks_for_them() -> None:
+    with fk.backend("emulated", hopper=True):
+        assert all(kernel.startswith("hopper_") for kernel in kernels_of_a_step())
+        with fk.backend("emulated"):
+            assert all(kernel.startswith("implicit_gemm_") for kernel in kernels_of_a_step())
+        assert all(kernel.startswith("hopper_") for kernel in kernels_of_a_step())
+    assert all(kernel.startswith("implicit_gemm_") for kernel in kernels_of_a_step("emulated"))
+
+
+def test_they_give_what_the_others_give() -> None:
+    x, w = torch.randn(1, 64, 7, 6).half(), torch.randn(40, 64, 3, 3).half()
+    expected = fk.conv2d(x, w, stride=2, backend="emulated")
+    with fk.backend("emulated", hopper=True):
+        torch.testing.assert_close(fk.conv2d(x, w, stride=2), expected)
+
+
+def test_auto_never_runs_them() -> None:
+    """Not even where it has measured the kernels of sm_80 to be the fastest, within the context of another call."""
+    with fk.autotune(candidate="emulated"), fk.backend("emulated", hopper=True):
+        assert not any("hopper" in kernel for kernel in kernels_of_a_step("auto"))
+
+
+@pytest.mark.parametrize("name", ["auto", "aten"])
+def test_other_backends_have_none(name: fk.backends.Backend) -> None:
+    with pytest.raises(ValueError, match=f"hopper=True needs backend 'native' or 'emulated', got '{name}'"):
+        fk.backend(name, hopper=True)
+
+
+def test_select_says_why() -> None:
+    sizes = ((8, 64, 56, 56), (64, 64, 3, 3))
+    asked = _C.select("conv2d", "bfloat16", *sizes, padding=(1, 1), sm=90, hopper=True)
+    assert (asked["family"], asked["auto"]) == ("hopper", "aten")
+    assert "asked for" in asked["reason"]
+    assert _C.select("conv2d", "bfloat16", *sizes, padding=(1, 1), sm=90)["family"] == "implicit_gemm"
+
+
+def test_the_selftest_runs_them() -> None:
+    rows = list(selftest.selftest_hopper("emulated", torch.device("cpu")))
+    assert all(row.passed for row in rows), [row for row in rows if not row.passed]
+    assert {row.kernel.split("_")[1] for row in rows} >= {"fprop", "dgrad"}
