@@ -103,7 +103,7 @@ def selftest_hopper(backend: Literal["native", "emulated"], device: torch.device
     """The kernels of sm_90a, which no other row runs: they are asked for, see `freezekit.backend`."""
     for problem in HOPPER_PROBLEMS:
         for dtype, tf32 in [(torch.float16, False), (torch.bfloat16, False), (torch.float32, True)]:
-            for operator in ("conv2d", "conv2d_dgrad"):
+            for operator in ("conv2d", "conv2d_dgrad", *([] if tf32 else ["conv2d_wgrad"])):
                 with _tf32(tf32), use_backend(backend, hopper=True):
                     row = _run(operator, problem, dtype, tf32, backend, device)
                 if not row.failure and not row.kernel.startswith("hopper"):

@@ -17,6 +17,7 @@ def kernels_of_a_step(backend: fk.backends.Backend | None = None) -> list[str]:
     try:
         fk.conv2d(x, w, padding=1, **({"backend": backend} if backend else {}))
         fk.conv2d_dgrad(x, w, x.shape, padding=1, **({"backend": backend} if backend else {}))
+        fk.conv2d_wgrad(x, x, w.shape, padding=1, **({"backend": backend} if backend else {}))
         return [row["kernel"] for row in _C.take_launch_log()]
     finally:
         _C.set_launch_log(False)
@@ -61,4 +62,4 @@ def test_select_says_why() -> None:
 def test_the_selftest_runs_them() -> None:
     rows = list(selftest.selftest_hopper("emulated", torch.device("cpu")))
     assert all(row.passed for row in rows), [row for row in rows if not row.passed]
-    assert {row.kernel.split("_")[1] for row in rows} >= {"fprop", "dgrad"}
+    assert {row.kernel.split("_")[1] for row in rows} >= {"fprop", "dgrad", "wgrad"}

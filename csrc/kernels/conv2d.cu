@@ -66,6 +66,9 @@ Status launch_conv2d(Operator op, const Selection& selection, const Conv2dProble
       }
       return launch_implicit_gemm(op, selection.config, p, dtype, tensors, epilogue, workspace, stream);
     case Family::hopper:
+      if (op == Operator::wgrad) {
+        return launch_hopper_wgrad(selection.config, selection.split_k, p, dtype, tensors, workspace, stream);
+      }
       return launch_hopper_gemm(op, selection.config, p, dtype, tensors, epilogue, workspace, stream);
     case Family::depthwise:
       return launch_depthwise(op, selection, p, dtype, tensors, epilogue, workspace, stream);

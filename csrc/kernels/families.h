@@ -22,6 +22,7 @@ constexpr int kImplicitGemmElements = 4;
 
 // The tensor-core wgrad's, for operands in whole chunks; others use the last.
 constexpr Tile kWgradGemmTiles[] = {{128, 128}, {64, 128}, {64, 64}};
+constexpr int kWgradGemmSmallest = 2;
 
 // The Hopper family's: two warpgroups of 64 rows each.
 constexpr int kHopperRows = 128;
@@ -61,7 +62,7 @@ Status launch_implicit_gemm_f16(int config, const Gather&, const void* in, const
 Status launch_implicit_gemm_tf32(int config, const Gather&, const void* in, const void* filter, void* out,
                                  const Epilogue&, Stream);
 
-// The same for sm_90a; workspace as above. What hopper_takes and addresses that tensor maps cannot name go elsewhere.
+// The same for sm_90a, of what hopper_takes; at addresses that tensor maps cannot name the kernels of sm_80 run.
 Status launch_hopper_gemm(Operator, int config, const Conv2dProblem&, DType, const Conv2dTensors&, const Epilogue&,
                           void* workspace, Stream);
 Status launch_hopper_gemm_bf16(int config, const Gather&, const void* in, const void* filter, void* out,
@@ -71,16 +72,28 @@ Status launch_hopper_gemm_f16(int config, const Gather&, const void* in, const v
 Status launch_hopper_gemm_tf32(int config, const Gather&, const void* in, const void* filter, void* out,
                                const Epilogue&, Stream);
 
-// Whether tensor maps can name the problem's tensors. With several groups a k-tile must not reach into the next one,
-// whose values, if not finite, zeros of the filter would not blot out.
+// wgrad in bf16 and f16. Needs split_k * filter_numel() floats of workspace, 16-byte aligned, where split_k > 1.
+Status launch_hopper_wgrad(int config, int split_k, const Conv2dProblem&, DType, const Conv2dTensors&, void* workspace,
+                           Stream);
+Status launch_hopper_wgrad_kernel(int config, int split_k, const Conv2dProblem&, DType, const Conv2dTensors&,
+                                  void* workspace, Stream);
+
+// Panels of 64 channels of one tap, of a group.
+inline int64_t hopper_wgrad_panels(const Conv2dProblem& p) { return (p.c_per_group() + 63) / 64 * p.r * p.s; }
+
+// Whether tensor maps can name the problem's tensors.
 inline bool hopper_takes(Operator op, const Conv2dProblem& p, DType dtype) {
-  if (dtype == DType::f64 || op == Operator::wgrad) return false;
-  const Gather g = make_gather(op, p);
-  const int64_t channel_bytes = g.in_c * size_of(dtype);
-  if (channel_bytes % (g.groups > 1 ? 128 : 16) != 0) return false;
-  if (channel_bytes * g.groups * g.in_h * g.in_w >= int64_t{1} << 40) return false;
+  const bool wgrad = op == Operator::wgrad;
+  if (dtype == DType::f64 || (wgrad && dtype == DType::f32)) return false;
+  const Gather g = make_gather(wgrad ? Operator::fprop : op, p);
+  const int64_t size = size_of(dtype), in_bytes = size * g.in_c * g.groups, out_bytes = size * g.out_c * g.groups;
+  if (in_bytes % 16 != 0 || (wgrad && out_bytes % 16 != 0)) return false;
+  // With several groups a k-tile of fprop or dgrad must not reach into the next one, whose values, if not finite, zeros of
+  // the filter would not blot out; a filter's rows must be whole chunks besides.
+  if (!wgrad && g.in_c * size % (g.groups > 1 ? 128 : 16) != 0) return false;
+  if (in_bytes * g.in_h * g.in_w >= int64_t{1} << 40) return false;
   if (g.phases_h > kMaxTraversalStride || g.phases_w > kMaxTraversalStride) return false;
-  if (g.is_pointwise()) return true;
+  if (!wgrad && g.is_pointwise()) return true;
   const PixelBoxes boxes = make_pixel_boxes(g);
   return fits_map(boxes.h) && fits_map(boxes.w);
 }

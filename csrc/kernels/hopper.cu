@@ -48,4 +48,21 @@ Status launch_hopper_gemm(Operator op, int config, const Conv2dProblem& p, DType
   }
 }
 
+Status launch_hopper_wgrad(int config, int split_k, const Conv2dProblem& p, DType dtype, const Conv2dTensors& tensors,
+                           void* workspace, Stream stream) {
+  // A tensor without elements has no map.
+  if (p.n == 0 || !is_aligned_16(tensors.x) || !is_aligned_16(tensors.y)) {
+    return launch_wgrad_gemm(kWgradGemmSmallest, split_k, p, dtype, tensors, workspace, stream);
+  }
+  if (!hopper_takes(Operator::wgrad, p, dtype) || split_k < 1 || split_k > kMaxGridYZ ||
+      (split_k > 1 && !is_aligned_16(workspace))) {
+    return Status::invalid_argument;
+  }
+  Status status = check_build();
+  if (status != Status::success) return status;
+  status = launch_hopper_wgrad_kernel(config, split_k, p, dtype, tensors, workspace, stream);
+  if (status != Status::success || split_k == 1) return status;
+  return launch_ordered_reduce(workspace, tensors.filter, p.filter_numel(), split_k, dtype, stream);
+}
+
 }  // namespace freezekit

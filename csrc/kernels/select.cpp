@@ -85,35 +85,64 @@ int choose_gemm_tile(const Gather& g, const Target& target) {
   return best;
 }
 
-// Half a k-tile: with fewer bytes of input channels most of a product would be with zeros.
+// Half a k-tile or panel: with fewer bytes of channels most of a product would be with zeros.
 constexpr int64_t kMinHopperChannelBytes = 64;
+constexpr const char* kHopperReason = "asked for: wgmma and bulk tensor copies of sm_90a, emulated but never run on hardware";
 
 bool hopper_is_chosen(Operator op, const Conv2dProblem& p, DType dtype, const Target& target) {
   if (!target.hopper || target.sm != 90 || !has_tensor_core_type(dtype, target)) return false;
+  const int64_t channels = op == Operator::dgrad ? p.k_per_group() : p.c_per_group();
+  if (!hopper_takes(op, p, dtype) || channels * size_of(dtype) < kMinHopperChannelBytes) return false;
+  if (op == Operator::wgrad) return true;  // the launch bounds the grid
   const Gather g = make_gather(op, p);
-  return hopper_takes(op, p, dtype) && g.in_c * size_of(dtype) >= kMinHopperChannelBytes &&
-         gather_blocks(g, kHopperTiles[2]) * g.phases_h * g.phases_w <= kMaxGridX;
+  return gather_blocks(g, kHopperTiles[2]) * g.phases_h * g.phases_w <= kMaxGridX;
 }
 
 // As choose_gemm_tile; the shares are estimates from the tiles' ratio of products to bytes copied.
-Selection select_hopper_gemm(Operator op, const Conv2dProblem& p, DType dtype, const Target& target) {
-  static const char* const names[2][3] = {{"hopper_fprop_128x256", "hopper_fprop_128x128", "hopper_fprop_128x64"},
-                                          {"hopper_dgrad_128x256", "hopper_dgrad_128x128", "hopper_dgrad_128x64"}};
+template <class Blocks>
+int choose_hopper_tile(const Target& target, const Blocks& blocks_of) {
   constexpr double kShare[] = {1.0, 0.9, 0.7};
-  const Gather g = make_gather(op, p);
-  Selection selection;
-  selection.family = Family::hopper;
+  const int64_t at_once = std::max(target.sm_count, 1);
+  int best = 0;
   double best_time = 0;
   for (int config = 0; config < 3; ++config) {
     const Tile tile = kHopperTiles[config];
-    const int64_t blocks = gather_blocks(g, tile) * g.phases_h * g.phases_w;
-    const int64_t rounds = (blocks + std::max(target.sm_count, 1) - 1) / std::max(target.sm_count, 1);
-    const double time = static_cast<double>(rounds) * tile.rows * tile.columns / kShare[config];
-    if (config == 0 || time < best_time) selection.config = config, best_time = time;
+    const double rounds = static_cast<double>((blocks_of(tile) + at_once - 1) / at_once);
+    const double time = rounds * tile.rows * tile.columns / kShare[config];
+    if (config == 0 || time < best_time) best = config, best_time = time;
   }
+  return best;
+}
+
+Selection select_hopper_gemm(Operator op, const Conv2dProblem& p, DType dtype, const Target& target) {
+  static const char* const names[2][3] = {{"hopper_fprop_128x256", "hopper_fprop_128x128", "hopper_fprop_128x64"},
+                                          {"hopper_dgrad_128x256", "hopper_dgrad_128x128", "hopper_dgrad_128x64"}};
+  const Gather g = make_gather(op, p);
+  Selection selection;
+  selection.family = Family::hopper;
+  selection.config = choose_hopper_tile(
+      target, [&](const Tile& tile) { return gather_blocks(g, tile) * g.phases_h * g.phases_w; });
   selection.kernel = names[op == Operator::dgrad][selection.config];
-  selection.reason = "asked for: wgmma and bulk tensor copies of sm_90a, emulated but never run on hardware";
+  selection.reason = kHopperReason;
   if (op == Operator::dgrad) selection.workspace_bytes = static_cast<size_t>(p.filter_numel() * size_of(dtype));
+  return selection;
+}
+
+// The split fills the device, so that the tile is the widest one that is not mostly padding.
+Selection select_hopper_wgrad(const Conv2dProblem& p, const Target& target) {
+  static const char* const names[] = {"hopper_wgrad_128x256", "hopper_wgrad_128x128", "hopper_wgrad_128x64"};
+  const auto blocks_of = [&](const Tile& tile) {
+    return (p.k_per_group() + tile.rows - 1) / tile.rows *
+           ((hopper_wgrad_panels(p) * 64 + tile.columns - 1) / tile.columns) * p.groups;
+  };
+  Target one_block = target;
+  one_block.sm_count = 1;
+  Selection selection;
+  selection.family = Family::hopper;
+  selection.config = choose_hopper_tile(one_block, blocks_of);
+  selection.kernel = names[selection.config];
+  selection.reason = kHopperReason;
+  choose_split_k(&selection, p, blocks_of(kHopperTiles[selection.config]), std::max(target.sm_count, 1), 4);
   return selection;
 }
 
@@ -141,14 +170,13 @@ Selection select_wgrad_gemm(const Conv2dProblem& p, DType dtype, const Target& t
   static const char* const names[] = {"implicit_gemm_wgrad_128x128", "implicit_gemm_wgrad_64x128",
                                       "implicit_gemm_wgrad_64x64"};
   constexpr double kShare[] = {1.0, 0.85, 0.7};
-  constexpr int kSmallest = 2;
   const bool whole_chunks =
       p.c_per_group() * size_of(dtype) % 16 == 0 && p.k_per_group() * size_of(dtype) % 16 == 0;
   Selection selection;
   selection.family = Family::implicit_gemm;
-  selection.config = kSmallest;
+  selection.config = kWgradGemmSmallest;
   double best_time = 0;
-  for (int config = 0; whole_chunks && config <= kSmallest; ++config) {
+  for (int config = 0; whole_chunks && config <= kWgradGemmSmallest; ++config) {
     const Tile tile = kWgradGemmTiles[config];
     const double time = static_cast<double>(wgrad_blocks(p, tile)) * tile.rows * tile.columns / kShare[config];
     if (config == 0 || time < best_time) selection.config = config, best_time = time;
@@ -205,7 +233,9 @@ bool is_depthwise(Operator op, const Conv2dProblem& p) {
 Selection select(Operator op, const Conv2dProblem& p, DType dtype, const Target& target) {
   if (!fits_int32(p)) return unsupported("sizes, positions or filter elements beyond 2^30");
   if (is_depthwise(op, p)) return select_depthwise(op, p, dtype, target);
-  if (hopper_is_chosen(op, p, dtype, target)) return select_hopper_gemm(op, p, dtype, target);
+  if (hopper_is_chosen(op, p, dtype, target)) {
+    return op == Operator::wgrad ? select_hopper_wgrad(p, target) : select_hopper_gemm(op, p, dtype, target);
+  }
   if (implicit_gemm_takes(op, p, dtype, target)) {
     return op == Operator::wgrad ? select_wgrad_gemm(p, dtype, target) : select_implicit_gemm(op, p, dtype, target);
   }

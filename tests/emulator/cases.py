@@ -83,14 +83,24 @@ HOPPER_RAGGED = Problem(n=2, c=24, h=6, w=7, k=40, stride=(2, 2))
 
 
 def hopper(
-    operator: str, problem: Problem, dtype: str = "bf16", config: int = 2, epilogue: tuple[str, ...] = ()
+    operator: str,
+    problem: Problem,
+    dtype: str = "bf16",
+    config: int = 2,
+    epilogue: tuple[str, ...] = (),
+    split_k: int = 1,
 ) -> Case:
-    return Case(operator, problem, dtype, "hopper", config, epilogue=epilogue, allow_tf32=True)
+    return Case(operator, problem, dtype, "hopper", config, split_k, epilogue, allow_tf32=True)
 
 
 HOPPER = [
     *(hopper(op, HOPPER_WIDE, config=config) for op in ("fprop", "dgrad") for config in range(3)),
-    *(hopper(op, p) for op in ("fprop", "dgrad") for p in (POINTWISE, GEMM_STRIDED, GEMM_DILATED, GEMM_GAPPED)),
+    *(hopper(op, p) for op in OPERATORS for p in (POINTWISE, GEMM_STRIDED, GEMM_DILATED, GEMM_GAPPED)),
+    *(
+        hopper("wgrad", HOPPER_WIDE, dtype, config, split_k=1 + config)
+        for dtype in ("bf16", "f16")
+        for config in range(3)
+    ),
     *(
         hopper(op, HOPPER_RAGGED, dtype, 1, EVERY_EPILOGUE)
         for op in ("fprop", "dgrad")

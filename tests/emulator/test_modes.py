@@ -7,7 +7,22 @@ import pytest
 from tests.kernels.emulated import OPERATORS
 
 from .build import MODES, UNMODIFIED, Planted, Program, Result, kernel_host_sources, kernel_sources, run
-from .cases import CHUNKS, DEPTHWISE, DEPTHWISE_3, DIRECT, GEMM, HOPPER, SMALL, STRIDED, WIDE, Case, gemm, texts
+from .cases import (
+    CHUNKS,
+    DEPTHWISE,
+    DEPTHWISE_3,
+    DIRECT,
+    GEMM,
+    HOPPER,
+    HOPPER_WIDE,
+    SMALL,
+    STRIDED,
+    WIDE,
+    Case,
+    gemm,
+    hopper,
+    texts,
+)
 
 REFERENCE = ("tests/emulator/conv_driver.cpp", "tests/emulator/conv_reference.cpp")
 CONV = Program("conv", kernel_sources(), (*kernel_host_sources(), *REFERENCE))
@@ -35,6 +50,7 @@ SUMS = [
     Case("wgrad", STRIDED, "f64", "direct", split_k=5),
     *(gemm(dtype, op, CHUNKS, split_k=3 if op == "wgrad" else 1) for dtype in GEMM for op in OPERATORS),
     *(Case("wgrad", DEPTHWISE_3, dtype) for dtype in ("f32", "f16")),
+    *(hopper(op, HOPPER_WIDE, split_k=2 if op == "wgrad" else 1) for op in OPERATORS),
 ]
 
 

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from .emulated import Epilogue, KernelError, Problem, Settings, counters, run_conv2d, select
+from .emulated import OPERATORS, Epilogue, KernelError, Problem, Settings, counters, run_conv2d, select
 from .reference import assert_close, conv2d, finish, operands, pack_mask, reduction_length
 from .test_epilogue import PARTS, integers
 
@@ -26,6 +26,14 @@ GEOMETRIES = [
     Problem(n=2, c=24, k=16, h=3, w=2, r=1, s=1, pad=(2, 2), stride=(4, 5)),
     Problem(n=1, c=32, k=8, h=13, w=12, r=5, s=2, pad=(2, 0), dilation=(2, 2), stride=(2, 1)),
     Problem(n=2, c=128, k=128, h=5, w=4, groups=2, pad=(1, 0)),
+    Problem(n=0, c=8, k=8),
+]
+# Of wgrad: rows and panels with tails, several of each, groups that begin inside a panel, slices that are empty.
+WGRADS = [
+    *GEOMETRIES[:9],
+    Problem(n=2, c=48, k=80, h=6, w=5, groups=2),
+    Problem(n=3, c=136, k=144, h=9, w=7, r=2),
+    Problem(n=1, c=8, k=8, h=3, w=3),
     Problem(n=0, c=8, k=8),
 ]
 # Ragged outputs, which go element by element, and those that own bytes of the mask.
@@ -47,6 +55,8 @@ def check(operator: str, problem: Problem, dtype: torch.dtype, settings: Setting
         actual, _ = run_conv2d(operator, problem, first, second, settings=settings)
     expected = conv2d(operator, problem, first, second).to(dtype)
     assert torch.equal(actual, expected), (operator, problem, settings)
+    if problem.n == 0:
+        return  # nothing to multiply: a wgrad of zeros is left to sm_80
     assert not expected.any() or counted["wgmma"] > 0, "no wgmma ran"
     assert counted["mma"] == counted["cp_async"] == 0, "the family of sm_80 ran instead"
 
@@ -61,6 +71,23 @@ def test_integers_are_exact(operator: str, dtype: torch.dtype, config: int) -> N
         check(operator, problem, dtype, hopper(config))
 
 
+@pytest.mark.parametrize("config", range(3))
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_integers_are_exact_in_wgrad(dtype: torch.dtype, config: int) -> None:
+    for index, problem in enumerate(WGRADS):
+        if dtype == torch.bfloat16 or index % 3 == config:
+            check("wgrad", problem, dtype, hopper(config, split_k=1 + (index + config) % 3 * 2))
+
+
+def test_wgrad_gives_the_same_bits_under_every_schedule() -> None:
+    problem = WGRADS[10]
+    first, second = operands("wgrad", problem, torch.bfloat16, integers=False)
+    settings = [hopper(2, split_k=3, seed=seed) for seed in (0, 1, 2)]
+    results = [run_conv2d("wgrad", problem, first, second, settings=s)[0] for s in settings]
+    assert all(torch.equal(results[0], result) for result in results[1:])
+    assert_close(results[0], conv2d("wgrad", problem, first, second), problem.n * problem.p * problem.q, torch.bfloat16)
+
+
 @pytest.mark.parametrize("operator", GATHERS)
 def test_several_tiles_along_every_index_of_the_gemm(operator: str) -> None:
     """More tiles than blocks, whose copies run ahead into the next tile, and more k-tiles than the ring has stages."""
@@ -72,7 +99,7 @@ def test_several_tiles_along_every_index_of_the_gemm(operator: str) -> None:
 @pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.parametrize("cp_async", ["eager", "mixed"])
 def test_the_order_of_threads_and_copies_does_not_matter(seed: int, cp_async: str) -> None:
-    for operator in GATHERS:
+    for operator in OPERATORS:
         check(operator, GEOMETRIES[2], torch.bfloat16, hopper(2, seed=seed, cp_async=cp_async))
 
 
@@ -130,7 +157,7 @@ def test_a_group_is_not_touched_by_what_is_not_finite_in_the_next(operator: str)
     assert torch.equal(actual[:, :64], expected[:, :64])
 
 
-@pytest.mark.parametrize("operator", GATHERS)
+@pytest.mark.parametrize("operator", OPERATORS)
 def test_an_address_off_16_bytes_goes_to_the_family_of_sm_80(operator: str) -> None:
     problem = Problem(n=1, c=16, k=24)
     first, second = operands(operator, problem, torch.bfloat16, integers=True)
@@ -147,13 +174,16 @@ LARGE = {"n": 32, "c": 64, "k": 64, "h": 56, "w": 56}
 
 def test_it_is_chosen_on_request_and_on_sm_90_alone() -> None:
     problem = Problem(**LARGE)  # type: ignore[arg-type]
-    for operator in GATHERS:
+    for operator in OPERATORS:
         chosen = select(operator, problem, torch.bfloat16, H200)
         assert chosen.family == "hopper"
         assert "never run on hardware" in chosen.reason
         for settings in (Settings(sm=90, sm_count=132), Settings(sm=80, hopper=True), Settings(sm=100, hopper=True)):
             assert select(operator, problem, torch.bfloat16, settings).family == "implicit_gemm"
     assert select("fprop", problem, torch.float32, H200).family == "direct", "fp32 stays fp32 unless tf32 is allowed"
+    tf32 = Settings(sm=90, sm_count=132, hopper=True, allow_tf32=True)
+    assert select("fprop", problem, torch.float32, tf32).family == "hopper"
+    assert select("wgrad", problem, torch.float32, tf32).family == "implicit_gemm", "wgmma has no MN-major tf32"
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..cases import GEMM_GAPPED, GEMM_STRIDED, HOPPER_RAGGED, HOPPER_WIDE, POINTWISE, hopper
-from .plant import HOPPER, HOPPER_LAUNCH, PIXEL_BOX, RACE, SHARED_TILE, bug
+from .plant import HOPPER, HOPPER_LAUNCH, HOPPER_RING, HOPPER_WGRAD, PIXEL_BOX, RACE, SHARED_TILE, bug
 
 WIDE = hopper("fprop", HOPPER_WIDE)
 DEADLOCK = "launch failed.*deadlock"
@@ -11,7 +11,7 @@ DEADLOCK = "launch failed.*deadlock"
 PLANTS = [
     bug(
         "a consumer waits for the wrong phase of a stage",
-        HOPPER,
+        HOPPER_RING,
         "ptx::mbarrier_wait(&ring.full[cursor.stage], cursor.parity);",
         "ptx::mbarrier_wait(&ring.full[cursor.stage], cursor.parity ^ 1);",
         case=WIDE,
@@ -19,7 +19,7 @@ PLANTS = [
     ),
     bug(
         "the producer waits for the first round to be emptied",
-        HOPPER,
+        HOPPER_RING,
         "cursor.parity ^ 1);  // the first round finds all stages empty",
         "cursor.parity);",
         case=WIDE,
@@ -27,31 +27,31 @@ PLANTS = [
     ),
     bug(
         "the producer does not wait for a stage to be read",
-        HOPPER,
-        "ptx::mbarrier_wait(&ring.empty[cursor.stage], cursor.parity ^ 1);  // the first round finds all stages empty",
+        HOPPER_RING,
+        "ptx::mbarrier_wait(&empty[cursor.stage], cursor.parity ^ 1);  // the first round finds all stages empty",
         "",
         case=hopper("fprop", HOPPER_WIDE, config=0),
         expect="wrong value|launch failed",
     ),
     bug(
         "the bytes of a copy are not expected",
-        HOPPER,
-        "ptx::mbarrier_arrive_expect(full, Tile::kStageBytes);",
-        "ptx::mbarrier_arrive(full);",
+        HOPPER_RING,
+        "ptx::mbarrier_arrive_expect(&full[cursor.stage], bytes);",
+        "ptx::mbarrier_arrive(&full[cursor.stage]);",
         case=WIDE,
         expect="launch failed.*completes on an mbarrier that expects",
     ),
     bug(
         "more bytes are expected than come",
         HOPPER,
-        "ptx::mbarrier_arrive_expect(full, Tile::kStageBytes);",
-        "ptx::mbarrier_arrive_expect(full, Tile::kStageBytes + 128);",
+        "ring.refill(cursor, Tile::kStageBytes);",
+        "ring.refill(cursor, Tile::kStageBytes + 128);",
         case=WIDE,
         expect=DEADLOCK,
     ),
     bug(
         "a stage is given back while it is multiplied",
-        HOPPER,
+        HOPPER_RING,
         "ptx::wgmma_wait<1>();  // the k-tile before this one has been read",
         "",
         case=hopper("fprop", HOPPER_WIDE, config=0),
@@ -60,7 +60,7 @@ PLANTS = [
     ),
     bug(
         "accumulators are stored while they are in flight",
-        HOPPER,
+        HOPPER_RING,
         "ptx::wgmma_wait<0>();",
         "",
         case=WIDE,
@@ -68,7 +68,7 @@ PLANTS = [
     ),
     bug(
         "accumulators are zeroed without a fence",
-        HOPPER,
+        HOPPER_RING,
         "    ptx::wgmma_fence();\n",
         "",
         case=WIDE,
@@ -76,7 +76,7 @@ PLANTS = [
     ),
     bug(
         "barriers are used before they are made",
-        HOPPER,
+        HOPPER_RING,
         "__syncthreads();  // the barriers are made",
         "",
         case=WIDE,
@@ -85,7 +85,7 @@ PLANTS = [
     ),
     bug(
         "copies do not see the barriers",
-        HOPPER,
+        HOPPER_RING,
         "    ptx::fence_mbarrier_init();\n",
         "",
         case=WIDE,
@@ -93,7 +93,7 @@ PLANTS = [
     ),
     bug(
         "the ring begins off a swizzle atom",
-        HOPPER,
+        HOPPER_RING,
         "-ptx::shared_address(shared) & (kSwizzleAtom - 1)",
         "-ptx::shared_address(shared) & (kSwizzleAtom / 8 - 1)",
         case=WIDE,
@@ -116,9 +116,9 @@ PLANTS = [
     ),
     bug(
         "warpgroups multiply the same rows",
-        HOPPER,
-        "static_cast<uint32_t>(warpgroup) * 64 * kTileRow",
-        "static_cast<uint32_t>(warpgroup) * 0 * kTileRow",
+        HOPPER_RING,
+        "static_cast<uint32_t>(warpgroup * kPanelBytes)",
+        "static_cast<uint32_t>(warpgroup * 0)",
         case=WIDE,
     ),
     bug(
@@ -172,5 +172,46 @@ PLANTS = [
         "of_in.size[1] = static_cast<int64_t>(g.batch) * g.in_h * g.in_w;",
         "of_in.size[1] = g.in_w;",
         case=hopper("fprop", POINTWISE),
+    ),
+    bug(
+        "panels of an operand lie closer than its descriptor says",
+        SHARED_TILE,
+        "* 2 * kSwizzleAtom, panel, kSwizzleAtom);",
+        "* 2 * kSwizzleAtom, 2 * panel, kSwizzleAtom);",
+        case=hopper("wgrad", HOPPER_WIDE, config=1),
+        including=("csrc/kernels/hopper_wgrad.cu",),
+        expect="wrong value|launch failed.*lie outside of the block's arrays",
+    ),
+    bug(
+        "a step of an MN-major operand skips no rows",
+        SHARED_TILE,
+        "static_cast<uint32_t>(step) * 2 * kSwizzleAtom",
+        "static_cast<uint32_t>(step) * kSwizzleAtom",
+        case=hopper("wgrad", HOPPER_WIDE),
+        including=("csrc/kernels/hopper_wgrad.cu",),
+    ),
+    bug(
+        "panels that do not exist are expected",
+        HOPPER_WGRAD,
+        "Tile::kABytes + panels * kPanelBytes",
+        "Tile::kStageBytes",
+        case=hopper("wgrad", HOPPER_WIDE, config=0),
+        expect=DEADLOCK,
+    ),
+    bug(
+        "slices of a reduction overlap",
+        HOPPER_WGRAD,
+        "last = min(first + p.positions_per_slice, p.positions);",
+        "last = p.positions;",
+        case=hopper("wgrad", HOPPER_WIDE, split_k=2),
+    ),
+    bug(
+        "channels beyond the last are stored into the next tap",
+        HOPPER_WGRAD,
+        "const int32_t count = min(p.c - channel, 8);",
+        "const int32_t count = 8;",
+        case=hopper("wgrad", HOPPER_RAGGED),
+        mode="asan",
+        expect="wrong value|AddressSanitizer: heap-buffer-overflow",
     ),
 ]

@@ -24,6 +24,8 @@ MASK = "csrc/kernels/mask.cu"
 EPILOGUE = "csrc/kernels/epilogue.h"
 GATHER_MATHS = "csrc/core/gather.h"
 HOPPER = "csrc/kernels/hopper_gemm.h"
+HOPPER_RING = "csrc/kernels/hopper_ring.h"
+HOPPER_WGRAD = "csrc/kernels/hopper_wgrad.h"
 HOPPER_LAUNCH = "csrc/kernels/hopper_gemm_launch.h"
 HOPPER_BF16 = "csrc/kernels/hopper_gemm_bf16.cu"
 PIXEL_BOX = "csrc/core/pixel_box.h"
@@ -31,8 +33,9 @@ SHARED_TILE = "csrc/core/shared_tile.h"
 # The sources to compile again with a header that is patched, where a plant does not say.
 INCLUDING = {
     **dict.fromkeys((GEMM, GEMM_LAUNCH, FINISH), GEMM_BF16),
-    **dict.fromkeys((HOPPER, HOPPER_LAUNCH, PIXEL_BOX, SHARED_TILE), HOPPER_BF16),
+    **dict.fromkeys((HOPPER, HOPPER_RING, HOPPER_LAUNCH, PIXEL_BOX, SHARED_TILE), HOPPER_BF16),
     WGRAD_GEMM: "csrc/kernels/wgrad_gemm.cu",
+    HOPPER_WGRAD: "csrc/kernels/hopper_wgrad.cu",
 }
 
 
