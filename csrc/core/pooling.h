@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 
 #include "core/host_device.h"
 
@@ -30,5 +31,31 @@ struct TapRange {
     last = inside < kernel ? inside : kernel;
   }
 };
+
+// A pooling of n images of c channels, in NHWC or NCHW, whose taps are numbers of 1, 2 or 4 bytes: unsigned in one byte,
+// signed in more.
+struct MaxPool {
+  Pooling window;
+  int64_t n, c;
+  bool nhwc;
+  int tap_bytes;
+};
+
+// Whether an image's indices, and those of every window, fit 32 bits with room for a sum of two.
+inline bool fits_int32(const MaxPool& m) {
+  const Pooling& g = m.window;
+  const auto is_size = [](int64_t value, int64_t least) { return value >= least && value <= int64_t{1} << 30; };
+  for (const int64_t value : {m.n, m.c, g.h, g.w, g.p, g.q, g.pad_h, g.pad_w}) {
+    if (!is_size(value, 0)) return false;
+  }
+  for (const int64_t value : {g.kernel_h, g.kernel_w, g.stride_h, g.stride_w, g.dilation_h, g.dilation_w}) {
+    if (!is_size(value, 1)) return false;
+  }
+  // Factors that passed are at most 2^30, so a product of two is no overflow; a third waits for the first two.
+  return is_size(g.h * g.w, 0) && is_size(g.p * g.q, 0) && is_size(g.h * g.w * m.c, 0) &&
+         is_size(g.p * g.q * m.c, 0) && is_size(g.kernel_h * g.kernel_w, 1) &&
+         is_size(g.p * g.stride_h + g.pad_h + g.kernel_h * g.dilation_h, 0) &&
+         is_size(g.q * g.stride_w + g.pad_w + g.kernel_w * g.dilation_w, 0);
+}
 
 }  // namespace freezekit

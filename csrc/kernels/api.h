@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/pooling.h"
 #include "core/problem.h"
 
 namespace freezekit {
@@ -100,6 +101,31 @@ Status launch_layout_change(LayoutChange, const ActivationSize&, DType, const vo
 Status launch_mask_pack(const void* x, uint32_t* mask, int64_t numel, DType, Stream);
 Status launch_mask_apply(const void* x, const uint32_t* mask, void* out, int64_t numel, DType, Stream);
 
+// Activations that are linear in pieces: y, and the bit of each element that lay where the slope is 1. In place or not.
+//   relu: max(x, 0), x > 0 or NaN    hardtanh: min(max(x, a), b), a < x < b    leaky_relu: x > 0 ? x : a * x, x > 0
+enum class ActivationKind : int { relu, hardtanh, leaky_relu };
+struct Activation {
+  ActivationKind kind = ActivationKind::relu;
+  double a = 0, b = 0;
+};
+Status launch_activation(const Activation&, const void* x, void* y, uint32_t* bits, int64_t numel, DType, Stream);
+
+// Such an activation's gradient, and dropout: out = bit ? on * x : off * x, or bit ? x : 0 under select. In place or not.
+struct Gate {
+  bool select = true;
+  double on = 1, off = 0;
+};
+Status launch_gate(const Gate&, const void* x, const uint32_t* bits, void* out, int64_t numel, DType, Stream);
+
+// bit[i] = keep[i] != 0, of bytes.
+Status launch_pack_bytes(const void* keep, uint32_t* bits, int64_t numel, Stream);
+
+// Max pooling by taps r * kernel_w + s of each output's window, for a MaxPool that fits_int32 holds for. scatter: dx = the
+// sums of dy where its taps lie, in the order of outputs; gather: y = what lies there, 0 for a tap outside.
+Status launch_max_pool(const MaxPool&, DType, const void* x, void* y, void* taps, Stream);
+Status launch_max_pool_scatter(const MaxPool&, DType, const void* dy, const void* taps, void* dx, Stream);
+Status launch_max_pool_gather(const MaxPool&, DType, const void* x, const void* taps, void* y, Stream);
+
 // Fills in what the current device is (sm, sm_count); the emulator's is a small sm_80.
 Status current_target(Target*);
 
@@ -115,6 +141,12 @@ struct KernelTable {
   decltype(&launch_layout_change) layout_change;
   decltype(&launch_mask_pack) mask_pack;
   decltype(&launch_mask_apply) mask_apply;
+  decltype(&launch_activation) activation;
+  decltype(&launch_gate) gate;
+  decltype(&launch_pack_bytes) pack_bytes;
+  decltype(&launch_max_pool) max_pool;
+  decltype(&launch_max_pool_scatter) max_pool_scatter;
+  decltype(&launch_max_pool_gather) max_pool_gather;
   decltype(&current_target) target;
   decltype(&freezekit::is_capturing) capturing;
 };

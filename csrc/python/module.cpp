@@ -10,6 +10,7 @@
 #include "python/bindings.h"
 #include "torch/choices.h"
 #include "torch/kernel_library.h"
+#include "torch/launch_log.h"
 #include "torch/native.h"
 
 using namespace freezekit;
@@ -71,16 +72,14 @@ py::dict choose(const std::string& op, const std::string& dtype, const std::arra
   return result;
 }
 
-py::list launch_log() {
+py::list take_launch_log() {
   py::list result;
-  for (const auto& record : native::take_launch_log()) {
-    const Conv2dProblem& p = record.problem;
+  for (const launch_log::Record& record : launch_log::take()) {
     py::dict row;
-    row["operator"] = kOperators[static_cast<size_t>(record.op)];
+    row["operator"] = record.op;
     row["kernel"] = record.kernel;
     row["backend"] = std::string(to_string(record.backend));
-    row["input_size"] = py::make_tuple(p.n, p.c, p.h, p.w);
-    row["weight_size"] = py::make_tuple(p.k, p.c_per_group(), p.r, p.s);
+    for (const auto& [name, size] : record.sizes) row[name] = py::tuple(py::cast(size));
     result.append(row);
   }
   return result;
@@ -94,8 +93,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_emulator_path", &set_emulator_path, py::arg("path"), "Where the emulated kernels' library lies.");
   m.def("set_hopper", &native::set_hopper, py::arg("allowed"),
         "Whether calls that demand native or emulated kernels may run those of sm_90a.");
-  m.def("set_launch_log", &native::set_launch_log, py::arg("enabled"), "Switches the log of kernel launches.");
-  m.def("take_launch_log", &launch_log, "The launches since the last call: operator, kernel, backend, sizes.");
+  m.def("set_launch_log", &launch_log::set_enabled, py::arg("enabled"), "Switches the log of kernel launches.");
+  m.def("take_launch_log", &take_launch_log,
+        "The launches since the last call: operator, kernel, backend, sizes by tensor.");
   m.def("select", &choose, "Which kernel the native backend would run, and why; needs no device.", py::arg("operator"),
         py::arg("dtype"), py::arg("input_size"), py::arg("weight_size"), py::arg("stride") = Pair{1, 1},
         py::arg("padding") = Pair{0, 0}, py::arg("dilation") = Pair{1, 1}, py::arg("groups") = 1, py::kw_only(),

@@ -3,7 +3,8 @@
 //   y[i] = bit[i] ? x[i] / (1 - p) : 0 * x[i],   bit[i] = 1 with probability 1 - p
 //
 // The random numbers come from the very calls that torch makes, so a seed gives the result of torch's dropout: on a CPU
-// bernoulli_ of a tensor of noise, which is freed at once, elsewhere native_dropout.
+// bernoulli_ of a tensor of noise, which is freed at once, elsewhere native_dropout, whose mask of bytes is packed and
+// freed. So a GPU's bits come from torch's own Philox stream.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/dropout.h>
@@ -13,6 +14,7 @@
 #include <torch/library.h>
 
 #include "torch/gate.h"
+#include "torch/native_layers.h"
 
 namespace freezekit {
 namespace {
@@ -31,9 +33,17 @@ GateRule rule_of(const Tensor& input, double p) {
   return {scale, 0.0};
 }
 
-Tensor draw_on_cpu(const Tensor& x, double p) {
+Tensor draw_on_cpu(const Tensor& x, double p, std::string_view backend) {
   const Tensor noise = at::empty_like(x).bernoulli_(1 - p);
-  return positive_bits(noise);
+  return positive_bits(noise, backend);
+}
+
+// Of the dense bool tensor that was drawn for x on a GPU.
+Tensor pack_drawn(const Tensor& x, const Tensor& mask, std::string_view backend) {
+  if (computer_for(x, backend) != Computer::kernels) return pack_bits(mask);
+  const Tensor bits = empty_bits(mask);
+  native::pack_bytes(mask, bits);
+  return bits;
 }
 
 std::tuple<Tensor, Tensor> bits_kernel(const Tensor& input, double p, std::string_view backend) {
@@ -41,11 +51,11 @@ std::tuple<Tensor, Tensor> bits_kernel(const Tensor& input, double p, std::strin
   const at::AutoDispatchBelowADInplaceOrView below;
   const Tensor x = dense(input);
   if (x.is_cpu()) {
-    const Tensor bits = draw_on_cpu(x, p);
+    const Tensor bits = draw_on_cpu(x, p, backend);
     return {gate(x, bits, x.sym_strides(), rule_of(x, p), backend), bits};
   }
   const auto [y, mask] = at::native_dropout(x, p, true);
-  return {y, pack_bits(dense(mask))};
+  return {y, pack_drawn(x, dense(mask), backend)};
 }
 
 Tensor bits_inplace_kernel(Tensor& input, double p, std::string_view backend) {
@@ -53,7 +63,7 @@ Tensor bits_inplace_kernel(Tensor& input, double p, std::string_view backend) {
   const at::AutoDispatchBelowADInplaceOrView below;
   if (input.is_cpu()) {
     const Tensor x = dense(input);
-    const Tensor bits = draw_on_cpu(x, p);
+    const Tensor bits = draw_on_cpu(x, p, backend);
     if (x.is_same(input)) {
       gate_inplace(x, bits, rule_of(x, p), backend);
     } else {

@@ -21,6 +21,8 @@
 #include "cpu/relu_avx512.h"
 #include "cpu/simd.h"
 #include "torch/cpu_formats.h"
+#include "torch/native.h"
+#include "torch/native_layers.h"
 
 namespace freezekit {
 namespace {
@@ -115,7 +117,10 @@ Tensor gate_kernel(const Tensor& input, const Tensor& bits, SymIntArrayRef strid
     case Computer::cpu:
       gate_cpu(same ? input : result.copy_(input), result, bits.contiguous(), {on, off});
       break;
-    default:
+    case Computer::kernels:
+      native::gate({on, off}, same ? input : result.copy_(input), bits.contiguous(), result);
+      break;
+    case Computer::aten:
       result.copy_(gate_by_aten(input, bits, stride, {on, off}));
   }
   return result;
@@ -191,18 +196,33 @@ std::vector<c10::SymInt> dense_strides(const Tensor& input) {
 }
 
 void gate_inplace(const Tensor& dense, const Tensor& bits, const GateRule& rule, std::string_view backend) {
-  if (computer_for(dense, backend) == Computer::cpu) {
-    gate_cpu(dense, dense, bits, rule);
-  } else {
-    dense.copy_(gate_by_aten(dense, bits, dense.sym_strides(), rule));
+  switch (computer_for(dense, backend)) {
+    case Computer::cpu:
+      return gate_cpu(dense, dense, bits, rule);
+    case Computer::kernels:
+      return native::gate(rule, dense, bits, dense);
+    case Computer::aten:
+      dense.copy_(gate_by_aten(dense, bits, dense.sym_strides(), rule));
   }
+}
+
+bool is_aten_s(const Tensor& input, std::string_view name) {
+  const Backend backend = parse_backend(name);
+  if (needs_aten(input)) {
+    TORCH_CHECK(!is_own(backend), "backend='", name, "' takes strided tensors of a floating dtype, outside of ",
+                "torch.func transforms and forward-mode AD; torch's own operator takes this one, with backend='aten'");
+    return true;
+  }
+  return !is_own(backend) && !torch::autograd::compute_requires_grad(input);
 }
 
 Computer computer_for(const Tensor& tensor, std::string_view name) {
   const Backend backend = parse_backend(name);
-  TORCH_CHECK(backend != Backend::native || tensor.is_cuda(), "backend='native' needs CUDA tensors, got one on ",
-              tensor.device());
-  return tensor.is_cpu() ? Computer::cpu : Computer::aten;
+  if (native::runs(tensor, backend)) return Computer::kernels;
+  if (tensor.is_cpu()) return Computer::cpu;
+  // ATen has no operator that packs bits, and takes ten passes over memory where a kernel takes one.
+  const bool own = backend == Backend::automatic && tensor.is_cuda() && native::takes(tensor);
+  return own ? Computer::kernels : Computer::aten;
 }
 
 }  // namespace freezekit

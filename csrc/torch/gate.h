@@ -39,14 +39,19 @@ Tensor dense(const Tensor& input);
 std::vector<c10::SymInt> dense_strides(const Tensor& input);
 
 // Bit = (input > 0) of a dense tensor without NaN.
-Tensor positive_bits(const Tensor& input);
+Tensor positive_bits(const Tensor& input, std::string_view backend);
 
 // gate() on the storage of a dense tensor, whose memory order is that of bits.
 void gate_inplace(const Tensor& dense, const Tensor& bits, const GateRule&, std::string_view backend);
 
-// What computes on a tensor with data: the C++ kernels of the CPU, freezekit's own (CUDA or emulated), or ATen, on
-// devices that have neither. Throws where `backend` demands what cannot be.
+// What computes on a tensor with data: the C++ kernels of the CPU, freezekit's own for GPUs (which the emulator also runs
+// on CPU tensors), or ATen, on devices that have neither and where it is asked for on a GPU. Throws where `backend`
+// demands what cannot be.
 enum class Computer { cpu, kernels, aten };
 Computer computer_for(const Tensor&, std::string_view backend);
+
+// Whether torch's own operator computes a call: its formulas serve where no node of ours can, and where no gradient is
+// wanted there is nothing to keep. Throws where `backend` demands kernels and only the formulas serve.
+bool is_aten_s(const Tensor& input, std::string_view backend);
 
 }  // namespace freezekit

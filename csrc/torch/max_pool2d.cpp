@@ -13,6 +13,7 @@
 #include "torch/checks.h"
 #include "torch/gate.h"
 #include "torch/max_pool2d_steps.h"
+#include "torch/native_layers.h"
 
 namespace freezekit {
 namespace {
@@ -30,8 +31,14 @@ c10::TypedOperatorHandle<Signature> find(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
-// A call has one format for all its tensors: those of size 1 suggest another one than their neighbours.
-bool is_nhwc(at::MemoryFormat format) { return format == at::MemoryFormat::ChannelsLast; }
+// What computes a problem; throws where the backend demands kernels that do not take it.
+Computer computer_of(const MaxPool& m, const Tensor& values, std::string_view backend) {
+  const Computer computer = computer_for(values, backend);
+  if (computer != Computer::kernels || fits_int32(m)) return computer;
+  TORCH_CHECK(parse_backend(backend) == Backend::automatic, "no freezekit kernel for max_pool2d: an image of it, or a ",
+              "window, has more than 2^30 places; backend='aten' computes it");
+  return Computer::aten;
+}
 
 // Size, strides and torch's own error messages, without data.
 Tensor output_like(const Tensor& input, const PoolGeometry& g) {
@@ -62,7 +69,10 @@ std::tuple<Tensor, Tensor> taps_kernel(const Tensor& input, IntArrayRef kernel_s
   check_input(input);
   const at::AutoDispatchBelowADInplaceOrView below;
   const Tensor shape = output_like(input, g);
-  if (computer_for(input, backend) != Computer::cpu) {
+  const auto format = input.suggest_memory_format();  // for all: tensors of size 1 suggest another than their neighbours
+  const MaxPool m = g.problem(input.sizes(), shape.sizes(), format);
+  const Computer computer = computer_of(m, input, backend);
+  if (computer == Computer::aten) {
     auto [y, indices] =
         at::max_pool2d_with_indices(input, g.kernel_size, g.stride, g.padding, g.dilation, g.ceil_mode);
     return {y, max_pool::taps_of_indices(indices, input, g)};
@@ -70,9 +80,8 @@ std::tuple<Tensor, Tensor> taps_kernel(const Tensor& input, IntArrayRef kernel_s
   const Tensor y = at::empty_strided(shape.sizes(), shape.strides(), input.options());
   const Tensor taps = at::empty_strided(shape.sizes(), shape.strides(), input.options().dtype(g.tap_type()));
   if (y.numel() == 0) return {y, taps};
-  const auto format = input.suggest_memory_format();
-  max_pool::forward_cpu(input.contiguous(format), y, taps,
-                        g.pooling(input.size(2), input.size(3), y.size(2), y.size(3)), is_nhwc(format));
+  const auto compute = computer == Computer::cpu ? max_pool::forward_cpu : native::max_pool;
+  compute(m, input.contiguous(format), y, taps);
   return {y, taps};
 }
 
@@ -86,13 +95,17 @@ Tensor scatter_kernel(const Tensor& grad_output, const Tensor& taps, SymIntArray
   const at::AutoDispatchBelowADInplaceOrView below;
   const auto format = taps.suggest_memory_format();
   const auto size = C10_AS_INTARRAYREF_SLOW(input_size);
-  if (computer_for(grad_output, backend) != Computer::cpu) {
+  const MaxPool m = g.problem(size, taps.sizes(), format);
+  const Computer computer = computer_of(m, grad_output, backend);
+  if (computer == Computer::aten) {
     return max_pool::scatter_by_aten(grad_output, taps, input_size, g).contiguous(format);
   }
-  const Tensor dx = at::empty(size, grad_output.options(), format).zero_();
-  if (dx.numel() == 0 || taps.numel() == 0) return dx;
-  max_pool::scatter_cpu(grad_output.contiguous(format), taps.contiguous(format), dx,
-                        g.pooling(size[2], size[3], taps.size(2), taps.size(3)), is_nhwc(format));
+  const Tensor dx = at::empty(size, grad_output.options(), format);
+  if (computer == Computer::kernels) {
+    native::max_pool_scatter(m, grad_output.contiguous(format), taps.contiguous(format), dx);
+  } else if (dx.zero_().numel() > 0 && taps.numel() > 0) {
+    max_pool::scatter_cpu(m, grad_output.contiguous(format), taps.contiguous(format), dx);
+  }
   return dx;
 }
 
@@ -104,13 +117,13 @@ Tensor gather_kernel(const Tensor& input, const Tensor& taps, SymIntArrayRef inp
   TORCH_CHECK(input.sym_sizes() == input_size, "input must have size ", input_size, ", got ", input.sizes());
   const at::AutoDispatchBelowADInplaceOrView below;
   const auto format = taps.suggest_memory_format();
-  if (computer_for(input, backend) != Computer::cpu) {
-    return max_pool::gather_by_aten(input, taps, g).contiguous(format);
-  }
+  const MaxPool m = g.problem(input.sizes(), taps.sizes(), format);
+  const Computer computer = computer_of(m, input, backend);
+  if (computer == Computer::aten) return max_pool::gather_by_aten(input, taps, g).contiguous(format);
   const Tensor y = at::empty(taps.sizes(), input.options(), format);
   if (y.numel() == 0) return y;
-  max_pool::gather_cpu(input.contiguous(format), taps.contiguous(format), y,
-                       g.pooling(input.size(2), input.size(3), taps.size(2), taps.size(3)), is_nhwc(format));
+  const auto compute = computer == Computer::cpu ? max_pool::gather_cpu : native::max_pool_gather;
+  compute(m, input.contiguous(format), taps.contiguous(format), y);
   return y;
 }
 
@@ -161,9 +174,11 @@ PoolGeometry::PoolGeometry(IntArrayRef kernel_size, IntArrayRef stride, IntArray
       ceil_mode(ceil_mode),
       backend(backend) {}
 
-Pooling PoolGeometry::pooling(int64_t h, int64_t w, int64_t p, int64_t q) const {
-  return {h,         w,         p,          q,          kernel_size[0], kernel_size[1],
-          stride[0], stride[1], padding[0], padding[1], dilation[0],    dilation[1]};
+MaxPool PoolGeometry::problem(IntArrayRef input_size, IntArrayRef output_size, at::MemoryFormat format) const {
+  const Pooling window = {input_size[2], input_size[3], output_size[2], output_size[3], kernel_size[0], kernel_size[1],
+                          stride[0],     stride[1],     padding[0],     padding[1],     dilation[0],    dilation[1]};
+  return {window, input_size[0], input_size[1], format == at::MemoryFormat::ChannelsLast,
+          static_cast<int>(c10::elementSize(tap_type()))};
 }
 
 at::ScalarType PoolGeometry::tap_type() const {

@@ -16,8 +16,8 @@ struct PoolGeometry {
   PoolGeometry(IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, bool ceil_mode,
                std::string_view backend);
 
-  // The same as numbers, with sizes of concrete tensors.
-  Pooling pooling(int64_t h, int64_t w, int64_t p, int64_t q) const;
+  // The same as numbers, with sizes of concrete tensors (N, C, H, W) and (N, C, P, Q) and the layout of all of them.
+  MaxPool problem(IntArrayRef input_size, IntArrayRef output_size, at::MemoryFormat format) const;
   // One byte up to 256 taps, two up to 32768, four beyond.
   at::ScalarType tap_type() const;
 

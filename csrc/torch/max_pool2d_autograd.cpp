@@ -9,6 +9,7 @@
 #include <torch/library.h>
 
 #include "torch/formula.h"
+#include "torch/gate.h"
 #include "torch/max_pool2d.h"
 
 namespace freezekit {
@@ -59,18 +60,17 @@ std::pair<Tensor, Tensor> pool_and_record(const Tensor& input, const PoolGeometr
   }();
   const auto node =
       formula_node<scatter_gradient>("FreezekitMaxPool2dBackward", settings_of(g, input.sym_sizes()), input);
+  if (!node) return {result, taps};
   node->keep({taps});
   torch::autograd::set_history(result, node);
   return {result, taps};
 }
 
-bool is_aten_s(const Tensor& input) {
-  return needs_aten(input) || input.dim() != 4 || !torch::autograd::compute_requires_grad(input);
-}
-
 Tensor pool_autograd(const Tensor& input, IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef padding,
                      IntArrayRef dilation, bool ceil_mode, std::string_view backend) {
-  if (is_aten_s(input)) return at::max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode);
+  if (input.dim() != 4 || is_aten_s(input, backend)) {
+    return at::max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode);
+  }
   return pool_and_record(input, {kernel_size, stride, padding, dilation, ceil_mode, backend}).first;
 }
 
@@ -79,10 +79,19 @@ Tensor pool_aten(const Tensor& input, IntArrayRef kernel_size, IntArrayRef strid
   return at::max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode);
 }
 
+// Without autograd: in inference mode, and below other transforms.
+Tensor pool_plain(const Tensor& input, IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef padding,
+                  IntArrayRef dilation, bool ceil_mode, std::string_view backend) {
+  if (input.dim() != 4 || !is_own(parse_backend(backend))) {
+    return at::max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode);
+  }
+  return std::get<0>(max_pool2d_taps(input, {kernel_size, stride, padding, dilation, ceil_mode, backend}));
+}
+
 std::tuple<Tensor, Tensor> indices_autograd(const Tensor& input, IntArrayRef kernel_size, IntArrayRef stride,
                                             IntArrayRef padding, IntArrayRef dilation, bool ceil_mode,
                                             std::string_view backend) {
-  if (is_aten_s(input)) {
+  if (input.dim() != 4 || is_aten_s(input, backend)) {
     return at::max_pool2d_with_indices(input, kernel_size, stride, padding, dilation, ceil_mode);
   }
   const PoolGeometry g(kernel_size, stride, padding, dilation, ceil_mode, backend);
@@ -126,7 +135,7 @@ TORCH_LIBRARY_FRAGMENT(freezekit, m) {
       tags);
 }
 TORCH_LIBRARY_IMPL(freezekit, CompositeExplicitAutograd, m) {
-  m.impl("max_pool2d", freezekit::pool_aten);
+  m.impl("max_pool2d", freezekit::pool_plain);
   m.impl("max_pool2d_with_indices", freezekit::indices_aten);
 }
 TORCH_LIBRARY_IMPL(freezekit, Autograd, m) {

@@ -69,9 +69,10 @@ void scatter_plane(const T* dy, const Tap* taps, T* dx, const Pooling& g, const 
 // Calls f(offset in the larger tensor, offset in the smaller one, channels there, elements between places) for parts
 // that no two threads share.
 template <class F>
-void for_each_part(const Tensor& like, const Pooling& g, bool nhwc, const F& f) {
-  const int64_t n = like.size(0), c = like.size(1), in = g.h * g.w, out = g.p * g.q;
-  if (!nhwc) {
+void for_each_part(const MaxPool& m, const F& f) {
+  const Pooling& g = m.window;
+  const int64_t n = m.n, c = m.c, in = g.h * g.w, out = g.p * g.q;
+  if (!m.nhwc) {
     at::parallel_for(0, n * c, grain(in), [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) f(i * in, i * out, int64_t{1}, int64_t{1});
     });
@@ -88,8 +89,10 @@ void for_each_part(const Tensor& like, const Pooling& g, bool nhwc, const F& f) 
 
 }  // namespace
 
-void forward_cpu(const Tensor& x, const Tensor& y, const Tensor& taps, const Pooling& g, bool nhwc) {
-  const int64_t n = x.size(0), c = x.size(1), in = g.h * g.w;
+void forward_cpu(const MaxPool& m, const Tensor& x, const Tensor& y, const Tensor& taps) {
+  const Pooling& g = m.window;
+  const int64_t n = m.n, c = m.c, in = g.h * g.w;
+  const bool nhwc = m.nhwc;
   // A task is a row of outputs: of a plane, or of an image's pixels.
   const int64_t planes = nhwc ? n : n * c, width = nhwc ? c : 1, scratch = nhwc ? c : g.q;
   dispatch(x, taps, [&](auto element, auto tap) {
@@ -116,27 +119,29 @@ void forward_cpu(const Tensor& x, const Tensor& y, const Tensor& taps, const Poo
   });
 }
 
-void scatter_cpu(const Tensor& dy, const Tensor& taps, const Tensor& dx, const Pooling& g, bool nhwc) {
+void scatter_cpu(const MaxPool& m, const Tensor& dy, const Tensor& taps, const Tensor& dx) {
+  const Pooling& g = m.window;
   dispatch(dy, taps, [&](auto element, auto tap) {
     using T = decltype(element);
     const T* from = dy.const_data_ptr<T>();
     const auto* where = taps.const_data_ptr<decltype(tap)>();
     T* to = dx.mutable_data_ptr<T>();
     const cpu::TapPositions position(g);
-    for_each_part(dy, g, nhwc, [&](int64_t in, int64_t out, int64_t count, int64_t step) {
+    for_each_part(m, [&](int64_t in, int64_t out, int64_t count, int64_t step) {
       scatter_plane(from + out, where + out, to + in, g, position, count, step);
     });
   });
 }
 
-void gather_cpu(const Tensor& x, const Tensor& taps, const Tensor& y, const Pooling& g, bool nhwc) {
+void gather_cpu(const MaxPool& m, const Tensor& x, const Tensor& taps, const Tensor& y) {
+  const Pooling& g = m.window;
   dispatch(x, taps, [&](auto element, auto tap) {
     using T = decltype(element);
     const T* from = x.const_data_ptr<T>();
     const auto* where = taps.const_data_ptr<decltype(tap)>();
     T* to = y.mutable_data_ptr<T>();
     const cpu::TapPositions position(g);
-    for_each_part(y, g, nhwc, [&](int64_t in, int64_t out, int64_t count, int64_t step) {
+    for_each_part(m, [&](int64_t in, int64_t out, int64_t count, int64_t step) {
       cpu::max_pool_gather(from + in, where + out, to + out, g, position, count, step);
     });
   });

@@ -3,14 +3,15 @@
 
 #include <utility>
 
+#include "torch/gate.h"
 #include "torch/max_pool2d.h"
 
 namespace freezekit::max_pool {
 
-// x, y, taps (dy, taps, dx) dense and all of one layout, NHWC or NCHW; dx holds zeros.
-void forward_cpu(const Tensor& x, const Tensor& y, const Tensor& taps, const Pooling&, bool nhwc);
-void scatter_cpu(const Tensor& dy, const Tensor& taps, const Tensor& dx, const Pooling&, bool nhwc);
-void gather_cpu(const Tensor& x, const Tensor& taps, const Tensor& y, const Pooling&, bool nhwc);
+// x, y, taps (dy, taps, dx) dense and all of the layout that MaxPool says; dx holds zeros.
+void forward_cpu(const MaxPool&, const Tensor& x, const Tensor& y, const Tensor& taps);
+void scatter_cpu(const MaxPool&, const Tensor& dy, const Tensor& taps, const Tensor& dx);
+void gather_cpu(const MaxPool&, const Tensor& x, const Tensor& taps, const Tensor& y);
 
 Tensor scatter_by_aten(const Tensor& dy, const Tensor& taps, SymIntArrayRef input_size, const PoolGeometry&);
 Tensor gather_by_aten(const Tensor& x, const Tensor& taps, const PoolGeometry&);

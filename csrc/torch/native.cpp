@@ -6,15 +6,13 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <atomic>
-#include <mutex>
 
 #include "torch/checks.h"
 #include "torch/constants.h"
-#include "torch/kernel_library.h"
+#include "torch/launch_log.h"
 #include "torch/layout.h"
 
 namespace freezekit::native {
-namespace {
 
 std::optional<DType> dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -26,18 +24,23 @@ std::optional<DType> dtype_of(const Tensor& tensor) {
   }
 }
 
+Stream stream_of(const Tensor& on) {
+  if (!on.is_cuda()) return nullptr;
+  return c10::impl::VirtualGuardImpl(on.device().type()).getStream(on.device()).native_handle();
+}
+
+void check_status(Status status, const char* kernel, const KernelLibrary& library) {
+  TORCH_CHECK(status == Status::success, "freezekit kernel ", kernel, " failed: ", to_string(status),
+              library.last_error());
+}
+
+namespace {
+
+constexpr int kLeastSm = 80;  // what the kernels are compiled for at least
+
 const char* name_of(Operator op) {
   static const char* const names[] = {"conv2d", "conv2d_dgrad", "conv2d_wgrad"};
   return names[static_cast<int>(op)];
-}
-
-std::mutex log_mutex;
-bool log_enabled = false;
-std::vector<LaunchRecord> log_records;
-
-void log_launch(const LaunchRecord& record) {
-  const std::lock_guard<std::mutex> lock(log_mutex);
-  if (log_enabled) log_records.push_back(record);
 }
 
 std::atomic<bool> hopper_allowed{false};
@@ -76,16 +79,6 @@ Choice choose(Operator op, const Conv2dProblem& problem, const Tensor& on, Backe
   return {op, problem, backend, library, dtype, selection};
 }
 
-Stream stream_of(const Tensor& on) {
-  if (!on.is_cuda()) return nullptr;
-  return c10::impl::VirtualGuardImpl(on.device().type()).getStream(on.device()).native_handle();
-}
-
-void check_status(Status status, const char* kernel, const KernelLibrary& library) {
-  TORCH_CHECK(status == Status::success, "freezekit kernel ", kernel, " failed: ", to_string(status),
-              library.last_error());
-}
-
 void launch(const Choice& choice, const Tensor& on, const Conv2dTensors& tensors, const Epilogue& epilogue) {
   Tensor workspace;
   if (choice.selection.workspace_bytes > 0) {
@@ -95,7 +88,10 @@ void launch(const Choice& choice, const Tensor& on, const Conv2dTensors& tensors
                                             epilogue, workspace.defined() ? workspace.mutable_data_ptr() : nullptr,
                                             stream_of(on)),
                choice.selection.kernel, choice.library);
-  log_launch({choice.op, choice.selection.kernel, choice.backend, choice.problem});
+  if (!launch_log::is_enabled()) return;
+  const Conv2dProblem& p = choice.problem;
+  launch_log::add({name_of(choice.op), choice.selection.kernel, choice.backend,
+                   {{"input_size", {p.n, p.c, p.h, p.w}}, {"weight_size", {p.k, p.c_per_group(), p.r, p.s}}}});
 }
 
 // W', the filter as dgrad's GEMM reads it, of a weight that was declared constant: made once. Undefined for others,
@@ -127,15 +123,20 @@ Tensor empty_output(IntArrayRef size, const Tensor& like) {
 
 }  // namespace
 
+bool takes(const Tensor& on) {
+  return has_cuda_kernels() && on.is_cuda() && on.layout() == at::kStrided && dtype_of(on) &&
+         target_on(kernel_library(Backend::native), Backend::native).sm >= kLeastSm;
+}
+
 bool supports(Operator op, const Conv2dProblem& problem, const Tensor& on, Backend backend) {
   const auto dtype = dtype_of(on);
   return dtype && on.layout() == at::kStrided &&
          select(op, problem, *dtype, target_on(kernel_library(backend), backend)).family != Family::none;
 }
 
-bool runs(Operator op, const Conv2dProblem& problem, const Tensor& on, Backend backend) {
+bool runs(const Tensor& on, Backend backend) {
   // What `auto` means was decided before; left undecided, it is ATen.
-  if (backend == Backend::automatic || backend == Backend::aten) return false;
+  if (!is_own(backend)) return false;
   if (backend == Backend::native) {
     TORCH_CHECK(on.is_cuda(), "backend='native' needs CUDA tensors, got one on ", on.device(),
                 "; on a CPU backend='emulated' runs the same kernels, slowly");
@@ -210,16 +211,5 @@ void set_hopper(bool allowed) { hopper_allowed = allowed; }
 
 WithoutHopper::WithoutHopper() : outer_(without_hopper) { without_hopper = true; }
 WithoutHopper::~WithoutHopper() { without_hopper = outer_; }
-
-void set_launch_log(bool enabled) {
-  const std::lock_guard<std::mutex> lock(log_mutex);
-  log_enabled = enabled;
-  if (!enabled) log_records.clear();
-}
-
-std::vector<LaunchRecord> take_launch_log() {
-  const std::lock_guard<std::mutex> lock(log_mutex);
-  return std::exchange(log_records, {});
-}
 
 }  // namespace freezekit::native

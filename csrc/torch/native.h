@@ -1,10 +1,8 @@
 // The three operators by freezekit's own kernels: CUDA ones on a GPU, the emulated build of the same source on a CPU.
 #pragma once
 
-#include <string>
-#include <vector>
-
 #include "kernels/api.h"
+#include "torch/kernel_library.h"
 #include "torch/operators.h"
 
 namespace freezekit::native {
@@ -24,8 +22,17 @@ class WithoutHopper {
   bool outer_;
 };
 
-// Whether `backend` means these kernels for this problem; throws where it demands them and they cannot run.
-bool runs(Operator, const Conv2dProblem&, const Tensor& on, Backend backend);
+// Whether `backend` means these kernels; throws where it demands them and they cannot run on such a tensor.
+bool runs(const Tensor& on, Backend backend);
+inline bool runs(Operator, const Conv2dProblem&, const Tensor& on, Backend backend) { return runs(on, backend); }
+
+// Whether the CUDA kernels are built, and run on the device and the dtype of such a tensor.
+bool takes(const Tensor& on);
+
+// What a launch needs of torch.
+std::optional<DType> dtype_of(const Tensor&);
+Stream stream_of(const Tensor& on);
+void check_status(Status, const char* kernel, const KernelLibrary&);
 
 // Whether some kernel of `backend` computes this problem.
 bool supports(Operator, const Conv2dProblem&, const Tensor& on, Backend backend);
@@ -41,15 +48,5 @@ Tensor conv2d_epilogue(const Conv2dProblem&, const Tensor& input, const Tensor& 
                        const Tensor& residual, bool relu, const Tensor& mask_out, const Geometry&);
 Tensor dgrad_epilogue(const Conv2dProblem&, const Tensor& grad_output, const Tensor& weight, const Tensor& residual,
                       const Tensor& mask_in, const Geometry&);
-
-// What has been launched since the log was switched on; for tests and for reports.
-struct LaunchRecord {
-  Operator op;
-  std::string kernel;
-  Backend backend;
-  Conv2dProblem problem;
-};
-void set_launch_log(bool enabled);
-std::vector<LaunchRecord> take_launch_log();
 
 }  // namespace freezekit::native

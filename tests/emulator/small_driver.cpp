@@ -1,12 +1,14 @@
 // Runs the kernels around the convolutions and compares every bit with loops.
 //
 //   small_driver SEED SCHEDULE JOB...     SEED, SCHEDULE: as conv_driver's
-//     JOB: bias:ROWS,K or layout:N,C,H,W or mask:NUMEL or filter:K,C,TAPS
+//     JOB: bias:ROWS,K or layout:N,C,H,W or mask:NUMEL or filter:K,C,TAPS or
+//          activation:NUMEL or bytes:NUMEL or pool:N,C,H,W,KERNEL,STRIDE,PADDING,DILATION
 //
 // Every job runs in all dtypes.
 #include <string>
 
 #include "tests/emulator/driver.h"
+#include "tests/emulator/layer_jobs.h"
 
 using namespace freezekit;
 using namespace driver;
@@ -115,6 +117,9 @@ int run_job(DType dtype, const Job& job) {
   if (job.kind == "layout" && job.sizes.size() == 4) return run_layout<T>(dtype, job.sizes);
   if (job.kind == "mask" && job.sizes.size() == 1) return run_mask<T>(dtype, job.sizes);
   if (job.kind == "filter" && job.sizes.size() == 3) return run_filter<T>(dtype, job.sizes);
+  if (job.kind == "activation" && job.sizes.size() == 1) return layer_jobs::run_activation<T>(dtype, job.sizes);
+  if (job.kind == "bytes" && job.sizes.size() == 1) return layer_jobs::run_bytes(job.sizes);
+  if (job.kind == "pool" && job.sizes.size() == 8) return layer_jobs::run_pool<T>(dtype, job.sizes);
   return kUsage;
 }
 

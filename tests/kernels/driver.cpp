@@ -110,3 +110,34 @@ EXPORT int driver_mask_apply(const void* x, const uint32_t* mask, void* out, int
   return static_cast<int>(
       freezekit_kernel_table()->mask_apply(x, mask, out, numel, static_cast<DType>(dtype), nullptr));
 }
+
+// kind, and its numbers a and b, as in api.h.
+EXPORT int driver_activation(int kind, double a, double b, const void* x, void* y, uint32_t* bits, int64_t numel,
+                             int dtype) {
+  return static_cast<int>(freezekit_kernel_table()->activation({static_cast<ActivationKind>(kind), a, b}, x, y, bits,
+                                                               numel, static_cast<DType>(dtype), nullptr));
+}
+
+EXPORT int driver_gate(int select, double on, double off, const void* x, const uint32_t* bits, void* out, int64_t numel,
+                       int dtype) {
+  return static_cast<int>(freezekit_kernel_table()->gate({select != 0, on, off}, x, bits, out, numel,
+                                                         static_cast<DType>(dtype), nullptr));
+}
+
+EXPORT int driver_pack_bytes(const void* keep, uint32_t* bits, int64_t numel) {
+  return static_cast<int>(freezekit_kernel_table()->pack_bytes(keep, bits, numel, nullptr));
+}
+
+// which: 0 max_pool(x, y, taps), 1 scatter(dy, taps, dx), 2 gather(x, taps, y). numbers: n, c, nhwc, bytes of a tap, then
+// those of core/pooling.h in its order.
+EXPORT int driver_max_pool(int which, const int64_t* numbers, int dtype, const void* first, void* second, void* third) {
+  const int64_t* const v = numbers + 4;
+  MaxPool m;
+  m.window = {v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10], v[11]};
+  m.n = numbers[0], m.c = numbers[1], m.nhwc = numbers[2] != 0, m.tap_bytes = static_cast<int>(numbers[3]);
+  const KernelTable* table = freezekit_kernel_table();
+  const DType type = static_cast<DType>(dtype);
+  if (which == 0) return static_cast<int>(table->max_pool(m, type, first, second, third, nullptr));
+  if (which == 1) return static_cast<int>(table->max_pool_scatter(m, type, first, second, third, nullptr));
+  return static_cast<int>(table->max_pool_gather(m, type, first, second, third, nullptr));
+}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from . import depthwise, direct, gemm, hopper, small, wgrad
+from . import depthwise, direct, gemm, hopper, layers, small, wgrad
 from .direct import UNORDERED_SPLIT_K
 from .plant import Plant
 
-PLANTS = [plant for module in (direct, gemm, hopper, wgrad, depthwise, small) for plant in module.PLANTS]
+PLANTS = [plant for module in (direct, gemm, hopper, wgrad, depthwise, small, layers) for plant in module.PLANTS]
 
 __all__ = ["PLANTS", "UNORDERED_SPLIT_K", "Plant"]
