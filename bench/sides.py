@@ -37,7 +37,7 @@ class Side:
         channels_last: whether module and input are put in channels_last first.
         backend: freezekit's backend during the forward pass, where it is not the automatic one.
         sections: where it takes part; () is everywhere.
-        slow: preparing it takes seconds: in a run of everything it is left out where there are many cases.
+        slow: preparing it takes seconds: in a run of everything it is left out of the hundreds of layers.
     """
 
     name: str
@@ -55,8 +55,8 @@ class Side:
         """
         if self.sections and section not in self.sections:
             return f"takes part in {', '.join(self.sections)} alone"
-        if self.slow and everything and section not in ("blocks", "models"):
-            return f"compiling takes too long for all of it: ask for it with --section {section}"
+        if self.slow and everything and section == "layers":
+            return "compiling every layer takes too long: ask for it with --section layers"
         return ""
 
     def build(self, stock: nn.Module) -> nn.Module:
