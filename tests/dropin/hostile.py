@@ -17,7 +17,8 @@ from torch import Tensor
 X, W, B = torch.ones(2, 4, 8, 8), torch.ones(6, 4, 3, 3), torch.ones(6)
 G = torch.ones(2, 6, 6, 6)
 POOLED, TAPS = torch.ones(2, 4, 4, 4), torch.zeros(2, 4, 4, 4, dtype=torch.uint8)
-ONES, BITS = torch.ones(4), torch.zeros(2 * 4 * 8 * 8 // 8, dtype=torch.uint8)
+ONES = torch.ones(4)
+WORDS = torch.zeros(2 * 4 * 8 * 8 // 32, dtype=torch.int32)
 
 # One call of each operator that is right.
 RIGHT: dict[str, dict[str, Any]] = {
@@ -33,13 +34,13 @@ RIGHT: dict[str, dict[str, Any]] = {
     ),
     "frozen_conv2d_shared": dict(input=X, weight=W, bias=B, residual=G, activation="relu", stride=[1, 1], groups=1),
     "frozen_conv2d_dgrad": dict(
-        grad_output=G, weight=W, input_size=[2, 4, 8, 8], residual=X, mask=BITS, stride=[1, 1], dilation=[1, 1]
+        grad_output=G, weight=W, input_size=[2, 4, 8, 8], residual=X, mask=WORDS, stride=[1, 1], dilation=[1, 1]
     ),
     "activation": dict(input=X, kind="hardtanh", a=-1.0, b=1.0),
     "activation_": dict(input=X, kind="relu", a=0.0, b=0.0),
     "activation_bits": dict(input=X, kind="leaky_relu", a=0.1, b=0.0),
     "activation_bits_": dict(input=X, kind="relu", a=0.0, b=0.0),
-    "gate": dict(input=X, bits=BITS, stride=[256, 64, 8, 1], on=1.0, off=0.0),
+    "gate": dict(input=X, bits=WORDS, stride=[256, 64, 8, 1], on=1.0, off=0.0),
     "dropout": dict(input=X, p=0.5, train=True),
     "dropout_": dict(input=X, p=0.5, train=True),
     "dropout_bits": dict(input=X, p=0.5),
@@ -73,7 +74,7 @@ def wrong_for(value: Any) -> Iterator[Any]:
         yield from (torch.ones(2, 4, 0, 8), torch.ones(7, 5, 3, 2), value.as_strided(value.shape, [0] * value.dim()))
         yield from (value.to(d) for d in (torch.float64, torch.bfloat16, torch.half, torch.int64, torch.bool))
         yield from (value.to(torch.complex64), value.to(torch.uint8) + 250, value.to("meta"), value.to_sparse())
-        yield torch.full_like(value, 255 if value.dtype == torch.uint8 else float("nan"))
+        yield torch.full_like(value, float("nan") if value.is_floating_point() else 127)
         if value.is_floating_point():
             yield torch.quantize_per_tensor(value, 0.1, 0, torch.quint8)
             yield from (value.clone().requires_grad_(), value.double().requires_grad_())

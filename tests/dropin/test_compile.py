@@ -35,11 +35,12 @@ def test_one_recompile_a_toggle_and_none_back(backend: str) -> None:
         assert counter.frame_count == min(step + 1, 2)
 
 
-def test_dynamic_shapes_compile_no_more_often_than_stock() -> None:
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
+def test_dynamic_shapes_compile_no_more_often_than_stock(backend: str) -> None:
     counts = []
     for net in nets():
         torch._dynamo.reset()
-        counter = CompileCounterWithBackend("aot_eager")
+        counter = CompileCounterWithBackend(backend)
         compiled = torch.compile(net, backend=counter, fullgraph=True, dynamic=True)
         for n in (2, 3, 5):
             x = torch.randn(n, 3, 6 + n, 9)

@@ -97,6 +97,7 @@ def test_sync_batch_norm_conversion_leaves_the_convolutions() -> None:
     net = nn.Sequential(fk.FreezableConv2d(3, 4, 3), nn.BatchNorm2d(4))
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     assert [type(m) for m in converted] == [fk.FreezableConv2d, nn.SyncBatchNorm]
+    assert type(nn.SyncBatchNorm.convert_sync_batchnorm(fk.nn.FreezableBatchNorm2d(4))) is nn.SyncBatchNorm
 
 
 COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {

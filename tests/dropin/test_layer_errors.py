@@ -86,6 +86,13 @@ def calls(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
             yield argument, {**right, argument: value}
 
 
+def allowed(argument: str, ours: Any) -> bool:
+    """Where freezekit may differ: it is laxer with flags, and takes no size that products could overflow with."""
+    if isinstance(ours, Tensor):
+        return argument in LENIENT
+    return isinstance(ours, RuntimeError) and "must be below 2147483648" in str(ours)
+
+
 @pytest.mark.parametrize("learns", [False, True], ids=["frozen", "learning"])
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_as_torch(name: str, learns: bool) -> None:
@@ -93,11 +100,11 @@ def test_as_torch(name: str, learns: bool) -> None:
     for argument, given in calls(name):
         stock, ours = (outcome(getattr(where, name), given, learns) for where in (F, fk.functional))
         refused += isinstance(stock, Exception)
-        if type(ours) is not type(stock) and not (isinstance(ours, Tensor) and argument in LENIENT):
+        if type(ours) is not type(stock) and not allowed(argument, ours):
             wrong.append((argument, given[argument], ours, stock))
         elif isinstance(stock, Exception):
             assert str(ours), (name, argument)
-        elif ours.layout == torch.strided:
+        elif isinstance(ours, Tensor) and ours.layout == torch.strided:
             torch.testing.assert_close(ours, stock, equal_nan=True)
     assert not wrong, wrong
     assert refused >= 4
