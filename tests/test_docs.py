@@ -29,7 +29,8 @@ DOCUMENTS = [p for p in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"
 
 
 CODE = re.compile(r"^```.*?^```\n", re.DOTALL | re.MULTILINE)
-MEASURED = re.compile(r"\d\s?(ms|us|microseconds|MiB|GiB|GB/s|TFLOP/s|of stock)\b")
+# A bound ("at most 16 MiB") was set, not measured.
+MEASURED = re.compile(r"(?<!at most )(?<![\d.])\d[\d.]*\s?(ms|us|microseconds|MiB|GiB|GB/s|TFLOP/s|of stock)\b")
 # What a measured figure has beside it: a date, a device, and a command.
 ORIGIN = (r"20\d\d-\d\d-\d\d", r"\b(CPU|GPU|cores?|Xeon|H100|H200|A100)\b", r"`(python|pytest|make) [^`]+`")
 
@@ -61,7 +62,7 @@ def test_figures_name_command_device_and_date(path: Path) -> None:
 
 def test_a_figure_without_origin_is_found() -> None:
     origin = "`make compare`, a CPU, 2026-01-01"
-    text = f"# A\n12 ms\n## B\n12 ms, {origin}\n## C\nfast\n## D\n`3 MiB` 2026-01-01 on a CPU\n"
+    text = f"# A\n12 ms, at most 9\n## B\n12 ms, {origin}\n## C\nat most 1.5 MiB\n## D\n`3 MiB` 2026-01-01 on a CPU\n"
     assert without_origin(text) == ["# A", "## D"]
 
 
