@@ -21,6 +21,8 @@ def select(
     allow_tf32: bool = ...,
     deterministic: bool = ...,
     hopper: bool = ...,
+    device: str = ...,
+    channels_last: bool = ...,
 ) -> dict[str, Any]: ...
 
 class constants:
@@ -40,6 +42,8 @@ class constants:
     def usage() -> dict[str, int]: ...
 
 class choices:
+    rule: str
+
     @staticmethod
     def tune(candidate: str) -> None: ...
     @staticmethod

@@ -19,7 +19,7 @@ from freezekit.freezing import (  # noqa: E402
     load_freeze_state,
     unfreeze,
 )
-from freezekit.functional import conv2d, conv2d_dgrad, conv2d_wgrad  # noqa: E402
+from freezekit.functional import conv2d, conv2d_bias_grad, conv2d_dgrad, conv2d_wgrad  # noqa: E402
 from freezekit.fuse import BlockReport, fuse, fusion_report, unfuse  # noqa: E402
 from freezekit.guard import FrozenMoved, Guard, guard  # noqa: E402
 from freezekit.nn import (  # noqa: E402
@@ -70,6 +70,7 @@ __all__ = [
     "backend",
     "clear_choices",
     "conv2d",
+    "conv2d_bias_grad",
     "conv2d_dgrad",
     "conv2d_wgrad",
     "conversion_report",

@@ -28,6 +28,7 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # Bits of the significand that a product's factors keep: what bounds the error of one term.
 UNIT_ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 TF32_ROUNDOFF = 2.0**-11
+PRODUCTS = ("conv2d", "conv2d_dgrad", "conv2d_wgrad")
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,11 @@ PROBLEMS = (
     Problem("7x7 stem", (1, 3, 17, 17), (16, 3, 7, 7), stride=2, padding=3),
     Problem("ragged channels", (1, 13, 7, 6), (21, 13, 3, 3), padding=1),
     Problem("grouped", (1, 64, 6, 6), (64, 16, 3, 3), padding=1, groups=4),
+    Problem("few channels a group", (1, 32, 6, 6), (64, 4, 3, 3), padding=1, groups=8),
     Problem("depthwise 3x3", (1, 24, 9, 9), (24, 1, 3, 3), padding=1, groups=24),
-    Problem("depthwise 5x5 stride 2", (1, 16, 11, 11), (32, 1, 5, 5), stride=2, padding=2, groups=16),
+    Problem("depthwise 5x5 stride 2", (1, 16, 11, 11), (16, 1, 5, 5), stride=2, padding=2, groups=16),
+    Problem("depthwise 7x7", (1, 16, 9, 9), (16, 1, 7, 7), padding=3, groups=16),
+    Problem("depthwise, multiplier 2", (1, 16, 11, 11), (32, 1, 5, 5), stride=2, padding=2, groups=16),
 )
 
 # What the kernels of sm_90a take: whole 16-byte chunks of channels, at least half of 128 bytes of them.
@@ -90,11 +94,11 @@ def selftest(backend: Backend, device: torch.device, problems: Iterable[Problem]
 
     >>> rows = list(selftest("aten", torch.device("cpu"), PROBLEMS[:1]))
     >>> all(row.passed for row in rows), len(rows)
-    (True, 15)
+    (True, 19)
     """
     for problem in problems:
         for dtype, tf32 in [*((dtype, False) for dtype in DTYPES), (torch.float32, True)]:
-            for operator in ("conv2d", "conv2d_dgrad", "conv2d_wgrad"):
+            for operator in PRODUCTS if tf32 else (*PRODUCTS, "conv2d_bias_grad"):
                 with _tf32(tf32):
                     yield _run(operator, problem, dtype, tf32, backend, device)
 
@@ -121,6 +125,7 @@ def _run(
         "conv2d_wgrad": lambda: functional.conv2d_wgrad(
             dy, x, problem.weight_size, **problem.settings, backend=backend
         ),
+        "conv2d_bias_grad": lambda: functional.conv2d_bias_grad(dy, backend=backend),
     }[operator]
     name = "tf32" if tf32 else str(dtype).removeprefix("torch.")
     try:
@@ -180,6 +185,8 @@ def _error(
 
 def _reference(operator: str, problem: Problem, x: Tensor, w: Tensor, dy: Tensor, absolute: bool) -> Tensor:
     x, w, dy = (t.double().cpu().abs() if absolute else t.double().cpu() for t in (x, w, dy))
+    if operator == "conv2d_bias_grad":
+        return dy.sum((0, 2, 3))
     x.requires_grad_()
     w.requires_grad_()
     y = F.conv2d(x, w, **problem.settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from freezekit import functional, selftest
+from freezekit import _C, functional, selftest
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -17,13 +18,45 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_every_kernel_passes_on_this_machine() -> None:
     run = subprocess.run([sys.executable, "-m", "freezekit.selftest"], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stdout
-    families = ("native" if torch.cuda.is_available() else "emulated", "direct_fprop", "implicit_gemm_dgrad")
-    for word in families:
-        assert word in run.stdout
+    kernels = [f"{family}_{op}" for family in ("direct", "implicit_gemm") for op in ("fprop", "dgrad", "wgrad")]
+    kernels += [f"depthwise_{op}_{kind}" for op in ("fprop", "dgrad", "wgrad") for kind in ("tiled", "generic")]
+    for word in ("native" if torch.cuda.is_available() else "emulated", "error / bound", "ms", "bias_grad", *kernels):
+        assert word in run.stdout, word
     assert "0 failed" in run.stdout
 
 
-def test_a_wrong_kernel_is_counted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_family_meets_every_dtype_that_it_takes() -> None:
+    """By the kernels that ran, in each dtype: what select() gives for the self-test's problems."""
+    target = {"sm": 80, "sm_count": 4}
+    met: dict[tuple[str, str], set[str]] = {}
+    for problem in selftest.PROBLEMS:
+        settings = [(value, value) for value in (problem.stride, problem.padding, problem.dilation)]
+        for dtype, tf32 in [
+            ("float32", False),
+            ("float32", True),
+            *((d, False) for d in ("float64", "float16", "bfloat16")),
+        ]:
+            for operator in selftest.PRODUCTS:
+                sizes = problem.input_size, problem.weight_size
+                chosen = _C.select(operator, dtype, *sizes, *settings, problem.groups, allow_tf32=tf32, **target)
+                met.setdefault((chosen["family"], operator), set()).add("tf32" if tf32 else dtype)
+    exact = {"float32", "float64", "float16", "bfloat16"}
+    for operator in selftest.PRODUCTS:
+        assert met["direct", operator] >= exact
+        assert met["depthwise", operator] >= exact
+        assert met["implicit_gemm", operator] == {"float16", "bfloat16", "tf32"}
+
+
+def test_help_says_what_it_does() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "freezekit.selftest", "--help"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert run.returncode == 0
+    for word in ("float64", "--backend", "number of failures"):
+        assert word in " ".join(run.stdout.split())
+
+
+def test_a_wrong_kernel_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     right = functional.conv2d_dgrad
 
     def wrong(*args, **kwargs):
@@ -37,6 +70,18 @@ def test_a_wrong_kernel_is_counted(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     failed = {(row.operator, row.dtype) for row in rows if not row.passed}
     assert {("conv2d_dgrad", "float32"), ("conv2d_dgrad", "float64")} <= failed
     assert {operator for operator, _ in failed} == {"conv2d_dgrad"}
+
+
+def test_the_exit_code_counts_the_failures_of_a_planted_bug(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = functional.conv2d_bias_grad
+    monkeypatch.setattr(functional, "conv2d_bias_grad", lambda dy, **settings: right(dy, **settings) + 1)
+    monkeypatch.setattr(selftest, "selftest", functools.partial(selftest.selftest, problems=selftest.PROBLEMS[:1]))
+    assert selftest.main(["--backend", "aten"]) == 4  # one a dtype
+    printed = capsys.readouterr().out
+    assert printed.count("FAIL") == 4
+    assert "15 passed, 4 failed" in printed
 
 
 def test_nan_and_errors_are_failures(monkeypatch: pytest.MonkeyPatch) -> None:

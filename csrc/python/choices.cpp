@@ -9,6 +9,7 @@ namespace freezekit {
 
 void bind_choices(py::module_& parent) {
   py::module_ m = parent.def_submodule("choices", "What backend 'auto' has measured.");
+  m.attr("rule") = choices::kRule;
   m.def("tune", [](const std::string& candidate) { choices::set_tuning(parse_backend(candidate)); });
   m.def("stop", [] { choices::set_tuning(std::nullopt); });
   m.def("clear", &choices::clear);

@@ -19,6 +19,8 @@ namespace {
 
 constexpr std::array<const char*, 3> kOperators = {"conv2d", "conv2d_dgrad", "conv2d_wgrad"};
 constexpr std::array<const char*, 4> kDTypes = {"float32", "float64", "float16", "bfloat16"};
+constexpr std::array<at::ScalarType, 4> kScalarTypes = {at::kFloat, at::kDouble, at::kHalf, at::kBFloat16};
+constexpr std::array<const char*, 2> kDevices = {"cpu", "cuda"};
 constexpr std::array<const char*, 5> kFamilies = {"none", "direct", "implicit_gemm", "depthwise", "hopper"};
 
 template <size_t N>
@@ -53,13 +55,19 @@ Conv2dProblem make_problem(const std::array<int64_t, 4>& input, const std::array
 
 py::dict choose(const std::string& op, const std::string& dtype, const std::array<int64_t, 4>& input,
                 const std::array<int64_t, 4>& weight, const Pair& stride, const Pair& padding, const Pair& dilation,
-                int64_t groups, int sm, int sm_count, bool allow_tf32, bool deterministic, bool hopper) {
+                int64_t groups, int sm, int sm_count, bool allow_tf32, bool deterministic, bool hopper,
+                const std::string& device, bool channels_last) {
   Target target;
   target.sm = sm, target.sm_count = sm_count, target.allow_tf32 = allow_tf32, target.deterministic = deterministic;
   target.hopper = hopper;
-  const Selection chosen = select(static_cast<Operator>(index_of(kOperators, op, "operator")),
-                                  make_problem(input, weight, stride, padding, dilation, groups),
-                                  static_cast<DType>(index_of(kDTypes, dtype, "dtype")), target);
+  const auto computes = static_cast<Operator>(index_of(kOperators, op, "operator"));
+  const int type = index_of(kDTypes, dtype, "dtype");
+  const Conv2dProblem problem = make_problem(input, weight, stride, padding, dilation, groups);
+  const Selection chosen = select(computes, problem, static_cast<DType>(type), target);
+  const choices::Answer taken = choices::answer(
+      computes, problem,
+      {kScalarTypes[type], channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous,
+       index_of(kDevices, device, "device") == 0 ? c10::DeviceType::CPU : c10::DeviceType::CUDA, target});
   py::dict result;
   result["family"] = kFamilies[static_cast<size_t>(chosen.family)];
   result["kernel"] = chosen.kernel;
@@ -67,8 +75,8 @@ py::dict choose(const std::string& op, const std::string& dtype, const std::arra
   result["split_k"] = chosen.split_k;
   result["workspace_bytes"] = chosen.workspace_bytes;
   result["reason"] = chosen.reason;
-  result["auto"] = "aten";
-  result["auto_reason"] = choices::kRule;
+  result["auto"] = std::string(to_string(taken.backend));
+  result["auto_reason"] = taken.reason;
   return result;
 }
 
@@ -96,11 +104,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_launch_log", &launch_log::set_enabled, py::arg("enabled"), "Switches the log of kernel launches.");
   m.def("take_launch_log", &take_launch_log,
         "The launches since the last call: operator, kernel, backend, sizes by tensor.");
-  m.def("select", &choose, "Which kernel the native backend would run, and why; needs no device.", py::arg("operator"),
-        py::arg("dtype"), py::arg("input_size"), py::arg("weight_size"), py::arg("stride") = Pair{1, 1},
-        py::arg("padding") = Pair{0, 0}, py::arg("dilation") = Pair{1, 1}, py::arg("groups") = 1, py::kw_only(),
-        py::arg("sm") = 80, py::arg("sm_count") = 108, py::arg("allow_tf32") = false,
-        py::arg("deterministic") = false, py::arg("hopper") = false);
+  m.def("select", &choose,
+        "Which kernel the native backend would run, and why; what backend 'auto' takes, and why. Needs no device.",
+        py::arg("operator"), py::arg("dtype"), py::arg("input_size"), py::arg("weight_size"),
+        py::arg("stride") = Pair{1, 1}, py::arg("padding") = Pair{0, 0}, py::arg("dilation") = Pair{1, 1},
+        py::arg("groups") = 1, py::kw_only(), py::arg("sm") = 80, py::arg("sm_count") = 108,
+        py::arg("allow_tf32") = false, py::arg("deterministic") = false, py::arg("hopper") = false,
+        py::arg("device") = "cuda", py::arg("channels_last") = false);
   bind_choices(m);
   bind_constants(m);
   bind_tiles(m);

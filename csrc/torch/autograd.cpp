@@ -48,21 +48,28 @@ struct BackwardOf {
   std::array<Role, 2> roles;
   at::MemoryFormat layout;  // of the result, so of its gradient, whatever layout that arrives in
 
+  // Freezekit's own kernels read NHWC: what is in another layout is laid out once, for all gradients.
+  Tensor laid_out(const Tensor& grad) const {
+    return in_layout(grad, is_own(form.geometry.backend) ? at::MemoryFormat::ChannelsLast : layout);
+  }
+
   // The gradients that are wanted, of both operands and, where there is one, the bias; `kept(i)` is operand i.
   template <class Kept>
   variable_list gradients(const variable_list& grads, const std::vector<bool>& wanted, Kept kept) const {
     variable_list result(wanted.size());
     if (!grads[0].defined()) return result;
-    if (wanted[0] || wanted[1]) {
+    const Backend backend = form.geometry.backend;
+    const bool bias = wanted.size() > kBias && wanted[kBias];
+    const Tensor grad = wanted[0] || wanted[1] ? laid_out(grads[0]) : grads[0];
+    for (size_t i = 0; i < 2; ++i) {
+      if (!wanted[i]) continue;
       std::array<Tensor, 3> operand;
-      operand[computes] = in_layout(grads[0], layout);
-      for (size_t i = 0; i < 2; ++i) {
-        if (!wanted[i]) continue;
-        operand[roles[1 - i]] = kept(1 - i);
-        result[i] = form.derivative(roles[i], operand);
-      }
+      operand[computes] = grad;
+      operand[roles[1 - i]] = kept(1 - i);
+      result[i] = form.derivative(roles[i], operand);
+      if (is_own(backend)) result[i] = in_layout(result[i], layout);
     }
-    if (wanted.size() > kBias && wanted[kBias]) result[kBias] = grads[0].sum({0, 2, 3});
+    if (bias) result[kBias] = is_own(backend) ? conv2d_bias_grad(grad, backend) : grads[0].sum({0, 2, 3});
     return result;
   }
 
@@ -223,7 +230,7 @@ Tensor conv2d_autograd(const Tensor& input, const Tensor& weight, const std::opt
   const Tensor bias_or_none = bias.value_or(Tensor());
   if (needs_aten_formula(input, weight) || (bias_or_none.defined() && is_transformed(bias_or_none))) {
     check_conv2d<c10::SymInt>(input, weight, bias, geometry);
-    check_formula_backend(geometry, kFormulaOnly);
+    check_formula_backend(geometry.backend, kFormulaOnly);
     return aten::conv2d(input, weight, bias, geometry);
   }
   const auto compute = [&] { return conv2d(input, weight, bias, geometry); };
@@ -241,7 +248,7 @@ Tensor dgrad_autograd(const Tensor& grad_output, const Tensor& weight, SymIntArr
   check_operand(weight, "weight");
   if (needs_aten_formula(grad_output, weight)) {
     check_dgrad<c10::SymInt>(grad_output, weight, input_size, geometry);
-    check_formula_backend(geometry, kFormulaOnly);
+    check_formula_backend(geometry.backend, kFormulaOnly);
     return aten::dgrad(grad_output, weight, input_size, geometry);
   }
   Trilinear form{geometry, {input_size.begin(), input_size.end()}, owned_sizes(weight)};
@@ -256,7 +263,7 @@ Tensor wgrad_autograd(const Tensor& grad_output, const Tensor& input, SymIntArra
   check_operand(input, "input");
   if (needs_aten_formula(grad_output, input)) {
     check_wgrad<c10::SymInt>(grad_output, input, weight_size, geometry);
-    check_formula_backend(geometry, kFormulaOnly);
+    check_formula_backend(geometry.backend, kFormulaOnly);
     return aten::wgrad(grad_output, input, weight_size, geometry);
   }
   Trilinear form{geometry, owned_sizes(input), {weight_size.begin(), weight_size.end()}};

@@ -41,9 +41,9 @@ void check_geometry(const Geometry& g) {
   TORCH_CHECK(g.groups >= 1 && g.groups < kExtentLimit, "groups must be positive and below 2^31, got ", g.groups);
 }
 
-void check_formula_backend(const Geometry& g, const char* what) {
-  TORCH_CHECK(g.backend == Backend::automatic || g.backend == Backend::aten, "backend='", to_string(g.backend),
-              "' does not take ", what, "; torch's own convolution does, with backend='aten'");
+void check_formula_backend(Backend backend, const char* what) {
+  TORCH_CHECK(!is_own(backend), "backend='", to_string(backend), "' does not take ", what,
+              "; torch's own convolution does, with backend='aten'");
 }
 
 void check_operand(const Tensor& tensor, const char* name) {

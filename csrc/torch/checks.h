@@ -24,7 +24,7 @@ constexpr int64_t kExtentLimit = int64_t{1} << 31;
 
 void check_geometry(const Geometry&);
 // Where only ATen's formulas serve (`what`), freezekit's own kernels must not have been demanded.
-void check_formula_backend(const Geometry&, const char* what);
+void check_formula_backend(Backend, const char* what);
 // A defined tensor of a layout that convolutions exist for.
 void check_operand(const Tensor&, const char* name);
 // Two operands of one device and one dtype.

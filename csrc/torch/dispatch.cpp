@@ -18,11 +18,12 @@ Tensor conv2d_kernel(const Tensor& input, const Tensor& weight, const std::optio
   const auto output_size = check_conv2d<int64_t>(input, weight, bias, g);
   const Conv2dProblem problem = problem_of(input.sizes(), weight.sizes(), output_size, g);
   const BelowAutogradAndAutocast below;
-  const Tensor y = choices::compute(Operator::fprop, problem, input, g.backend, [&](Backend on) {
+  const auto layout = layout_of(input, weight);
+  const Tensor y = choices::compute({Operator::fprop, problem, input, layout}, g.backend, [&](Backend on) {
     return on == Backend::aten ? aten::conv2d(input, weight, bias, g)
                                : native::conv2d(problem, input, weight, bias, g.with(on));
   });
-  return finish(y, layout_of(input, weight));
+  return finish(y, layout);
 }
 
 Tensor dgrad_kernel(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size, IntArrayRef stride,
@@ -32,11 +33,12 @@ Tensor dgrad_kernel(const Tensor& grad_output, const Tensor& weight, SymIntArray
   check_dgrad<int64_t>(grad_output, weight, size, g);
   const Conv2dProblem problem = problem_of(size, weight.sizes(), grad_output.sizes(), g);
   const BelowAutogradAndAutocast below;
-  const Tensor dx = choices::compute(Operator::dgrad, problem, grad_output, g.backend, [&](Backend on) {
+  const auto layout = layout_of(grad_output, weight);
+  const Tensor dx = choices::compute({Operator::dgrad, problem, grad_output, layout}, g.backend, [&](Backend on) {
     return on == Backend::aten ? aten::dgrad(grad_output, weight, input_size, g)
                                : native::dgrad(problem, grad_output, weight, g.with(on));
   });
-  return finish(dx, layout_of(grad_output, weight));
+  return finish(dx, layout);
 }
 
 Tensor wgrad_kernel(const Tensor& grad_output, const Tensor& input, SymIntArrayRef weight_size, IntArrayRef stride,
@@ -46,11 +48,12 @@ Tensor wgrad_kernel(const Tensor& grad_output, const Tensor& input, SymIntArrayR
   check_wgrad<int64_t>(grad_output, input, size, g);
   const Conv2dProblem problem = problem_of(input.sizes(), size, grad_output.sizes(), g);
   const BelowAutogradAndAutocast below;
-  const Tensor dw = choices::compute(Operator::wgrad, problem, grad_output, g.backend, [&](Backend on) {
+  const auto layout = layout_of(grad_output, input);
+  const Tensor dw = choices::compute({Operator::wgrad, problem, grad_output, layout}, g.backend, [&](Backend on) {
     return on == Backend::aten ? aten::wgrad(grad_output, input, weight_size, g)
                                : native::wgrad(problem, grad_output, input, g.with(on));
   });
-  return finish(dw, layout_of(grad_output, input));
+  return finish(dw, layout);
 }
 
 }  // namespace

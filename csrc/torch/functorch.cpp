@@ -12,7 +12,7 @@ Tensor conv2d_batched(const Tensor& input, const Tensor& weight, const std::opti
                       IntArrayRef padding, IntArrayRef dilation, int64_t groups, std::string_view backend) {
   const Geometry g(stride, padding, dilation, groups, backend);
   check_conv2d<c10::SymInt>(input, weight, bias, g);
-  check_formula_backend(g, "batched tensors of vmap");
+  check_formula_backend(g.backend, "batched tensors of vmap");
   return aten::conv2d(input, weight, bias, g);
 }
 
@@ -20,7 +20,7 @@ Tensor dgrad_batched(const Tensor& grad_output, const Tensor& weight, SymIntArra
                      IntArrayRef padding, IntArrayRef dilation, int64_t groups, std::string_view backend) {
   const Geometry g(stride, padding, dilation, groups, backend);
   check_dgrad<c10::SymInt>(grad_output, weight, input_size, g);
-  check_formula_backend(g, "batched tensors of vmap");
+  check_formula_backend(g.backend, "batched tensors of vmap");
   return aten::dgrad(grad_output, weight, input_size, g);
 }
 
@@ -28,7 +28,7 @@ Tensor wgrad_batched(const Tensor& grad_output, const Tensor& input, SymIntArray
                      IntArrayRef padding, IntArrayRef dilation, int64_t groups, std::string_view backend) {
   const Geometry g(stride, padding, dilation, groups, backend);
   check_wgrad<c10::SymInt>(grad_output, input, weight_size, g);
-  check_formula_backend(g, "batched tensors of vmap");
+  check_formula_backend(g.backend, "batched tensors of vmap");
   return aten::wgrad(grad_output, input, weight_size, g);
 }
 

@@ -38,25 +38,8 @@ namespace {
 
 constexpr int kLeastSm = 80;  // what the kernels are compiled for at least
 
-const char* name_of(Operator op) {
-  static const char* const names[] = {"conv2d", "conv2d_dgrad", "conv2d_wgrad"};
-  return names[static_cast<int>(op)];
-}
-
 std::atomic<bool> hopper_allowed{false};
 thread_local bool without_hopper = false;
-
-Target target_on(const KernelLibrary& library, Backend backend) {
-  Target target;
-  TORCH_CHECK(library.table->target(&target) == Status::success,
-              "freezekit cannot read the current device's properties", library.last_error());
-  const auto& context = at::globalContext();
-  target.allow_tf32 = context.allowTF32CuDNN(at::Float32Op::CONV);
-  target.deterministic = context.deterministicAlgorithms() || context.deterministicCuDNN();
-  target.hopper = hopper_allowed && !without_hopper;
-  if (target.hopper && backend == Backend::emulated) target.sm = 90;
-  return target;
-}
 
 Tensor dense_channels_last(const Tensor& tensor) { return tensor.contiguous(at::MemoryFormat::ChannelsLast); }
 
@@ -79,11 +62,13 @@ Choice choose(Operator op, const Conv2dProblem& problem, const Tensor& on, Backe
   return {op, problem, backend, library, dtype, selection};
 }
 
+// Undefined for none.
+Tensor workspace_of(size_t bytes, const Tensor& on) {
+  return bytes == 0 ? Tensor() : at::empty({static_cast<int64_t>(bytes)}, on.options().dtype(at::kByte));
+}
+
 void launch(const Choice& choice, const Tensor& on, const Conv2dTensors& tensors, const Epilogue& epilogue) {
-  Tensor workspace;
-  if (choice.selection.workspace_bytes > 0) {
-    workspace = at::empty({static_cast<int64_t>(choice.selection.workspace_bytes)}, on.options().dtype(at::kByte));
-  }
+  const Tensor workspace = workspace_of(choice.selection.workspace_bytes, on);
   check_status(choice.library.table->conv2d(choice.op, choice.selection, choice.problem, choice.dtype, tensors,
                                             epilogue, workspace.defined() ? workspace.mutable_data_ptr() : nullptr,
                                             stream_of(on)),
@@ -122,6 +107,18 @@ Tensor empty_output(IntArrayRef size, const Tensor& like) {
 }
 
 }  // namespace
+
+Target target_on(const KernelLibrary& library, Backend backend) {
+  Target target;
+  TORCH_CHECK(library.table->target(&target) == Status::success,
+              "freezekit cannot read the current device's properties", library.last_error());
+  const auto& context = at::globalContext();
+  target.allow_tf32 = context.allowTF32CuDNN(at::Float32Op::CONV);
+  target.deterministic = context.deterministicAlgorithms() || context.deterministicCuDNN();
+  target.hopper = hopper_allowed && !without_hopper;
+  if (target.hopper && backend == Backend::emulated) target.sm = 90;
+  return target;
+}
 
 bool takes(const Tensor& on) {
   return has_cuda_kernels() && on.is_cuda() && on.layout() == at::kStrided && dtype_of(on) &&
@@ -205,6 +202,23 @@ Tensor wgrad(const Conv2dProblem& problem, const Tensor& grad_output, const Tens
   launch(choose(Operator::wgrad, problem, grad_output, g.backend), grad_output,
          {const_cast<void*>(x.const_data_ptr()), dw.mutable_data_ptr(), const_cast<void*>(dy.const_data_ptr())}, {});
   return dw.contiguous(layout_of(grad_output, input));
+}
+
+Tensor bias_grad(const Tensor& grad_output, Backend backend) {
+  const c10::DeviceGuard guard(grad_output.device());
+  const KernelLibrary& library = kernel_library(backend);
+  const DType dtype = *dtype_of(grad_output);
+  const Tensor dy = dense_channels_last(grad_output);
+  const int64_t k = dy.size(1), rows = dy.size(0) * dy.size(2) * dy.size(3);
+  const Tensor db = at::empty({k}, dy.options());
+  const Tensor workspace = workspace_of(library.table->bias_grad_bytes(rows, k, dtype), dy);
+  check_status(library.table->bias_grad(dy.const_data_ptr(), db.mutable_data_ptr(), rows, k, dtype,
+                                        workspace.defined() ? workspace.mutable_data_ptr() : nullptr, stream_of(dy)),
+               "bias_grad", library);
+  if (launch_log::is_enabled()) {
+    launch_log::add({"conv2d_bias_grad", "bias_grad", backend, {{"grad_output_size", dy.sizes().vec()}}});
+  }
+  return db;
 }
 
 void set_hopper(bool allowed) { hopper_allowed = allowed; }

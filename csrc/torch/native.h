@@ -22,6 +22,9 @@ class WithoutHopper {
   bool outer_;
 };
 
+// The current device and torch's settings, as a choice of kernel needs them.
+Target target_on(const KernelLibrary&, Backend);
+
 // Whether `backend` means these kernels; throws where it demands them and they cannot run on such a tensor.
 bool runs(const Tensor& on, Backend backend);
 inline bool runs(Operator, const Conv2dProblem&, const Tensor& on, Backend backend) { return runs(on, backend); }
@@ -41,6 +44,7 @@ Tensor conv2d(const Conv2dProblem&, const Tensor& input, const Tensor& weight, c
               const Geometry&);
 Tensor dgrad(const Conv2dProblem&, const Tensor& grad_output, const Tensor& weight, const Geometry&);
 Tensor wgrad(const Conv2dProblem&, const Tensor& grad_output, const Tensor& input, const Geometry&);
+Tensor bias_grad(const Tensor& grad_output, Backend);
 
 // With the kernels' epilogue, results as the kernels write them: channels_last. Undefined tensors do nothing; masks lie
 // in NHWC order. fprop: + bias, + residual, ReLU whose bits go to `mask_out`. dgrad: + residual, then `mask_in`.

@@ -27,6 +27,14 @@ inline bool is_own(Backend backend) { return backend == Backend::native || backe
 Backend parse_backend(std::string_view name);
 std::string_view to_string(Backend);
 
+// Whether it demands freezekit's own kernels.
+inline bool is_own(Backend backend) { return backend == Backend::native || backend == Backend::emulated; }
+
+inline const char* name_of(Operator op) {
+  constexpr const char* names[] = {"conv2d", "conv2d_dgrad", "conv2d_wgrad"};
+  return names[static_cast<int>(op)];
+}
+
 // Stride, padding and dilation as (height, width); a list of one number stands for both.
 struct Geometry {
   Geometry(IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups, std::string_view backend);
@@ -45,6 +53,7 @@ struct Geometry {
 Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Geometry&);
 Tensor conv2d_dgrad(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size, const Geometry&);
 Tensor conv2d_wgrad(const Tensor& grad_output, const Tensor& input, SymIntArrayRef weight_size, const Geometry&);
+Tensor conv2d_bias_grad(const Tensor& grad_output, Backend);
 
 // The C++ signatures of the schemas in schema.cpp; every registered kernel has one of them.
 using Conv2dSignature = Tensor(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -76,6 +77,7 @@ def note(call: Call, arguments: Any, result: Any) -> None:
     """Shapes and needs of the first tensors in and out; in-place ones by what they were on the way in."""
     if tensors := [t for t in tree_leaves(arguments) if isinstance(t, Tensor)]:
         call.inputs = tuple(tensors[0].shape)
+        call.channels_last = suggest_memory_format(tensors[0]) == torch.channels_last
         call.input_needs_grad = any(t.requires_grad for t in tensors)
     if tensors := [t for t in tree_leaves(result) if isinstance(t, Tensor)]:
         call.outputs = tuple(tensors[0].shape)

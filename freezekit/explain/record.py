@@ -19,6 +19,7 @@ class Call:
         flops: multiplications and additions of the forward pass.
         moved: bytes of all tensors that the operators read and wrote.
         input_needs_grad, output_needs_grad: what autograd sees.
+        channels_last: whether the first tensor in is.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Call:
     moved: int = 0
     input_needs_grad: bool = False
     output_needs_grad: bool = False
+    channels_last: bool = False
     module: nn.Module | None = field(default=None, repr=False)
 
 

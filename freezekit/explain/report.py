@@ -12,24 +12,14 @@ import torch
 from torch import nn
 
 import freezekit._C as _C
-from freezekit.backends import current_backend
 from freezekit.explain.advice import Advisor
+from freezekit.explain.kernels import kernels_of
 from freezekit.explain.record import Call, Trace
 from freezekit.explain.trace import trace
 from freezekit.explain.units import bytes_text, flops_text
-from freezekit.nn import FreezableConv2d
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-OPERATORS = ("conv2d", "conv2d_dgrad", "conv2d_wgrad")
-NATIVE_DTYPES = {
-    torch.float32: "float32",
-    torch.float64: "float64",
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-}
-AUTO_RULE = "kernel aten: backend 'auto' takes ATen until a freezekit kernel has been measured on a GPU"
 
 
 @dataclass(frozen=True)
@@ -109,7 +99,7 @@ class Explanation:
         """A table on the terminal, with the totals last."""
         from rich.table import Table
 
-        caption = AUTO_RULE if any(row.kernel == "aten" for row in self) else None
+        caption = f"kernel aten: {_C.choices.rule}" if any(row.kernel == "aten" for row in self) else None
         table = Table(title="what a training step computes and keeps now", caption=caption)
         for column in ("name", "layer", "output"):
             table.add_column(column, overflow="fold")
@@ -200,7 +190,7 @@ def _row(advisor: Advisor, call: Call, kept: int, shared: int, alone: int) -> Ro
         db=bias,
         bytes_kept=kept,
         bytes_shared=shared,
-        kernel=_kernel(call),
+        kernel=kernels_of(call),
         advice=advisor.advise(call, weight, kept + shared, alone),
     )
 
@@ -208,31 +198,6 @@ def _row(advisor: Advisor, call: Call, kept: int, shared: int, alone: int) -> Ro
 def _learns(call: Call, name: str) -> bool:
     parameter = None if call.function or call.module is None else getattr(call.module, name, None)
     return isinstance(parameter, torch.Tensor) and parameter.requires_grad
-
-
-def _kernel(call: Call) -> str:
-    if not isinstance(call.module, FreezableConv2d):
-        return ""
-    backend = current_backend()
-    if backend == "aten":
-        return "aten, as demanded"
-    if backend == "auto":
-        return "aten"
-    conv, dtype = call.module, NATIVE_DTYPES.get(call.module.weight.dtype)
-    if dtype is None or isinstance(conv.padding, str) or len(call.inputs) != 4:
-        return f"{backend}, as demanded"
-    padding = conv.padding if conv.padding_mode == "zeros" else (0, 0)
-    size = (*call.inputs[:2], *_padded(conv, call.inputs)) if conv.padding_mode != "zeros" else call.inputs
-    settings = (conv.stride, padding, conv.dilation, conv.groups)
-    return "; ".join(
-        "{kernel} ({reason})".format(**_C.select(op, dtype, size, tuple(conv.weight.shape), *settings))
-        for op in OPERATORS
-    )
-
-
-def _padded(conv: nn.Conv2d, inputs: tuple[int, ...]) -> tuple[int, int]:
-    left, right, top, bottom = conv._reversed_padding_repeated_twice
-    return inputs[2] + top + bottom, inputs[3] + left + right
 
 
 def default_console() -> Console:

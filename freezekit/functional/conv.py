@@ -17,6 +17,7 @@ from freezekit.backends import Backend, check_backend
 _conv2d = torch.ops.freezekit.conv2d.default
 _conv2d_dgrad = torch.ops.freezekit.conv2d_dgrad.default
 _conv2d_wgrad = torch.ops.freezekit.conv2d_wgrad.default
+_conv2d_bias_grad = torch.ops.freezekit.conv2d_bias_grad.default
 
 
 def conv2d(
@@ -166,6 +167,28 @@ def conv2d_wgrad(
     settings = numbers("stride", stride), numbers("padding", padding), numbers("dilation", dilation)
     name = _backend_name(backend)
     return _conv2d_wgrad(grad_output, input, size, *settings, number("groups", groups), backend=name)
+
+
+def conv2d_bias_grad(grad_output: Tensor, *, backend: Backend | None = None) -> Tensor:
+    """The gradient of :func:`conv2d` with respect to its bias: a sum over all but the channels. Differentiable.
+
+    Args:
+        grad_output: (N, K, P, Q), in any layout; N may be 0.
+        backend: see :class:`freezekit.backend`; None takes the current one. Freezekit's own kernels add in an order
+            that depends on the sizes alone: the same values give the same bits on every run.
+
+    Returns:
+        (K,).
+
+    Raises:
+        TypeError, RuntimeError, ValueError: as :func:`conv2d`.
+
+    >>> import torch, freezekit as fk
+    >>> fk.functional.conv2d_bias_grad(torch.ones(2, 3, 4, 4))
+    tensor([32., 32., 32.])
+    """
+    _check_tensor("grad_output", grad_output)
+    return _conv2d_bias_grad(grad_output, backend=_backend_name(backend))
 
 
 def _check_tensor(name: str, value: object) -> None:

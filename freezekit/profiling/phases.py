@@ -13,6 +13,7 @@ _BY_OPERATOR = {
     "freezekit::conv2d": ("fprop",),
     "freezekit::conv2d_dgrad": ("dgrad",),
     "freezekit::conv2d_wgrad": ("wgrad",),
+    "freezekit::conv2d_bias_grad": ("db",),
     "freezekit::convolution": ("fprop",),
     # Bias, residual, activation and mask are applied where the sums are made.
     "freezekit::frozen_conv2d": ("fprop", "epilogue"),

@@ -228,8 +228,9 @@ def select(operator: str, problem: Problem, dtype: torch.dtype, settings: Settin
     return Selection(family, *rest, (kernel.value or b"").decode(), (reason.value or b"").decode())
 
 
-def run_bias_grad(dy: Tensor) -> Tensor:
+def run_bias_grad(dy: Tensor, seed: int = 0) -> Tensor:
     """db of a (rows, k) matrix."""
+    library().freezekit_emulator_set_seed(seed)
     db = torch.full(dy.shape[1:], float("nan"), dtype=dy.dtype)
     rows, k = dy.shape
     check(

@@ -22,3 +22,10 @@ def test_bias_grad_of_more_rows_than_slices_hold() -> None:
     """The number of slices has a limit, beyond which slices grow."""
     dy = torch.randint(-1, 2, (66000, 2)).float()
     assert torch.equal(run_bias_grad(dy), dy.sum(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bias_grad_gives_the_same_bits_under_every_schedule(dtype: torch.dtype) -> None:
+    dy = torch.randn(1000, 40).to(dtype)
+    results = [run_bias_grad(dy, seed) for seed in range(5)]
+    assert all(torch.equal(results[0], result) for result in results[1:])
