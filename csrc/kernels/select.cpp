@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "kernels/families.h"
+#include "kernels/split_k.h"
 
 namespace freezekit {
 namespace {
@@ -10,9 +11,10 @@ namespace {
 // 8 bytes a tap for every 4 bytes or more a position: at 16 positions a tap that is an eighth of the traffic at most.
 constexpr int64_t kMinPositionsPerSlice = 128;
 constexpr int64_t kMinDepthwisePositionsPerTap = 16;
-constexpr int64_t kDirectBlocksPerMultiprocessor = 4;
-constexpr int64_t kGemmBlocksPerMultiprocessor = 2;
-constexpr int64_t kMaxSplitBytes = int64_t{64} << 20;
+// Blocks of a multiprocessor that hide each other's waits; the GEMM's ring of copies hides part of its own.
+constexpr int64_t kResidentGemm = 2, kResidentOthers = 4;
+
+int64_t accumulator_bytes(DType dtype) { return dtype == DType::f64 ? 8 : 4; }
 
 Selection unsupported(const char* reason) {
   Selection selection;
@@ -20,16 +22,10 @@ Selection unsupported(const char* reason) {
   return selection;
 }
 
-// Slices of a wgrad reduction such that the grid fills the device, within a bounded workspace.
-void choose_split_k(Selection* selection, const Conv2dProblem& p, int64_t blocks, int64_t wanted_blocks,
-                    int64_t accumulator_bytes, int64_t least_positions = kMinPositionsPerSlice) {
-  const int64_t slice_bytes = std::max<int64_t>(p.filter_numel() * accumulator_bytes, 1);
-  const int64_t by_grid = (wanted_blocks + blocks - 1) / std::max<int64_t>(blocks, 1);
-  const int64_t by_length = p.n * p.p * p.q / least_positions;
-  const int64_t by_memory = kMaxSplitBytes / slice_bytes;
-  const int64_t split_k = std::max<int64_t>(1, std::min({by_grid, by_length, by_memory, kMaxGridYZ}));
+void split(Selection* selection, const Conv2dProblem& p, const Target& target, const SplitCosts& costs) {
+  const int64_t split_k = choose_split_k(costs, p.n * p.p * p.q, target.sm_count);
   selection->split_k = static_cast<int>(split_k);
-  selection->workspace_bytes = split_k > 1 ? static_cast<size_t>(split_k * slice_bytes) : 0;
+  selection->workspace_bytes = split_k > 1 ? static_cast<size_t>(split_k * costs.slice_bytes) : 0;
 }
 
 Selection select_direct_gather(Operator op, const Conv2dProblem& p) {
@@ -51,11 +47,14 @@ Selection select_direct_gather(Operator op, const Conv2dProblem& p) {
 Selection select_direct_wgrad(const Conv2dProblem& p, DType dtype, const Target& target) {
   Selection selection;
   selection.config = p.k_per_group() >= 32 ? 0 : 1;
-  const int64_t blocks = wgrad_blocks(p, kDirectWgradTiles[selection.config]);
+  const Tile tile = kDirectWgradTiles[selection.config];
+  const int64_t blocks = wgrad_blocks(p, tile);
   if (blocks > kMaxGridX) return unsupported("more output tiles than a grid holds");
   selection.family = Family::direct;
-  choose_split_k(&selection, p, blocks, kDirectBlocksPerMultiprocessor * std::max(target.sm_count, 1),
-                 dtype == DType::f64 ? 8 : 4);
+  const double products_per_byte = dtype == DType::f64 ? kProductsPerByteF64 : kProductsPerByteF32;
+  split(&selection, p, target,
+        {blocks, tile.rows * tile.columns / products_per_byte, p.filter_numel() * accumulator_bytes(dtype),
+         kMinPositionsPerSlice, kResidentOthers});
   selection.kernel = selection.config == 0 ? "direct_wgrad_64x64" : "direct_wgrad_16x64";
   selection.reason = selection.config == 0 ? "at least 32 output channels a group" : "few output channels a group";
   return selection;
@@ -184,8 +183,11 @@ Selection select_wgrad_gemm(const Conv2dProblem& p, DType dtype, const Target& t
   selection.kernel = names[selection.config];
   selection.reason =
       whole_chunks ? "tensor cores, 16-byte chunks of channels" : "channels that are not whole 16-byte chunks";
-  choose_split_k(&selection, p, wgrad_blocks(p, kWgradGemmTiles[selection.config]),
-                 kGemmBlocksPerMultiprocessor * std::max(target.sm_count, 1), 4);
+  const Tile tile = kWgradGemmTiles[selection.config];
+  const double products_per_byte = dtype == DType::f32 ? kProductsPerByteTf32 : kProductsPerByte16;
+  split(&selection, p, target,
+        {wgrad_blocks(p, tile), tile.rows * tile.columns / products_per_byte,
+         p.filter_numel() * accumulator_bytes(dtype), kMinPositionsPerSlice, kResidentGemm});
   return selection;
 }
 
@@ -212,12 +214,14 @@ Selection select_depthwise(Operator op, const Conv2dProblem& p, DType dtype, con
                          : "one channel a group; no tiled kernel for this filter, stride, dilation, multiplier, "
                            "channel count or dtype";
   if (op == Operator::wgrad) {
-    const int64_t blocks =
-        selection.config == kDepthwiseTiled ? (p.c * size_of(dtype) + 63) / 64 : (p.k + 31) / 32 * p.r * p.s;
-    const int64_t accumulator_bytes = dtype == DType::f64 ? 8 : 4;
-    choose_split_k(&selection, p, blocks, kDirectBlocksPerMultiprocessor * std::max(target.sm_count, 1),
-                   accumulator_bytes, std::max(kMinPositionsPerSlice, kMinDepthwisePositionsPerTap * p.r * p.s));
-    selection.workspace_bytes = static_cast<size_t>(selection.split_k * p.filter_numel() * accumulator_bytes);
+    // 64 bytes of channels a block, or 32 channels of one tap; both read as much of x as of dy.
+    const bool tiled = selection.config == kDepthwiseTiled;
+    const int64_t blocks = tiled ? (p.c * size_of(dtype) + 63) / 64 : (p.k + 31) / 32 * p.r * p.s;
+    const int64_t slice_bytes = p.filter_numel() * accumulator_bytes(dtype);
+    split(&selection, p, target,
+          {blocks, tiled ? 128.0 : 64.0 * size_of(dtype), slice_bytes,
+           std::max(kMinPositionsPerSlice, kMinDepthwisePositionsPerTap * p.r * p.s), kResidentOthers});
+    selection.workspace_bytes = static_cast<size_t>(selection.split_k * slice_bytes);
   }
   return selection;
 }

@@ -6,6 +6,8 @@ seen here. Workspaces and the kernels that fill or read them count in.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from .emulated import OPERATORS, Problem, Settings, counters, run_conv2d
@@ -40,13 +42,15 @@ def ratio(operator: str, problem: Problem) -> tuple[str, float]:
     return kernel, (counted["global_read_bytes"] + counted["global_write_bytes"]) / ideal
 
 
-def main() -> None:
-    print("| problem (bf16, N = 1) | operator | kernel | bytes / least |\n| --- | --- | --- | --- |")
+def table() -> Iterator[str]:
+    """The lines of the table in docs/kernels.md."""
+    yield "| problem (bf16, N = 1) | operator | kernel | bytes / least |"
+    yield "| --- | --- | --- | --- |"
     for name, problem in PROBLEMS.items():
         for operator in OPERATORS:
             kernel, moved = ratio(operator, problem)
-            print(f"| {name} | {operator} | `{kernel}` | {moved:.2f} |")
+            yield f"| {name} | {operator} | `{kernel}` | {moved:.2f} |"
 
 
 if __name__ == "__main__":
-    main()
+    print("\n".join(table()))
