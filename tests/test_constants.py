@@ -78,6 +78,21 @@ def swap_data_through_empty(conv: nn.Module) -> None:
     conv.weight.data = fresh
 
 
+def to_by_swapping(conv: nn.Module) -> None:
+    """`.to()` as it may become: the parameter keeps its Python object and gets another tensor behind it."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        conv.to(torch.float64).to(torch.float32).weight.mul_(1.5)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+def freeze_again(conv: nn.Module) -> None:
+    fk.unfreeze(conv)
+    conv.weight.data.mul_(2)
+    fk.freeze(conv)
+
+
 EDITS: dict[str, Callable[[nn.Module], object]] = {
     "load_state_dict": reload,
     "copy_": lambda conv: conv.weight.copy_(torch.randn(8, 4, 3, 3)),
@@ -86,6 +101,10 @@ EDITS: dict[str, Callable[[nn.Module], object]] = {
     ".data =": lambda conv: setattr(conv.weight, "data", torch.randn(8, 4, 3, 3)),
     ".data = twice": swap_data_through_empty,
     ".to(float64)": lambda conv: conv.to(torch.float64).to(torch.float32).weight.mul_(1.5),
+    ".to() by swapping": to_by_swapping,
+    "assigned": lambda conv: conv.load_state_dict({"weight": torch.randn(8, 4, 3, 3)}, assign=True),
+    "foreach": lambda conv: torch._foreach_mul_([conv.weight], 2.0),
+    "unfreeze, edit unseen, freeze": freeze_again,
     "channels_last": lambda conv: conv.to(memory_format=torch.channels_last),
     "a slice": lambda conv: conv.weight[0].zero_(),
     "set_": lambda conv: conv.weight.set_(torch.randn(8, 4, 3, 3)),
@@ -243,31 +262,3 @@ def test_freeze_declares_and_unfreeze_withdraws() -> None:
     state = fk.freeze_state(fk.FreezableConv2d(4, 8, 3).requires_grad_(False))
     fk.load_freeze_state(conv, state)
     assert constants.is_constant(conv.weight)
-
-
-def test_the_transposed_filter_of_a_constant_is_made_once() -> None:
-    """What dgrad's tensor-core kernel reads instead of the weight."""
-    weight = torch.randn(32, 16, 3, 3, dtype=torch.bfloat16)
-    dy = torch.randn(1, 32, 6, 6, dtype=torch.bfloat16)
-
-    def dgrad() -> Tensor:
-        return fk.conv2d_dgrad(dy, weight, (1, 16, 8, 8), backend="emulated")
-
-    fresh = dgrad()
-    constants.declare_constant(weight)
-    before = constants.usage()
-    assert torch.equal(dgrad(), fresh)
-    assert torch.equal(dgrad(), fresh)
-    after = constants.usage()
-    assert (after["misses"], after["hits"]) == (before["misses"] + 1, before["hits"] + 1)
-    assert after["bytes"] == before["bytes"] + weight.nbytes
-    weight.mul_(2)
-    assert torch.equal(dgrad(), 2 * fresh)
-    weight.data.mul_(2)
-    with pytest.raises(RuntimeError, match="kept transposed filter of constant '' is stale"):
-        constants.verify_constants(weight)
-    constants.invalidate(weight)
-    assert torch.equal(dgrad(), 4 * fresh)
-    strided = weight.to(memory_format=torch.channels_last)
-    constants.declare_constant(strided)
-    assert torch.equal(fk.conv2d_dgrad(dy, strided, (1, 16, 8, 8), backend="emulated"), 4 * fresh)
