@@ -103,8 +103,8 @@ def load_choices(text: str) -> None:
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"text must be what autotune.to_json() gave, got {text[:60]!r}: {error!r}") from error
     here = _here()
-    if differing := [name for name in here if there.get(name) != here[name]]:
-        facts = ", ".join(f"{name} {there.get(name)!r} (here {here[name]!r})" for name in differing)
+    if differing := [name for name in here if there.get(name, "unknown") != here[name]]:
+        facts = ", ".join(f"{name} {there.get(name, 'unknown')!r} (here {here[name]!r})" for name in differing)
         raise ValueError(f"text must hold choices measured here, got some measured with {facts}: measure them again")
     for row in rows:
         _C.choices.set(row.problem, row.aten_seconds, row.native_seconds, row.agree)

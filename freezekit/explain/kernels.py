@@ -63,7 +63,10 @@ def _choices(call: Call, conv: nn.Conv2d) -> dict[str, dict[str, Any]]:
 
 def _target(device: torch.device) -> dict[str, Any]:
     """The device as `_C.select` wants it; a GPU that is not here is taken for select's own default."""
-    known = {"device": "cpu" if device.type == "cpu" else "cuda", "allow_tf32": torch.backends.cudnn.allow_tf32}
+    known: dict[str, Any] = {
+        "device": "cpu" if device.type == "cpu" else "cuda",
+        "allow_tf32": torch.backends.cudnn.allow_tf32,
+    }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         known["sm"] = 10 * properties.major + properties.minor

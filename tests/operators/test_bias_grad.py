@@ -26,7 +26,7 @@ LAYOUTS: dict[str, Callable[[tuple[int, ...]], Tensor]] = {
     "channels_last": channels_last,
     "expanded": lambda size: torch.ones(()).expand(size),
     "expanded over the batch": lambda size: torch.randint(-2, 3, (1, *size[1:])).float().expand(size),
-    "a slice of channels": lambda size: channels_last((size[0], 9, *size[2:]))[:, 2 : 2 + size[1]],
+    "a slice of channels": lambda size: channels_last((size[0], size[1] + 4, *size[2:]))[:, 2 : 2 + size[1]],
     "transposed": lambda size: torch.randint(-2, 3, (*size[:2], size[3], size[2])).float().transpose(2, 3),
     "off 16 bytes": lambda size: torch.randint(-2, 3, (torch.Size(size).numel() + 1,)).float()[1:].view(size),
 }
