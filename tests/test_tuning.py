@@ -170,7 +170,7 @@ def test_a_choice_holds_for_its_own_problem_alone() -> None:
 def test_real_times_decide_between_two_ways_on_this_cpu() -> None:
     """ATen takes every group of a float64 convolution by itself; the emulator crawls through a product of any size."""
     many_groups = torch.randn(1, 1024, 2, 2, dtype=torch.float64), torch.randn(1024, 1, 1, 1, dtype=torch.float64)
-    large = torch.randn(1, 64, 16, 16), torch.randn(64, 64, 3, 3)
+    large = torch.randn(1, 32, 8, 8), torch.randn(32, 32, 3, 3)
     with fk.autotune(candidate="emulated") as tuned:
         fk.conv2d(*many_groups, groups=1024)
         assert [m.backend for m in tuned.measurements] == ["native"]
