@@ -12,7 +12,7 @@ namespace {
 constexpr int64_t kMinPositionsPerSlice = 128;
 constexpr int64_t kMinDepthwisePositionsPerTap = 16;
 // Blocks of a multiprocessor that hide each other's waits; the GEMM's ring of copies hides part of its own.
-constexpr int64_t kResidentGemm = 2, kResidentOthers = 4;
+constexpr int64_t kResidentGemm = 2, kResidentHopper = 1, kResidentOthers = 4;
 
 int64_t accumulator_bytes(DType dtype) { return dtype == DType::f64 ? 8 : 4; }
 
@@ -141,7 +141,10 @@ Selection select_hopper_wgrad(const Conv2dProblem& p, const Target& target) {
   selection.config = choose_hopper_tile(one_block, blocks_of);
   selection.kernel = names[selection.config];
   selection.reason = kHopperReason;
-  choose_split_k(&selection, p, blocks_of(kHopperTiles[selection.config]), std::max(target.sm_count, 1), 4);
+  const Tile tile = kHopperTiles[selection.config];
+  split(&selection, p, target,
+        {blocks_of(tile), tile.rows * tile.columns / kProductsPerByteWgmma, p.filter_numel() * 4, kMinPositionsPerSlice,
+         kResidentHopper});
   return selection;
 }
 

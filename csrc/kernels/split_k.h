@@ -25,8 +25,9 @@ struct SplitCosts {
 
 // Products in the time of a byte: sm_80 multiplies 1024 pairs of 16 bits, half as many through tf32, 64 of fp32 and 32
 // of fp64 a clock and multiprocessor, and gets 13 bytes (2.0 TB/s over 108 at 1.41 GHz); sm_90's numbers have about the
-// same ratios.
-constexpr double kProductsPerByte16 = 80, kProductsPerByteTf32 = 40, kProductsPerByteF32 = 5, kProductsPerByteF64 = 2.5;
+// same ratios, but twice as many products where wgmma feeds its tensor cores.
+constexpr double kProductsPerByte16 = 80, kProductsPerByteTf32 = 40, kProductsPerByteWgmma = 160;
+constexpr double kProductsPerByteF32 = 5, kProductsPerByteF64 = 2.5;
 
 constexpr int64_t kMaxSplitBytes = int64_t{64} << 20;
 
