@@ -104,11 +104,12 @@ Status launch_mask_apply(const void* x, const uint32_t* mask, void* out, int64_t
 // Activations that are linear in pieces: y, and the bit of each element that lay where the slope is 1. In place or not.
 //   relu: max(x, 0), x > 0 or NaN    hardtanh: min(max(x, a), b), a < x < b    leaky_relu: x > 0 ? x : a * x, x > 0
 enum class ActivationKind : int { relu, hardtanh, leaky_relu };
-struct Activation {
+struct PiecewiseActivation {
   ActivationKind kind = ActivationKind::relu;
   double a = 0, b = 0;
 };
-Status launch_activation(const Activation&, const void* x, void* y, uint32_t* bits, int64_t numel, DType, Stream);
+Status launch_activation(const PiecewiseActivation&, const void* x, void* y, uint32_t* bits, int64_t numel, DType,
+                         Stream);
 
 // Such an activation's gradient, and dropout: out = bit ? on * x : off * x, or bit ? x : 0 under select. In place or not.
 struct Gate {

@@ -144,7 +144,7 @@ Status launch_rule(const Rule& rule, const void* x, void* y, uint32_t* bits, int
 
 }  // namespace
 
-Status launch_activation(const Activation& f, const void* x, void* y, uint32_t* bits, int64_t numel, DType dtype,
+Status launch_activation(const PiecewiseActivation& f, const void* x, void* y, uint32_t* bits, int64_t numel, DType dtype,
                          Stream stream) {
   if (numel == 0) return Status::success;
   if (numel < 0 || !x || !y || !bits) return Status::invalid_argument;

@@ -33,8 +33,9 @@ namespace {
 
 constexpr int64_t kWordsPerTask = 1024;
 
-struct Piecewise : Activation {
-  Piecewise(std::string_view name, double first, double second) : Activation{ActivationKind::relu, first, second} {
+struct Piecewise : PiecewiseActivation {
+  Piecewise(std::string_view name, double first, double second)
+      : PiecewiseActivation{ActivationKind::relu, first, second} {
     constexpr std::array<std::string_view, 3> names = {"relu", "hardtanh", "leaky_relu"};
     const auto found = std::find(names.begin(), names.end(), name);
     TORCH_CHECK_VALUE(found != names.end(), "kind must be 'relu', 'hardtanh' or 'leaky_relu', got '", name, "'");

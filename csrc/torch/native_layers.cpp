@@ -23,7 +23,7 @@ uint32_t* words_of(const Tensor& bits) { return static_cast<uint32_t*>(bits.muta
 
 }  // namespace
 
-void activation(const Activation& f, const Tensor& x, const Tensor& y, const Tensor& bits) {
+void activation(const PiecewiseActivation& f, const Tensor& x, const Tensor& y, const Tensor& bits) {
   static constexpr const char* kernels[] = {"activation_relu", "activation_hardtanh", "activation_leaky_relu"};
   run("activation_bits", kernels[static_cast<int>(f.kind)], x, [&](const KernelTable& table, Stream stream) {
     return table.activation(f, x.const_data_ptr(), y.mutable_data_ptr(), words_of(bits), x.numel(), *dtype_of(x),

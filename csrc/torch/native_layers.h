@@ -12,7 +12,7 @@
 
 namespace freezekit::native {
 
-void activation(const Activation&, const Tensor& x, const Tensor& y, const Tensor& bits);
+void activation(const PiecewiseActivation&, const Tensor& x, const Tensor& y, const Tensor& bits);
 void gate(const GateRule&, const Tensor& x, const Tensor& bits, const Tensor& out);
 void pack_bytes(const Tensor& keep, const Tensor& bits);
 
