@@ -23,7 +23,11 @@ ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 BUILD = ROOT / "build" / "conformance"
 # Each exports probe_<name> functions that take device pointers and return a freezekit::Status.
-SOURCES = (ROOT / "tests/emulator/probe_ptx.cu", CSRC / "kernels/last_error.cu")
+SOURCES = (
+    ROOT / "tests/emulator/probe_ptx.cu",
+    ROOT / "tests/conformance/probe_sm90.cu",
+    *(CSRC / "kernels" / name for name in ("last_error.cu", "tensor_map.cu")),
+)
 ARCHS = ("80", "90a")  # as setup.py's default: SASS for each, PTX of the first
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from . import sm80
+from . import sm80, sm90
 from .probe import Probe
 
 
 def probes() -> tuple[Probe, ...]:
     """All probes, by the capability that they need."""
-    return sm80.probes()
+    return (*sm80.probes(), *sm90.probes())

@@ -12,7 +12,10 @@ import numpy as np
 
 from .build import MODES, Program, build
 
-SOURCES = ("tests/emulator/probe_ptx.cu", "tests/emulator/probe_launch.cu", "tests/emulator/probe_numbers.cpp")
+SOURCES = (
+    *(f"tests/emulator/probe_{name}" for name in ("ptx.cu", "launch.cu", "numbers.cpp")),
+    *("tests/conformance/probe_sm90.cu", "csrc/kernels/tensor_map.cu"),
+)
 PROBE = Program("probe", SOURCES, shared=True)
 LAUNCH_FAILED = 3
 
