@@ -21,9 +21,6 @@ using c10::SymIntArrayRef;
 
 enum class Backend : int8_t { automatic, native, aten, emulated };
 
-// Whether freezekit's own kernels are demanded.
-inline bool is_own(Backend backend) { return backend == Backend::native || backend == Backend::emulated; }
-
 Backend parse_backend(std::string_view name);
 std::string_view to_string(Backend);
 
