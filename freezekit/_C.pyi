@@ -25,6 +25,44 @@ def select(
     channels_last: bool = ...,
 ) -> dict[str, Any]: ...
 
+class blocks:
+    class Stamp:
+        def __init__(self, tensors: list[Any]) -> None: ...
+        def matches(self, tensors: list[Any]) -> bool: ...
+
+    @staticmethod
+    def run(
+        x: Any,
+        conv: Any,
+        norm: Any,
+        activation: Any,
+        residual: Any,
+        channels_last: bool | None,
+        backend: str,
+        shared: bool,
+        /,
+    ) -> Any: ...
+    @staticmethod
+    def remember(
+        x: Any,
+        conv: Any,
+        norm: Any,
+        activation: Any,
+        residual: Any,
+        weight: Any,
+        bias: Any,
+        kind: str | None,
+        backend: str,
+    ) -> bool: ...
+    @staticmethod
+    def forget(id: int) -> None: ...
+    @staticmethod
+    def is_channels_last(x: Any, weight: Any) -> bool: ...
+    @staticmethod
+    def fold(
+        weight: Any, bias: Any, mean: Any, var: Any, gamma: Any, beta: Any, eps: float, backend: str
+    ) -> tuple[Any, Any]: ...
+
 class constants:
     @staticmethod
     def declare(source: Any) -> int: ...

@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 
 #include "core/pooling.h"
 #include "core/problem.h"
@@ -46,15 +47,18 @@ struct Selection {
 // A pure host function: same arguments, same answer, no device needed.
 Selection select(Operator, const Conv2dProblem&, DType, const Target&);
 
-// Applied to the accumulators in this order: + bias, + residual, ReLU, mask. Members that are null do nothing.
+// Applied to the accumulators in this order: + bias, + residual, ReLU and its upper end, mask. Members that are null do
+// nothing.
 // Mask words hold 32 consecutive elements of the output in memory order (NHWC), bit i of word j is element 32 * j + i;
-// a mask has ceil(numel / 32) words, the unused bits of the last one 0. mask_out bit = !(v <= 0), v the value before
-// ReLU rounded to the tensors' dtype: 0 gives 0 and a NaN gives 1, as torch's own gradient. Under mask_in, bit 0
-// stores 0.
+// a mask has ceil(numel / 32) words, the unused bits of the last one 0. mask_out bit = !(v <= 0 || v >= relu_end), v the
+// value before ReLU rounded to the tensors' dtype: both ends give 0 and a NaN gives 1, as torch's own gradient. Under
+// mask_in, bit 0 stores 0.
 struct Epilogue {
   const void* bias = nullptr;       // K (fprop) or C (dgrad) elements of the tensors' dtype
+  bool wide_bias = false;           // or of the accumulators': f32, f64 for f64
   const void* residual = nullptr;   // as the output
   bool relu = false;
+  float relu_end = std::numeric_limits<float>::infinity();  // above 0; 6 is ReLU6
   uint32_t* mask_out = nullptr;     // needs relu
   const uint32_t* mask_in = nullptr;
 };
@@ -79,14 +83,29 @@ Status launch_conv2d(Operator, const Selection&, const Conv2dProblem&, DType, co
 size_t bias_grad_workspace(int64_t rows, int64_t k, DType);
 Status launch_bias_grad(const void* dy, void* db, int64_t rows, int64_t k, DType, void* workspace, Stream);
 
-// Makes a constant of a filter in one pass: out = cast(filter * scale[k]), in layout KRSC, or CRSK under transposed
+// K numbers.
+struct ChannelVector {
+  const void* data = nullptr;
+  DType dtype = DType::f32;
+};
+
+// A batch norm with fixed statistics, to be folded into the filter and the bias before it:
+//   s = gamma / sqrt(var + eps);  filter' = filter * s;  bias' = beta + (bias - mean) * s
+// in fp64, rounded once. gamma, beta and bias may be null: 1, 0, 0.
+struct BatchNormFold {
+  ChannelVector mean, var, gamma, beta, bias;
+  double eps = 0;
+  void* bias_out = nullptr;  // K elements of what `to` accumulates in
+};
+
+// Makes a constant of a filter in one pass: out = cast(filter * s[k]), in layout KRSC, or CRSK under transposed
 // (a group's C/G x R x S x K/G after another's), which is the W' that dgrad reads. The filter may have any strides.
 // from -> to: the same type, or f32 -> f16 or bf16.
 struct FilterTransform {
   DType from = DType::f32, to = DType::f32;
   bool transposed = false;
   int64_t stride_k = 0, stride_c = 0, stride_r = 0, stride_s = 0;  // of the filter, in elements
-  const void* scale = nullptr;  // K factors (a folded batch norm) of type f32, f64 for f64; null: none
+  const BatchNormFold* fold = nullptr;                             // null: s = 1
 };
 Status launch_filter_transform(const Conv2dProblem&, const FilterTransform&, const void* filter, void* out, Stream);
 

@@ -19,7 +19,7 @@ bool pointers_are_there(Operator op, const Conv2dProblem& p, const Conv2dTensors
 
 bool epilogue_is_valid(Operator op, const Epilogue& e) {
   const bool any = e.bias || e.residual || e.relu || e.mask_out || e.mask_in;
-  return op == Operator::wgrad ? !any : !e.mask_out || e.relu;
+  return op == Operator::wgrad ? !any : (!e.mask_out || e.relu) && e.relu_end > 0;
 }
 
 // Tiled where the selection says so and the addresses allow it, else generic: both compute the same.

@@ -7,6 +7,7 @@ namespace py = pybind11;
 
 namespace freezekit {
 
+void bind_blocks(py::module_& parent);
 void bind_choices(py::module_& parent);
 void bind_constants(py::module_& parent);
 void bind_tiles(py::module_& parent);

@@ -111,6 +111,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("groups") = 1, py::kw_only(), py::arg("sm") = 80, py::arg("sm_count") = 108,
         py::arg("allow_tf32") = false, py::arg("deterministic") = false, py::arg("hopper") = false,
         py::arg("device") = "cuda", py::arg("channels_last") = false);
+  bind_blocks(m);
   bind_choices(m);
   bind_constants(m);
   bind_tiles(m);

@@ -11,32 +11,12 @@
 #include <vector>
 
 #include "torch/kernel_library.h"
+#include "torch/snapshot.h"
 
 namespace freezekit::constants {
 namespace {
 
 using WeakTensor = c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>;
-using WeakStorage = c10::weak_intrusive_ptr<c10::StorageImpl>;
-
-// The state of a source that a derived tensor belongs to. The storage is held weakly, so that no other storage can
-// take its address; where it lies in the storage, and how, may change too.
-struct Snapshot {
-  WeakStorage storage;
-  int64_t offset;
-  uint32_t version;
-  std::vector<int64_t> strides;
-
-  explicit Snapshot(const at::Tensor& source)
-      : storage(source.storage().getWeakStorageImpl()),
-        offset(source.storage_offset()),
-        version(source._version()),
-        strides(source.strides().vec()) {}
-
-  bool matches(const at::Tensor& source) const {
-    return storage._unsafe_get_target() == source.storage().unsafeGetStorageImpl() && !storage.expired() &&
-           offset == source.storage_offset() && version == source._version() && source.strides() == strides;
-  }
-};
 
 struct Derived {
   Kind kind;

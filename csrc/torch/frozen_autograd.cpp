@@ -1,6 +1,7 @@
 // Autograd, autocast and transforms of a frozen convolution. What its backward pass does stands in frozen_node.h.
 #include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
@@ -178,6 +179,18 @@ std::tuple<Tensor, Tensor> frozen_batched(const Tensor& input, const Tensor& wei
 }
 
 }  // namespace
+
+std::tuple<Tensor, Tensor> frozen_conv2d_shared(const Tensor& input, const Tensor& weight,
+                                                const std::optional<Tensor>& bias,
+                                                const std::optional<Tensor>& residual, const FrozenConv2d& f) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("freezekit::frozen_conv2d_shared", "")
+                             .typed<decltype(frozen_shared)>();
+  const Geometry& g = f.geometry;
+  return op.call(input, weight, bias, residual, to_string(f.activation), g.stride, g.padding, g.dilation, g.groups,
+                 f.channels_last, to_string(g.backend));
+}
+
 }  // namespace freezekit
 
 TORCH_LIBRARY_FRAGMENT(freezekit, m) {

@@ -9,6 +9,7 @@
 #include "core/mask.h"
 #include "torch/aten.h"
 #include "torch/checks.h"
+#include "torch/choices.h"
 #include "torch/computing.h"
 #include "torch/gate.h"
 #include "torch/layout.h"
@@ -20,9 +21,10 @@ namespace {
 
 using Activation = FrozenConv2d::Activation;
 constexpr std::array<const char*, 3> kActivations = {"none", "relu", "relu6"};
-constexpr double kRelu6End = 6;
+constexpr float kRelu6End = 6;
 
 Tensor or_none(const std::optional<Tensor>& tensor) { return tensor.value_or(Tensor()); }
+Tensor no_bits(const Tensor& like) { return at::empty({0}, like.options().dtype(at::kInt)); }
 
 at::MemoryFormat format(bool channels_last) {
   return channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
@@ -60,17 +62,43 @@ Tensor activation_bits_(Tensor& y, std::string_view kind, double a, double b) {
   return op.call(y, kind, a, b, "auto");
 }
 
+// What is done besides the convolution, as measured choices tell problems apart; nothing while there are none.
+std::string variant_of(std::initializer_list<std::pair<bool, const char*>> parts) {
+  std::string text = "frozen";
+  if (!choices::are_known()) return text;
+  for (const auto& [present, name] : parts) {
+    if (present) text += std::string("+") + name;
+  }
+  return text;
+}
+
+// By freezekit's kernels: one launch, bits in NHWC order.
+Tensor frozen_by_kernels(const Conv2dProblem& problem, const Tensor& input, const Tensor& weight, const Tensor& bias,
+                         const Tensor& residual, const FrozenConv2d& f, const Tensor& bits, Backend backend) {
+  native::Finish finish;
+  finish.bias = bias, finish.residual = residual;
+  finish.relu = f.has_mask();
+  if (f.activation == Activation::relu6) finish.relu_end = kRelu6End;
+  if (finish.relu && bits.numel() > 0) finish.mask_out = bits;
+  return native::conv2d_epilogue(problem, input, weight, finish, f.geometry.with(backend));
+}
+
 // conv + bias + residual, by ATen or oneDNN, in the wanted layout.
 Tensor affine_by_aten(const Tensor& input, const Tensor& weight, const Tensor& bias, const Tensor& residual,
                       bool channels_last, const Geometry& g) {
   const Tensor x = channels_last ? input.contiguous(at::MemoryFormat::ChannelsLast) : input;
   const Tensor r = residual.defined() ? residual.contiguous(format(channels_last)) : residual;
-  if (channels_last && onednn::takes(x, weight)) return onednn::conv2d(x, weight, bias, r, g);
+  if (channels_last && onednn::takes(x, weight, g)) return onednn::conv2d(x, weight, bias, r, g);
   const bool same = bias.defined() && bias.scalar_type() == x.scalar_type();
   Tensor y = aten::conv2d(x, weight, same ? std::make_optional(bias) : std::nullopt, g);
   y = y.contiguous(format(channels_last));
   if (bias.defined() && !same) y.add_(bias.view({1, -1, 1, 1}));
   return r.defined() ? y.add_(r) : y;
+}
+
+// Bits lie in the order of the result, unless the kernels were demanded: `auto` may choose them where both orders agree.
+Backend choosable(Backend backend, bool channels_last) {
+  return backend == Backend::automatic && !channels_last ? Backend::aten : backend;
 }
 
 std::tuple<Tensor, Tensor> frozen_kernel(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -86,23 +114,41 @@ std::tuple<Tensor, Tensor> frozen_kernel(const Tensor& input, const Tensor& weig
   check_residual<int64_t>(input, r.defined() ? r.sizes() : IntArrayRef(), r, output);
   const BelowAutogradAndAutocast below;
   const bool wanted = keep_mask && f.has_mask(), last = result_is_channels_last(f, input, weight);
-  Tensor bits = at::empty({wanted ? mask_words(problem.y_numel()) : 0}, input.options().dtype(at::kInt));
-  if (native::runs(Operator::fprop, problem, input, g.backend)) {
-    const bool relu = f.activation == Activation::relu;
-    // The kernels take a bias of the tensors' dtype.
-    const Tensor b = bias && bias->defined() ? bias->to(input.scalar_type()) : Tensor();
-    Tensor y =
-        native::conv2d_epilogue(problem, input, weight, b, r, relu, relu && wanted ? bits : Tensor(), g);
-    // The kernels' epilogue has no upper end.
-    if (f.activation == Activation::relu6) bits = activate_(y, f.activation, keep_mask);
-    return {y.contiguous(format(last)), bits};
-  }
-  Tensor y = affine_by_aten(input, weight, or_none(bias), r, last, g);
-  if (f.has_mask()) {
-    const Tensor made = activate_(y, f.activation, keep_mask);
-    if (wanted) bits = made;
-  }
+  const Tensor b = or_none(bias);
+  Tensor bits;
+  const auto run = [&](Backend on) {
+    if (on == Backend::aten) {
+      Tensor y = affine_by_aten(input, weight, b, r, last, g);
+      bits = f.has_mask() ? activate_(y, f.activation, wanted) : no_bits(y);
+      return y;
+    }
+    bits = at::empty({wanted ? mask_words(problem.y_numel()) : 0}, input.options().dtype(at::kInt));
+    return frozen_by_kernels(problem, input, weight, b, r, f, bits, on).contiguous(format(last));
+  };
+  const std::string variant = variant_of({{b.defined(), "bias"},
+                                          {r.defined(), "residual"},
+                                          {f.has_mask(), to_string(f.activation)},
+                                          {wanted, "mask"}});
+  const Tensor y = choices::compute({Operator::fprop, problem, input, format(last), variant},
+                                    choosable(g.backend, last), run);
   return {y, bits};
+}
+
+Tensor dgrad_by_aten(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size, const Tensor& residual,
+                     const Tensor& bits, bool channels_last, const Geometry& g) {
+  Tensor dx;
+  const bool last = grad_output.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
+  if (last && onednn::takes(grad_output, weight, g) && onednn::has_unit_stride_dgrad(weight, g)) {
+    const bool adds = residual.defined() && channels_last;
+    dx = onednn::dgrad(grad_output, weight, adds ? residual.contiguous(format(true)) : Tensor(), g);
+    dx = dx.contiguous(format(channels_last));
+    if (residual.defined() && !adds) dx.add_(residual);
+  } else {
+    dx = aten::dgrad(grad_output, weight, input_size, g).contiguous(format(channels_last));
+    if (residual.defined()) dx.add_(residual);
+  }
+  if (bits.defined()) gate_inplace(dx, bits, {}, "auto");
+  return dx;
 }
 
 Tensor frozen_dgrad_kernel(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size,
@@ -120,22 +166,13 @@ Tensor frozen_dgrad_kernel(const Tensor& grad_output, const Tensor& weight, SymI
               "mask must be one row of ", mask_words(problem.x_numel()), " int32 words, got ",
               bits.defined() ? bits.scalar_type() : at::kInt, " of size ", bits.defined() ? bits.sizes() : size);
   const BelowAutogradAndAutocast below;
-  if (native::runs(Operator::dgrad, problem, grad_output, g.backend)) {
-    return native::dgrad_epilogue(problem, grad_output, weight, r, bits, g).contiguous(format(channels_last));
-  }
-  Tensor dx;
-  const bool last = grad_output.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
-  if (last && onednn::takes(grad_output, weight) && onednn::has_unit_stride_dgrad(weight, g)) {
-    const bool adds = r.defined() && channels_last;
-    dx = onednn::dgrad(grad_output, weight, adds ? r.contiguous(format(true)) : Tensor(), g);
-    dx = dx.contiguous(format(channels_last));
-    if (r.defined() && !adds) dx.add_(r);
-  } else {
-    dx = aten::dgrad(grad_output, weight, input_size, g).contiguous(format(channels_last));
-    if (r.defined()) dx.add_(r);
-  }
-  if (bits.defined()) gate_inplace(dx, bits, {}, "auto");
-  return dx;
+  const auto run = [&](Backend on) {
+    if (on == Backend::aten) return dgrad_by_aten(grad_output, weight, input_size, r, bits, channels_last, g);
+    return native::dgrad_epilogue(problem, grad_output, weight, r, bits, g.with(on)).contiguous(format(channels_last));
+  };
+  const std::string variant = variant_of({{r.defined(), "residual"}, {bits.defined(), "mask"}});
+  return choices::compute({Operator::dgrad, problem, grad_output, format(channels_last), variant},
+                          choosable(g.backend, channels_last), run);
 }
 
 std::tuple<Tensor, Tensor> frozen_meta(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -182,7 +219,7 @@ Tensor activate_(Tensor& y, Activation activation, bool keep_mask) {
   } else {
     at::hardtanh_(y, 0, kRelu6End);
   }
-  return at::empty({0}, y.options().dtype(at::kInt));
+  return no_bits(y);
 }
 
 std::vector<c10::SymInt> dense_stride(SymIntArrayRef size, bool channels_last) {

@@ -33,6 +33,11 @@ const char* to_string(FrozenConv2d::Activation);
 std::tuple<Tensor, Tensor> frozen_conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                                          const std::optional<Tensor>& residual, const FrozenConv2d&, bool keep_mask);
 
+// (y, input): the input is handed on to its other readers, whose gradients this one's backward adds in its own dgrad.
+std::tuple<Tensor, Tensor> frozen_conv2d_shared(const Tensor& input, const Tensor& weight,
+                                                const std::optional<Tensor>& bias,
+                                                const std::optional<Tensor>& residual, const FrozenConv2d&);
+
 // bits ? dgrad(dy, w) + residual : 0. The result is channels_last if said so, else NCHW; bits lie as said above.
 Tensor frozen_conv2d_dgrad(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size,
                            const Tensor& residual, const Tensor& bits, bool channels_last, const Geometry&);

@@ -55,7 +55,7 @@ struct Choice {
 
 Choice choose(Operator op, const Conv2dProblem& problem, const Tensor& on, Backend backend) {
   const KernelLibrary& library = kernel_library(backend);
-  const DType dtype = *dtype_of(on);
+  const DType dtype = kernel_dtype(on);
   const Selection selection = select(op, problem, dtype, target_on(library, backend));
   TORCH_CHECK(selection.family != Family::none, "no freezekit kernel for ", name_of(op), ": ", selection.reason,
               "; backend='aten' computes it");
@@ -85,17 +85,12 @@ Tensor kept_transposed_filter(const Choice& choice, const Tensor& weight) {
   const bool reads_one = choice.selection.family == Family::implicit_gemm || choice.selection.family == Family::hopper;
   if (!reads_one || !constants::is_declared(weight)) return {};
   const int64_t detail = choice.problem.groups * 8 + static_cast<int64_t>(choice.backend);
-  // By value, since the cache keeps it to make W' again; the library lives as long as the process.
-  const auto make = [library = &choice.library, problem = choice.problem, dtype = choice.dtype](const Tensor& source) {
+  // By value, since the cache keeps it to make W' again.
+  const auto make = [groups = choice.problem.groups, backend = choice.backend](const Tensor& source) {
     const Tensor made = at::empty({source.numel()}, source.options());
     FilterTransform transform;
-    transform.from = transform.to = dtype;
     transform.transposed = true;
-    transform.stride_k = source.stride(0), transform.stride_c = source.stride(1);
-    transform.stride_r = source.stride(2), transform.stride_s = source.stride(3);
-    check_status(library->table->filter_transform(problem, transform, source.const_data_ptr(),
-                                                  made.mutable_data_ptr(), stream_of(source)),
-                 "filter_transform", *library);
+    transform_filter(transform, source, groups, made, backend);
     return made;
   };
   return constants::derived(weight, {"transposed filter", detail}, make);
@@ -148,18 +143,44 @@ bool runs(const Tensor& on, Backend backend) {
   return true;
 }
 
-Tensor conv2d_epilogue(const Conv2dProblem& problem, const Tensor& input, const Tensor& weight, const Tensor& bias,
-                       const Tensor& residual, bool relu, const Tensor& mask_out, const Geometry& g) {
+DType kernel_dtype(const Tensor& tensor) {
+  const auto dtype = dtype_of(tensor);
+  TORCH_CHECK(dtype, "freezekit's kernels take float32, float64, float16 and bfloat16, got ", tensor.scalar_type());
+  return *dtype;
+}
+
+void transform_filter(FilterTransform transform, const Tensor& filter, int64_t groups, const Tensor& out,
+                      Backend backend) {
+  TORCH_CHECK(filter.is_cuda() == (backend == Backend::native), "backend='", to_string(backend),
+              "' has no kernels for a filter on ", filter.device());
+  const c10::DeviceGuard guard(filter.device());
+  const KernelLibrary& library = kernel_library(backend);
+  Conv2dProblem problem;
+  problem.k = filter.size(0), problem.c = filter.size(1) * groups, problem.r = filter.size(2);
+  problem.s = filter.size(3), problem.groups = groups;
+  transform.from = kernel_dtype(filter), transform.to = kernel_dtype(out);
+  transform.stride_k = filter.stride(0), transform.stride_c = filter.stride(1);
+  transform.stride_r = filter.stride(2), transform.stride_s = filter.stride(3);
+  check_status(library.table->filter_transform(problem, transform, filter.const_data_ptr(), out.mutable_data_ptr(),
+                                               stream_of(filter)),
+               "filter_transform", library);
+  if (!launch_log::is_enabled()) return;
+  launch_log::add({"filter_transform", transform.fold ? "filter_transform_fold" : "filter_transform", backend,
+                   {{"weight_size", filter.sizes().vec()}}});
+}
+
+Tensor conv2d_epilogue(const Conv2dProblem& problem, const Tensor& input, const Tensor& weight, const Finish& finish,
+                       const Geometry& g) {
   const c10::DeviceGuard guard(input.device());
   const Tensor x = dense_channels_last(input), w = dense_channels_last(weight);
-  const Tensor b = bias.defined() ? bias.contiguous() : Tensor();
-  const Tensor r = residual.defined() ? dense_channels_last(residual) : Tensor();
+  const Tensor b = finish.bias.defined() ? finish.bias.contiguous() : Tensor();
+  const Tensor r = finish.residual.defined() ? dense_channels_last(finish.residual) : Tensor();
   const Tensor y = empty_output({problem.n, problem.k, problem.p, problem.q}, input);
   Epilogue epilogue;
-  if (b.defined()) epilogue.bias = b.const_data_ptr();
+  if (b.defined()) epilogue.bias = b.const_data_ptr(), epilogue.wide_bias = b.scalar_type() != x.scalar_type();
   if (r.defined()) epilogue.residual = r.const_data_ptr();
-  epilogue.relu = relu;
-  if (mask_out.defined()) epilogue.mask_out = static_cast<uint32_t*>(mask_out.mutable_data_ptr());
+  epilogue.relu = finish.relu, epilogue.relu_end = finish.relu_end;
+  if (finish.mask_out.defined()) epilogue.mask_out = static_cast<uint32_t*>(finish.mask_out.mutable_data_ptr());
   launch(choose(Operator::fprop, problem, input, g.backend), input,
          {const_cast<void*>(x.const_data_ptr()), const_cast<void*>(w.const_data_ptr()), y.mutable_data_ptr()},
          epilogue);
@@ -187,8 +208,9 @@ Tensor dgrad_epilogue(const Conv2dProblem& problem, const Tensor& grad_output, c
 
 Tensor conv2d(const Conv2dProblem& problem, const Tensor& input, const Tensor& weight,
               const std::optional<Tensor>& bias, const Geometry& g) {
-  return conv2d_epilogue(problem, input, weight, bias.value_or(Tensor()), {}, false, {}, g)
-      .contiguous(layout_of(input, weight));
+  Finish finish;
+  finish.bias = bias.value_or(Tensor());
+  return conv2d_epilogue(problem, input, weight, finish, g).contiguous(layout_of(input, weight));
 }
 
 Tensor dgrad(const Conv2dProblem& problem, const Tensor& grad_output, const Tensor& weight, const Geometry& g) {

@@ -1,6 +1,8 @@
 // The three operators by freezekit's own kernels: CUDA ones on a GPU, the emulated build of the same source on a CPU.
 #pragma once
 
+#include <limits>
+
 #include "kernels/api.h"
 #include "torch/kernel_library.h"
 #include "torch/operators.h"
@@ -40,16 +42,31 @@ void check_status(Status, const char* kernel, const KernelLibrary&);
 // Whether some kernel of `backend` computes this problem.
 bool supports(Operator, const Conv2dProblem&, const Tensor& on, Backend backend);
 
+// The same; throws for dtypes that kernels do not compute with.
+DType kernel_dtype(const Tensor&);
+
+// Makes a constant of a filter (K, C/G, R, S) of any strides, as `transform` says; dtypes and strides are filled in.
+void transform_filter(FilterTransform transform, const Tensor& filter, int64_t groups, const Tensor& out, Backend);
+
 Tensor conv2d(const Conv2dProblem&, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
               const Geometry&);
 Tensor dgrad(const Conv2dProblem&, const Tensor& grad_output, const Tensor& weight, const Geometry&);
 Tensor wgrad(const Conv2dProblem&, const Tensor& grad_output, const Tensor& input, const Geometry&);
 Tensor bias_grad(const Tensor& grad_output, Backend);
 
-// With the kernels' epilogue, results as the kernels write them: channels_last. Undefined tensors do nothing; masks lie
-// in NHWC order. fprop: + bias, + residual, ReLU whose bits go to `mask_out`. dgrad: + residual, then `mask_in`.
-Tensor conv2d_epilogue(const Conv2dProblem&, const Tensor& input, const Tensor& weight, const Tensor& bias,
-                       const Tensor& residual, bool relu, const Tensor& mask_out, const Geometry&);
+// What fprop does to its sums before they are stored: + bias (of the tensors' dtype, or float32 beside a shorter one),
+// + residual, ReLU up to `relu_end`, whose bits go to `mask_out`. Undefined tensors do nothing.
+struct Finish {
+  Tensor bias, residual;
+  bool relu = false;
+  float relu_end = std::numeric_limits<float>::infinity();
+  Tensor mask_out;
+};
+
+// With the kernels' epilogue, results as the kernels write them: channels_last; masks lie in NHWC order. dgrad's adds
+// `residual`, then applies `mask_in`.
+Tensor conv2d_epilogue(const Conv2dProblem&, const Tensor& input, const Tensor& weight, const Finish&,
+                       const Geometry&);
 Tensor dgrad_epilogue(const Conv2dProblem&, const Tensor& grad_output, const Tensor& weight, const Tensor& residual,
                       const Tensor& mask_in, const Geometry&);
 

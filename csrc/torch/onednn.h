@@ -10,8 +10,8 @@
 
 namespace freezekit::onednn {
 
-// Whether the packed path takes a tensor of this dtype and device under torch's current settings.
-bool takes(const Tensor& activation, const Tensor& weight);
+// Whether the packed path takes a tensor of this dtype and device under torch's current settings, and gains by it.
+bool takes(const Tensor& activation, const Tensor& weight, const Geometry&);
 // Whether dgrad of this geometry is a forward convolution.
 bool has_unit_stride_dgrad(const Tensor& weight, const Geometry&);
 

@@ -11,6 +11,8 @@ from torch.nn.utils import parametrize
 
 from freezekit import nn as layers
 from freezekit._arguments import check_module
+from freezekit.fuse.classes import plan_of, unfuse_module
+from freezekit.fuse.folding import drop
 
 Model = TypeVar("Model", bound=nn.Module)
 Only = str | type[nn.Module] | Iterable[str | type[nn.Module]]
@@ -64,10 +66,10 @@ def convert(model: Model, *, only: Only | None = None) -> Model:
 
 
 def revert(model: Model, *, only: Only | None = None) -> Model:
-    """Makes freezekit's layers of `model` those of `torch.nn` again, in place: the opposite of `convert`.
+    """Makes freezekit's layers of `model` those of `torch.nn` again, in place: the opposite of `convert` and of `fuse`.
 
     Args:
-        model, only: as for `convert`.
+        model, only: as for `convert`; `only` may also name modules that `fuse` rewrote.
 
     Returns:
         The same object.
@@ -81,6 +83,8 @@ def revert(model: Model, *, only: Only | None = None) -> Model:
     True
     """
     for module in _selected(model, only):
+        unfuse_module(module)
+        drop(module)
         base = stock_base(module)
         if base is None or not isinstance(module, SWAPS[base]):
             continue
@@ -126,7 +130,7 @@ def _selected(model: nn.Module, only: Only | None) -> list[nn.Module]:
     found: dict[int, nn.Module] = {}
     for part in parts:
         met = [m for name, m in model.named_modules(remove_duplicate=False) if _meets(part, name, m)]
-        if not any(stock_base(m) for m in met):
+        if not any(stock_base(m) or plan_of(m) for m in met):
             raise ValueError(f"only: {part!r} meets no layer of the model that freezekit has a layer for")
         found.update((id(m), m) for m in met)
     return list(found.values())

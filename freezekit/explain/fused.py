@@ -27,7 +27,11 @@ class FusedBlocks:
         self.unwatched: set[int] = set()
         for module in model.modules():
             plan = plan_of(module)
-            for names in plan.blocks if plan is not None else ():
+            if plan is None or id(module) in self.unwatched:
+                continue
+            # A hook on a sequence that the plan looks into would change what runs.
+            self.unwatched |= {id(module.get_submodule(path)) for path in plan.sequences}
+            for names in plan.blocks:
                 layers = block_layers(module, names)
                 if not why_unfused(*layers):
                     self.labels.setdefault(id(module), []).append("fused " + label(names))

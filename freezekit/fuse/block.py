@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import freezekit._C as _C
 from freezekit import backends
 from freezekit.fuse import folding
-from freezekit.fuse.layers import activation_kind, why_unfused
+from freezekit.fuse.layers import activation_kind, sources, why_unfused
 
 _frozen = torch.ops.freezekit.frozen_conv2d.default
 _shared = torch.ops.freezekit.frozen_conv2d_shared.default
+# A call that is like one before, by the compiled memo of what was decided then; None where there is none.
+_again = _C.blocks.run
 
 
 def block(
@@ -32,11 +38,13 @@ def block(
         add_in_place: whether the model wrote ``+=``, which keeps the left side's dtype.
         channels_last: the layout of the result; None leaves it to torch's rule.
     """
+    if not torch.compiler.is_compiling():
+        y = _again(x, conv, norm, activation, residual, channels_last, backends._current, False)
+        if y is not None:
+            return y
     if not _runs_fused(x, conv, norm, activation, residual):
         return _layers(x, conv, norm, activation, residual, add_in_place)
-    assert isinstance(conv, nn.Conv2d)
-    form = folding.folded(conv, norm)
-    return _frozen(x, form.weight, form.bias, residual, *_settings(conv, activation), **_options(channels_last))[0]
+    return _decided(_frozen, x, conv, norm, activation, residual, channels_last)[0]
 
 
 def shared_block(
@@ -49,11 +57,38 @@ def shared_block(
     channels_last: bool | None,
 ) -> tuple[Tensor, Tensor]:
     """As `block`; also returns x, for those who read it after: their gradients are added inside this one's dgrad."""
-    if torch.compiler.is_compiling() or not _runs_fused(x, conv, norm, activation, residual):
+    if torch.compiler.is_compiling():
         return block(x, conv, norm, activation, residual, add_in_place, channels_last), x
+    pair = _again(x, conv, norm, activation, residual, channels_last, backends._current, True)
+    if pair is not None:
+        return pair
+    if not _runs_fused(x, conv, norm, activation, residual):
+        return _layers(x, conv, norm, activation, residual, add_in_place), x
+    return _decided(_shared, x, conv, norm, activation, residual, channels_last)
+
+
+def _decided(
+    operator: Any,
+    x: Tensor,
+    conv: nn.Module,
+    norm: nn.Module | None,
+    activation: nn.Module | str | None,
+    residual: Tensor | None,
+    channels_last: bool | None,
+) -> tuple[Tensor, Tensor]:
+    """The operator's call, which is remembered."""
     assert isinstance(conv, nn.Conv2d)
-    form = folding.folded(conv, norm)
-    return _shared(x, form.weight, form.bias, residual, *_settings(conv, activation), **_options(channels_last))
+    form, backend = folding.folded(conv, norm), backends._current
+    kind = activation_kind(activation)
+    if not torch.compiler.is_compiling():
+        if channels_last is None:  # torch's rule, which the layout of a folded weight has no say in
+            channels_last = _C.blocks.is_channels_last(x, conv.weight)
+        if folding.is_kept(conv) and _C.blocks.remember(
+            x, conv, norm, activation, residual, form.weight, form.bias, kind, backend
+        ):
+            weakref.finalize(conv, _C.blocks.forget, id(conv)).atexit = False
+    settings = (kind, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return operator(x, form.weight, form.bias, residual, *settings, channels_last=channels_last, backend=backend)
 
 
 def inner_layout(x: Tensor) -> bool | None:
@@ -69,12 +104,15 @@ def outer_layout(before: Tensor | bool | None, conv: nn.Conv2d) -> bool | None:
     `before` is what goes into the convolution, or this function's word on it.
     """
     if isinstance(before, Tensor):
-        if type(before) is not Tensor or before.dim() != 4:
+        if type(before) is not Tensor or before.dim() != 4 or _is_transformed(before):
             return None
         before = _is_channels_last(before)
     if before is None:
         return None
-    return (before and conv.padding_mode != "circular") or _is_channels_last(conv.weight)
+    if before and conv.padding_mode != "circular":
+        return True
+    weight = conv._parameters["weight"]
+    return weight is not None and not _is_transformed(weight) and _is_channels_last(weight)
 
 
 def _is_channels_last(x: Tensor) -> bool:
@@ -90,7 +128,7 @@ def _runs_fused(
     assert isinstance(conv, nn.Conv2d)
     weight = conv._parameters["weight"]
     assert weight is not None
-    if not _is_plain(x, weight) or not _fits(x, conv):
+    if not _is_plain(x, weight) or not _fits(x, conv) or any(map(_is_transformed, sources(conv, norm))):
         return False
     dtype = x.dtype
     if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
@@ -100,6 +138,11 @@ def _runs_fused(
     elif dtype != weight.dtype:
         return False
     return residual is None or (residual.dtype == dtype and _adds(x, conv, residual))
+
+
+def _is_transformed(tensor: Tensor) -> bool:
+    """Whether torch.func stands between a tensor and its data; a compiler looks for itself."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def _is_plain(x: Tensor, weight: Tensor) -> bool:
@@ -128,15 +171,6 @@ def _adds(x: Tensor, conv: nn.Conv2d, residual: Tensor) -> bool:
         and residual.device == x.device
         and tuple(residual.shape) == (x.shape[0], conv.out_channels, *_output_size(x, conv))
     )
-
-
-def _settings(conv: nn.Module, activation: nn.Module | str | None) -> tuple[object, ...]:
-    assert isinstance(conv, nn.Conv2d)
-    return activation_kind(activation), conv.stride, conv.padding, conv.dilation, conv.groups
-
-
-def _options(channels_last: bool | None) -> dict[str, object]:
-    return {"channels_last": channels_last, "backend": backends._current}
 
 
 def _layers(

@@ -18,18 +18,13 @@ import torch
 from torch import nn
 
 from freezekit.fuse.plan import Plan, make_plan
+from freezekit.fuse.tracer import ORIGINAL, original_class
 
 _NEW_OBJECT = getattr(copyreg, "__newobj__")  # noqa: B009, the type stubs lack it
-_ORIGINAL = "_freezekit_original"
 _PLAN = "_freezekit_plan"
 
 # By class: plans of its instances. Modules of one structure share one.
 _known: dict[type[nn.Module], list[type[nn.Module]]] = {}
-
-
-def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class that a module has, or had before it was fused."""
-    return getattr(type(module), _ORIGINAL, type(module))
 
 
 def plan_of(module: nn.Module) -> Plan | None:
@@ -65,8 +60,7 @@ def _subclass(kind: type[nn.Module], plan: Plan) -> type[nn.Module]:
             return plan.run(self, *args, **kwargs)
         if torch.compiler.is_compiling() or kind.forward is not own_forward:
             return kind.forward(self, *args, **kwargs)
-        fuse_module(self)
-        return type(self).forward(self, *args, **kwargs)
+        return fuse_module(self).run(self, *args, **kwargs)
 
     def reduce_as_stock(self: nn.Module, protocol: Any) -> Any:
         return _stock_reduce(self, kind, protocol)
@@ -81,7 +75,7 @@ def _subclass(kind: type[nn.Module], plan: Plan) -> type[nn.Module]:
         "forward": forward,
         "__reduce_ex__": reduce_as_stock,
         "__deepcopy__": deepcopy,
-        _ORIGINAL: kind,
+        ORIGINAL: kind,
         _PLAN: plan,
     }
     return type(kind)(kind.__name__, (kind,), body)  # type: ignore[misc]

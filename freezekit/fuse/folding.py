@@ -10,10 +10,13 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import freezekit._C as _C
+from freezekit import backends
 from freezekit.constants import declare_constant, register_cache
 from freezekit.fuse.layers import sources
 
@@ -30,34 +33,14 @@ class Folded:
     bias: Tensor | None
 
 
-class _State:
-    """What a source was when it was read. The storage is held, so that no other can take its address."""
-
-    __slots__ = ("address", "dtype", "held", "source", "stride", "version")
-
-    def __init__(self, source: Tensor) -> None:
-        self.source = weakref.ref(source)
-        self.held = source.detach()
-        self.address = source.data_ptr()
-        self.version = source._version
-        self.stride = source.stride()
-        self.dtype = source.dtype
-
-    def matches(self, source: Tensor) -> bool:
-        return (
-            self.source() is source
-            and self.version == source._version
-            and self.address == source.data_ptr()
-            and self.dtype is source.dtype
-            and self.stride == source.stride()
-        )
-
-
 @dataclass(frozen=True)
 class _Entry:
+    """What was folded; `sources` tells whether the tensors that it was made of are as they were."""
+
     norm: weakref.ref[nn.Module] | None
     eps: float
-    states: tuple[_State, ...]
+    sources: Any
+    by: str
     folded: Folded
 
 
@@ -74,35 +57,41 @@ def folded(conv: nn.Conv2d, norm: nn.Module | None) -> Folded:
     """
     if torch.compiler.is_compiling():
         return _fold(conv, norm, torch.float32)
-    entry = _entries.get(conv)
+    entry, by = _entries.get(conv), _folded_by(conv.weight)
     now = sources(conv, norm)
-    if entry is not None and _fits(entry, norm, now):
+    if entry is not None and entry.by == by and _fits(entry, norm, now):
         return entry.folded
     cacheable = not any(source.is_inference() for source in now)
     # A tensor made in inference mode could not be saved for a backward pass.
     with torch.inference_mode(False), torch.no_grad():
-        states = tuple(_State(source) for source in now) if cacheable else ()
-        result = _fold(conv, norm, _exact(conv.weight))
+        stamp = _C.blocks.Stamp(now) if cacheable else None
+        result = _make(conv, norm, by)
     if cacheable:
         declare_constant(result.weight)
         if result.bias is not None:
             declare_constant(result.bias)
         reference = None if norm is None else weakref.ref(norm)
         with _lock:
-            _entries[conv] = _Entry(reference, _eps(norm), states, result)
+            _entries[conv] = _Entry(reference, _eps(norm), stamp, by, result)
     return result
+
+
+def is_kept(conv: nn.Module) -> bool:
+    """Whether something is kept of a convolution."""
+    return conv in _entries
 
 
 def drop(conv: nn.Module) -> None:
     """Forgets what was made of a convolution: it is trainable now, or was written to unseen."""
     if conv in _entries:
+        _C.blocks.forget(id(conv))
         with _lock:
             _entries.pop(conv, None)
 
 
 def drop_all(model: nn.Module | Tensor) -> None:
     """Forgets what was made of a model's convolutions, or of one tensor."""
-    for conv, _ in _of(model):
+    for conv, _ in entries_of(model):
         drop(conv)
 
 
@@ -112,12 +101,12 @@ def verify(model: nn.Module | Tensor) -> None:
     Raises:
         RuntimeError: if what is kept differs from what folding gives now.
     """
-    for conv, entry in _of(model):
+    for conv, entry in entries_of(model):
         norm = None if entry.norm is None else entry.norm()
         if not _fits(entry, norm, sources(conv, norm)):
             continue  # seen, and made again at the next call
         with torch.no_grad():
-            now = _fold(conv, norm, _exact(conv.weight))
+            now = _make(conv, norm, entry.by)
         kept = entry.folded
         if not torch.equal(kept.weight, now.weight) or (
             kept.bias is not None and now.bias is not None and not torch.equal(kept.bias, now.bias)
@@ -130,14 +119,14 @@ def verify(model: nn.Module | Tensor) -> None:
 
 def kept(model: nn.Module) -> Iterator[Folded]:
     """What is kept for a model's convolutions at this moment."""
-    for _, entry in _of(model):
+    for _, entry in entries_of(model):
         yield entry.folded
 
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Within the block a model may run on other tensors; what was kept of its own is there again after it."""
-    before = _of(model)
+    before = entries_of(model)
     try:
         yield
     finally:
@@ -156,11 +145,12 @@ class _Folds:
 register_cache(_Folds())
 
 
-def _of(model: nn.Module | Tensor) -> list[tuple[nn.Conv2d, _Entry]]:
+def entries_of(model: nn.Module | Tensor) -> list[tuple[nn.Conv2d, _Entry]]:
+    """What is kept of a model's convolutions, or of one tensor."""
     with _lock:
         entries = list(_entries.items())
     if isinstance(model, Tensor):
-        found = [(c, e) for c, e in entries if any(state.source() is model for state in e.states)]
+        found = [(c, e) for c, e in entries if any(source is model for source in _sources_of(c, e))]
     else:
         modules = set(model.modules())
         found = [(c, e) for c, e in entries if c in modules]
@@ -179,12 +169,25 @@ def _eps(norm: nn.Module | None) -> float:
 def _fits(entry: _Entry, norm: nn.Module | None, now: list[Tensor]) -> bool:
     if (None if entry.norm is None else entry.norm()) is not norm or entry.eps != _eps(norm):
         return False
-    if len(entry.states) != len(now):
-        return False
-    for state, source in zip(entry.states, now):  # noqa: SIM110, a generator costs as much as the comparisons
-        if not state.matches(source):
-            return False
-    return True
+    return entry.sources.matches(now)
+
+
+def _sources_of(conv: nn.Module, entry: _Entry) -> list[Tensor]:
+    return sources(conv, None if entry.norm is None else entry.norm())
+
+
+def _folded_by(weight: Tensor) -> str:
+    """The backend whose kernels fold: one launch, and a weight in the layout that they read. "aten" elsewhere."""
+    own = {"native": "cuda", "emulated": "cpu"}.get(backends._current)
+    return backends._current if own is not None and weight.device.type == own else "aten"
+
+
+def _make(conv: nn.Conv2d, norm: nn.Module | None, by: str) -> Folded:
+    if norm is None or by == "aten":
+        return _fold(conv, norm, _exact(conv.weight))
+    affine = norm._parameters["weight"], norm._parameters["bias"]
+    statistics = norm._buffers["running_mean"], norm._buffers["running_var"]
+    return Folded(*_C.blocks.fold(conv.weight, conv.bias, *statistics, *affine, _eps(norm), by))
 
 
 def _fold(conv: nn.Conv2d, norm: nn.Module | None, exact: torch.dtype) -> Folded:

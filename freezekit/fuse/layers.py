@@ -69,12 +69,14 @@ def why_unfused(conv: nn.Module, norm: nn.Module | None, activation: nn.Module |
         return "the convolution is trainable"
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return f"padding {conv.padding!r} with mode {conv.padding_mode!r} is not by numbers of zeros"
+    if any(not {"weight", "bias"} <= layer._parameters.keys() for layer in (conv, norm) if layer is not None):
+        return "a layer in it has no weight of its own: it is a replica, or its weight is made at each call"
     if norm is not None and (reason := _why_norm_is_live(norm)):
         return reason
     for layer in (conv, norm, activation):
-        if isinstance(layer, nn.Module) and _is_watched(layer):
+        if isinstance(layer, nn.Module) and is_watched(layer):
             return f"a {type(layer).__name__} in it has hooks or a forward of its own"
-    return "hooks are registered for all modules" if _module._has_any_global_hook() else ""
+    return "hooks are registered for all modules" if has_global_hooks() else ""
 
 
 def _why_norm_is_live(norm: nn.Module) -> str:
@@ -94,7 +96,11 @@ def _is_trainable(layer: nn.Module) -> bool:
     return False
 
 
-def _is_watched(layer: nn.Module) -> bool:
+has_global_hooks = _module._has_any_global_hook
+
+
+def is_watched(layer: nn.Module) -> bool:
+    """Whether calling a module does more than its class's forward says."""
     own = layer.__dict__
     return bool(
         "forward" in own

@@ -13,7 +13,7 @@ from torch import fx, nn
 from freezekit.fuse.block import block, inner_layout, outer_layout, shared_block
 from freezekit.fuse.layers import ACTIVATION_CALLS
 from freezekit.fuse.patterns import Chain, find_chains
-from freezekit.fuse.tracer import Reads, Untraceable, trace
+from freezekit.fuse.tracer import Reads, Untraceable, is_plain_sequence, original_class, trace
 
 _counter = iter(range(10**9))
 
@@ -37,6 +37,7 @@ class Plan:
         holds: whether everything that the module's forward was seen to depend on is as it was.
         run: the rewritten forward, or the module's own where there is nothing to fuse.
         blocks: what it fuses.
+        sequences: paths of the sequences that it runs the layers of, instead of calling them.
         reason: why nothing is rewritten; "" otherwise.
         key: equal for plans that are the same.
     """
@@ -44,6 +45,7 @@ class Plan:
     holds: Callable[[nn.Module], bool]
     run: Callable[..., Any]
     blocks: tuple[BlockNames, ...]
+    sequences: tuple[str, ...] = ()
     reason: str = ""
     key: tuple[object, ...] = ()
 
@@ -62,12 +64,12 @@ def make_plan(module: nn.Module, kind: type[nn.Module]) -> Plan:
     holds, condition = _holds(traced.reads)
     code = _rewrite(traced.graph, chains).python_code("self")
     run = _define(code.src, "forward", code.globals, kind.__name__)
-    return Plan(holds, run, names, key=(code.src, *condition))
+    return Plan(holds, run, names, tuple(traced.reads.sequences), key=(code.src, *condition))
 
 
 def _unfused(reads: Reads, kind: type[nn.Module], reason: str) -> Plan:
     holds, condition = _holds(reads)
-    return Plan(holds, kind.forward, (), reason, key=(reason, *condition))
+    return Plan(holds, kind.forward, (), reason=reason, key=(reason, *condition))
 
 
 def _names(chain: Chain) -> BlockNames:
@@ -97,11 +99,31 @@ def _holds(reads: Reads) -> tuple[Callable[[nn.Module], bool], tuple[object, ...
         else:
             values[f"v{len(values)}"] = value
             terms.append(f"{attribute} == v{len(values) - 1}")
-    terms += [".".join(["self", *_index(path)]) + " is not None" for path in sorted(reads.modules)]
+    terms += [f"{_module(path)} is not None" for path in sorted(reads.modules)]
     for path, count in reads.children.items():
         terms.append(f"len({'.'.join(['self', *_index(path)])}._modules) == {count}")
+    for path, (sequence, children) in reads.sequences.items():
+        number = len(values)
+        values |= {f"v{number}": sequence, f"v{number + 1}": children, "is_still": _is_still}
+        terms.append(f"is_still({_module(path)}, v{number}, v{number + 1})")
     source = f"def holds(self):\n    return {' and '.join(terms) or 'True'}\n"
     return _define(source, "holds", values), (source, *values.values())
+
+
+def _is_still(module: nn.Module | None, kind: type[nn.Module], children: tuple[str, ...]) -> bool:
+    """Whether a sequence that was looked into is what it was."""
+    return (
+        module is not None
+        and original_class(module) is kind
+        and tuple(module._modules) == children
+        and is_plain_sequence(module)
+    )
+
+
+def _module(path: str) -> str:
+    """A module by its path; None where it is gone. `nn.Module.__getattr__` would take ten times as long."""
+    parent, _, name = path.rpartition(".")
+    return ".".join(["self", *_index(parent)]) + f"._modules.get({name!r})"
 
 
 def _index(path: str) -> list[str]:
@@ -159,7 +181,7 @@ class _Layouts:
         head = chain.input
         if chain.end not in self.internal and head not in self.internal:
             return None
-        conv = self.graph.get_attr(str(chain.conv.target))
+        conv = _child(self.graph, str(chain.conv.target))
         outside = self.graph.call_function(outer_layout, (self.outside.get(head, self.value[head]), conv))
         if chain.end not in self.internal:
             return outside
@@ -167,9 +189,18 @@ class _Layouts:
         return self.graph.call_function(inner_layout, (self.value[head],))
 
 
+def _child(graph: fx.Graph, path: str) -> fx.Node:
+    """A module by its path, read from dictionaries as `_module` does."""
+    first, *rest = path.split(".")
+    found = graph.call_function(operator.getitem, (graph.get_attr("_modules"), first))
+    for name in rest:
+        found = graph.call_function(operator.getitem, (graph.call_function(getattr, (found, "_modules")), name))
+    return found
+
+
 def _arguments(new: fx.Graph, chain: Chain, value: dict[fx.Node, fx.Node], layout: fx.Node | None) -> tuple[Any, ...]:
     def module(node: fx.Node | None) -> Any:
-        return None if node is None else new.get_attr(str(node.target))
+        return None if node is None else _child(new, str(node.target))
 
     activation: Any = _activation(chain)
     if chain.activation is not None and chain.activation.op == "call_module":

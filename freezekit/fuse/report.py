@@ -55,11 +55,15 @@ def fusion_report(model: nn.Module) -> list[BlockReport]:
     rows: list[BlockReport] = []
     placed: set[str] = set()
     reasons: dict[str, str] = {}
+    inside: set[str] = set()  # sequences that a module around them runs the layers of
     for name, module in model.named_modules():
         plan = plan_of(module)
+        if name in inside:
+            continue
         if plan is None:
             reasons[name] = _why_not_rewritten(module)
             continue
+        inside.update(f"{name}.{path}" if name else path for path in plan.sequences)
         for names in plan.blocks:
             row = _row(module, f"{name}." if name else "", names)
             rows.append(row)

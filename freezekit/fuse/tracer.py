@@ -1,4 +1,7 @@
-"""The dataflow of one module's own forward, with every child a leaf, and what that dataflow depends on.
+"""The dataflow of one module's own forward, with children as leaves, and what that dataflow depends on.
+
+Only `nn.Sequential` is no leaf, and subclasses that run it as it is: it does nothing but call its children in order,
+so that a convolution in one and an addition behind it are seen together.
 
 torch.fx runs `forward` once with symbolic values. What the code decides by plain attributes (`self.training`,
 `self.downsample is None`) or by the number of children is decided then, so it is recorded: a rewritten forward is good
@@ -19,10 +22,14 @@ from typing import Any
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
+from freezekit.fuse.layers import has_global_hooks, is_watched
+
+# Where a fused module's class keeps the class that it is made from.
+ORIGINAL = "_freezekit_original"
 # Attributes that nn.Module itself keeps: structure and hooks, watched elsewhere.
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"}
 _PLAIN = (bool, int, float, str, type(None))
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict)
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
 class Untraceable(Exception):
@@ -33,12 +40,14 @@ class Untraceable(Exception):
 class Reads:
     """What a forward decided by.
 
-    (path of the module, attribute) -> value; paths of the modules that it used; path -> number of children.
+    (path of the module, attribute) -> value; paths of the modules that it used; path -> number of children; path ->
+    class and names of children of a sequence that was looked into.
     """
 
     attributes: dict[tuple[str, str], Any] = field(default_factory=dict)
     modules: set[str] = field(default_factory=set)
     children: dict[str, int] = field(default_factory=dict)
+    sequences: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -73,11 +82,44 @@ for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "
     setattr(_Value, f"__{_name}__", _written_as_it_is(getattr(operator, _name)))
 
 
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a module has, or had before it was fused."""
+    return getattr(type(module), ORIGINAL, type(module))
+
+
+def is_plain_sequence(module: nn.Module) -> bool:
+    """Whether calling a module is calling its children one after the other, and nothing else."""
+    kind = original_class(module)
+    return (
+        issubclass(kind, nn.Sequential)
+        and kind.forward is nn.Sequential.forward
+        and kind.__iter__ is nn.Sequential.__iter__
+        and kind.__call__ is nn.Module.__call__
+        and not is_watched(module)
+        and getattr(module, "_compiled_call_impl", None) is None
+        and not has_global_hooks()
+    )
+
+
 class _OneLevel(fx.Tracer):
     proxy_buffer_attributes = True
 
+    def __init__(self, reads: Reads, sequences: dict[nn.Module, tuple[str, type[nn.Module]]]) -> None:
+        super().__init__()
+        self.reads, self.sequences = reads, sequences
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if m not in self.sequences or len(args) != 1 or kwargs:
+            return super().call_module(m, forward, args, kwargs)
+        path, kind = self.sequences[m]
+        self.reads.sequences[path] = kind, tuple(m._modules)
+        (value,) = args
+        for child in m._modules.values():
+            value = child(value)  # type: ignore[misc]
+        return value
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Value(node, self)
@@ -100,9 +142,10 @@ def trace(module: nn.Module, kind: type[nn.Module]) -> Traced:
     """
     reads = Reads()
     state = random.getstate()
+    sequences = _sequences(module)  # before recorders stand in for their classes
     try:
         with _recording(module, kind, reads), _NoOwnTensors():
-            graph = _OneLevel().trace(module)
+            graph = _OneLevel(reads, sequences).trace(module)
     except Untraceable as error:
         raise _with_reads(error, reads) from None
     except Exception as error:  # whatever a forward does with a value that is none
@@ -124,7 +167,7 @@ def _with_reads(error: Untraceable, reads: Reads) -> Untraceable:
 def _recording(module: nn.Module, kind: type[nn.Module], reads: Reads) -> Iterator[None]:
     """Within, reads of plain attributes of the module and of its lists of modules are recorded."""
     watched = [(module, type(module), kind, "")]
-    watched += [(child, type(child), type(child), path) for path, child in _lists(module, "")]
+    watched += [(child, type(child), original_class(child), path) for path, child in _lists(module, "")]
     try:
         for one, _, base, path in watched:
             one.__class__ = _recorder(base, path, reads)
@@ -134,10 +177,26 @@ def _recording(module: nn.Module, kind: type[nn.Module], reads: Reads) -> Iterat
             object.__setattr__(one, "__class__", before)  # past the recorder's own __setattr__
 
 
+def _sequences(module: nn.Module) -> dict[nn.Module, tuple[str, type[nn.Module]]]:
+    """Plain sequences below a module that only sequences and lists stand above, with their paths and classes."""
+    found: dict[nn.Module, tuple[str, type[nn.Module]]] = {}
+    stack = [("", module)]
+    while stack:
+        path, one = stack.pop()
+        for name, child in one._modules.items():
+            if child is None:
+                continue
+            if is_plain_sequence(child):
+                found[child] = path + name, original_class(child)
+                stack.append((f"{path}{name}.", child))
+            elif original_class(child) in _CONTAINERS:
+                stack.append((f"{path}{name}.", child))
+    return found
+
+
 def _lists(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     for name, child in module._modules.items():
-        if type(child) in _CONTAINERS:
-            assert child is not None
+        if child is not None and original_class(child) in _CONTAINERS:
             yield f"{prefix}{name}", child
             yield from _lists(child, f"{prefix}{name}.")
 

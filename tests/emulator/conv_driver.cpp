@@ -13,7 +13,7 @@ using namespace driver;
 
 namespace {
 
-enum EpilogueBits { kBias = 1, kResidual = 2, kRelu = 4, kMaskOut = 8, kMaskIn = 16 };
+enum EpilogueBits { kBias = 1, kResidual = 2, kRelu = 4, kMaskOut = 8, kMaskIn = 16, kRelu6 = 32, kWideBias = 64 };
 
 struct Case {
   const char* text;
@@ -64,7 +64,9 @@ std::vector<uint32_t> finish(const Case& c, std::vector<double>& expected, const
   for (size_t i = 0; i < expected.size(); i++) {
     if (c.epilogue & kBias) expected[i] += bias[i % bias.size()];
     if (c.epilogue & kResidual) expected[i] += residual[i];
-    if (expected[i] > 0) mask[i / 32] |= 1u << i % 32;
+    const bool beyond = (c.epilogue & kRelu6) && expected[i] >= 6;
+    if (expected[i] > 0 && !beyond) mask[i / 32] |= 1u << i % 32;
+    if (beyond) expected[i] = 6;
     if ((c.epilogue & kRelu) && !(expected[i] > 0)) expected[i] = 0;
     if ((c.epilogue & kMaskIn) && !(mask_in[i / 32] >> i % 32 & 1)) expected[i] = 0;
   }
@@ -95,7 +97,9 @@ int run_case(const Case& c, bool integers) {
   const std::vector<uint32_t> expected_mask = finish(c, expected, bias, residual, mask_in);
 
   const Selection selection = selection_of(c);
+  using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
   const Array<T> of_first(first), of_second(second), out(expected.size()), of_bias(bias), of_residual(residual);
+  const Array<Wide> of_wide_bias(bias);
   const Array<uint32_t> mask_out(mask_in.size()), of_mask_in(mask_in);
   const Array<char> workspace(selection.workspace_bytes);
   Conv2dTensors tensors;
@@ -103,9 +107,11 @@ int run_case(const Case& c, bool integers) {
   (wgrad ? tensors.x : tensors.filter) = of_second.data();
   (fprop ? tensors.y : wgrad ? tensors.filter : tensors.x) = out.data();
   Epilogue epilogue;
-  if (c.epilogue & kBias) epilogue.bias = of_bias.data();
+  epilogue.wide_bias = c.epilogue & kWideBias;
+  if (c.epilogue & kBias) epilogue.bias = epilogue.wide_bias ? static_cast<void*>(of_wide_bias.data()) : of_bias.data();
   if (c.epilogue & kResidual) epilogue.residual = of_residual.data();
   epilogue.relu = c.epilogue & kRelu;
+  if (c.epilogue & kRelu6) epilogue.relu_end = 6;
   if (c.epilogue & kMaskOut) epilogue.mask_out = mask_out.data();
   if (c.epilogue & kMaskIn) epilogue.mask_in = of_mask_in.data();
 

@@ -71,27 +71,33 @@ int run_mask(DType dtype, const Sizes& sizes) {
   return compare("mask apply", out, values);
 }
 
-// CRSK from KRSC, scaled.
+// CRSK from KRSC, with a batch norm whose scale is the exact gamma / 2, and its bias.
 template <class T>
 int run_filter(DType dtype, const Sizes& sizes) {
-  using Scale = std::conditional_t<std::is_same_v<T, double>, double, float>;
+  using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
   Conv2dProblem p;
   p.k = sizes[0], p.c = sizes[1], p.r = sizes[2], p.s = 1;
-  const std::vector<double> filter = random_integers(p.filter_numel()), scale = random_integers(p.k);
-  std::vector<double> expected(filter.size());
+  const std::vector<double> filter = random_integers(p.filter_numel()), gamma = random_integers(p.k);
+  const std::vector<double> mean = random_integers(p.k), var(gamma.size(), 3.0);
+  std::vector<double> expected(filter.size()), expected_bias(gamma.size());
+  for (size_t k = 0; k < gamma.size(); k++) expected_bias[k] = -mean[k] * gamma[k] / 2;
   for (int64_t k = 0; k < p.k; k++)
     for (int64_t tap = 0; tap < p.r; tap++)
       for (int64_t c = 0; c < p.c; c++) {
         expected[static_cast<size_t>((c * p.r + tap) * p.k + k)] =
-            filter[static_cast<size_t>((k * p.r + tap) * p.c + c)] * scale[static_cast<size_t>(k)];
+            filter[static_cast<size_t>((k * p.r + tap) * p.c + c)] * gamma[static_cast<size_t>(k)] / 2;
       }
-  const Array<T> from(filter), to(filter.size());
-  const Array<Scale> factors(scale);
+  const Array<T> from(filter), to(filter.size()), of_gamma(gamma), of_mean(mean), of_var(var);
+  const Array<Wide> bias(gamma.size());
+  BatchNormFold norm;
+  norm.mean = {of_mean.data(), dtype}, norm.var = {of_var.data(), dtype}, norm.gamma = {of_gamma.data(), dtype};
+  norm.eps = 1, norm.bias_out = bias.data();
   FilterTransform transform;
-  transform.from = transform.to = dtype, transform.transposed = true, transform.scale = factors.data();
+  transform.from = transform.to = dtype, transform.transposed = true, transform.fold = &norm;
   transform.stride_k = p.r * p.c, transform.stride_c = 1, transform.stride_r = transform.stride_s = p.c;
   const Status status = freezekit_kernel_table()->filter_transform(p, transform, from.data(), to.data(), nullptr);
   if (const int failed = check_status("filter", status)) return failed;
+  if (const int wrong = compare("folded bias", bias, expected_bias)) return wrong;
   return compare("filter", to, expected);
 }
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import freezekit as fk
 from freezekit.constants import invalidate, verify_constants
-from freezekit.fuse import fuse, fusion_report, unfuse
+from freezekit.fuse import folding, fuse, fusion_report, unfuse
 from tests.fuse.nets import Bottleneck, ResNet, plain, settled
 
 FUSED = "FreezekitFrozenConv2dBackward"
@@ -78,6 +78,43 @@ def test_a_pickle_is_that_of_the_stock_model() -> None:
     assert [type(m) for m in loaded.modules()] == [type(m) for m in unfuse(model).modules()]
     torch.testing.assert_close(loaded(x), expected)
     assert runs_fused(fuse(loaded))
+
+
+ORDERS = [
+    ("convert", "fuse", "revert"),
+    ("fuse", "convert", "revert"),
+    ("fuse", "revert", "unfuse"),
+    ("convert", "fuse", "unfuse", "revert"),
+    ("fuse", "unfuse", "convert", "fuse", "revert", "revert"),
+    ("fuse", "copy", "convert", "pickle", "fuse", "copy", "revert"),
+]
+
+
+@pytest.mark.parametrize("order", ORDERS, ids="-".join)
+def test_convert_fuse_and_what_undoes_them_in_any_order(order: tuple[str, ...]) -> None:
+    model, input = net(), x()
+    kinds, expected = [type(m) for m in model.modules()], model(input)
+    steps = {
+        "convert": fk.convert,
+        "fuse": fuse,
+        "revert": fk.revert,
+        "unfuse": unfuse,
+        "copy": copy.deepcopy,
+        "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    }
+    for step in order:
+        model = steps[step](model)
+        torch.testing.assert_close(model(input), expected)
+    assert [type(m) for m in model.modules()] == kinds
+    assert not folding.entries_of(model)
+
+
+def test_reverting_a_part_unfuses_that_part() -> None:
+    model = fuse(net())
+    fk.revert(model, only="0")
+    assert type(model[0]) is Bottleneck
+    assert type(model) is not nn.Sequential
+    assert {row.conv for row in fusion_report(model) if row.fused} == {"2"}
 
 
 def test_fusing_twice_is_fusing_once() -> None:

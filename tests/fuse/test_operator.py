@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -216,15 +218,60 @@ def test_a_gradient_edited_on_its_way_is_masked_again() -> None:
     torch.testing.assert_close(dx, torch.autograd.grad((F.conv2d(stock, w, b) + 3 * stock).sum(), leaf)[0])
 
 
-def test_kernels_do_it_all_in_one_launch_each_way() -> None:
-    x, w, b, r = tensors(torch.float32, {"padding": [1]}, "cpu", True)
+def step(*arguments: object, backend: str = "auto") -> tuple[Tensor, list[str], Calls]:
+    """A call and its backward: the input's gradient, what freezekit's kernels ran, and all that ran."""
+    x = arguments[0].detach().requires_grad_()
     _C.set_launch_log(True)
     try:
-        y, _ = frozen(x.requires_grad_(), w, b, r, "relu", [1], [1], backend="emulated")
-        y.backward(torch.ones_like(y))
-        assert [row["operator"] for row in _C.take_launch_log()] == ["conv2d", "conv2d_dgrad"]
+        with Calls() as calls:
+            y, _ = frozen(x, *arguments[1:], backend=backend)
+            y.backward(cotangent(y))
+        return x.grad, [row["operator"] for row in _C.take_launch_log()], calls
     finally:
         _C.set_launch_log(False)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_kernels_do_it_all_in_one_launch_each_way(dtype: torch.dtype, activation: str) -> None:
+    x, w, b, r = tensors(dtype, {"padding": [1]}, "cpu", True)
+    _, launched, calls = step(x, w, b.float(), r, activation, [1], [1], backend="emulated")
+    assert launched == ["conv2d", "conv2d_dgrad"]
+    names = {"freezekit::frozen_conv2d", "freezekit::frozen_conv2d_dgrad", "freezekit::gate"}
+    assert not {name for name in calls.count if "relu" in name or "hardtanh" in name}
+    assert names >= {name for name in calls.count if name.startswith("freezekit::")}
+
+
+def test_a_float32_bias_is_not_rounded_to_the_tensors_dtype(place: tuple[str, str]) -> None:
+    backend, device = place
+    x = torch.full((1, 1, 1, 1), 256.0, dtype=torch.bfloat16, device=device)
+    w, b = torch.ones_like(x), torch.full((1,), 1.001, device=device)  # 257 is half way between 256 and 258
+    assert frozen(x, w, b, backend=backend)[0].item() == 258
+
+
+def test_measured_choices_are_taken() -> None:
+    x, w, b, r = tensors(torch.float32, {"padding": [1]}, "cpu", True)
+    arguments = (x, w, b, r, "relu6", [1], [1])
+    expected, nothing, _ = step(*arguments)
+    assert nothing == []
+    fk.clear_choices()
+    try:
+        with fk.autotune(candidate="emulated") as tuned:
+            step(*arguments)
+            assert [m.problem.split()[0] for m in tuned.measurements] == [
+                "conv2d+frozen+bias+residual+relu6+mask",
+                "conv2d_dgrad+frozen",
+            ]
+            for seconds, launched in ((1e-6, ["conv2d", "conv2d_dgrad"]), (1.0, [])):
+                rows = [{**vars(m), "native_seconds": seconds, "aten_seconds": 1e-3} for m in tuned.measurements]
+                fk.load_choices(json.dumps(rows))
+                gradient, found, _ = step(*arguments)
+                assert found == launched
+                assert torch.equal(gradient, expected)
+            # In NCHW the bits of both would lie in another order.
+            assert step(*(t.contiguous() if isinstance(t, Tensor) else t for t in arguments))[1] == []
+    finally:
+        fk.clear_choices()
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

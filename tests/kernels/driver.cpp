@@ -53,7 +53,8 @@ EXPORT void driver_select(int op, int dtype, const int64_t* sizes, const int* se
 
 // settings: sm, sm_count, allow_tf32, deterministic, hopper, then family, config and split_k to force, or -1.
 EXPORT int driver_conv2d(int op, int dtype, const int64_t* sizes, const int* settings, void* const* tensors,
-                         void* const* epilogue_pointers, int relu, const char** kernel) {
+                         void* const* epilogue_pointers, int wide_bias, int relu, float relu_end,
+                         const char** kernel) {
   const Conv2dProblem problem = problem_of(sizes);
   Selection selection =
       select(static_cast<Operator>(op), problem, static_cast<DType>(dtype), target_of(settings));
@@ -69,7 +70,8 @@ EXPORT int driver_conv2d(int op, int dtype, const int64_t* sizes, const int* set
   }
   *kernel = selection.kernel;
   Epilogue epilogue;
-  epilogue.bias = epilogue_pointers[0], epilogue.residual = epilogue_pointers[1], epilogue.relu = relu;
+  epilogue.bias = epilogue_pointers[0], epilogue.wide_bias = wide_bias, epilogue.residual = epilogue_pointers[1];
+  epilogue.relu = relu, epilogue.relu_end = relu_end;
   epilogue.mask_out = static_cast<uint32_t*>(epilogue_pointers[2]);
   epilogue.mask_in = static_cast<const uint32_t*>(epilogue_pointers[3]);
   const Workspace workspace(selection.workspace_bytes);
@@ -85,13 +87,21 @@ EXPORT int driver_bias_grad(const void* dy, void* db, int64_t rows, int64_t k, i
   return static_cast<int>(table->bias_grad(dy, db, rows, k, static_cast<DType>(dtype), workspace.data(), nullptr));
 }
 
-// strides: of the filter along k, c, r, s. scale may be null.
+// strides: of the filter along k, c, r, s. norm: null, or mean, var, gamma, beta, bias and where bias' goes.
 EXPORT int driver_filter_transform(const int64_t* sizes, int from, int to, int transposed, const int64_t* strides,
-                                   const void* scale, const void* filter, void* out) {
+                                   void* const* norm, int norm_dtype, double eps, const void* filter, void* out) {
   FilterTransform transform;
   transform.from = static_cast<DType>(from), transform.to = static_cast<DType>(to), transform.transposed = transposed;
   transform.stride_k = strides[0], transform.stride_c = strides[1];
-  transform.stride_r = strides[2], transform.stride_s = strides[3], transform.scale = scale;
+  transform.stride_r = strides[2], transform.stride_s = strides[3];
+  BatchNormFold fold;
+  if (norm) {
+    const DType dtype = static_cast<DType>(norm_dtype);
+    fold.mean = {norm[0], dtype}, fold.var = {norm[1], dtype}, fold.gamma = {norm[2], dtype};
+    fold.beta = {norm[3], dtype}, fold.bias = {norm[4], dtype};
+    fold.eps = eps, fold.bias_out = norm[5];
+    transform.fold = &fold;
+  }
   return static_cast<int>(
       freezekit_kernel_table()->filter_transform(problem_of(sizes), transform, filter, out, nullptr));
 }

@@ -101,11 +101,15 @@ class Problem:
 
 @dataclass
 class Epilogue:
-    """The tensors of csrc/kernels/api.h's Epilogue; masks are int32, one bit an element in NHWC order."""
+    """The tensors of csrc/kernels/api.h's Epilogue; masks are int32, one bit an element in NHWC order.
+
+    A bias of another dtype than the other tensors' is one of the accumulators'.
+    """
 
     bias: Tensor | None = None
     residual: Tensor | None = None
     relu: bool = False
+    relu_end: float = float("inf")
     mask_out: Tensor | None = None
     mask_in: Tensor | None = None
 
@@ -178,6 +182,7 @@ def run_conv2d(
         assert tuple(tensor.shape) == problem.sizes[name], (name, tensor.shape, problem)
     residual = None if epilogue.residual is None else nhwc(epilogue.residual, offset)
     given = [pointer(t) for t in (epilogue.bias, residual, epilogue.mask_out, epilogue.mask_in)]
+    wide_bias = epilogue.bias is not None and epilogue.bias.dtype != first.dtype
     family = FAMILIES[settings.family] if settings.family else -1
     options = [*settings.target, family, settings.config, settings.split_k]
     library().freezekit_emulator_set_seed(settings.seed)
@@ -190,7 +195,9 @@ def run_conv2d(
         (ctypes.c_int * 8)(*options),
         (ctypes.c_void_p * 3)(*(pointer(tensors[name]) for name in ("x", "filter", "y"))),
         (ctypes.c_void_p * 4)(*given),
+        int(wide_bias),
         int(epilogue.relu),
+        ctypes.c_float(epilogue.relu_end),
         ctypes.byref(kernel),
     )
     check(status)

@@ -64,9 +64,10 @@ def finish(value: Tensor, epilogue: Epilogue, keep_in: Tensor | None, dtype: tor
         value = value + epilogue.bias.double()[:, None, None]
     if epilogue.residual is not None:
         value = value + epilogue.residual.double()
-    keep = value.to(dtype) > 0
+    rounded = value.to(dtype)
+    keep = (rounded > 0) & (rounded < epilogue.relu_end)
     if epilogue.relu:
-        value = value.where(keep, 0.0)
+        value = value.clamp(0.0, epilogue.relu_end)
     if keep_in is not None:
         value = value.where(keep_in, 0.0)
     return value, keep

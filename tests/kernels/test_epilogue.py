@@ -11,7 +11,14 @@ from torch import Tensor
 from .emulated import Epilogue, KernelError, Problem, Settings, run_conv2d
 from .reference import conv2d, finish, operands, pack_mask
 
-PARTS = ("bias", "residual", "relu", "mask_in")
+PARTS = ("bias", "residual", "relu", "mask_in", "wide_bias", "relu_end")
+# What only changes another part says nothing without it.
+COMBINATIONS = [
+    parts
+    for count in range(len(PARTS) + 1)
+    for parts in itertools.combinations(PARTS, count)
+    if ("bias" in parts or "wide_bias" not in parts) and ("relu" in parts or "relu_end" not in parts)
+]
 # Runs that own whole bytes, then ragged channels whose mask words straddle rows, tiles and groups.
 PROBLEMS = [
     Problem(n=1, c=16, k=72, h=5, w=3),
@@ -35,10 +42,12 @@ def check(operator: str, problem: Problem, dtype: torch.dtype, parts: set[str], 
     size = problem.sizes["y" if operator == "fprop" else "x"]
     words = (size[0] * size[1] * size[2] * size[3] + 31) // 32
     keep_in = integers(size, torch.float32, 3) > 0 if "mask_in" in parts else None
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
     epilogue = Epilogue(
-        bias=integers((size[1],), dtype, 1) if "bias" in parts else None,
+        bias=integers((size[1],), wide if "wide_bias" in parts else dtype, 1) if "bias" in parts else None,
         residual=integers(size, dtype, 2) if "residual" in parts else None,
         relu="relu" in parts,
+        relu_end=6.0 if "relu_end" in parts else float("inf"),
         mask_out=torch.full((words,), -1, dtype=torch.int32) if "relu" in parts else None,
         mask_in=None if keep_in is None else pack_mask(keep_in),
     )
@@ -53,9 +62,8 @@ def check(operator: str, problem: Problem, dtype: torch.dtype, parts: set[str], 
 @pytest.mark.parametrize(("family", "dtype"), [(f, d) for f, dtypes in FAMILIES.items() for d in dtypes], ids=str)
 def test_every_combination(family: str, dtype: torch.dtype, operator: str) -> None:
     for problem in PROBLEMS[:2]:
-        for count in range(len(PARTS) + 1):
-            for parts in itertools.combinations(PARTS, count):
-                check(operator, problem, dtype, set(parts), Settings(family=family, allow_tf32=True))
+        for parts in COMBINATIONS:
+            check(operator, problem, dtype, set(parts), Settings(family=family, allow_tf32=True))
 
 
 # Tiled, twice, then generic: a multiplier of 2, and ragged channels.
@@ -71,7 +79,7 @@ DEPTHWISE = [
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_depthwise(dtype: torch.dtype, operator: str) -> None:
     for problem in DEPTHWISE:
-        for parts in ({"bias"}, {"residual", "relu"}, {"mask_in"}, set(PARTS)):
+        for parts in ({"bias"}, {"residual", "relu"}, {"mask_in"}, {"relu", "relu_end"}, set(PARTS)):
             check(operator, problem, dtype, parts, Settings(family="depthwise"))
 
 
@@ -94,6 +102,32 @@ def test_the_mask_is_of_the_rounded_value_and_nan_passes() -> None:
     assert actual.flatten()[0] == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_relu6_is_torchs_with_its_gradient(dtype: torch.dtype) -> None:
+    """0 and 6 themselves have no gradient, infinity is clamped, NaN stays and passes; a plain ReLU passes infinity."""
+    values = torch.tensor([-1, 0, 0.5, 5.96875, 6, 6.03125, float("inf"), float("-inf"), float("nan")], dtype=dtype)
+    problem = Problem(n=1, c=1, k=1, h=1, w=9, r=1, s=1, pad=(0, 0))
+    x, weight = values.view(1, 1, 1, 9), torch.ones((1, 1, 1, 1), dtype=dtype)
+    for end, stock in ((6.0, torch.nn.functional.relu6), (float("inf"), torch.relu)):
+        mask = torch.zeros(1, dtype=torch.int32)
+        epilogue = Epilogue(relu=True, relu_end=end, mask_out=mask)
+        actual, _ = run_conv2d("fprop", problem, x, weight, epilogue, Settings(family="direct"))
+        leaf = values.float().requires_grad_()
+        expected = stock(leaf)
+        assert torch.equal(actual.flatten().float().nan_to_num(nan=99), expected.detach().nan_to_num(nan=99))
+        passes = torch.autograd.grad(expected, leaf, torch.ones_like(leaf))[0].bool() | leaf.isnan()
+        assert torch.equal(mask, pack_mask(passes.view(1, 9, 1, 1)))
+
+
+def test_a_wide_bias_is_added_before_the_only_rounding() -> None:
+    problem = Problem(n=1, c=1, k=8, h=1, w=1, r=1, s=1, pad=(0, 0))
+    x, weight = torch.full((1, 1, 1, 1), 256.0, dtype=torch.bfloat16), torch.ones((8, 1, 1, 1), dtype=torch.bfloat16)
+    bias = torch.full((8,), 1.001)  # in bfloat16 a bias of 1, and 257 is half way between 256 and 258
+    for family in FAMILIES:
+        actual, _ = run_conv2d("fprop", problem, x, weight, Epilogue(bias=bias), Settings(family=family))
+        assert torch.equal(actual.flatten(), torch.full((8,), 258.0, dtype=torch.bfloat16))
+
+
 def test_what_an_operator_cannot_do_is_refused() -> None:
     problem = Problem(n=1, c=2, k=2, h=3, w=3)
     words = torch.zeros(1, dtype=torch.int32)
@@ -101,3 +135,5 @@ def test_what_an_operator_cannot_do_is_refused() -> None:
         run_conv2d("wgrad", problem, *operands("wgrad", problem, torch.float32, True), Epilogue(relu=True))
     with pytest.raises(KernelError, match="invalid_argument"):
         run_conv2d("fprop", problem, *operands("fprop", problem, torch.float32, True), Epilogue(mask_out=words))
+    with pytest.raises(KernelError, match="invalid_argument"):
+        run_conv2d("fprop", problem, *operands("fprop", problem, torch.float32, True), Epilogue(relu_end=0.0))

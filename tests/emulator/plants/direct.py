@@ -89,6 +89,23 @@ PLANTS = [
         expect=RACE,
     ),
     bug(
+        "the end of ReLU6 has a gradient",
+        EPILOGUE,
+        "cast<Acc>(values[i]) >= end",
+        "cast<Acc>(values[i]) > end",
+        case=Case("fprop", WIDE, family="direct", epilogue=(*MASKS, "relu6")),
+        including=(DIRECT_GATHER,),
+        expect="wrong mask",
+    ),
+    bug(
+        "a wide bias is read as a narrow one",
+        EPILOGUE,
+        "(std::is_same_v<T, Acc> || e.wide_bias)",
+        "std::is_same_v<T, Acc>",
+        case=Case("fprop", WIDE, "bf16", "direct", epilogue=("bias", "wide_bias")),
+        including=(DIRECT_GATHER,),
+    ),
+    bug(
         "a phase starts its taps at the wrong one",
         GATHER_MATHS,
         "gather.filter_first = first;",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .plant import MASK, OVERFLOW, RACE, REDUCE, bug
+from .plant import FILTER, MASK, OVERFLOW, RACE, REDUCE, bug
 
 PLANTS = [
     bug(
@@ -22,6 +22,22 @@ PLANTS = [
         case="layout:2,33,5,7",
         mode="tsan",
         expect=RACE,
+    ),
+    bug(
+        "a filter is scaled before its factors are there",
+        FILTER,
+        "    }\n    __syncthreads();\n  }\n  const int64_t at_tap",
+        "    }\n  }\n  const int64_t at_tap",
+        case="filter:40,33,2",
+        mode="tsan",
+        expect=RACE,
+    ),
+    bug(
+        "a folded bias lacks the norm's mean",
+        FILTER,
+        "load_double(norm.bias, k, 0) - load_double(norm.mean, k, 0)",
+        "load_double(norm.bias, k, 0)",
+        case="filter:40,33,2",
     ),
     bug(
         "a mask is packed from beyond the tensor",
