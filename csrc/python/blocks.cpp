@@ -203,7 +203,7 @@ class Operand {
 
 // The dtype that autocast computes in on this device; none where it is off.
 std::optional<at::ScalarType> autocast_dtype(c10::DeviceType device) {
-  if (!at::autocast::is_autocast_enabled(device)) return std::nullopt;
+  if (!at::autocast::is_autocast_available(device) || !at::autocast::is_autocast_enabled(device)) return std::nullopt;
   return at::autocast::get_autocast_dtype(device);
 }
 
