@@ -56,7 +56,7 @@ def folded(conv: nn.Conv2d, norm: nn.Module | None) -> Folded:
     write through ``.data`` is none of these, see `invalidate`.
     """
     if torch.compiler.is_compiling():
-        return _fold(conv, norm, torch.float32)
+        return _fold(conv, norm, torch.promote_types(conv.weight.dtype, torch.float32))
     entry, by = _entries.get(conv), _folded_by(conv.weight)
     now = sources(conv, norm)
     if entry is not None and entry.by == by and _fits(entry, norm, now):

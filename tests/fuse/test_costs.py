@@ -48,7 +48,9 @@ def test_resnet50_runs_one_convolution_kernel_a_layer_and_nothing_between() -> N
             assert launched == {"conv2d": layers}
             with Calls() as backward:
                 torch.autograd.grad(y, x, torch.ones_like(y))
-            assert Counter(row["operator"] for row in _C.take_launch_log()) == {"conv2d_dgrad": layers}
+            launched = Counter(row["operator"] for row in _C.take_launch_log())
+            assert launched.pop("gate") <= 2
+            assert launched == {"conv2d_dgrad": layers}
     finally:
         _C.set_launch_log(False)
     # The rest is the pooling and the classifier; two masks stand where the blocks end: at the pools.
