@@ -36,9 +36,9 @@ struct TapRange {
 // signed in more.
 struct MaxPool {
   Pooling window;
-  int64_t n, c;
-  bool nhwc;
-  int tap_bytes;
+  int64_t n = 0, c = 0;
+  bool nhwc = true;
+  int tap_bytes = 1;
 };
 
 // Whether an image's indices, and those of every window, fit 32 bits with room for a sum of two.
