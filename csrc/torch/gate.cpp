@@ -217,12 +217,9 @@ bool is_aten_s(const Tensor& input, std::string_view name) {
 }
 
 Computer computer_for(const Tensor& tensor, std::string_view name) {
-  const Backend backend = parse_backend(name);
-  if (native::runs(tensor, backend)) return Computer::kernels;
-  if (tensor.is_cpu()) return Computer::cpu;
-  // ATen has no operator that packs bits, and takes ten passes over memory where a kernel takes one.
-  const bool own = backend == Backend::automatic && tensor.is_cuda() && native::takes(tensor);
-  return own ? Computer::kernels : Computer::aten;
+  if (native::runs(tensor, parse_backend(name))) return Computer::kernels;
+  // On a GPU `auto` is ATen's ten passes over memory where a kernel takes one, until the kernels have run on one.
+  return tensor.is_cpu() ? Computer::cpu : Computer::aten;
 }
 
 }  // namespace freezekit

@@ -36,8 +36,6 @@ void check_status(Status status, const char* kernel, const KernelLibrary& librar
 
 namespace {
 
-constexpr int kLeastSm = 80;  // what the kernels are compiled for at least
-
 std::atomic<bool> hopper_allowed{false};
 thread_local bool without_hopper = false;
 
@@ -113,11 +111,6 @@ Target target_on(const KernelLibrary& library, Backend backend) {
   target.hopper = hopper_allowed && !without_hopper;
   if (target.hopper && backend == Backend::emulated) target.sm = 90;
   return target;
-}
-
-bool takes(const Tensor& on) {
-  return has_cuda_kernels() && on.is_cuda() && on.layout() == at::kStrided && dtype_of(on) &&
-         target_on(kernel_library(Backend::native), Backend::native).sm >= kLeastSm;
 }
 
 bool supports(Operator op, const Conv2dProblem& problem, const Tensor& on, Backend backend) {

@@ -31,9 +31,6 @@ Target target_on(const KernelLibrary&, Backend);
 bool runs(const Tensor& on, Backend backend);
 inline bool runs(Operator, const Conv2dProblem&, const Tensor& on, Backend backend) { return runs(on, backend); }
 
-// Whether the CUDA kernels are built, and run on the device and the dtype of such a tensor.
-bool takes(const Tensor& on);
-
 // What a launch needs of torch.
 std::optional<DType> dtype_of(const Tensor&);
 Stream stream_of(const Tensor& on);

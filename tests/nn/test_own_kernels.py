@@ -178,8 +178,8 @@ def test_a_backward_pass_runs_on_what_its_forward_pass_ran_on() -> None:
 
 
 @pytest.mark.gpu
-def test_auto_takes_the_kernels_on_a_gpu() -> None:
+def test_auto_takes_no_kernel_that_never_ran_on_a_gpu() -> None:
     x = torch.randn(1, 2, 4, 4, device="cuda", requires_grad=True)
     with Log() as launched:
         ff.max_pool2d(ff.relu(x), 2).sum().backward()
-    assert launched == ["activation_relu", "max_pool", "max_pool_scatter", "gate_select"]
+    assert launched == []
