@@ -21,7 +21,7 @@ from torch.testing._internal.common_modules import module_db  # noqa: E402
 # Importing those forbids to set torch.backends' flags in the whole process, which other tests do.
 torch.backends.disable_global_flags.__globals__["__allow_nonbracketed_mutation_flag"] = True
 
-NAMES = set(fk.functional.__all__) - {"conv2d", "conv2d_dgrad", "conv2d_wgrad"}
+NAMES = set(fk.functional.__all__) - {"conv2d", "conv2d_bias_grad", "conv2d_dgrad", "conv2d_wgrad"}
 OPS = [
     info
     for info in invocations.op_db

@@ -14,7 +14,7 @@ FAULTS = {
     "divergent_barrier": "meet at different __syncthreads",
     "missed_barrier": "deadlock: 31 threads wait at a __syncthreads.., 1 at a warp collective",
     "divergent_shuffle": "meet at different collectives: a shuffle and a shuffle, masks",
-    "missed_shuffle": "deadlock: 1 threads wait at a __syncthreads.., 15 at a warp collective, 16 have ended",
+    "missed_shuffle": "1 threads wait at a __syncthreads.., 15 at a warp collective, 0 at an mbarrier, 16 have ended",
     "lane_outside_mask": "a shuffle by lane 16, which is not in its mask 0000ffff",
     "shuffle_from_ended_lane": "lane 0 shuffles from lane 3, which takes no part",
     "partial_mma": "mma.m16n8k16.bf16 by a warp that is not whole",

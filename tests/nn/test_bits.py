@@ -199,7 +199,7 @@ def test_meta_and_wrong_arguments() -> None:
     y = ff.relu(torch.empty(3, 4, device="meta", requires_grad=True))
     assert y.is_meta
     assert grad(y.sum(), y)[0].shape == (3, 4)
-    with pytest.raises(ValueError, match="min_val must not be greater than max_val, got 2"):
+    with pytest.raises(ValueError, match="min_val cannot be greater than max_val"):
         ff.hardtanh(torch.ones(1), 2, 1)
     with pytest.raises(ValueError, match="between 0 and 1"):
         ff.dropout(torch.ones(1), 1.5)
