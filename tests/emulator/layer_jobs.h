@@ -91,7 +91,7 @@ int run_pool(DType dtype, const std::vector<int64_t>& v) {
   for (const bool nhwc : {false, true}) {
     MaxPool m;
     m.window = {v[2], v[3], outputs(v[2]), outputs(v[3]), v[4], v[4], v[5], v[5], v[6], v[6], v[7], v[7]};
-    m.n = v[0], m.c = v[1], m.nhwc = nhwc;
+    m.n = v[0], m.c = v[1], m.nhwc = nhwc, m.tap_bytes = 1;
     const std::vector<double> values = random_integers(m.n * m.c * v[2] * v[3]);
     const std::vector<double> grads = random_integers(m.n * m.c * m.window.p * m.window.q);
     const Expected expected = pool(m, values, grads);
