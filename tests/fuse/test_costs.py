@@ -53,7 +53,7 @@ def test_resnet50_runs_one_convolution_kernel_a_layer_and_nothing_between() -> N
             assert launched == {"conv2d_dgrad": layers}
     finally:
         _C.set_launch_log(False)
-    # The rest is the pooling and the classifier.
+    # The rest is the pooling and the classifier; two masks stand where the blocks end: at the pools.
     assert between(forward) == {
         "freezekit::frozen_conv2d": layers,
         "aten::max_pool2d_with_indices": 1,
