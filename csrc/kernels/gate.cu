@@ -31,13 +31,12 @@ FK_DEVICE int count_of(int64_t run, int64_t numel) {
   return left >= kRun ? kRun : left > 0 ? static_cast<int>(left) : 0;
 }
 
+// Zeros behind the end of the tensor.
 template <class T>
 FK_DEVICE void load_run(const T* p, int count, bool aligned, T (&values)[kRun]) {
   if (aligned && count == kRun) return load8(p, values);
 #pragma unroll
-  for (int i = 0; i < kRun; ++i) {
-    if (i < count) values[i] = load_global(p + i);
-  }
+  for (int i = 0; i < kRun; ++i) values[i] = i < count ? load_global(p + i) : cast<T>(0.0f);
 }
 
 template <class T>
@@ -85,13 +84,12 @@ __global__ void __launch_bounds__(kThreads)
     unsigned byte = 0;
 #pragma unroll
     for (int i = 0; i < kRun; ++i) {
-      if (i >= count) continue;
       const Accumulator<T> value = cast<Accumulator<T>>(values[i]);
       byte |= rule.bit(value) ? 1u << i : 0u;
       values[i] = cast<T>(rule.value(value));
     }
     store_run(y + run * kRun, count, aligned, values);
-    store_global(bits + run, static_cast<uint8_t>(byte));
+    store_global(bits + run, static_cast<uint8_t>(byte & ((1u << count) - 1)));
   }
 }
 
@@ -106,7 +104,6 @@ __global__ void __launch_bounds__(kThreads)
     load_run(x + run * kRun, count, aligned, values);
 #pragma unroll
     for (int i = 0; i < kRun; ++i) {
-      if (i >= count) continue;
       const bool keep = byte >> i & 1u;
       if constexpr (kSelect) {
         values[i] = keep ? values[i] : cast<T>(0.0f);

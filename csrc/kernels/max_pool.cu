@@ -79,6 +79,7 @@ struct Windows {
   int64_t images;
   Image in, out;
   Axis row, column;
+  FastDivide by_kernel_w;  // of taps
 };
 
 // f(image, index in it) for every element of `images` images of `count`.
@@ -149,10 +150,13 @@ __global__ void __launch_bounds__(kThreads)
     const Place to = g.out.place(index);
     const int64_t o = image * g.out.count + index;
     const int32_t tap = static_cast<int32_t>(load_global(taps + o));
-    const int32_t row = g.row.origin(to.row) + tap / g.column.kernel * g.row.dilation;
-    const int32_t column = g.column.origin(to.column) + tap % g.column.kernel * g.column.dilation;
     // Taps may be any numbers: none leads out of the input.
-    const bool inside = tap >= 0 && row >= 0 && row < g.in.h && column >= 0 && column < g.in.w;
+    const bool is_one = tap >= 0 && tap < g.row.kernel * g.column.kernel;
+    int32_t s;
+    const int32_t r = g.by_kernel_w.divide(is_one ? tap : 0, &s);
+    const int32_t row = g.row.origin(to.row) + r * g.row.dilation;
+    const int32_t column = g.column.origin(to.column) + s * g.column.dilation;
+    const bool inside = is_one && row >= 0 && row < g.in.h && column >= 0 && column < g.in.w;
     store_global(y + o, inside ? load_global(x + image * g.in.count + g.in.index({to.c, row, column})) : cast<T>(0.0f));
   });
 }
@@ -163,7 +167,8 @@ Windows windows_of(const MaxPool& m) {
           Image(m.c, g.h, g.w, m.nhwc),
           Image(m.c, g.p, g.q, m.nhwc),
           Axis(g.stride_h, g.kernel_h, g.pad_h, g.dilation_h),
-          Axis(g.stride_w, g.kernel_w, g.pad_w, g.dilation_w)};
+          Axis(g.stride_w, g.kernel_w, g.pad_w, g.dilation_w),
+          FastDivide(static_cast<int32_t>(g.kernel_w))};
 }
 
 // f(TypeTag<T>(), TypeTag<Tap>(), windows, grid over the elements of the result)

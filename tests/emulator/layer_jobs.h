@@ -83,6 +83,22 @@ inline Expected pool(const MaxPool& m, const std::vector<double>& x, const std::
   return e;
 }
 
+// What lies at the last tap of each window, 0 where that is outside.
+inline std::vector<double> at_last_tap(const MaxPool& m, const std::vector<double>& x) {
+  const Pooling& g = m.window;
+  std::vector<double> y(static_cast<size_t>(m.n * m.c * g.p * g.q), 0.0);
+  for (int64_t n = 0; n < m.n; n++)
+    for (int64_t c = 0; c < m.c; c++)
+      for (int64_t p = 0; p < g.p; p++)
+        for (int64_t q = 0; q < g.q; q++) {
+          const int64_t row = p * g.stride_h - g.pad_h + (g.kernel_h - 1) * g.dilation_h;
+          const int64_t column = q * g.stride_w - g.pad_w + (g.kernel_w - 1) * g.dilation_w;
+          if (row < 0 || row >= g.h || column < 0 || column >= g.w) continue;
+          y[place(m, n, c, p, q, g.p, g.q)] = x[place(m, n, c, row, column, g.h, g.w)];
+        }
+  return y;
+}
+
 // n, c, h, w, kernel, stride, padding, dilation; every window has a place in the input.
 template <class T>
 int run_pool(DType dtype, const std::vector<int64_t>& v) {
@@ -112,11 +128,15 @@ int run_pool(DType dtype, const std::vector<int64_t>& v) {
     status = table->max_pool_gather(m, dtype, x.data(), taps.data(), again.data(), nullptr);
     if (const int failed = check_status("gather", status)) return failed;
     if (const int wrong = compare("gather", again, expected.y)) return wrong;
-    // Taps that no window has lead nowhere.
-    const Array<uint8_t> elsewhere(std::vector<uint8_t>(grads.size(), 0xff));
-    status = table->max_pool_gather(m, dtype, x.data(), elsewhere.data(), again.data(), nullptr);
-    if (const int failed = check_status("gather", status)) return failed;
-    if (const int wrong = compare("gather", again, std::vector<double>(grads.size(), 0.0))) return wrong;
+    // Taps from elsewhere: one that no window has leads nowhere, the last of a window may lie outside.
+    const auto last = static_cast<uint8_t>(v[4] * v[4] - 1);
+    for (const uint8_t tap : {last, uint8_t{0xff}}) {
+      const Array<uint8_t> elsewhere(std::vector<uint8_t>(grads.size(), tap));
+      status = table->max_pool_gather(m, dtype, x.data(), elsewhere.data(), again.data(), nullptr);
+      if (const int failed = check_status("gather", status)) return failed;
+      const std::vector<double> zeros(grads.size(), 0.0);
+      if (const int wrong = compare("gather", again, tap == last ? at_last_tap(m, values) : zeros)) return wrong;
+    }
   }
   return kRight;
 }

@@ -69,8 +69,8 @@ PLANTS = [
     bug(
         "a tap from elsewhere leads out of the input",
         MAX_POOL,
-        "row < g.in.h && column >= 0",
-        "column >= 0",
+        "is_one && row >= 0 && row < g.in.h && column >= 0 && column < g.in.w;",
+        "is_one;",
         case=POOL,
         mode="asan",
         expect=OVERFLOW,
