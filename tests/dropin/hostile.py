@@ -25,6 +25,7 @@ RIGHT: dict[str, dict[str, Any]] = {
     "conv2d": dict(input=X, weight=W, bias=B, stride=[1, 1], padding=[0, 0], dilation=[1, 1], groups=1),
     "conv2d_dgrad": dict(grad_output=G, weight=W, input_size=[2, 4, 8, 8], stride=[1, 1], padding=[0, 0], groups=1),
     "conv2d_wgrad": dict(grad_output=G, input=X, weight_size=[6, 4, 3, 3], stride=[1, 1], dilation=[1, 1], groups=1),
+    "conv2d_bias_grad": dict(grad_output=G),
     "convolution": dict(
         input=X, weight=W, bias=B, stride=[1, 1], padding=[0, 0], dilation=[1, 1], transposed=False,
         output_padding=[0, 0], groups=1,
@@ -103,7 +104,7 @@ def cases(pairs: int) -> Iterator[tuple[str, dict[str, Any]]]:
     rng = random.Random(0)
     for _ in range(pairs):
         op = rng.choice(list(RIGHT))
-        two = rng.sample(list(RIGHT[op]), 2)
+        two = rng.sample(list(RIGHT[op]), min(2, len(RIGHT[op])))
         yield op, {**RIGHT[op], **{name: rng.choice(list(wrong_for(RIGHT[op][name]))) for name in two}}
 
 
