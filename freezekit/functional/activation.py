@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from freezekit import backends
-from freezekit.functional._errors import as_torch
+from freezekit.functional._torch import as_torch
 
 _activation = torch.ops.freezekit.activation.default
 _activation_ = torch.ops.freezekit.activation_.default

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from freezekit.functional._errors import as_torch
+from freezekit.functional._torch import as_torch
 
 _batch_norm = torch.ops.freezekit.batch_norm.default
 _layer_norm = torch.ops.freezekit.layer_norm.default

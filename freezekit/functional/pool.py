@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from freezekit import backends
-from freezekit.functional._errors import as_torch
+from freezekit.functional._torch import as_torch
 
 # torch's own functions, which give torch's own errors: their types know fewer sequences than they take.
 F: Any = torch.nn.functional
