@@ -39,12 +39,19 @@ def test_info_runs_as_a_module() -> None:
     assert out.stderr == ""
 
 
-def test_import_brings_nothing_that_only_some_need() -> None:
-    code = "import sys, torch; old = set(sys.modules); import freezekit; print(*(set(sys.modules) - old))"
+STEP = """
+net = freezekit.convert(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.MaxPool2d(2)))
+net(torch.ones(1, 3, 8, 8, requires_grad=True)).sum().backward()
+"""
+
+
+@pytest.mark.parametrize("then", ["", STEP], ids=["import", "step"])
+def test_nothing_comes_in_that_only_some_need(then: str) -> None:
+    code = f"import sys, torch; old = set(sys.modules); import freezekit\n{then}\nprint(*(set(sys.modules) - old))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout
     new = {name.split(".")[0] if not name.startswith("torch.") else name for name in out.split()}
     assert "freezekit" in new
-    assert not new & {"rich", "matplotlib", "numpy", "sklearn", "torch._dynamo", "torch._inductor"}
+    assert not new & {"rich", "matplotlib", "numpy", "sklearn", "sympy", "torch._dynamo", "torch._inductor"}
 
 
 def test_cuda_kernels_are_in_wherever_nvcc_is() -> None:

@@ -178,6 +178,16 @@ void activation_inplace_aten(Tensor& input, std::string_view kind, double a, dou
   Piecewise(kind, a, b).by_aten_(input);
 }
 
+Tensor activation_batched(const Tensor& input, std::string_view kind, double a, double b, std::string_view backend) {
+  check_aten_is_allowed(backend);
+  return activation_aten(input, kind, a, b, backend);
+}
+
+void activation_inplace_batched(Tensor& input, std::string_view kind, double a, double b, std::string_view backend) {
+  check_aten_is_allowed(backend);
+  activation_inplace_aten(input, kind, a, b, backend);
+}
+
 Tensor activation_autograd(const Tensor& input, std::string_view kind, double a, double b, std::string_view backend) {
   const Piecewise f(kind, a, b);
   if (is_aten_s(input, backend)) return f.by_aten(input);
@@ -255,6 +265,6 @@ TORCH_LIBRARY_IMPL(freezekit, Autograd, m) {
   m.impl("activation_", freezekit::activation_inplace_autograd);
 }
 TORCH_LIBRARY_IMPL(freezekit, FuncTorchBatched, m) {
-  m.impl("activation", freezekit::activation_aten);
-  m.impl("activation_", freezekit::activation_inplace_aten);
+  m.impl("activation", freezekit::activation_batched);
+  m.impl("activation_", freezekit::activation_inplace_batched);
 }

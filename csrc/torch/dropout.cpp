@@ -92,14 +92,26 @@ Tensor dropout_aten(const Tensor& input, double p, bool train, std::string_view)
 
 void dropout_inplace_aten(Tensor& input, double p, bool train, std::string_view) { at::dropout_(input, p, train); }
 
+// What kernels are there for is to pack the bits; where none are kept, torch's dropout is all that there is.
+Tensor dropout_batched(const Tensor& input, double p, bool train, std::string_view backend) {
+  check_aten_is_allowed(backend);
+  return at::dropout(input, p, train);
+}
+
+void dropout_inplace_batched(Tensor& input, double p, bool train, std::string_view backend) {
+  check_aten_is_allowed(backend);
+  at::dropout_(input, p, train);
+}
+
 // Whether nothing is drawn, or nothing kept.
-bool is_trivial(const Tensor& input, double p, bool train) {
+bool is_trivial(const Tensor& input, double p, bool train, std::string_view backend) {
+  if (needs_aten(input)) check_aten_is_allowed(backend);
   return !train || !(p > 0 && p < 1) || needs_aten(input) || !torch::autograd::compute_requires_grad(input) ||
          input.sym_numel() == 0;
 }
 
 Tensor dropout_autograd(const Tensor& input, double p, bool train, std::string_view backend) {
-  if (is_trivial(input, p, train)) return at::dropout(input, p, train);
+  if (is_trivial(input, p, train, backend)) return at::dropout(input, p, train);
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("freezekit::dropout_bits", "").typed<decltype(bits_kernel)>();
   auto [result, bits] = [&] {
@@ -114,7 +126,7 @@ Tensor dropout_autograd(const Tensor& input, double p, bool train, std::string_v
 }
 
 void dropout_inplace_autograd(Tensor& input, double p, bool train, std::string_view backend) {
-  if (is_trivial(input, p, train)) {
+  if (is_trivial(input, p, train, backend)) {
     at::dropout_(input, p, train);
     return;
   }
@@ -158,6 +170,6 @@ TORCH_LIBRARY_IMPL(freezekit, Autograd, m) {
   m.impl("dropout_", freezekit::dropout_inplace_autograd);
 }
 TORCH_LIBRARY_IMPL(freezekit, FuncTorchBatched, m) {
-  m.impl("dropout", freezekit::dropout_aten);
-  m.impl("dropout_", freezekit::dropout_inplace_aten);
+  m.impl("dropout", freezekit::dropout_batched);
+  m.impl("dropout_", freezekit::dropout_inplace_batched);
 }

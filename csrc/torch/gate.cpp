@@ -133,7 +133,8 @@ Tensor gate_meta(const Tensor& input, const Tensor& bits, SymIntArrayRef stride,
 }
 
 Tensor gate_batched(const Tensor& input, const Tensor& bits, SymIntArrayRef stride, double on,
-                    std::optional<double> off, std::string_view) {
+                    std::optional<double> off, std::string_view backend) {
+  check_aten_is_allowed(backend);
   return gate_by_aten(input, bits, stride, {on, off});
 }
 
@@ -206,14 +207,17 @@ void gate_inplace(const Tensor& dense, const Tensor& bits, const GateRule& rule,
   }
 }
 
+void check_aten_is_allowed(std::string_view name) {
+  TORCH_CHECK(!is_own(parse_backend(name)), "backend='", name, "' takes strided tensors of a floating dtype, outside of ",
+              "torch.func transforms and forward-mode AD; torch's own operator takes this one, with backend='aten'");
+}
+
 bool is_aten_s(const Tensor& input, std::string_view name) {
-  const Backend backend = parse_backend(name);
   if (needs_aten(input)) {
-    TORCH_CHECK(!is_own(backend), "backend='", name, "' takes strided tensors of a floating dtype, outside of ",
-                "torch.func transforms and forward-mode AD; torch's own operator takes this one, with backend='aten'");
+    check_aten_is_allowed(name);
     return true;
   }
-  return !is_own(backend) && !torch::autograd::compute_requires_grad(input);
+  return !is_own(parse_backend(name)) && !torch::autograd::compute_requires_grad(input);
 }
 
 Computer computer_for(const Tensor& tensor, std::string_view name) {

@@ -50,6 +50,9 @@ void gate_inplace(const Tensor& dense, const Tensor& bits, const GateRule&, std:
 enum class Computer { cpu, kernels, aten };
 Computer computer_for(const Tensor&, std::string_view backend);
 
+// Throws where `backend` demands kernels: only torch's formulas serve what the caller has met.
+void check_aten_is_allowed(std::string_view backend);
+
 // Whether torch's own operator computes a call: its formulas serve where no node of ours can, and where no gradient is
 // wanted there is nothing to keep. Throws where `backend` demands kernels and only the formulas serve.
 bool is_aten_s(const Tensor& input, std::string_view backend);

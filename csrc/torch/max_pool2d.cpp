@@ -4,6 +4,7 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/native/Pool.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/empty_strided.h>
@@ -40,7 +41,20 @@ Computer computer_of(const MaxPool& m, const Tensor& values, std::string_view ba
   return Computer::aten;
 }
 
-// Size, strides and torch's own error messages, without data.
+// (N, C, P, Q), by torch's own checks, whose messages are torch's.
+std::array<int64_t, 4> output_size(const Tensor& input, const PoolGeometry& g, at::MemoryFormat format) {
+  const auto extent = [&](size_t i) {
+    return at::native::pooling_output_shape<int64_t>(input.size(2 + i), g.kernel_size[i], g.padding[i], g.stride[i],
+                                                     g.dilation[i], g.ceil_mode);
+  };
+  const int64_t p = extent(0), q = extent(1);
+  at::native::pool2d_shape_check(input, g.kernel_size[0], g.kernel_size[1], g.stride[0], g.stride[1], g.padding[0],
+                                 g.padding[1], g.dilation[0], g.dilation[1], input.size(1), input.size(2),
+                                 input.size(3), p, q, format);
+  return {input.size(0), input.size(1), p, q};
+}
+
+// The same for sizes that are symbols, with strides. torch computes it in Python, which loads a lot.
 Tensor output_like(const Tensor& input, const PoolGeometry& g) {
   const Tensor shape = at::empty_strided_symint(input.sym_sizes(), input.sym_strides(), input.options().device(at::kMeta));
   return std::get<0>(at::max_pool2d_with_indices(shape, g.kernel_size, g.stride, g.padding, g.dilation, g.ceil_mode));
@@ -68,17 +82,17 @@ std::tuple<Tensor, Tensor> taps_kernel(const Tensor& input, IntArrayRef kernel_s
   const PoolGeometry g(kernel_size, stride, padding, dilation, ceil_mode, backend);
   check_input(input);
   const at::AutoDispatchBelowADInplaceOrView below;
-  const Tensor shape = output_like(input, g);
   const auto format = input.suggest_memory_format();  // for all: tensors of size 1 suggest another than their neighbours
-  const MaxPool m = g.problem(input.sizes(), shape.sizes(), format);
+  const auto size = output_size(input, g, format);
+  const MaxPool m = g.problem(input.sizes(), size, format);
   const Computer computer = computer_of(m, input, backend);
   if (computer == Computer::aten) {
     auto [y, indices] =
         at::max_pool2d_with_indices(input, g.kernel_size, g.stride, g.padding, g.dilation, g.ceil_mode);
     return {y, max_pool::taps_of_indices(indices, input, g)};
   }
-  const Tensor y = at::empty_strided(shape.sizes(), shape.strides(), input.options());
-  const Tensor taps = at::empty_strided(shape.sizes(), shape.strides(), input.options().dtype(g.tap_type()));
+  const Tensor y = at::empty(size, input.options(), format);
+  const Tensor taps = at::empty(size, input.options().dtype(g.tap_type()), format);
   if (y.numel() == 0) return {y, taps};
   const auto compute = computer == Computer::cpu ? max_pool::forward_cpu : native::max_pool;
   compute(m, input.contiguous(format), y, taps);

@@ -79,6 +79,12 @@ Tensor pool_aten(const Tensor& input, IntArrayRef kernel_size, IntArrayRef strid
   return at::max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode);
 }
 
+Tensor pool_batched(const Tensor& input, IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef padding,
+                    IntArrayRef dilation, bool ceil_mode, std::string_view backend) {
+  check_aten_is_allowed(backend);
+  return pool_aten(input, kernel_size, stride, padding, dilation, ceil_mode, backend);
+}
+
 // Without autograd: in inference mode, and below other transforms.
 Tensor pool_plain(const Tensor& input, IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef padding,
                   IntArrayRef dilation, bool ceil_mode, std::string_view backend) {
@@ -102,6 +108,13 @@ std::tuple<Tensor, Tensor> indices_autograd(const Tensor& input, IntArrayRef ker
 std::tuple<Tensor, Tensor> indices_aten(const Tensor& input, IntArrayRef kernel_size, IntArrayRef stride,
                                         IntArrayRef padding, IntArrayRef dilation, bool ceil_mode, std::string_view) {
   return at::max_pool2d_with_indices(input, kernel_size, stride, padding, dilation, ceil_mode);
+}
+
+std::tuple<Tensor, Tensor> indices_batched(const Tensor& input, IntArrayRef kernel_size, IntArrayRef stride,
+                                           IntArrayRef padding, IntArrayRef dilation, bool ceil_mode,
+                                           std::string_view backend) {
+  check_aten_is_allowed(backend);
+  return indices_aten(input, kernel_size, stride, padding, dilation, ceil_mode, backend);
 }
 
 Tensor scatter_autograd(const Tensor& grad_output, const Tensor& taps, SymIntArrayRef input_size,
@@ -145,6 +158,6 @@ TORCH_LIBRARY_IMPL(freezekit, Autograd, m) {
   m.impl("max_pool2d_gather", freezekit::gather_autograd);
 }
 TORCH_LIBRARY_IMPL(freezekit, FuncTorchBatched, m) {
-  m.impl("max_pool2d", freezekit::pool_aten);
-  m.impl("max_pool2d_with_indices", freezekit::indices_aten);
+  m.impl("max_pool2d", freezekit::pool_batched);
+  m.impl("max_pool2d_with_indices", freezekit::indices_batched);
 }

@@ -168,6 +168,20 @@ def test_native_demands_its_kernels() -> None:
                 function(x)
 
 
+@pytest.mark.parametrize("function", [ff.relu, ff.relu6, ff.dropout, lambda v: ff.max_pool2d(v, 2)])
+def test_kernels_take_no_tensors_of_transforms(function: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(3, 1, 2, 4, 4)
+    calls = (
+        lambda: torch.vmap(function, randomness="same")(x),
+        lambda: torch.func.jvp(function, (x[0],), (x[1],)),
+    )
+    for call in calls:
+        refused = pytest.raises(RuntimeError, match="outside of torch.func transforms and forward-mode AD")
+        with fk.backend("emulated"), refused:
+            call()
+        call()
+
+
 def test_a_backward_pass_runs_on_what_its_forward_pass_ran_on() -> None:
     x = torch.randn(1, 2, 4, 4, requires_grad=True)
     with fk.backend("emulated"):
