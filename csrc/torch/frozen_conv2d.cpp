@@ -137,10 +137,13 @@ std::tuple<Tensor, Tensor> frozen_kernel(const Tensor& input, const Tensor& weig
 Tensor dgrad_by_aten(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size, const Tensor& residual,
                      const Tensor& bits, bool channels_last, const Geometry& g) {
   Tensor dx;
-  const bool last = grad_output.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
+  // In whatever layout grad_output comes, if the copy that this takes is no larger than the one of dx that it saves.
+  const bool last = grad_output.suggest_memory_format() == at::MemoryFormat::ChannelsLast ||
+                    (channels_last && grad_output.numel() <= c10::multiply_integers(C10_AS_INTARRAYREF_SLOW(input_size)));
   if (last && onednn::takes(grad_output, weight, g) && onednn::has_unit_stride_dgrad(weight, g)) {
+    const Tensor dy = grad_output.contiguous(format(true));
     const bool adds = residual.defined() && channels_last;
-    dx = onednn::dgrad(grad_output, weight, adds ? residual.contiguous(format(true)) : Tensor(), g);
+    dx = onednn::dgrad(dy, weight, adds ? residual.contiguous(format(true)) : Tensor(), g);
     dx = dx.contiguous(format(channels_last));
     if (residual.defined() && !adds) dx.add_(residual);
   } else {
