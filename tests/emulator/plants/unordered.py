@@ -1,9 +1,12 @@
-"""Bugs that integers cannot show: slices of a wgrad added in the order of the schedule, by atomics into one sum."""
+"""Bugs that integers cannot show: slices of a wgrad added in the order of the schedule, by atomics into one sum.
+
+It takes three slices that are not empty: two have the same sum in either order.
+"""
 
 from __future__ import annotations
 
 from ..build import Patch, Planted
-from ..cases import DEPTHWISE_3, GEMM_STRIDED, SMALL, Case, gemm
+from ..cases import DEPTHWISE_3, GEMM_LONG, SMALL, Case, gemm
 from .plant import DIRECT_WGRAD, WGRAD_GEMM, Plant
 
 GEMM_LAUNCH = "csrc/kernels/wgrad_gemm.cu"
@@ -31,7 +34,7 @@ UNORDERED_SPLIT_K = {
         Patch(DIRECT_WGRAD, "p.filter_numel(), split_k, dtype, stream);", "p.filter_numel(), 1, dtype, stream);"),
     ),
     "implicit_gemm": plant(
-        gemm("f32", "wgrad", GEMM_STRIDED, split_k=3),
+        gemm("f32", "wgrad", GEMM_LONG, split_k=3),
         Patch(WGRAD_GEMM, "partial + blockIdx.y * p.dw_numel(), acc", "partial, acc"),
         Patch(
             WGRAD_GEMM,
@@ -46,7 +49,7 @@ UNORDERED_SPLIT_K = {
         Patch(GEMM_LAUNCH, "p.filter_numel(), split_k, dtype, stream);", "p.filter_numel(), 1, dtype, stream);"),
     ),
     "depthwise": plant(
-        Case("wgrad", DEPTHWISE_3, "f32", "depthwise", 1, split_k=2),
+        Case("wgrad", DEPTHWISE_3, "f32", "depthwise", 1, split_k=4),  # as many slices as tiles
         Patch(
             DEPTHWISE_WGRAD,
             "store_global(out + static_cast<int64_t>(channel0 + c) * (kSize * kSize) + r * kSize + s, sum);",
