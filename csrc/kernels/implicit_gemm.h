@@ -63,7 +63,7 @@ struct Loader {
 
   const T* in;      // at the first channel of the group
   const T* filter;  // at the first row of the tile
-  GatherOrigin origin[kInRows];
+  GatherOrigin origin[kInRows];  // where pointwise, `ih` alone: the position
   GatherCursor at;
   int32_t filter_rows;  // of the tile that exist
 
@@ -78,7 +78,7 @@ struct Loader {
       const int32_t m = row0 + tid / kTileChunks + i * Tile::kLoadRows;
       if (m >= rows) continue;
       if constexpr (kAccess == Access::pointwise) {
-        origin[i] = {m, 0, 0};
+        origin[i].ih = m;
       } else {
         origin[i] = g.origin(m, static_cast<int32_t>(blockIdx.y), static_cast<int32_t>(blockIdx.z), h, w);
       }
@@ -90,8 +90,8 @@ struct Loader {
   FK_DEVICE bool position(const Gather& g, const GatherAxis& h, const GatherAxis& w, const GatherCursor& cursor, int i,
                           int32_t* position) const {
     if constexpr (kAccess == Access::pointwise) {
-      *position = origin[i].image;
-      return origin[i].ih == 0 && cursor.tap_h == 0;
+      *position = origin[i].ih;
+      return origin[i].ih >= 0 && cursor.tap_h == 0;
     } else {
       const int32_t ih = origin[i].ih + cursor.tap_h * h.in_step, iw = origin[i].iw + cursor.tap_w * w.in_step;
       const bool inside = cursor.tap_h < h.taps && ih >= 0 && ih < g.in_h && iw >= 0 && iw < g.in_w;
