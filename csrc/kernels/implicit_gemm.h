@@ -24,6 +24,7 @@
 #include "core/gather.h"
 #include "kernels/families.h"
 #include "kernels/finish_fragment.h"
+#include "kernels/ring.h"
 #include "kernels/tensor_core.h"
 
 namespace freezekit {
@@ -36,7 +37,6 @@ enum class Access {
 
 constexpr int kTileChunks = 4;                            // chunks along l in one k-tile
 constexpr int kTileRowBytes = kChunkBytes * kTileChunks;  // 32 values of 16 bits, 16 of 32 bits
-constexpr int kWarpColumns = kFragmentColumns;
 
 FK_DEVICE int32_t chunk_offset(int32_t row, int32_t chunk) {
   return row * kTileRowBytes + ((chunk ^ (row >> 1 & 3)) * kChunkBytes);
@@ -63,7 +63,7 @@ struct Loader {
 
   const T* in;      // at the first channel of the group
   const T* filter;  // at the first row of the tile
-  GatherOrigin origin[kInRows];
+  GatherOrigin origin[kInRows];  // where pointwise, `ih` alone: the position
   GatherCursor at;
   int32_t filter_rows;  // of the tile that exist
 
@@ -78,7 +78,7 @@ struct Loader {
       const int32_t m = row0 + tid / kTileChunks + i * Tile::kLoadRows;
       if (m >= rows) continue;
       if constexpr (kAccess == Access::pointwise) {
-        origin[i] = {m, 0, 0};
+        origin[i].ih = m;
       } else {
         origin[i] = g.origin(m, static_cast<int32_t>(blockIdx.y), static_cast<int32_t>(blockIdx.z), h, w);
       }
@@ -90,8 +90,8 @@ struct Loader {
   FK_DEVICE bool position(const Gather& g, const GatherAxis& h, const GatherAxis& w, const GatherCursor& cursor, int i,
                           int32_t* position) const {
     if constexpr (kAccess == Access::pointwise) {
-      *position = origin[i].image;
-      return origin[i].ih == 0 && cursor.tap_h == 0;
+      *position = origin[i].ih;
+      return origin[i].ih >= 0 && cursor.tap_h == 0;
     } else {
       const int32_t ih = origin[i].ih + cursor.tap_h * h.in_step, iw = origin[i].iw + cursor.tap_w * w.in_step;
       const bool inside = cursor.tap_h < h.taps && ih >= 0 && ih < g.in_h && iw >= 0 && iw < g.in_w;
@@ -171,7 +171,7 @@ struct Loader {
   }
 };
 
-// acc += the product of one k-tile; acc[i][j] is the 16 x 8 fragment at rows 16 * i, columns 8 * j of the warp's tile.
+// acc += the product of one k-tile.
 template <class T, class Tile>
 FK_DEVICE void multiply_tile(float (&acc)[Tile::kWarpTileRows / 16][kWarpColumns / 8][4], const unsigned char* stage,
                              int32_t warp_row, int32_t warp_column, int32_t lane) {
@@ -180,24 +180,15 @@ FK_DEVICE void multiply_tile(float (&acc)[Tile::kWarpTileRows / 16][kWarpColumns
   for (int step = 0; step < kTileChunks / 2; ++step) {
     // Matrices of one ldmatrix: for A rows 0-7 and 8-15 of the first chunk, then of the second; for B both chunks of
     // columns 0-7, then of columns 8-15.
-    uint32_t b[kWarpColumns / 16][4];
-#pragma unroll
-    for (int j = 0; j < kWarpColumns / 16; ++j) {
-      const int32_t column = warp_column + 16 * j + lane / 16 * 8 + lane % 8;
-      ptx::ldmatrix(b[j], filter_stage + chunk_offset(column, 2 * step + lane / 8 % 2));
-      round_fragment<T>(b[j]);
-    }
-#pragma unroll
-    for (int i = 0; i < Tile::kWarpTileRows / 16; ++i) {
-      uint32_t a[4];
-      ptx::ldmatrix(a, stage + chunk_offset(warp_row + 16 * i + lane % 16, 2 * step + lane / 16));
-      round_fragment<T>(a);
-#pragma unroll
-      for (int j = 0; j < kWarpColumns / 8; ++j) {
-        const uint32_t half[2] = {b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]};
-        multiply<T>(acc[i][j], a, half);
-      }
-    }
+    multiply_step<T>(
+        acc,
+        [&](uint32_t(&a)[4], int i) {
+          ptx::ldmatrix(a, stage + chunk_offset(warp_row + 16 * i + lane % 16, 2 * step + lane / 16));
+        },
+        [&](uint32_t(&b)[4], int j) {
+          const int32_t column = warp_column + 16 * j + lane / 16 * 8 + lane % 8;
+          ptx::ldmatrix(b, filter_stage + chunk_offset(column, 2 * step + lane / 8 % 2));
+        });
   }
 }
 
@@ -219,27 +210,16 @@ __global__ void __launch_bounds__(Tile::kThreads)
   const int32_t tiles = (h.taps * w.taps * g.in_c + kTileValues - 1) / kTileValues;
   Loader<T, Tile, kAccess> loader;
   loader.start(g, h, w, in, filter, row0, rows, column0, group);
-#pragma unroll 1
-  for (int32_t i = 0; i < Tile::kStages - 1; ++i) {
-    if (i < tiles) loader.load(g, h, w, shared + i * Tile::kStageBytes);
-    ptx::cp_async_commit();  // empty groups too: the wait below counts groups
-  }
 
   const int32_t warp = static_cast<int32_t>(threadIdx.x) / 32, lane = static_cast<int32_t>(threadIdx.x) % 32;
   const int32_t warp_row = warp / Tile::kWarpsAcross * Tile::kWarpTileRows;
   const int32_t warp_column = warp % Tile::kWarpsAcross * kWarpColumns;
   float acc[Tile::kWarpTileRows / 16][kWarpColumns / 8][4] = {};
-  int32_t stage = 0;
-  for (int32_t tile = 0; tile < tiles; ++tile) {
-    ptx::cp_async_wait<Tile::kStages - 2>();
-    __syncthreads();  // the k-tile is there for all, and nobody reads the stage that is refilled next
-    const int32_t refill = stage == 0 ? Tile::kStages - 1 : stage - 1;
-    if (tile + Tile::kStages - 1 < tiles) loader.load(g, h, w, shared + refill * Tile::kStageBytes);
-    ptx::cp_async_commit();
-    multiply_tile<T, Tile>(acc, shared + stage * Tile::kStageBytes, warp_row, warp_column, lane);
-    stage = stage == Tile::kStages - 1 ? 0 : stage + 1;
-  }
-  ptx::cp_async_wait<0>();
+  run_ring<Tile::kStages>(
+      tiles, [&](int32_t stage) { loader.load(g, h, w, shared + stage * Tile::kStageBytes); },
+      [&](int32_t stage) {
+        multiply_tile<T, Tile>(acc, shared + stage * Tile::kStageBytes, warp_row, warp_column, lane);
+      });
   __syncthreads();  // the ring becomes the warps' patches
 
   float* const patch = reinterpret_cast<float*>(shared + warp * kPatchBytes);

@@ -21,6 +21,7 @@
 #include "core/wgrad.h"
 #include "kernels/families.h"
 #include "kernels/numeric.h"
+#include "kernels/ring.h"
 #include "kernels/tensor_core.h"
 
 namespace freezekit {
@@ -31,7 +32,7 @@ constexpr int kWgradStages = 4;
 template <int kRowsOfTile, int kColumnsOfTile, int kWarpRows>
 struct WgradTile {
   static constexpr int kRows = kRowsOfTile, kColumns = kColumnsOfTile;
-  static constexpr int kWarpTileRows = kRows / kWarpRows, kWarpsAcross = kColumns / 32;
+  static constexpr int kWarpTileRows = kRows / kWarpRows, kWarpsAcross = kColumns / kWarpColumns;
   static constexpr int kThreads = kWarpRows * kWarpsAcross * 32;
 };
 
@@ -69,7 +70,6 @@ struct WgradOperand {
     } else {
       ptx::ldmatrix_trans(a, at(operand, l + lane / 16 * 8 + lane % 8, m + lane / 8 % 2 * 8));
     }
-    round_fragment<T>(a);
   }
 
   // The two depth x 8 fragments of B at (rows l, columns j of the operand) and at columns j + 8.
@@ -80,7 +80,6 @@ struct WgradOperand {
     } else {
       ptx::ldmatrix_trans(b, at(operand, l + lane % 16, j + lane / 16 * 8));
     }
-    round_fragment<T>(b);
   }
 
   FK_DEVICE static uint32_t load_one(unsigned char* operand, int32_t l, int32_t column) {
@@ -180,8 +179,8 @@ FK_DEVICE void store_pair(Out* row, int32_t j, int32_t columns, bool pairs, floa
 
 // A warp's part of dw, or of a slice of partial sums. A quad of lanes stores eight neighbouring elements of a row.
 template <class Tile, class Out>
-FK_DEVICE void store_tile(Out* out, const float (&acc)[Tile::kWarpTileRows / 16][4][4], const Wgrad& p, int32_t group,
-                          int32_t row0, int32_t column0, int32_t lane) {
+FK_DEVICE void store_tile(Out* out, const float (&acc)[Tile::kWarpTileRows / 16][kWarpColumns / 8][4], const Wgrad& p,
+                          int32_t group, int32_t row0, int32_t column0, int32_t lane) {
   const int32_t columns = p.columns();
   const bool pairs = columns % 2 == 0 && reinterpret_cast<uintptr_t>(out) % (2 * sizeof(Out)) == 0;
 #pragma unroll
@@ -191,7 +190,7 @@ FK_DEVICE void store_tile(Out* out, const float (&acc)[Tile::kWarpTileRows / 16]
       const int32_t m = row0 + 16 * i + lane / 4 + 8 * half;
       if (m >= p.k) continue;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
+      for (int j = 0; j < kWarpColumns / 8; ++j) {
         store_pair(out + p.dw_offset(group, m), column0 + 8 * j + lane % 4 * 2, columns, pairs, acc[i][j][2 * half],
                    acc[i][j][2 * half + 1]);
       }
@@ -217,43 +216,22 @@ __global__ void __launch_bounds__(Tile::kThreads)
   Loader loader;
   loader.start(p, dy, x, row0, column0, group);
   const int32_t tiles = loader.end > loader.l ? (loader.end - loader.l + Dy::kDepth - 1) / Dy::kDepth : 0;
-#pragma unroll 1
-  for (int32_t i = 0; i < kWgradStages - 1; ++i) {
-    if (i < tiles) loader.load(p, shared + i * Loader::kStageBytes);
-    ptx::cp_async_commit();  // empty groups too: the wait below counts groups
-  }
 
   const int32_t warp = static_cast<int32_t>(threadIdx.x) / 32, lane = static_cast<int32_t>(threadIdx.x) % 32;
   const int32_t warp_row = warp / Tile::kWarpsAcross * Tile::kWarpTileRows;
-  const int32_t warp_column = warp % Tile::kWarpsAcross * 32;
-  float acc[Tile::kWarpTileRows / 16][4][4] = {};
-  int32_t stage = 0;
-  for (int32_t tile = 0; tile < tiles; ++tile) {
-    ptx::cp_async_wait<kWgradStages - 2>();
-    __syncthreads();  // the k-tile is there for all, and nobody reads the stage that is refilled next
-    const int32_t refill = stage == 0 ? kWgradStages - 1 : stage - 1;
-    if (tile + kWgradStages - 1 < tiles) loader.load(p, shared + refill * Loader::kStageBytes);
-    ptx::cp_async_commit();
+  const int32_t warp_column = warp % Tile::kWarpsAcross * kWarpColumns;
+  float acc[Tile::kWarpTileRows / 16][kWarpColumns / 8][4] = {};
+  const auto multiply_tile = [&](int32_t stage) {
     unsigned char* const dy_stage = shared + stage * Loader::kStageBytes;
 #pragma unroll
     for (int step = 0; step < Dy::kDepth; step += kMmaDepth<T>) {
-      uint32_t b[2][4];
-#pragma unroll
-      for (int j = 0; j < 2; ++j) X::load_b(b[j], dy_stage + Dy::kBytes, step, warp_column + 16 * j, lane);
-#pragma unroll
-      for (int i = 0; i < Tile::kWarpTileRows / 16; ++i) {
-        uint32_t a[4];
-        Dy::load_a(a, dy_stage, step, warp_row + 16 * i, lane);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const uint32_t half[2] = {b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]};
-          multiply<T>(acc[i][j], a, half);
-        }
-      }
+      multiply_step<T>(
+          acc, [&](uint32_t(&a)[4], int i) { Dy::load_a(a, dy_stage, step, warp_row + 16 * i, lane); },
+          [&](uint32_t(&b)[4], int j) { X::load_b(b, dy_stage + Dy::kBytes, step, warp_column + 16 * j, lane); });
     }
-    stage = stage == kWgradStages - 1 ? 0 : stage + 1;
-  }
-  ptx::cp_async_wait<0>();
+  };
+  run_ring<kWgradStages>(
+      tiles, [&](int32_t stage) { loader.load(p, shared + stage * Loader::kStageBytes); }, multiply_tile);
 
   if (partial) {
     store_tile<Tile>(partial + blockIdx.y * p.dw_numel(), acc, p, group, row0 + warp_row, column0 + warp_column, lane);

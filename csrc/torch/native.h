@@ -29,7 +29,6 @@ Target target_on(const KernelLibrary&, Backend);
 
 // Whether `backend` means these kernels; throws where it demands them and they cannot run on such a tensor.
 bool runs(const Tensor& on, Backend backend);
-inline bool runs(Operator, const Conv2dProblem&, const Tensor& on, Backend backend) { return runs(on, backend); }
 
 // What a launch needs of torch.
 std::optional<DType> dtype_of(const Tensor&);

@@ -54,6 +54,7 @@ GEMM_STRIDED = Problem(n=2, c=8, h=9, w=8, k=16, stride=(2, 2))
 GEMM_DILATED = Problem(n=1, c=8, h=9, w=9, k=8, stride=(2, 1), dilation=(2, 3), pad=(2, 3))
 GEMM_GROUPED = Problem(n=1, c=24, h=5, w=4, k=48, groups=3)
 GEMM_GAPPED = Problem(n=2, c=8, h=4, w=4, k=8, r=1, s=1, pad=(0, 0), stride=(3, 2))
+GEMM_LONG = Problem(n=2, c=8, h=9, w=8, k=16)  # 144 positions, five k-tiles of 16-bit types
 RAGGED = Problem(n=1, c=6, h=5, w=6, k=10)
 UNEVEN = Problem(n=1, c=3, h=5, w=5, k=8)  # an odd number of filter elements
 

@@ -13,6 +13,7 @@ from .cases import (
     DEPTHWISE_3,
     DIRECT,
     GEMM,
+    GEMM_LONG,
     HOPPER,
     HOPPER_WIDE,
     SMALL,
@@ -47,12 +48,14 @@ SMALL_JOBS = [
     *("activation:1", "activation:31", "activation:64", "activation:3001", "bytes:1", "bytes:64", "bytes:999"),
     *("pool:2,3,7,9,3,2,1,1", "pool:1,33,6,5,2,2,0,1", "pool:1,2,9,8,3,1,2,2", "pool:3,1,4,4,1,1,0,1"),
 ]
+# Three slices or more that are not empty, since two have the same sum in either order; a slice is whole k-tiles.
 SUMS = [
     *(Case("wgrad", p, dtype, "direct", split_k=split) for p, dtype, split in ((SMALL, "f32", 3), (WIDE, "f16", 4))),
     Case("wgrad", STRIDED, "f64", "direct", split_k=5),
-    *(gemm(dtype, op, CHUNKS, split_k=3 if op == "wgrad" else 1) for dtype in GEMM for op in OPERATORS),
-    *(Case("wgrad", DEPTHWISE_3, dtype) for dtype in ("f32", "f16")),
-    *(hopper(op, HOPPER_WIDE, split_k=2 if op == "wgrad" else 1) for op in OPERATORS),
+    *(gemm(dtype, op, CHUNKS) for dtype in GEMM for op in ("fprop", "dgrad")),
+    *(gemm(dtype, "wgrad", GEMM_LONG, split_k=3) for dtype in GEMM),
+    *(Case("wgrad", DEPTHWISE_3, dtype, "depthwise", config, 4) for dtype in ("f32", "f16") for config in (0, 1)),
+    *(hopper(op, HOPPER_WIDE, split_k=3 if op == "wgrad" else 1) for op in OPERATORS),
 ]
 
 

@@ -33,11 +33,14 @@ def test_the_bug_is_caught(plant: Plant) -> None:
     assert re.search(plant.expect, caught.output), f"{plant.name}: expected {plant.expect!r}\n{caught}"
 
 
-def test_sums_in_the_order_of_the_schedule_are_caught() -> None:
+@pytest.mark.parametrize("family", UNORDERED_SPLIT_K)
+def test_sums_in_the_order_of_the_schedule_are_caught(family: str) -> None:
     """Atomic adds instead of an ordered reduce: right for integers, and another result at every schedule for reals."""
-    case = UNORDERED_SPLIT_K.case
+    plant = UNORDERED_SPLIT_K[family]
+    case, planted = plant.case, plant.planted
     assert isinstance(case, Case)
-    planted = UNORDERED_SPLIT_K.planted
+    unmodified = {run_convolutions("plain", seed, "lazy", [case], data="reals").output for seed in range(4)}
+    assert len(unmodified) == 1
     assert run_convolutions("plain", 0, "lazy", [case], planted).code == 0
     sums = {run_convolutions("plain", seed, "lazy", [case], planted, data="reals").output for seed in range(4)}
     assert len(sums) > 1

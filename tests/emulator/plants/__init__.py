@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from . import depthwise, direct, gemm, hopper, layers, small, wgrad
-from .direct import UNORDERED_SPLIT_K
+from . import depthwise, direct, gemm, groups, hopper, layers, small, wgrad
 from .plant import Plant
+from .unordered import UNORDERED_SPLIT_K
 
-PLANTS = [plant for module in (direct, gemm, hopper, wgrad, depthwise, small, layers) for plant in module.PLANTS]
+PLANTS = [
+    plant for module in (direct, gemm, hopper, wgrad, depthwise, groups, small, layers) for plant in module.PLANTS
+]
 
 __all__ = ["PLANTS", "UNORDERED_SPLIT_K", "Plant"]

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from tests.kernels.emulated import Problem
 
-from ..build import Patch, Planted
 from ..cases import RAGGED, SMALL, STRIDED, WIDE, Case
-from .plant import DIRECT_GATHER, DIRECT_WGRAD, EPILOGUE, GATHER_MATHS, MASK, OVERFLOW, RACE, REDUCE, Plant, bug
+from .plant import DIRECT_GATHER, DIRECT_WGRAD, EPILOGUE, GATHER_MATHS, MASK, OVERFLOW, RACE, REDUCE, bug
 
 FPROP = Case("fprop", SMALL, family="direct")
 DGRAD = Case("dgrad", STRIDED, family="direct")
@@ -151,26 +150,3 @@ PLANTS = [
         case=Case("wgrad", WIDE, "bf16", "direct"),
     ),
 ]
-
-UNORDERED_SPLIT_K = Plant(
-    "slices are added in the order of the schedule",
-    Planted(
-        (
-            Patch(
-                DIRECT_WGRAD,
-                "store_global(partial + blockIdx.y * p.dw_numel() + offset + e, acc[i][e]);",
-                "atomicAdd(partial + offset + e, acc[i][e]);",
-            ),
-            Patch(
-                DIRECT_WGRAD,
-                "    const Status status = FK_LAUNCH(kernel, grid, kThreads,",
-                "    if (partial) memset(partial, 0, p.filter_numel() * sizeof(*partial));\n"
-                "    const Status status = FK_LAUNCH(kernel, grid, kThreads,",
-            ),
-            Patch(DIRECT_WGRAD, "p.filter_numel(), split_k, dtype, stream);", "p.filter_numel(), 1, dtype, stream);"),
-        )
-    ),
-    SPLIT_WGRAD,
-    "plain",
-    "",
-)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..cases import CHUNKS, GEMM_DILATED, GEMM_GAPPED, GEMM_STRIDED, POINTWISE, RAGGED, gemm
-from .plant import EPILOGUE, FINISH, GATHER_MATHS, GEMM, GEMM_BF16, GEMM_LAUNCH, OVERFLOW, RACE, bug
+from .plant import EPILOGUE, FINISH, GATHER_MATHS, GEMM, GEMM_BF16, GEMM_LAUNCH, OVERFLOW, RACE, RING, TENSOR_CORE, bug
 
 FPROP = gemm("bf16", "fprop", CHUNKS)
 MASKS = ("relu", "mask_out")
@@ -54,7 +54,7 @@ PLANTS = [
     ),
     bug(
         "a stage of the ring is read before all copies are seen",
-        GEMM,
+        RING,
         "__syncthreads();  // the k-tile is there for all, and nobody reads the stage that is refilled next",
         "",
         case=FPROP,
@@ -90,22 +90,22 @@ PLANTS = [
     ),
     bug(
         "the wait leaves one group too many in flight",
-        GEMM,
-        "ptx::cp_async_wait<Tile::kStages - 2>();",
-        "ptx::cp_async_wait<Tile::kStages - 1>();",
+        RING,
+        "ptx::cp_async_wait<kStages - 2>();",
+        "ptx::cp_async_wait<kStages - 1>();",
         case=FPROP,
     ),
     bug(
         "the stage that is read is refilled",
-        GEMM,
-        "const int32_t refill = stage == 0 ? Tile::kStages - 1 : stage - 1;",
+        RING,
+        "const int32_t refill = stage == 0 ? kStages - 1 : stage - 1;",
         "const int32_t refill = stage;",
         case=FPROP,
         cp_async="eager",
     ),
     bug(
         "an empty group is not committed",
-        GEMM,
+        RING,
         "ptx::cp_async_commit();  // empty groups too: the wait below counts groups",
         "if (i < tiles) ptx::cp_async_commit();",
         case=gemm("bf16", "fprop", POINTWISE),
@@ -119,7 +119,7 @@ PLANTS = [
     ),
     bug(
         "fragments of B are taken from the wrong registers",
-        GEMM,
+        TENSOR_CORE,
         "{b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]}",
         "{b[j / 2][j % 2], b[j / 2][j % 2 + 2]}",
         case=FPROP,
@@ -142,8 +142,8 @@ PLANTS = [
     bug(
         "a lane misses an ldmatrix",
         GEMM,
-        "      ptx::ldmatrix(a, stage",
-        "      if (lane != 5) ptx::ldmatrix(a, stage",
+        "ptx::ldmatrix(a, stage",
+        "if (lane != 5) ptx::ldmatrix(a, stage",
         case=FPROP,
         expect="launch failed.*meet at different collectives: (ldmatrix|mma.*) and (ldmatrix|mma.*)",
     ),

@@ -18,6 +18,8 @@ FINISH = "csrc/kernels/finish_fragment.h"
 GEMM_LAUNCH = "csrc/kernels/implicit_gemm_launch.h"
 GEMM_BF16 = "csrc/kernels/implicit_gemm_bf16.cu"
 WGRAD_GEMM = "csrc/kernels/wgrad_gemm.h"
+RING = "csrc/kernels/ring.h"
+TENSOR_CORE = "csrc/kernels/tensor_core.h"
 DEPTHWISE = "csrc/kernels/depthwise.h"
 REDUCE = "csrc/kernels/reduce.cu"
 MASK = "csrc/kernels/mask.cu"
@@ -33,7 +35,7 @@ PIXEL_BOX = "csrc/core/pixel_box.h"
 SHARED_TILE = "csrc/core/shared_tile.h"
 # The sources to compile again with a header that is patched, where a plant does not say.
 INCLUDING = {
-    **dict.fromkeys((GEMM, GEMM_LAUNCH, FINISH), GEMM_BF16),
+    **dict.fromkeys((GEMM, GEMM_LAUNCH, FINISH, RING, TENSOR_CORE), GEMM_BF16),
     **dict.fromkeys((HOPPER, HOPPER_RING, HOPPER_LAUNCH, PIXEL_BOX, SHARED_TILE), HOPPER_BF16),
     WGRAD_GEMM: "csrc/kernels/wgrad_gemm.cu",
     HOPPER_WGRAD: "csrc/kernels/hopper_wgrad.cu",
