@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import LBFGS, Optimizer
 
 from freezekit import constants
-from freezekit._arguments import check_module
+from freezekit._arguments import check_flag, check_module
 from freezekit.distributed import note_freeze
 from freezekit.freezing import norm as statistics
 from freezekit.freezing import optim
@@ -86,6 +86,7 @@ def load_freeze_state(
 
     Raises:
         ValueError: ``state`` is not a freeze state, or does not fit the model or optimizer. Nothing is changed then.
+        TypeError: an argument of the wrong type.
 
     >>> model, other = nn.Linear(2, 3), nn.Linear(2, 3)
     >>> model.bias.requires_grad = False
@@ -96,6 +97,7 @@ def load_freeze_state(
     """
     check_module(model)
     check_form(state)
+    check_flag("strict", strict)
     params, skipped = match_params(model, state, strict)
     norms, skipped_norms = match_norms(model, state, strict)
     names = all_names(model)

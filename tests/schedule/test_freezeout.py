@@ -196,7 +196,7 @@ def test_wrong_arguments() -> None:
         ("needs an optimizer", {"anneal": True}),
         ("needs anneal", {"scale_lr": True}),
         ("must hold one layer", {"anneal": True, "optimizer": optimizer}),
-        ("need an optimizer", {"remove": True}),
+        ("remove=True changes an optimizer, but there is none", {"remove": True}),
         ("at least two layers", {"layers": ["0"]}),
     ]
     for message, options in wrong:
