@@ -9,13 +9,13 @@ from typing import Any
 from torch import nn
 from torch.optim import LBFGS, Optimizer
 
-from freezekit import constants
 from freezekit._arguments import check_flag, check_module
 from freezekit.distributed import note_freeze
 from freezekit.freezing import norm as statistics
 from freezekit.freezing import optim
 from freezekit.freezing.api import all_names, names_of, restore_param, set_statistics
 from freezekit.freezing.arguments import check_optimizers
+from freezekit.freezing.flags import announce
 from freezekit.freezing.result import Frozen
 from freezekit.freezing.saved import VERSION, check_form, check_removed, match_norms, match_params
 
@@ -102,7 +102,7 @@ def load_freeze_state(
     norms, skipped_norms = match_norms(model, state, strict)
     names = all_names(model)
     result = Frozen("load", skipped=tuple(skipped + skipped_norms))
-    result.on_restore(partial(constants.follow, params.values()))
+    result.on_restore(partial(announce, model, params.values()))
     optimizers = check_optimizers(optimizer, False, "keep")
     removed = check_removed(state["removed"], params, optimizers)
     _apply_flags(result, params, set(state["frozen"]), names)
@@ -116,7 +116,7 @@ def load_freeze_state(
         result.on_restore(was.restore)
         _apply_removed(one, params, entries)
         result.removed += tuple(entries)
-    constants.follow(params.values())
+    announce(model, params.values())
     note_freeze(model)
     return result
 

@@ -23,16 +23,49 @@ def fresh() -> None:
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
-def test_one_recompile_a_toggle_and_none_back(backend: str) -> None:
+@pytest.mark.parametrize("first", [False, True], ids=["trains first", "frozen first"])
+def test_one_recompile_a_toggle_and_none_back(first: bool, backend: str) -> None:
     ours, stock = nets()
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(ours, backend=counter, fullgraph=True)
     x = torch.randn(2, 3, 8, 8)
-    for step, frozen in enumerate((False, True, False, True)):
-        for net in (ours, stock):
-            net[2].requires_grad_(not frozen)
+    for step, frozen in enumerate((first, not first, first, not first)):
+        (fk.freeze if frozen else fk.unfreeze)(ours, "2")
+        stock[2].requires_grad_(not frozen)
         assert_same(gradients(compiled, x, ours), gradients(stock, x))
         assert counter.frame_count == min(step + 1, 2)
+
+
+def test_a_freeze_that_ends_with_its_block_is_seen_too() -> None:
+    net, _ = nets()
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    with fk.freeze(net, "2"):
+        compiled(torch.randn(2, 3, 8, 8)).sum().backward()
+    state = fk.freeze_state(net)
+    compiled(torch.randn(2, 3, 8, 8)).sum().backward()
+    assert net[2].weight.grad is not None
+    net.zero_grad()
+    with fk.freeze(net, "2"):
+        compiled(torch.randn(2, 3, 8, 8)).sum().backward()
+        assert net[2].weight.grad is None
+        fk.load_freeze_state(net, state)
+        compiled(torch.randn(2, 3, 8, 8)).sum().backward()
+        assert net[2].weight.grad is not None
+
+
+def test_a_flag_set_by_hand_is_seen_as_in_stock() -> None:
+    """Torch 2.11 does not look at it again; `freeze` makes it look."""
+    counts = []
+    for net in nets():
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(net, backend=counter, fullgraph=True)
+        counts.append([])
+        for frozen in (False, True, False, True):
+            net[2].requires_grad_(not frozen)
+            compiled(torch.randn(2, 3, 8, 8)).sum().backward()
+            counts[-1].append(counter.frame_count)
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.full)])

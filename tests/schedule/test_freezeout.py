@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from freezekit.audit import audit
-from freezekit.freezing import is_held
+from freezekit.freezing import freeze, is_held
 from freezekit.guard import guard
 from freezekit.schedule import FreezeOut, freeze_times, layers_of
 
@@ -253,7 +253,7 @@ def test_audit_sees_a_module_at_its_limit() -> None:
     with torch._dynamo.config.patch(recompile_limit=2):
         fast(batch(0))
         assert not len(audit(fast))
-        model.body[0].requires_grad_(False)
+        freeze(model, "body.0")
         fast(batch(0))
         found = audit(fast)
     assert [(f.code, f.severity) for f in found] == [("recompile-limit", "warning")]
