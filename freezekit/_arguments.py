@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import nn
@@ -22,6 +23,41 @@ def check_module(value: object, name: str = "model") -> None:
     """
     if not isinstance(value, nn.Module):
         raise TypeError(f"{name} must be an nn.Module, got {type(value).__name__}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Refuses what is neither True nor False.
+
+    >>> check_flag("strict", "no")
+    Traceback (most recent call last):
+    TypeError: strict must be True or False, got 'no'
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_real(name: str, value: object) -> None:
+    """Refuses what is no real number; a bool is none.
+
+    >>> check_real("t0", "half")
+    Traceback (most recent call last):
+    TypeError: t0 must be a number, got 'half'
+    """
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def check_count(name: str, value: object) -> None:
+    """Refuses what is no integer of at least 1.
+
+    >>> check_count("patience", 0)
+    Traceback (most recent call last):
+    ValueError: patience must be at least 1, got 0
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if operator.index(value) < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def plain(stride: object, padding: object, dilation: object, groups: object) -> bool:

@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import Literal, get_args
 
 from freezekit import _C
+from freezekit._arguments import check_flag
 
 Backend = Literal["auto", "native", "aten", "emulated"]
 
@@ -44,6 +45,7 @@ class backend:
 
     Raises:
         ValueError: if `name` is no backend, or `hopper` is set for one that has no such kernels.
+        TypeError: if `hopper` is no bool.
 
     >>> import torch, freezekit as fk
     >>> x, w = torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3)
@@ -54,6 +56,7 @@ class backend:
 
     def __init__(self, name: Backend, *, hopper: bool = False) -> None:
         check_backend(name)
+        check_flag("hopper", hopper)
         if hopper and name not in ("native", "emulated"):
             raise ValueError(f"hopper=True needs backend 'native' or 'emulated', got {name!r}")
         self.name = name

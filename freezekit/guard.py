@@ -43,6 +43,14 @@ class Guard:
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, every: int, mode: str) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise ValueError(f"every: expected a number of steps from 1 on, got {every!r}")
+        if mode not in ("raise", "restore"):
+            raise ValueError(f'mode: expected "raise" or "restore", got {mode!r}')
         self.model = model
         self.optimizer = optimizer
         self.every = every
@@ -214,6 +222,7 @@ def guard(
 
     Raises:
         FrozenMoved: (a RuntimeError) from ``optimizer.step()`` and ``check()``.
+        TypeError, ValueError: an argument of the wrong type, or out of range.
 
     >>> layer = nn.Linear(2, 2)
     >>> opt = torch.optim.SGD(layer.parameters(), lr=0.1, weight_decay=0.1)
@@ -227,12 +236,4 @@ def guard(
     guard: this step would move what is frozen; nothing has moved yet
       'weight': its .grad is stale: it was left from before the freeze, or written since
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-        raise ValueError(f"every: expected a number of steps from 1 on, got {every!r}")
-    if mode not in ("raise", "restore"):
-        raise ValueError(f'mode: expected "raise" or "restore", got {mode!r}')
     return Guard(model, optimizer, every, mode)

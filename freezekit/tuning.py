@@ -94,7 +94,10 @@ def load_choices(text: str) -> None:
 
     Raises:
         ValueError: if the text is not such an export, or not from here; nothing is loaded then.
+        TypeError: if it is no text.
     """
+    if not isinstance(text, str):
+        raise TypeError(f"text must be a str, got {type(text).__name__}")
     try:
         document = json.loads(text)
         there, rows = dict(document["measured_with"]), [Measurement(**row) for row in document["choices"]]

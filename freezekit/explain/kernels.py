@@ -27,6 +27,8 @@ def kernels_of(call: Call) -> str:
 
     Under "auto" that is "aten" where nothing was measured, else each operator with what was taken and why.
     """
+    if call.fallback:
+        return f"torch's own, {call.fallback}"
     conv = call.module
     if not isinstance(conv, FreezableConv2d):
         return ""

@@ -78,7 +78,27 @@ def note(call: Call, arguments: Any, result: Any) -> None:
     if tensors := [t for t in tree_leaves(arguments) if isinstance(t, Tensor)]:
         call.inputs = tuple(tensors[0].shape)
         call.channels_last = suggest_memory_format(tensors[0]) == torch.channels_last
-        call.input_needs_grad = any(t.requires_grad for t in tensors)
+        call.input_needs_grad = any(map(_needs_grad, tensors))
     if tensors := [t for t in tree_leaves(result) if isinstance(t, Tensor)]:
         call.outputs = tuple(tensors[0].shape)
-        call.output_needs_grad = any(t.requires_grad for t in tensors)
+        call.output_needs_grad = any(map(_needs_grad, tensors))
+
+
+def _needs_grad(tensor: Tensor) -> bool:
+    """Of a tensor within a torch.func transform: whether the one that it stands for does."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor.requires_grad
+
+
+def fallback(inputs: Any) -> str:
+    """Why a layer of freezekit's is torch's own in this call, and keeps what torch keeps; "" where it is not."""
+    for tensor in tree_leaves(inputs):
+        if isinstance(tensor, Tensor):
+            if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+                return "within a torch.func transform"
+            if torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
+                return "within forward-mode AD"
+            if tensor.is_complex():
+                return "for complex numbers"
+    return ""

@@ -20,6 +20,7 @@ class Call:
         moved: bytes of all tensors that the operators read and wrote.
         input_needs_grad, output_needs_grad: what autograd sees.
         channels_last: whether the first tensor in is.
+        fallback: why torch's own code runs in place of a layer of freezekit's; "" where it does not.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Call:
     input_needs_grad: bool = False
     output_needs_grad: bool = False
     channels_last: bool = False
+    fallback: str = ""
     module: nn.Module | None = field(default=None, repr=False)
 
 

@@ -34,7 +34,8 @@ class Row:
         fprop, dgrad, wgrad, db: whether a training step runs it now.
         bytes_kept: for backward, by this row first.
         bytes_shared: kept by an earlier row, which this one holds too.
-        kernel: what computes it, and why; "" for what freezekit has no kernels for.
+        kernel: what computes it, and why; of a layer of freezekit's that is torch's own in this call, what makes it so;
+            "" for what freezekit has no kernels for.
         advice: what converting, freezing or fusing it would change; "" for nothing.
     """
 

@@ -16,10 +16,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_map
 
+from freezekit.conversion import SWAPS
 from freezekit.explain.fused import FusedBlocks, constants
-from freezekit.explain.modes import Functions, Operators, note
+from freezekit.explain.modes import Functions, Operators, fallback, note
 from freezekit.explain.record import Call, Kept, Trace
 from freezekit.fuse import folding
+
+OURS = tuple(SWAPS.values())
 
 
 def trace(model: nn.Module, inputs: Any) -> Trace:
@@ -144,6 +147,8 @@ class Recorder:
         self._active.append((module, self._entries))
         if next(module.children(), None) is None and (call := self.current()):
             note(call, (args, kwargs), None)
+            if isinstance(module, OURS):
+                call.fallback = fallback((args, kwargs, *module.parameters(recurse=False)))
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if next(module.children(), None) is None and (call := self.current()):

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from freezekit import constants
 from freezekit.distributed import note_freeze
 from freezekit.freezing import norm as statistics
 from freezekit.freezing import optim
 from freezekit.freezing.arguments import check_lbfgs, check_norm, check_optimizers
+from freezekit.freezing.flags import announce
 from freezekit.freezing.patterns import Pattern, Selection, select
 from freezekit.freezing.result import Frozen
 
@@ -79,7 +79,7 @@ def freeze(
     for one in optimizers:
         check_lbfgs(one, params, "freeze", ready=remove and state == "reset")
     result = Frozen("freeze", shared=selection.shared)
-    result.on_restore(partial(constants.follow, params))  # runs last, when the flags are what they were
+    result.on_restore(partial(announce, model, params))  # runs last, when the flags are what they were
     names = all_names(model)
     _set_requires_grad(result, selection, names, False)
     _drop_grads(result, selection, names)
@@ -90,7 +90,7 @@ def freeze(
         _keep_way_back(result, one, params, names, state)
         leaving = params if remove else optim.orphans(one, params)
         result.removed += names_of(optim.take_out(one, leaving), names)
-    constants.follow(params)
+    announce(model, params)
     note_freeze(model)
     return result
 
@@ -142,7 +142,7 @@ def unfreeze(
     for one in optimizers:
         check_lbfgs(one, params, "unfreeze", ready=state == "reset")
     result = Frozen("unfreeze", shared=selection.shared)
-    result.on_restore(partial(constants.follow, params))
+    result.on_restore(partial(announce, model, params))
     _set_requires_grad(result, selection, names, True)
     for name, module in selection.norms.items():
         if statistics.is_held(module) != (norm == "freeze"):
@@ -152,7 +152,7 @@ def unfreeze(
         optim.learn_names(one, selection.params)
         result.returned += names_of(optim.put_back(one, params, group), names)
         optim.complete_fused_momentum(one)
-    constants.follow(params)
+    announce(model, params)
     note_freeze(model)
     return result
 

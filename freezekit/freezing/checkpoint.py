@@ -9,13 +9,13 @@ from typing import Any
 from torch import nn
 from torch.optim import LBFGS, Optimizer
 
-from freezekit import constants
-from freezekit._arguments import check_module
+from freezekit._arguments import check_flag, check_module
 from freezekit.distributed import note_freeze
 from freezekit.freezing import norm as statistics
 from freezekit.freezing import optim
 from freezekit.freezing.api import all_names, names_of, restore_param, set_statistics
 from freezekit.freezing.arguments import check_optimizers
+from freezekit.freezing.flags import announce
 from freezekit.freezing.result import Frozen
 from freezekit.freezing.saved import VERSION, check_form, check_removed, match_norms, match_params
 
@@ -86,6 +86,7 @@ def load_freeze_state(
 
     Raises:
         ValueError: ``state`` is not a freeze state, or does not fit the model or optimizer. Nothing is changed then.
+        TypeError: an argument of the wrong type.
 
     >>> model, other = nn.Linear(2, 3), nn.Linear(2, 3)
     >>> model.bias.requires_grad = False
@@ -96,11 +97,12 @@ def load_freeze_state(
     """
     check_module(model)
     check_form(state)
+    check_flag("strict", strict)
     params, skipped = match_params(model, state, strict)
     norms, skipped_norms = match_norms(model, state, strict)
     names = all_names(model)
     result = Frozen("load", skipped=tuple(skipped + skipped_norms))
-    result.on_restore(partial(constants.follow, params.values()))
+    result.on_restore(partial(announce, model, params.values()))
     optimizers = check_optimizers(optimizer, False, "keep")
     removed = check_removed(state["removed"], params, optimizers)
     _apply_flags(result, params, set(state["frozen"]), names)
@@ -114,7 +116,7 @@ def load_freeze_state(
         result.on_restore(was.restore)
         _apply_removed(one, params, entries)
         result.removed += tuple(entries)
-    constants.follow(params.values())
+    announce(model, params.values())
     note_freeze(model)
     return result
 

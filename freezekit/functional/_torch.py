@@ -26,10 +26,10 @@ def as_torch(torch_s: Callable[..., Any]) -> Callable[[Function], Function]:
     def decorate(function: Function) -> Function:
         @functools.wraps(function)
         def checked(*args: Any, **kwargs: Any) -> Any:
-            # Subclasses and fx's proxies are to see the stand-in.
+            # Subclasses and fx's proxies are to see the stand-in, and a trace is to be one with gradients and without.
             free = backends._current == "auto" or backends._current == "aten"
             plain = free and args and type(args[0]) is Tensor
-            if plain and not _learns(args) and not (kwargs and _learns(kwargs.values())):
+            if plain and not _learns(args) and not (kwargs and _learns(kwargs.values())) and _tracing() is None:
                 return torch_s(*args, **kwargs)
             try:
                 return function(*args, **kwargs)
@@ -45,6 +45,9 @@ def as_torch(torch_s: Callable[..., Any]) -> Callable[[Function], Function]:
         return cast(Function, checked)
 
     return decorate
+
+
+_tracing = torch._C._get_tracing_state  # a name that torch.compile knows
 
 
 def _learns(arguments: Iterable[Any]) -> bool:

@@ -69,7 +69,8 @@ def why_unfused(conv: nn.Module, norm: nn.Module | None, activation: nn.Module |
         return "the convolution is trainable"
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return f"padding {conv.padding!r} with mode {conv.padding_mode!r} is not by numbers of zeros"
-    if any(not {"weight", "bias"} <= layer._parameters.keys() for layer in (conv, norm) if layer is not None):
+    layers = [layer for layer in (conv, norm) if layer is not None]
+    if not all(name in layer._parameters for layer in layers for name in ("weight", "bias")):
         return "a layer in it has no weight of its own: it is a replica, or its weight is made at each call"
     if norm is not None and (reason := _why_norm_is_live(norm)):
         return reason

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from freezekit._arguments import check_module
+from freezekit._arguments import check_module, check_real
 from freezekit.explain.fused import constants
 from freezekit.explain.trace import Trace, arguments, trace
 from freezekit.plan.machine import Machine, seconds
@@ -46,7 +46,7 @@ def plan(
         Plan: `.choice` is the shallowest depth within the budget; `.print()`, `.to_json()`, `.plot("plan.png")`.
 
     Raises:
-        ValueError: if a budget is not positive, or the model has no parameters.
+        ValueError: if a budget is not positive, the model has no parameters, or there is no data to measure with.
         TypeError, RuntimeError: as `explain`.
 
     >>> import torch, freezekit as fk
@@ -59,13 +59,16 @@ def plan(
     if machine is not None and not isinstance(machine, Machine):
         raise TypeError(f"machine must be a Machine, got {type(machine).__name__}")
     for name, budget in (("memory", memory), ("time", time)):
-        if budget is not None and not isinstance(budget, int | float):
-            raise TypeError(f"{name} must be a number, got {budget!r}")
-        if budget is not None and not budget > 0:
-            raise ValueError(f"{name} must be positive, got {budget}")
+        if budget is not None:
+            check_real(name, budget)
+            if not budget > 0:
+                raise ValueError(f"{name} must be positive, got {budget}")
     parameter = next(model.parameters(), None)
     if parameter is None:
         raise ValueError("model has no parameters: there is nothing to freeze")
+    tensors = [*model.parameters(), *torch.utils._pytree.tree_leaves(inputs)]
+    if measure and any(isinstance(t, Tensor) and t.is_meta for t in tensors):
+        raise ValueError("measure=True runs the model: it and inputs must hold data, got a tensor on the meta device")
     where = "cpu" if parameter.is_meta else parameter.device
     machine = machine or Machine.measure(where, parameter.dtype)
     planner = _Planner(model, inputs, machine)

@@ -94,7 +94,10 @@ class profile:
 
         Raises:
             RuntimeError: if one of the two blocks has not ended.
+            TypeError: if `after` is no profile.
         """
+        if not isinstance(after, profile):
+            raise TypeError(f"after must be a profile, got {type(after).__name__}")
         return compare(self.kernels(), self.counts(), after.kernels(), after.counts())
 
     def to_json(self) -> str:
@@ -110,8 +113,11 @@ class profile:
 
         Raises:
             RuntimeError: if the block has not ended.
+            FileNotFoundError: if the folder of `path` is not there: torch's profiler would only log it.
         """
         self._recorded()
+        if not Path(path).absolute().parent.is_dir():
+            raise FileNotFoundError(f"path must lie in a folder that is there, got {str(path)!r}")
         self._profiler.export_chrome_trace(str(path))
 
     def _recorded(self) -> list[Event]:

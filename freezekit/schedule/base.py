@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from freezekit.distributed import rewrap, sync_buffers
 from freezekit.freezing import freeze, unfreeze
+from freezekit.freezing.arguments import check_optimizers
 
 from .layers import Layer, layers_of, unwrapped
 
@@ -76,8 +77,9 @@ class Schedule:
         if isinstance(getattr(model, "_orig_mod", None), DDP):
             raise ValueError("model is a compiled DDP wrapper, which cannot be rewrapped: compile inside DDP, "
                              "DDP(torch.compile(model))")  # fmt: skip
-        if optimizer is None and (remove or state != "keep"):
-            raise ValueError('remove=True and state="reset" need an optimizer, got None')
+        if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        check_optimizers(optimizer, remove, state)
         self.model = model
         self.optimizer = optimizer
         self.remove, self.state = remove, state
@@ -125,12 +127,17 @@ class Schedule:
         Load the model and the optimizer first. Under DDP the wrapper is rebuilt: use ``schedule.model`` afterwards.
 
         Raises:
-            ValueError: the state is of a schedule with other settings; the message names them.
+            ValueError: the state is of a schedule with other settings, or not whole; the message names what differs.
+            TypeError: the state is no dict.
         """
+        if not isinstance(state, dict):
+            raise TypeError(f"state must be the dict that state_dict() returns, got {type(state).__name__}")
         mine, theirs = self._config(), state.get("config", {})
         differ = [f"{k} is {mine.get(k)!r} here and {theirs.get(k)!r} there" for k in sorted({*mine, *theirs})
                   if mine.get(k) != theirs.get(k)]  # fmt: skip
         if differ:
             raise ValueError(f"state is of another schedule: {'; '.join(differ)}")
+        if missing := sorted(self.state_dict().keys() - state.keys()):
+            raise ValueError(f"state must be whole, it has no {', '.join(map(repr, missing))}")
         self.steps = state["steps"]
         return self._set(state["frozen"])

@@ -19,6 +19,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from freezekit._arguments import check_count, check_module, check_real
+
 from .base import Change, Schedule, compile_entries
 from .layers import layers_of, tensors, unwrapped
 from .plan import Plan
@@ -59,6 +61,7 @@ class FreezeOut(Schedule):
 
     Raises:
         ValueError: an argument out of range, fewer than two layers, or groups that ``anneal`` cannot use.
+        TypeError: an argument of the wrong type.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 1))
@@ -97,6 +100,7 @@ class FreezeOut(Schedule):
     @staticmethod
     def param_groups(model: nn.Module, lr: float, layers: Sequence[str] | None = None) -> list[dict[str, Any]]:
         """Optimizer groups of one layer each, for ``anneal=True``."""
+        check_module(model)
         inner = unwrapped(model)
         return [{"params": tensors(inner, layer), "lr": lr} for layer in layers_of(inner, layers)]
 
@@ -126,6 +130,8 @@ class FreezeOut(Schedule):
 
     def lr_factor(self, layer: str, step: int) -> float:
         """Learning rate of a layer at a step, as a multiple of its group's initial one."""
+        if layer not in self.times:
+            raise ValueError(f"layer must be one of {', '.join(map(repr, self.times))}, got {layer!r}")
         end = self.times[layer] * self.total_steps
         if step >= end:
             return 0.0
@@ -194,13 +200,13 @@ def _number(lr: float | torch.Tensor) -> float:
 
 
 def _check(t0: float, total_steps: int, how: str, stages: int | None, layers: int) -> None:
+    check_real("t0", t0)
     if not 0 < t0 <= 1:
         raise ValueError(f"t0 must be above 0 and at most 1, got {t0}")
-    if total_steps < 1:
-        raise ValueError(f"total_steps must be at least 1, got {total_steps}")
+    check_count("total_steps", total_steps)
     if how not in ("linear", "cubic"):
         raise ValueError(f'how must be "linear" or "cubic", got {how!r}')
-    if stages is not None and stages < 1:
-        raise ValueError(f"stages must be at least 1, or None for one a layer, got {stages}")
+    if stages is not None:
+        check_count("stages", stages)
     if layers < 2:
         raise ValueError(f"FreezeOut needs at least two layers, got {layers}")

@@ -92,12 +92,17 @@ def layers_of(model: nn.Module, names: Sequence[str] | None = None) -> tuple[Lay
 
     Raises:
         ValueError: a name that is no module, or has no parameters, or lies in another; or no layer is trainable.
+        TypeError: `names` is no sequence of names.
 
     Example:
         >>> [l.name for l in layers_of(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 1)))]
         ['0', '2']
     """
+    if names is not None and (isinstance(names, str) or not isinstance(names, Sequence)):
+        raise TypeError(f"layers: expected a sequence of module names, got {names!r}")
     for i, name in enumerate(names or ()):
+        if not isinstance(name, str):
+            raise TypeError(f"layers: expected names of modules, got {name!r}")
         other = next((n for j, n in enumerate(names or ()) if j != i and (n == name or n.startswith(f"{name}."))), None)
         if other is not None:
             raise ValueError(f"layers: {other!r} is given twice, or lies in {name!r}")

@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from freezekit._arguments import check_count, check_real
+
 from .base import Change, Schedule, compile_entries
 from .layers import Layer, as_float, tensors, unwrapped
 from .plan import Plan
@@ -40,6 +42,10 @@ class UpdateNorm(Schedule):
         dry_run: measure and decide, and freeze nothing; `plan` then shows what would have been done.
         remove, state: as for `freezekit.freezing.freeze`.
 
+    Raises:
+        ValueError: an argument out of range, or no layer that trains.
+        TypeError: an argument of the wrong type.
+
     The last layer that still trains is never frozen: of all that could be, the one that moves most stays.
 
     Example:
@@ -68,12 +74,13 @@ class UpdateNorm(Schedule):
         super().__init__(model, optimizer, layers, remove, state)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        check_real("threshold", threshold)
         if not threshold > 0:
             raise ValueError(f"threshold must be above 0, got {threshold}")
-        at_least_one = {"every": every, "patience": patience, "thaw_after": thaw_after, "max_changes": max_changes}
-        for name, value in at_least_one.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        counts = {"every": every, "patience": patience}
+        counts |= {name: n for name, n in (("thaw_after", thaw_after), ("max_changes", max_changes)) if n is not None}
+        for name, count in counts.items():
+            check_count(name, count)
         self.threshold, self.every, self.patience = threshold, every, patience
         self.thaw_after, self.max_changes, self.dry_run = thaw_after, max_changes, dry_run
         self.changes: list[Change] = []

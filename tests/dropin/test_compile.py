@@ -23,31 +23,83 @@ def fresh() -> None:
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
-def test_one_recompile_a_toggle_and_none_back(backend: str) -> None:
+@pytest.mark.parametrize("first", [False, True], ids=["trains first", "frozen first"])
+def test_one_recompile_a_toggle_and_none_back(first: bool, backend: str) -> None:
     ours, stock = nets()
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(ours, backend=counter, fullgraph=True)
     x = torch.randn(2, 3, 8, 8)
-    for step, frozen in enumerate((False, True, False, True)):
-        for net in (ours, stock):
-            net[2].requires_grad_(not frozen)
+    for step, frozen in enumerate((first, not first, first, not first)):
+        (fk.freeze if frozen else fk.unfreeze)(ours, "2")
+        stock[2].requires_grad_(not frozen)
         assert_same(gradients(compiled, x, ours), gradients(stock, x))
         assert counter.frame_count == min(step + 1, 2)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
-def test_dynamic_shapes_compile_no_more_often_than_stock(backend: str) -> None:
+def test_a_freeze_that_ends_with_its_block_is_seen_too() -> None:
+    net, _ = nets()
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    with fk.freeze(net, "2"):
+        compiled(torch.randn(2, 3, 8, 8)).sum().backward()
+    state = fk.freeze_state(net)
+    compiled(torch.randn(2, 3, 8, 8)).sum().backward()
+    assert net[2].weight.grad is not None
+    net.zero_grad()
+    with fk.freeze(net, "2"):
+        compiled(torch.randn(2, 3, 8, 8)).sum().backward()
+        assert net[2].weight.grad is None
+        fk.load_freeze_state(net, state)
+        compiled(torch.randn(2, 3, 8, 8)).sum().backward()
+        assert net[2].weight.grad is not None
+
+
+def test_a_flag_set_by_hand_is_seen_as_in_stock() -> None:
+    """Torch 2.11 does not look at it again; `freeze` makes it look."""
     counts = []
     for net in nets():
         torch._dynamo.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(net, backend=counter, fullgraph=True)
+        counts.append([])
+        for frozen in (False, True, False, True):
+            net[2].requires_grad_(not frozen)
+            compiled(torch.randn(2, 3, 8, 8)).sum().backward()
+            counts[-1].append(counter.frame_count)
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_dynamic_shapes_compile_once(frozen: bool, backend: str) -> None:
+    """Over changing batches, heights and widths, forward and backward; stock compiles no less often."""
+    counts = []
+    ours, stock = nets()
+    for net in (ours, stock):
+        net[2].requires_grad_(not frozen)
+    for net in (ours, stock):
+        torch._dynamo.reset()
         counter = CompileCounterWithBackend(backend)
         compiled = torch.compile(net, backend=counter, fullgraph=True, dynamic=True)
-        for n in (2, 3, 5):
-            x = torch.randn(n, 3, 6 + n, 9)
-            torch.testing.assert_close(compiled(x), net(x))
-            compiled(x).sum().backward()
+        for size in ((2, 3, 8, 9), (3, 3, 11, 9), (5, 3, 11, 14), (4, 3, 7, 7)):
+            x = torch.randn(size)
+            assert_same(gradients(compiled, x, net), gradients(stock, x))
         counts.append(counter.frame_count)
-    assert counts[0] <= counts[1]
+    assert counts == [1, 1]
+
+
+def test_a_size_that_was_marked_dynamic_compiles_once() -> None:
+    ours, stock = nets()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(ours, backend=counter, fullgraph=True)
+    for n, height in ((2, 8), (5, 8), (3, 12)):
+        x = torch.randn(n, 3, height, 9, requires_grad=True)
+        torch._dynamo.mark_dynamic(x, 0)
+        torch._dynamo.mark_dynamic(x, 2)
+        y = compiled(x)
+        torch.testing.assert_close(y, stock(x))
+        (dx,) = torch.autograd.grad(y.square().sum(), x)
+        torch.testing.assert_close(dx, torch.autograd.grad(stock(x).square().sum(), x)[0])
+    assert counter.frame_count == 1
 
 
 def saved_sizes(kind: type[nn.Conv2d], backend: str, freeze: bool = True) -> list[torch.Size]:

@@ -129,3 +129,31 @@ def test_sizes_past_2_to_the_31_elements() -> None:
 def test_one_dimension_past_2_to_the_31() -> None:
     x, w = torch.empty(1, 1, 3, 2**31 + 8, device="meta"), torch.empty(1, 1, 3, 3, device="meta")
     assert fk.conv2d(x, w).shape == F.conv2d(x, w).shape == (1, 1, 1, 2**31 + 6)
+
+
+BITS = ("relu", "relu6", "leaky_relu", "hardtanh", "dropout")
+
+
+@pytest.mark.parametrize("name", [*BITS, "max_pool2d"])
+def test_what_layers_keep_past_2_to_the_31_elements(name: str) -> None:
+    """Words of 32 bits, or a byte an output element, counted in 64 bits: on the meta device, where nothing is."""
+    x = torch.empty(70_000, 16, 64, 64, device="meta", requires_grad=True)
+    settings = (2,) if name == "max_pool2d" else ()
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = getattr(fk.functional, name)(x, *settings)
+    stock = getattr(F, name)(x, *settings)
+    assert (y.shape, y.stride()) == (stock.shape, stock.stride())
+    assert sum(t.numel() * t.element_size() for t in kept) == (x.numel() // 8 if name in BITS else y.numel())
+    (dx,) = torch.autograd.grad(y, x, torch.empty_like(y))
+    assert (dx.shape, dx.stride()) == (x.shape, x.stride())
+
+
+def test_one_dimension_past_2_to_the_31_in_layers() -> None:
+    x = torch.empty(2**31 + 40, device="meta", requires_grad=True)
+    y = fk.functional.relu(x)
+    assert torch.autograd.grad(y, x, torch.empty_like(y))[0].shape == x.shape
+    x = torch.empty(1, 1, 2, 2**31 + 8, device="meta", requires_grad=True)
+    y = fk.functional.max_pool2d(x, 2)
+    assert y.shape == F.max_pool2d(x, 2).shape == (1, 1, 1, 2**30 + 4)
+    assert torch.autograd.grad(y, x, torch.empty_like(y))[0].shape == x.shape

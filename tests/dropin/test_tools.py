@@ -38,6 +38,21 @@ def test_jit_trace_and_back_from_a_file() -> None:
     assert "freezekit::conv2d" in str(traced.inlined_graph)
 
 
+def test_a_trace_is_one_with_gradients_and_without() -> None:
+    """A call that keeps nothing is torch's own function; a trace is not, for it may run in another mode."""
+    model = fk.convert(
+        nn.Sequential(nn.ReLU(), nn.MaxPool2d(2), nn.ReflectionPad2d(1), nn.AvgPool2d(2), nn.Dropout(0.0))
+    )
+    graphs = []
+    for mode in (torch.enable_grad, torch.no_grad):
+        with mode():
+            x = X.clone().requires_grad_()
+            graphs.append(torch.jit.trace(model, x, check_trace=False).inlined_graph)
+    with_gradients, without = ([node.kind() for node in graph.nodes()] for graph in graphs)
+    assert with_gradients == without
+    assert sum(kind.startswith("freezekit::") for kind in without) == 5
+
+
 def test_jit_script_says_what_to_do() -> None:
     for module in (fk.FreezableConv2d(3, 4, 3), net(fk.FreezableConv2d)):
         with pytest.raises(RuntimeError, match=r"FreezableConv2d.*torch\.jit\.trace.*torch\.compile"):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import freezekit as fk
 
@@ -96,14 +98,21 @@ def test_nothing_of_the_input_is_kept(make: type[nn.Module]) -> None:
     assert bytes_saved(layer, x * 1) <= parameters + 64
 
 
-def test_dynamic_sizes() -> None:
-    model = fk.convert(nn.Sequential(nn.ReLU(), nn.MaxPool2d(2), nn.ReflectionPad2d(1), nn.Dropout(0.0)))
-    compiled = torch.compile(model, backend="aot_eager", dynamic=True, fullgraph=True)
-    for n, size in ((1, 8), (3, 10), (5, 14)):
-        x = torch.randn(n, 2, size, size, requires_grad=True)
-        (a,) = torch.autograd.grad(compiled(x).sum(), x)
-        (b,) = torch.autograd.grad(model(x).sum(), x)
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
+def test_dynamic_sizes(backend: str) -> None:
+    stock = nn.Sequential(nn.ReLU(), nn.MaxPool2d(2), nn.ReflectionPad2d(1), nn.Dropout(0.0))
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(fk.convert(copy.deepcopy(stock)), backend=counter, dynamic=True, fullgraph=True)
+    frames: list[int] = []
+    for n, height, width in ((2, 8, 9), (3, 10, 9), (5, 14, 12)):
+        x = torch.randn(n, 4, height, width, requires_grad=True)  # no two sizes equal: torch would make them one
+        y, expected = compiled(x), stock(x)
+        assert torch.equal(y, expected)
+        (a,) = torch.autograd.grad(y.square().sum(), x)
+        (b,) = torch.autograd.grad(expected.square().sum(), x)
         assert torch.equal(a, b)
+        frames.append(counter.frame_count)
+    assert frames == frames[:1] * 3  # all are compiled for the first size
 
 
 def test_compiled_autograd() -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from freezekit.audit import audit
-from freezekit.freezing import is_held
+from freezekit.freezing import freeze, is_held
 from freezekit.guard import guard
 from freezekit.schedule import FreezeOut, freeze_times, layers_of
 
@@ -196,7 +196,7 @@ def test_wrong_arguments() -> None:
         ("needs an optimizer", {"anneal": True}),
         ("needs anneal", {"scale_lr": True}),
         ("must hold one layer", {"anneal": True, "optimizer": optimizer}),
-        ("need an optimizer", {"remove": True}),
+        ("remove=True changes an optimizer, but there is none", {"remove": True}),
         ("at least two layers", {"layers": ["0"]}),
     ]
     for message, options in wrong:
@@ -253,7 +253,7 @@ def test_audit_sees_a_module_at_its_limit() -> None:
     with torch._dynamo.config.patch(recompile_limit=2):
         fast(batch(0))
         assert not len(audit(fast))
-        model.body[0].requires_grad_(False)
+        freeze(model, "body.0")
         fast(batch(0))
         found = audit(fast)
     assert [(f.code, f.severity) for f in found] == [("recompile-limit", "warning")]
