@@ -127,7 +127,8 @@ def check(call: Call) -> None:
     except Exception as stock:
         _check_refused(made, call, stock)
         return
-    if call.dtype == torch.float16 and call.backend in ("auto", "aten") and _torch_crashes(made, call):
+    half = call.dtype in (torch.float16, torch.bfloat16)
+    if half and call.backend in ("auto", "aten") and _torch_crashes(made, call):
         return
     ours = _run(fk.conv2d, made, call, exact=False)
     if (
@@ -153,7 +154,7 @@ def _torch_is_right(made: list[Any], call: Call, name: str, right: Tensor) -> bo
 def _torch_crashes(made: list[Any], call: Call) -> bool:
     """Whether F.conv2d itself ends a process, a forked one, by a signal: ATen is what freezekit calls there.
 
-    oneDNN's float16 kernels for AVX512-FP16 do, for some padded and dilated groups.
+    oneDNN's kernels for float16 and bfloat16 do, on CPUs that have both, for some padded and dilated groups.
     """
     child = os.fork() if hasattr(os, "fork") else None
     if child == 0:

@@ -22,8 +22,9 @@ def test_cases(first: int) -> None:
     assert not failures, "\n\n".join(failures)
 
 
-def test_a_call_that_ends_torch_itself_does_not_end_the_fuzzer() -> None:
-    assert run_case(0, 590) == ""  # float16, on a CPU with AVX512-FP16
+@pytest.mark.parametrize("index", [590, 9497], ids=["float16", "bfloat16"])
+def test_a_call_that_ends_torch_itself_does_not_end_the_fuzzer(index: int) -> None:
+    assert run_case(0, index) == ""
 
 
 def test_the_cases_reach_what_they_should() -> None:
