@@ -22,6 +22,11 @@ def test_cases(first: int) -> None:
     assert not failures, "\n\n".join(failures)
 
 
+@pytest.mark.parametrize("index", [590, 9497], ids=["float16", "bfloat16"])
+def test_a_call_that_ends_torch_itself_does_not_end_the_fuzzer(index: int) -> None:
+    assert run_case(0, index) == ""
+
+
 def test_the_cases_reach_what_they_should() -> None:
     """Valid calls are most, and every dtype, layout, backend, state and mode occurs among them."""
     drawn = [calls.draw(random.Random(f"0/{index}")) for index in range(CASES)]
