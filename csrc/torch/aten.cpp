@@ -4,30 +4,22 @@
 #include <ATen/ops/conv2d.h>
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/convolution_backward.h>
-#include <ATen/ops/empty.h>
 #include <c10/util/SmallVector.h>
 
 #include "torch/checks.h"
 #include "torch/layout.h"
+#include "torch/shape_only.h"
 
 namespace freezekit::aten {
 namespace {
 
 c10::SymIntArrayRef sym(const std::array<int64_t, 2>& values) { return c10::fromIntArrayRefSlow(values); }
 
-// Whether a tensor is data and nothing else: no transform, trace or subclass looks at what is done with it.
-bool is_plain(const Tensor& tensor) {
-  constexpr c10::DispatchKeySet watchers({c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper,
-                                          c10::DispatchKey::Batched, c10::DispatchKey::Python,
-                                          c10::DispatchKey::Functionalize});
-  return tensor.is_cpu() && tensor.layout() == at::kStrided && !tensor.key_set().has_any(watchers);
-}
-
 // With one thread and a batch under 16 ATen gives 1x1 convolutions to its own GEMM instead of oneDNN, and transposed
 // ones to a slower way than the plain product that a 1x1 dgrad is.
 bool is_small_pointwise(const Tensor& grad_output, const Tensor& weight, const Geometry& g) {
   constexpr std::array<int64_t, 2> ones = {1, 1}, zeros = {0, 0};
-  if (at::get_num_threads() != 1 || !is_plain(grad_output) || !is_plain(weight)) return false;
+  if (at::get_num_threads() != 1 || !is_plain_on_cpu(grad_output) || !is_plain_on_cpu(weight)) return false;
   return (grad_output.scalar_type() == at::kFloat || grad_output.scalar_type() == at::kDouble) && g.groups == 1 &&
          g.stride == ones && g.padding == zeros && weight.size(2) == 1 && weight.size(3) == 1 &&
          grad_output.size(0) < 16 && grad_output.numel() > 0;
@@ -66,13 +58,13 @@ Tensor dgrad(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef inp
                                 /*transposed=*/true, output_padding, g.groups);
 }
 
-// ATen's interface wants a weight for its size and layout; this one is allocated and never read or written.
+// ATen's interface wants a weight for its size and layout.
 Tensor wgrad(const Tensor& grad_output, const Tensor& input, SymIntArrayRef weight_size, const Geometry& g) {
   TORCH_CHECK(!grad_output.is_complex(), "conv2d_wgrad takes no complex grad_output, got ",
               grad_output.scalar_type());
-  const Tensor shape_only = at::empty_symint(weight_size, grad_output.options(), layout_of(grad_output, input));
+  const Tensor weight = shape_only(weight_size, grad_output, layout_of(grad_output, input));
   return std::get<1>(at::convolution_backward_symint(
-      grad_output, input, shape_only, /*bias_sizes=*/std::nullopt, sym(g.stride), sym(g.padding), sym(g.dilation),
+      grad_output, input, weight, /*bias_sizes=*/std::nullopt, sym(g.stride), sym(g.padding), sym(g.dilation),
       /*transposed=*/false, /*output_padding=*/sym({0, 0}), g.groups, {false, true, false}));
 }
 

@@ -7,7 +7,6 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/convolution_backward.h>
-#include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/library.h>
 
@@ -15,6 +14,7 @@
 #include "torch/constants.h"
 #include "torch/formula.h"
 #include "torch/operators.h"
+#include "torch/shape_only.h"
 
 namespace freezekit {
 namespace {
@@ -49,10 +49,10 @@ Tensor dgrad(const Tensor& dy, const Tensor& weight, SymIntArrayRef input_size, 
   return dx.contiguous(dx.suggest_memory_format());
 }
 
-// ATen's interface wants a weight for its size and layout; this one is allocated and never read or written.
+// ATen's interface wants a weight for its size and layout.
 Tensor wgrad(const Tensor& dy, const Tensor& input, SymIntArrayRef weight_size, const ConvolutionGeometry& g) {
-  const Tensor shape_only = at::empty_symint(weight_size, dy.options());
-  return std::get<1>(at::convolution_backward_symint(dy, input, shape_only, std::nullopt, g.stride, g.padding,
+  const Tensor weight = shape_only(weight_size, dy, at::MemoryFormat::Contiguous);
+  return std::get<1>(at::convolution_backward_symint(dy, input, weight, std::nullopt, g.stride, g.padding,
                                                      g.dilation, g.transposed, g.output_padding, g.groups,
                                                      {false, true, false}));
 }
