@@ -63,6 +63,14 @@ class blocks:
         weight: Any, bias: Any, mean: Any, var: Any, gamma: Any, beta: Any, eps: float, backend: str
     ) -> tuple[Any, Any]: ...
 
+class quick:
+    @staticmethod
+    def activation(input: Any, kind: str, a: float, b: float, inplace: bool, backend: str, /) -> Any: ...
+    @staticmethod
+    def conv2d(
+        input: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, groups: Any, backend: str, /
+    ) -> Any: ...
+
 class constants:
     @staticmethod
     def declare(source: Any) -> int: ...

@@ -10,6 +10,7 @@ namespace freezekit {
 void bind_blocks(py::module_& parent);
 void bind_choices(py::module_& parent);
 void bind_constants(py::module_& parent);
+void bind_quick(py::module_& parent);
 void bind_tiles(py::module_& parent);
 
 }  // namespace freezekit

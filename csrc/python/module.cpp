@@ -114,5 +114,6 @@ PYBIND11_MODULE(_C, m) {
   bind_blocks(m);
   bind_choices(m);
   bind_constants(m);
+  bind_quick(m);
   bind_tiles(m);
 }

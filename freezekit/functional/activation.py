@@ -7,9 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from freezekit import backends
+from freezekit import _C, backends
 from freezekit.functional._torch import as_torch
 
+# A call with a plain tensor; None of any other.
+_quick = _C.quick.activation
 _activation = torch.ops.freezekit.activation.default
 _activation_ = torch.ops.freezekit.activation_.default
 _dropout = torch.ops.freezekit.dropout.default
@@ -126,6 +128,10 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
 
 
 def _apply(input: Tensor, inplace: bool, kind: str, a: float, b: float) -> Tensor:
+    if not torch.compiler.is_compiling():
+        y = _quick(input, kind, a, b, inplace, backends._current)
+        if y is not None:
+            return y
     if not inplace:
         return _activation(input, kind, a, b, backend=backends._current)
     _activation_(input, kind, a, b, backend=backends._current)

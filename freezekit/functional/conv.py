@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from freezekit import backends
+from freezekit import _C, backends
 from freezekit._arguments import Size2, number, numbers, plain
 from freezekit.backends import Backend, check_backend
 
+# A call of plain tensors and numbers; None of any other.
+_quick = _C.quick.conv2d
 _conv2d = torch.ops.freezekit.conv2d.default
 _conv2d_dgrad = torch.ops.freezekit.conv2d_dgrad.default
 _conv2d_wgrad = torch.ops.freezekit.conv2d_wgrad.default
@@ -64,6 +66,10 @@ def conv2d(
     torch.Size([2, 4, 8, 8])
     >>> y.sum().backward()  # runs dgrad alone; x was not kept
     """
+    if backend is None and not torch.compiler.is_compiling():
+        y = _quick(input, weight, bias, stride, padding, dilation, groups, backends._current)
+        if y is not None:
+            return y
     if has_torch_function_variadic(input, weight, bias):
         return handle_torch_function(
             conv2d, (input, weight, bias), input, weight, bias, stride, padding, dilation, groups, backend=backend
