@@ -24,6 +24,9 @@ std::array<int64_t, 2> pair(IntArrayRef values, const char* name) {
               values.size(), " of them: ", values);
   TORCH_CHECK(values.front() < kExtentLimit && values.back() < kExtentLimit, name, " must be below ", kExtentLimit,
               ", got ", values);
+  // torch's own checks refuse what is negative, after sums that would overflow.
+  TORCH_CHECK(values.front() > -kExtentLimit && values.back() > -kExtentLimit, name, " must be above ", -kExtentLimit,
+              ", got ", values);
   return {values.front(), values.back()};
 }
 

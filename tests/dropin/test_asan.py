@@ -100,7 +100,9 @@ def test_malformed_calls_under_asan(tmp_path: Path) -> None:
         [CXX, "-shared", *SANITIZE.split(), *objects, *paths, *torch_libraries, "-ldl", "-o", built], check=True
     )
     env = dict(os.environ, LD_PRELOAD=f"{library('libasan.so')} {library('libubsan.so')}", OMP_NUM_THREADS="1")
-    env.update(ASAN_OPTIONS="detect_leaks=0:abort_on_error=1", UBSAN_OPTIONS="print_stacktrace=1")
+    env.update(
+        ASAN_OPTIONS="detect_leaks=0:abort_on_error=1:allocator_may_return_null=1", UBSAN_OPTIONS="print_stacktrace=1"
+    )
     assert int(clean(["-c", CALLS, built], env).split("refused")[1]) > 3000
     refused, taken = map(int, clean(["-W", "ignore", "-m", "tests.dropin.hostile", built, "600"], env).split())
     assert refused > 1500
