@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.environment import Peaks
-from bench.gate import Measure, check, largest_error
+from bench.gate import check
 from bench.memory import bytes_kept, trace
 from bench.rows import Row
 from bench.settings import Settings
@@ -28,7 +28,6 @@ class Case:
         module: stock's, already in its regime; every side gets a copy.
         input: whether it requires a gradient is part of the regime.
         tolerance: the largest error allowed of "y", "dx" and of each parameter's gradient by the parameter's name.
-        error: what is held against it.
         work: what the mathematics needs; None counts it in stock's step.
         learning_rate: of a plain SGD step after the backward pass; None for no step.
     """
@@ -46,7 +45,6 @@ class Case:
     work: Work | None = None
     x: float | None = None
     learning_rate: float | None = None
-    error: Measure = largest_error
 
     @property
     def label(self) -> str:
@@ -130,7 +128,7 @@ def measure(case: Case, settings: Settings, peaks: Peaks, clock: Clock, skipped:
                 raise
             skipped.append(f"cannot run: {name}: {case.label}: {type(error).__name__}: {str(error).splitlines()[0]}")
             continue
-        errors[name] = check(case.label, name, results, expected, tolerances, case.error)
+        errors[name] = check(case.label, name, results, expected, tolerances)
         subjects[name] = subject
     work = case.work or count(subjects["stock"].step)
     counted = {name: _count(case, subject) for name, subject in subjects.items()}

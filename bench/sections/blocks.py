@@ -7,7 +7,6 @@ from functools import partial
 import torch
 from torch import nn
 
-from bench.gate import distance
 from bench.measure import Case, MakeCase
 from bench.nets import Bottleneck, conv_bn_relu, freeze
 from bench.sections.models import model_tolerance
@@ -42,4 +41,4 @@ def block_case(kind: str, stage: tuple[int, int, int], regime: str, settings: Se
     x = torch.randn(batch, channels, size, size, device=settings.device, dtype=settings.dtype, requires_grad=True)
     bound = model_tolerance(settings)
     detail = f"{batch}x{channels}x{size}x{size}"
-    return Case("blocks", "ResNet-50", kind, detail, regime, block, x, lambda name: bound, error=distance)
+    return Case("blocks", "ResNet-50", kind, detail, regime, block, x, lambda name: bound)

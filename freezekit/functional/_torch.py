@@ -14,10 +14,11 @@ from freezekit import backends
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def as_torch(torch_s: Callable[..., Any]) -> Callable[[Function], Function]:
+def as_torch(torch_s: Callable[..., Any], *, shortcut: bool = True) -> Callable[[Function], Function]:
     """Decorates a stand-in for `torch_s`, a function of the same arguments, of which the first is the input.
 
-    Where no gradient is needed nothing is kept, and torch's own function is the shortest way. Where the stand-in fails,
+    Where no gradient is needed nothing is kept, and torch's own function is the shortest way; without `shortcut` the
+    stand-in runs there too, for what it refuses and torch would take. Where the stand-in fails,
     torch's own is called with the same arguments, and fails: a wrong argument gives torch's exception, and calls that
     are right pay for no check. Under a backend that was demanded, the stand-in runs, and its own error is the one to
     know.
@@ -28,7 +29,7 @@ def as_torch(torch_s: Callable[..., Any]) -> Callable[[Function], Function]:
         def checked(*args: Any, **kwargs: Any) -> Any:
             # Subclasses and fx's proxies are to see the stand-in, and a trace is to be one with gradients and without.
             free = backends._current == "auto" or backends._current == "aten"
-            plain = free and args and type(args[0]) is Tensor
+            plain = shortcut and free and args and type(args[0]) is Tensor
             if plain and not _learns(args) and not (kwargs and _learns(kwargs.values())) and _tracing() is None:
                 return torch_s(*args, **kwargs)
             try:

@@ -16,7 +16,7 @@ SizeN = int | Sequence[int]
 _convolution = torch.ops.freezekit.convolution.default
 
 
-@as_torch(F.conv1d)
+@as_torch(F.conv1d, shortcut=False)
 def conv1d(
     input: Tensor,
     weight: Tensor,
@@ -46,7 +46,7 @@ def conv1d(
     return _forward(1, F.conv1d, input, weight, bias, stride, padding, dilation, groups)
 
 
-@as_torch(F.conv3d)
+@as_torch(F.conv3d, shortcut=False)
 def conv3d(
     input: Tensor,
     weight: Tensor,
@@ -76,7 +76,7 @@ def conv3d(
     return _forward(3, F.conv3d, input, weight, bias, stride, padding, dilation, groups)
 
 
-@as_torch(F.conv_transpose1d)
+@as_torch(F.conv_transpose1d, shortcut=False)
 def conv_transpose1d(
     input: Tensor,
     weight: Tensor,
@@ -107,7 +107,7 @@ def conv_transpose1d(
     return _transposed(1, F.conv_transpose1d, input, weight, bias, *settings)
 
 
-@as_torch(F.conv_transpose2d)
+@as_torch(F.conv_transpose2d, shortcut=False)
 def conv_transpose2d(
     input: Tensor,
     weight: Tensor,
@@ -138,7 +138,7 @@ def conv_transpose2d(
     return _transposed(2, F.conv_transpose2d, input, weight, bias, *settings)
 
 
-@as_torch(F.conv_transpose3d)
+@as_torch(F.conv_transpose3d, shortcut=False)
 def conv_transpose3d(
     input: Tensor,
     weight: Tensor,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import freezekit as fk
 from bench import compare, sides
-from bench.gate import Tolerance, WrongResult, check, distance, largest_error
+from bench.gate import Tolerance, WrongResult, check, largest_error
 from bench.layer_lists import layers_of
 from bench.sections.layers import tolerance
 from bench.settings import Settings
@@ -46,19 +46,6 @@ def test_error_is_relative_to_the_largest_element() -> None:
     assert largest_error(torch.tensor([10.0, 1.0]), torch.tensor([10.0, 0.0])) == pytest.approx(0.1)
     assert largest_error(torch.tensor([0.5]), torch.tensor([0.0])) == 0.5
     assert largest_error(torch.empty(0), torch.empty(0)) == 0.0
-
-
-def test_a_network_is_measured_by_its_norm() -> None:
-    """One path that switched among thousands passes; what is wrong everywhere does not."""
-    stock = torch.ones(10_000)
-    switched = stock.clone()
-    switched[7] = 0
-    assert distance(switched, stock) == pytest.approx(0.01)
-    assert check("case", "ours", {"dx": switched}, {"dx": stock}, {"dx": 0.03}, distance) == pytest.approx(1 / 3)
-    for wrong in (stock * 1.1, stock * float("nan"), torch.cat([stock[:9000], torch.zeros(1000)])):
-        with pytest.raises(WrongResult, match="of its norm"):
-            check("case", "ours", {"dx": wrong}, {"dx": stock}, {"dx": 0.03}, distance)
-    assert distance(torch.empty(0), torch.empty(0)) == 0.0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -53,8 +53,22 @@ def test_a_freeze_that_ends_with_its_block_is_seen_too() -> None:
         assert net[2].weight.grad is not None
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 13), reason="torch 2.11 does not look at a flag again; `freeze` makes it")
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
+def test_a_flag_set_by_hand_is_seen(backend: str) -> None:
+    ours, stock = nets()
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(ours, backend=counter, fullgraph=True)
+    x = torch.randn(2, 3, 8, 8)
+    for step, frozen in enumerate((False, True, False, True)):
+        for net in (ours, stock):
+            net[2].requires_grad_(not frozen)
+        assert_same(gradients(compiled, x, ours), gradients(stock, x))
+        assert counter.frame_count == min(step + 1, 2)
+
+
 def test_a_flag_set_by_hand_is_seen_as_in_stock() -> None:
-    """Torch 2.11 does not look at it again; `freeze` makes it look."""
+    """Under torch 2.11 that is: not at all."""
     counts = []
     for net in nets():
         torch._dynamo.reset()

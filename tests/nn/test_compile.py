@@ -108,8 +108,10 @@ def test_dynamic_sizes(backend: str) -> None:
         counter = CompileCounterWithBackend(backend)
         compiled = torch.compile(model, backend=counter, dynamic=True, fullgraph=True)
         counts.append([])
-        for n, height, width in ((2, 8, 9), (3, 10, 9), (5, 14, 12)):
-            x = torch.randn(n, 4, height, width, requires_grad=True)  # no two sizes equal: torch would make them one
+        for n, height, width in ((2, 8, 9), (3, 10, 9), (5, 14, 12), (1, 8, 8)):
+            x = torch.randn(
+                n, 4, height, width, requires_grad=True
+            )  # at first no two sizes equal: torch makes them one
             y, expected = compiled(x), stock(x)
             assert torch.equal(y, expected)
             (a,) = torch.autograd.grad(y.square().sum(), x)
