@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bench.environment import Peaks
-from bench.gate import check
+from bench.gate import Tolerance, check
 from bench.memory import bytes_kept, trace
 from bench.rows import Row
 from bench.settings import Settings
@@ -84,6 +85,30 @@ class Subject:
         y = self.forward(self.x)
         return {"y": y.detach(), **dict(zip(self.names, self.gradients(y), strict=True))}
 
+    def moves(self, tf32: bool) -> dict[str, Tensor]:
+        """How far each element of the results moves as every layer's output is rounded otherwise, summed over 16 tries.
+
+        An output changes by as much as sums of 512 products may differ by their order, so that every pre-activation
+        which rounding can take to the other side of zero gets there in one try or another.
+        """
+        here = self.results()
+        rounding = Tolerance(self.x.dtype, 512, tf32).relative
+        generator = torch.Generator(self.x.device).manual_seed(0)
+
+        def round_otherwise(module: nn.Module, args: Any, y: Tensor) -> Tensor:
+            noise = torch.rand(y.shape, generator=generator, dtype=y.dtype, device=y.device)
+            return y + (2 * noise - 1) * (rounding * y.detach().abs().max())
+
+        leaves = [module for module in self.module.modules() if not list(module.children())]
+        hooks = [leaf.register_forward_hook(round_otherwise) for leaf in leaves]
+        moved = {name: torch.zeros_like(result, dtype=torch.float64) for name, result in here.items()}
+        for _ in range(16):
+            for name, result in self.results().items():
+                moved[name] += (result.double() - here[name].double()).abs()
+        for hook in hooks:
+            hook.remove()
+        return moved
+
     def step_for(self, part: str) -> Step:
         """What is timed."""
         if part == "fprop":
@@ -115,6 +140,7 @@ def measure(case: Case, settings: Settings, peaks: Peaks, clock: Clock, skipped:
     subjects = {"stock": Subject(SIDES["stock"], case, None)}
     expected = subjects["stock"].results()
     tolerances = {name: case.tolerance(name) for name in expected}
+    moves = cache(partial(subjects["stock"].moves, settings.tf32))
     errors = {"stock": 0.0}
     for name in settings.sides:
         side = SIDES[name]
@@ -128,7 +154,7 @@ def measure(case: Case, settings: Settings, peaks: Peaks, clock: Clock, skipped:
                 raise
             skipped.append(f"cannot run: {name}: {case.label}: {type(error).__name__}: {str(error).splitlines()[0]}")
             continue
-        errors[name] = check(case.label, name, results, expected, tolerances)
+        errors[name] = check(case.label, name, results, expected, tolerances, moves)
         subjects[name] = subject
     work = case.work or count(subjects["stock"].step)
     counted = {name: _count(case, subject) for name, subject in subjects.items()}

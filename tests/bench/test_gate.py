@@ -11,6 +11,7 @@ import freezekit as fk
 from bench import compare, sides
 from bench.gate import Tolerance, WrongResult, check, largest_error
 from bench.layer_lists import layers_of
+from bench.measure import Case, Subject
 from bench.sections.layers import tolerance
 from bench.settings import Settings
 
@@ -46,6 +47,67 @@ def test_error_is_relative_to_the_largest_element() -> None:
     assert largest_error(torch.tensor([10.0, 1.0]), torch.tensor([10.0, 0.0])) == pytest.approx(0.1)
     assert largest_error(torch.tensor([0.5]), torch.tensor([0.0])) == 0.5
     assert largest_error(torch.empty(0), torch.empty(0)) == 0.0
+
+
+class Nudged(nn.Conv2d):
+    """As a convolution that sums in another order may: what lies next to zero gets to the other side of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) - 2e-7
+
+
+class WrongInOnePlace(torch.autograd.Function):
+    """The gradient of one element is lost."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, dy: Tensor) -> Tensor:
+        dx = dy.clone()
+        dx[0, 0, 0, 0] = 0
+        return dx
+
+
+class NudgedAndWrong(Nudged):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(WrongInOnePlace.apply(x))
+
+
+def rectified(conv: type[nn.Module]) -> tuple[Subject, Subject]:
+    """Stock's and a side's convolution by one and ReLU, whose input has one element next to zero."""
+    stock = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), nn.ReLU()).requires_grad_(False)
+    stock[0].weight.fill_(1.0)
+    x = torch.linspace(0.5, 1.0, 16).reshape(1, 1, 4, 4)
+    x[0, 0, 2, 1] = 1e-7
+    case = Case("blocks", "", "", "", "", stock, x.requires_grad_(), lambda name: 1e-3)
+
+    def plant(module: nn.Module) -> nn.Module:
+        module[0].__class__ = conv
+        return module
+
+    subject = Subject(sides.SIDES["stock"], case, torch.ones(1, 1, 4, 4))
+    return subject, Subject(sides.Side("other", plant), case, subject.dy)
+
+
+def test_a_relu_on_the_other_side_of_zero_is_told_from_a_wrong_kernel() -> None:
+    stock, nudged = rectified(Nudged)
+    bounds = {"y": 1e-3, "dx": 1e-3}
+    assert largest_error(nudged.results()["dx"], stock.results()["dx"]) == 1.0
+    with pytest.raises(WrongResult, match="dx differs"):
+        check("case", "other", nudged.results(), stock.results(), bounds)
+    moved = stock.moves(tf32=False)
+    assert (moved["dx"] > 0.5).nonzero().tolist() == [[0, 0, 2, 1]]
+    assert check("case", "other", nudged.results(), stock.results(), bounds, lambda: moved) < 1
+    stock, wrong = rectified(NudgedAndWrong)
+    with pytest.raises(WrongResult, match="dx differs"):
+        check("case", "other", wrong.results(), stock.results(), bounds, lambda: moved)
+
+
+def test_stock_is_asked_how_it_moves_only_where_an_element_is_beyond_its_tolerance() -> None:
+    y = torch.ones(3)
+    check("case", "ours", {"y": y}, {"y": y.clone()}, {"y": 1e-6}, lambda: pytest.fail("asked"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
