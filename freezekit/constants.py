@@ -12,7 +12,6 @@ optimizer, which change neither version nor storage; `guard` stops the latter. A
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
@@ -53,8 +52,10 @@ def register_cache(cache: Cache) -> None:
 def declare_constant(tensor: Tensor) -> None:
     """Lets forms of a frozen tensor be kept across steps, until it dies, is withdrawn or needs a gradient.
 
+    A parameter that `torch.utils.swap_tensors` gives another tensor (as ``.to()`` does on request) is undeclared.
+
     Args:
-        tensor: a parameter or buffer; any dtype, device and size.
+        tensor: a parameter or buffer; any dtype and size, on a device whose library does not mark tensors itself.
 
     Raises:
         RuntimeError: if it requires grad, or is an inference tensor (which has no version counter).
@@ -65,8 +66,7 @@ def declare_constant(tensor: Tensor) -> None:
     >>> is_constant(weight)
     True
     """
-    if not _C.constants.is_declared(tensor):
-        weakref.finalize(tensor, _C.constants.forget, _C.constants.declare(tensor))
+    _C.constants.declare(tensor)
 
 
 def withdraw_constant(tensor: Tensor) -> None:

@@ -7,7 +7,8 @@ import gc
 import io
 import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -78,6 +79,26 @@ def swap_data_through_empty(conv: nn.Module) -> None:
     conv.weight.data = fresh
 
 
+@contextmanager
+def swapping() -> Iterator[None]:
+    """`.to()` as it may become: the parameter keeps its Python object and gets another tensor behind it."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        yield
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+def to_by_swapping(conv: nn.Module) -> None:
+    with swapping():
+        conv.to(torch.float64).to(torch.float32).weight.mul_(1.5)
+
+
+def reload_by_swapping(conv: nn.Module) -> None:
+    with swapping():
+        reload(conv)
+
+
 def freeze_again(conv: nn.Module) -> None:
     fk.unfreeze(conv)
     conv.weight.data.mul_(2)
@@ -92,6 +113,8 @@ EDITS: dict[str, Callable[[nn.Module], object]] = {
     ".data =": lambda conv: setattr(conv.weight, "data", torch.randn(8, 4, 3, 3)),
     ".data = twice": swap_data_through_empty,
     ".to(float64)": lambda conv: conv.to(torch.float64).to(torch.float32).weight.mul_(1.5),
+    ".to() by swapping": to_by_swapping,
+    "load_state_dict by swapping": reload_by_swapping,
     "assigned": lambda conv: conv.load_state_dict({"weight": torch.randn(8, 4, 3, 3)}, assign=True),
     "foreach": lambda conv: torch._foreach_mul_([conv.weight], 2.0),
     "unfreeze, edit unseen, freeze": freeze_again,

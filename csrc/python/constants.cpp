@@ -13,7 +13,6 @@ void bind_constants(py::module_& parent) {
   m.def("declare", &constants::declare, py::arg("source"));
   m.def("is_declared", &constants::is_declared, py::arg("source"));
   m.def("withdraw", &constants::withdraw, py::arg("source"));
-  m.def("forget", &constants::forget, py::arg("key"));
   m.def("invalidate", &constants::invalidate, py::arg("source"));
   m.def("stale", &constants::stale, py::arg("source"), py::call_guard<py::gil_scoped_release>());
   m.def("usage", [] {

@@ -1,12 +1,14 @@
 #include "torch/constants.h"
 
 #include <ATen/ops/equal.h>
+#include <c10/core/TensorImpl.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <algorithm>
 #include <mutex>
 #include <optional>
-#include <unordered_map>
+#include <typeinfo>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -16,8 +18,6 @@
 namespace freezekit::constants {
 namespace {
 
-using WeakTensor = c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>;
-
 struct Derived {
   Kind kind;
   int64_t stream;  // work on another stream may not have been done yet
@@ -26,20 +26,30 @@ struct Derived {
   Make make;
 };
 
-// Entries and their tensors die outside the lock: a tensor that Python has seen takes the GIL to die, and whoever holds
-// the GIL may be waiting for the lock.
-struct Entry {
-  WeakTensor source;
-  std::vector<Derived> derived;
-};
+struct Mark;
 
-std::mutex mutex;
-std::unordered_map<c10::TensorImpl*, Entry> entries;
+// Guards marks and what they hold. Both die outside the lock: a tensor that Python has seen takes the GIL to die, and
+// whoever holds the GIL may be waiting for the lock. Never destroyed, since a declared tensor may die late at exit.
+std::mutex& mutex = *new std::mutex;
+std::unordered_set<const Mark*>& marks = *new std::unordered_set<const Mark*>;
 int64_t hits = 0, misses = 0;
 
-Entry* find(const at::Tensor& source) {
-  const auto found = entries.find(source.unsafeGetTensorImpl());
-  return found == entries.end() || found->second.source.expired() ? nullptr : &found->second;
+// What a declared tensor carries, in the place that torch has for what a device's library wants to know of a tensor: it
+// dies with the tensor, and no pointer to the tensor is needed, which torch.utils.swap_tensors would refuse. A detached
+// or otherwise shallow copy gets none.
+struct Mark final : c10::BackendMeta {
+  std::vector<Derived> derived;
+
+  ~Mark() override {
+    const std::lock_guard<std::mutex> lock(mutex);
+    marks.erase(this);
+  }
+  c10::intrusive_ptr<BackendMeta> clone(const c10::intrusive_ptr<BackendMeta>&) const override { return {}; }
+};
+
+Mark* find(const at::Tensor& source) {
+  c10::BackendMeta* const meta = source.unsafeGetTensorImpl()->get_backend_meta();
+  return meta && typeid(*meta) == typeid(Mark) ? static_cast<Mark*>(meta) : nullptr;
 }
 
 // Stream of the work that makes and reads `source`'s derived tensors; none where the cache must stay out of it: what
@@ -75,8 +85,8 @@ at::Tensor derived(const at::Tensor& source, Kind kind, const Make& make) {
   if (value.is_inference()) return value;  // made under inference_mode: of no use to a call that records gradients
   Derived fresh{kind, *stream, before, value, make};
   lock.lock();
-  if (Entry* entry = find(source); entry && before.matches(source)) {
-    auto& list = entry->derived;
+  if (Mark* mark = find(source); mark && before.matches(source)) {
+    auto& list = mark->derived;
     const auto old = std::find_if(list.begin(), list.end(), [&](const Derived& d) { return same(d, kind, *stream); });
     if (old == list.end()) {
       list.push_back(std::move(fresh));
@@ -84,18 +94,19 @@ at::Tensor derived(const at::Tensor& source, Kind kind, const Make& make) {
       std::swap(*old, fresh);
     }
   }
-  lock.unlock();  // before `fresh` dies: see Entry
+  lock.unlock();  // before `fresh` dies: see `mutex`
   return value;
 }
 
-uintptr_t declare(const at::Tensor& source) {
+void declare(const at::Tensor& source) {
   TORCH_CHECK(!source.requires_grad(), "only a frozen tensor can be declared constant: this one requires grad");
   TORCH_CHECK(!source.is_inference(), "an inference tensor cannot be declared constant: it has no version counter");
-  Entry entry{WeakTensor(source.getIntrusivePtr()), {}};
+  auto mark = c10::make_intrusive<Mark>();
   const std::lock_guard<std::mutex> lock(mutex);
-  c10::TensorImpl* key = source.unsafeGetTensorImpl();
-  if (!find(source)) std::swap(entries.insert_or_assign(key, Entry{entry.source, {}}).first->second, entry);
-  return reinterpret_cast<uintptr_t>(key);
+  c10::TensorImpl* const impl = source.unsafeGetTensorImpl();
+  if (impl->get_backend_meta()) return;  // declared already, or in use by its device's library
+  marks.insert(mark.get());
+  impl->set_backend_meta(std::move(mark));
 }
 
 bool is_declared(const at::Tensor& source) {
@@ -103,28 +114,27 @@ bool is_declared(const at::Tensor& source) {
   return find(source) != nullptr;
 }
 
-void forget(uintptr_t key) {
-  decltype(entries)::node_type dying;
+void withdraw(const at::Tensor& source) {
+  c10::intrusive_ptr<c10::BackendMeta> dying;
   const std::lock_guard<std::mutex> lock(mutex);
-  dying = entries.extract(reinterpret_cast<c10::TensorImpl*>(key));
+  if (!find(source)) return;
+  dying = source.unsafeGetTensorImpl()->get_backend_meta_intrusive_ptr();
+  source.unsafeGetTensorImpl()->set_backend_meta({});
 }
-
-void withdraw(const at::Tensor& source) { forget(reinterpret_cast<uintptr_t>(source.unsafeGetTensorImpl())); }
 
 void invalidate(const at::Tensor& source) {
   std::vector<Derived> dying;
   const std::lock_guard<std::mutex> lock(mutex);
-  if (Entry* entry = find(source)) std::swap(entry->derived, dying);
+  if (Mark* mark = find(source)) std::swap(mark->derived, dying);
 }
 
 Usage usage() {
   const std::lock_guard<std::mutex> lock(mutex);
   Usage usage;
   usage.hits = hits, usage.misses = misses;
-  for (const auto& [key, entry] : entries) {
-    if (entry.source.expired()) continue;
+  for (const Mark* mark : marks) {
     ++usage.declared;
-    for (const Derived& d : entry.derived) ++usage.cached, usage.bytes += static_cast<int64_t>(d.value.nbytes());
+    for (const Derived& d : mark->derived) ++usage.cached, usage.bytes += static_cast<int64_t>(d.value.nbytes());
   }
   return usage;
 }
@@ -133,7 +143,7 @@ std::vector<std::string> stale(const at::Tensor& source) {
   std::vector<Derived> known;
   {
     const std::lock_guard<std::mutex> lock(mutex);
-    if (const Entry* entry = find(source)) known = entry->derived;
+    if (const Mark* mark = find(source)) known = mark->derived;
   }
   std::vector<std::string> names;
   for (const Derived& d : known) {

@@ -3,7 +3,7 @@
 // A weight is declared by `freeze` or `fuse`, never by its having requires_grad = False alone: writes through `.data` or
 // numpy change neither version nor pointer, so a cached copy could be silently stale. Every other change is seen: an
 // entry is served only for the same tensor, the same storage, the same version, and while no gradient is asked for.
-// Nothing of it reaches state_dict, pickle or deepcopy, since the tensor itself carries no mark.
+// The tensor carries a mark that torch neither copies nor saves: nothing reaches state_dict, pickle or deepcopy.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -26,11 +26,11 @@ using Make = std::function<at::Tensor(const at::Tensor& source)>;
 // `source` as `make(source)` gives it: from the cache where source is declared constant, fresh elsewhere.
 at::Tensor derived(const at::Tensor& source, Kind kind, const Make& make);
 
-// Returns a key for forget(). Declaring twice is declaring once.
-uintptr_t declare(const at::Tensor& source);
+// Declaring twice is declaring once. Where the device's own library marks its tensors in the same place, the tensor
+// stays undeclared: what is made from it is made at each call.
+void declare(const at::Tensor& source);
 bool is_declared(const at::Tensor& source);
 void withdraw(const at::Tensor& source);
-void forget(uintptr_t key);
 
 // Drops what was made from `source`, which stays declared; the next call makes it again.
 void invalidate(const at::Tensor& source);
