@@ -41,7 +41,7 @@ Tensor run(const Tensor& input, const Tensor& packed, const Tensor& bias, const 
     return residual.defined() ? y.add_(residual) : y;
   }
   return adding.call(input, residual, packed, optional(bias), padding, g.stride, g.dilation, g.groups, "add",
-                     std::nullopt, std::nullopt, Scalars(), std::nullopt);
+                     at::Scalar(1.0), std::nullopt, Scalars(), std::nullopt);
 }
 
 // The layout that oneDNN likes best depends on the input's size. The first size met decides; with another one oneDNN
@@ -62,7 +62,8 @@ std::array<int64_t, 2> rotated_padding(const Tensor& weight, const Geometry& g) 
 }
 
 // ATen gives float32 convolutions of one small image, and 1x1 ones with one thread, to its own GEMM. That begins within
-// 5 us, where oneDNN takes 38 us to find its primitive and its memory (measured), and wins from about 8 million products.
+// 5 us, where oneDNN takes 38 us to find its primitive and its memory (measured), and wins from about 8 million
+// products.
 bool aten_is_quicker(const Tensor& activation, const Tensor& weight, const Geometry& g) {
   constexpr int64_t kSmallImage = 20480, kSmallBatch = 16, kSmallWork = 8'000'000;  // the first two are ATen's own
   constexpr std::array<int64_t, 2> ones = {1, 1};

@@ -14,8 +14,8 @@
 namespace freezekit {
 namespace {
 
-// An address range that can be read and takes no memory, for all that want one; null where the system has none. Ranges that
-// were outgrown stay: tensors may still point at them.
+// An address range that can be read and takes no memory, for all that want one; null where the system has none. Ranges
+// that were outgrown stay: tensors may still point at them.
 void* readable_zeros([[maybe_unused]] size_t bytes) {
 #if defined(__unix__) && defined(MAP_ANONYMOUS) && defined(MAP_NORESERVE)
   static std::mutex lock;
@@ -34,12 +34,14 @@ void* readable_zeros([[maybe_unused]] size_t bytes) {
 #endif
 }
 
+// Of tensors that a transform, trace or subclass looks on at.
+constexpr c10::DispatchKeySet watchers({c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper,
+                                        c10::DispatchKey::Batched, c10::DispatchKey::Python,
+                                        c10::DispatchKey::Functionalize});
+
 }  // namespace
 
 bool is_plain_on_cpu(const Tensor& tensor) {
-  constexpr c10::DispatchKeySet watchers({c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper,
-                                          c10::DispatchKey::Batched, c10::DispatchKey::Python,
-                                          c10::DispatchKey::Functionalize});
   return tensor.is_cpu() && tensor.layout() == at::kStrided && !tensor.key_set().has_any(watchers);
 }
 
@@ -55,6 +57,17 @@ Tensor shape_only(SymIntArrayRef size, const Tensor& like, at::MemoryFormat form
     }
   }
   return at::empty_symint(size, like.options(), format);
+}
+
+Tensor without_data(SymIntArrayRef size, const Tensor& like, at::MemoryFormat format) {
+  if (like.is_meta() || like.key_set().has_any(watchers) || c10::impl::TorchDispatchModeTLS::any_modes_set()) {
+    return at::empty({1}, like.options()).expand_symint(size);  // what looks on can follow it
+  }
+  const auto numbers = C10_AS_INTARRAYREF_SLOW(size);
+  const Tensor shape = at::empty(numbers, like.options().device(at::kMeta), format);
+  const Tensor result = at::empty({0}, like.options());
+  result.unsafeGetTensorImpl()->set_sizes_and_strides(numbers, shape.strides());
+  return result;
 }
 
 }  // namespace freezekit

@@ -3,7 +3,7 @@
 //   avg_pool2d, avg_pool3d, adaptive_avg_pool2d, adaptive_avg_pool3d, reflection_pad, replication_pad
 //
 // Values and gradients are ATen's own operators. Its gradients ask for the input and read size and layout alone, so
-// they get a tensor of the input's size that has no storage to speak of.
+// they get a tensor of the input's size without data.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/_adaptive_avg_pool2d_backward.h>
 #include <ATen/ops/_adaptive_avg_pool3d_backward.h>
@@ -13,7 +13,6 @@
 #include <ATen/ops/avg_pool2d_backward.h>
 #include <ATen/ops/avg_pool3d.h>
 #include <ATen/ops/avg_pool3d_backward.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/reflection_pad1d.h>
 #include <ATen/ops/reflection_pad1d_backward.h>
 #include <ATen/ops/reflection_pad2d.h>
@@ -27,13 +26,13 @@
 #include <ATen/ops/replication_pad3d.h>
 #include <ATen/ops/replication_pad3d_backward.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/library.h>
 
 #include "torch/checks.h"
 #include "torch/formula.h"
 #include "torch/layout.h"
 #include "torch/operators.h"
+#include "torch/shape_only.h"
 
 namespace freezekit {
 namespace {
@@ -105,21 +104,6 @@ struct ReplicationPad {
   }
 };
 
-// What ATen reads of the input. On tensors with data it is one without any: a kernel that read it would throw. Tracing
-// wants a tensor that it can follow, and gets one element seen many times, whose layout says nothing.
-Tensor stand_in(const Tensor& grad, SymIntArrayRef size, at::MemoryFormat format) {
-  const bool has_data = !grad.is_meta() && !grad.key_set().has_any(c10::DispatchKeySet(
-                            {c10::DispatchKey::Python, c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Batched,
-                             c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::Functionalize}));
-  const bool watched = c10::impl::TorchDispatchModeTLS::any_modes_set();
-  if (!has_data || watched) return at::empty({1}, grad.options()).expand_symint(size);
-  const auto sizes = C10_AS_INTARRAYREF_SLOW(size);
-  const Tensor shape = at::empty(sizes, grad.options().device(at::kMeta), format);
-  const Tensor result = at::empty({0}, grad.options());
-  result.unsafeGetTensorImpl()->set_sizes_and_strides(sizes, shape.strides());
-  return result;
-}
-
 // sizes: what the layer has, then the input's size; the last value is the input's memory format.
 template <class Layer>
 variable_list backward(const Tensor& grad, const variable_list&, const Settings& settings,
@@ -128,7 +112,7 @@ variable_list backward(const Tensor& grad, const variable_list&, const Settings&
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const auto& size = settings.sizes.back();
   const auto format = static_cast<at::MemoryFormat>(settings.values.back().toInt());
-  return {in_layout(Layer::gradient(grad, stand_in(grad, size, format), settings), format)};
+  return {in_layout(Layer::gradient(grad, without_data(size, grad, format), settings), format)};
 }
 
 template <class Layer>
