@@ -18,13 +18,15 @@ CASES, PART = 300, 30
 
 @pytest.mark.parametrize("first", range(0, CASES, PART))
 def test_cases(first: int) -> None:
-    failures = [failure for index in range(first, first + PART) if (failure := run_case(0, index))]
+    outcomes = [run_case(0, index) for index in range(first, first + PART)]
+    failures = [outcome.failure for outcome in outcomes if outcome.failure]
     assert not failures, "\n\n".join(failures)
+    assert sum(bool(outcome.passed_over) for outcome in outcomes) <= PART // 10
 
 
 @pytest.mark.parametrize("index", [590, 9497], ids=["float16", "bfloat16"])
 def test_a_call_that_ends_torch_itself_does_not_end_the_fuzzer(index: int) -> None:
-    assert run_case(0, index) == ""
+    assert run_case(0, index).failure == ""
 
 
 def test_the_cases_reach_what_they_should() -> None:

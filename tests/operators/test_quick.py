@@ -58,7 +58,7 @@ def test_plain_calls_are_the_operator() -> None:
         {"bias": 1.0}, {"bias": B.as_subclass(Sub)}, {"stride": [1, 1]}, {"stride": (1,)}, {"stride": (1, 2.0)},
         {"padding": "same"}, {"dilation": True}, {"dilation": 2**63}, {"groups": (1, 1)}, {"groups": 1.0},
     ],
-    ids=str,
+    ids=lambda changes: " ".join(f"{n} {type(v).__name__ if isinstance(v, Tensor) else v}" for n, v in changes.items()),
 )  # fmt: skip
 def test_unusual_calls_are_left_to_python(changes: dict[str, Any]) -> None:
     assert conv2d(**changes) is None
