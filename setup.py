@@ -79,6 +79,8 @@ class Build(BuildExtension):
         kernels = sorted((CSRC / "kernels").glob("*.cu"))
         info = {"torch": torch.__version__, "cuda": None, "archs": [], "python": sys.version.split()[0]}
         nvcc = find_nvcc()
+        without = "" if nvcc else ", without CUDA kernels since there is no nvcc"
+        print(f"freezekit: compiling in {JOBS} jobs{without}; the first time takes minutes", flush=True)
         if nvcc:
             archs = (os.environ.get("FREEZEKIT_CUDA_ARCHS") or DEFAULT_ARCHS).replace(",", ";").split(";")
             banner = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
@@ -99,8 +101,6 @@ class Build(BuildExtension):
             ]
             # Static, as nvcc links by default: the binary then loads where no CUDA is installed.
             extension.extra_link_args += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-        else:
-            print("freezekit: no nvcc, building without CUDA kernels")
         self.build_emulator(build, kernels)
         (PACKAGE / "_build_info.json").write_text(json.dumps(info))
         super().build_extensions()

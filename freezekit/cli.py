@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
+from freezekit._inputs import Arguments, arguments
 from freezekit.audit.__main__ import FactoryError, build
-from freezekit.explain.trace import arguments
 from freezekit.profiling import profile
 
 EPILOG = """examples:
@@ -149,15 +149,15 @@ def _profile(options: argparse.Namespace) -> int:
 def _record(text: str) -> profile:
     """One forward and backward pass; the one before it, which pays for what is made once, is not recorded."""
     model, inputs = load_model(text)
-    args, kwargs = arguments(inputs)
-    _step(model, args, kwargs)
+    given = arguments(inputs)
+    _step(model, given)
     with profile() as recorded:
-        _step(model, args, kwargs)
+        _step(model, given)
     return recorded
 
 
-def _step(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    outputs = [t for t in tree_leaves(model(*args, **kwargs)) if isinstance(t, Tensor) and t.requires_grad]
+def _step(model: nn.Module, inputs: Arguments) -> None:
+    outputs = [t for t in tree_leaves(inputs.call(model)) if isinstance(t, Tensor) and t.requires_grad]
     if outputs:  # With everything frozen and no input that learns there is no backward pass.
         torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
 

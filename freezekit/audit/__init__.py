@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from freezekit._arguments import check_module
+from freezekit._inputs import arguments
+
 from . import attributes, forward, optim, tensors, wrappers
 from .report import SEVERITIES, AuditError, Finding, Report
 from .subject import Subject
@@ -62,9 +65,9 @@ def audit(
     Args:
         model: the model, wrapped (DDP, FSDP, torch.compile) or not.
         optimizer: the optimizer that steps it, or all of them when there are several.
-        inputs: arguments of one forward pass: a tensor, or a tuple of positional arguments. Given, the pass is run
-            once in the model's present mode (buffers and random state are put back; no backward pass), which shows
-            buffers that move and layers that lose their gradient.
+        inputs: arguments of one forward pass: a tensor, a tuple or list of positional arguments, or a mapping of
+            keyword arguments. Given, the pass is run once in the model's present mode (buffers and random state are
+            put back; no backward pass), which shows buffers that move and layers that lose their gradient.
         schedule: a freezing schedule (`freezekit.schedule`), to count its recompilations against torch.compile's limit.
 
     Returns:
@@ -72,7 +75,7 @@ def audit(
         are in ``report.skipped``. Call `audit` inside ``torch.autocast`` to see what autocast casts.
 
     Raises:
-        TypeError: ``model`` is not a module, or ``optimizer`` is not an optimizer.
+        TypeError: ``model`` is not a module, ``optimizer`` not an optimizer, or ``inputs`` none of those.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
@@ -80,12 +83,11 @@ def audit(
         >>> [(f.severity, f.code, f.where) for f in audit(model)]
         [('error', 'unknown-attribute', '0.bias.requires_brad')]
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     if schedule is not None and not callable(getattr(schedule, "compile_entries", None)):
         raise TypeError(f"schedule must have a method compile_entries(), got {type(schedule).__name__}")
-    arguments = None if inputs is None else tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-    subject = Subject(model, _optimizers(optimizer), arguments, schedule)
+    given = None if inputs is None else arguments(inputs)
+    subject = Subject(model, _optimizers(optimizer), given, schedule)
     checks = [*_ALWAYS]
     skipped = {}
     if subject.optimizers:

@@ -96,7 +96,7 @@ def run(subject: Subject) -> Probe:
     try:
         with torch.random.fork_rng(), torch.enable_grad(), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            outputs = model(*subject.inputs)
+            outputs = subject.inputs.call(model)
     finally:
         for handle in handles:
             handle.remove()

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from freezekit._inputs import Arguments
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -18,13 +20,13 @@ class Subject:
     Attributes:
         model: the model, wrappers included.
         optimizers: every optimizer that steps it, maybe none.
-        inputs: positional arguments of a forward pass, or None.
+        inputs: arguments of a forward pass, or None.
         schedule: a freezing schedule to hold against torch.compile's limit, or None.
     """
 
     model: nn.Module
     optimizers: tuple[torch.optim.Optimizer, ...]
-    inputs: tuple[Any, ...] | None
+    inputs: Arguments | None
     schedule: Any = None
 
     @cached_property

@@ -7,7 +7,7 @@ are seen by a `TorchFunctionMode`; those that a layer of torch.nn makes in its o
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+
+from freezekit._inputs import Arguments
 
 _C_NN = torch._C._nn
 _OWN = (str(Path(torch.__file__).parent), str(Path(__file__).resolve().parents[1]))
@@ -152,20 +154,15 @@ def _undone(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(value)
 
 
-def functional_calls(model: nn.Module, inputs: Any) -> list[Call]:
+def functional_calls(model: nn.Module, inputs: Arguments) -> list[Call]:
     """Runs `model` once, in its present mode and with gradients, and lists the calls in the order of the first ones.
 
     Args:
         model: any module.
-        inputs: the arguments: a tensor, a tuple of positional or a mapping of keyword arguments.
+        inputs: of its forward.
     """
     seen = _Seen()
     seen.own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
     with _undone(model), _named(model, seen), torch.enable_grad(), seen:
-        if isinstance(inputs, Mapping):
-            model(**inputs)
-        elif isinstance(inputs, tuple):
-            model(*inputs)
-        else:
-            model(inputs)
+        inputs.call(model)
     return list(seen.calls.values())

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from freezekit._arguments import check_module
+from freezekit._inputs import arguments
 from freezekit.conversion.calls import functional_calls
 from freezekit.conversion.swap import SWAPS, reason_to_leave, stock_base
 
@@ -42,8 +43,9 @@ def conversion_report(model: nn.Module, inputs: Any = None) -> list[LayerReport]
 
     Args:
         model: any module.
-        inputs: None, or the arguments of one forward: a tensor, a tuple, or a mapping of keyword arguments. It runs in
-            the model's present mode with gradients recorded; buffers and random state are put back.
+        inputs: None, or the arguments of one forward: a tensor, a tuple or list of positional arguments, or a mapping
+            of keyword arguments. It runs in the model's present mode with gradients recorded; buffers and random state
+            are put back.
 
     >>> from torch import nn
     >>> import freezekit as fk
@@ -63,7 +65,7 @@ def conversion_report(model: nn.Module, inputs: Any = None) -> list[LayerReport]
             reason = reason_to_leave(module, base)
             rows.append(LayerReport(name, layer, "left alone" if reason else "stock", reason))
     if inputs is not None:
-        for call in functional_calls(model, inputs):
+        for call in functional_calls(model, arguments(inputs)):
             times = f" ({call.count} times)" if call.count > 1 else ""
             reason = f"a call{times} that convert cannot swap: write {call.instead}"
             rows.append(LayerReport(call.module, call.function, "call", reason, call.where, call.bytes_kept))

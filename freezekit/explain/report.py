@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 import freezekit._C as _C
+from freezekit._arguments import check_module
+from freezekit._inputs import arguments
 from freezekit.explain.advice import Advisor
 from freezekit.explain.kernels import kernels_of
 from freezekit.explain.record import Call, Trace
@@ -138,14 +140,14 @@ def explain(model: nn.Module, inputs: Any) -> Explanation:
 
     Args:
         model: in the mode, and with the parameters frozen, that you want explained.
-        inputs: a tensor, a sequence of positional arguments, or a mapping of keyword arguments for its forward. Only
-            shapes, dtypes and `requires_grad` matter: tensors on the meta device do.
+        inputs: a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments of its forward.
+            Only shapes, dtypes and `requires_grad` matter: tensors on the meta device do.
 
     Returns:
         Explanation: iterate over it, `.print()`, `.to_json()`, `.plot("kept.png")`, `.bytes_kept`, `.flops`.
 
     Raises:
-        TypeError: if `model` is no nn.Module.
+        TypeError: if `model` is no nn.Module, or `inputs` none of those.
         RuntimeError: if its forward pass needs the values of tensors.
 
     >>> import torch, freezekit as fk
@@ -158,9 +160,8 @@ def explain(model: nn.Module, inputs: Any) -> Explanation:
     >>> explain(net, torch.empty(1, 3, 12, 12, device="meta")).bytes_kept == 3 * 12 * 12 * 4
     True
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    return _explain(trace(model, inputs), Advisor(model))
+    check_module(model)
+    return _explain(trace(model, arguments(inputs)), Advisor(model))
 
 
 def _explain(traced: Trace, advisor: Advisor) -> Explanation:

@@ -7,7 +7,7 @@ statistics and draws no random numbers; the shapes, and so the bytes, are those 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_map
 
+from freezekit._inputs import Arguments
 from freezekit.conversion import SWAPS
 from freezekit.explain.fused import FusedBlocks, constants
 from freezekit.explain.modes import Functions, Operators, fallback, note
@@ -25,38 +26,29 @@ from freezekit.fuse import folding
 OURS = tuple(SWAPS.values())
 
 
-def trace(model: nn.Module, inputs: Any) -> Trace:
-    """Runs `model(*inputs)` on meta tensors, in the mode (train or eval) that it is in.
+def trace(model: nn.Module, inputs: Arguments) -> Trace:
+    """Runs `model` on meta tensors, in the mode (train or eval) that it is in.
 
     Args:
         model: any module whose forward does not depend on the values of tensors.
-        inputs: a tensor, a sequence of positional arguments, or a mapping of keyword arguments; their device and
-            values do not matter, their `requires_grad` does.
+        inputs: their device and values do not matter, their `requires_grad` does.
 
     Raises:
         RuntimeError: if the forward pass needs values (`.item()`, data-dependent shapes), with torch's own reason.
     """
     recorder = Recorder(model)
     stand_ins = recorder.stand_ins()
-    args, kwargs = arguments(tree_map(_stand_in, inputs))
+    args, kwargs = tree_map(_stand_in, inputs)
     with folding.undisturbed(model), recorder.recording(), torch.enable_grad():
         try:
             output = torch.func.functional_call(model, stand_ins, args, kwargs, tie_weights=True)
         except (RuntimeError, NotImplementedError) as error:
             raise RuntimeError(
-                f"{type(model).__name__} cannot run without data, which explaining it needs: {error}"
+                f"explaining {type(model).__name__} runs it on tensors without data and looks at what is kept; "
+                f"there it fails: {error}"
             ) from error
         del output  # held until here, so that everything kept for its backward was counted
         return Trace(recorder.calls, recorder.kept_but(constants(model)))
-
-
-def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A call's positional and keyword arguments: a mapping holds the latter, a sequence the former."""
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    if isinstance(inputs, Tensor) or not isinstance(inputs, Sequence):
-        return (inputs,), {}
-    return tuple(inputs), {}
 
 
 def _stand_in(value: Any) -> Any:

@@ -52,8 +52,8 @@ def freeze(
             singular vectors of spectral norm count as running statistics.
         until: also freeze all that comes before this module or parameter, which itself stays trainable: in the order
             of registration, or of the calls in one forward when ``inputs`` is given.
-        inputs: arguments for that forward: a tensor, a tuple, or a mapping of keywords. It runs in eval mode, without
-            gradients, and leaves random state and running statistics alone.
+        inputs: arguments for that forward: a tensor, a tuple or list of positional arguments, or a mapping of keyword
+            arguments. It runs in eval mode, without gradients, and leaves random state and running statistics alone.
 
     Returns:
         what changed; in a ``with`` statement it is undone at the end of the block.

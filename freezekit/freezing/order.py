@@ -7,12 +7,12 @@ forward with ``inputs`` gives the true order of calls.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from freezekit._inputs import Arguments, arguments
 from freezekit.freezing.norm import has_statistics
 
 
@@ -21,8 +21,8 @@ def before(model: nn.Module, until: str, inputs: Any = None) -> tuple[set[int], 
 
     Args:
         until: the name of a module or parameter of ``model``.
-        inputs: None for registration order; else the arguments of one forward, a tensor, a tuple of positional or a
-            mapping of keyword arguments.
+        inputs: None for registration order; else the arguments of one forward: a tensor, a tuple or list of positional
+            arguments, or a mapping of keyword arguments.
     """
     if inputs is None:
         return _registered_before(model, until)
@@ -51,7 +51,7 @@ def _own_ids(model: nn.Module, name: str) -> set[int]:
 
 
 def _called_before(model: nn.Module, until: str, inputs: Any) -> tuple[set[int], set[int]]:
-    first_call = _trace(model, inputs)
+    first_call = _trace(model, arguments(inputs))
     names = dict(model.named_modules(remove_duplicate=False))
     owner_name = until if until in names else until.rpartition(".")[0]
     stop = _position(names, owner_name, first_call)
@@ -94,7 +94,7 @@ def _calls_inside(module: nn.Module, first_call: dict[int, int]) -> list[int]:
     return [first_call[id(m)] for m in module.modules() if id(m) in first_call]
 
 
-def _trace(model: nn.Module, inputs: Any) -> dict[int, int]:
+def _trace(model: nn.Module, inputs: Arguments) -> dict[int, int]:
     """Run one forward and number the modules by their first call.
 
     In eval mode, without gradients and with the random state put back, so that neither running statistics nor dropout
@@ -112,12 +112,7 @@ def _trace(model: nn.Module, inputs: Any) -> dict[int, int]:
         for module in modules:
             module.training = False
         with torch.no_grad(), torch.random.fork_rng():
-            if isinstance(inputs, Mapping):
-                model(**inputs)
-            elif isinstance(inputs, tuple):
-                model(*inputs)
-            else:
-                model(inputs)
+            inputs.call(model)
     finally:
         for handle in handles:
             handle.remove()

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from freezekit._arguments import check_module, check_real
+from freezekit._inputs import Arguments, arguments
 from freezekit.explain.fused import constants
-from freezekit.explain.trace import Trace, arguments, trace
+from freezekit.explain.trace import Trace, trace
 from freezekit.plan.machine import Machine, seconds
 from freezekit.plan.report import Option, Plan
 
@@ -66,21 +67,22 @@ def plan(
     parameter = next(model.parameters(), None)
     if parameter is None:
         raise ValueError("model has no parameters: there is nothing to freeze")
-    tensors = [*model.parameters(), *torch.utils._pytree.tree_leaves(inputs)]
+    given = arguments(inputs)
+    tensors = [*model.parameters(), *torch.utils._pytree.tree_leaves(given)]
     if measure and any(isinstance(t, Tensor) and t.is_meta for t in tensors):
         raise ValueError("measure=True runs the model: it and inputs must hold data, got a tensor on the meta device")
     where = "cpu" if parameter.is_meta else parameter.device
     machine = machine or Machine.measure(where, parameter.dtype)
-    planner = _Planner(model, inputs, machine)
+    planner = _Planner(model, given, machine)
     options = [*planner.depths(), *planner.regimes()]
     if measure:
         twin = copy.deepcopy(model)
-        options = [_measure(twin, inputs, option) for option in options]
+        options = [_measure(twin, given, option) for option in options]
     return Plan(options, machine, memory, time)
 
 
 class _Planner:
-    def __init__(self, model: nn.Module, inputs: Any, machine: Machine) -> None:
+    def __init__(self, model: nn.Module, inputs: Arguments, machine: Machine) -> None:
         self.model = model
         self.inputs = inputs
         self.machine = machine
@@ -144,13 +146,12 @@ class _Planner:
             return trace(self.model, inputs)
 
 
-def _measure(model: nn.Module, inputs: Any, option: Option) -> Option:
+def _measure(model: nn.Module, inputs: Arguments, option: Option) -> Option:
     """Bytes that autograd keeps in a real step, and the shortest of a few backward passes."""
     if option.name == "input learns":
         inputs = torch.utils._pytree.tree_map(
             lambda v: v.detach().requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else v, inputs
         )
-    args, kwargs = arguments(inputs)
     own: set[int] = set()
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -162,11 +163,11 @@ def _measure(model: nn.Module, inputs: Any, option: Option) -> Option:
 
     device = next(model.parameters()).device
     with _frozen(dict(model.named_parameters()), list(option.frozen)):
-        model(*args, **kwargs)  # Weights are folded once, not in every step.
+        inputs.call(model)  # Weights are folded once, not in every step.
         there = [*model.parameters(), *model.buffers(), *constants(model)]
         own |= {tensor.untyped_storage()._cdata for tensor in there}
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            output = model(*args, **kwargs)
+            output = inputs.call(model)
         outputs = [t for t in torch.utils._pytree.tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
         count = sum(storage.nbytes() for storage in kept.values())
         kept.clear()
@@ -175,7 +176,7 @@ def _measure(model: nn.Module, inputs: Any, option: Option) -> Option:
             ones = [torch.ones_like(t) for t in outputs]
             wanted = [
                 t
-                for t in [*model.parameters(), *torch.utils._pytree.tree_leaves((args, kwargs))]
+                for t in [*model.parameters(), *torch.utils._pytree.tree_leaves(inputs)]
                 if isinstance(t, Tensor) and t.requires_grad
             ]
             elapsed = seconds(

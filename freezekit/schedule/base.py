@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+from freezekit._arguments import check_module
 from freezekit.distributed import rewrap, sync_buffers
 from freezekit.freezing import freeze, unfreeze
 from freezekit.freezing.arguments import check_optimizers
@@ -72,8 +73,7 @@ class Schedule:
         remove: bool,
         state: Literal["keep", "reset"],
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        check_module(model)
         if isinstance(getattr(model, "_orig_mod", None), DDP):
             raise ValueError("model is a compiled DDP wrapper, which cannot be rewrapped: compile inside DDP, "
                              "DDP(torch.compile(model))")  # fmt: skip

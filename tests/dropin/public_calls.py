@@ -210,6 +210,20 @@ rows(
         ("measure", "data", "meta"),
     ),
 )
+for public, call in {
+    "audit": lambda inputs: lambda m, o: fk.audit(m, o, inputs),
+    "conversion_report": lambda inputs: lambda m, o: fk.conversion_report(m, inputs),
+    "explain": lambda inputs: lambda m, o: fk.explain(m, inputs),
+    "freeze": lambda inputs: lambda m, o: fk.freeze(m, until="0", inputs=inputs),
+    "plan": lambda inputs: lambda m, o: fk.plan(m, inputs, machine=MACHINE),
+    "unfreeze": lambda inputs: lambda m, o: fk.unfreeze(m, until="0", inputs=inputs),
+}.items():
+    rows(
+        public,
+        ("inputs of a number", call(3), TypeError, ("inputs", "tensor", "tuple", "int")),
+        ("inputs of text", call("x"), TypeError, ("inputs", "tensor", "tuple", "str")),
+        ("inputs by number", call({0: X}), TypeError, ("inputs", "name", "0")),
+    )
 rows(
     "profile",
     ("an argument", lambda m, o: fk.profile("cpu"), TypeError, ("profile", "2 were given")),
