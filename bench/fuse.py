@@ -34,6 +34,8 @@ def make_net(depth: int, channels: int, kernel: int, dtype: torch.dtype) -> nn.M
     for _ in range(depth):
         conv = nn.Conv2d(channels, channels, kernel, padding=kernel // 2, bias=False)
         norm = nn.BatchNorm2d(channels)
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
         nn.init.normal_(norm.running_mean)
         nn.init.uniform_(norm.running_var, 0.5, 2)
         layers += [conv, norm, nn.ReLU()]
@@ -50,7 +52,8 @@ def measure(layout: str, args: argparse.Namespace) -> Interleaved:
     """Stock, fused and, if asked for, compiled stock."""
     torch.manual_seed(0)
     memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    stock = make_net(args.depth, args.channels, args.kernel, getattr(torch, args.dtype)).to(memory_format=memory_format)
+    stock = make_net(args.depth, args.channels, args.kernel, getattr(torch, args.dtype))
+    stock.to(memory_format=memory_format)  # type: ignore[call-overload]
     x = torch.randn(args.batch, args.channels, args.size, args.size, dtype=getattr(torch, args.dtype))
     x = x.to(memory_format=memory_format).requires_grad_()
     steps = {"stock": make_step(stock, x), "fused": make_step(fuse(copy.deepcopy(stock)), x)}

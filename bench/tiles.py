@@ -15,6 +15,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +97,10 @@ class Problem:
 
     def run(self, candidate: Candidate, out: Tensor) -> bool:
         """Computes into `out`; False if the candidate does not take the problem."""
-        tensors = [self.x, self.w, self.y]
-        tensors[(2, 0, 1)[self.number]] = out
-        family = FAMILIES.index(candidate.family)
-        return _C.tiles.launch(self.number, *tensors, *self.geometry, family, candidate.config, candidate.split_k)
+        y, x, w = (out if i == self.number else tensor for i, tensor in enumerate((self.y, self.x, self.w)))
+        stride, padding, dilation, groups = self.geometry
+        how = FAMILIES.index(candidate.family), candidate.config, candidate.split_k
+        return _C.tiles.launch(self.number, x, w, y, stride, padding, dilation, groups, *how)
 
     def chosen(self) -> Candidate:
         """What `select` takes on this device."""
@@ -140,7 +141,7 @@ def measure(problem: Problem, rounds: int, cold: bool) -> list[Timed]:
         error = ((out.double() - expected).abs().max() / expected.abs().max()).item()
         if not error <= CLOSE[out.dtype]:
             raise Wrong(f"{candidate.name} on {problem.layer.name}, {problem.operator}: relative error {error:.2g}")
-        steps[candidate.name] = lambda candidate=candidate, out=out: problem.run(candidate, out)
+        steps[candidate.name] = partial(problem.run, candidate, out)
     times = interleave(steps, clock=clock_for(problem.x.device, cold), rounds=rounds)
     first = problem.chosen().name
     return [
