@@ -112,7 +112,7 @@ first("explain", more=lambda m, o: (X,))
 rows(
     "explain",
     ("input of rank 2", lambda m, o: fk.explain(m, torch.ones(2, 3)), RuntimeError, ("Sequential", "input", "[2, 3]")),
-    ("no input", lambda m, o: fk.explain(m, None), TypeError, ("NoneType", "Tensor input")),
+    ("no input", lambda m, o: fk.explain(m, None), TypeError, ("inputs", "tensor", "NoneType")),
     ("two inputs", lambda m, o: fk.explain(m, (X, X)), TypeError, ("forward", "3 were given")),
     ("another keyword", lambda m, o: fk.explain(m, {"y": X}), TypeError, ("forward", "'y'")),
 )
