@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import freezekit as fk
+
 
 class BasicBlock(nn.Module):
     """ResNet's two-convolution block."""
@@ -132,3 +134,9 @@ def freeze_depth(model: SmallResNet, depth: int) -> None:
 
 
 PARTS = 8
+
+
+def converted_resnet() -> tuple[nn.Module, Tensor]:
+    """For the shell: ``freezekit plan bench.nets:converted_resnet --measure``."""
+    torch.manual_seed(0)
+    return fk.convert(SmallResNet(16)), torch.randn(8, 3, 64, 64)

@@ -111,6 +111,11 @@ def test_profile_shows_what_freezing_takes_away(models: str, capsys: pytest.Capt
     assert "wgrad 2 -> 0" in capsys.readouterr().out.splitlines()
 
 
+def test_the_documented_plan_has_36_options(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "bench.nets:converted_resnet", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["options"]) == 36
+
+
 def test_plan_measures_on_demand(models: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", f"{models}:net", "--measure", "--json"]) == 0
     options = json.loads(capsys.readouterr().out)["options"]
