@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -57,6 +58,29 @@ def test_nothing_comes_in_that_only_some_need(then: str) -> None:
 def test_cuda_kernels_are_in_wherever_nvcc_is() -> None:
     found = shutil.which("nvcc") is not None
     assert _C.has_cuda_kernels() == found
+
+
+@pytest.mark.skipif(not any(ROOT.glob("build/temp.*")), reason="nothing was compiled here")
+def test_an_installed_copy_is_whole(tmp_path: Path) -> None:
+    """What `pip install` puts together, from what is compiled already, imports and computes far from the sources."""
+    # setuptools leaves a record of what it packs in the folder it runs from.
+    steps = ["build_py", "--build-lib", str(tmp_path / "lib"), "build_ext", "--build-lib", str(tmp_path / "lib")]
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path), *steps], cwd=ROOT, check=True
+    )
+    ask = (
+        "import torch, freezekit as fk; print(fk.__file__); fk.conv2d(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3), "
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", ask + "backend='emulated')"],
+        cwd=tmp_path,
+        env=dict(os.environ, PYTHONPATH=str(tmp_path / "lib")),
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert Path(run.stdout.strip()).is_relative_to(tmp_path / "lib")
+    assert (tmp_path / "lib/freezekit/py.typed").is_file()
 
 
 def test_the_version_is_the_project_s() -> None:
