@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from freezekit._inputs import Arguments, arguments
@@ -64,11 +63,10 @@ def load_model(text: str) -> tuple[nn.Module, Any]:
     Raises:
         FactoryError: if there is no such factory, or if it returns no inputs.
     """
-    model, *rest = build(text)
-    rest = [made for made in rest if not isinstance(made, Optimizer)]
-    if len(rest) != 1:
+    made = build(text)
+    if made.inputs is None:
         raise FactoryError(f"{text} must return (model, inputs) or (model, optimizer, inputs): inputs are missing")
-    return model, rest[0]
+    return made.model, made.inputs
 
 
 def parse_bytes(text: str) -> float:

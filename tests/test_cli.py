@@ -38,6 +38,9 @@ def odd():
     return model, optimizer, x
 def alone():
     return net()[0]
+def several():
+    model, optimizer, x = setup()
+    return model, [optimizer], x
 def number():
     return 3
 """
@@ -116,13 +119,21 @@ def test_the_documented_plan_has_36_options(capsys: pytest.CaptureFixture[str]) 
     assert len(json.loads(capsys.readouterr().out)["options"]) == 36
 
 
+@pytest.mark.parametrize("factory", ["net", "setup", "alone", "several"])
+def test_audit_takes_what_a_factory_makes(models: str, factory: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["audit", f"{models}:{factory}", "--json"]) == 0
+    skipped = json.loads(capsys.readouterr().out)["skipped"]
+    assert ("no inputs given" in skipped.values()) == (factory == "alone")
+    assert ("no optimizer given" in skipped.values()) == (factory in ("net", "alone"))
+
+
 def test_plan_measures_on_demand(models: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", f"{models}:net", "--measure", "--json"]) == 0
     options = json.loads(capsys.readouterr().out)["options"]
     assert all(option["measured_bytes"] == option["bytes_kept"] for option in options)
 
 
-@pytest.mark.parametrize("command", ["explain", "plan", "profile"])
+@pytest.mark.parametrize("command", ["explain", "plan", "profile", "audit"])
 def test_inputs_that_do_not_fit_are_told_in_a_line(
     models: str, command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

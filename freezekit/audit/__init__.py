@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -47,10 +48,13 @@ _OPTIMIZER: tuple[_Check, ...] = (
 
 
 def _optimizers(given: Any) -> tuple[torch.optim.Optimizer, ...]:
-    found = () if given is None else (given,) if isinstance(given, torch.optim.Optimizer) else given
-    if not isinstance(found, Sequence) or not all(isinstance(o, torch.optim.Optimizer) for o in found):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, a sequence of them, or None, got {given!r}")
-    return tuple(found)
+    given = () if given is None else given
+    several = given if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
+    wrong = [o for o in several if not isinstance(o, torch.optim.Optimizer)]
+    if wrong:
+        shown = reprlib.repr(wrong[0])  # not all of a tensor
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, a sequence of them, or None, got {shown}")
+    return tuple(several)
 
 
 def audit(

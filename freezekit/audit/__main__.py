@@ -11,9 +11,10 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
+from torch.optim import Optimizer
 
 from freezekit.audit import Report, audit
 
@@ -46,24 +47,48 @@ def load(spec: str) -> Any:
     return found
 
 
-def build(spec: str) -> tuple[Any, ...]:
-    """Call the factory; its result as ``(model,)``, ``(model, optimizer)`` or ``(model, optimizer, inputs)``."""
+class Made(NamedTuple):
+    """What a factory made; `optimizer` and `inputs` are None where it made none."""
+
+    model: nn.Module
+    optimizer: Any = None
+    inputs: Any = None
+
+
+def build(spec: str) -> Made:
+    """Call the factory, which returns a model, and an optimizer (or several), and inputs, or one of the two.
+
+    Raises:
+        FactoryError: the factory cannot be loaded, raises, or returns something else.
+    """
     factory = load(spec)
     try:
         made = factory()
     except Exception as e:
         raise FactoryError(f"{spec} raised {type(e).__name__}: {e}") from e
     made = made if isinstance(made, tuple) else (made,)
-    if not 1 <= len(made) <= 3 or not isinstance(made[0], nn.Module):
-        kinds = ", ".join(type(m).__name__ for m in made)
-        raise FactoryError(f"{spec} must return model, (model, optimizer) or (model, optimizer, inputs), got ({kinds})")
-    return made
+    if 1 <= len(made) <= 3 and isinstance(made[0], nn.Module):
+        if len(made) == 2 and not _is_optimizer(made[1]):
+            return Made(made[0], None, made[1])
+        if len(made) < 3 or made[1] is None or _is_optimizer(made[1]):
+            return Made(*made)
+    kinds = ", ".join(type(m).__name__ for m in made)
+    raise FactoryError(
+        f"{spec} must return model, (model, optimizer), (model, inputs) or (model, optimizer, inputs), got ({kinds})"
+    )
+
+
+def _is_optimizer(made: Any) -> bool:
+    several = made if isinstance(made, (list, tuple)) else (made,)
+    return len(several) > 0 and all(isinstance(one, Optimizer) for one in several)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser("python -m freezekit.audit", description=__doc__)
-    parser.add_argument("factory", help="module:callable that returns model, (model, optimizer[, inputs])")
+    parser.add_argument(
+        "factory", help="module:callable that returns model, (model, optimizer), (model, inputs) or all three"
+    )
     parser.add_argument("--json", action="store_true", help="print data instead of a table")
     parser.add_argument("--strict", action="store_true", help="exit with 1 for a warning too")
     options = parser.parse_args(argv)
