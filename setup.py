@@ -21,6 +21,7 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
+EMULATED, INFO = "_emulated.so", "_build_info.json"
 DEFAULT_ARCHS = "80;90a"
 JOBS = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
 
@@ -101,14 +102,20 @@ class Build(BuildExtension):
             # Static, as nvcc links by default: the binary then loads where no CUDA is installed.
             extension.extra_link_args += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
         self.build_emulator(build, kernels)
-        (self.package_folder() / "_build_info.json").write_text(json.dumps(info))
+        self.beside(INFO).write_text(json.dumps(info))
         super().build_extensions()
 
-    def package_folder(self) -> Path:
-        """Where the built package lies: the source folder for a build in place, else what will be installed."""
-        package = Path(self.get_ext_fullpath(self.extensions[0].name)).parent
-        package.mkdir(parents=True, exist_ok=True)
-        return package
+    def beside(self, name: str) -> Path:
+        """Where a file goes that is made beside the extension: into what will be installed."""
+        path = Path(self.build_lib) / "freezekit" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def copy_extensions_to_source(self) -> None:
+        """In place, what was made beside the extension goes with it."""
+        super().copy_extensions_to_source()
+        for name in (EMULATED, INFO):
+            self.copy_file(str(self.beside(name)), str(ROOT / "freezekit" / name))
 
     def build_emulator(self, build: Path, kernels: list[Path]) -> None:
         """The same kernels for the CPU, as a library of its own: its symbols are those of the CUDA build."""
@@ -117,7 +124,7 @@ class Build(BuildExtension):
         flags = f"-std=c++17 -O2 -fPIC -fvisibility=hidden -Wno-psabi -I{CSRC}"
         sources = sorted((CSRC / "emulator").glob("*.cpp"))
         objects = ninja(build, "emulated", f"{cxx} {flags} -x c++ -MD -MF $out.d -c $in -o $out", kernels + sources)
-        subprocess.run([*cxx.split(), "-shared", *objects, "-o", self.package_folder() / "_emulated.so"], check=True)
+        subprocess.run([*cxx.split(), "-shared", *objects, "-o", self.beside(EMULATED)], check=True)
 
 
 # Torch's parallel_for is a header: it runs on one thread unless the code that calls it is compiled with OpenMP, as
