@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,16 @@ def test_an_installed_copy_is_whole(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr[-2000:]
     assert Path(run.stdout.strip()).is_relative_to(tmp_path / "lib")
     assert (tmp_path / "lib/freezekit/py.typed").is_file()
+
+
+def test_a_source_distribution_holds_all_that_is_compiled(tmp_path: Path) -> None:
+    steps = ["egg_info", "--egg-base", str(tmp_path), "sdist", "--formats", "tar", "--dist-dir", str(tmp_path)]
+    subprocess.run([sys.executable, "setup.py", "-q", *steps], cwd=ROOT, check=True, capture_output=True)
+    with tarfile.open(next(tmp_path.glob("*.tar"))) as packed:
+        names = {name.partition("/")[2] for name in packed.getnames()}
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cpp", ".cu", ".h")]
+    assert len(sources) > 100
+    assert not {str(path.relative_to(ROOT)) for path in sources} - names
 
 
 def test_the_version_is_the_project_s() -> None:
