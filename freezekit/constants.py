@@ -52,10 +52,11 @@ def register_cache(cache: Cache) -> None:
 def declare_constant(tensor: Tensor) -> None:
     """Lets forms of a frozen tensor be kept across steps, until it dies, is withdrawn or needs a gradient.
 
-    A parameter that `torch.utils.swap_tensors` gives another tensor (as ``.to()`` does on request) is undeclared.
+    It stays so when its ``.data`` is assigned, as ``.to()`` does; a parameter that `torch.utils.swap_tensors` gives
+    another tensor, as ``.to()`` does on request, is undeclared.
 
     Args:
-        tensor: a parameter or buffer; any dtype and size, on a device whose library does not mark tensors itself.
+        tensor: a parameter or buffer; any dtype, device and size.
 
     Raises:
         RuntimeError: if it requires grad, or is an inference tensor (which has no version counter).

@@ -1,10 +1,12 @@
 #include "torch/constants.h"
 
 #include <ATen/ops/equal.h>
-#include <c10/core/TensorImpl.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
+#include <torch/csrc/autograd/function_hook.h>
+#include <torch/csrc/autograd/variable.h>
 
 #include <algorithm>
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <typeinfo>
@@ -34,22 +36,34 @@ std::mutex& mutex = *new std::mutex;
 std::unordered_set<const Mark*>& marks = *new std::unordered_set<const Mark*>;
 int64_t hits = 0, misses = 0;
 
-// What a declared tensor carries, in the place that torch has for what a device's library wants to know of a tensor: it
-// dies with the tensor, and no pointer to the tensor is needed, which torch.utils.swap_tensors would refuse. A detached
-// or otherwise shallow copy gets none.
-struct Mark final : c10::BackendMeta {
+// What a declared tensor carries, among its hooks: it dies with the tensor, stays when `.data` is assigned, no copy gets
+// it, and it takes no pointer to the tensor, which torch.utils.swap_tensors would refuse. As a hook it does nothing.
+struct Mark final : torch::autograd::FunctionPreHook {
   std::vector<Derived> derived;
 
   ~Mark() override {
     const std::lock_guard<std::mutex> lock(mutex);
     marks.erase(this);
   }
-  c10::intrusive_ptr<BackendMeta> clone(const c10::intrusive_ptr<BackendMeta>&) const override { return {}; }
+  torch::autograd::variable_list operator()(const torch::autograd::variable_list& grads) override { return grads; }
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs&) const override {}
 };
 
+using Hook = std::unique_ptr<torch::autograd::FunctionPreHook>;
+
+// Where among the tensor's hooks the mark is; null if it is not declared.
+Hook* hook_of(const at::Tensor& source) {
+  auto* const meta = torch::autograd::impl::get_autograd_meta(source);
+  if (!meta) return nullptr;
+  const auto found = std::find_if(meta->hooks_.begin(), meta->hooks_.end(), [](const Hook& hook) {
+    return hook && typeid(*hook) == typeid(Mark);
+  });
+  return found == meta->hooks_.end() ? nullptr : &*found;
+}
+
 Mark* find(const at::Tensor& source) {
-  c10::BackendMeta* const meta = source.unsafeGetTensorImpl()->get_backend_meta();
-  return meta && typeid(*meta) == typeid(Mark) ? static_cast<Mark*>(meta) : nullptr;
+  const Hook* hook = hook_of(source);
+  return hook ? static_cast<Mark*>(hook->get()) : nullptr;
 }
 
 // Stream of the work that makes and reads `source`'s derived tensors; none where the cache must stay out of it: what
@@ -101,12 +115,11 @@ at::Tensor derived(const at::Tensor& source, Kind kind, const Make& make) {
 void declare(const at::Tensor& source) {
   TORCH_CHECK(!source.requires_grad(), "only a frozen tensor can be declared constant: this one requires grad");
   TORCH_CHECK(!source.is_inference(), "an inference tensor cannot be declared constant: it has no version counter");
-  auto mark = c10::make_intrusive<Mark>();
+  auto mark = std::make_unique<Mark>();
   const std::lock_guard<std::mutex> lock(mutex);
-  c10::TensorImpl* const impl = source.unsafeGetTensorImpl();
-  if (impl->get_backend_meta()) return;  // declared already, or in use by its device's library
+  if (find(source)) return;
   marks.insert(mark.get());
-  impl->set_backend_meta(std::move(mark));
+  torch::autograd::impl::materialize_autograd_meta(source)->hooks_.push_back(std::move(mark));
 }
 
 bool is_declared(const at::Tensor& source) {
@@ -115,11 +128,13 @@ bool is_declared(const at::Tensor& source) {
 }
 
 void withdraw(const at::Tensor& source) {
-  c10::intrusive_ptr<c10::BackendMeta> dying;
+  Hook dying;
   const std::lock_guard<std::mutex> lock(mutex);
-  if (!find(source)) return;
-  dying = source.unsafeGetTensorImpl()->get_backend_meta_intrusive_ptr();
-  source.unsafeGetTensorImpl()->set_backend_meta({});
+  Hook* const hook = hook_of(source);
+  if (!hook) return;
+  dying = std::move(*hook);
+  auto& hooks = torch::autograd::impl::get_autograd_meta(source)->hooks_;
+  hooks.erase(hooks.begin() + (hook - hooks.data()));
 }
 
 void invalidate(const at::Tensor& source) {

@@ -26,8 +26,7 @@ using Make = std::function<at::Tensor(const at::Tensor& source)>;
 // `source` as `make(source)` gives it: from the cache where source is declared constant, fresh elsewhere.
 at::Tensor derived(const at::Tensor& source, Kind kind, const Make& make);
 
-// Declaring twice is declaring once. Where the device's own library marks its tensors in the same place, the tensor
-// stays undeclared: what is made from it is made at each call.
+// Declaring twice is declaring once.
 void declare(const at::Tensor& source);
 bool is_declared(const at::Tensor& source);
 void withdraw(const at::Tensor& source);
