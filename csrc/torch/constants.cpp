@@ -36,8 +36,9 @@ std::mutex& mutex = *new std::mutex;
 std::unordered_set<const Mark*>& marks = *new std::unordered_set<const Mark*>;
 int64_t hits = 0, misses = 0;
 
-// What a declared tensor carries, among its hooks: it dies with the tensor, stays when `.data` is assigned, no copy gets
-// it, and it takes no pointer to the tensor, which torch.utils.swap_tensors would refuse. As a hook it does nothing.
+// What a declared tensor carries, among its hooks: it dies with the tensor, stays when `.data` is assigned, no copy
+// gets it, and it takes no pointer to the tensor, which torch.utils.swap_tensors would refuse. As a hook it
+// does nothing.
 struct Mark final : torch::autograd::FunctionPreHook {
   std::vector<Derived> derived;
 
