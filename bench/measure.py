@@ -31,6 +31,7 @@ class Case:
         tolerance: the largest error allowed of "y", "dx" and of each parameter's gradient by the parameter's name.
         work: what the mathematics needs; None counts it in stock's step.
         learning_rate: of a plain SGD step after the backward pass; None for no step.
+        kinks: whether a pre-activation within rounding of zero may go either way, which the gate then allows for.
     """
 
     section: str
@@ -46,6 +47,7 @@ class Case:
     work: Work | None = None
     x: float | None = None
     learning_rate: float | None = None
+    kinks: bool = False
 
     @property
     def label(self) -> str:
@@ -140,7 +142,7 @@ def measure(case: Case, settings: Settings, peaks: Peaks, clock: Clock, skipped:
     subjects = {"stock": Subject(SIDES["stock"], case, None)}
     expected = subjects["stock"].results()
     tolerances = {name: case.tolerance(name) for name in expected}
-    moves = cache(partial(subjects["stock"].moves, settings.tf32))
+    moves = cache(partial(subjects["stock"].moves, settings.tf32)) if case.kinks else None
     errors = {"stock": 0.0}
     for name in settings.sides:
         side = SIDES[name]

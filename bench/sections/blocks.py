@@ -41,4 +41,4 @@ def block_case(kind: str, stage: tuple[int, int, int], regime: str, settings: Se
     x = torch.randn(batch, channels, size, size, device=settings.device, dtype=settings.dtype, requires_grad=True)
     bound = model_tolerance(settings)
     detail = f"{batch}x{channels}x{size}x{size}"
-    return Case("blocks", "ResNet-50", kind, detail, regime, block, x, lambda name: bound)
+    return Case("blocks", "ResNet-50", kind, detail, regime, block, x, lambda name: bound, kinks=True)

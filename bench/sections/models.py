@@ -91,4 +91,5 @@ def step_case(
         lambda name: bound,
         x=float(depth) if depth is not None else {"batch": batch, "image size": size}.get(by),
         learning_rate=1e-4,
+        kinks=True,
     )
