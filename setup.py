@@ -76,7 +76,7 @@ class Build(BuildExtension):
     def build_extensions(self) -> None:
         build = Path(self.build_temp).resolve()
         extension = self.extensions[0]
-        kernels = sorted((CSRC / "kernels").glob("*.cu"))
+        kernels = sorted((CSRC / "kernels").rglob("*.cu"))
         info = {"torch": torch.__version__, "cuda": None, "archs": [], "python": sys.version.split()[0]}
         nvcc = find_nvcc()
         without = "" if nvcc else ", without CUDA kernels since there is no nvcc"
@@ -136,7 +136,7 @@ setup(
         CppExtension(
             "freezekit._C",
             sources=sorted(
-                str(p.relative_to(ROOT)) for d in ("kernels", "torch", "python") for p in (CSRC / d).glob("*.cpp")
+                str(p.relative_to(ROOT)) for d in ("kernels", "torch", "python") for p in (CSRC / d).rglob("*.cpp")
             ),
             include_dirs=[str(CSRC)],
             extra_compile_args=["-O2", "-g0", "-fvisibility=hidden", *OPENMP],

@@ -23,7 +23,7 @@ if __package__ in (None, ""):
 
 import freezekit as fk
 from bench.timing import HostClock, Interleaved, interleave
-from freezekit.fuse import fuse
+from freezekit.fusion import fuse
 
 BOUNDS = {"channels_last": 0.87, "NCHW": 0.75}
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import freezekit as fk
-from freezekit.audit import audit
+from freezekit.auditing import audit
 from freezekit.freezing import freeze
 
 BATCH = 64

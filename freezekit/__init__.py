@@ -4,12 +4,12 @@ from freezekit import _extension
 
 _extension.load()
 
-from freezekit.audit import AuditError, audit  # noqa: E402
+from freezekit.auditing import AuditError, audit  # noqa: E402
 from freezekit.backends import backend, current_backend  # noqa: E402
 from freezekit.constants import invalidate, verify_constants  # noqa: E402
 from freezekit.conversion import LayerReport, conversion_report, convert, revert  # noqa: E402
 from freezekit.distributed import rewrap  # noqa: E402
-from freezekit.explain import Explanation, explain  # noqa: E402
+from freezekit.explanation import Explanation, explain  # noqa: E402
 from freezekit.freezing import (  # noqa: E402
     Frozen,
     PatternError,
@@ -20,8 +20,8 @@ from freezekit.freezing import (  # noqa: E402
     unfreeze,
 )
 from freezekit.functional import conv2d, conv2d_bias_grad, conv2d_dgrad, conv2d_wgrad  # noqa: E402
-from freezekit.fuse import BlockReport, fuse, fusion_report, unfuse  # noqa: E402
-from freezekit.guard import FrozenMoved, Guard, guard  # noqa: E402
+from freezekit.fusion import BlockReport, fuse, fusion_report, unfuse  # noqa: E402
+from freezekit.guarding import FrozenMoved, Guard, guard  # noqa: E402
 from freezekit.nn import (  # noqa: E402
     FreezableBatchNorm1d,
     FreezableBatchNorm2d,
@@ -35,9 +35,9 @@ from freezekit.nn import (  # noqa: E402
     FreezableGroupNorm,
     FreezableLayerNorm,
 )
-from freezekit.plan import Plan, plan  # noqa: E402
+from freezekit.planning import Plan, plan  # noqa: E402
 from freezekit.profiling import profile  # noqa: E402
-from freezekit.schedule import FreezeOut, UpdateNorm  # noqa: E402
+from freezekit.schedules import FreezeOut, UpdateNorm  # noqa: E402
 from freezekit.tuning import autotune, clear_choices, load_choices  # noqa: E402
 
 __version__ = "0.1.0"

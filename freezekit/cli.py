@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from freezekit._inputs import Arguments, arguments
-from freezekit.audit.__main__ import FactoryError, build
+from freezekit.auditing.__main__ import FactoryError, build
 from freezekit.profiling import profile
 
 EPILOG = """examples:
@@ -94,7 +94,7 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _explain(options: argparse.Namespace) -> int:
-    from freezekit.explain import explain
+    from freezekit.explanation import explain
 
     explanation = explain(*load_model(options.model))
     _show(explanation, options)
@@ -102,7 +102,7 @@ def _explain(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from freezekit.plan import plan
+    from freezekit.planning import plan
 
     made = plan(*load_model(options.model), memory=options.memory, time=options.time, measure=options.measure)
     _show(made, options)
@@ -120,7 +120,7 @@ def _show(report: Any, options: argparse.Namespace) -> None:
 
 
 def _audit(options: argparse.Namespace) -> int:
-    from freezekit.audit.__main__ import main
+    from freezekit.auditing.__main__ import main
 
     flags = {"--json": options.json, "--strict": options.strict}
     return main([options.model, *(flag for flag, given in flags.items() if given)])

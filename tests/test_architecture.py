@@ -33,8 +33,8 @@ LAYERS = [
     {"_extension", "_C", "_arguments", "_inputs", "backends", "constants", "tuning"},
     {"functional"},
     {"nn"},
-    {"conversion", "freezing", "guard", "schedule", "distributed", "fuse", "_ranks", "_rewrap"},
-    {"audit", "explain", "plan", "profile", "profiling", "info", "selftest", "cli"},
+    {"conversion", "freezing", "guarding", "schedules", "distributed", "fusion", "_ranks", "_rewrap"},
+    {"auditing", "explanation", "planning", "profiling", "info", "selftest", "cli"},
 ]
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
 from freezekit.freezing import freeze
-from freezekit.guard import FrozenMoved, guard
+from freezekit.guarding import FrozenMoved, guard
 from tests.freezing.cases import Choice, choices
 from tests.freezing.guarded import backward, learn, same, trained, values
 

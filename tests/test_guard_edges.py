@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import LBFGS, SGD, Optimizer
 
 from freezekit.freezing import freeze, unfreeze
-from freezekit.guard import FrozenMoved, guard
+from freezekit.guarding import FrozenMoved, guard
 from tests.freezing.cases import Choice
 from tests.freezing.guarded import backward, learn, same, trained
 

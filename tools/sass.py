@@ -148,7 +148,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("sources", nargs="*", type=Path, help=".cu files; all by default")
     arguments = parser.parse_args()
-    sources = arguments.sources or sorted((CSRC / "kernels").glob("*.cu"))
+    sources = arguments.sources or sorted((CSRC / "kernels").rglob("*.cu"))
     nvdisasm = find_nvdisasm()
     failures = []
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.jobs) as pool:

@@ -15,10 +15,10 @@
 #include <unordered_map>
 
 #include "python/bindings.h"
-#include "torch/fold.h"
-#include "torch/frozen_conv2d.h"
-#include "torch/layout.h"
-#include "torch/snapshot.h"
+#include "torch/frozen_conv2d/fold.h"
+#include "torch/frozen_conv2d/frozen_conv2d.h"
+#include "torch/common/layout.h"
+#include "torch/common/snapshot.h"
 
 namespace freezekit {
 namespace {

@@ -1,5 +1,5 @@
 // freezekit._C.choices: measured choices between ATen and freezekit's kernels, seen from Python.
-#include "torch/choices.h"
+#include "torch/backends/choices.h"
 
 #include <pybind11/stl.h>
 

@@ -1,5 +1,5 @@
 // freezekit._C.constants: the constant cache, seen from Python.
-#include "torch/constants.h"
+#include "torch/common/constants.h"
 
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>

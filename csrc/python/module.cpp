@@ -8,10 +8,10 @@
 
 #include "kernels/api.h"
 #include "python/bindings.h"
-#include "torch/choices.h"
-#include "torch/kernel_library.h"
-#include "torch/launch_log.h"
-#include "torch/native.h"
+#include "torch/backends/choices.h"
+#include "torch/backends/kernel_library.h"
+#include "torch/backends/launch_log.h"
+#include "torch/backends/native.h"
 
 using namespace freezekit;
 

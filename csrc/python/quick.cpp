@@ -10,7 +10,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include "python/bindings.h"
-#include "torch/operators.h"
+#include "torch/common/operators.h"
 
 namespace freezekit {
 namespace {

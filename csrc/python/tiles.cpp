@@ -8,7 +8,7 @@
 #include <array>
 
 #include "python/bindings.h"
-#include "torch/kernel_library.h"
+#include "torch/backends/kernel_library.h"
 
 namespace freezekit {
 namespace {

@@ -11,8 +11,8 @@ from torch.nn.utils import parametrize
 
 from freezekit import nn as layers
 from freezekit._arguments import check_module
-from freezekit.fuse.classes import plan_of, unfuse_module
-from freezekit.fuse.folding import drop
+from freezekit.fusion.classes import plan_of, unfuse_module
+from freezekit.fusion.folding import drop
 
 Model = TypeVar("Model", bound=nn.Module)
 Only = str | type[nn.Module] | Iterable[str | type[nn.Module]]

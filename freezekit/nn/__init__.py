@@ -6,8 +6,8 @@ errors.
 
 from freezekit.nn._tracers import refuse_script
 from freezekit.nn.activation import Dropout, Hardtanh, LeakyReLU, ReLU, ReLU6
-from freezekit.nn.conv import FreezableConv2d
-from freezekit.nn.convolution import (
+from freezekit.nn.conv2d import FreezableConv2d
+from freezekit.nn.conv_nd import (
     FreezableConv1d,
     FreezableConv3d,
     FreezableConvTranspose1d,

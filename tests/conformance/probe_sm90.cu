@@ -1,6 +1,6 @@
 // One kernel a Hopper wrapper (csrc/kernels/ptx_sm90.h): it leaves to the test what memory and registers should hold.
 #include "core/shared_tile.h"
-#include "kernels/tensor_map.h"
+#include "kernels/hopper/tensor_map.h"
 
 using namespace freezekit;
 

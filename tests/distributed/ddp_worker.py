@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from freezekit.audit import audit
+from freezekit.auditing import audit
 from freezekit.distributed import (
     StaleWrapperError,
     check,

@@ -11,10 +11,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 from torch.distributed.fsdp import fully_shard
 
-from freezekit.audit import audit
+from freezekit.auditing import audit
 from freezekit.distributed import check_ranks, note_freeze
 from freezekit.freezing import freeze, unfreeze
-from freezekit.schedule import FreezeOut, UpdateNorm
+from freezekit.schedules import FreezeOut, UpdateNorm
 from tests.distributed.ddp_worker import batch, train
 from tests.distributed.harness import raises, run, same_on_all_ranks
 

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.nn.parallel.distributed import _MixedPrecision
 
 from freezekit.distributed import mismatch, rewrap
-from freezekit.schedule import FreezeOut, UpdateNorm
+from freezekit.schedules import FreezeOut, UpdateNorm
 from tests.distributed.ddp_worker import batch, frozen_then_unfrozen, net, parameters, train
 from tests.distributed.harness import raises, run, same_on_all_ranks
 

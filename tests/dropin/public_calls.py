@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import freezekit as fk
-from freezekit.plan import Machine
+from freezekit.planning import Machine
 
 X, G = torch.ones(2, 4, 8, 8), torch.ones(2, 6, 6, 6)
 MACHINE = Machine(flops=1e11, bandwidth=1e10)

@@ -83,7 +83,7 @@ def test_malformed_calls_under_asan(tmp_path: Path) -> None:
     assert CXX is not None
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     includes = [f"-I{path}" for path in (CSRC, *include_paths())]
-    sources = [*sorted((CSRC / "torch").glob("*.cpp")), *sorted((CSRC / "kernels").glob("*.cpp"))]
+    sources = [*sorted((CSRC / "torch").rglob("*.cpp")), *sorted((CSRC / "kernels").rglob("*.cpp"))]
 
     def compiled(source: Path) -> str:
         target = str(tmp_path / f"{source.parent.name}.{source.stem}.o")

@@ -219,9 +219,9 @@ def run(program: Program, mode: Mode, arguments: tuple[str, ...], planted: Plant
 
 def kernel_sources() -> tuple[str, ...]:
     """All kernels of the package but last_error.cu, which every program has."""
-    paths = [p for p in sorted((CSRC / "kernels").glob("*.cu")) if p.name != "last_error.cu"]
+    paths = [p for p in sorted((CSRC / "kernels").rglob("*.cu")) if p.name != "last_error.cu"]
     return tuple(str(p.relative_to(ROOT)) for p in paths)
 
 
 def kernel_host_sources() -> tuple[str, ...]:
-    return tuple(str(p.relative_to(ROOT)) for p in sorted((CSRC / "kernels").glob("*.cpp")))
+    return tuple(str(p.relative_to(ROOT)) for p in sorted((CSRC / "kernels").rglob("*.cpp")))

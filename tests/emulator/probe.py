@@ -14,7 +14,7 @@ from .build import MODES, Program, build
 
 SOURCES = (
     *(f"tests/emulator/probe_{name}" for name in ("ptx.cu", "launch.cu", "numbers.cpp")),
-    *("tests/conformance/probe_sm90.cu", "csrc/kernels/tensor_map.cu"),
+    *("tests/conformance/probe_sm90.cu", "csrc/kernels/hopper/tensor_map.cu"),
 )
 PROBE = Program("probe", SOURCES, shared=True)
 LAUNCH_FAILED = 3

@@ -13,7 +13,7 @@ from torch import nn
 
 from freezekit.freezing import freeze, is_held, unfreeze
 from freezekit.freezing.norm import has_statistics
-from freezekit.guard import FrozenMoved, guard
+from freezekit.guarding import FrozenMoved, guard
 
 NORMS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "BatchNorm1d": (lambda: nn.BatchNorm1d(3), (4, 3)),

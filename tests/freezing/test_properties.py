@@ -21,7 +21,7 @@ from freezekit.freezing import freeze, freeze_state, load_freeze_state, unfreeze
 from freezekit.freezing.bits import same_bits
 from freezekit.freezing.held import frozen_tensors
 from freezekit.freezing.patterns import select
-from freezekit.guard import guard
+from freezekit.guarding import guard
 from tests.freezing.cases import LAYERS, SCHEDULERS, Choice, batch, choices, net
 
 

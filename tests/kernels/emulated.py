@@ -31,7 +31,7 @@ class KernelError(RuntimeError):
 @functools.cache
 def library() -> ctypes.CDLL:
     """The emulated kernels with the driver, built where a source changed."""
-    sources = [*sorted((CSRC / "kernels").glob("*.cu")), *sorted((CSRC / "kernels").glob("*.cpp"))]
+    sources = [*sorted((CSRC / "kernels").rglob("*.cu")), *sorted((CSRC / "kernels").rglob("*.cpp"))]
     sources += [*sorted((CSRC / "emulator").glob("*.cpp")), Path(__file__).with_name("driver.cpp")]
     BUILD.mkdir(parents=True, exist_ok=True)
     objects = [BUILD / f"{source.parent.name}_{source.name}.o" for source in sources]

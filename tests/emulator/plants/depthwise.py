@@ -5,9 +5,9 @@ from __future__ import annotations
 from ..cases import DEPTHWISE_3, DEPTHWISE_5, DEPTHWISE_7, Case
 from .plant import DEPTHWISE, RACE, bug
 
-GATHER = "csrc/kernels/depthwise_gather.cu"
-WGRAD = "csrc/kernels/depthwise_wgrad.cu"
-GENERIC = "csrc/kernels/depthwise_generic.cu"
+GATHER = "csrc/kernels/depthwise/depthwise_gather.cu"
+WGRAD = "csrc/kernels/depthwise/depthwise_wgrad.cu"
+GENERIC = "csrc/kernels/depthwise/depthwise_generic.cu"
 
 PLANTS = [
     bug(

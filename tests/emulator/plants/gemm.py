@@ -81,7 +81,7 @@ PLANTS = [
     ),
     bug(
         "a filter is transposed before it is loaded",
-        "csrc/kernels/filter_transform.cu",
+        "csrc/kernels/small/filter_transform.cu",
         "  }\n  __syncthreads();\n",
         "  }\n",
         case=gemm("bf16", "dgrad", CHUNKS),
@@ -160,7 +160,7 @@ PLANTS = [
         "g.wider_h = g.h.x % g.h.stride,",
         "g.wider_h = 0,",
         case=gemm("bf16", "dgrad", GEMM_STRIDED),
-        including=("csrc/kernels/conv2d.cu", "csrc/kernels/implicit_gemm.cu"),
+        including=("csrc/kernels/conv2d.cu", "csrc/kernels/gemm_sm80/implicit_gemm.cu"),
         mode="asan",
         expect=OVERFLOW,
     ),

@@ -69,14 +69,14 @@ PLANTS = [
     ),
     bug(
         "a filter is transposed across groups",
-        "csrc/kernels/filter_transform.cu",
+        "csrc/kernels/small/filter_transform.cu",
         "const int64_t k_all = static_cast<int64_t>(group) * size.k + k;",
         "const int64_t k_all = k;",
         case=gemm("bf16", "dgrad", GEMM_GROUPED),
     ),
     bug(
         "output channels of one input channel are counted from the wrong end",
-        "csrc/kernels/depthwise_generic.cu",
+        "csrc/kernels/depthwise/depthwise_generic.cu",
         "load_global(x + there * p.c_all() + k / p.k)",
         "load_global(x + there * p.c_all() + k % p.groups)",
         case=Case("wgrad", DEPTHWISE_MULTIPLIED, "f16"),

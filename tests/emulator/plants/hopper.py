@@ -179,7 +179,7 @@ PLANTS = [
         "* 2 * kSwizzleAtom, panel, kSwizzleAtom);",
         "* 2 * kSwizzleAtom, 2 * panel, kSwizzleAtom);",
         case=hopper("wgrad", HOPPER_WIDE, config=1),
-        including=("csrc/kernels/hopper_wgrad.cu",),
+        including=("csrc/kernels/hopper/hopper_wgrad.cu",),
         expect="wrong value|launch failed.*lie outside of the block's arrays",
     ),
     bug(
@@ -188,7 +188,7 @@ PLANTS = [
         "static_cast<uint32_t>(step) * 2 * kSwizzleAtom",
         "static_cast<uint32_t>(step) * kSwizzleAtom",
         case=hopper("wgrad", HOPPER_WIDE),
-        including=("csrc/kernels/hopper_wgrad.cu",),
+        including=("csrc/kernels/hopper/hopper_wgrad.cu",),
     ),
     bug(
         "panels that do not exist are expected",

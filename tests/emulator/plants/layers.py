@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from .plant import OVERFLOW, bug
 
-GATE = "csrc/kernels/gate.cu"
-MAX_POOL = "csrc/kernels/max_pool.cu"
+GATE = "csrc/kernels/small/gate.cu"
+MAX_POOL = "csrc/kernels/small/max_pool.cu"
 POOL = "pool:2,3,7,9,3,2,1,1"
 
 PLANTS = [

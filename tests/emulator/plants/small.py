@@ -16,7 +16,7 @@ PLANTS = [
     ),
     bug(
         "a transposed tile is read before it is whole",
-        "csrc/kernels/layout.cu",
+        "csrc/kernels/small/layout.cu",
         "    }\n    __syncthreads();\n    for (int i = y; i < kTile; i += kRowLanes) {",
         "    }\n    for (int i = y; i < kTile; i += kRowLanes) {",
         case="layout:2,33,5,7",

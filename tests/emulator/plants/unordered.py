@@ -9,8 +9,8 @@ from ..build import Patch, Planted
 from ..cases import DEPTHWISE_3, GEMM_LONG, SMALL, Case, gemm
 from .plant import DIRECT_WGRAD, WGRAD_GEMM, Plant
 
-GEMM_LAUNCH = "csrc/kernels/wgrad_gemm.cu"
-DEPTHWISE_WGRAD = "csrc/kernels/depthwise_wgrad.cu"
+GEMM_LAUNCH = "csrc/kernels/gemm_sm80/wgrad_gemm.cu"
+DEPTHWISE_WGRAD = "csrc/kernels/depthwise/depthwise_wgrad.cu"
 
 
 def plant(case: Case, *patches: Patch) -> Plant:

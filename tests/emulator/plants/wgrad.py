@@ -37,7 +37,7 @@ PLANTS = [
         "__syncthreads();  // the k-tile is there for all, and nobody reads the stage that is refilled next",
         "",
         case=WGRAD,
-        including=("csrc/kernels/wgrad_gemm.cu",),
+        including=("csrc/kernels/gemm_sm80/wgrad_gemm.cu",),
         mode="tsan",
         expect=RACE,
     ),

@@ -1,0 +1,55 @@
+// Picks the instantiation of conv2d_implicit_gemm_kernel for one dtype. Each dtype's .cu file instantiates it once.
+#pragma once
+
+#include "kernels/gemm_sm80/implicit_gemm.h"
+
+namespace freezekit {
+
+template <class T, class Tile, Access kAccess>
+Status launch_implicit_gemm_tile(const Gather& g, const T* in, const T* filter, const EpilogueParameters<T>& epilogue,
+                                 Stream stream) {
+  const int64_t blocks = gather_blocks(g, {Tile::kRows, Tile::kColumns});
+  if (blocks > kMaxGridX || g.phases_h > kMaxGridYZ || g.phases_w > kMaxGridYZ) return Status::invalid_argument;
+  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(g.phases_h), static_cast<unsigned>(g.phases_w));
+  const bool bias_alone = !epilogue.residual && !epilogue.relu && !epilogue.mask_in;
+  const auto kernel = bias_alone ? conv2d_implicit_gemm_kernel<T, Tile, kAccess, kEpilogueBias>
+                                 : conv2d_implicit_gemm_kernel<T, Tile, kAccess, kEpilogueAll>;
+  return FK_LAUNCH(kernel, grid, dim3(Tile::kThreads), Tile::kSharedBytes, stream, g, in, filter, epilogue);
+}
+
+template <class T, class Tile>
+Status launch_implicit_gemm_chunks(const Gather& g, const T* in, const T* filter,
+                                   const EpilogueParameters<T>& epilogue, Stream stream) {
+  if (g.is_pointwise()) return launch_implicit_gemm_tile<T, Tile, Access::pointwise>(g, in, filter, epilogue, stream);
+  return launch_implicit_gemm_tile<T, Tile, Access::chunks>(g, in, filter, epilogue, stream);
+}
+
+template <class T>
+Status launch_implicit_gemm_of(int config, const Gather& g, const void* in_bytes, const void* filter_bytes, void* out,
+                               const Epilogue& epilogue, Stream stream) {
+  const T* const in = static_cast<const T*>(in_bytes);
+  const T* const filter = static_cast<const T*>(filter_bytes);
+  const auto parameters = epilogue_parameters<T>(epilogue, out, g.out_c);
+  if (epilogue.mask_out) {
+    const int64_t numel = static_cast<int64_t>(g.batch) * g.out_h * g.out_w * g.out_c * g.groups;
+    const Status status = launch_mask_prepare(epilogue.mask_out, numel, parameters.vector, stream);
+    if (status != Status::success) return status;
+  }
+  const bool whole_chunks = g.in_c % (kChunkBytes / sizeof(T)) == 0 && is_aligned_16(in) && is_aligned_16(filter);
+  switch (whole_chunks ? config : kImplicitGemmElements) {
+    case 0:
+      return launch_implicit_gemm_chunks<T, GemmTile<128, 128, 2, 4>>(g, in, filter, parameters, stream);
+    case 1:
+      return launch_implicit_gemm_chunks<T, GemmTile<128, 64, 2, 4>>(g, in, filter, parameters, stream);
+    case 2:
+      return launch_implicit_gemm_chunks<T, GemmTile<64, 64, 2, 4>>(g, in, filter, parameters, stream);
+    case 3:
+      return launch_implicit_gemm_chunks<T, GemmTile<128, 32, 4, 4>>(g, in, filter, parameters, stream);
+    case kImplicitGemmElements:
+      return launch_implicit_gemm_tile<T, GemmTile<64, 64, 2, 4>, Access::elements>(g, in, filter, parameters, stream);
+    default:
+      return Status::invalid_argument;
+  }
+}
+
+}  // namespace freezekit

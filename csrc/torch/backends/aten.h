@@ -1,0 +1,12 @@
+// The three operators by ATen: oneDNN on a CPU, cuDNN on a GPU, whatever the device has elsewhere.
+#pragma once
+
+#include "torch/common/operators.h"
+
+namespace freezekit::aten {
+
+Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Geometry&);
+Tensor dgrad(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size, const Geometry&);
+Tensor wgrad(const Tensor& grad_output, const Tensor& input, SymIntArrayRef weight_size, const Geometry&);
+
+}  // namespace freezekit::aten

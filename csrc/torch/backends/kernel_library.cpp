@@ -1,0 +1,70 @@
+#include "torch/backends/kernel_library.h"
+
+#include <c10/util/Exception.h>
+#include <dlfcn.h>
+
+#include <mutex>
+
+#ifdef FREEZEKIT_WITH_CUDA
+extern "C" const char* freezekit_last_error();
+#endif
+
+namespace freezekit {
+namespace {
+
+std::mutex mutex;
+std::string emulator_path;
+KernelLibrary emulator;
+
+template <class Function>
+Function symbol(void* handle, const char* name) {
+  void* found = dlsym(handle, name);
+  TORCH_CHECK(found, "the emulated kernels in ", emulator_path, " lack ", name, "; rebuild freezekit");
+  return reinterpret_cast<Function>(found);
+}
+
+const KernelLibrary& load_emulator() {
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (emulator.table) return emulator;
+  TORCH_CHECK(!emulator_path.empty(), "backend='emulated' needs the emulated kernels, which this build lacks; rebuild "
+                                      "freezekit from its sources");
+  // RTLD_LOCAL: the CUDA build of the same functions may be in this process too.
+  void* handle = dlopen(emulator_path.c_str(), RTLD_NOW | RTLD_LOCAL);
+  TORCH_CHECK(handle, "backend='emulated' cannot load its kernels: ", dlerror());
+  emulator.error = symbol<const char* (*)()>(handle, "freezekit_last_error");
+  emulator.table = symbol<const KernelTable* (*)()>(handle, "freezekit_kernel_table")();
+  return emulator;
+}
+
+}  // namespace
+
+std::string KernelLibrary::last_error() const {
+  const char* text = error ? error() : nullptr;
+  return text && *text ? std::string(": ") + text : std::string();
+}
+
+const KernelLibrary& kernel_library(Backend backend) {
+  if (backend == Backend::emulated) return load_emulator();
+#ifdef FREEZEKIT_WITH_CUDA
+  static const KernelLibrary cuda{freezekit_kernel_table(), freezekit_last_error};
+  return cuda;
+#else
+  TORCH_CHECK(false, "backend='native' needs freezekit's CUDA kernels, but this build has none: rebuild it where nvcc "
+                     "is on PATH or CUDA_HOME is set");
+#endif
+}
+
+void set_emulator_path(const std::string& path) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  emulator_path = path;
+}
+
+bool has_cuda_kernels() {
+#ifdef FREEZEKIT_WITH_CUDA
+  return true;
+#else
+  return false;
+#endif
+}
+
+}  // namespace freezekit

@@ -1,0 +1,69 @@
+// The three operators by freezekit's own kernels: CUDA ones on a GPU, the emulated build of the same source on a CPU.
+#pragma once
+
+#include <limits>
+
+#include "kernels/api.h"
+#include "torch/backends/kernel_library.h"
+#include "torch/common/operators.h"
+
+namespace freezekit::native {
+
+// Whether calls that demand `native` or `emulated` may run the Hopper family: on a GPU of sm_90, or emulated as one.
+void set_hopper(bool allowed);
+
+// In this scope the calling thread's launches do not: what `auto` decides never leads there.
+class WithoutHopper {
+ public:
+  WithoutHopper();
+  ~WithoutHopper();
+  WithoutHopper(const WithoutHopper&) = delete;
+  WithoutHopper& operator=(const WithoutHopper&) = delete;
+
+ private:
+  bool outer_;
+};
+
+// The current device and torch's settings, as a choice of kernel needs them.
+Target target_on(const KernelLibrary&, Backend);
+
+// Whether `backend` means these kernels; throws where it demands them and they cannot run on such a tensor.
+bool runs(const Tensor& on, Backend backend);
+
+// What a launch needs of torch.
+std::optional<DType> dtype_of(const Tensor&);
+Stream stream_of(const Tensor& on);
+void check_status(Status, const char* kernel, const KernelLibrary&);
+
+// Whether some kernel of `backend` computes this problem.
+bool supports(Operator, const Conv2dProblem&, const Tensor& on, Backend backend);
+
+// The same; throws for dtypes that kernels do not compute with.
+DType kernel_dtype(const Tensor&);
+
+// Makes a constant of a filter (K, C/G, R, S) of any strides, as `transform` says; dtypes and strides are filled in.
+void transform_filter(FilterTransform transform, const Tensor& filter, int64_t groups, const Tensor& out, Backend);
+
+Tensor conv2d(const Conv2dProblem&, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+              const Geometry&);
+Tensor dgrad(const Conv2dProblem&, const Tensor& grad_output, const Tensor& weight, const Geometry&);
+Tensor wgrad(const Conv2dProblem&, const Tensor& grad_output, const Tensor& input, const Geometry&);
+Tensor bias_grad(const Tensor& grad_output, Backend);
+
+// What fprop does to its sums before they are stored: + bias (of the tensors' dtype, or float32 beside a shorter one),
+// + residual, ReLU up to `relu_end`, whose bits go to `mask_out`. Undefined tensors do nothing.
+struct Finish {
+  Tensor bias, residual;
+  bool relu = false;
+  float relu_end = std::numeric_limits<float>::infinity();
+  Tensor mask_out;
+};
+
+// With the kernels' epilogue, results as the kernels write them: channels_last; masks lie in NHWC order. dgrad's adds
+// `residual`, then applies `mask_in`.
+Tensor conv2d_epilogue(const Conv2dProblem&, const Tensor& input, const Tensor& weight, const Finish&,
+                       const Geometry&);
+Tensor dgrad_epilogue(const Conv2dProblem&, const Tensor& grad_output, const Tensor& weight, const Tensor& residual,
+                      const Tensor& mask_in, const Geometry&);
+
+}  // namespace freezekit::native

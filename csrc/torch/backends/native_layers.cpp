@@ -1,0 +1,68 @@
+#include "torch/backends/native_layers.h"
+
+#include <c10/core/DeviceGuard.h>
+
+#include "torch/backends/kernel_library.h"
+#include "torch/backends/launch_log.h"
+#include "torch/backends/native.h"
+
+namespace freezekit::native {
+namespace {
+
+// Runs launch(table, stream) and writes it to the log.
+template <class Launch>
+void run(const char* op, const char* kernel, const Tensor& on, const Launch& launch) {
+  const c10::DeviceGuard guard(on.device());
+  const Backend backend = on.is_cpu() ? Backend::emulated : Backend::native;
+  const KernelLibrary& library = kernel_library(backend);
+  check_status(launch(*library.table, stream_of(on)), kernel, library);
+  if (launch_log::is_enabled()) launch_log::add({op, kernel, backend, {{"input_size", on.sizes().vec()}}});
+}
+
+uint32_t* words_of(const Tensor& bits) { return static_cast<uint32_t*>(bits.mutable_data_ptr()); }
+
+}  // namespace
+
+void activation(const PiecewiseActivation& f, const Tensor& x, const Tensor& y, const Tensor& bits) {
+  static constexpr const char* kernels[] = {"activation_relu", "activation_hardtanh", "activation_leaky_relu"};
+  run("activation_bits", kernels[static_cast<int>(f.kind)], x, [&](const KernelTable& table, Stream stream) {
+    return table.activation(f, x.const_data_ptr(), y.mutable_data_ptr(), words_of(bits), x.numel(), *dtype_of(x),
+                            stream);
+  });
+}
+
+void gate(const GateRule& rule, const Tensor& x, const Tensor& bits, const Tensor& out) {
+  const Gate gate{!rule.off, rule.on, rule.off.value_or(0)};
+  run("gate", gate.select ? "gate_select" : "gate_scale", x, [&](const KernelTable& table, Stream stream) {
+    return table.gate(gate, x.const_data_ptr(), static_cast<const uint32_t*>(bits.const_data_ptr()),
+                      out.mutable_data_ptr(), x.numel(), *dtype_of(x), stream);
+  });
+}
+
+void pack_bytes(const Tensor& keep, const Tensor& bits) {
+  run("pack_bytes", "pack_bytes", keep, [&](const KernelTable& table, Stream stream) {
+    return table.pack_bytes(keep.const_data_ptr(), words_of(bits), keep.numel(), stream);
+  });
+}
+
+void max_pool(const MaxPool& m, const Tensor& x, const Tensor& y, const Tensor& taps) {
+  run("max_pool2d_taps", "max_pool", x, [&](const KernelTable& table, Stream stream) {
+    return table.max_pool(m, *dtype_of(x), x.const_data_ptr(), y.mutable_data_ptr(), taps.mutable_data_ptr(), stream);
+  });
+}
+
+void max_pool_scatter(const MaxPool& m, const Tensor& dy, const Tensor& taps, const Tensor& dx) {
+  run("max_pool2d_scatter", "max_pool_scatter", dy, [&](const KernelTable& table, Stream stream) {
+    return table.max_pool_scatter(m, *dtype_of(dy), dy.const_data_ptr(), taps.const_data_ptr(), dx.mutable_data_ptr(),
+                                  stream);
+  });
+}
+
+void max_pool_gather(const MaxPool& m, const Tensor& x, const Tensor& taps, const Tensor& y) {
+  run("max_pool2d_gather", "max_pool_gather", x, [&](const KernelTable& table, Stream stream) {
+    return table.max_pool_gather(m, *dtype_of(x), x.const_data_ptr(), taps.const_data_ptr(), y.mutable_data_ptr(),
+                                 stream);
+  });
+}
+
+}  // namespace freezekit::native

@@ -1,0 +1,23 @@
+// The layers around convolutions by freezekit's own kernels: CUDA ones on a GPU, the emulated build on a CPU.
+//
+// Tensors are checked and allocated before; of each call they are dense, of one memory order and one device. They may
+// be one tensor where the kernels say so.
+#pragma once
+
+#include <string_view>
+
+#include "kernels/api.h"
+#include "torch/bits/gate.h"
+#include "torch/common/operators.h"
+
+namespace freezekit::native {
+
+void activation(const PiecewiseActivation&, const Tensor& x, const Tensor& y, const Tensor& bits);
+void gate(const GateRule&, const Tensor& x, const Tensor& bits, const Tensor& out);
+void pack_bytes(const Tensor& keep, const Tensor& bits);
+
+void max_pool(const MaxPool&, const Tensor& x, const Tensor& y, const Tensor& taps);
+void max_pool_scatter(const MaxPool&, const Tensor& dy, const Tensor& taps, const Tensor& dx);
+void max_pool_gather(const MaxPool&, const Tensor& x, const Tensor& taps, const Tensor& y);
+
+}  // namespace freezekit::native

@@ -1,0 +1,270 @@
+// Activations that are linear in pieces: what backward needs of them is which piece, one bit an element.
+//
+//   activation(input, kind, a, b)         torch's value; its node keeps bits where torch keeps a tensor
+//   activation_(input, kind, a, b)        the same in place
+//   activation_bits, activation_bits_     the step below autograd: value and bits
+//
+//   kind         value                      gradient                   a, b
+//   relu         max(x, 0)                  dy where x > 0, else 0
+//   hardtanh     min(max(x, a), b)          dy where a < x < b, else 0 lowest and highest value
+//   leaky_relu   x where x > 0, else a x    dy where x > 0, else a dy  a is the slope
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/hardtanh.h>
+#include <ATen/ops/leaky_relu.h>
+#include <ATen/ops/relu.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
+#include <torch/library.h>
+
+#include <algorithm>
+
+#include "cpu/gate.h"
+#include "cpu/relu_avx512.h"
+#include "cpu/simd.h"
+#include "torch/backends/cpu_formats.h"
+#include "torch/bits/gate.h"
+#include "torch/backends/native_layers.h"
+
+namespace freezekit {
+namespace {
+
+constexpr int64_t kWordsPerTask = 1024;
+
+struct Piecewise : PiecewiseActivation {
+  Piecewise(std::string_view name, double first, double second)
+      : PiecewiseActivation{ActivationKind::relu, first, second} {
+    constexpr std::array<std::string_view, 3> names = {"relu", "hardtanh", "leaky_relu"};
+    const auto found = std::find(names.begin(), names.end(), name);
+    TORCH_CHECK_VALUE(found != names.end(), "kind must be 'relu', 'hardtanh' or 'leaky_relu', got '", name, "'");
+    kind = static_cast<ActivationKind>(found - names.begin());
+  }
+
+  Tensor by_aten(const Tensor& x) const {
+    if (kind == ActivationKind::relu) return at::relu(x);
+    return kind == ActivationKind::hardtanh ? at::hardtanh(x, a, b) : at::leaky_relu(x, a);
+  }
+  void by_aten_(Tensor& x) const {
+    if (kind == ActivationKind::relu) {
+      at::relu_(x);
+    } else if (kind == ActivationKind::hardtanh) {
+      at::hardtanh_(x, a, b);
+    } else {
+      at::leaky_relu_(x, a);
+    }
+  }
+  // Where the piece is the one with slope 1; NaN as in the formulas that torch has for GPUs.
+  Tensor mask_by_aten(const Tensor& x) const {
+    if (kind == ActivationKind::relu) return x.le(0).logical_not();
+    if (kind == ActivationKind::hardtanh) return x.le(a).logical_or(x.ge(b)).logical_not();
+    return x.gt(0);
+  }
+  GateRule gate() const { return {1, kind == ActivationKind::leaky_relu ? std::optional<double>(a) : std::nullopt}; }
+};
+
+template <class T>
+FK_SIMD_CLONES void relu_words(const T* x, T* y, uint32_t* bits, int64_t numel, int64_t first, int64_t last) {
+  cpu::make_bits(x, y, bits, numel, first, last, cpu::Relu<T>{});
+}
+
+template <class T>
+FK_SIMD_CLONES void leaky_relu_words(const T* x, T* y, uint32_t* bits, int64_t numel, int64_t first, int64_t last,
+                                     cpu::LeakyRelu<T> rule) {
+  cpu::make_bits(x, y, bits, numel, first, last, rule);
+}
+
+template <class T>
+FK_SIMD_CLONES void hardtanh_words(const T* x, T* y, uint32_t* bits, int64_t numel, int64_t first, int64_t last,
+                                   cpu::Hardtanh<T> rule) {
+  cpu::make_bits(x, y, bits, numel, first, last, rule);
+}
+
+// x and y dense and of one layout; they may be one tensor.
+void bits_cpu(const Tensor& x, const Tensor& y, const Tensor& bits, const Piecewise& f) {
+  auto* words = reinterpret_cast<uint32_t*>(bits.mutable_data_ptr<int32_t>());
+  const int64_t numel = x.numel();
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "freezekit::activation", [&] {
+    const scalar_t* from = x.const_data_ptr<scalar_t>();
+    scalar_t* to = y.mutable_data_ptr<scalar_t>();
+    using C = cpu::Compute<scalar_t>;
+    const C a = static_cast<C>(f.a), b = static_cast<C>(f.b);
+    const auto rounded = [](C value) { return static_cast<C>(static_cast<scalar_t>(value)); };
+    at::parallel_for(0, mask_words(numel), kWordsPerTask, [&](int64_t first, int64_t last) {
+      if (f.kind == ActivationKind::relu) {
+        first = cpu::relu_fast(from, to, words, first, std::clamp(numel / 32, first, last));
+      }
+      if (f.kind == ActivationKind::relu) {
+        relu_words(from, to, words, numel, first, last);
+      } else if (f.kind == ActivationKind::hardtanh) {
+        hardtanh_words(from, to, words, numel, first, last, {rounded(a), rounded(b), a, b});
+      } else {
+        leaky_relu_words(from, to, words, numel, first, last, {a});
+      }
+    });
+  });
+}
+
+void by_kernel(Computer computer, const Tensor& x, const Tensor& y, const Tensor& bits, const Piecewise& f) {
+  if (computer == Computer::cpu) return bits_cpu(x, y, bits, f);
+  native::activation(f, x, y, bits);
+}
+
+void check_dtype(const Tensor& input) {
+  TORCH_CHECK(at::isFloatingType(input.scalar_type()), "input must be of a floating dtype, got ", input.scalar_type());
+}
+
+std::tuple<Tensor, Tensor> bits_kernel(const Tensor& input, std::string_view kind, double a, double b,
+                                       std::string_view backend) {
+  check_dtype(input);
+  const Piecewise f(kind, a, b);
+  const Tensor x = dense(input);
+  const Computer computer = computer_for(x, backend);
+  if (computer == Computer::aten) return {f.by_aten(x), pack_bits(f.mask_by_aten(x))};
+  const Tensor y = x.is_same(input) ? at::empty_like(x) : x, bits = empty_bits(x);
+  by_kernel(computer, x, y, bits, f);
+  return {y, bits};
+}
+
+Tensor bits_inplace_kernel(Tensor& input, std::string_view kind, double a, double b, std::string_view backend) {
+  check_dtype(input);
+  const Piecewise f(kind, a, b);
+  const Tensor x = dense(input);
+  const Computer computer = computer_for(x, backend);
+  if (computer == Computer::aten) {
+    const Tensor bits = pack_bits(f.mask_by_aten(x));
+    f.by_aten_(input);
+    return bits;
+  }
+  const Tensor bits = empty_bits(x);
+  by_kernel(computer, x, x, bits, f);
+  if (!x.is_same(input)) input.copy_(x);
+  return bits;
+}
+
+std::tuple<Tensor, Tensor> bits_meta(const Tensor& input, std::string_view kind, double a, double b,
+                                     std::string_view) {
+  check_dtype(input);
+  const Piecewise f(kind, a, b);
+  return {at::empty_like(input), empty_bits(input)};
+}
+
+Tensor bits_inplace_meta(Tensor& input, std::string_view kind, double a, double b, std::string_view) {
+  check_dtype(input);
+  const Piecewise f(kind, a, b);
+  return empty_bits(input);
+}
+
+std::tuple<Tensor, Tensor> activation_bits(const Tensor& input, std::string_view kind, double a, double b,
+                                           std::string_view backend) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("freezekit::activation_bits", "").typed<decltype(bits_kernel)>();
+  return op.call(input, kind, a, b, backend);
+}
+
+Tensor activation_bits_(Tensor& input, std::string_view kind, double a, double b, std::string_view backend) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("freezekit::activation_bits_", "")
+                             .typed<decltype(bits_inplace_kernel)>();
+  return op.call(input, kind, a, b, backend);
+}
+
+Tensor activation_aten(const Tensor& input, std::string_view kind, double a, double b, std::string_view) {
+  return Piecewise(kind, a, b).by_aten(input);
+}
+
+void activation_inplace_aten(Tensor& input, std::string_view kind, double a, double b, std::string_view) {
+  Piecewise(kind, a, b).by_aten_(input);
+}
+
+Tensor activation_batched(const Tensor& input, std::string_view kind, double a, double b, std::string_view backend) {
+  check_aten_is_allowed(backend);
+  return activation_aten(input, kind, a, b, backend);
+}
+
+void activation_inplace_batched(Tensor& input, std::string_view kind, double a, double b, std::string_view backend) {
+  check_aten_is_allowed(backend);
+  activation_inplace_aten(input, kind, a, b, backend);
+}
+
+Tensor activation_autograd(const Tensor& input, std::string_view kind, double a, double b, std::string_view backend) {
+  const Piecewise f(kind, a, b);
+  if (is_aten_s(input, backend)) return f.by_aten(input);
+  auto [result, bits] = [&] {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return activation_bits(input, kind, a, b, backend);
+  }();
+  const auto node = formula_node<gate_backward>("FreezekitActivationBackward",
+                                                gate_settings(result.sym_strides(), f.gate(), backend), input);
+  if (!node) return result;
+  node->keep({bits});
+  torch::autograd::set_history(result, node);
+  return result;
+}
+
+void activation_inplace_autograd(Tensor& input, std::string_view kind, double a, double b, std::string_view backend) {
+  const Piecewise f(kind, a, b);
+  if (is_aten_s(input, backend)) return f.by_aten_(input);
+  torch::autograd::check_inplace(input, torch::autograd::compute_requires_grad(input));
+  const auto node = formula_node<gate_backward>("FreezekitActivationBackward",
+                                                gate_settings(dense_strides(input), f.gate(), backend), input);
+  const Tensor bits = [&] {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return activation_bits_(input, kind, a, b, backend);
+  }();
+  torch::autograd::impl::bump_version(input);
+  if (!node) return;
+  node->keep({bits});
+  torch::autograd::impl::rebase_history(input, {node, node->add_input_metadata(input)});
+}
+
+// Without autograd: in inference mode, and below other transforms.
+Tensor activation_plain(const Tensor& input, std::string_view kind, double a, double b, std::string_view backend) {
+  if (is_own(parse_backend(backend))) return std::get<0>(bits_kernel(input, kind, a, b, backend));
+  return activation_aten(input, kind, a, b, backend);
+}
+
+void activation_inplace_plain(Tensor& input, std::string_view kind, double a, double b, std::string_view backend) {
+  if (is_own(parse_backend(backend))) {
+    bits_inplace_kernel(input, kind, a, b, backend);
+  } else {
+    activation_inplace_aten(input, kind, a, b, backend);
+  }
+}
+
+}  // namespace
+
+Tensor positive_bits(const Tensor& input, std::string_view backend) {
+  Tensor scratch = input;  // relu leaves its values as they are
+  return activation_bits_(scratch, "relu", 0, 0, backend);
+}
+
+}  // namespace freezekit
+
+TORCH_LIBRARY_FRAGMENT(freezekit, m) {
+  const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
+  m.def("activation(Tensor input, str kind, float a=0.0, float b=0.0, *, str backend=\"auto\") -> Tensor", tags);
+  m.def("activation_(Tensor(a!) input, str kind, float a=0.0, float b=0.0, *, str backend=\"auto\") -> ()", tags);
+  m.def("activation_bits(Tensor input, str kind, float a=0.0, float b=0.0, *, str backend=\"auto\") -> (Tensor, Tensor)",
+        tags);
+  m.def("activation_bits_(Tensor(a!) input, str kind, float a=0.0, float b=0.0, *, str backend=\"auto\") -> Tensor", tags);
+}
+TORCH_LIBRARY_IMPL(freezekit, CompositeExplicitAutograd, m) {
+  m.impl("activation", freezekit::activation_plain);
+  m.impl("activation_", freezekit::activation_inplace_plain);
+  m.impl("activation_bits", freezekit::bits_kernel);
+  m.impl("activation_bits_", freezekit::bits_inplace_kernel);
+}
+TORCH_LIBRARY_IMPL(freezekit, Meta, m) {
+  m.impl("activation_bits", freezekit::bits_meta);
+  m.impl("activation_bits_", freezekit::bits_inplace_meta);
+}
+TORCH_LIBRARY_IMPL(freezekit, Autograd, m) {
+  m.impl("activation", freezekit::activation_autograd);
+  m.impl("activation_", freezekit::activation_inplace_autograd);
+}
+TORCH_LIBRARY_IMPL(freezekit, FuncTorchBatched, m) {
+  m.impl("activation", freezekit::activation_batched);
+  m.impl("activation_", freezekit::activation_inplace_batched);
+}

@@ -1,0 +1,238 @@
+#include "torch/bits/gate.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/empty_strided.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/where.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
+#include <torch/library.h>
+
+#include <algorithm>
+
+#include "cpu/gate.h"
+#include "cpu/relu_avx512.h"
+#include "cpu/simd.h"
+#include "torch/backends/cpu_formats.h"
+#include "torch/backends/native.h"
+#include "torch/backends/native_layers.h"
+
+namespace freezekit {
+namespace {
+
+constexpr int64_t kWordsPerTask = 1024;  // 32768 elements, as torch cuts elementwise work
+
+template <class T>
+FK_SIMD_CLONES void select_words(const T* x, T* y, const uint32_t* bits, int64_t numel, int64_t first, int64_t last) {
+  cpu::apply_bits(x, y, bits, numel, first, last, cpu::Select<T>{});
+}
+
+template <class T>
+FK_SIMD_CLONES void scale_words(const T* x, T* y, const uint32_t* bits, int64_t numel, int64_t first, int64_t last,
+                                cpu::Compute<T> on, cpu::Compute<T> off) {
+  cpu::apply_bits(x, y, bits, numel, first, last, cpu::Scale<T>{on, off});
+}
+
+// x and y dense, in the memory order of bits; they may be one tensor.
+void gate_cpu(const Tensor& x, const Tensor& y, const Tensor& bits, const GateRule& rule) {
+  const auto* words = reinterpret_cast<const uint32_t*>(bits.const_data_ptr<int32_t>());
+  const int64_t numel = x.numel();
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "freezekit::gate", [&] {
+    const scalar_t* from = x.const_data_ptr<scalar_t>();
+    scalar_t* to = y.mutable_data_ptr<scalar_t>();
+    using C = cpu::Compute<scalar_t>;
+    at::parallel_for(0, mask_words(numel), kWordsPerTask, [&](int64_t first, int64_t last) {
+      if (!rule.off) first = cpu::select_fast(from, to, words, first, std::clamp(numel / 32, first, last));
+      if (rule.off) {
+        scale_words(from, to, words, numel, first, last, static_cast<C>(rule.on), static_cast<C>(*rule.off));
+      } else {
+        select_words(from, to, words, numel, first, last);
+      }
+    });
+  });
+}
+
+// Dimensions from the outermost in memory to the innermost; sizes of 1 have no say.
+std::vector<int64_t> memory_order(SymIntArrayRef stride) {
+  std::vector<int64_t> order(stride.size());
+  for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int64_t>(i);
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return stride[a] > stride[b]; });
+  return order;
+}
+
+// As a bool tensor of the size of `like`.
+Tensor unpack_bits(const Tensor& bits, SymIntArrayRef size, SymIntArrayRef stride) {
+  const auto order = memory_order(stride);
+  std::vector<c10::SymInt> ordered;
+  std::vector<int64_t> back(order.size());
+  c10::SymInt numel = 1;
+  for (size_t i = 0; i < order.size(); ++i) {
+    ordered.push_back(size[order[i]]);
+    back[order[i]] = static_cast<int64_t>(i);
+    numel *= size[order[i]];
+  }
+  const Tensor position = at::arange(32, bits.options());
+  const Tensor spread = bits.unsqueeze(1).bitwise_right_shift(position).bitwise_and(1).flatten();
+  return spread.narrow_symint(0, 0, numel).view_symint(ordered).permute(back).to(at::kBool);
+}
+
+Tensor gate_by_aten(const Tensor& x, const Tensor& bits, SymIntArrayRef stride, const GateRule& rule) {
+  const Tensor mask = unpack_bits(bits, x.sym_sizes(), stride);
+  if (!rule.off) return at::where(mask, x, 0);
+  return at::where(mask, at::mul(x, rule.on), at::mul(x, *rule.off));
+}
+
+void check_gate(const Tensor& input, const Tensor& bits, SymIntArrayRef stride, std::optional<double> off, double on) {
+  TORCH_CHECK(at::isFloatingType(input.scalar_type()), "input must be of a floating dtype, got ", input.scalar_type());
+  TORCH_CHECK(bits.scalar_type() == at::kInt && bits.dim() == 1, "bits must be one row of int32 words, got ",
+              bits.scalar_type(), " of size ", bits.sym_sizes());
+  TORCH_CHECK(bits.device() == input.device(), "bits are on ", bits.device(), ", input is on ", input.device());
+  TORCH_CHECK(static_cast<int64_t>(stride.size()) == input.dim(), "stride must have a number for each of input's ",
+              input.dim(), " dimensions, got ", stride);
+  TORCH_CHECK(off || on == 1, "on must be 1 where off is None, got ", on);
+  TORCH_CHECK(bits.sym_size(0) == (input.sym_numel() + 31) / 32, "bits must have ", (input.sym_numel() + 31) / 32,
+              " words for ", input.sym_numel(), " elements, got ", bits.sym_size(0));
+}
+
+Tensor empty_dense(const Tensor& input, SymIntArrayRef stride) {
+  const Tensor result = at::empty_strided_symint(input.sym_sizes(), stride, input.options());
+  TORCH_CHECK(result.is_non_overlapping_and_dense(), "stride must be that of a dense tensor of size ",
+              input.sym_sizes(), ", got ", stride);
+  return result;
+}
+
+Tensor gate_kernel(const Tensor& input, const Tensor& bits, SymIntArrayRef stride, double on,
+                   std::optional<double> off, std::string_view backend) {
+  check_gate(input, bits, stride, off, on);
+  Tensor result = empty_dense(input, stride);
+  const bool same = input.strides() == result.strides();
+  switch (computer_for(input, backend)) {
+    case Computer::cpu:
+      gate_cpu(same ? input : result.copy_(input), result, bits.contiguous(), {on, off});
+      break;
+    case Computer::kernels:
+      native::gate({on, off}, same ? input : result.copy_(input), bits.contiguous(), result);
+      break;
+    case Computer::aten:
+      result.copy_(gate_by_aten(input, bits, stride, {on, off}));
+  }
+  return result;
+}
+
+Tensor gate_meta(const Tensor& input, const Tensor& bits, SymIntArrayRef stride, double on, std::optional<double> off,
+                 std::string_view) {
+  check_gate(input, bits, stride, off, on);
+  return at::empty_strided_symint(input.sym_sizes(), stride, input.options());
+}
+
+Tensor gate_batched(const Tensor& input, const Tensor& bits, SymIntArrayRef stride, double on,
+                    std::optional<double> off, std::string_view backend) {
+  check_aten_is_allowed(backend);
+  return gate_by_aten(input, bits, stride, {on, off});
+}
+
+Tensor gate_autograd(const Tensor& input, const Tensor& bits, SymIntArrayRef stride, double on,
+                     std::optional<double> off, std::string_view backend) {
+  const GateRule rule{on, off};
+  if (needs_aten(input)) return gate_by_aten(input, bits, stride, rule);
+  auto node = formula_node<gate_backward>("FreezekitGateBackward", gate_settings(stride, rule, backend), input);
+  if (node) node->keep({bits});
+  Tensor result = [&] {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return gate(input, bits, stride, rule, backend);
+  }();
+  if (node) torch::autograd::set_history(result, node);
+  return result;
+}
+
+}  // namespace
+
+Tensor gate(const Tensor& input, const Tensor& bits, SymIntArrayRef stride, const GateRule& rule,
+            std::string_view backend) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("freezekit::gate", "").typed<decltype(gate_kernel)>();
+  return op.call(input, bits, stride, rule.on, rule.off, backend);
+}
+
+Settings gate_settings(SymIntArrayRef stride, const GateRule& rule, std::string_view backend) {
+  return {{rule.on, rule.off ? c10::IValue(*rule.off) : c10::IValue(), std::string(backend)}, {owned(stride)}};
+}
+
+variable_list gate_backward(const Tensor& grad, const variable_list& kept, const Settings& settings,
+                            const std::vector<bool>& wanted) {
+  if (!wanted[0]) return {Tensor()};
+  const auto& values = settings.values;
+  const GateRule rule{values[0].toDouble(), values[1].toOptional<double>()};
+  return {gate(grad, kept[0], settings.sizes[0], rule, values[2].toStringRef())};
+}
+
+Tensor empty_bits(const Tensor& like) {
+  return at::empty_symint({(like.sym_numel() + 31) / 32}, like.options().dtype(at::kInt));
+}
+
+Tensor pack_bits(const Tensor& mask) {
+  const auto stride = mask.sym_strides();
+  const Tensor flat = mask.permute(memory_order(stride)).reshape(-1).to(at::kInt);
+  const c10::SymInt words = (mask.sym_numel() + 31) / 32;
+  const Tensor padded = at::constant_pad_nd_symint(flat, {c10::SymInt(0), words * 32 - mask.sym_numel()});
+  const Tensor position = at::arange(32, flat.options());
+  return padded.view_symint({words, c10::SymInt(32)}).bitwise_left_shift(position).sum({1}, false, at::kInt);
+}
+
+Tensor dense(const Tensor& input) {
+  if (input.is_non_overlapping_and_dense()) return input;
+  return at::empty_like(input).copy_(input);
+}
+
+std::vector<c10::SymInt> dense_strides(const Tensor& input) {
+  if (input.is_non_overlapping_and_dense()) return owned(input.sym_strides());
+  return owned(at::empty_like(input, input.options().device(at::kMeta)).sym_strides());
+}
+
+void gate_inplace(const Tensor& dense, const Tensor& bits, const GateRule& rule, std::string_view backend) {
+  switch (computer_for(dense, backend)) {
+    case Computer::cpu:
+      return gate_cpu(dense, dense, bits, rule);
+    case Computer::kernels:
+      return native::gate(rule, dense, bits, dense);
+    case Computer::aten:
+      dense.copy_(gate_by_aten(dense, bits, dense.sym_strides(), rule));
+  }
+}
+
+void check_aten_is_allowed(std::string_view name) {
+  TORCH_CHECK(!is_own(parse_backend(name)), "backend='", name, "' takes strided tensors of a floating dtype, outside of ",
+              "torch.func transforms and forward-mode AD; torch's own operator takes this one, with backend='aten'");
+}
+
+bool is_aten_s(const Tensor& input, std::string_view name) {
+  if (needs_aten(input)) {
+    check_aten_is_allowed(name);
+    return true;
+  }
+  return !is_own(parse_backend(name)) && !torch::autograd::compute_requires_grad(input);
+}
+
+Computer computer_for(const Tensor& tensor, std::string_view name) {
+  if (native::runs(tensor, parse_backend(name))) return Computer::kernels;
+  // On a GPU `auto` is ATen's ten passes over memory where a kernel takes one, until the kernels have run on one.
+  return tensor.is_cpu() ? Computer::cpu : Computer::aten;
+}
+
+}  // namespace freezekit
+
+TORCH_LIBRARY_FRAGMENT(freezekit, m) {
+  m.def("gate(Tensor input, Tensor bits, SymInt[] stride, float on=1.0, float? off=None, *, str backend=\"auto\") -> Tensor",
+        {at::Tag::pt2_compliant_tag});
+}
+TORCH_LIBRARY_IMPL(freezekit, CompositeExplicitAutograd, m) { m.impl("gate", freezekit::gate_kernel); }
+TORCH_LIBRARY_IMPL(freezekit, Meta, m) { m.impl("gate", freezekit::gate_meta); }
+TORCH_LIBRARY_IMPL(freezekit, Autograd, m) { m.impl("gate", freezekit::gate_autograd); }
+TORCH_LIBRARY_IMPL(freezekit, FuncTorchBatched, m) { m.impl("gate", freezekit::gate_batched); }

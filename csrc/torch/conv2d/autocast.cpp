@@ -1,0 +1,39 @@
+// Autocast: conv2d runs in the low precision, as at::conv2d does.
+//
+// dgrad and wgrad fall through, as convolution_backward does: a backward pass that happens to run inside an autocast
+// region keeps the dtype that its forward pass had.
+#include <ATen/autocast_mode.h>
+#include <torch/library.h>
+
+#include "torch/common/constants.h"
+#include "torch/common/operators.h"
+
+namespace freezekit {
+namespace {
+
+template <c10::DeviceType kDevice, c10::DispatchKey kKey>
+Tensor conv2d_autocast(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                       IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups,
+                       std::string_view backend) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKeySet{kKey});
+  const auto dtype = at::autocast::get_lower_precision_fp_from_device_type(kDevice);
+  const auto cast = [&](const Tensor& tensor) { return at::autocast::cached_cast(dtype, tensor, kDevice); };
+  // Autocast's own cache holds trainable leaves only, for one region: a frozen parameter would be cast at every call.
+  const auto cast_parameter = [&](const Tensor& parameter) {
+    return constants::derived(parameter, {"cast", static_cast<int64_t>(dtype)}, [dtype](const Tensor& source) {
+      return at::autocast::cached_cast(dtype, source, kDevice);
+    });
+  };
+  return conv2d(cast(input), cast_parameter(weight), bias ? std::make_optional(cast_parameter(*bias)) : std::nullopt,
+                Geometry(stride, padding, dilation, groups, backend));
+}
+
+}  // namespace
+}  // namespace freezekit
+
+TORCH_LIBRARY_IMPL(freezekit, AutocastCPU, m) {
+  m.impl("conv2d", freezekit::conv2d_autocast<c10::DeviceType::CPU, c10::DispatchKey::AutocastCPU>);
+}
+TORCH_LIBRARY_IMPL(freezekit, AutocastCUDA, m) {
+  m.impl("conv2d", freezekit::conv2d_autocast<c10::DeviceType::CUDA, c10::DispatchKey::AutocastCUDA>);
+}

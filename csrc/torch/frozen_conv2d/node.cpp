@@ -1,0 +1,201 @@
+#include "torch/frozen_conv2d/node.h"
+
+#include <ATen/ATen.h>
+#include <ATen/TensorSubclassLikeUtils.h>
+#include <torch/csrc/autograd/graph_task.h>
+
+#include "torch/autograd/formula.h"
+#include "torch/bits/gate.h"
+
+namespace freezekit {
+namespace {
+
+using torch::autograd::variable_list;
+
+constexpr size_t kInput = 0, kResidual = 1;  // edges
+constexpr size_t kPassedOn = 1;              // the gradient of the input that was passed on
+
+Tensor passed_on(const variable_list& grads) { return grads.size() > kPassedOn ? grads[kPassedOn] : Tensor(); }
+
+// dx of differentiable operators; masks are applied where they were made.
+Tensor plain_input_gradient(const Tensor& dy, const Tensor& weight, SymIntArrayRef input_size, const Tensor& passed,
+                            const Geometry& g) {
+  const Tensor dx = conv2d_dgrad(dy, weight, input_size, g);
+  return passed.defined() ? dx + passed : dx;
+}
+
+// FrozenConv2dBackward::apply as a function of values alone, which knows no neighbours.
+variable_list backward_of_values(const variable_list& grads, const std::vector<c10::IValue>& values) {
+  PackedArgs arguments(values);
+  const auto stride = arguments.unpack<std::vector<int64_t>>();
+  const auto padding = arguments.unpack<std::vector<int64_t>>();
+  const auto dilation = arguments.unpack<std::vector<int64_t>>();
+  const auto groups = arguments.unpack<int64_t>();
+  const auto backend = arguments.unpack<std::string>();
+  const auto input_size = arguments.unpack<std::vector<c10::SymInt>>();
+  const auto bits_stride = arguments.unpack<std::vector<c10::SymInt>>();
+  const auto weight = arguments.unpack<Tensor>();
+  const auto bits = arguments.unpack<Tensor>();
+  const auto wanted = arguments.unpack<std::vector<bool>>();
+  variable_list result(wanted.size());
+  if (!grads[0].defined()) {
+    if (wanted[kInput]) result[kInput] = passed_on(grads);
+    return result;
+  }
+  const Tensor dy = bits_stride.empty() ? grads[0] : gate(grads[0], bits, bits_stride, {}, backend);
+  if (wanted.size() > kResidual && wanted[kResidual]) result[kResidual] = dy;
+  if (wanted[kInput]) {
+    const Geometry g(stride, padding, dilation, groups, backend);
+    result[kInput] = plain_input_gradient(dy, weight, input_size, passed_on(grads), g);
+  }
+  return result;
+}
+
+}  // namespace
+
+FrozenConv2dBackward::FrozenConv2dBackward(FrozenConv2d f, const Tensor& input, const Tensor& weight)
+    : f_(std::move(f)),
+      input_size_(owned(input.sym_sizes())),
+      input_is_channels_last_(input.suggest_memory_format() == at::MemoryFormat::ChannelsLast),
+      weight_(weight, /*is_output=*/false) {}
+
+void FrozenConv2dBackward::keep(const Tensor& y, const Tensor& bits) {
+  if (!f_.has_mask()) return;
+  bits_are_channels_last_ = f_.own_kernels() || y.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
+  bits_stride_ = dense_stride(y.sym_sizes(), bits_are_channels_last_);
+  bits_ = torch::autograd::SavedVariable(bits, /*is_output=*/false);
+  has_bits_ = true;
+}
+
+void FrozenConv2dBackward::release_variables() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  weight_.reset_data();
+  bits_.reset_data();
+  masked_.reset();
+}
+
+std::vector<bool> FrozenConv2dBackward::wanted() const {
+  std::vector<bool> result(num_outputs());
+  for (size_t i = 0; i < result.size(); ++i) result[i] = task_should_compute_output(i);
+  return result;
+}
+
+variable_list FrozenConv2dBackward::apply(variable_list&& grads) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  variable_list result(num_outputs());
+  const Tensor passed = passed_on(grads);
+  const bool wants_input = task_should_compute_output(kInput);
+  if (!grads[0].defined()) {
+    if (wants_input) result[kInput] = passed;
+    return result;
+  }
+  const Tensor dy = masked(std::move(grads[0]));
+  if (num_outputs() > kResidual && task_should_compute_output(kResidual)) result[kResidual] = dy;
+  if (wants_input) result[kInput] = input_gradient(dy, passed);
+  return result;
+}
+
+// dy where this one's activation let the value through.
+Tensor FrozenConv2dBackward::masked(Tensor&& dy) {
+  if (!has_bits_) return std::move(dy);
+  const bool known = is_marked(dy);
+  masked_.reset();
+  if (known) return std::move(dy);
+  const Tensor bits = bits_.unpack();
+  if (may_write(dy)) {
+    gate_inplace(dy, bits, {}, to_string(f_.geometry.backend));
+    return std::move(dy);
+  }
+  return gate(dy, bits, bits_stride_, {}, to_string(f_.geometry.backend));
+}
+
+Tensor FrozenConv2dBackward::input_gradient(const Tensor& dy, const Tensor& passed) {
+  const Tensor weight = weight_.unpack();
+  if (at::GradMode::is_enabled()) return plain_input_gradient(dy, weight, input_size_, passed, f_.geometry);
+  FrozenConv2dBackward* maker = maker_of_input();
+  const Tensor bits = maker ? maker->lend() : Tensor();
+  const Tensor dx = frozen_conv2d_dgrad(dy, weight, input_size_, passed, bits, input_is_channels_last_, f_.geometry);
+  if (bits.defined()) maker->mark(dx);
+  return dx;
+}
+
+// Who made the input, if its gradient is nobody else's business and its bits lie as this dgrad computes.
+FrozenConv2dBackward* FrozenConv2dBackward::maker_of_input() const {
+  const auto& edge = next_edge(kInput);
+  auto* maker = dynamic_cast<FrozenConv2dBackward*>(edge.function.get());
+  if (!maker || edge.input_nr != 0 || !maker->has_bits_) return nullptr;
+  if (maker->bits_are_channels_last_ != (f_.own_kernels() || input_is_channels_last_)) return nullptr;
+  if (!maker->tensor_pre_hooks().empty() || !maker->pre_hooks().empty() || !maker->retains_grad_hooks().empty()) {
+    return nullptr;
+  }
+  if (const auto* tasks = torch::autograd::get_current_graph_task_exec_info()) {
+    const auto found = tasks->find(maker);
+    if (found != tasks->end() && found->second.captures_) return nullptr;
+  }
+  return maker;
+}
+
+Tensor FrozenConv2dBackward::lend() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return bits_.unpack();
+}
+
+void FrozenConv2dBackward::mark(const Tensor& grad) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  masked_.emplace(grad.getIntrusivePtr());
+  masked_version_ = grad._version();
+}
+
+bool FrozenConv2dBackward::is_marked(const Tensor& grad) const {
+  // While the weak pointer is held no other tensor can take the address.
+  return masked_ && masked_->_unsafe_get_target() == grad.unsafeGetTensorImpl() && grad._version() == masked_version_;
+}
+
+bool FrozenConv2dBackward::may_write(const Tensor& dy) const {
+  return !at::GradMode::is_enabled() && dy.use_count() == 1 && !at::isTensorSubclassLike(dy) && dy.has_storage() &&
+         dy.storage().use_count() == 1 && dy.sym_strides() == SymIntArrayRef(bits_stride_) &&
+         dy.is_non_overlapping_and_dense();
+}
+
+void FrozenConv2dBackward::compiled_args(CompiledNodeArgs& args) const {
+  const Geometry& g = f_.geometry;
+  args.collect(name());
+  for (const auto& values : {g.stride, g.padding, g.dilation}) {
+    for (const int64_t value : values) args.collect(value);
+  }
+  args.collect(g.groups);
+  args.collect(static_cast<int64_t>(g.backend));
+  args.collect(has_bits_);
+  for (const bool want : wanted()) args.collect(want);
+  args.collect(SymIntArrayRef(input_size_));
+  args.collect(SymIntArrayRef(bits_stride_));
+  args.collect(weight_, /*is_output=*/false);
+  args.collect(bits_, /*is_output=*/false);
+}
+
+variable_list FrozenConv2dBackward::apply_with_saved(const variable_list& grads, SwapSavedVariables& saved) {
+  saved.before(input_size_);
+  saved.before(bits_stride_);
+  saved.before(weight_);
+  saved.before(bits_);
+  const Geometry& g = f_.geometry;
+  PackedArgs arguments;
+  for (const auto* values : {&g.stride, &g.padding, &g.dilation}) {
+    arguments.pack(std::vector<int64_t>(values->begin(), values->end()));
+  }
+  arguments.pack(g.groups);
+  arguments.pack(std::string(to_string(g.backend)));
+  arguments.pack(input_size_);
+  arguments.pack(bits_stride_);
+  arguments.pack(weight_.unpack());
+  arguments.pack(has_bits_ ? bits_.unpack() : Tensor());
+  arguments.pack(wanted());
+  variable_list result = trace_call(*this, name(), backward_of_values, grads, std::move(arguments), saved);
+  saved.after(input_size_);
+  saved.after(bits_stride_);
+  saved.after(weight_);
+  saved.after(bits_);
+  return result;
+}
+
+}  // namespace freezekit

@@ -1,0 +1,64 @@
+// Backward of a frozen convolution, and how neighbouring ones share their passes.
+//
+// A node keeps bits and the weight, no activation. In the backward pass it looks along the edge to who made its input:
+//
+//   - if that is a frozen convolution with bits, its bits go into this one's dgrad as the mask, in the same kernel;
+//     the result is marked there, and the maker leaves out the pass that masks its own dy. Whether a mark still holds
+//     is asked of the tensor that arrives: a sum, a hook's result or an edited tensor is not the marked one, and is
+//     masked (again, which does no harm). So nothing depends on knowing who else reads the maker's output.
+//   - no mask is lent where somebody looks at that gradient (a hook, retain_grad, autograd.grad for it): dL/dy of an
+//     activation is not zero where the activation is.
+//
+// A node may have a second output, the input handed on to its other readers: what flows back to them is added in
+// dgrad's epilogue, where autograd would sum in a pass of its own.
+#pragma once
+
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/saved_variable.h>
+
+#include <mutex>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "torch/autograd/compiled.h"
+#include "torch/frozen_conv2d/frozen_conv2d.h"
+
+namespace freezekit {
+
+// Edges: the input and, where there is one, the residual.
+class FrozenConv2dBackward : public torch::autograd::Node {
+ public:
+  using variable_list = torch::autograd::variable_list;
+
+  FrozenConv2dBackward(FrozenConv2d f, const Tensor& input, const Tensor& weight);
+
+  // After the forward pass: the bits and how they lie.
+  void keep(const Tensor& y, const Tensor& bits);
+
+  std::string name() const override { return "FreezekitFrozenConv2dBackward"; }
+  void release_variables() override;
+  variable_list apply(variable_list&& grads) override;
+  void compiled_args(CompiledNodeArgs& args) const override;
+  variable_list apply_with_saved(const variable_list& grads, SwapSavedVariables& saved) override;
+
+ private:
+  Tensor masked(Tensor&& dy);
+  Tensor input_gradient(const Tensor& dy, const Tensor& passed);
+  FrozenConv2dBackward* maker_of_input() const;
+  Tensor lend();
+  void mark(const Tensor& grad);
+  bool is_marked(const Tensor& grad) const;
+  bool may_write(const Tensor& dy) const;
+  std::vector<bool> wanted() const;
+
+  FrozenConv2d f_;
+  std::vector<c10::SymInt> input_size_, bits_stride_;
+  bool input_is_channels_last_ = false, bits_are_channels_last_ = false, has_bits_ = false;
+  torch::autograd::SavedVariable weight_, bits_;
+  std::optional<c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>> masked_;
+  uint32_t masked_version_ = 0;
+  std::mutex mutex_;
+};
+
+}  // namespace freezekit

@@ -1,0 +1,257 @@
+// Max pooling's operators: what they check, what computes them, and the way into the dispatcher. Autograd stands in
+// max_pool2d_autograd.cpp.
+#include "torch/max_pool2d/max_pool2d.h"
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/native/Pool.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/empty_strided.h>
+#include <ATen/ops/max_pool2d_with_indices.h>
+#include <torch/library.h>
+
+#include "torch/common/checks.h"
+#include "torch/bits/gate.h"
+#include "torch/max_pool2d/steps.h"
+#include "torch/backends/native_layers.h"
+
+namespace freezekit {
+namespace {
+
+std::array<int64_t, 2> pair(IntArrayRef values, const char* name) {
+  TORCH_CHECK(values.size() == 1 || values.size() == 2, name, " must be one number or two (height, width), got ",
+              values.size(), " of them: ", values);
+  TORCH_CHECK(values.front() < kExtentLimit && values.back() < kExtentLimit, name, " must be below ", kExtentLimit,
+              ", got ", values);
+  // torch's own checks refuse what is negative, after sums that would overflow.
+  TORCH_CHECK(values.front() > -kExtentLimit && values.back() > -kExtentLimit, name, " must be above ", -kExtentLimit,
+              ", got ", values);
+  return {values.front(), values.back()};
+}
+
+template <class Signature>
+c10::TypedOperatorHandle<Signature> find(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+// What computes a problem; throws where the backend demands kernels that do not take it.
+Computer computer_of(const MaxPool& m, const Tensor& values, std::string_view backend) {
+  const Computer computer = computer_for(values, backend);
+  if (computer != Computer::kernels || fits_int32(m)) return computer;
+  TORCH_CHECK(parse_backend(backend) == Backend::automatic, "no freezekit kernel for max_pool2d: an image of it, or a ",
+              "window, has more than 2^30 places; backend='aten' computes it");
+  return Computer::aten;
+}
+
+// (N, C, P, Q), by torch's own checks, whose messages are torch's.
+std::array<int64_t, 4> output_size(const Tensor& input, const PoolGeometry& g, at::MemoryFormat format) {
+  const auto extent = [&](size_t i) {
+    return at::native::pooling_output_shape<int64_t>(input.size(2 + i), g.kernel_size[i], g.padding[i], g.stride[i],
+                                                     g.dilation[i], g.ceil_mode);
+  };
+  const int64_t p = extent(0), q = extent(1);
+  at::native::pool2d_shape_check(input, g.kernel_size[0], g.kernel_size[1], g.stride[0], g.stride[1], g.padding[0],
+                                 g.padding[1], g.dilation[0], g.dilation[1], input.size(1), input.size(2),
+                                 input.size(3), p, q, format);
+  return {input.size(0), input.size(1), p, q};
+}
+
+// The same for sizes that are symbols, with strides. torch computes it in Python, which loads a lot.
+Tensor output_like(const Tensor& input, const PoolGeometry& g) {
+  const Tensor shape = at::empty_strided_symint(input.sym_sizes(), input.sym_strides(), input.options().device(at::kMeta));
+  return std::get<0>(at::max_pool2d_with_indices(shape, g.kernel_size, g.stride, g.padding, g.dilation, g.ceil_mode));
+}
+
+void check_input(const Tensor& input) {
+  TORCH_CHECK(input.dim() == 4, "input must have 4 dimensions (N, C, H, W), got ", input.dim(), ": ",
+              input.sym_sizes());
+  TORCH_CHECK(at::isFloatingType(input.scalar_type()), "input must be of a floating dtype, got ", input.scalar_type());
+}
+
+void check_taps(const Tensor& values, const Tensor& taps, SymIntArrayRef input_size, const PoolGeometry& g) {
+  check_input(values);
+  TORCH_CHECK(input_size.size() == 4, "input_size must have 4 numbers (N, C, H, W), got ", input_size);
+  TORCH_CHECK(taps.scalar_type() == g.tap_type(), "taps must have dtype ", g.tap_type(), ", got ", taps.scalar_type());
+  TORCH_CHECK(taps.device() == values.device(), "taps are on ", taps.device(), ", the other tensor on ",
+              values.device());
+  TORCH_CHECK(taps.dim() == 4 && taps.sym_size(0) == input_size[0] && taps.sym_size(1) == input_size[1],
+              "taps must have size (N, C, P, Q) with N and C of ", input_size, ", got ", taps.sym_sizes());
+}
+
+std::tuple<Tensor, Tensor> taps_kernel(const Tensor& input, IntArrayRef kernel_size, IntArrayRef stride,
+                                       IntArrayRef padding, IntArrayRef dilation, bool ceil_mode,
+                                       std::string_view backend) {
+  const PoolGeometry g(kernel_size, stride, padding, dilation, ceil_mode, backend);
+  check_input(input);
+  const at::AutoDispatchBelowADInplaceOrView below;
+  const auto format = input.suggest_memory_format();  // for all: tensors of size 1 suggest another than their neighbours
+  const auto size = output_size(input, g, format);
+  const MaxPool m = g.problem(input.sizes(), size, format);
+  const Computer computer = computer_of(m, input, backend);
+  if (computer == Computer::aten) {
+    auto [y, indices] =
+        at::max_pool2d_with_indices(input, g.kernel_size, g.stride, g.padding, g.dilation, g.ceil_mode);
+    return {y, max_pool::taps_of_indices(indices, input, g)};
+  }
+  const Tensor y = at::empty(size, input.options(), format);
+  const Tensor taps = at::empty(size, input.options().dtype(g.tap_type()), format);
+  if (y.numel() == 0) return {y, taps};
+  const auto compute = computer == Computer::cpu ? max_pool::forward_cpu : native::max_pool;
+  compute(m, input.contiguous(format), y, taps);
+  return {y, taps};
+}
+
+Tensor scatter_kernel(const Tensor& grad_output, const Tensor& taps, SymIntArrayRef input_size, IntArrayRef kernel_size,
+                      IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, bool ceil_mode,
+                      std::string_view backend) {
+  const PoolGeometry g(kernel_size, stride, padding, dilation, ceil_mode, backend);
+  check_taps(grad_output, taps, input_size, g);
+  TORCH_CHECK(grad_output.sizes() == taps.sizes(), "grad_output must have the size of taps, ", taps.sizes(), ", got ",
+              grad_output.sizes());
+  const at::AutoDispatchBelowADInplaceOrView below;
+  const auto format = taps.suggest_memory_format();
+  const auto size = C10_AS_INTARRAYREF_SLOW(input_size);
+  const MaxPool m = g.problem(size, taps.sizes(), format);
+  const Computer computer = computer_of(m, grad_output, backend);
+  if (computer == Computer::aten) {
+    return max_pool::scatter_by_aten(grad_output, taps, input_size, g).contiguous(format);
+  }
+  const Tensor dx = at::empty(size, grad_output.options(), format);
+  if (computer == Computer::kernels) {
+    native::max_pool_scatter(m, grad_output.contiguous(format), taps.contiguous(format), dx);
+  } else if (dx.zero_().numel() > 0 && taps.numel() > 0) {
+    max_pool::scatter_cpu(m, grad_output.contiguous(format), taps.contiguous(format), dx);
+  }
+  return dx;
+}
+
+Tensor gather_kernel(const Tensor& input, const Tensor& taps, SymIntArrayRef input_size, IntArrayRef kernel_size,
+                     IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, bool ceil_mode,
+                     std::string_view backend) {
+  const PoolGeometry g(kernel_size, stride, padding, dilation, ceil_mode, backend);
+  check_taps(input, taps, input_size, g);
+  TORCH_CHECK(input.sym_sizes() == input_size, "input must have size ", input_size, ", got ", input.sizes());
+  const at::AutoDispatchBelowADInplaceOrView below;
+  const auto format = taps.suggest_memory_format();
+  const MaxPool m = g.problem(input.sizes(), taps.sizes(), format);
+  const Computer computer = computer_of(m, input, backend);
+  if (computer == Computer::aten) return max_pool::gather_by_aten(input, taps, g).contiguous(format);
+  const Tensor y = at::empty(taps.sizes(), input.options(), format);
+  if (y.numel() == 0) return y;
+  const auto compute = computer == Computer::cpu ? max_pool::gather_cpu : native::max_pool_gather;
+  compute(m, input.contiguous(format), taps.contiguous(format), y);
+  return y;
+}
+
+std::tuple<Tensor, Tensor> taps_meta(const Tensor& input, IntArrayRef kernel_size, IntArrayRef stride,
+                                     IntArrayRef padding, IntArrayRef dilation, bool ceil_mode,
+                                     std::string_view backend) {
+  const PoolGeometry g(kernel_size, stride, padding, dilation, ceil_mode, backend);
+  check_input(input);
+  const Tensor y = output_like(input, g);
+  return {y, at::empty_like(y, y.options().dtype(g.tap_type()))};
+}
+
+Tensor scatter_meta(const Tensor& grad_output, const Tensor& taps, SymIntArrayRef input_size, IntArrayRef kernel_size,
+                    IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, bool ceil_mode,
+                    std::string_view backend) {
+  check_taps(grad_output, taps, input_size, {kernel_size, stride, padding, dilation, ceil_mode, backend});
+  return at::empty_symint(input_size, grad_output.options(), taps.suggest_memory_format());
+}
+
+Tensor gather_meta(const Tensor& input, const Tensor& taps, SymIntArrayRef input_size, IntArrayRef kernel_size,
+                   IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, bool ceil_mode,
+                   std::string_view backend) {
+  check_taps(input, taps, input_size, {kernel_size, stride, padding, dilation, ceil_mode, backend});
+  return at::empty_symint(taps.sym_sizes(), input.options(), taps.suggest_memory_format());
+}
+
+Tensor scatter_batched(const Tensor& grad_output, const Tensor& taps, SymIntArrayRef input_size,
+                       IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+                       bool ceil_mode, std::string_view backend) {
+  return max_pool::scatter_by_aten(grad_output, taps, input_size,
+                                   {kernel_size, stride, padding, dilation, ceil_mode, backend});
+}
+
+Tensor gather_batched(const Tensor& input, const Tensor& taps, SymIntArrayRef, IntArrayRef kernel_size,
+                      IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, bool ceil_mode,
+                      std::string_view backend) {
+  return max_pool::gather_by_aten(input, taps, {kernel_size, stride, padding, dilation, ceil_mode, backend});
+}
+
+}  // namespace
+
+PoolGeometry::PoolGeometry(IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+                           bool ceil_mode, std::string_view backend)
+    : kernel_size(pair(kernel_size, "kernel_size")),
+      stride(stride.empty() ? this->kernel_size : pair(stride, "stride")),
+      padding(pair(padding, "padding")),
+      dilation(pair(dilation, "dilation")),
+      ceil_mode(ceil_mode),
+      backend(backend) {}
+
+MaxPool PoolGeometry::problem(IntArrayRef input_size, IntArrayRef output_size, at::MemoryFormat format) const {
+  const Pooling window = {input_size[2], input_size[3], output_size[2], output_size[3], kernel_size[0], kernel_size[1],
+                          stride[0],     stride[1],     padding[0],     padding[1],     dilation[0],    dilation[1]};
+  return {window, input_size[0], input_size[1], format == at::MemoryFormat::ChannelsLast,
+          static_cast<int>(c10::elementSize(tap_type()))};
+}
+
+at::ScalarType PoolGeometry::tap_type() const {
+  const int64_t taps = kernel_size[0] * kernel_size[1];
+  return taps <= 256 ? at::kByte : taps <= 32768 ? at::kShort : at::kInt;
+}
+
+std::tuple<Tensor, Tensor> max_pool2d_taps(const Tensor& input, const PoolGeometry& g) {
+  static const auto op = find<TapsSignature>("freezekit::max_pool2d_taps");
+  return op.call(input, g.kernel_size, g.stride, g.padding, g.dilation, g.ceil_mode, g.backend);
+}
+
+Tensor max_pool2d_scatter(const Tensor& grad_output, const Tensor& taps, SymIntArrayRef input_size,
+                          const PoolGeometry& g) {
+  static const auto op = find<TapMapSignature>("freezekit::max_pool2d_scatter");
+  return op.call(grad_output, taps, input_size, g.kernel_size, g.stride, g.padding, g.dilation, g.ceil_mode, g.backend);
+}
+
+Tensor max_pool2d_gather(const Tensor& input, const Tensor& taps, const PoolGeometry& g) {
+  static const auto op = find<TapMapSignature>("freezekit::max_pool2d_gather");
+  return op.call(input, taps, input.sym_sizes(), g.kernel_size, g.stride, g.padding, g.dilation, g.ceil_mode,
+                 g.backend);
+}
+
+Tensor max_pool2d_indices(const Tensor& taps, SymIntArrayRef input_size, const PoolGeometry& g) {
+  return max_pool::positions(taps, input_size, g).first;
+}
+
+}  // namespace freezekit
+
+TORCH_LIBRARY_FRAGMENT(freezekit, m) {
+  const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
+  m.def(
+      "max_pool2d_taps(Tensor input, int[2] kernel_size, int[2] stride=[], int[2] padding=0, int[2] dilation=1, "
+      "bool ceil_mode=False, *, str backend=\"auto\") -> (Tensor, Tensor)",
+      tags);
+  m.def(
+      "max_pool2d_scatter(Tensor grad_output, Tensor taps, SymInt[] input_size, int[2] kernel_size, int[2] stride=[], "
+      "int[2] padding=0, int[2] dilation=1, bool ceil_mode=False, *, str backend=\"auto\") -> Tensor",
+      tags);
+  m.def(
+      "max_pool2d_gather(Tensor input, Tensor taps, SymInt[] input_size, int[2] kernel_size, int[2] stride=[], "
+      "int[2] padding=0, int[2] dilation=1, bool ceil_mode=False, *, str backend=\"auto\") -> Tensor",
+      tags);
+}
+TORCH_LIBRARY_IMPL(freezekit, CompositeExplicitAutograd, m) {
+  m.impl("max_pool2d_taps", freezekit::taps_kernel);
+  m.impl("max_pool2d_scatter", freezekit::scatter_kernel);
+  m.impl("max_pool2d_gather", freezekit::gather_kernel);
+}
+TORCH_LIBRARY_IMPL(freezekit, Meta, m) {
+  m.impl("max_pool2d_taps", freezekit::taps_meta);
+  m.impl("max_pool2d_scatter", freezekit::scatter_meta);
+  m.impl("max_pool2d_gather", freezekit::gather_meta);
+}
+TORCH_LIBRARY_IMPL(freezekit, FuncTorchBatched, m) {
+  m.impl("max_pool2d_scatter", freezekit::scatter_batched);
+  m.impl("max_pool2d_gather", freezekit::gather_batched);
+}

@@ -1,0 +1,107 @@
+"""What would still move, be computed or be kept although it is frozen, and how to mend it.
+
+`audit` looks at a model, its optimizers and, when inputs are given, at one forward pass. From a shell::
+
+    python -m freezekit.auditing package.module:factory
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from freezekit._arguments import check_module
+from freezekit._inputs import arguments
+
+from . import attributes, forward, optim, tensors, wrappers
+from .report import SEVERITIES, AuditError, Finding, Report
+from .subject import Subject
+
+__all__ = ["AuditError", "Finding", "Report", "audit"]
+
+_Check = Callable[[Subject], Iterator[Finding]]
+_ALWAYS: tuple[_Check, ...] = (
+    attributes.check_parameters,
+    attributes.check_modules,
+    attributes.check_buffers,
+    tensors.check_tied,
+    tensors.check_shared_storage,
+    tensors.check_statistics,
+    optim.check_stray_grads,
+    wrappers.check_ddp,
+    wrappers.check_fsdp1,
+    wrappers.check_compile,
+    wrappers.check_autocast,
+)
+_OPTIMIZER: tuple[_Check, ...] = (
+    optim.check_moves,
+    optim.check_orphan_state,
+    optim.check_membership,
+    optim.check_state,
+    optim.check_duplicates,
+    optim.check_scheduled,
+)
+
+
+def _optimizers(given: Any) -> tuple[torch.optim.Optimizer, ...]:
+    given = () if given is None else given
+    several = given if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
+    wrong = [o for o in several if not isinstance(o, torch.optim.Optimizer)]
+    if wrong:
+        shown = reprlib.repr(wrong[0])  # not all of a tensor
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, a sequence of them, or None, got {shown}")
+    return tuple(several)
+
+
+def audit(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
+    inputs: Any = None,
+    *,
+    schedule: Any = None,
+) -> Report:
+    """Look for the pitfalls of freezing in a model and its optimizer. Nothing is changed.
+
+    Args:
+        model: the model, wrapped (DDP, FSDP, torch.compile) or not.
+        optimizer: the optimizer that steps it, or all of them when there are several.
+        inputs: arguments of one forward pass: a tensor, a tuple or list of positional arguments, or a mapping of
+            keyword arguments. Given, the pass is run once in the model's present mode (buffers and random state are
+            put back; no backward pass), which shows buffers that move and layers that lose their gradient.
+        schedule: a freezing schedule (`freezekit.schedules`), to count its recompilations against torch.compile's limit.
+
+    Returns:
+        A `Report`: iterate it, ``print()`` it, ``to_json()`` it, or ``raise_for_errors()``. Checks that could not run
+        are in ``report.skipped``. Call `audit` inside ``torch.autocast`` to see what autocast casts.
+
+    Raises:
+        TypeError: ``model`` is not a module, ``optimizer`` not an optimizer, or ``inputs`` none of those.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+        >>> model[0].bias.requires_brad = False
+        >>> [(f.severity, f.code, f.where) for f in audit(model)]
+        [('error', 'unknown-attribute', '0.bias.requires_brad')]
+    """
+    check_module(model)
+    if schedule is not None and not callable(getattr(schedule, "compile_entries", None)):
+        raise TypeError(f"schedule must have a method compile_entries(), got {type(schedule).__name__}")
+    given = None if inputs is None else arguments(inputs)
+    subject = Subject(model, _optimizers(optimizer), given, schedule)
+    checks = [*_ALWAYS]
+    skipped = {}
+    if subject.optimizers:
+        checks += _OPTIMIZER
+    else:
+        skipped["what the optimizer would move, keep or miss"] = "no optimizer given"
+    if subject.inputs is not None:
+        checks.append(forward.check_forward)
+    else:
+        skipped["moving buffers and lost gradients in a forward pass"] = "no inputs given"
+    findings = [f for check in checks for f in check(subject)]
+    findings.sort(key=lambda f: SEVERITIES.index(f.severity))
+    return Report(type(model).__name__, tuple(findings), skipped)

@@ -1,5 +1,0 @@
-"""See what a training step computes and keeps, before paying for it."""
-
-from freezekit.explain.report import Explanation, Row, explain
-
-__all__ = ["Explanation", "Row", "explain"]

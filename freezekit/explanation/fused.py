@@ -1,0 +1,66 @@
+"""Fused blocks under a trace: which would run as one operator now, so that a trace leaves their layers unwatched.
+
+A hook on a layer makes its block run layer by layer, and a trace watches layers by hooks. It must not change what it
+looks at: layers of blocks that would run fused get none, and their operator is told by the block's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from freezekit.fusion import folding
+from freezekit.fusion.classes import plan_of
+from freezekit.fusion.layers import why_unfused
+from freezekit.fusion.plan import BlockNames
+
+OPERATORS = (torch.ops.freezekit.frozen_conv2d.default, torch.ops.freezekit.frozen_conv2d_shared.default)
+
+
+class FusedBlocks:
+    """The blocks of a model that would run fused in a call made now."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.labels: dict[int, list[str]] = {}
+        self.unwatched: set[int] = set()
+        for module in model.modules():
+            plan = plan_of(module)
+            if plan is None or id(module) in self.unwatched:
+                continue
+            # A hook on a sequence that the plan looks into would change what runs.
+            self.unwatched |= {id(module.get_submodule(path)) for path in plan.sequences}
+            for names in plan.blocks:
+                layers = block_layers(module, names)
+                if not why_unfused(*layers):
+                    self.labels.setdefault(id(module), []).append("fused " + label(names))
+                    self.unwatched |= {id(layer) for layer in layers if isinstance(layer, nn.Module)}
+
+    def label_of(self, module: nn.Module, number: int) -> str:
+        """What the `number`-th fused operator in a module's forward stands for; "" for a module without any."""
+        labels = self.labels.get(id(module))
+        return labels[min(max(number, 1), len(labels)) - 1] if labels else ""
+
+
+def block_layers(module: nn.Module, names: BlockNames) -> tuple[nn.Module, nn.Module | None, nn.Module | str | None]:
+    """A block's convolution, norm and activation; an activation that is a function is its name."""
+    activation: nn.Module | str | None = names.activation
+    if names.activation is not None and not names.calls_function:
+        activation = module.get_submodule(names.activation)
+    norm = None if names.norm is None else module.get_submodule(names.norm)
+    return module.get_submodule(names.conv), norm, activation
+
+
+def label(names: BlockNames) -> str:
+    """``conv1 + bn1 + add + relu``."""
+    parts = (names.conv, names.norm, "add" if names.adds else "", names.activation)
+    return " + ".join(part for part in parts if part)
+
+
+def constants(model: nn.Module) -> Iterator[Tensor]:
+    """Folded weights and biases that are kept for a model: there anyway between steps, like parameters."""
+    for form in folding.kept(model):
+        yield form.weight
+        if form.bias is not None:
+            yield form.bias

@@ -1,0 +1,76 @@
+"""The kernel column of `explain`: what computes a convolution's operators, and why, as `_C.select` tells it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch._prims_common import suggest_memory_format
+
+import freezekit._C as _C
+from freezekit.backends import current_backend
+from freezekit.explanation.record import Call
+from freezekit.nn import FreezableConv2d
+
+OPERATORS = ("conv2d", "conv2d_dgrad", "conv2d_wgrad")
+NATIVE_DTYPES = {
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+}
+
+
+def kernels_of(call: Call) -> str:
+    """What computes the call's operators under the current backend; "" for what freezekit has no kernels for.
+
+    Under "auto" that is "aten" where nothing was measured, else each operator with what was taken and why.
+    """
+    if call.fallback:
+        return f"torch's own, {call.fallback}"
+    conv = call.module
+    if not isinstance(conv, FreezableConv2d):
+        return ""
+    backend = current_backend()
+    if backend == "aten":
+        return "aten, as demanded"
+    choices = _choices(call, conv)
+    if not choices:
+        return "aten" if backend == "auto" else f"{backend}, as demanded"
+    if backend != "auto":
+        return "; ".join("{kernel} ({reason})".format(**choice) for choice in choices.values())
+    if all(choice["auto_reason"] == _C.choices.rule for choice in choices.values()):
+        return "aten"
+    return "; ".join(
+        f"{operator}: {'aten' if choice['auto'] == 'aten' else choice['kernel']} ({choice['auto_reason']})"
+        for operator, choice in choices.items()
+    )
+
+
+def _choices(call: Call, conv: nn.Conv2d) -> dict[str, dict[str, Any]]:
+    """`_C.select`'s answer for each operator; empty where it cannot be asked."""
+    dtype = NATIVE_DTYPES.get(conv.weight.dtype)
+    if dtype is None or isinstance(conv.padding, str) or len(call.inputs) != 4:
+        return {}
+    size, padding = call.inputs, conv.padding
+    if conv.padding_mode != "zeros":
+        left, right, top, bottom = conv._reversed_padding_repeated_twice
+        size, padding = (*size[:2], size[2] + top + bottom, size[3] + left + right), (0, 0)
+    settings = (conv.stride, padding, conv.dilation, conv.groups)
+    channels_last = call.channels_last or suggest_memory_format(conv.weight) == torch.channels_last
+    target = {**_target(conv.weight.device), "channels_last": channels_last}
+    return {op: _C.select(op, dtype, size, tuple(conv.weight.shape), *settings, **target) for op in OPERATORS}
+
+
+def _target(device: torch.device) -> dict[str, Any]:
+    """The device as `_C.select` wants it; a GPU that is not here is taken for select's own default."""
+    known: dict[str, Any] = {
+        "device": "cpu" if device.type == "cpu" else "cuda",
+        "allow_tf32": torch.backends.cudnn.allow_tf32,
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        known["sm"] = 10 * properties.major + properties.minor
+        known["sm_count"] = properties.multi_processor_count
+    return known

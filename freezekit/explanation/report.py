@@ -1,0 +1,215 @@
+"""`explain`: a row a layer, of what a training step computes and keeps now, and what would change it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+import freezekit._C as _C
+from freezekit._arguments import check_module
+from freezekit._inputs import arguments
+from freezekit.explanation.advice import Advisor
+from freezekit.explanation.kernels import kernels_of
+from freezekit.explanation.record import Call, Trace
+from freezekit.explanation.trace import trace
+from freezekit.explanation.units import bytes_text, flops_text
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer, or one function that a module with children calls in its own forward.
+
+    Attributes:
+        name: the module's name; "" is the model itself.
+        layer: the module's class, with the function that it calls where the row is one.
+        inputs, outputs: shapes.
+        flops: of the forward pass; a dgrad and a wgrad cost as much again, each.
+        fprop, dgrad, wgrad, db: whether a training step runs it now.
+        bytes_kept: for backward, by this row first.
+        bytes_shared: kept by an earlier row, which this one holds too.
+        kernel: what computes it, and why; of a layer of freezekit's that is torch's own in this call, what makes it so;
+            "" for what freezekit has no kernels for.
+        advice: what converting, freezing or fusing it would change; "" for nothing.
+    """
+
+    name: str
+    layer: str
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    flops: int
+    fprop: bool
+    dgrad: bool
+    wgrad: bool
+    db: bool
+    bytes_kept: int
+    bytes_shared: int
+    kernel: str
+    advice: str
+
+    @property
+    def backward_flops(self) -> int:
+        return self.flops * (self.dgrad + self.wgrad)
+
+
+class Explanation:
+    """What `explain` found: rows, totals, and ways to show them. Iterates over its rows."""
+
+    def __init__(self, rows: list[Row]) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __repr__(self) -> str:
+        return f"Explanation({len(self)} rows, {bytes_text(self.bytes_kept)} kept, {flops_text(self.flops)} forward)"
+
+    @property
+    def bytes_kept(self) -> int:
+        """Bytes that autograd keeps from one forward pass, parameters and buffers aside."""
+        return sum(row.bytes_kept for row in self.rows)
+
+    @property
+    def flops(self) -> int:
+        """Of the forward pass."""
+        return sum(row.flops for row in self.rows)
+
+    @property
+    def backward_flops(self) -> int:
+        """Of the backward pass as things stand."""
+        return sum(row.backward_flops for row in self.rows)
+
+    def totals(self) -> dict[str, int]:
+        """Sums over the rows; bytes and floating-point operations."""
+        return {"bytes_kept": self.bytes_kept, "flops": self.flops, "backward_flops": self.backward_flops}
+
+    def to_json(self) -> str:
+        """`{"rows": [...], "totals": {...}}`; a row's keys are the attributes of `Row`, bytes and FLOPs as integers."""
+        return json.dumps({"rows": [asdict(row) for row in self.rows], "totals": self.totals()})
+
+    def print(self, console: Console | None = None) -> None:
+        """A table on the terminal, with the totals last."""
+        from rich.table import Table
+
+        caption = f"kernel aten: {_C.choices.rule}" if any(row.kernel == "aten" for row in self) else None
+        table = Table(title="what a training step computes and keeps now", caption=caption)
+        for column in ("name", "layer", "output"):
+            table.add_column(column, overflow="fold")
+        for column in ("forward", "runs", "kept", "also held"):
+            table.add_column(column, justify="right", no_wrap=True)
+        table.add_column("kernel", overflow="fold")
+        table.add_column("what would change it", overflow="fold")
+        for row in self.rows:
+            shape = "x".join(map(str, row.outputs))
+            kept, shared = (bytes_text(n) if n else "" for n in (row.bytes_kept, row.bytes_shared))
+            flops = flops_text(row.flops) if row.flops else ""
+            table.add_row(row.name, row.layer, shape, flops, _runs(row), kept, shared, row.kernel, row.advice)
+        backward = f"backward {flops_text(self.backward_flops)}"
+        table.add_section()
+        table.add_row("total", f"{len(self)} rows", "", flops_text(self.flops), backward, bytes_text(self.bytes_kept))
+        (console or default_console()).print(table)
+
+    def plot(self, path: str | Path) -> None:
+        """A PNG: bytes kept by each row, in order of the forward pass.
+
+        Raises:
+            ImportError: if matplotlib is not installed.
+        """
+        from freezekit.explanation.plot import plot_explanation
+
+        plot_explanation(self, Path(path))
+
+
+def explain(model: nn.Module, inputs: Any) -> Explanation:
+    """What a training step of `model` computes and keeps now, layer by layer.
+
+    Runs one forward pass on the meta device: nothing is allocated, no running statistics move, and a model too big for
+    the machine can be explained. Bytes are those that autograd keeps between forward and backward; parameters and
+    buffers are not counted, since they are there anyway.
+
+    Args:
+        model: in the mode, and with the parameters frozen, that you want explained.
+        inputs: a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments of its forward.
+            Only shapes, dtypes and `requires_grad` matter: tensors on the meta device do.
+
+    Returns:
+        Explanation: iterate over it, `.print()`, `.to_json()`, `.plot("kept.png")`, `.bytes_kept`, `.flops`.
+
+    Raises:
+        TypeError: if `model` is no nn.Module, or `inputs` none of those.
+        RuntimeError: if its forward pass needs the values of tensors.
+
+    >>> import torch, freezekit as fk
+    >>> from torch import nn
+    >>> net = fk.convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)))
+    >>> explain(net, torch.empty(1, 3, 12, 12, device="meta"))
+    Explanation(2 rows, 4.8 KiB kept, 117 kFLOP forward)
+    >>> net[1].requires_grad_(False)  # keeps its input no more
+    FreezableConv2d(8, 8, kernel_size=(3, 3), stride=(1, 1))
+    >>> explain(net, torch.empty(1, 3, 12, 12, device="meta")).bytes_kept == 3 * 12 * 12 * 4
+    True
+    """
+    check_module(model)
+    return _explain(trace(model, arguments(inputs)), Advisor(model))
+
+
+def _explain(traced: Trace, advisor: Advisor) -> Explanation:
+    first = [0] * len(traced.calls)
+    shared = [0] * len(traced.calls)
+    alone = [0] * len(traced.calls)
+    for kept in traced.kept:
+        first[kept.holders[0]] += kept.nbytes
+        for holder in kept.holders[1:]:
+            shared[holder] += kept.nbytes
+        if len(kept.holders) == 1:
+            alone[kept.holders[0]] += kept.nbytes
+    rows = [_row(advisor, call, *held) for call, *held in zip(traced.calls, first, shared, alone)]
+    return Explanation([row for row in rows if row.flops or row.bytes_kept or row.bytes_shared or row.fprop])
+
+
+def _row(advisor: Advisor, call: Call, kept: int, shared: int, alone: int) -> Row:
+    weight, bias = _learns(call, "weight"), _learns(call, "bias")
+    return Row(
+        name=call.name,
+        layer=f"{call.layer}: {call.function}" if call.function else call.layer,
+        inputs=call.inputs,
+        outputs=call.outputs,
+        flops=call.flops,
+        fprop=call.moved > 0,
+        dgrad=call.input_needs_grad and call.output_needs_grad,
+        wgrad=weight,
+        db=bias,
+        bytes_kept=kept,
+        bytes_shared=shared,
+        kernel=kernels_of(call),
+        advice=advisor.advise(call, weight, kept + shared, alone),
+    )
+
+
+def _learns(call: Call, name: str) -> bool:
+    parameter = None if call.function or call.module is None else getattr(call.module, name, None)
+    return isinstance(parameter, torch.Tensor) and parameter.requires_grad
+
+
+def default_console() -> Console:
+    """The terminal; where output goes elsewhere, 140 columns, so that tables stay readable."""
+    from rich.console import Console  # Here, so that `import freezekit` needs no rich and does not wait for it.
+
+    console = Console()
+    return console if console.is_terminal else Console(width=140)
+
+
+def _runs(row: Row) -> str:
+    names = (("fprop", row.fprop), ("dgrad", row.dgrad), ("wgrad", row.wgrad), ("db", row.db))
+    return " ".join(name for name, runs in names if runs)

@@ -1,0 +1,85 @@
+"""Frozen Conv-BatchNorm-(add)-ReLU as one operator each way, in a model that stays what it was."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from freezekit._arguments import check_module
+from freezekit.fusion import folding
+from freezekit.fusion.classes import fuse_module, original_class, plan_of, unfuse_module
+from freezekit.fusion.plan import make_plan
+from freezekit.fusion.report import BlockReport, fusion_report
+
+__all__ = ["BlockReport", "fuse", "fusion_report", "unfuse"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def fuse(model: Model) -> Model:
+    """Lets every frozen Conv -> BatchNorm -> (+ residual) -> ReLU of `model` run as one operator, in place.
+
+    The forwards of modules that call convolutions are traced one by one (torch.fx, children are leaves) and rewritten.
+    At each call a block looks whether its layers are frozen: weights and biases with ``requires_grad=False``, batch
+    norms in eval mode, no hooks on any of them. If so it runs as one operator that keeps one bit an element; if not it
+    runs layer by layer, as if never fused. So `freeze` and `unfreeze` need no other call.
+
+    Names, parameters, buffers, state_dict, hooks and isinstance stay as they are; only ``type(module)`` of the
+    rewritten containers is a subclass of what it was. A deepcopy is fused, a pickle is not: it holds the stock classes.
+
+    Weights folded with batch norms are kept across steps; every change of their sources is seen but writes through
+    ``.data`` or numpy. After such a write call `freezekit.constants.invalidate`.
+
+    Args:
+        model: any module; fusing twice, or after layers were changed, is fine.
+
+    Returns:
+        The same object. `fusion_report` says what is fused, `unfuse` undoes it.
+
+    Raises:
+        TypeError: if `model` is no nn.Module.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> import freezekit as fk
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval().requires_grad_(False)
+    >>> x = torch.randn(1, 3, 8, 8, requires_grad=True)
+    >>> expected = model(x)
+    >>> torch.testing.assert_close(fuse(model)(x), expected)
+    >>> model(x).grad_fn.name()
+    'FreezekitFrozenConv2dBackward'
+    """
+    check_module(model)
+    for module in list(model.modules()):
+        if not _may_rewrite(module):
+            continue
+        plan = make_plan(module, original_class(module))
+        if plan.blocks:
+            fuse_module(module, plan)
+        elif plan_of(module) is not None:
+            unfuse_module(module)
+    return model
+
+
+def unfuse(model: Model) -> Model:
+    """Undoes `fuse`: every module has the class that it had, and nothing that was folded is kept.
+
+    >>> from torch import nn
+    >>> import freezekit as fk
+    >>> model = unfuse(fuse(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())))
+    >>> type(model) is nn.Sequential
+    True
+    """
+    check_module(model)
+    for module in model.modules():
+        unfuse_module(module)
+    folding.drop_all(model)
+    return model
+
+
+def _may_rewrite(module: nn.Module) -> bool:
+    if isinstance(module, torch.jit.ScriptModule) or "forward" in module.__dict__:
+        return False
+    return any(True for _ in module.children())

@@ -1,0 +1,194 @@
+"""What stands in a rewritten forward for a convolution and the layers behind it: one operator, or the layers."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import freezekit._C as _C
+from freezekit import backends
+from freezekit.fusion import folding
+from freezekit.fusion.layers import activation_kind, sources, why_unfused
+
+_frozen = torch.ops.freezekit.frozen_conv2d.default
+_shared = torch.ops.freezekit.frozen_conv2d_shared.default
+# A call that is like one before, by the compiled memo of what was decided then; None where there is none.
+_again = _C.blocks.run
+
+
+def block(
+    x: Tensor,
+    conv: nn.Module,
+    norm: nn.Module | None,
+    activation: nn.Module | str | None,
+    residual: Tensor | None,
+    add_in_place: bool,
+    channels_last: bool | None,
+) -> Tensor:
+    """activation(norm(conv(x)) + residual), as one operator where the layers are frozen, else layer by layer.
+
+    Args:
+        x: (N, C, H, W).
+        conv, norm, activation: the layers; norm and activation may be absent, activation may be a function's name.
+        residual: of the size of the result, or None.
+        add_in_place: whether the model wrote ``+=``, which keeps the left side's dtype.
+        channels_last: the layout of the result; None leaves it to torch's rule.
+    """
+    if not torch.compiler.is_compiling():
+        y = _again(x, conv, norm, activation, residual, channels_last, backends._current, False)
+        if y is not None:
+            return y
+    if not _runs_fused(x, conv, norm, activation, residual):
+        return _layers(x, conv, norm, activation, residual, add_in_place)
+    return _decided(_frozen, x, conv, norm, activation, residual, channels_last)[0]
+
+
+def shared_block(
+    x: Tensor,
+    conv: nn.Module,
+    norm: nn.Module | None,
+    activation: nn.Module | str | None,
+    residual: Tensor | None,
+    add_in_place: bool,
+    channels_last: bool | None,
+) -> tuple[Tensor, Tensor]:
+    """As `block`; also returns x, for those who read it after: their gradients are added inside this one's dgrad."""
+    if torch.compiler.is_compiling():
+        return block(x, conv, norm, activation, residual, add_in_place, channels_last), x
+    pair = _again(x, conv, norm, activation, residual, channels_last, backends._current, True)
+    if pair is not None:
+        return pair
+    if not _runs_fused(x, conv, norm, activation, residual):
+        return _layers(x, conv, norm, activation, residual, add_in_place), x
+    return _decided(_shared, x, conv, norm, activation, residual, channels_last)
+
+
+def _decided(
+    operator: Any,
+    x: Tensor,
+    conv: nn.Module,
+    norm: nn.Module | None,
+    activation: nn.Module | str | None,
+    residual: Tensor | None,
+    channels_last: bool | None,
+) -> tuple[Tensor, Tensor]:
+    """The operator's call, which is remembered."""
+    assert isinstance(conv, nn.Conv2d)
+    form, backend = folding.folded(conv, norm), backends._current
+    kind = activation_kind(activation)
+    if not torch.compiler.is_compiling():
+        if channels_last is None:  # torch's rule, which the layout of a folded weight has no say in
+            channels_last = _C.blocks.is_channels_last(x, conv.weight)
+        if folding.is_kept(conv) and _C.blocks.remember(
+            x, conv, norm, activation, residual, form.weight, form.bias, kind, backend
+        ):
+            weakref.finalize(conv, _C.blocks.forget, id(conv)).atexit = False
+    settings = (kind, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return operator(x, form.weight, form.bias, residual, *settings, channels_last=channels_last, backend=backend)
+
+
+def inner_layout(x: Tensor) -> bool | None:
+    """The layout of results that only blocks read: channels_last where kernels compute in it, else torch's rule."""
+    if type(x) is Tensor and x.device.type == "cpu" and x.dtype is not torch.float64:
+        return True
+    return True if backends._current in ("native", "emulated") else None
+
+
+def outer_layout(before: Tensor | bool | None, conv: nn.Conv2d) -> bool | None:
+    """Whether torch's result would lie in channels_last, where its makers run in a layout of their own.
+
+    `before` is what goes into the convolution, or this function's word on it.
+    """
+    if isinstance(before, Tensor):
+        if type(before) is not Tensor or before.dim() != 4 or _is_transformed(before):
+            return None
+        before = _is_channels_last(before)
+    if before is None:
+        return None
+    if before and conv.padding_mode != "circular":
+        return True
+    weight = conv._parameters["weight"]
+    return weight is not None and not _is_transformed(weight) and _is_channels_last(weight)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def _runs_fused(
+    x: Tensor, conv: nn.Module, norm: nn.Module | None, activation: nn.Module | str | None, residual: Tensor | None
+) -> bool:
+    if why_unfused(conv, norm, activation):
+        folding.drop(conv)
+        return False
+    assert isinstance(conv, nn.Conv2d)
+    weight = conv._parameters["weight"]
+    assert weight is not None
+    if not _is_plain(x, weight) or not _fits(x, conv) or any(map(_is_transformed, sources(conv, norm))):
+        return False
+    dtype = x.dtype
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+        if torch.float64 in (x.dtype, weight.dtype):
+            return False
+        dtype = torch.get_autocast_dtype(x.device.type)
+    elif dtype != weight.dtype:
+        return False
+    return residual is None or (residual.dtype == dtype and _adds(x, conv, residual))
+
+
+def _is_transformed(tensor: Tensor) -> bool:
+    """Whether torch.func stands between a tensor and its data; a compiler looks for itself."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def _is_plain(x: Tensor, weight: Tensor) -> bool:
+    plain = type(x) is Tensor or type(x) is nn.Parameter
+    return plain and x.dim() == 4 and x.device == weight.device and x.is_floating_point()
+
+
+def _fits(x: Tensor, conv: nn.Conv2d) -> bool:
+    """Whether sizes are right; where they are not, the layers themselves say so."""
+    return x.shape[1] == conv.in_channels and min(_output_size(x, conv)) >= 1
+
+
+def _output_size(x: Tensor, conv: nn.Conv2d) -> tuple[int, int]:
+    p, d, k, s = conv.padding, conv.dilation, conv.kernel_size, conv.stride
+    return (
+        (x.shape[2] + 2 * int(p[0]) - d[0] * (k[0] - 1) - 1) // s[0] + 1,
+        (x.shape[3] + 2 * int(p[1]) - d[1] * (k[1] - 1) - 1) // s[1] + 1,
+    )
+
+
+def _adds(x: Tensor, conv: nn.Conv2d, residual: Tensor) -> bool:
+    """Whether a residual is added element by element; one that is broadcast is left to the layers."""
+    plain = type(residual) is Tensor or type(residual) is nn.Parameter
+    return (
+        plain
+        and residual.device == x.device
+        and tuple(residual.shape) == (x.shape[0], conv.out_channels, *_output_size(x, conv))
+    )
+
+
+def _layers(
+    x: Tensor,
+    conv: nn.Module,
+    norm: nn.Module | None,
+    activation: nn.Module | str | None,
+    residual: Tensor | None,
+    add_in_place: bool,
+) -> Tensor:
+    y = conv(x)
+    if norm is not None:
+        y = norm(y)
+    if residual is not None:
+        if add_in_place:
+            y += residual
+        else:
+            y = y + residual
+    if isinstance(activation, str):
+        return F.relu(y) if activation == "relu" else F.relu6(y)
+    return y if activation is None else activation(y)

@@ -1,0 +1,7 @@
+"""What freezing would buy, for every depth, before paying for any of it."""
+
+from freezekit.planning.machine import Machine
+from freezekit.planning.planner import plan
+from freezekit.planning.report import Option, Plan
+
+__all__ = ["Machine", "Option", "Plan", "plan"]

@@ -1,0 +1,292 @@
+"""A fused model stays the model that it was: names, state, copies, hooks, freezing, moves."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import freezekit as fk
+from freezekit.constants import invalidate, verify_constants
+from freezekit.fusion import folding, fuse, fusion_report, unfuse
+from tests.fusion.nets import Bottleneck, ResNet, plain, settled
+
+FUSED = "FreezekitFrozenConv2dBackward"
+
+
+def net() -> nn.Sequential:
+    return settled(nn.Sequential(Bottleneck(8, 16), nn.ReLU(), *plain(1, 16)))
+
+
+def x(channels: int = 8) -> Tensor:
+    return torch.randn(2, channels, 8, 8, requires_grad=True)
+
+
+def runs_fused(model: nn.Module, input: Tensor | None = None) -> bool:
+    return model(x() if input is None else input).grad_fn.name() == FUSED
+
+
+def test_what_a_model_is_made_of_stays_the_same_objects() -> None:
+    model = net()
+    before = {
+        "state": {k: id(v) for k, v in model.state_dict(keep_vars=True).items()},
+        "modules": [(name, id(module)) for name, module in model.named_modules()],
+        "repr": repr(model),
+        "attributes": [sorted(vars(module)) for module in model.modules()],
+        "kinds": [type(module) for module in model.modules()],
+    }
+
+    def now() -> dict:
+        return {
+            "state": {k: id(v) for k, v in model.state_dict(keep_vars=True).items()},
+            "modules": [(name, id(module)) for name, module in model.named_modules()],
+            "repr": repr(model),
+            "attributes": [sorted(vars(module)) for module in model.modules()],
+            "kinds": [type(module) for module in model.modules()],
+        }
+
+    fuse(model)(x())
+    assert all(isinstance(module, kind) for module, kind in zip(model.modules(), before["kinds"], strict=True))
+    assert {**now(), "kinds": 0} == {**before, "kinds": 0}
+    unfuse(model)
+    assert now() == before
+
+
+def test_copies_are_fused_and_independent() -> None:
+    model = fuse(net())
+    expected = model(x := torch.randn(1, 8, 8, 8, requires_grad=True))
+    other = copy.deepcopy(model)
+    assert runs_fused(other)
+    torch.testing.assert_close(other(x), expected)
+    with torch.no_grad():
+        other[0].conv1.weight.zero_()
+    assert not torch.equal(other(x), expected)
+    assert torch.equal(model(x), expected)
+
+
+def test_a_pickle_is_that_of_the_stock_model() -> None:
+    model = fuse(net())
+    expected = model(x := torch.randn(1, 8, 8, 8, requires_grad=True))
+    data = pickle.dumps(model)
+    assert b"freezekit" not in data
+    loaded = pickle.loads(data)
+    assert [type(m) for m in loaded.modules()] == [type(m) for m in unfuse(model).modules()]
+    torch.testing.assert_close(loaded(x), expected)
+    assert runs_fused(fuse(loaded))
+
+
+ORDERS = [
+    ("convert", "fuse", "revert"),
+    ("fuse", "convert", "revert"),
+    ("fuse", "revert", "unfuse"),
+    ("convert", "fuse", "unfuse", "revert"),
+    ("fuse", "unfuse", "convert", "fuse", "revert", "revert"),
+    ("fuse", "copy", "convert", "pickle", "fuse", "copy", "revert"),
+]
+
+
+@pytest.mark.parametrize("order", ORDERS, ids="-".join)
+def test_convert_fuse_and_what_undoes_them_in_any_order(order: tuple[str, ...]) -> None:
+    model, input = net(), x()
+    kinds, expected = [type(m) for m in model.modules()], model(input)
+    steps = {
+        "convert": fk.convert,
+        "fuse": fuse,
+        "revert": fk.revert,
+        "unfuse": unfuse,
+        "copy": copy.deepcopy,
+        "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    }
+    for step in order:
+        model = steps[step](model)
+        torch.testing.assert_close(model(input), expected)
+    assert [type(m) for m in model.modules()] == kinds
+    assert not folding.entries_of(model)
+
+
+def test_reverting_a_part_unfuses_that_part() -> None:
+    model = fuse(net())
+    fk.revert(model, only="0")
+    assert type(model[0]) is Bottleneck
+    assert type(model) is not nn.Sequential
+    assert {row.conv for row in fusion_report(model) if row.fused} == {"2"}
+
+
+def test_fusing_twice_is_fusing_once() -> None:
+    model = fuse(net())
+    kinds = [type(m) for m in model.modules()]
+    assert [type(m) for m in fuse(model).modules()] == kinds
+
+
+@pytest.mark.parametrize("part", ["conv1", "bn1", "relu"])
+@pytest.mark.parametrize("kind", ["forward", "pre", "backward"])
+def test_hooks_on_layers_run(part: str, kind: str) -> None:
+    model = settled(Bottleneck(8, 16))
+    calls = []
+    layer = getattr(fuse(model), part)
+    register = {
+        "forward": layer.register_forward_hook,
+        "pre": layer.register_forward_pre_hook,
+        "backward": layer.register_full_backward_hook,
+    }[kind]
+    model.relu.inplace = kind != "backward"  # torch itself refuses these hooks next to an in-place layer
+    handle = register(lambda *_: calls.append(1))
+    model(x()).sum().backward()
+    assert len(calls) == (3 if part == "relu" else 1)
+    blocked = [row.reason for row in fusion_report(model) if not row.fused]
+    assert blocked
+    assert all("hooks" in reason for reason in blocked)
+    handle.remove()
+    calls.clear()
+    assert runs_fused(model)
+    assert not calls
+
+
+def test_hooks_on_containers_run_beside_fused_blocks() -> None:
+    model, calls = fuse(net()), []
+    model[0].register_forward_hook(lambda module, args, out: calls.append(out.grad_fn.name()))
+    model(x()).sum().backward()
+    assert calls == [FUSED]
+
+
+def test_frozen_is_read_at_each_call() -> None:
+    model = fuse(plain(1, 8))
+    assert not runs_fused(model.train())
+    assert not runs_fused(model.requires_grad_(False))
+    assert runs_fused(model.eval())
+    model[1].weight.requires_grad_(True)
+    assert not runs_fused(model)
+    assert "trainable" in fusion_report(model)[0].reason
+
+
+def test_freeze_and_unfreeze_need_no_other_call() -> None:
+    model = fuse(plain(2, 8)).train()
+    fk.freeze(model, "0", "1")
+    names = [row.fused for row in fusion_report(model)]
+    assert names == [True, False]
+    fk.unfreeze(model, "0", "1")
+    assert not any(row.fused for row in fusion_report(model))
+
+
+def test_a_frozen_prefix_runs_fused_and_keeps_no_graph() -> None:
+    model = fuse(settled(plain(2, 8)))
+    with_hooks = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: with_hooks.append(t) or t, lambda t: t):
+        y = model(torch.randn(1, 8, 8, 8))
+    assert y.grad_fn is None
+    assert not with_hooks
+    torch.testing.assert_close(y, unfuse(model)(torch.zeros(1, 8, 8, 8)) * 0 + y)
+
+
+def edits(model: nn.Module) -> dict:
+    """Every way of changing a frozen block's sources that leaves a trace."""
+    state = {k: v + 0.25 if v.is_floating_point() else v for k, v in model.state_dict().items()}
+
+    def step() -> None:
+        optimizer = torch.optim.SGD([model[0].weight], lr=0.5)
+        model[0].weight.grad = torch.ones_like(model[0].weight)
+        optimizer.step()
+        model[0].weight.grad = None
+
+    def there_and_back() -> None:
+        model.bfloat16()
+        model.float()
+
+    def replaced() -> None:
+        model[1] = settled(nn.Sequential(nn.BatchNorm2d(8)))[0]
+
+    def data() -> None:
+        model[1].running_mean.data = model[1].running_mean + 1
+
+    return {
+        "load_state_dict": lambda: model.load_state_dict(state),
+        "load_state_dict, assigning": lambda: model.load_state_dict(state, assign=True),
+        "copy_": lambda: model[1].running_var.copy_(torch.full((8,), 3.0)),
+        "optimizer": step,
+        "to and back": there_and_back,
+        "replaced": replaced,
+        "eps": lambda: setattr(model[1], "eps", 0.5),
+        "data": data,
+        "inference": lambda: torch.inference_mode()(lambda: model[0].weight.mul_(2))(),
+    }
+
+
+@pytest.mark.parametrize("name", list(edits(plain(1, 8))))
+def test_no_folded_weight_outlives_its_sources(name: str) -> None:
+    model = fuse(settled(plain(1, 8)))
+    input = x()
+    before = model(input)
+    with torch.no_grad():
+        edits(model)[name]()
+    model.requires_grad_(False)
+    after = model(input)
+    assert runs_fused(model, input)
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(after, unfuse(model)(input))
+
+
+def test_a_write_through_data_needs_a_word() -> None:
+    model = fuse(settled(plain(1, 8)))
+    input = x()
+    before = model(input)
+    model[0].weight.data.mul_(2)
+    assert torch.equal(model(input), before)  # documented: nothing shows it
+    with pytest.raises(RuntimeError, match="folded weight of Conv2d.* is stale"):
+        verify_constants(model)
+    invalidate(model)
+    verify_constants(model)
+    torch.testing.assert_close(model(input), unfuse(model)(input))
+
+
+def test_thaw_train_and_freeze_again_in_the_middle_of_training() -> None:
+    random.seed(0)
+    stock = settled(ResNet((1, 1), width=8, stem=3)).double().requires_grad_(True)
+    losses = []
+    for model in (stock, fuse(copy.deepcopy(stock))):
+        torch.manual_seed(1)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+        losses.append([])
+        for step in range(12):
+            if step in (0, 8):
+                fk.freeze(model, "conv1", "bn1", "layers.0", optimizer=optimizer)
+            if step == 4:
+                fk.unfreeze(model, "layers.0", optimizer=optimizer)
+            model.train()
+            input = torch.randn(4, 3, 16, 16, dtype=torch.float64)
+            loss = F.cross_entropy(model(input), torch.arange(4))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+    assert len({round(loss, 6) for loss in losses[0]}) == 12
+
+
+def test_compiled_as_eager() -> None:
+    model = fuse(settled(nn.Sequential(Bottleneck(8, 16), Bottleneck(16, 16))))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    input = x()
+    for net in (model, compiled):
+        y = net(input)
+        y.square().sum().backward()
+        if net is model:
+            expected, gradient = y, input.grad.clone()
+            input.grad = None
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(input.grad, gradient)
+
+
+def test_autocast_as_stock() -> None:
+    stock = settled(nn.Sequential(Bottleneck(8, 16), Bottleneck(16, 16)))
+    model, input = fuse(copy.deepcopy(stock)), x()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = model(input), stock(input)
+    assert ours.dtype == theirs.dtype
+    assert ours.grad_fn.name() == FUSED
+    exact = stock(input)
+    assert (ours - exact).abs().mean() <= 1.1 * (theirs - exact).abs().mean()
