@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import freezekit as fk
 from bench import layer_lists
 from bench.environment import describe
 from bench.layer_lists import Layer
@@ -30,6 +29,7 @@ from bench.settings import DTYPES
 from bench.sides import cudnn_benchmark
 from bench.timing import clock_for, interleave
 from freezekit import _C
+from freezekit.functional import conv2d, conv2d_dgrad, conv2d_wgrad
 
 OPERATORS = ("conv2d", "conv2d_dgrad", "conv2d_wgrad")
 # As csrc/kernels/api.h numbers them; a family that this build lacks refuses every problem.
@@ -90,10 +90,10 @@ class Problem:
         stride, padding, dilation, groups = self.geometry
         settings: dict[str, Any] = dict(stride=stride, padding=padding, dilation=dilation, groups=groups)
         if self.operator == "conv2d":
-            return fk.conv2d(self.x, self.w, **settings, backend="aten")
+            return conv2d(self.x, self.w, **settings, backend="aten")
         if self.operator == "conv2d_dgrad":
-            return fk.conv2d_dgrad(self.y, self.w, self.x.shape, **settings, backend="aten")
-        return fk.conv2d_wgrad(self.y, self.x, self.w.shape, **settings, backend="aten")
+            return conv2d_dgrad(self.y, self.w, self.x.shape, **settings, backend="aten")
+        return conv2d_wgrad(self.y, self.x, self.w.shape, **settings, backend="aten")
 
     def run(self, candidate: Candidate, out: Tensor) -> bool:
         """Computes into `out`; False if the candidate does not take the problem."""

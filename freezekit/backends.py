@@ -50,7 +50,7 @@ class backend:
     >>> import torch, freezekit as fk
     >>> x, w = torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3)
     >>> with fk.backend("emulated"):
-    ...     print(fk.conv2d(x, w).item())
+    ...     print(fk.functional.conv2d(x, w).item())
     9.0
     """
 

@@ -126,7 +126,7 @@ def verify_constants(model: nn.Module | Tensor) -> None:
         for form in _C.constants.stale(tensor):
             raise RuntimeError(
                 f"the kept {form} of constant {name!r} is stale: it was written to in a way that changes neither "
-                "version nor storage (.data, numpy); call freezekit.invalidate(model) after such a write"
+                "version nor storage (.data, numpy); call freezekit.constants.invalidate(model) after such a write"
             )
     for cache in _caches:
         cache.verify(model)

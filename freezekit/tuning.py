@@ -53,11 +53,11 @@ class autotune:
         ValueError: if `candidate` is neither.
 
     >>> import torch, freezekit as fk
-    >>> with fk.autotune(candidate="emulated") as tuned:
-    ...     _ = fk.conv2d(torch.ones(1, 2, 5, 5), torch.ones(2, 2, 3, 3))
+    >>> with fk.tuning.autotune(candidate="emulated") as tuned:
+    ...     _ = fk.functional.conv2d(torch.ones(1, 2, 5, 5), torch.ones(2, 2, 3, 3))
     >>> [choice.agree for choice in tuned.measurements]
     [True]
-    >>> fk.clear_choices()
+    >>> fk.tuning.clear_choices()
     """
 
     def __init__(self, candidate: Candidate = "native") -> None:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import freezekit as fk
 from freezekit import constants
+from freezekit.functional import conv2d_dgrad
 
 
 def test_the_transposed_filter_of_an_undeclared_weight_is_never_stale() -> None:
@@ -15,7 +15,7 @@ def test_the_transposed_filter_of_an_undeclared_weight_is_never_stale() -> None:
     before = constants.usage()
 
     def dgrad() -> Tensor:
-        return fk.conv2d_dgrad(dy, weight, (1, 16, 8, 8), backend="emulated")
+        return conv2d_dgrad(dy, weight, (1, 16, 8, 8), backend="emulated")
 
     fresh = dgrad()
     weight.data.mul_(2)
@@ -31,11 +31,11 @@ def test_a_captured_dgrad_makes_its_own_transposed_filter() -> None:
     weight = torch.randn(32, 16, 3, 3, dtype=torch.bfloat16, device="cuda")
     dy = torch.randn(1, 32, 6, 6, dtype=torch.bfloat16, device="cuda")
     constants.declare_constant(weight)
-    fresh = fk.conv2d_dgrad(dy, weight, (1, 16, 8, 8), backend="native")
+    fresh = conv2d_dgrad(dy, weight, (1, 16, 8, 8), backend="native")
     before = constants.usage()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        dx = fk.conv2d_dgrad(dy, weight, (1, 16, 8, 8), backend="native")
+        dx = conv2d_dgrad(dy, weight, (1, 16, 8, 8), backend="native")
     assert (constants.usage()["cached"], constants.usage()["hits"]) == (before["cached"], before["hits"])
     constants.invalidate(weight)
     weight.mul_(2)
@@ -49,7 +49,7 @@ def test_the_transposed_filter_of_a_constant_is_made_once() -> None:
     dy = torch.randn(1, 32, 6, 6, dtype=torch.bfloat16)
 
     def dgrad() -> Tensor:
-        return fk.conv2d_dgrad(dy, weight, (1, 16, 8, 8), backend="emulated")
+        return conv2d_dgrad(dy, weight, (1, 16, 8, 8), backend="emulated")
 
     fresh = dgrad()
     constants.declare_constant(weight)
@@ -68,4 +68,4 @@ def test_the_transposed_filter_of_a_constant_is_made_once() -> None:
     assert torch.equal(dgrad(), 4 * fresh)
     strided = weight.to(memory_format=torch.channels_last)
     constants.declare_constant(strided)
-    assert torch.equal(fk.conv2d_dgrad(dy, strided, (1, 16, 8, 8), backend="emulated"), 4 * fresh)
+    assert torch.equal(conv2d_dgrad(dy, strided, (1, 16, 8, 8), backend="emulated"), 4 * fresh)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import freezekit as fk
 from freezekit import constants
+from freezekit.freezing import load_freeze_state
 from tests.observe import Calls
 
 
@@ -255,5 +256,5 @@ def test_freeze_declares_and_unfreeze_withdraws() -> None:
         assert constants.is_constant(conv.weight)
     assert not constants.is_constant(conv.weight)
     state = fk.freeze_state(fk.FreezableConv2d(4, 8, 3).requires_grad_(False))
-    fk.load_freeze_state(conv, state)
+    load_freeze_state(conv, state)
     assert constants.is_constant(conv.weight)

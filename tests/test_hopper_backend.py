@@ -7,6 +7,8 @@ import torch
 
 import freezekit as fk
 from freezekit import _C, selftest
+from freezekit.functional import conv2d, conv2d_dgrad, conv2d_wgrad
+from freezekit.tuning import autotune
 
 
 def kernels_of_a_step(backend: fk.backends.Backend | None = None) -> list[str]:
@@ -15,9 +17,9 @@ def kernels_of_a_step(backend: fk.backends.Backend | None = None) -> list[str]:
     x, w = (torch.randint(-2, 3, size, generator=generator).bfloat16() for size in ((1, 64, 6, 6), (64, 64, 3, 3)))
     _C.set_launch_log(True)
     try:
-        fk.conv2d(x, w, padding=1, **({"backend": backend} if backend else {}))
-        fk.conv2d_dgrad(x, w, x.shape, padding=1, **({"backend": backend} if backend else {}))
-        fk.conv2d_wgrad(x, x, w.shape, padding=1, **({"backend": backend} if backend else {}))
+        conv2d(x, w, padding=1, **({"backend": backend} if backend else {}))
+        conv2d_dgrad(x, w, x.shape, padding=1, **({"backend": backend} if backend else {}))
+        conv2d_wgrad(x, x, w.shape, padding=1, **({"backend": backend} if backend else {}))
         return [row["kernel"] for row in _C.take_launch_log()]
     finally:
         _C.set_launch_log(False)
@@ -34,14 +36,14 @@ def test_a_context_asks_for_them() -> None:
 
 def test_they_give_what_the_others_give() -> None:
     x, w = torch.randn(1, 64, 7, 6).half(), torch.randn(40, 64, 3, 3).half()
-    expected = fk.conv2d(x, w, stride=2, backend="emulated")
+    expected = conv2d(x, w, stride=2, backend="emulated")
     with fk.backend("emulated", hopper=True):
-        torch.testing.assert_close(fk.conv2d(x, w, stride=2), expected)
+        torch.testing.assert_close(conv2d(x, w, stride=2), expected)
 
 
 def test_auto_never_runs_them() -> None:
     """Not even where it has measured the kernels of sm_80 to be the fastest, within the context of another call."""
-    with fk.autotune(candidate="emulated"), fk.backend("emulated", hopper=True):
+    with autotune(candidate="emulated"), fk.backend("emulated", hopper=True):
         assert not any("hopper" in kernel for kernel in kernels_of_a_step("auto"))
 
 

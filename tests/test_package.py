@@ -16,6 +16,8 @@ import torch
 
 import freezekit as fk
 from freezekit import _C, _extension
+from freezekit.backends import current_backend
+from freezekit.functional import conv2d
 from freezekit.info import describe, info
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,9 +71,7 @@ def test_an_installed_copy_is_whole(tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path), *steps], cwd=ROOT, check=True
     )
-    ask = (
-        "import torch, freezekit as fk; print(fk.__file__); fk.conv2d(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3), "
-    )
+    ask = "import torch, freezekit as fk; print(fk.__file__); conv2d(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3), "
     run = subprocess.run(
         [sys.executable, "-c", ask + "backend='emulated')"],
         cwd=tmp_path,
@@ -123,15 +123,15 @@ def test_import_under_another_torch_refuses(tmp_path: Path) -> None:
 def test_native_without_a_gpu_says_what_it_needs() -> None:
     x, w = torch.randn(1, 1, 3, 3), torch.randn(1, 1, 3, 3)
     with pytest.raises(RuntimeError, match="backend='native' needs CUDA tensors"):
-        fk.conv2d(x, w, backend="native")
+        conv2d(x, w, backend="native")
     with fk.backend("native"), pytest.raises(RuntimeError, match="needs CUDA tensors"):
-        fk.conv2d(x, w)
-    assert fk.current_backend() == "auto"
+        conv2d(x, w)
+    assert current_backend() == "auto"
 
 
 @pytest.mark.parametrize(
     "use",
-    [lambda: fk.backend("cudnn"), lambda: fk.conv2d(torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1), backend="cudnn")],
+    [lambda: fk.backend("cudnn"), lambda: conv2d(torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1), backend="cudnn")],
 )
 def test_an_unknown_backend_is_named(use) -> None:
     with pytest.raises(ValueError, match="'auto', 'native', 'aten'.*'emulated'.*got 'cudnn'"):
@@ -153,7 +153,7 @@ def test_the_launch_log_tells_what_ran() -> None:
     x, w = torch.randn(2, 3, 5, 5, requires_grad=True), torch.randn(4, 3, 3, 3)
     _C.set_launch_log(True)
     try:
-        fk.conv2d(x, w, backend="emulated").sum().backward()
+        conv2d(x, w, backend="emulated").sum().backward()
         log = _C.take_launch_log()
     finally:
         _C.set_launch_log(False)

@@ -72,7 +72,7 @@ def audit(
         inputs: arguments of one forward pass: a tensor, a tuple or list of positional arguments, or a mapping of
             keyword arguments. Given, the pass is run once in the model's present mode (buffers and random state are
             put back; no backward pass), which shows buffers that move and layers that lose their gradient.
-        schedule: a freezing schedule (`freezekit.schedules`), to count its recompilations against torch.compile's limit.
+        schedule: a freezing schedule (`freezekit.schedules`), to count recompilations against torch.compile's limit.
 
     Returns:
         A `Report`: iterate it, ``print()`` it, ``to_json()`` it, or ``raise_for_errors()``. Checks that could not run

@@ -49,7 +49,7 @@ def conversion_report(model: nn.Module, inputs: Any = None) -> list[LayerReport]
 
     >>> from torch import nn
     >>> import freezekit as fk
-    >>> fk.conversion_report(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sigmoid()))
+    >>> fk.conversion.conversion_report(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sigmoid()))
     [LayerReport(name='0', layer='Conv2d', status='stock', reason='')]
     """
     check_module(model)

@@ -85,7 +85,7 @@ def is_held(module: nn.Module) -> bool:
     >>> import freezekit as fk
     >>> norm = nn.BatchNorm2d(4)
     >>> _ = fk.freeze(norm)
-    >>> fk.is_held(norm), norm.train().training
+    >>> fk.freezing.is_held(norm), norm.train().training
     (True, False)
     """
     check_module(module, "module")

@@ -61,7 +61,7 @@ def conv2d(
     >>> import torch, freezekit as fk
     >>> x = torch.randn(2, 3, 8, 8, requires_grad=True)
     >>> frozen = torch.randn(4, 3, 3, 3)
-    >>> y = fk.conv2d(x, frozen, padding="same")
+    >>> y = fk.functional.conv2d(x, frozen, padding="same")
     >>> y.shape
     torch.Size([2, 4, 8, 8])
     >>> y.sum().backward()  # runs dgrad alone; x was not kept
@@ -126,7 +126,7 @@ def conv2d_dgrad(
         TypeError, RuntimeError, ValueError: as :func:`conv2d`.
 
     >>> import torch, freezekit as fk
-    >>> fk.conv2d_dgrad(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2), (1, 1, 3, 3))[0, 0, 1]
+    >>> fk.functional.conv2d_dgrad(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2), (1, 1, 3, 3))[0, 0, 1]
     tensor([2., 4., 2.])
     """
     _check_tensor("grad_output", grad_output)
@@ -163,7 +163,7 @@ def conv2d_wgrad(
         TypeError, RuntimeError, ValueError: as :func:`conv2d`.
 
     >>> import torch, freezekit as fk
-    >>> fk.conv2d_wgrad(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 3, 3), (1, 1, 2, 2))[0, 0]
+    >>> fk.functional.conv2d_wgrad(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 3, 3), (1, 1, 2, 2))[0, 0]
     tensor([[4., 4.],
             [4., 4.]])
     """

@@ -113,7 +113,7 @@ def verify(model: nn.Module | Tensor) -> None:
         ):
             raise RuntimeError(
                 f"the kept folded weight of {conv} is stale: it or its batch norm was written to through .data or "
-                "numpy; call freezekit.invalidate(model) after such a write"
+                "numpy; call freezekit.constants.invalidate(model) after such a write"
             )
 
 

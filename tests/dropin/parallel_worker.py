@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-import freezekit as fk
+from freezekit.functional import conv2d
 from tests.dropin.twins import nets
 
 
@@ -65,7 +65,7 @@ def dtensor() -> None:
     torch.manual_seed(0)
     x, w, b = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 3, 3), torch.randn(4)
     results = []
-    for conv in (fk.conv2d, F.conv2d):
+    for conv in (conv2d, F.conv2d):
         leaves = [
             distribute_tensor(t, mesh, [placement]).requires_grad_()
             for t, placement in ((x, Shard(0)), (w, Replicate()), (b, Replicate()))
@@ -76,7 +76,7 @@ def dtensor() -> None:
         results.append([y.full_tensor(), *(leaf.grad.full_tensor() for leaf in leaves)])
     same(*results)
     with pytest.raises(RuntimeError, match="DTensor"):  # a backend that was demanded is not left out silently
-        fk.conv2d(distribute_tensor(x, mesh, [Shard(0)]), distribute_tensor(w, mesh, [Replicate()]), backend="emulated")
+        conv2d(distribute_tensor(x, mesh, [Shard(0)]), distribute_tensor(w, mesh, [Replicate()]), backend="emulated")
     print("dtensor")
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import freezekit as fk
+from freezekit.functional import conv2d_dgrad, conv2d_wgrad
 from tests.dropin.malformed import HUGE, KINDS, NUMBERS, SIZES, STRICTER, B, Bad, W, X
 
 TABLE = SIZES + KINDS + NUMBERS
@@ -19,7 +20,7 @@ TABLE = SIZES + KINDS + NUMBERS
 
 def still_right() -> None:
     """After an error the library works as before."""
-    assert torch.equal(fk.conv2d(X, W, B, padding=1), F.conv2d(X, W, B, padding=1))
+    assert torch.equal(fk.functional.conv2d(X, W, B, padding=1), F.conv2d(X, W, B, padding=1))
 
 
 def error(call: Callable[[], Any]) -> Exception:
@@ -32,7 +33,7 @@ def error(call: Callable[[], Any]) -> Exception:
 @pytest.mark.parametrize("bad", TABLE, ids=str)
 def test_as_stock(bad: Bad, backend: str) -> None:
     with fk.backend(backend):
-        ours, stock = error(lambda: bad.call(fk.conv2d)), error(lambda: bad.call(F.conv2d))
+        ours, stock = error(lambda: bad.call(fk.functional.conv2d)), error(lambda: bad.call(F.conv2d))
     if bad.name == "bool tensors" and backend == "emulated":
         assert isinstance(ours, RuntimeError)  # the backend was demanded and does not take the dtype
     else:
@@ -45,7 +46,7 @@ def test_as_stock(bad: Bad, backend: str) -> None:
 @pytest.mark.parametrize("bad", STRICTER, ids=str)
 def test_stricter_than_stock(bad: Bad) -> None:
     bad.call(F.conv2d)
-    ours = error(lambda: bad.call(fk.conv2d))
+    ours = error(lambda: bad.call(fk.functional.conv2d))
     assert type(ours) is RuntimeError
     missing = [text for text in bad.says if not re.search(text, str(ours))]
     assert not missing, f"{ours} lacks {missing}"
@@ -62,9 +63,9 @@ def test_what_torch_takes_for_an_integer_is_taken() -> None:
         [torch.tensor(2)],
         torch.Size([2, 2]),
     ):
-        assert torch.equal(fk.conv2d(X, W, stride=two), F.conv2d(X, W, stride=two))
+        assert torch.equal(fk.functional.conv2d(X, W, stride=two), F.conv2d(X, W, stride=two))
     for one in (np.int64(1), torch.tensor(1)):
-        assert torch.equal(fk.conv2d(X, W, groups=one), F.conv2d(X, W, groups=one))
+        assert torch.equal(fk.functional.conv2d(X, W, groups=one), F.conv2d(X, W, groups=one))
 
 
 MODULE = [
@@ -140,7 +141,7 @@ SIZE_LIES: list[tuple[str, Any, tuple[str, ...]]] = [
 @pytest.mark.parametrize(("size", "says"), [s[1:] for s in SIZE_LIES], ids=[s[0] for s in SIZE_LIES])
 def test_an_input_size_that_lies(size: Any, says: tuple[str, ...], backend: str, device: str) -> None:
     g, w = G.to(device), W.to(device)
-    for call in (fk.conv2d_dgrad, torch.ops.freezekit.conv2d_dgrad):
+    for call in (conv2d_dgrad, torch.ops.freezekit.conv2d_dgrad):
         for tensor in (g, g.clone().requires_grad_()):
             ours = error(lambda call=call, tensor=tensor: call(tensor, w, size, backend=backend))
             assert type(ours) is RuntimeError
@@ -165,7 +166,7 @@ WEIGHT_LIES: list[tuple[str, Any, tuple[str, ...]]] = [
 @pytest.mark.parametrize(("size", "says"), [s[1:] for s in WEIGHT_LIES], ids=[s[0] for s in WEIGHT_LIES])
 def test_a_weight_size_that_lies(size: Any, says: tuple[str, ...], backend: str, device: str) -> None:
     g, x = G.to(device), X.to(device)
-    for call in (fk.conv2d_wgrad, torch.ops.freezekit.conv2d_wgrad):
+    for call in (conv2d_wgrad, torch.ops.freezekit.conv2d_wgrad):
         ours = error(lambda call=call: call(g, x, size, backend=backend))
         assert type(ours) is RuntimeError
         assert all(re.search(text, str(ours)) for text in says), str(ours)
@@ -187,7 +188,7 @@ def test_a_weight_size_that_lies(size: Any, says: tuple[str, ...], backend: str,
 )
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_products_that_would_overflow(size: Any, settings: dict[str, int], device: str) -> None:
-    assert isinstance(error(lambda: fk.conv2d_wgrad(G.to(device), X.to(device), size, **settings)), RuntimeError)
+    assert isinstance(error(lambda: conv2d_wgrad(G.to(device), X.to(device), size, **settings)), RuntimeError)
 
 
 @pytest.mark.parametrize("op", ["conv2d", "conv2d_dgrad", "conv2d_wgrad"])
@@ -238,32 +239,32 @@ def test_raw_operators_and_ranks(rank: int) -> None:
 PUBLIC = [
     ("backend", lambda: fk.backend("cuda"), ValueError, ("backend", "'cuda'", "aten")),
     ("backend of another type", lambda: fk.backend(3), ValueError, ("backend", "3")),
-    ("backend argument", lambda: fk.conv2d(X, W, backend="cudnn"), ValueError, ("backend", "'cudnn'")),
-    ("backend argument of another type", lambda: fk.conv2d(X, W, backend=1), ValueError, ("backend", "1")),
+    ("backend argument", lambda: fk.functional.conv2d(X, W, backend="cudnn"), ValueError, ("backend", "'cudnn'")),
+    ("backend argument of another type", lambda: fk.functional.conv2d(X, W, backend=1), ValueError, ("backend", "1")),
     ("raw backend", lambda: torch.ops.freezekit.conv2d(X, W, backend="x"), ValueError, ("backend", "'x'")),
-    ("native on a CPU", lambda: fk.conv2d(X, W, backend="native"), RuntimeError, ("native", "cpu")),
+    ("native on a CPU", lambda: fk.functional.conv2d(X, W, backend="native"), RuntimeError, ("native", "cpu")),
     (
         "emulated on meta",
-        lambda: fk.conv2d_dgrad(G.bool(), W.bool(), X.shape, backend="emulated"),
+        lambda: conv2d_dgrad(G.bool(), W.bool(), X.shape, backend="emulated"),
         RuntimeError,
         ("Bool",),
     ),
     ("convert", lambda: fk.convert("model"), TypeError, ("model", "nn.Module", "str")),
     ("convert a tensor", lambda: fk.convert(X), TypeError, ("model", "Tensor")),
     ("from_conv2d", lambda: fk.FreezableConv2d.from_conv2d(nn.Linear(1, 1)), TypeError, ("conv", "Linear")),
-    ("dgrad size of a number", lambda: fk.conv2d_dgrad(G, W, 8), TypeError, ("input_size", "4", "8")),
-    ("dgrad size of floats", lambda: fk.conv2d_dgrad(G, W, (2.0, 4, 8, 8)), TypeError, ("input_size", "2.0")),
-    ("dgrad size None", lambda: fk.conv2d_dgrad(G, W, None), TypeError, ("input_size", "None")),
-    ("wgrad size of strings", lambda: fk.conv2d_wgrad(G, X, "abcd"), TypeError, ("weight_size", "abcd")),
-    ("dgrad without weight", lambda: fk.conv2d_dgrad(G, None, X.shape), TypeError, ("weight", "NoneType")),
-    ("wgrad without input", lambda: fk.conv2d_wgrad(G, None, W.shape), TypeError, ("input", "NoneType")),
-    ("dgrad stride", lambda: fk.conv2d_dgrad(G, W, X.shape, stride=1.0), TypeError, ("stride", "1.0")),
-    ("dgrad padding by name", lambda: fk.conv2d_dgrad(G, W, X.shape, padding="same"), TypeError, ("padding", "same")),
-    ("wgrad groups", lambda: fk.conv2d_wgrad(G, X, W.shape, groups=0), RuntimeError, ("groups", "0")),
-    ("wgrad dtypes", lambda: fk.conv2d_wgrad(G, X.double(), W.shape), RuntimeError, ("grad_output", "Double")),
-    ("dgrad devices", lambda: fk.conv2d_dgrad(G, W.to("meta"), X.shape), RuntimeError, ("grad_output", "meta")),
-    ("dgrad sparse", lambda: fk.conv2d_dgrad(G.to_sparse(), W, X.shape), RuntimeError, ("grad_output", "Sparse")),
-    ("complex dgrad", lambda: fk.conv2d_dgrad(G.cfloat(), W.cfloat(), X.shape), RuntimeError, ("complex",)),
+    ("dgrad size of a number", lambda: conv2d_dgrad(G, W, 8), TypeError, ("input_size", "4", "8")),
+    ("dgrad size of floats", lambda: conv2d_dgrad(G, W, (2.0, 4, 8, 8)), TypeError, ("input_size", "2.0")),
+    ("dgrad size None", lambda: conv2d_dgrad(G, W, None), TypeError, ("input_size", "None")),
+    ("wgrad size of strings", lambda: conv2d_wgrad(G, X, "abcd"), TypeError, ("weight_size", "abcd")),
+    ("dgrad without weight", lambda: conv2d_dgrad(G, None, X.shape), TypeError, ("weight", "NoneType")),
+    ("wgrad without input", lambda: conv2d_wgrad(G, None, W.shape), TypeError, ("input", "NoneType")),
+    ("dgrad stride", lambda: conv2d_dgrad(G, W, X.shape, stride=1.0), TypeError, ("stride", "1.0")),
+    ("dgrad padding by name", lambda: conv2d_dgrad(G, W, X.shape, padding="same"), TypeError, ("padding", "same")),
+    ("wgrad groups", lambda: conv2d_wgrad(G, X, W.shape, groups=0), RuntimeError, ("groups", "0")),
+    ("wgrad dtypes", lambda: conv2d_wgrad(G, X.double(), W.shape), RuntimeError, ("grad_output", "Double")),
+    ("dgrad devices", lambda: conv2d_dgrad(G, W.to("meta"), X.shape), RuntimeError, ("grad_output", "meta")),
+    ("dgrad sparse", lambda: conv2d_dgrad(G.to_sparse(), W, X.shape), RuntimeError, ("grad_output", "Sparse")),
+    ("complex dgrad", lambda: conv2d_dgrad(G.cfloat(), W.cfloat(), X.shape), RuntimeError, ("complex",)),
 ]
 
 

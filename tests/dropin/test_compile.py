@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import freezekit as fk
+from freezekit.freezing import load_freeze_state
+from freezekit.functional import conv2d_dgrad, conv2d_wgrad
 from tests.dropin.twins import assert_same, gradients, nets
 
 
@@ -48,7 +50,7 @@ def test_a_freeze_that_ends_with_its_block_is_seen_too() -> None:
     with fk.freeze(net, "2"):
         compiled(torch.randn(2, 3, 8, 8)).sum().backward()
         assert net[2].weight.grad is None
-        fk.load_freeze_state(net, state)
+        load_freeze_state(net, state)
         compiled(torch.randn(2, 3, 8, 8)).sum().backward()
         assert net[2].weight.grad is not None
 
@@ -216,9 +218,9 @@ def test_the_operators_compile_on_their_own() -> None:
 
     @torch.compile(backend="aot_eager", fullgraph=True)
     def both(g: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        return fk.conv2d_dgrad(g, w, x.shape), fk.conv2d_wgrad(g, x, w.shape)
+        return conv2d_dgrad(g, w, x.shape), conv2d_wgrad(g, x, w.shape)
 
-    for ours, plain in zip(both(g, x, w), (fk.conv2d_dgrad(g, w, x.shape), fk.conv2d_wgrad(g, x, w.shape))):
+    for ours, plain in zip(both(g, x, w), (conv2d_dgrad(g, w, x.shape), conv2d_wgrad(g, x, w.shape))):
         assert torch.equal(ours, plain)
 
 

@@ -29,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 import freezekit as fk
+from freezekit.functional import conv2d, conv2d_dgrad, conv2d_wgrad
 from tests.dropin.twins import net as make_net
 from tests.dropin.twins import nets
 from tests.observe import Calls
@@ -134,12 +135,12 @@ def test_an_ensemble() -> None:
 def test_vmap_of_the_gradient_operators() -> None:
     g, w, xs = torch.randn(5, 2, 4, 4, 4), torch.randn(4, 3, 3, 3), torch.randn(5, 2, 3, 6, 6)
     same(
-        vmap(lambda g: fk.conv2d_dgrad(g, w, (2, 3, 6, 6)))(g),
-        torch.stack([fk.conv2d_dgrad(one, w, (2, 3, 6, 6)) for one in g]),
+        vmap(lambda g: conv2d_dgrad(g, w, (2, 3, 6, 6)))(g),
+        torch.stack([conv2d_dgrad(one, w, (2, 3, 6, 6)) for one in g]),
     )
     same(
-        vmap(lambda g, x: fk.conv2d_wgrad(g, x, (4, 3, 3, 3)))(g, xs),
-        torch.stack([fk.conv2d_wgrad(a, b, (4, 3, 3, 3)) for a, b in zip(g, xs)]),
+        vmap(lambda g, x: conv2d_wgrad(g, x, (4, 3, 3, 3)))(g, xs),
+        torch.stack([conv2d_wgrad(a, b, (4, 3, 3, 3)) for a, b in zip(g, xs)]),
     )
     with pytest.raises(RuntimeError, match=r"input_size|input must have 4 dimensions"):
         vmap(lambda g: torch.ops.freezekit.conv2d_dgrad(g, w, (2, 3, 6)))(g)
@@ -149,10 +150,10 @@ def test_kernels_that_were_demanded_are_not_left_out_silently() -> None:
     w = torch.randn(4, 3, 3, 3)
     with fk.backend("emulated"):
         for call in (
-            lambda: vmap(lambda x: fk.conv2d(x, w))(X),
-            lambda: grad(lambda x: fk.conv2d(x, w).sum())(X),
-            lambda: jvp(lambda x: fk.conv2d(x, w), (X,), (X,)),
-            lambda: fk.conv2d(X.cfloat(), w.cfloat()),
+            lambda: vmap(lambda x: conv2d(x, w))(X),
+            lambda: grad(lambda x: conv2d(x, w).sum())(X),
+            lambda: jvp(lambda x: conv2d(x, w), (X,), (X,)),
+            lambda: conv2d(X.cfloat(), w.cfloat()),
         ):
             with pytest.raises(RuntimeError, match="emulated"):
                 call()
@@ -188,10 +189,10 @@ def test_a_subclass_stays_one(which: int, padding: Any) -> None:
     for kind in (Plain, Logged):
         tensors = [X, torch.randn(4, 3, 3, 3), torch.randn(4)]
         tensors[which] = tensors[which].as_subclass(kind)
-        ours, stock = fk.conv2d(*tensors, padding=padding), F.conv2d(*tensors, padding=padding)
+        ours, stock = conv2d(*tensors, padding=padding), F.conv2d(*tensors, padding=padding)
         assert type(ours) is type(stock) is kind
         assert torch.equal(ours, stock)
-    assert fk.conv2d in Logged.calls
+    assert conv2d in Logged.calls
 
 
 def test_a_mode_sees_the_function() -> None:
@@ -204,7 +205,7 @@ def test_a_mode_sees_the_function() -> None:
 
     with Mode():
         fk.FreezableConv2d(3, 4, 3)(X)
-    assert fk.conv2d in seen
+    assert conv2d in seen
 
 
 def test_devices_by_default() -> None:
@@ -232,11 +233,11 @@ def test_fake_tensors() -> None:
 
 def test_functional_tensors() -> None:
     w = torch.randn(4, 3, 3, 3)
-    assert torch.equal(functionalize(lambda x: fk.conv2d(x, w).add_(1))(X), F.conv2d(X, w) + 1)
+    assert torch.equal(functionalize(lambda x: conv2d(x, w).add_(1))(X), F.conv2d(X, w) + 1)
 
 
 def test_a_nested_jagged_tensor_is_refused_as_in_stock() -> None:
     nested = torch.nested.nested_tensor([torch.randn(3, 8, 8), torch.randn(4, 8, 8)], layout=torch.jagged)
-    for conv in (F.conv2d, fk.conv2d):
+    for conv in (F.conv2d, conv2d):
         with pytest.raises(RuntimeError, match="nested|dimension"):
             conv(nested, torch.randn(4, 3, 3, 3))

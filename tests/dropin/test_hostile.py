@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-import freezekit as fk
+from freezekit.backends import current_backend
 from tests.dropin import hostile
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,7 +23,7 @@ def test_every_raw_operator_is_attacked() -> None:
     assert set(hostile.RIGHT) == operators()
     for op, arguments in hostile.RIGHT.items():
         hostile.read(getattr(torch.ops.freezekit, op)(**hostile.own(op, arguments)))
-    assert fk.current_backend() == "auto"
+    assert current_backend() == "auto"
 
 
 def test_wrong_calls_crash_nothing() -> None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import freezekit as fk
+from freezekit.functional import conv2d, conv2d_dgrad, conv2d_wgrad
 
 # (input, weight, settings): plain, 1x1, depthwise, and the sizes of 1 at which a layout is ambiguous.
 PROBLEMS: list[tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = [
@@ -82,11 +83,11 @@ def test_strides_and_values_are_stock_s(problem: tuple[Any, Any, dict[str, Any]]
         case = tuple(kinds)
         stock = run(F.conv2d, made, case, frozen, **settings)
         ours = {
-            "aten": run(fk.conv2d, made, case, frozen, backend="aten", **settings),
-            "meta": run(fk.conv2d, meta, case, frozen, **settings),
+            "aten": run(conv2d, made, case, frozen, backend="aten", **settings),
+            "meta": run(conv2d, meta, case, frozen, **settings),
         }
         if dtype == torch.float32 and kinds[2] != "expanded":
-            ours["emulated"] = run(fk.conv2d, made, case, frozen, backend="emulated", **settings)
+            ours["emulated"] = run(conv2d, made, case, frozen, backend="emulated", **settings)
         for where, results in ours.items():
             for name, tensor in results.items():
                 if strides(tensor, exact=name == "y") != strides(stock[name], exact=name == "y"):
@@ -106,8 +107,8 @@ def test_the_gradients_alone(layout: str, backend: str) -> None:
         x, w = torch.randn(2, 4, 6, 5, dtype=dtype), torch.randn(6, 4, 3, 3, dtype=dtype)
         g = lay(torch.randn(2, 6, 4, 3, dtype=dtype), layout)
         for real, meta in (
-            (fk.conv2d_dgrad(g, w, x.shape, backend=backend), fk.conv2d_dgrad(g.to("meta"), w.to("meta"), x.shape)),
-            (fk.conv2d_wgrad(g, x, w.shape, backend=backend), fk.conv2d_wgrad(g.to("meta"), x.to("meta"), w.shape)),
+            (conv2d_dgrad(g, w, x.shape, backend=backend), conv2d_dgrad(g.to("meta"), w.to("meta"), x.shape)),
+            (conv2d_wgrad(g, x, w.shape, backend=backend), conv2d_wgrad(g.to("meta"), x.to("meta"), w.shape)),
         ):
             assert real.stride() == meta.stride()
             order = torch.channels_last if layout == "nhwc" else torch.contiguous_format
@@ -119,16 +120,16 @@ def test_sizes_past_2_to_the_31_elements() -> None:
     x = torch.empty(70_000, 16, 64, 64, device="meta", requires_grad=True)
     w = torch.empty(32, 16, 3, 3, device="meta", requires_grad=True)
     assert x.numel() > 2**32
-    y = fk.conv2d(x, w, stride=2, padding=1)
+    y = conv2d(x, w, stride=2, padding=1)
     assert y.shape == F.conv2d(x, w, stride=2, padding=1).shape == (70_000, 32, 32, 32)
     dx, dw = torch.autograd.grad(y, (x, w), torch.empty_like(y))
     assert (dx.shape, dw.shape) == (x.shape, w.shape)
-    assert fk.conv2d_dgrad(y, w, x.shape, 2, 1).stride() == x.stride()
+    assert conv2d_dgrad(y, w, x.shape, 2, 1).stride() == x.stride()
 
 
 def test_one_dimension_past_2_to_the_31() -> None:
     x, w = torch.empty(1, 1, 3, 2**31 + 8, device="meta"), torch.empty(1, 1, 3, 3, device="meta")
-    assert fk.conv2d(x, w).shape == F.conv2d(x, w).shape == (1, 1, 1, 2**31 + 6)
+    assert conv2d(x, w).shape == F.conv2d(x, w).shape == (1, 1, 1, 2**31 + 6)
 
 
 BITS = ("relu", "relu6", "leaky_relu", "hardtanh", "dropout")

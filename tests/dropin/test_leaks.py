@@ -16,6 +16,7 @@ REFUSE = """
 import gc, json, os, sys, tempfile, warnings
 import torch
 import freezekit as fk
+from freezekit.functional import conv2d
 from tests.dropin import hostile, malformed, test_bad_input
 from tests.dropin.public_calls import CALLS
 from tests.dropin.test_public_errors import model
@@ -29,7 +30,7 @@ raw = [(op, arguments) for op, arguments in hostile.cases(0)][::3]
 
 def refusals():
     for bad in test_bad_input.TABLE:
-        yield lambda bad=bad: bad.call(fk.conv2d)
+        yield lambda bad=bad: bad.call(conv2d)
     for bad in CALLS:
         net = model()
         yield lambda bad=bad, net=net: bad.call(net, torch.optim.SGD(net.parameters(), lr=0.1))

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import freezekit as fk
+from freezekit.functional import conv2d
 from tests.dropin.twins import net, nets
 
 X = torch.linspace(-1, 1, 2 * 3 * 8 * 8).view(2, 3, 8, 8)
@@ -90,15 +91,15 @@ def test_fx_traces_to_the_function() -> None:
     ours, stock = nets()
     graph = torch.fx.symbolic_trace(ours)
     assert torch.equal(graph(X), stock(X))
-    assert sum(node.target is fk.conv2d for node in graph.graph.nodes) == 3
+    assert sum(node.target is conv2d for node in graph.graph.nodes) == 3
     again = torch.fx.symbolic_trace(graph)
     assert torch.equal(again(X), stock(X))
 
 
 def test_fx_takes_a_function_too() -> None:
-    graph = torch.fx.symbolic_trace(lambda x, w: fk.conv2d(x, w, padding="same"))
+    graph = torch.fx.symbolic_trace(lambda x, w: conv2d(x, w, padding="same"))
     w = torch.randn(4, 3, 3, 3)
-    assert torch.equal(graph(X, w), fk.conv2d(X, w, padding="same"))
+    assert torch.equal(graph(X, w), conv2d(X, w, padding="same"))
 
 
 def test_fuse_modules_names_the_layer_it_does_not_know() -> None:

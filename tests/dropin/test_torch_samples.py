@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import freezekit as fk
+from freezekit.functional import conv2d
 
 invocations = pytest.importorskip("torch.testing._internal.common_methods_invocations", reason="needs expecttest")
 from torch.testing._internal.common_modules import module_db  # noqa: E402
@@ -56,7 +57,7 @@ def test_op_samples(dtype: torch.dtype, backend: str, device: str) -> None:
     samples = list(OP.sample_inputs(device, dtype, requires_grad=False))
     assert len(samples) >= 20
     for sample, needs in product(samples, states):
-        ours = results(fk.conv2d, sample, needs, backend=backend)
+        ours = results(conv2d, sample, needs, backend=backend)
         for a, b in zip(ours, results(F.conv2d, sample, needs), strict=True):
             torch.testing.assert_close(a, b, **tolerance(b))
             assert a.stride() == b.stride(), (sample, needs)
@@ -67,7 +68,7 @@ def test_op_error_inputs() -> None:
         with pytest.raises(bad.error_type):
             F.conv2d(bad.sample_input.input, *bad.sample_input.args, **bad.sample_input.kwargs)
         with pytest.raises(bad.error_type):
-            fk.conv2d(bad.sample_input.input, *bad.sample_input.args, **bad.sample_input.kwargs)
+            conv2d(bad.sample_input.input, *bad.sample_input.args, **bad.sample_input.kwargs)
 
 
 @pytest.mark.parametrize("training", [True, False])

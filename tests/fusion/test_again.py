@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 import freezekit as fk
 from freezekit import _C
+from freezekit.backends import current_backend
 from freezekit.constants import invalidate
 from freezekit.fusion import block as block_module
 from freezekit.fusion import folding, fuse, unfuse
@@ -83,7 +84,7 @@ def test_each_kind_of_call_is_remembered(decisions: Counter[str]) -> None:
         lambda: fk.backend("emulated").__enter__() and model(x()),
         lambda: fk.backend("aten").__enter__() and model(x()),
     ]
-    current = fk.current_backend()
+    current = current_backend()
     try:
         for call in calls:
             call()

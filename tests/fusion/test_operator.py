@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import freezekit as fk
 from freezekit import _C
 from freezekit.constants import declare_constant
+from freezekit.functional import conv2d_dgrad
+from freezekit.tuning import autotune, clear_choices, load_choices
 from tests.observe import Calls, bytes_kept
 
 frozen = torch.ops.freezekit.frozen_conv2d.default
@@ -201,10 +202,10 @@ def test_who_looks_at_a_gradient_sees_it_unmasked(look: str) -> None:
     wanted = [x, hidden] if look == "grad" else [x]
     result = torch.autograd.grad(y, wanted, dy) if look == "grad" else y.backward(dy)
     found = {"hook": lambda: seen[0], "retain_grad": lambda: hidden.grad, "grad": lambda: result[1]}[look]()
-    expected = fk.conv2d_dgrad(dy, w, hidden.shape)
+    expected = conv2d_dgrad(dy, w, hidden.shape)
     torch.testing.assert_close(found, expected)
     dx = result[0] if look == "grad" else x.grad
-    torch.testing.assert_close(dx, fk.conv2d_dgrad(expected * (hidden > 0), w, x.shape))
+    torch.testing.assert_close(dx, conv2d_dgrad(expected * (hidden > 0), w, x.shape))
 
 
 def test_a_gradient_edited_on_its_way_is_masked_again() -> None:
@@ -255,9 +256,9 @@ def test_measured_choices_are_taken() -> None:
     arguments = (x, w, b, r, "relu6", [1], [1])
     expected, nothing, _ = step(*arguments)
     assert nothing == []
-    fk.clear_choices()
+    clear_choices()
     try:
-        with fk.autotune(candidate="emulated") as tuned:
+        with autotune(candidate="emulated") as tuned:
             step(*arguments)
             assert [m.problem.split()[0] for m in tuned.measurements] == [
                 "conv2d+frozen+bias+residual+relu6+mask",
@@ -267,14 +268,14 @@ def test_measured_choices_are_taken() -> None:
                 document = json.loads(tuned.to_json())
                 for row in document["choices"]:
                     row.update(native_seconds=seconds, aten_seconds=1e-3)
-                fk.load_choices(json.dumps(document))
+                load_choices(json.dumps(document))
                 gradient, found, _ = step(*arguments)
                 assert found == launched
                 assert torch.equal(gradient, expected)
             # In NCHW the bits of both would lie in another order.
             assert step(*(t.contiguous() if isinstance(t, Tensor) else t for t in arguments))[1] == []
     finally:
-        fk.clear_choices()
+        clear_choices()
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import freezekit as fk
+from freezekit.functional import conv2d
 
 DTYPES = [torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16]
 LAYOUTS = ["nchw", "nchw", "nhwc", "transposed", "misaligned", "every second"]
@@ -135,7 +135,7 @@ def check(call: Call) -> None:
     half = call.dtype in (torch.float16, torch.bfloat16)
     if half and call.backend in ("auto", "aten") and _torch_crashes(made, call):
         raise TorchFails("ends the process")
-    ours = _run(fk.conv2d, made, call, exact=False)
+    ours = _run(conv2d, made, call, exact=False)
     if (
         call.input_size[0] == 0 and not call.unbatched
     ):  # torch gives no second derivatives of an empty batch; freezekit gives zeros
@@ -173,7 +173,7 @@ def _torch_crashes(made: list[Any], call: Call) -> bool:
 
 def _check_refused(made: list[Any], call: Call, stock: Exception) -> None:
     try:
-        _run(fk.conv2d, made, call, exact=False)
+        _run(conv2d, made, call, exact=False)
     except Exception as error:
         ours: Exception | None = error
     else:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import freezekit as fk
+from freezekit.fusion import fusion_report
 
 LAYERS = ["0", "1", "3", "4", "7.conv", "7.bn", "8"]
 BLOCKS = [("0", "1"), ("3", "4"), ("7.conv", "7.bn")]  # what fuse makes one operator of, once frozen
@@ -101,7 +102,7 @@ class Pair:
         if self.rng.random() < 0.3:
             x = x.to(memory_format=torch.channels_last)
         needs = self.rng.random() < 0.5
-        self.fused += any(row.fused for row in fk.fusion_report(self.ours))
+        self.fused += any(row.fused for row in fusion_report(self.ours))
         found, seed = [], self.rng.randrange(2**31)
         for net, optim in zip(self.nets, self.optims):
             torch.manual_seed(seed)  # dropout drops the same in both

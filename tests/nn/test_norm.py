@@ -12,6 +12,7 @@ from torch.autograd import grad, gradcheck, gradgradcheck
 
 import freezekit as fk
 from freezekit import nn as layers
+from freezekit.conversion import conversion_report
 from tests.observe import bytes_kept
 
 STATES = list(itertools.product([False, True], repeat=3))  # weight learns, bias learns, input needs grad
@@ -112,7 +113,7 @@ def test_a_frozen_batch_norm_keeps_its_statistics_after_train() -> None:
     fk.freeze(model, norm="batch")
     model(x)
     assert not torch.equal(before[0], next(model.buffers()))
-    (said,) = [row.reason for row in fk.conversion_report(model) if row.layer == "FreezableBatchNorm2d"]
+    (said,) = [row.reason for row in conversion_report(model) if row.layer == "FreezableBatchNorm2d"]
     assert "normalises by batch" in said
 
 

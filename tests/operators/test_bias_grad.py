@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import grad, gradcheck, gradgradcheck
 
-import freezekit as fk
 import freezekit._C as _C
+from freezekit.functional import conv2d, conv2d_bias_grad
 from tests.observe import Calls
 
 SIZE = (3, 5, 6, 7)
@@ -50,7 +50,7 @@ def test_integers_are_exact(
     base = layout(size).to(device)
     for dtype in DTYPES:
         dy = base.to(dtype)  # keeps strides
-        db = fk.conv2d_bias_grad(dy, backend=backend)
+        db = conv2d_bias_grad(dy, backend=backend)
         # A sum past 256 is no integer of bfloat16: the exact one is rounded once.
         assert torch.equal(db, dy.double().sum((0, 2, 3)).to(dtype))
         assert db.shape == (size[1],)
@@ -64,13 +64,13 @@ def test_normals_are_within_rounding(place: tuple[str, str]) -> None:
         terms = dy[:, 0].numel()
         unit = torch.finfo(dtype).eps / 2
         bound = size * terms * (2**-53 if dtype == torch.float64 else 2**-24) + exact.abs() * unit
-        assert ((fk.conv2d_bias_grad(dy, backend=backend).double() - exact).abs() <= bound).all()
+        assert ((conv2d_bias_grad(dy, backend=backend).double() - exact).abs() <= bound).all()
 
 
 def test_the_layout_does_not_change_a_bit_of_the_own_reduction() -> None:
     dy = torch.randn(8, 33, 14, 15)
     results = [
-        fk.conv2d_bias_grad(d, backend="emulated")
+        conv2d_bias_grad(d, backend="emulated")
         for d in (dy, dy.to(memory_format=torch.channels_last), dy.transpose(2, 3).contiguous().transpose(2, 3))
     ]
     assert torch.equal(results[0], results[1])
@@ -84,8 +84,8 @@ def test_aten_s_sum_repeats(format: torch.memory_format, threads: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        first = fk.conv2d_bias_grad(dy, backend="aten")
-        assert all(torch.equal(fk.conv2d_bias_grad(dy.clone(), backend="aten"), first) for _ in range(20))
+        first = conv2d_bias_grad(dy, backend="aten")
+        assert all(torch.equal(conv2d_bias_grad(dy.clone(), backend="aten"), first) for _ in range(20))
     finally:
         torch.set_num_threads(before)
 
@@ -98,7 +98,7 @@ def test_a_layer_s_db_comes_from_the_backend_s_own_kernel(dtype: torch.dtype, pl
     b = torch.zeros(5, dtype=dtype, device=device, requires_grad=True)
     dy = torch.randint(-2, 3, (2, 5, 4, 4), device=device).to(dtype)
     results: list[Tensor] = []
-    ran = launched(lambda: results.extend(grad(fk.conv2d(x, w, b, backend=backend), (x, w, b), dy)))
+    ran = launched(lambda: results.extend(grad(conv2d(x, w, b, backend=backend), (x, w, b), dy)))
     own = ["conv2d", "conv2d_dgrad", "conv2d_wgrad", "conv2d_bias_grad"]
     assert ran == ([] if backend == "aten" else own)
     assert torch.equal(results[2], dy.sum((0, 2, 3)))
@@ -106,7 +106,7 @@ def test_a_layer_s_db_comes_from_the_backend_s_own_kernel(dtype: torch.dtype, pl
 
 def test_where_the_bias_alone_learns_nothing_else_runs() -> None:
     w, b = torch.randn(5, 4, 3, 3), torch.zeros(5, requires_grad=True)
-    y = fk.conv2d(torch.randn(2, 4, 6, 6), w, b, backend="emulated")
+    y = conv2d(torch.randn(2, 4, 6, 6), w, b, backend="emulated")
     dy = torch.randint(-2, 3, (2, 5, 4, 4)).float()
     assert launched(lambda: y.backward(dy)) == ["conv2d_bias_grad"]
     assert torch.equal(b.grad, dy.sum((0, 2, 3)))
@@ -117,7 +117,7 @@ def test_the_layout_of_dy_is_changed_once_for_all_gradients(learns: str) -> None
     """Contiguous in and out; the gradients are contiguous again, as ATen's are."""
     leaves = {"x": torch.randn(2, 4, 6, 6), "w": torch.randn(5, 4, 3, 3), "b": torch.zeros(5)}
     asked = [leaves[name].requires_grad_() for name in learns]
-    y = fk.conv2d(*leaves.values(), backend="emulated")
+    y = conv2d(*leaves.values(), backend="emulated")
     dy = torch.randn_like(y)
     laid_out = 0
 
@@ -131,7 +131,7 @@ def test_the_layout_of_dy_is_changed_once_for_all_gradients(learns: str) -> None
         gradients = grad(y, asked, dy)
     assert laid_out == 1
     assert all(g.is_contiguous() for g in gradients)
-    stock = grad(fk.conv2d(*leaves.values(), backend="aten"), asked, dy)
+    stock = grad(conv2d(*leaves.values(), backend="aten"), asked, dy)
     torch.testing.assert_close(gradients, stock)
 
 
@@ -140,7 +140,7 @@ def test_derivatives(place: tuple[str, str]) -> None:
     dy = torch.randn(2, 3, 4, 5, dtype=torch.float64, device=device, requires_grad=True)
 
     def db(dy: Tensor) -> Tensor:
-        return fk.conv2d_bias_grad(dy, backend=backend)
+        return conv2d_bias_grad(dy, backend=backend)
 
     assert gradcheck(db, dy)
     assert gradgradcheck(db, dy)
@@ -157,27 +157,27 @@ def test_opcheck(layout: str, needs_grad: bool, backend: str) -> None:
 def test_transforms_are_torch_s() -> None:
     dy = torch.randn(4, 2, 3, 5, 5)
     expected = dy.sum((1, 3, 4))
-    torch.testing.assert_close(torch.vmap(fk.conv2d_bias_grad)(dy), expected)
-    torch.testing.assert_close(torch.func.jvp(fk.conv2d_bias_grad, (dy[0],), (dy[1],))[1], expected[1])
+    torch.testing.assert_close(torch.vmap(conv2d_bias_grad)(dy), expected)
+    torch.testing.assert_close(torch.func.jvp(conv2d_bias_grad, (dy[0],), (dy[1],))[1], expected[1])
     complex_dy = torch.randn(2, 3, 5, 5, dtype=torch.complex64)
-    torch.testing.assert_close(fk.conv2d_bias_grad(complex_dy), complex_dy.sum((0, 2, 3)))
+    torch.testing.assert_close(conv2d_bias_grad(complex_dy), complex_dy.sum((0, 2, 3)))
     with pytest.raises(RuntimeError, match="backend='emulated' does not take batched tensors of vmap"):
-        torch.vmap(lambda d: fk.conv2d_bias_grad(d, backend="emulated"))(dy)
+        torch.vmap(lambda d: conv2d_bias_grad(d, backend="emulated"))(dy)
 
 
 @pytest.mark.parametrize(
     ("call", "kind", "says"),
     [
-        (lambda: fk.conv2d_bias_grad(1.0), TypeError, "grad_output must be a Tensor, got float"),
-        (lambda: fk.conv2d_bias_grad(torch.ones(2, 3)), RuntimeError, r"grad_output must have 4 dimensions .*got 2"),
-        (lambda: fk.conv2d_bias_grad(torch.ones(1, 1, 1, 1), backend="cudnn"), ValueError, "got 'cudnn'"),
+        (lambda: conv2d_bias_grad(1.0), TypeError, "grad_output must be a Tensor, got float"),
+        (lambda: conv2d_bias_grad(torch.ones(2, 3)), RuntimeError, r"grad_output must have 4 dimensions .*got 2"),
+        (lambda: conv2d_bias_grad(torch.ones(1, 1, 1, 1), backend="cudnn"), ValueError, "got 'cudnn'"),
         (
-            lambda: fk.conv2d_bias_grad(torch.ones(1, 1, 1, 1), backend="native"),
+            lambda: conv2d_bias_grad(torch.ones(1, 1, 1, 1), backend="native"),
             RuntimeError,
             "backend='native' needs CUDA tensors",
         ),
         (
-            lambda: fk.conv2d_bias_grad(torch.ones(1, 1, 1, 1, dtype=torch.int32), backend="emulated"),
+            lambda: conv2d_bias_grad(torch.ones(1, 1, 1, 1, dtype=torch.int32), backend="emulated"),
             RuntimeError,
             "got (torch.int32|Int)|does not take",
         ),

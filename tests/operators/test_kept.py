@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import grad
 
 import freezekit as fk
+from freezekit.functional import conv2d
 from tests.observe import Calls, bytes_kept
 
 # (weight learns, bias learns, input needs grad) -> what backward runs: dgrad, wgrad, db
@@ -67,7 +68,7 @@ def test_a_frozen_weight_is_kept_only_for_dgrad() -> None:
     x, conv = torch.randn(1, 4, 8, 8), layer(False, True)
     weight = conv.weight.detach() * 1
     reference = torch.multiprocessing.reductions.StorageWeakRef(weight.untyped_storage())
-    y = fk.conv2d(x, weight, conv.bias, padding=1)
+    y = conv2d(x, weight, conv.bias, padding=1)
     del weight
     assert y.requires_grad
     assert reference.expired()

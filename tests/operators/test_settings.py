@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import freezekit as fk
 from freezekit import _C
+from freezekit.functional import conv2d
 
 own = pytest.mark.parametrize(
     ("backend", "device"), [("emulated", "cpu"), pytest.param("native", "cuda", marks=pytest.mark.gpu)]
@@ -51,7 +51,7 @@ def test_tf32_is_used_where_torch_allows_it(allow: Callable[[bool], None], backe
     x, w = x.requires_grad_(), w.requires_grad_()
 
     def step() -> None:
-        fk.conv2d(x, w, backend=backend).sum().backward()
+        conv2d(x, w, backend=backend).sum().backward()
 
     for allowed in (True, False, True):
         allow(allowed)
@@ -69,7 +69,7 @@ def test_gradients_repeat_bit_for_bit(groups: int, dtype: torch.dtype, backend: 
     w = torch.randn(16, 16 // groups, 3, 3, device=device).to(dtype).requires_grad_()
 
     def gradients() -> tuple[Tensor, ...]:
-        y = fk.conv2d(x, w, padding=1, groups=groups, backend=backend)
+        y = conv2d(x, w, padding=1, groups=groups, backend=backend)
         return torch.autograd.grad(y, (x, w), torch.ones_like(y))
 
     first = gradients()
@@ -87,7 +87,7 @@ def test_a_cuda_graph_captures_a_step(settings: dict, dtype: torch.dtype) -> Non
     w = torch.randn(16, 16 // settings.get("groups", 1), 3, 3, device="cuda", dtype=dtype).requires_grad_()
 
     def step() -> tuple[Tensor, ...]:
-        y = fk.conv2d(x, w, **settings, backend="native")
+        y = conv2d(x, w, **settings, backend="native")
         return (y.detach(), *torch.autograd.grad(y, (x, w), torch.ones_like(y)))
 
     side = torch.cuda.Stream()
@@ -115,7 +115,7 @@ def test_work_is_queued_on_the_current_stream() -> None:
     with torch.cuda.stream(side):
         torch.cuda._sleep(50_000_000)
         x.fill_(1)
-        y = fk.conv2d(x, w, backend="native")
+        y = conv2d(x, w, backend="native")
     side.synchronize()
     assert torch.equal(y, torch.full_like(y, 9 * 64))
 
@@ -150,7 +150,7 @@ def test_layers_of_real_size(
     dy = (torch.arange(y.numel()) % 3 - 1).double().view(y.shape)
     expected = (y, *torch.autograd.grad(y, exact, dy))
     leaves = [t.requires_grad_() for t in (x, w)]
-    y = fk.conv2d(*leaves, **settings, backend="native")
+    y = conv2d(*leaves, **settings, backend="native")
     for ours, right in zip((y, *torch.autograd.grad(y, leaves, dy.to("cuda", dtype))), expected, strict=True):
         assert ours.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(ours.double().cpu(), right.to(dtype).double())

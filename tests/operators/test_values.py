@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import grad, gradcheck, gradgradcheck
 
-import freezekit as fk
+from freezekit.functional import conv2d, conv2d_dgrad, conv2d_wgrad
 from tests.cases import CASES, Case
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -32,7 +32,7 @@ def reference(tensors: tuple[Tensor | None, ...], case: Case) -> list[Tensor]:
 def test_integers_are_exact(case: Case, dtype: torch.dtype, channels_last: bool, place: tuple[str, str]) -> None:
     backend, device = place
     tensors = case.tensors(dtype, device, integers=True, channels_last=channels_last)
-    for ours, exact in zip(gradients(fk.conv2d, tensors, case, backend=backend), reference(tensors, case), strict=True):
+    for ours, exact in zip(gradients(conv2d, tensors, case, backend=backend), reference(tensors, case), strict=True):
         assert ours.dtype == dtype
         # Sums past 256 are not integers of bfloat16: the exact value is rounded once, as the kernels round it.
         assert torch.equal(ours.double().cpu(), exact.to(dtype).double())
@@ -42,7 +42,7 @@ def test_integers_are_exact(case: Case, dtype: torch.dtype, channels_last: bool,
 def test_random_values_are_within_rounding(case: Case, place: tuple[str, str]) -> None:
     backend, device = place
     tensors = case.tensors(torch.float32, device)
-    for ours, exact in zip(gradients(fk.conv2d, tensors, case, backend=backend), reference(tensors, case), strict=True):
+    for ours, exact in zip(gradients(conv2d, tensors, case, backend=backend), reference(tensors, case), strict=True):
         # Terms of one sum times float32's unit roundoff, against the magnitude of the terms.
         terms = max(1, case.r * case.s * case.c, ours.numel() and case.n * case.h * case.w)
         bound = 4 * terms * 2**-24 * max(1.0, exact.abs().max().item() if exact.numel() else 1.0)
@@ -56,7 +56,7 @@ def test_derivatives(case: Case, place: tuple[str, str]) -> None:
     tensors = [t.requires_grad_() for t in case.tensors(torch.float64, device) if t is not None]
 
     def f(*args: Tensor) -> Tensor:
-        return fk.conv2d(*args, **({"bias": None} if len(args) < 3 else {}), **case.settings, backend=backend)
+        return conv2d(*args, **({"bias": None} if len(args) < 3 else {}), **case.settings, backend=backend)
 
     assert gradcheck(f, tensors, fast_mode=True)
     assert gradgradcheck(f, tensors, fast_mode=True)
@@ -66,15 +66,15 @@ def test_derivatives(case: Case, place: tuple[str, str]) -> None:
 def test_derivatives_of_the_gradients(case: Case, place: tuple[str, str]) -> None:
     backend, device = place
     x, w, _ = case.tensors(torch.float64, device)
-    dy = torch.randn_like(fk.conv2d(x, w, **case.settings))
+    dy = torch.randn_like(conv2d(x, w, **case.settings))
     for t in (x, w, dy):
         t.requires_grad_()
 
     def dgrad(dy: Tensor, w: Tensor) -> Tensor:
-        return fk.conv2d_dgrad(dy, w, case.input_size, **case.settings, backend=backend)
+        return conv2d_dgrad(dy, w, case.input_size, **case.settings, backend=backend)
 
     def wgrad(dy: Tensor, x: Tensor) -> Tensor:
-        return fk.conv2d_wgrad(dy, x, case.weight_size, **case.settings, backend=backend)
+        return conv2d_wgrad(dy, x, case.weight_size, **case.settings, backend=backend)
 
     for f, args in ((dgrad, (dy, w)), (wgrad, (dy, x))):
         assert gradcheck(f, args, fast_mode=True)
@@ -86,7 +86,7 @@ def test_derivatives_of_the_gradients(case: Case, place: tuple[str, str]) -> Non
 @pytest.mark.parametrize("dilation", [1, (2, 3)])
 def test_string_padding(padding: str, kernel: tuple[int, int], dilation: int | tuple[int, int]) -> None:
     x, w = torch.randn(2, 3, 9, 10).requires_grad_(), torch.randn(4, 3, *kernel).requires_grad_()
-    ours, stock = (f(x, w, padding=padding, dilation=dilation) for f in (fk.conv2d, F.conv2d))
+    ours, stock = (f(x, w, padding=padding, dilation=dilation) for f in (conv2d, F.conv2d))
     torch.testing.assert_close(ours, stock)
     for a, b in zip(grad(ours.square().sum(), (x, w)), grad(stock.square().sum(), (x, w)), strict=True):
         torch.testing.assert_close(a, b)
@@ -94,7 +94,7 @@ def test_string_padding(padding: str, kernel: tuple[int, int], dilation: int | t
 
 def test_unbatched() -> None:
     x, w = torch.randn(3, 8, 8, requires_grad=True), torch.randn(4, 3, 3, 3)
-    y = fk.conv2d(x, w)
+    y = conv2d(x, w)
     assert torch.equal(y, F.conv2d(x, w))
     assert torch.equal(grad(y.sum(), x)[0], grad(F.conv2d(x, w).sum(), x)[0])
     y.add_(1)  # as stock's, it is no view that forbids editing
@@ -103,19 +103,19 @@ def test_unbatched() -> None:
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
 def test_complex_is_torch_s(dtype: torch.dtype) -> None:
     x, w = torch.randn(2, 4, 6, 6, dtype=dtype).requires_grad_(), torch.randn(4, 2, 3, 3, dtype=dtype).requires_grad_()
-    ours, stock = (f(x, w, padding=1, groups=2) for f in (fk.conv2d, F.conv2d))
+    ours, stock = (f(x, w, padding=1, groups=2) for f in (conv2d, F.conv2d))
     assert torch.equal(ours, stock)
     for a, b in zip(grad(ours.abs().sum(), (x, w)), grad(stock.abs().sum(), (x, w)), strict=True):
         assert torch.equal(a, b)
     with torch.no_grad():
-        assert torch.equal(fk.conv2d(x, w, groups=2), F.conv2d(x, w, groups=2))
+        assert torch.equal(conv2d(x, w, groups=2), F.conv2d(x, w, groups=2))
     with torch.inference_mode():
-        assert torch.equal(fk.conv2d(x.detach().clone(), w, groups=2), F.conv2d(x, w, groups=2))
+        assert torch.equal(conv2d(x.detach().clone(), w, groups=2), F.conv2d(x, w, groups=2))
 
 
 def test_meta() -> None:
     x, w = torch.empty(2, 3, 9, 9, device="meta", requires_grad=True), torch.empty(4, 3, 3, 3, device="meta")
-    y = fk.conv2d(x, w, stride=2)
+    y = conv2d(x, w, stride=2)
     assert y.is_meta
     assert y.shape == (2, 4, 4, 4)
     (dx,) = grad(y.sum(), x)

@@ -1,6 +1,6 @@
 // What `auto` runs: ATen, unless freezekit's kernel was measured to be faster for the very problem on this device.
 //
-// Measuring is asked for (freezekit.autotune); until then nothing is known of a problem, and ATen is the rule.
+// Measuring is asked for (freezekit.tuning.autotune); until then nothing is known of a problem, and ATen is the rule.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -20,7 +20,7 @@ namespace freezekit::choices {
 
 // The rule of `auto` in words, for a problem that was not measured.
 constexpr const char* kRule =
-    "ATen, until freezekit.autotune measures this problem: no own kernel has been timed on a GPU yet";
+    "ATen, until freezekit.tuning.autotune measures this problem: no own kernel has been timed on a GPU yet";
 
 struct Measurement {
   double aten_seconds = 0, native_seconds = 0;  // medians of interleaved runs
