@@ -7,23 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import document
+from bench.measurement import Measurement
 from bench.report import Report, mebibytes
-from bench.rows import Row
 
 # Student's t, two-sided, 0.001, by degrees of freedom.
 _STUDENT = {1: 637.0, 2: 31.6, 3: 12.9, 4: 8.61, 5: 6.87, 6: 5.96, 8: 5.04, 10: 4.59, 15: 4.07, 20: 3.85, 40: 3.55}
 
 
 @dataclass(frozen=True)
-class Change:
+class Difference:
     """What became of one measurement."""
 
-    row: Row
+    row: Measurement
     what: str
     worse: bool
 
 
-def changes(before: Iterable[Row], after: Iterable[Row]) -> list[Change]:
+def changes(before: Iterable[Measurement], after: Iterable[Measurement]) -> list[Difference]:
     """Measurements of both runs that differ beyond noise.
 
     Time is compared as the ratio to stock of the same run, which another machine or a busier hour moves less than
@@ -40,23 +40,23 @@ def changes(before: Iterable[Row], after: Iterable[Row]) -> list[Change]:
             factor = row.ratio.median / earlier.ratio.median
             if abs(factor - 1) > 0.02 and abs(row.ratio.median - earlier.ratio.median) > noise(earlier, row):
                 text = f"ratio to stock {earlier.ratio.median:.3f} -> {row.ratio.median:.3f} ({factor - 1:+.0%})"
-                found.append(Change(row, text, factor > 1))
+                found.append(Difference(row, text, factor > 1))
         for name in ("bytes_kept", "peak_bytes"):
             was, now = getattr(earlier, name), getattr(row, name)
             if was is not None and now is not None and was != now:
                 text = f"{name.replace('_', ' ')} {mebibytes(was)} -> {mebibytes(now)} MiB"
-                found.append(Change(row, text, now > was))
+                found.append(Difference(row, text, now > was))
     return found
 
 
-def show(report: Report, path: Path, rows: list[Row]) -> None:
+def show(report: Report, path: Path, rows: list[Measurement]) -> None:
     """Prints what changed since the run in `path`.
 
     Raises:
         NotThisSchema: if the file is no such document.
     """
     earlier = document.read(path)
-    before = [Row.from_dict(data) for data in earlier["rows"]]
+    before = [Measurement.from_dict(data) for data in earlier["rows"]]
     report.heading(f"against {path}: {earlier['environment']['commit']}, {earlier['environment']['date']}")
     known = {row.key for row in before}
     shared = sum(row.key in known for row in rows)
@@ -68,7 +68,7 @@ def show(report: Report, path: Path, rows: list[Row]) -> None:
     report.line(f"{shared} of {len(rows)} measurements are in both runs; {len(found)} changed beyond noise")
 
 
-def noise(a: Row, b: Row) -> float:
+def noise(a: Measurement, b: Measurement) -> float:
     """How far the ratios' medians of two runs of the same thing lie apart in one of a thousand pairs at most.
 
     A median of n values has the standard error 1.253 sigma / sqrt(n), and sigma is read off the quartiles, which are
@@ -83,5 +83,5 @@ def noise(a: Row, b: Row) -> float:
     return reach * (errors[0] ** 2 + errors[1] ** 2) ** 0.5
 
 
-def _colour(change: Change) -> str:
+def _colour(change: Difference) -> str:
     return "red" if change.worse else "green"

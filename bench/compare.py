@@ -27,14 +27,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bench import baseline, document, options
 from bench.environment import Environment, describe
-from bench.gate import WrongResult
 from bench.measure import MakeCase, measure
+from bench.measurement import Measurement
 from bench.report import Report
-from bench.rows import Row
 from bench.sections import SECTIONS, kernels, layers, models
 from bench.settings import Settings
 from bench.sides import SIDES, cudnn_benchmark
 from bench.timing import Clock, clock_for, small_heap
+from bench.verify import WrongResult
 
 
 class Run:
@@ -46,7 +46,7 @@ class Run:
         self.end = time.monotonic() + time_limit if time_limit else None
         self.environment: Environment | None = None
         self.kernels: list[kernels.Profiled] = []
-        self.rows: list[Row] = []
+        self.rows: list[Measurement] = []
         self.skipped: list[str] = []
 
     def go(self, sections: Iterable[str]) -> None:
@@ -150,7 +150,7 @@ def main(arguments: list[str] | None = None, console: Console | None = None) -> 
     return 0
 
 
-def _deliver(asked: options.Asked, report: Report, result: dict[str, Any], rows: list[Row]) -> None:
+def _deliver(asked: options.Asked, report: Report, result: dict[str, Any], rows: list[Measurement]) -> None:
     """What follows a run: its file, its comparison with an earlier one, its pictures."""
     report.line()
     if asked.json is not None:

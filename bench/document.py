@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.environment import Environment
-from bench.rows import Row
+from bench.measurement import Measurement
 from bench.sections.kernels import Profiled
 from bench.settings import Settings
 
@@ -34,7 +34,7 @@ def build(
     environment: Environment,
     settings: Settings,
     kernels: Iterable[Profiled],
-    rows: Iterable[Row],
+    rows: Iterable[Measurement],
     skipped: Iterable[str],
 ) -> dict[str, Any]:
     """The document of a run."""

@@ -10,7 +10,7 @@ from torch import nn
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerShape:
     """A convolution in its place.
 
     Attributes:
@@ -71,43 +71,43 @@ class Layer:
         )
 
 
-def _bottlenecks(groups: int, group_width: int) -> Iterator[Layer]:
+def _bottlenecks(groups: int, group_width: int) -> Iterator[LayerShape]:
     """ResNet-50 (1, 64) and ResNeXt-50 32x4d (32, 4); the stride is in the 3x3 layer."""
-    yield Layer("conv1", 3, 64, 7, 224, stride=2, padding=3)
+    yield LayerShape("conv1", 3, 64, 7, 224, stride=2, padding=3)
     channels, size = 64, 56
     for stage, blocks in enumerate((3, 4, 6, 3)):
         width, out = groups * group_width << stage, 256 << stage
         for block in range(blocks):
             stride = 2 if stage and not block else 1
             place = f"layer{stage + 1}.{block}"
-            yield Layer(f"{place}.conv1", channels, width, 1, size)
-            yield Layer(f"{place}.conv2", width, width, 3, size, stride, padding=1, groups=groups)
-            yield Layer(f"{place}.conv3", width, out, 1, size // stride)
+            yield LayerShape(f"{place}.conv1", channels, width, 1, size)
+            yield LayerShape(f"{place}.conv2", width, width, 3, size, stride, padding=1, groups=groups)
+            yield LayerShape(f"{place}.conv3", width, out, 1, size // stride)
             if not block:
-                yield Layer(f"{place}.downsample", channels, out, 1, size, stride)
+                yield LayerShape(f"{place}.downsample", channels, out, 1, size, stride)
             channels, size = out, size // stride
 
 
-def _vgg16() -> Iterator[Layer]:
+def _vgg16() -> Iterator[LayerShape]:
     channels, size, index = 3, 224, 0
     for width, depth in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
         for _ in range(depth):
-            yield Layer(f"features.{index}", channels, width, 3, size, padding=1, bias=True)
+            yield LayerShape(f"features.{index}", channels, width, 3, size, padding=1, bias=True)
             channels, index = width, index + 2
         size, index = size // 2, index + 1
 
 
 def _inverted(
     place: str, channels: int, expanded: int, out: int, kernel: int, stride: int, size: int, squeezed: int
-) -> Iterator[Layer]:
+) -> Iterator[LayerShape]:
     """Expand, depthwise, squeeze and excite (`squeezed` channels; 0 for none), project."""
     if expanded != channels:
-        yield Layer(f"{place}.expand", channels, expanded, 1, size)
-    yield Layer(f"{place}.depthwise", expanded, expanded, kernel, size, stride, kernel // 2, expanded)
+        yield LayerShape(f"{place}.expand", channels, expanded, 1, size)
+    yield LayerShape(f"{place}.depthwise", expanded, expanded, kernel, size, stride, kernel // 2, expanded)
     if squeezed:
-        yield Layer(f"{place}.squeeze", expanded, squeezed, 1, 1, bias=True)
-        yield Layer(f"{place}.excite", squeezed, expanded, 1, 1, bias=True)
-    yield Layer(f"{place}.project", expanded, out, 1, size // stride)
+        yield LayerShape(f"{place}.squeeze", expanded, squeezed, 1, 1, bias=True)
+        yield LayerShape(f"{place}.excite", squeezed, expanded, 1, 1, bias=True)
+    yield LayerShape(f"{place}.project", expanded, out, 1, size // stride)
 
 
 # MobileNetV3-Large: kernel, expanded channels, output channels, squeezed channels, stride.
@@ -141,17 +141,17 @@ _EFFICIENTNET = (
 )
 
 
-def _mobilenet_v3() -> Iterator[Layer]:
-    yield Layer("stem", 3, 16, 3, 224, stride=2, padding=1)
+def _mobilenet_v3() -> Iterator[LayerShape]:
+    yield LayerShape("stem", 3, 16, 3, 224, stride=2, padding=1)
     channels, size = 16, 112
     for index, (kernel, expanded, out, squeezed, stride) in enumerate(_MOBILENET):
         yield from _inverted(f"block{index}", channels, expanded, out, kernel, stride, size, squeezed)
         channels, size = out, size // stride
-    yield Layer("last", 160, 960, 1, 7)
+    yield LayerShape("last", 160, 960, 1, 7)
 
 
-def _efficientnet_b0() -> Iterator[Layer]:
-    yield Layer("stem", 3, 32, 3, 224, stride=2, padding=1)
+def _efficientnet_b0() -> Iterator[LayerShape]:
+    yield LayerShape("stem", 3, 32, 3, 224, stride=2, padding=1)
     channels, size = 32, 112
     for stage, (kernel, expansion, out, blocks, first_stride) in enumerate(_EFFICIENTNET):
         for block in range(blocks):
@@ -159,22 +159,22 @@ def _efficientnet_b0() -> Iterator[Layer]:
             place, expanded = f"stage{stage}.{block}", channels * expansion
             yield from _inverted(place, channels, expanded, out, kernel, stride, size, channels // 4)
             channels, size = out, size // stride
-    yield Layer("last", 320, 1280, 1, 7)
+    yield LayerShape("last", 320, 1280, 1, 7)
 
 
-def _convnext_tiny() -> Iterator[Layer]:
+def _convnext_tiny() -> Iterator[LayerShape]:
     """Its pointwise layers are linear in torchvision, so they are not here."""
-    yield Layer("stem", 3, 96, 4, 224, stride=4, bias=True)
+    yield LayerShape("stem", 3, 96, 4, 224, stride=4, bias=True)
     size = 56
     for stage, (width, blocks) in enumerate(((96, 3), (192, 3), (384, 9), (768, 3))):
         if stage:
-            yield Layer(f"downsample{stage}", width // 2, width, 2, size, stride=2, bias=True)
+            yield LayerShape(f"downsample{stage}", width // 2, width, 2, size, stride=2, bias=True)
             size //= 2
         for block in range(blocks):
-            yield Layer(f"stage{stage}.{block}", width, width, 7, size, padding=3, groups=width, bias=True)
+            yield LayerShape(f"stage{stage}.{block}", width, width, 7, size, padding=3, groups=width, bias=True)
 
 
-_NETWORKS: dict[str, Callable[[], Iterator[Layer]]] = {
+_NETWORKS: dict[str, Callable[[], Iterator[LayerShape]]] = {
     "resnet50": lambda: _bottlenecks(1, 64),
     "resnext50": lambda: _bottlenecks(32, 4),
     "vgg16": _vgg16,
@@ -184,10 +184,10 @@ _NETWORKS: dict[str, Callable[[], Iterator[Layer]]] = {
     # Four shapes that a test or a first look can afford.
     "tiny": lambda: iter(
         (
-            Layer("dense", 8, 16, 3, 12, padding=1),
-            Layer("pointwise", 16, 8, 1, 12, bias=True),
-            Layer("strided", 8, 8, 3, 12, stride=2, padding=1),
-            Layer("depthwise", 8, 8, 3, 12, padding=1, groups=8),
+            LayerShape("dense", 8, 16, 3, 12, padding=1),
+            LayerShape("pointwise", 16, 8, 1, 12, bias=True),
+            LayerShape("strided", 8, 8, 3, 12, stride=2, padding=1),
+            LayerShape("depthwise", 8, 8, 3, 12, padding=1, groups=8),
         )
     ),
 }
@@ -196,7 +196,7 @@ NAMES = tuple(_NETWORKS)
 NETWORKS = tuple(name for name in NAMES if name != "tiny")
 
 
-def layers_of(network: str) -> list[Layer]:
+def layers_of(network: str) -> list[LayerShape]:
     """The distinct convolutions of a network in order of first occurrence.
 
     Raises:
@@ -207,7 +207,7 @@ def layers_of(network: str) -> list[Layer]:
     """
     if network not in _NETWORKS:
         raise ValueError(f"layer list must be one of {', '.join(NAMES)}, got {network!r}")
-    distinct: dict[Layer, Layer] = {}
+    distinct: dict[LayerShape, LayerShape] = {}
     for layer in _NETWORKS[network]():
         key = replace(layer, name="")
         seen = distinct.get(key)

@@ -11,19 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from bench.environment import Peaks
-from bench.gate import Tolerance, check
+from bench.measurement import Measurement
 from bench.memory import bytes_kept, trace
-from bench.rows import Row
 from bench.settings import Settings
 from bench.sides import SIDES, Side
 from bench.timing import Clock, Step, interleave
+from bench.verify import Tolerance, check
 from bench.work import Work, count
 from freezekit.profiling import profile
 
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to compare; the labels are those of :class:`bench.rows.Row`.
+    """One thing to compare; the labels are those of :class:`bench.measurement.Measurement`.
 
     Attributes:
         module: stock's, already in its regime; every side gets a copy.
@@ -58,7 +58,7 @@ class Case:
 MakeCase = partial[Case]  # Cases are made when their turn comes: all at once would not fit a GPU.
 
 
-class Subject:
+class Contestant:
     """A side's module on its input, ready to run; every side asks for the same gradients."""
 
     def __init__(self, side: Side, case: Case, dy: Tensor | None) -> None:
@@ -129,7 +129,9 @@ class Subject:
         return gradients
 
 
-def measure(case: Case, settings: Settings, peaks: Peaks, clock: Clock, skipped: list[str] | None = None) -> list[Row]:
+def measure(
+    case: Case, settings: Settings, peaks: Peaks, clock: Clock, skipped: list[str] | None = None
+) -> list[Measurement]:
     """A row for each side, stock first.
 
     Args:
@@ -139,34 +141,34 @@ def measure(case: Case, settings: Settings, peaks: Peaks, clock: Clock, skipped:
         WrongResult: if a side's output or a gradient differs from stock's by more than rounding.
     """
     torch.manual_seed(settings.seed)
-    subjects = {"stock": Subject(SIDES["stock"], case, None)}
-    expected = subjects["stock"].results()
+    contestants = {"stock": Contestant(SIDES["stock"], case, None)}
+    expected = contestants["stock"].results()
     tolerances = {name: case.tolerance(name) for name in expected}
-    moves = cache(partial(subjects["stock"].moves, settings.tf32)) if case.kinks else None
+    moves = cache(partial(contestants["stock"].moves, settings.tf32)) if case.kinks else None
     errors = {"stock": 0.0}
     for name in settings.sides:
         side = SIDES[name]
         if name == "stock" or side.why_not(case.section, settings.everything):
             continue
         try:
-            subject = Subject(side, case, subjects["stock"].dy)
-            results = subject.results()
+            contestant = Contestant(side, case, contestants["stock"].dy)
+            results = contestant.results()
         except Exception as error:
             if name.startswith("freezekit") or skipped is None:
                 raise
             skipped.append(f"cannot run: {name}: {case.label}: {type(error).__name__}: {str(error).splitlines()[0]}")
             continue
         errors[name] = check(case.label, name, results, expected, tolerances, moves)
-        subjects[name] = subject
-    work = case.work or count(subjects["stock"].step)
-    counted = {name: _count(case, subject) for name, subject in subjects.items()}
-    steps = {name: subject.step_for(case.part) for name, subject in subjects.items()}
+        contestants[name] = contestant
+    work = case.work or count(contestants["stock"].step)
+    counted = {name: _count(case, contestant) for name, contestant in contestants.items()}
+    steps = {name: contestant.step_for(case.part) for name, contestant in contestants.items()}
     rounds = _rounds(steps, settings, clock)
     timed = interleave(steps, clock=clock, rounds=rounds, seed=settings.seed)
     rows = []
-    for name in subjects:
+    for name in contestants:
         seconds = timed.time(name)
-        row = Row(
+        row = Measurement(
             case.section,
             case.group,
             case.case,
@@ -189,16 +191,16 @@ def measure(case: Case, settings: Settings, peaks: Peaks, clock: Clock, skipped:
     return rows
 
 
-def _count(case: Case, subject: Subject) -> dict[str, int | None]:
+def _count(case: Case, contestant: Contestant) -> dict[str, int | None]:
     """Bytes kept, peak and kernels; memory of whole steps only, where it means what it says."""
-    step = subject.step_for(case.part)
+    step = contestant.step_for(case.part)
     step()
     with profile() as recorded:
         step()
     counts: dict[str, int | None] = {"kernels": sum(row.instances for row in recorded.kernels())}
     if case.part == "step":
-        device = subject.x.device
-        counts["bytes_kept"] = bytes_kept(subject.forward, subject.x) if subject.wanted else 0
+        device = contestant.x.device
+        counts["bytes_kept"] = bytes_kept(contestant.forward, contestant.x) if contestant.wanted else 0
         counts["peak_bytes"] = trace(device, step).peak
     return counts
 

@@ -25,7 +25,7 @@ from bench.timing import HostClock, Interleaved, interleave
 
 
 @dataclass(frozen=True)
-class Case:
+class TinyLayer:
     """A layer on a (1, channels, 8, 8) input that needs a gradient; `bound` is the highest ratio that passes."""
 
     channels: int
@@ -40,7 +40,7 @@ class Case:
 
 
 CASES = [
-    Case(channels, out_channels, frozen, 1.3 if frozen else 1.65)
+    TinyLayer(channels, out_channels, frozen, 1.3 if frozen else 1.65)
     for channels, out_channels in [(1, 1), (1, 8), (8, 8)]
     for frozen in (True, False)
 ]
@@ -53,7 +53,7 @@ def make_step(conv: nn.Conv2d, x: Tensor) -> Callable[[], object]:
     return lambda: torch.autograd.grad(conv(x), wanted, dy)
 
 
-def measure(case: Case, *, rounds: int, calls: int, seed: int) -> Interleaved:
+def measure(case: TinyLayer, *, rounds: int, calls: int, seed: int) -> Interleaved:
     """Stock and freezekit, interleaved, on one thread."""
     torch.manual_seed(seed)
     stock = nn.Conv2d(case.channels, case.out_channels, 3).requires_grad_(not case.frozen)

@@ -13,9 +13,9 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FormatStrFormatter, NullFormatter
 
+from bench.measurement import Measurement
 from bench.palette import colour, hatch, line, marker
 from bench.report import MIB
-from bench.rows import Row
 
 plt.switch_backend("Agg")  # No window, so no display is needed.
 plt.rcParams["font.size"] = 8
@@ -27,7 +27,7 @@ def draw(document: dict[str, Any], folder: Path) -> list[Path]:
     Pictures: layer ratios, training steps by regime, peak memory by frozen depth, scaling, and the roofline.
     """
     folder.mkdir(exist_ok=True)
-    rows = [Row.from_dict(data) for data in document["rows"]]
+    rows = [Measurement.from_dict(data) for data in document["rows"]]
     pictures: list[tuple[str, Figure]] = []
     layers = [row for row in rows if row.section == "layers"]
     for group, regime, part in dict.fromkeys((row.group, row.regime, row.part) for row in layers):
@@ -60,7 +60,7 @@ def _caption(document: dict[str, Any]) -> str:
     return f"{e['device']}, {dtype}, torch {e['torch']}, freezekit {e['freezekit']} ({e['commit']}), {e['date']}"
 
 
-def _sides(rows: Iterable[Row]) -> list[str]:
+def _sides(rows: Iterable[Measurement]) -> list[str]:
     return list(dict.fromkeys(row.side for row in rows))
 
 
@@ -101,7 +101,7 @@ def _bars(
     axis.set_axisbelow(True)
 
 
-def _layer_pages(rows: list[Row], name: str, title: str) -> list[tuple[str, Figure]]:
+def _layer_pages(rows: list[Measurement], name: str, title: str) -> list[tuple[str, Figure]]:
     """A picture for every 20 layers: more would not be read on a page."""
     layers = list(dict.fromkeys((row.case, row.detail) for row in rows))
     pages = [layers[start : start + 20] for start in range(0, len(layers), 20)]
@@ -116,7 +116,7 @@ def _layer_pages(rows: list[Row], name: str, title: str) -> list[tuple[str, Figu
     ]
 
 
-def _layer_ratios(rows: list[Row], title: str) -> Figure:
+def _layer_ratios(rows: list[Measurement], title: str) -> Figure:
     by_key = {(f"{row.case}  {row.detail}", row.side): row for row in rows}
     labels = list(dict.fromkeys(label for label, _ in by_key))
     sides = [side for side in _sides(rows) if side != "stock"]
@@ -141,7 +141,7 @@ def _layer_ratios(rows: list[Row], title: str) -> Figure:
     return figure
 
 
-def _regimes(rows: list[Row]) -> Figure:
+def _regimes(rows: list[Measurement]) -> Figure:
     labels, sides = list(dict.fromkeys(row.regime for row in rows)), _sides(rows)
     by_key = {(row.regime, row.side): row for row in rows}
 
@@ -165,7 +165,7 @@ def _regimes(rows: list[Row]) -> Figure:
     return figure
 
 
-def _memory(rows: list[Row]) -> Figure:
+def _memory(rows: list[Measurement]) -> Figure:
     figure, (left, right) = _figure(9, 3.6, 2)
     for side in _sides(rows):
         mine = sorted((row for row in rows if row.side == side), key=lambda row: row.x or 0)
@@ -190,7 +190,7 @@ def _from_zero(axis: Axes) -> None:
     axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
 
 
-def _scaling(rows: list[Row]) -> Figure:
+def _scaling(rows: list[Measurement]) -> Figure:
     groups = list(dict.fromkeys(row.group for row in rows))
     figure, axes = _figure(4.5 * len(groups), 3.6, len(groups))
     for axis, group in zip(axes, groups, strict=True):
@@ -214,7 +214,7 @@ def _scaling(rows: list[Row]) -> Figure:
     return figure
 
 
-def _roofline(rows: list[Row], peaks: dict[str, float]) -> Figure:
+def _roofline(rows: list[Measurement], peaks: dict[str, float]) -> Figure:
     """Arithmetic intensity is of the mathematics: each tensor moved once."""
     figure, (axis,) = _figure(7, 4.6)
     intensities = []

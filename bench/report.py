@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bench.rows import Row
+from bench.measurement import Measurement
 from bench.timing import Spread
 
 MIB = 1 << 20
@@ -62,7 +62,7 @@ class Column(NamedTuple):
 
     head: str
     width: int
-    text: Callable[[Row], str]
+    text: Callable[[Measurement], str]
     rank: int = 9
 
 
@@ -107,7 +107,7 @@ class Report:
         self.line()
         self.line(text, "bold")
 
-    def show(self, rows: Sequence[Row]) -> None:
+    def show(self, rows: Sequence[Measurement]) -> None:
         """Prints what one case gave, a line a side."""
         first = rows[0]
         if self._open is None:
@@ -134,9 +134,9 @@ class Report:
     def _line(self, side: str, cells: Sequence[str]) -> str:
         return f"  {side:{max(map(len, (*self.sides, 'freezekit')))}} {' '.join(cells)}"
 
-    def summarise(self, rows: Iterable[Row]) -> None:
+    def summarise(self, rows: Iterable[Measurement]) -> None:
         """What layers add up to: time and bytes of the whole network, geometric mean of ratios; a table for each."""
-        groups: dict[tuple[str, str, str], list[Row]] = {}
+        groups: dict[tuple[str, str, str], list[Measurement]] = {}
         for row in rows:
             if row.section == "layers":
                 groups.setdefault((row.group, row.regime, row.part), []).append(row)
@@ -152,7 +152,7 @@ class Report:
             self.console.print(table)
 
 
-def _totals(rows: list[Row]) -> tuple[str, str, str]:
+def _totals(rows: list[Measurement]) -> tuple[str, str, str]:
     kept = [row.count * row.bytes_kept for row in rows if row.bytes_kept is not None]
     ratios = [row.ratio.median for row in rows if row.ratio]
     return (
@@ -162,7 +162,7 @@ def _totals(rows: list[Row]) -> tuple[str, str, str]:
     )
 
 
-def _style(row: Row) -> str:
+def _style(row: Measurement) -> str:
     """Colour only what differs from stock by more than its own spread."""
     if row.ratio is None or row.side == "stock":
         return ""

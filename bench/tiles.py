@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bench import layer_lists
 from bench.environment import describe
-from bench.layer_lists import Layer
+from bench.layer_lists import LayerShape
 from bench.settings import DTYPES
 from bench.sides import cudnn_benchmark
 from bench.timing import clock_for, interleave
@@ -70,7 +70,7 @@ class Timed:
 class Problem:
     """A layer's tensors, channels_last, and the ways to compute one operator on them."""
 
-    def __init__(self, layer: Layer, operator: str, batch: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, layer: LayerShape, operator: str, batch: int, device: torch.device, dtype: torch.dtype) -> None:
         self.layer, self.operator = layer, operator
         self.number = OPERATORS.index(operator)
         sizes = (

@@ -68,7 +68,7 @@ HOPPER_PROBLEMS = PROBLEMS[:4]
 
 
 @dataclass(frozen=True)
-class Row:
+class Verdict:
     """One kernel on one problem.
 
     Attributes:
@@ -89,7 +89,7 @@ class Row:
         return not self.failure and self.error <= 1
 
 
-def selftest(backend: Backend, device: torch.device, problems: Iterable[Problem] = PROBLEMS) -> Iterator[Row]:
+def selftest(backend: Backend, device: torch.device, problems: Iterable[Problem] = PROBLEMS) -> Iterator[Verdict]:
     """Runs each operator of each problem in each dtype on `backend`, and float32 in tf32 too.
 
     >>> rows = list(selftest("aten", torch.device("cpu"), PROBLEMS[:1]))
@@ -103,7 +103,7 @@ def selftest(backend: Backend, device: torch.device, problems: Iterable[Problem]
                     yield _run(operator, problem, dtype, tf32, backend, device)
 
 
-def selftest_hopper(backend: Literal["native", "emulated"], device: torch.device) -> Iterator[Row]:
+def selftest_hopper(backend: Literal["native", "emulated"], device: torch.device) -> Iterator[Verdict]:
     """The kernels of sm_90a, which no other row runs: they are asked for, see `freezekit.backend`."""
     for problem in HOPPER_PROBLEMS:
         for dtype, tf32 in [(torch.float16, False), (torch.bfloat16, False), (torch.float32, True)]:
@@ -117,7 +117,7 @@ def selftest_hopper(backend: Literal["native", "emulated"], device: torch.device
 
 def _run(
     operator: str, problem: Problem, dtype: torch.dtype, tf32: bool, backend: Backend, device: torch.device
-) -> Row:
+) -> Verdict:
     x, w, dy = _tensors(problem, dtype, device)
     call = {
         "conv2d": lambda: functional.conv2d(x, w, **problem.settings, backend=backend),
@@ -131,10 +131,10 @@ def _run(
     try:
         kernel, result, seconds = _timed(call, backend, device)
     except RuntimeError as failure:
-        return Row(operator, problem.name, name, "", float("nan"), 0.0, str(failure).splitlines()[0])
+        return Verdict(operator, problem.name, name, "", float("nan"), 0.0, str(failure).splitlines()[0])
     unit = TF32_ROUNDOFF if tf32 else UNIT_ROUNDOFF[dtype]
     error = _error(operator, problem, x, w, dy, result, unit, UNIT_ROUNDOFF[dtype])
-    return Row(operator, problem.name, name, kernel, error, seconds * 1e3)
+    return Verdict(operator, problem.name, name, kernel, error, seconds * 1e3)
 
 
 def _tensors(problem: Problem, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -205,7 +205,7 @@ def _tf32(allowed: bool) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = before
 
 
-def _print(console: Console, rows: list[Row], title: str) -> None:
+def _print(console: Console, rows: list[Verdict], title: str) -> None:
     table = Table("problem", "operator", "dtype", "kernel", "error / bound", "ms", "", title=title)
     for row in rows:
         mark = "[green]pass[/]" if row.passed else f"[red]FAIL[/] {row.failure}"

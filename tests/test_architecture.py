@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import pkgutil
 import re
+import sys
 from pathlib import Path
 
 import pytest
+
+import freezekit as fk
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
@@ -116,6 +121,31 @@ def test_imports_follow_the_layers(path: Path) -> None:
     assert own is not None, f"freezekit.{module_of(path)} stands in no layer: add it to LAYERS"
     above = [name for name in imported(path) if (layer := layer_of(name)) is not None and layer > own]
     assert not above
+
+
+PUBLIC = {
+    *(f"FreezableConv{kind}{rank}d" for kind in ("", "Transpose") for rank in (1, 2, 3)),
+    *(f"FreezableBatchNorm{rank}d" for rank in (1, 2, 3)),
+    *("FreezableGroupNorm", "FreezableLayerNorm", "convert", "revert", "fuse", "unfuse", "freeze", "unfreeze"),
+    *("freeze_state", "guard", "audit", "explain", "plan", "profile", "schedules", "backend"),
+}
+
+
+def test_the_public_face() -> None:
+    assert set(fk.__all__) == PUBLIC
+    assert all(hasattr(fk, name) for name in PUBLIC)
+    assert fk.__all__ == sorted(fk.__all__)
+
+
+def test_no_name_shadows_a_module() -> None:
+    """After ``import freezekit.planning`` the attribute of that name is the module, and so for every other."""
+    found = [module.name for module in pkgutil.walk_packages(fk.__path__, "freezekit.")]
+    assert len(found) > 60
+    for name in found:
+        if not name.endswith("__main__"):
+            parent, _, own = name.rpartition(".")
+            module = importlib.import_module(name)
+            assert getattr(sys.modules[parent], own) is module, name
 
 
 def test_the_package_imports_neither_bench_nor_tests() -> None:

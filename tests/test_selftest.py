@@ -99,7 +99,7 @@ def test_nan_and_errors_are_failures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_exit_code_counts_failures(monkeypatch: pytest.MonkeyPatch) -> None:
-    bad = selftest.Row("conv2d", "p", "float32", "k", 2.0, 0.0)
+    bad = selftest.Verdict("conv2d", "p", "float32", "k", 2.0, 0.0)
     monkeypatch.setattr(selftest, "selftest", lambda *_: iter([bad] * 200))
     assert selftest.main(["--backend", "aten"]) == 125
     monkeypatch.setattr(selftest, "selftest", lambda *_: iter([bad, bad]))

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.gate import Tolerance, WrongResult, check
 from bench.settings import Settings
 from bench.sides import SIDES
+from bench.verify import Tolerance, WrongResult, check
 from freezekit.profiling import KernelTable, profile
 
 EXPECTED = {"all trainable": {"dgrad": 2, "wgrad": 3}, "middle frozen": {"dgrad": 2, "wgrad": 2}}

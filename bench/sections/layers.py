@@ -7,10 +7,10 @@ from functools import partial
 
 import torch
 
-from bench.gate import Tolerance
-from bench.layer_lists import Layer, layers_of
+from bench.layer_lists import LayerShape, layers_of
 from bench.measure import Case, MakeCase
 from bench.settings import Settings
+from bench.verify import Tolerance
 from bench.work import Work
 
 SECTION = "layers"
@@ -39,7 +39,7 @@ def batch_of(settings: Settings) -> int:
     return 32 if settings.device.type == "cuda" else 2
 
 
-def layer_case(network: str, layer: Layer, part: str, regime: str, settings: Settings) -> Case:
+def layer_case(network: str, layer: LayerShape, part: str, regime: str, settings: Settings) -> Case:
     """One layer in one regime: "trainable", "frozen", "bias only", or "input without gradient" (and trainable).
 
     "bias only" gives the layer a bias if it has none.
@@ -70,7 +70,7 @@ def layer_case(network: str, layer: Layer, part: str, regime: str, settings: Set
     )
 
 
-def tolerance(layer: Layer, batch: int, settings: Settings, name: str) -> float:
+def tolerance(layer: LayerShape, batch: int, settings: Settings, name: str) -> float:
     """The largest error allowed of a layer's output or gradient, by the number of products in each element."""
     window = layer.kernel**2
     lengths = {
@@ -82,7 +82,7 @@ def tolerance(layer: Layer, batch: int, settings: Settings, name: str) -> float:
     return Tolerance(settings.dtype, lengths[name], settings.tf32).relative
 
 
-def work(layer: Layer, batch: int, part: str, regime: str, itemsize: int) -> Work:
+def work(layer: LayerShape, batch: int, part: str, regime: str, itemsize: int) -> Work:
     """fprop, dgrad and wgrad each cost two operations a multiply-add, and read two tensors to write a third."""
     phases = {
         "step": 3 if regime == "trainable" else 2,

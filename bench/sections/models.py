@@ -15,11 +15,11 @@ _FEW = ("all trainable", "first half frozen", "second half frozen")
 
 
 def model_tolerance(settings: Settings) -> float:
-    """How far results of a whole network may lie apart by rounding, relative to the largest element of each.
+    """How far results of a whole network may differ by rounding, relative to the largest element of each.
 
-    What a ReLU adds whose pre-activation rounds to the other side of zero is measured in stock itself: see bench.gate.
-    Half precision rounds so much that this bound catches only what is wrong about the network; layers are held to
-    rounding alone, in the section of their own.
+    What a ReLU adds when its pre-activation rounds to the other side of zero is measured in stock itself: see
+    bench.verify. Half precision rounds so much that this bound catches only gross errors of a network; single layers
+    are held to rounding alone, in a section of their own.
     """
     if settings.dtype is torch.float64:
         return 1e-9

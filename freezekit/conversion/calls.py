@@ -52,7 +52,7 @@ _FUNCTIONS = _table()
 
 
 @dataclass
-class Call:
+class FunctionCall:
     """Calls of one function from one line, in the forward of one module.
 
     module: the module's name; function: as it is written; where: "file:line"; instead: what keeps less; count: calls in
@@ -69,7 +69,7 @@ class Call:
 
 @dataclass
 class _Seen(TorchFunctionMode):
-    calls: dict[tuple[str, str, str], Call] = field(default_factory=dict)
+    calls: dict[tuple[str, str, str], FunctionCall] = field(default_factory=dict)
     modules: list[str] = field(default_factory=lambda: [""])
     own: set[int] = field(default_factory=set)
 
@@ -84,7 +84,7 @@ class _Seen(TorchFunctionMode):
         if known and frame:
             where = f"{frame.f_code.co_filename}:{frame.f_lineno}"
             key = (self.modules[-1], known[0], where)
-            call = self.calls.setdefault(key, Call(*key, instead=f"freezekit.functional.{known[1]}"))
+            call = self.calls.setdefault(key, FunctionCall(*key, instead=f"freezekit.functional.{known[1]}"))
             call.count += 1
             call.bytes_kept += _kept(result, before, self.own)
         return result
@@ -154,7 +154,7 @@ def _undone(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(value)
 
 
-def functional_calls(model: nn.Module, inputs: Arguments) -> list[Call]:
+def functional_calls(model: nn.Module, inputs: Arguments) -> list[FunctionCall]:
     """Runs `model` once, in its present mode and with gradients, and lists the calls in the order of the first ones.
 
     Args:

@@ -1,7 +1,7 @@
 """Layers as functions: as in `torch.nn.functional`, keeping for backward what the gradients asked for read."""
 
+from freezekit.functional._conv2d import conv2d, conv2d_bias_grad, conv2d_dgrad, conv2d_wgrad
 from freezekit.functional.activation import dropout, hardtanh, leaky_relu, relu, relu6
-from freezekit.functional.conv2d import conv2d, conv2d_bias_grad, conv2d_dgrad, conv2d_wgrad
 from freezekit.functional.conv_nd import (
     conv1d,
     conv3d,

@@ -8,12 +8,12 @@ from types import TracebackType
 
 import torch
 
-from freezekit.profiling.diff import Change, ProfileDiff, compare
+from freezekit.profiling.diff import KernelDiff, ProfileDiff, compare
 from freezekit.profiling.events import Event, read
 from freezekit.profiling.phases import PHASES, outermost_operators, phases_of_kernel, phases_of_operator
 from freezekit.profiling.table import COLUMNS, KernelRow, KernelTable, tabulate
 
-__all__ = ["COLUMNS", "PHASES", "Change", "KernelRow", "KernelTable", "ProfileDiff", "profile"]
+__all__ = ["COLUMNS", "PHASES", "KernelDiff", "KernelRow", "KernelTable", "ProfileDiff", "profile"]
 
 
 class profile:

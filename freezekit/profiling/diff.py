@@ -10,7 +10,7 @@ from freezekit.profiling.table import KernelTable
 
 
 @dataclass(frozen=True)
-class Change:
+class KernelDiff:
     """One row of a difference; a side where the kernel did not run has 0 instances and 0 nanoseconds."""
 
     name: str
@@ -28,7 +28,7 @@ class ProfileDiff:
     """
 
     phases: dict[str, tuple[int, int]]
-    kernels: tuple[Change, ...]
+    kernels: tuple[KernelDiff, ...]
 
     def __str__(self) -> str:
         lines = [f"{phase} {before} -> {after}" for phase, (before, after) in self.phases.items()]
@@ -62,7 +62,7 @@ def compare(
     for name in {**old, **new}:
         a, b = old.get(name), new.get(name)
         changes.append(
-            Change(
+            KernelDiff(
                 name,
                 (a.instances if a else 0, b.instances if b else 0),
                 (a.total if a else 0, b.total if b else 0),

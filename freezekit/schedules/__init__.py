@@ -9,8 +9,17 @@ from __future__ import annotations
 from .base import Change, Schedule, compile_entries
 from .freezeout import FreezeOut, freeze_times
 from .layers import Layer, layers_of
-from .plan import Plan
+from .timetable import Timetable
 from .update_norm import UpdateNorm
 
-__all__ = ["Change", "FreezeOut", "Layer", "Plan", "Schedule", "UpdateNorm", "compile_entries", "freeze_times",
-           "layers_of"]  # fmt: skip
+__all__ = [
+           "Change",
+           "FreezeOut",
+           "Layer",
+           "Schedule",
+           "Timetable",
+           "UpdateNorm",
+           "compile_entries",
+           "freeze_times",
+           "layers_of",
+]  # fmt: skip

@@ -23,7 +23,7 @@ from freezekit._arguments import check_count, check_module, check_real
 
 from .base import Change, Schedule, compile_entries
 from .layers import layers_of, tensors, unwrapped
-from .plan import Plan
+from .timetable import Timetable
 
 How = Literal["linear", "cubic"]
 
@@ -137,12 +137,12 @@ class FreezeOut(Schedule):
             return 0.0
         return (1 + math.cos(math.pi * step / end)) / 2 / (self.times[layer] if self.scale_lr else 1.0)
 
-    def plan(self) -> Plan:
+    def plan(self) -> Timetable:
         """The whole schedule beforehand: prints as a table, plots as a picture. Nothing is frozen."""
         inner = unwrapped(self.model)
         samples = [round(self.total_steps * i / 100) for i in range(101)]
         curves = {x.name: [(float(s), self.lr_factor(x.name, s)) for s in samples] for x in self.layers}
-        return Plan(
+        return Timetable(
             title=f"FreezeOut, {self.how}, t0 = {self.t0:g}",
             total_steps=self.total_steps,
             sizes={x.name: sum(p.numel() for p in tensors(inner, x)) for x in self.layers},

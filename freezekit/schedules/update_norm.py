@@ -13,7 +13,7 @@ from freezekit._arguments import check_count, check_real
 
 from .base import Change, Schedule, compile_entries
 from .layers import Layer, as_float, tensors, unwrapped
-from .plan import Plan
+from .timetable import Timetable
 
 
 class UpdateNorm(Schedule):
@@ -157,7 +157,7 @@ class UpdateNorm(Schedule):
         changes = len(self.changes) if self.max_changes is None else self.max_changes
         return compile_entries(changes, validation=validation)
 
-    def plan(self) -> Plan:
+    def plan(self) -> Timetable:
         """What was decided so far, and the relative updates it rests on: prints as a table, plots as a picture."""
         inner = unwrapped(self.model)
         spans: dict[str, list[tuple[int, int]]] = {}
@@ -172,7 +172,7 @@ class UpdateNorm(Schedule):
         for step, measured in self.history:
             for name, update in measured.items():
                 curves[name].append((float(step), update))
-        return Plan(
+        return Timetable(
             title=f"UpdateNorm, threshold {self.threshold:g}" + (", dry run" if self.dry_run else ""),
             total_steps=self.steps + 1,
             sizes={x.name: sum(p.numel() for p in tensors(inner, x)) for x in self.layers},

@@ -12,8 +12,8 @@ from rich.console import Console
 
 from bench import baseline
 from bench.document import NotThisSchema
+from bench.measurement import Measurement
 from bench.report import Report
-from bench.rows import Row
 from bench.timing import Spread
 from tests.bench.test_document import ROW, VALID
 
@@ -35,7 +35,7 @@ def test_what_it_does_not_explain_is_a_change() -> None:
 
 
 def test_few_rounds_claim_little_and_many_much() -> None:
-    def pair(rounds: int, ratio: float) -> list[baseline.Change]:
+    def pair(rounds: int, ratio: float) -> list[baseline.Difference]:
         before = replace(OURS, rounds=rounds)
         return baseline.changes([before], [replace(before, ratio=Spread(ratio, ratio - 0.02, ratio + 0.02))])
 
@@ -48,7 +48,7 @@ def test_few_rounds_claim_little_and_many_much() -> None:
 def test_a_thousand_pairs_of_equal_runs() -> None:
     order = random.Random(0)
 
-    def run(rounds: int) -> Row:
+    def run(rounds: int) -> Measurement:
         values = [order.gauss(1.0, 0.05) for _ in range(rounds)]
         return replace(OURS, rounds=rounds, ratio=Spread.of(values))
 

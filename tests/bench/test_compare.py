@@ -13,8 +13,8 @@ from rich.console import Console
 
 from bench import compare, document, options, sections
 from bench.environment import ROOT
+from bench.measurement import Measurement
 from bench.report import Report
-from bench.rows import Row
 
 TINY = ["--device", "cpu", "--layers", "tiny", "--repeat", "1"]
 
@@ -54,7 +54,7 @@ def test_forum_example_counts(whole: tuple[dict, str]) -> None:
 
 
 def test_frozen_layers_keep_nothing_and_stock_keeps_its_input(whole: tuple[dict, str]) -> None:
-    rows = [Row.from_dict(data) for data in whole[0]["rows"] if data["section"] == "layers"]
+    rows = [Measurement.from_dict(data) for data in whole[0]["rows"] if data["section"] == "layers"]
     dense = {(row.regime, row.side): row.bytes_kept for row in rows if row.case == "dense"}
     x = 2 * 8 * 12 * 12 * 4
     assert dense == {
@@ -66,7 +66,7 @@ def test_frozen_layers_keep_nothing_and_stock_keeps_its_input(whole: tuple[dict,
 
 
 def test_every_row_is_beside_stock(whole: tuple[dict, str]) -> None:
-    rows = [Row.from_dict(data) for data in whole[0]["rows"]]
+    rows = [Measurement.from_dict(data) for data in whole[0]["rows"]]
     cases = {row.key[:-1] for row in rows}
     assert {row.key[:-1] for row in rows if row.side == "stock"} == cases
     assert all(row.ratio is not None and row.error <= 1 for row in rows)

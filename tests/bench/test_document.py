@@ -12,12 +12,12 @@ import pytest
 
 from bench import document
 from bench.document import SCHEMA, NotThisSchema
-from bench.rows import Row
+from bench.measurement import Measurement
 from bench.timing import Spread
 from freezekit.profiling import KernelRow
 
 LABELS = ("layers", "tiny", "dense", "8x12x12", "frozen", "step", "stock")
-ROW = Row(*LABELS, 1, 15, Spread(2.0, 1.0, 3.0), Spread(1.0, 1.0, 1.0), 0.0)
+ROW = Measurement(*LABELS, 1, 15, Spread(2.0, 1.0, 3.0), Spread(1.0, 1.0, 1.0), 0.0)
 VALID: dict[str, Any] = {
     "version": 2,
     "environment": {
@@ -83,7 +83,7 @@ def test_no_json(tmp_path: Path) -> None:
         document.read(path)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("row", Row), ("kernel", KernelRow)])
+@pytest.mark.parametrize(("name", "kind"), [("row", Measurement), ("kernel", KernelRow)])
 def test_schema_names_every_field(name: str, kind: type) -> None:
     names = {field.name for field in fields(kind)}
     assert set(SCHEMA["$defs"][name]["properties"]) == names
@@ -91,4 +91,4 @@ def test_schema_names_every_field(name: str, kind: type) -> None:
 
 
 def test_row_survives_the_round_trip() -> None:
-    assert Row.from_dict(json.loads(json.dumps(ROW.to_dict()))) == ROW
+    assert Measurement.from_dict(json.loads(json.dumps(ROW.to_dict()))) == ROW

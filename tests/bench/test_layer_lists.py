@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.layer_lists import NAMES, Layer, layers_of
+from bench.layer_lists import NAMES, LayerShape, layers_of
 from bench.sections.layers import work
 from bench.work import count
 
@@ -56,7 +56,7 @@ def test_work_counts_two_operations_a_product() -> None:
 
 @pytest.mark.parametrize("part", ["step", "fprop", "dgrad", "wgrad"])
 @pytest.mark.parametrize("layer", layers_of("tiny"), ids=lambda layer: layer.name)
-def test_work_is_what_is_counted_in_a_step(layer: Layer, part: str) -> None:
+def test_work_is_what_is_counted_in_a_step(layer: LayerShape, part: str) -> None:
     module = layer.module(torch.device("cpu"), torch.float32)
     x = torch.randn(2, layer.in_channels, layer.size, layer.size, requires_grad=True)
     y = module(x).sum()

@@ -12,11 +12,11 @@ pytest.importorskip("matplotlib")
 import matplotlib.pyplot as plt
 
 from bench import plots
-from bench.rows import Row
+from bench.measurement import Measurement
 from bench.timing import Spread
 from tests.bench.test_document import VALID
 
-BASE = Row(
+BASE = Measurement(
     "layers",
     "resnet50",
     "layer3.0.downsample",

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from bench import tiles
-from bench.layer_lists import Layer, layers_of
+from bench.layer_lists import LayerShape, layers_of
 from freezekit import _C
 
 CPU = torch.device("cpu")
-LAYER = Layer("one", 16, 24, 3, 6, padding=1)
+LAYER = LayerShape("one", 16, 24, 3, 6, padding=1)
 
 
-def candidates(operator: str, layer: Layer = LAYER, dtype: torch.dtype = torch.bfloat16) -> list[str]:
+def candidates(operator: str, layer: LayerShape = LAYER, dtype: torch.dtype = torch.bfloat16) -> list[str]:
     problem = tiles.Problem(layer, operator, 1, CPU, dtype)
     return [candidate.name for candidate in problem.candidates()]
 
@@ -29,7 +29,7 @@ def test_every_tile_that_takes_the_layer_is_a_candidate() -> None:
         assert set(found[5:]) <= {"hopper/0", "hopper/1", "hopper/2"}
     slices = candidates("conv2d_wgrad")
     assert {"implicit_gemm/0", "implicit_gemm/1", "implicit_gemm/2"} <= set(slices)
-    depthwise = candidates("conv2d", Layer("dw", 16, 16, 3, 6, padding=1, groups=16))
+    depthwise = candidates("conv2d", LayerShape("dw", 16, 16, 3, 6, padding=1, groups=16))
     assert depthwise[0].startswith("depthwise/")
     assert candidates("conv2d", dtype=torch.float64)[0].startswith("direct/")
 

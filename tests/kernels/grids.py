@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.layer_lists import Layer, layers_of
+from bench.layer_lists import LayerShape, layers_of
 
 from .emulated import OPERATORS, Problem, Selection, Settings, select
 
@@ -47,7 +47,7 @@ class Grid:
         return f"{split}{tile and tile[0]}, {self.rounds:.2f}, {self.even:.2f}{sums}"
 
 
-def problem_of(layer: Layer, batch: int = BATCH) -> Problem:
+def problem_of(layer: LayerShape, batch: int = BATCH) -> Problem:
     return Problem(
         n=batch,
         c=layer.in_channels,

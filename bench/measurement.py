@@ -9,7 +9,7 @@ from bench.timing import Spread
 
 
 @dataclass(frozen=True)
-class Row:
+class Measurement:
     """One side of one case. `bench/schema.json` says the same of its JSON form.
 
     Attributes:
@@ -63,7 +63,9 @@ class Row:
         return asdict(self)
 
     @staticmethod
-    def from_dict(data: dict[str, Any]) -> Row:
+    def from_dict(data: dict[str, Any]) -> Measurement:
         """The reverse of :meth:`to_dict`."""
         ratio = data["ratio"]
-        return Row(**{**data, "seconds": Spread(**data["seconds"]), "ratio": Spread(**ratio) if ratio else None})
+        return Measurement(
+            **{**data, "seconds": Spread(**data["seconds"]), "ratio": Spread(**ratio) if ratio else None}
+        )

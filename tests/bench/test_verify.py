@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 import freezekit as fk
 from bench import compare, sides
-from bench.gate import Tolerance, WrongResult, check, largest_error
 from bench.layer_lists import layers_of
-from bench.measure import Case, Subject
+from bench.measure import Case, Contestant
 from bench.sections.layers import tolerance
 from bench.settings import Settings
+from bench.verify import Tolerance, WrongResult, check, largest_error
 
 
 def test_equal_results_have_no_error() -> None:
@@ -75,7 +75,7 @@ class NudgedAndWrong(Nudged):
         return super().forward(WrongInOnePlace.apply(x))
 
 
-def rectified(conv: type[nn.Module]) -> tuple[Subject, Subject]:
+def rectified(conv: type[nn.Module]) -> tuple[Contestant, Contestant]:
     """Stock's and a side's convolution by one and ReLU, whose input has one element next to zero."""
     stock = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), nn.ReLU()).requires_grad_(False)
     stock[0].weight.fill_(1.0)
@@ -87,8 +87,8 @@ def rectified(conv: type[nn.Module]) -> tuple[Subject, Subject]:
         module[0].__class__ = conv
         return module
 
-    subject = Subject(sides.SIDES["stock"], case, torch.ones(1, 1, 4, 4))
-    return subject, Subject(sides.Side("other", plant), case, subject.dy)
+    contestant = Contestant(sides.SIDES["stock"], case, torch.ones(1, 1, 4, 4))
+    return contestant, Contestant(sides.Side("other", plant), case, contestant.dy)
 
 
 def test_a_relu_on_the_other_side_of_zero_is_told_from_a_wrong_kernel() -> None:

@@ -16,7 +16,7 @@ Spans = Mapping[str, tuple[tuple[int, int], ...]]
 
 
 @dataclass(frozen=True)
-class Plan:
+class Timetable:
     """What is frozen when.
 
     Attributes:
