@@ -13,17 +13,20 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import torch
 from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+from setuptools.command.build_ext import build_ext
+from torch.utils.cpp_extension import CppExtension, include_paths
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 EMULATED, INFO = "_emulated.so", "_build_info.json"
 DEFAULT_ARCHS = "80;90a"
 JOBS = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+CXX = os.environ.get("CXX", "g++")
 
 
 def find_nvcc() -> Path | None:
@@ -59,18 +62,31 @@ def arch_flags(archs: list[str]) -> list[str]:
     return [*flags, f"-gencode=arch=compute_{lowest},code=compute_{lowest}"]
 
 
-def ninja(build: Path, name: str, command: str, sources: list[Path]) -> list[Path]:
-    """Compiles the sources to objects with `command`, in parallel and only where something changed."""
-    build.mkdir(parents=True, exist_ok=True)
-    objects = [build / f"{source.stem}.{name}.o" for source in sources]
-    rule = f"rule {name}\n  command = {command}\n  description = {name} $in\n  depfile = $out.d\n  deps = gcc\n"
-    steps = [f"build {out}: {name} {source}" for source, out in zip(sources, objects)]
-    (build / f"{name}.ninja").write_text("\n".join([rule, *steps, ""]))
+def ninja(build: Path, name: str, command: str, sources: list[Path], header: Path | None = None) -> list[Path]:
+    """Compiles the sources to objects with `command`, in parallel and only where something changed.
+
+    With a header, it is compiled first and every source begins with it.
+    """
+    out = build / name
+    out.mkdir(parents=True, exist_ok=True)
+    lines = [f"rule {name}", f"  command = {command}", f"  description = {name} $in", "  depfile = $out.d", "  deps = gcc"]
+    needed = ""
+    if header:
+        # `-include NAME` takes NAME.gch where there is one.
+        shutil.copy2(header, out)
+        needed = f" | {out / header.name}.gch"
+        lines += [f"build {out / header.name}.gch: {name} {header}", "  begin = -x c++-header"]
+        lines[1] = lines[1].replace("$in", "$begin $in")
+    objects = [out / path.relative_to(CSRC).with_suffix(".o") for path in sources]
+    for path, target in zip(sources, objects):
+        lines += [f"build {target}: {name} {path}{needed}"]
+        lines += [f"  begin = -include {out / header.name} -Winvalid-pch"] if header else []
+    (build / f"{name}.ninja").write_text("\n".join([*lines, ""]))
     subprocess.run(["ninja", "-j", JOBS, "-f", f"{name}.ninja"], cwd=build, check=True)
     return objects
 
 
-class Build(BuildExtension):
+class Build(build_ext):
     """Compiles the kernels twice, with nvcc and with g++ for the emulator, then the torch layer around them."""
 
     def build_extensions(self) -> None:
@@ -94,7 +110,7 @@ class Build(BuildExtension):
             extension.extra_objects += map(
                 str, ninja(build, "nvcc", f"{nvcc} {flags} -MD -MF $out.d -c $in -o $out", kernels)
             )
-            extension.define_macros += [("FREEZEKIT_WITH_CUDA", None)]
+            extension.define_macros += [("FREEZEKIT_WITH_CUDA", "1")]
             lib = cuda_home(nvcc)
             extension.library_dirs += [
                 str(p) for p in (lib / "lib64", lib / "lib", lib / "targets/x86_64-linux/lib") if p.is_dir()
@@ -103,7 +119,17 @@ class Build(BuildExtension):
             extension.extra_link_args += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
         self.build_emulator(build, kernels)
         self.beside(INFO).write_text(json.dumps(info))
+        extension.extra_objects += map(str, self.build_torch_layer(build))
         super().build_extensions()
+
+    def build_torch_layer(self, build: Path) -> list[Path]:
+        """All that includes torch. Its headers are more than half of the work in each file: they are compiled once."""
+        macros = [f"-D{name}" for name, _ in self.extensions[0].define_macros]
+        includes = [f"-I{path}" for path in (CSRC, *include_paths(), sysconfig.get_paths()["include"])]
+        flags = " ".join(["-std=c++20 -O2 -fPIC -fvisibility=hidden -Wall", *OPENMP, *macros, *includes])
+        sources = [path for part in ("kernels", "torch", "python") for path in sorted((CSRC / part).rglob("*.cpp"))]
+        command = f"{CXX} {flags} -MD -MF $out.d -c $in -o $out"
+        return ninja(build, "torch", command, sources, CSRC / "torch/common/torch_headers.h")
 
     def beside(self, name: str) -> Path:
         """Where a file goes that is made beside the extension: into what will be installed."""
@@ -119,12 +145,11 @@ class Build(BuildExtension):
 
     def build_emulator(self, build: Path, kernels: list[Path]) -> None:
         """The same kernels for the CPU, as a library of its own: its symbols are those of the CUDA build."""
-        cxx = os.environ.get("CXX", "g++")
         # Arguments of 64-byte alignment, which tensor maps are, are no news since GCC 4.6.
         flags = f"-std=c++17 -O2 -fPIC -fvisibility=hidden -Wno-psabi -I{CSRC}"
         sources = sorted((CSRC / "emulator").glob("*.cpp"))
-        objects = ninja(build, "emulated", f"{cxx} {flags} -x c++ -MD -MF $out.d -c $in -o $out", kernels + sources)
-        subprocess.run([*cxx.split(), "-shared", *objects, "-o", self.beside(EMULATED)], check=True)
+        objects = ninja(build, "emulated", f"{CXX} {flags} -x c++ -MD -MF $out.d -c $in -o $out", kernels + sources)
+        subprocess.run([*CXX.split(), "-shared", *objects, "-o", self.beside(EMULATED)], check=True)
 
 
 # Torch's parallel_for is a header: it runs on one thread unless the code that calls it is compiled with OpenMP, as
@@ -135,11 +160,7 @@ setup(
     ext_modules=[
         CppExtension(
             "freezekit._C",
-            sources=sorted(
-                str(p.relative_to(ROOT)) for d in ("kernels", "torch", "python") for p in (CSRC / d).rglob("*.cpp")
-            ),
-            include_dirs=[str(CSRC)],
-            extra_compile_args=["-O2", "-g0", "-fvisibility=hidden", *OPENMP],
+            sources=[],  # compiled by Build, which knows how
         )
     ],
     cmdclass={"build_ext": Build},
