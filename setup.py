@@ -69,7 +69,8 @@ def ninja(build: Path, name: str, command: str, sources: list[Path], header: Pat
     """
     out = build / name
     out.mkdir(parents=True, exist_ok=True)
-    lines = [f"rule {name}", f"  command = {command}", f"  description = {name} $in", "  depfile = $out.d", "  deps = gcc"]
+    lines = [f"rule {name}", f"  command = {command}", f"  description = {name} $in"]
+    lines += ["  depfile = $out.d", "  deps = gcc"]
     needed = ""
     if header:
         # `-include NAME` takes NAME.gch where there is one.
