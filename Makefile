@@ -31,7 +31,13 @@ bench: build  ## every section of the comparison, with plots, in under twenty mi
 	mkdir -p bench/out
 	$(PY) bench/compare.py --all --plot bench/out --json bench/out/compare.json
 
-test: build  ## the test suite, on the CPU and, where there is one, on a GPU
+# NVIDIA's headers for tests/truth, unpacked beside the environment and without their dependencies. Where they cannot be had
+# those tests are skipped.
+CUTLASS := build/cutlass
+$(CUTLASS): requirements-dev.txt | $(READY)
+	-$(PY) -m pip install -q --no-deps --no-compile --upgrade --retries 1 --target $@ $$(grep -o 'nvidia-cutlass==[0-9.]*' $<) && touch $@
+
+test: build $(CUTLASS)  ## the test suite, on the CPU and, where there is one, on a GPU
 	$(PY) -m pytest $(WORKERS) $(TESTS)
 
 # A build belongs to one minor version of torch, so another version has a copy of the sources and an environment of its own.
@@ -51,8 +57,8 @@ lint: $(READY)  ## style and types
 sass: build  ## registers, spills and instructions of every CUDA kernel
 	$(PY) tools/sass.py
 
-emulate-all: build  ## the emulator's whole matrix: every mode, every planted bug
-	$(PY) -m pytest $(WORKERS) -m "full or not full" tests/emulator tests/kernels
+emulate-all: build $(CUTLASS)  ## the emulator's whole matrix: every mode, every planted bug, every misreading
+	$(PY) -m pytest $(WORKERS) -m "full or not full" tests/emulator tests/kernels tests/truth
 
 OUT ?= gpu-check
 gpu-check: $(READY)  ## all that only a GPU can tell, in under nine minutes, into one folder: make gpu-check OUT=DIR

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -18,6 +20,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+NVIDIA_LINE = "nvidia"  # a property of tests/truth's tests: what was compared with NVIDIA's sources
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """One line for each comparison with NVIDIA's sources."""
+    results = [*terminalreporter.stats.get("passed", []), *terminalreporter.stats.get("failed", [])]
+    lines = sorted(line for result in results for name, line in result.user_properties if name == NVIDIA_LINE)
+    if lines:
+        terminalreporter.section("freezekit and NVIDIA's sources")
+        terminalreporter.write_line("\n".join(lines))
 
 
 @pytest.fixture(params=["aten", "emulated", gpu])

@@ -17,8 +17,9 @@
 
 namespace freezekit {
 
-// What a map can hold (CUDA driver API, cuTensorMapEncodeIm2col, rank 4; offsets: PTX ISA, "im2col Offsets").
-constexpr int32_t kMinCorner = -128, kMaxCorner = 127, kMaxTapOffset = 255, kMaxTraversalStride = 8;
+// What a map can hold (CUDA driver API, cuTensorMapEncodeIm2col, rank 4; offsets: PTX ISA, "im2col Offsets"). An offset of
+// 255 fits too, but CUTLASS stops at 254, so that nobody is known to have run it.
+constexpr int32_t kMinCorner = -128, kMaxCorner = 127, kMaxTapOffset = 254, kMaxTraversalStride = 8;
 
 struct PixelBox {
   int32_t lower = 0;

@@ -12,11 +12,16 @@
 #include "emulator/tsan.h"
 
 namespace freezekit::emulator {
+
+void (*on_tensor_copy)(const TensorCopy&) = nullptr;
+
 namespace {
 
-// Copies of a map of tf32 round to nearest, ties to even (PTX ISA, "Tensor Dimension, size and format").
+// Copies of a map of tf32 round to nearest, ties to even (PTX ISA, "Tensor Dimension, size and format"). A NaN
+// loses its sign and payload, as was seen on a GPU of sm_120.
 uint32_t round_to_tf32(uint32_t bits) {
-  if ((bits & 0x7f800000u) == 0x7f800000u) return bits;
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fffe000u;
+  if ((bits & 0x7fffffffu) == 0x7f800000u) return bits;
   return (bits + 0xfffu + (bits >> 13 & 1)) & ~0x1fffu;
 }
 
@@ -89,6 +94,7 @@ void issue(TensorCopy& copy, void* shared, const TensorMap* map, uint64_t* barri
   if (copy.to % 128) fail("a bulk copy writes to a shared address that is no multiple of 128");
   if (!is_shared(shared, copy.bytes())) fail("a bulk copy of %zu bytes does not write inside shared memory", copy.bytes());
   counters.tensor_copies++;
+  if (on_tensor_copy) on_tensor_copy(copy);
   tsan_write(shared, copy.bytes());
   std::memset(shared, 0xff, copy.bytes());
   complete_on_mbarrier(barrier, copy);

@@ -28,4 +28,7 @@ struct TensorCopy {
 
 void land(const TensorCopy&);
 
+// Called with each copy as it is issued, where a test takes notes.
+extern void (*on_tensor_copy)(const TensorCopy&);
+
 }  // namespace freezekit::emulator

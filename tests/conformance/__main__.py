@@ -1,19 +1,21 @@
 """`python -m tests.conformance`: does the hardware do what the ptx:: wrappers, and the emulator, say it does?
 
-On a GPU every probe runs in a process of its own, so that one that faults or hangs spoils no other. The exit code is
-the number of probes that failed. With --golden FILE results are kept; a GPU's belong in tests/conformance/golden.npz.
+On a GPU probes run in a few processes side by side, all of sm_80's in one; where a probe faults or hangs its process
+ends and those behind it run in another. The exit code is the number of probes that failed. With --golden FILE results
+are kept, from the first probe on; a GPU's belong in tests/conformance/golden.npz.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,8 @@ from . import golden, place, registry
 from .probe import Arrays, Probe, differences
 
 ROOT = Path(__file__).resolve().parents[2]
+DONE, WRONG = "done: ", "wrong: "  # what a process says once a probe's results are kept
+Ran = tuple[Probe, str, Arrays]  # a probe, why it failed or "", its results
 
 
 def run_here(probe: Probe, where: str) -> tuple[str, Arrays]:
@@ -32,29 +36,76 @@ def run_here(probe: Probe, where: str) -> tuple[str, Arrays]:
     return "\n".join(differences(actual, probe.expected(inputs), probe.bound(inputs))), actual
 
 
-def run_apart(probe: Probe, where: str, seconds: float, folder: Path) -> tuple[str, Arrays]:
-    """(why it failed or "", its results) of the probe in a process of its own."""
-    results = folder / f"{probe.name}.npz"
-    command = [sys.executable, "-m", "tests.conformance", "--place", where, "--one", probe.name, str(results)]
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
-        failure = "" if done.returncode == 0 else (done.stdout + done.stderr).strip()[-2000:] or "no output"
-    except subprocess.TimeoutExpired:
-        failure = f"did not end within {seconds:g} s"
-    if not results.exists():
-        return failure or "gave no results", {}
-    with np.load(results, allow_pickle=False) as file:
-        return failure, dict(file)
+def run_apart(probes: Sequence[Probe], where: str, seconds: float, folder: Path) -> Iterator[Ran]:
+    """The same of several probes, in one process after another: one that faults or hangs ends its process alone."""
+    waiting = list(probes)
+    while waiting:
+        command = [sys.executable, "-u", "-m", "tests.conformance", "--place", where, "--seconds", str(seconds)]
+        command += ["--into", str(folder), "--these", *(probe.name for probe in waiting)]
+        child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert child.stdout is not None
+        said: list[str] = []
+        for line in child.stdout:
+            if line.rstrip() not in (DONE + waiting[0].name, WRONG + waiting[0].name):
+                said.append(line)
+                continue
+            failure = "".join(said).strip()[-2000:] if line.startswith(WRONG) else ""
+            with np.load(folder / f"{waiting[0].name}.npz", allow_pickle=False) as file:
+                yield waiting.pop(0), failure, dict(file)
+            said = []
+            if not waiting:
+                break
+        code = child.wait()
+        if waiting:
+            hung = f"did not end within {seconds:g} s" if code == -signal.SIGALRM else f"exit code {code}"
+            yield waiting.pop(0), "\n".join(filter(None, ["".join(said).strip()[-2000:], hung])), {}
 
 
-def run_all(probes: list[Probe], where: str, seconds: float) -> Iterator[tuple[Probe, str, Arrays]]:
-    """(probe, why it failed or "", its results) of each; the emulator reports what a GPU would die of."""
+def run_these(probes: Sequence[Probe], where: str, seconds: float, folder: Path) -> None:
+    """What a process of run_apart does: results are in the folder before a line says so."""
+    for probe in probes:
+        # Not an exception but the end of the process: a thread that waits for a GPU runs no handler.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        failure, arrays = run_here(probe, where)
+        np.savez(folder / f"{probe.name}.npz", **arrays)
+        print(f"{failure}\n{WRONG}{probe.name}" if failure else DONE + probe.name)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def groups(probes: Sequence[Probe]) -> list[list[Probe]]:
+    """What shares a process: probes of sm_80, and those of a family of sm_90, which may spoil each other."""
+    found: dict[str, list[Probe]] = {}
+    for probe in probes:
+        family = "sm_80" if probe.needs < 90 else "_".join(probe.name.split("_")[:2])
+        found.setdefault(family if not family.startswith("wgmma") else "wgmma", []).append(probe)
+    return list(found.values())
+
+
+def run_all(probes: Sequence[Probe], where: str, seconds: float) -> Iterator[Ran]:
+    """The same of all, each as soon as it has run; the emulator reports what a GPU would die of."""
     if where == "emulated":
         yield from ((probe, *run_here(probe, where)) for probe in probes)
         return
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        jobs = [pool.submit(run_apart, probe, where, seconds, Path(folder)) for probe in probes]
-        yield from ((probe, *job.result()) for probe, job in zip(probes, jobs))
+    ready: SimpleQueue[Ran | None] = SimpleQueue()
+
+    def run_group(group: list[Probe], folder: Path) -> None:
+        try:
+            for ran in run_apart(group, where, seconds, folder):
+                ready.put(ran)
+        finally:
+            ready.put(None)
+
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(groups(probes)) or 1) as pool:
+        jobs = [pool.submit(run_group, group, Path(folder)) for group in groups(probes)]
+        running = len(jobs)
+        while running:
+            ran = ready.get()
+            running -= ran is None
+            if ran is not None:
+                yield ran
+        for job in jobs:
+            job.result()
 
 
 def why_not(probe: Probe, where: str, sm: int) -> str:
@@ -87,15 +138,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--golden", type=Path, metavar="FILE", help="keep the results")
     parser.add_argument("--about", default="", help="a line kept with them: date, driver, commit")
     parser.add_argument("--seconds", type=float, default=30.0, help="for each probe")
-    parser.add_argument("--one", nargs=2, metavar=("PROBE", "FILE"), help=argparse.SUPPRESS)
+    parser.add_argument("--these", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     probes = list(registry.probes())
-    if options.one:
-        chosen = next(p for p in probes if p.name == options.one[0])
-        failure, arrays = run_here(chosen, options.place)
-        np.savez(options.one[1], **arrays)
-        print(failure)
-        return 1 if failure else 0
+    if options.these:
+        by_name = {probe.name: probe for probe in probes}
+        run_these([by_name[name] for name in options.these], options.place, options.seconds, options.into)
+        return 0
     about = {**describe(options.place), "note": options.about}
     print(f"conformance of the ptx:: wrappers: {options.place}, {about.get('device', 'this CPU')}, sm_{about['sm']}")
     if options.place == "cuda":
@@ -109,9 +159,9 @@ def main(arguments: list[str] | None = None) -> int:
         if arrays:
             results[probe.name] = arrays
         failed += bool(failure)
+        if options.golden:
+            golden.save(options.golden, about, results, probes)
         print(f"{'FAILED' if failure else 'passed'}   {probe.name}{': ' + failure if failure else ''}", flush=True)
-    if options.golden:
-        golden.save(options.golden, about, results, probes)
     print(f"{len(runnable) - failed} passed, {failed} failed, {len(probes) - len(runnable)} not run")
     return min(failed, 125)
 

@@ -34,7 +34,7 @@ def cuda_objects() -> list[Path]:
     """
     folders = sorted((ROOT / "build").glob(f"temp.*{sys.implementation.cache_tag}*"))
     found = [path for folder in folders[-1:] for path in sorted(folder.glob("*.nvcc.o"))]
-    expected = {f"{path.stem}.nvcc.o" for path in (ROOT / "csrc/kernels").glob("*.cu")}
+    expected = {f"{path.stem}.nvcc.o" for path in (ROOT / "csrc/kernels").rglob("*.cu")}
     if not found or {path.name for path in found} != expected:
         raise RuntimeError("freezekit is not built with CUDA kernels here: `make build` with nvcc on PATH makes them")
     return found

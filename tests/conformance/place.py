@@ -26,7 +26,7 @@ BUILD = ROOT / "build" / "conformance"
 SOURCES = (
     ROOT / "tests/emulator/probe_ptx.cu",
     ROOT / "tests/conformance/probe_sm90.cu",
-    *(CSRC / "kernels" / name for name in ("last_error.cu", "tensor_map.cu")),
+    *(CSRC / "kernels" / name for name in ("last_error.cu", "hopper/tensor_map.cu")),
 )
 ARCHS = ("80", "90a")  # as setup.py's default: SASS for each, PTX of the first
 
@@ -49,7 +49,15 @@ def device_library() -> Path:
     BUILD.mkdir(parents=True, exist_ok=True)
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
     codes.append(f"-gencode=arch=compute_{ARCHS[0]},code=compute_{ARCHS[0]}")
-    flags = ["-std=c++17", "-O2", "-shared", "-Xcompiler=-fPIC,-fvisibility=hidden", f"-I{CSRC}", *codes]
+    flags = [
+        "-std=c++17",
+        "-O2",
+        "-shared",
+        "-DFK_BOUNDED_WAITS",
+        "-Xcompiler=-fPIC,-fvisibility=hidden",
+        f"-I{CSRC}",
+        *codes,
+    ]
     out = BUILD / f"probes-{_digest(flags)}.so"
     with open(BUILD / "lock", "w") as lock:  # probes are processes side by side; one of them builds
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -65,7 +65,6 @@ __global__ void copy_kernel(const __grid_constant__ ptx::TensorMap map, CopyAt a
   unsigned char* const tile = first_atom(shared);
   init_barrier(full, 1);
   if (threadIdx.x == 0) {
-    ptx::prefetch_tensor_map(&map);
     ptx::mbarrier_arrive_expect(full, static_cast<uint32_t>(bytes));
     copy(tile, &map, full, at);
   }

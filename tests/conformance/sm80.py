@@ -92,6 +92,33 @@ def _mma_reals(kind: str) -> Probe:
     )
 
 
+def cancelling(rows: int, k: int) -> Array:
+    """Rows of products 2^24 and -2^24, in other places of each row, among ones: what order and rounding do most to.
+
+    Each value is to be multiplied by 2^9.
+    """
+    a = np.full((rows, k), 2.0**-9)
+    for row in range(rows):
+        a[row, row % k], a[row, (row + 1 + row // k % (k - 1)) % k] = 2.0**15, -(2.0**15)
+    return a
+
+
+def _mma_sums(kind: str) -> Probe:
+    """As reals, of terms that cancel; golden vectors then show the order and the bits that a GPU keeps."""
+    k = depth(kind)
+
+    def inputs() -> Arrays:
+        return {"a": cancelling(16, k), "b": np.full((k, 8), 2.0**9), "c": np.zeros((16, 8))}
+
+    return Probe(
+        f"mma_{kind}_sums",
+        inputs,
+        lambda launch, of: {"d": mma(kind, launch, of["a"], of["b"], of["c"])},
+        lambda of: {"d": (of["a"] @ of["b"]).astype(np.float32)},
+        lambda of: {"d": 2 * (k + 1) * 2.0**-24 * (np.abs(of["a"]) @ of["b"])},
+    )
+
+
 def _mma_low_bits() -> Probe:
     """tf32 operands carry 13 bits that the instruction ignores."""
 
@@ -215,7 +242,7 @@ def probes() -> tuple[Probe, ...]:
     """All of them."""
     kinds = tuple(KINDS)
     return (
-        *(make(kind) for make in (_mma_integers, _mma_places, _mma_reals) for kind in kinds),
+        *(make(kind) for make in (_mma_integers, _mma_places, _mma_reals, _mma_sums) for kind in kinds),
         _mma_low_bits(),
         _mma_f16_subnormals(),
         *(_ldmatrix(matrices, transposed) for matrices in (1, 2, 4) for transposed in (False, True)),

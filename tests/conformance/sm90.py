@@ -13,7 +13,7 @@ import torch
 
 from .fragments import rounded
 from .probe import Array, Arrays, Launch, Probe
-from .sm80 import random
+from .sm80 import cancelling, random
 
 DTYPES = {"tf32": 0, "f16": 2, "bf16": 3}  # as csrc/core/problem.h numbers them
 ROW = 128
@@ -99,6 +99,25 @@ def _copy_rounds_tf32() -> Probe:
     return Probe("copy_tile_rounds_tf32", inputs, run, expected, needs=90)
 
 
+def _copy_changes_nan() -> Probe:
+    """A map of tf32 has one NaN, without sign and payload (seen on sm_120); infinities stay."""
+
+    def inputs() -> Arrays:
+        bits = np.array([0x7FC00000, 0xFFC00001, 0x7F800001, 0x7FFFFFFF, 0x7F800000, 0xFF800000], np.uint32)
+        return {"tensor": np.resize(bits, (16, 32))}
+
+    def run(launch: Launch, of: Arrays) -> Arrays:
+        out = np.zeros((16, ROW), np.uint8)
+        launch("copy_tile", DTYPES["tf32"], of["tensor"].copy(), 2, 32, 16, 1, 16, 0, 0, 0, out)
+        return {"shared": out}
+
+    def expected(of: Arrays) -> Arrays:
+        bits = np.where(of["tensor"] & 0x7FFFFF, np.uint32(0x7FFFE000), of["tensor"])
+        return {"shared": swizzled(bits.astype(np.uint32).view(np.uint8))}
+
+    return Probe("copy_tile_nan_tf32", inputs, run, expected, needs=90)
+
+
 def _copy_im2col(name: str, stride: int, start: tuple[int, int, int], offset: tuple[int, int]) -> Probe:
     """Pixels of a padded 3x3 filter's box: w fastest, then h, then images; `start` is (w, h, n), `offset` (w, h)."""
     n, h, w, c, pixels, lower = 2, 7, 6, 64, 24, -1
@@ -131,13 +150,18 @@ def _copy_im2col(name: str, stride: int, start: tuple[int, int, int], offset: tu
     return Probe(f"copy_im2col_{name}", inputs, run, expected, needs=90)
 
 
-def _wgmma(kind: str, columns: int, mn_major: bool, reals: bool) -> Probe:
-    """64 x `columns`, a row of 128 bytes deep (64 MN-major): four instructions and their descriptors."""
+def _wgmma(kind: str, columns: int, mn_major: bool, values: str = "integers") -> Probe:
+    """64 x `columns`, a row of 128 bytes deep (64 MN-major): four instructions and their descriptors.
+
+    `values` are small "integers", "reals", or "sums" of terms that cancel; all but integers within mma's bound.
+    """
     depth = 64 if mn_major else ROW // (4 if kind == "tf32" else 2)
 
     def inputs() -> Arrays:
         r = random(6)
-        make = r.standard_normal if reals else lambda shape: r.randint(-4, 5, shape).astype(np.float64)
+        if values == "sums":
+            return {"a": rounded(kind, cancelling(64, depth)), "b": rounded(kind, np.full((depth, columns), 2.0**9))}
+        make = r.standard_normal if values == "reals" else lambda shape: r.randint(-4, 5, shape).astype(np.float64)
         return {"a": rounded(kind, make((64, depth))), "b": rounded(kind, make((depth, columns)))}
 
     def run(launch: Launch, of: Arrays) -> Arrays:
@@ -155,9 +179,10 @@ def _wgmma(kind: str, columns: int, mn_major: bool, reals: bool) -> Probe:
 
     def bound(of: Arrays) -> Arrays:
         """As for mma (sm80.py)."""
-        return {"d": 2 * (depth + 1) * 2.0**-24 * (np.abs(of["a"]) @ np.abs(of["b"]))} if reals else {}
+        terms = np.abs(of["a"]) @ np.abs(of["b"])
+        return {} if values == "integers" else {"d": 2 * (depth + 1) * 2.0**-24 * terms}
 
-    name = f"wgmma_{kind}_n{columns}{'_mn_major' if mn_major else ''}_{'reals' if reals else 'integers'}"
+    name = f"wgmma_{kind}_n{columns}{'_mn_major' if mn_major else ''}_{values}"
     return Probe(name, inputs, run, expected, bound, needs=90)
 
 
@@ -173,10 +198,11 @@ def probes() -> tuple[Probe, ...]:
         _copy_tile("bf16", 3, "inside", (16, 5, 2)),
         _copy_tile("bf16", 3, "beyond", (0, 20, 1)),
         _copy_rounds_tf32(),
+        _copy_changes_nan(),
         _copy_im2col("stride_1", 1, (-1, -1, 0), (0, 0)),
         _copy_im2col("last_tap", 1, (2, 4, 0), (2, 2)),
         _copy_im2col("stride_2", 2, (-1, 1, 0), (1, 2)),
-        *(_wgmma(kind, columns, False, False) for kind in kinds for columns in (64, 128, 256)),
-        *(_wgmma(kind, columns, True, False) for kind in kinds if kind != "tf32" for columns in (64, 128)),
-        *(_wgmma(kind, 128, False, True) for kind in kinds),
+        *(_wgmma(kind, columns, False) for kind in kinds for columns in (64, 128, 256)),
+        *(_wgmma(kind, columns, True) for kind in kinds if kind != "tf32" for columns in (64, 128)),
+        *(_wgmma(kind, 128, False, values) for values in ("reals", "sums") for kind in kinds),
     )

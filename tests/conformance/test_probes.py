@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +29,7 @@ def spoiled(arrays: Arrays, name: str) -> Arrays:
     """One element of one array is another, by more than any bound."""
     copy = {key: array.copy() for key, array in arrays.items()}
     flat = copy[name].reshape(-1)
-    flat[-1] = flat[-1] + 1 if flat.dtype.kind != "f" else np.nan_to_num(flat[-1]) * 2 + 1
+    flat[-1] = flat[-1] + 1 if flat.dtype.kind != "f" else np.nan_to_num(flat[-1]) * 2 + 1000
     return copy
 
 
@@ -50,13 +53,9 @@ def test_a_wrong_element_shows(probe: Probe) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("probe", PROBES, ids=lambda probe: probe.name)
-def test_the_gpu_gives_what_the_manual_says(probe: Probe, tmp_path: Path) -> None:
-    if reason := command.why_not(probe, "cuda", command.describe("cuda")["sm"]):
-        pytest.skip(reason)
-    failure, arrays = command.run_apart(probe, "cuda", 60, tmp_path)
-    assert not failure
-    assert arrays
+def test_the_gpu_gives_what_the_manual_says(capsys: pytest.CaptureFixture[str]) -> None:
+    failed = command.main(["--place", "cuda"])
+    assert failed == 0, capsys.readouterr().out
 
 
 @pytest.mark.skipif(place.find_nvcc() is None, reason="needs nvcc")
@@ -98,9 +97,44 @@ def test_failures_are_counted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert command.why_not(hopper, "cuda", 80) == "needs sm_90, the device is sm_80"
 
 
-def test_a_probe_that_hangs_or_dies_is_a_failure(tmp_path: Path) -> None:
-    assert command.run_apart(EMULATED[0], "emulated", 0.01, tmp_path) == ("did not end within 0.01 s", {})
-    unknown = Probe("unknown", dict, EMULATED[0].run, EMULATED[0].expected)
-    failure, arrays = command.run_apart(unknown, "emulated", 60, tmp_path)
-    assert "StopIteration" in failure
-    assert arrays == {}
+def test_probes_share_few_processes() -> None:
+    shared = command.groups(PROBES)
+    assert sorted(p.name for group in shared for p in group) == sorted(p.name for p in PROBES)
+    assert len(shared) <= 5
+    assert all(p.needs == 80 for p in shared[0])
+    assert len([p for p in PROBES if p.needs == 80]) == len(shared[0])
+
+
+def test_a_probe_that_hangs_or_dies_is_a_failure_and_spoils_no_other(tmp_path: Path) -> None:
+    """`--these` finds probes by name: one that nobody knows ends its process before any has run."""
+    first, second = EMULATED[:2]
+    ran = list(command.run_apart([first, second], "emulated", 120, tmp_path))
+    assert [(probe, failure) for probe, failure, _ in ran] == [(first, ""), (second, "")]
+    assert all(np.array_equal(arrays["d"], run(probe)["d"]) for probe, _, arrays in ran)
+    unknown = Probe("unknown", dict, first.run, first.expected)
+    (_, failure, arrays), (_, after, _) = command.run_apart([unknown, first], "emulated", 120, tmp_path)
+    assert "KeyError: 'unknown'" in failure
+    assert (arrays, after) == ({}, "")
+
+
+def test_a_hang_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In a process of its own, as run_apart has it."""
+    child = "import tests.conformance.__main__ as c, tests.conformance.registry as r, time, pathlib, sys\n"
+    child += "p = c.Probe('hangs', dict, lambda launch, of: time.sleep(60), lambda of: {})\n"
+    child += "c.run_these([p], 'emulated', 0.2, pathlib.Path(sys.argv[1]))"
+    done = subprocess.run([sys.executable, "-c", child, str(tmp_path)], cwd=command.ROOT, timeout=60)
+    assert done.returncode == -signal.SIGALRM
+    monkeypatch.setattr(command.sys, "executable", "false")
+    ((_, failure, _),) = command.run_apart(EMULATED[:1], "emulated", 1, tmp_path)
+    assert failure == "exit code 1"
+
+
+def test_golden_vectors_are_kept_from_the_first_probe_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def dies(launch: object, of: Arrays) -> Arrays:
+        raise KeyboardInterrupt
+
+    file = tmp_path / "golden.npz"
+    monkeypatch.setattr(registry, "probes", lambda: (EMULATED[0], Probe("dies", dict, dies, lambda of: {})))
+    with pytest.raises(KeyboardInterrupt):
+        command.main(["--place", "emulated", "--golden", str(file)])
+    assert list(golden.load(file)[1]) == [EMULATED[0].name]

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from tools.sass import Kernel, count_instructions, demangle, read_ptxas
+from tests.conformance.place import find_nvcc
+from tools.sass import Kernel, compile_one, count_instructions, demangle, read_ptxas
+
+UNFENCED = """
+#include "kernels/hopper/ptx_sm90.h"
+extern "C" __global__ void unfenced(float* out, uint64_t a, uint64_t b) {
+  float d[32];
+  for (int i = 0; i < 32; ++i) d[i] = out[i];
+  freezekit::ptx::wgmma<freezekit::bf16, false, false>(d, a, b);
+  for (int i = 0; i < 32; ++i) out[i] = d[i];
+}
+"""
 
 PTXAS = """
 ptxas info    : Compiling entry function '_Z1kPf' for 'sm_80'
@@ -70,3 +83,11 @@ def test_a_hopper_kernel_is_empty_but_for_sm_90a() -> None:
 def test_names_lose_their_arguments() -> None:
     mangled = "_ZN9freezekit12_GLOBAL__N_121ordered_reduce_kernelIfEEvPKfPT_li"
     assert demangle([mangled])[mangled] == "ordered_reduce_kernel<float>"
+
+
+@pytest.mark.skipif(find_nvcc() is None, reason="needs nvcc")
+def test_a_message_of_ptxas_about_wgmma_is_a_fault(tmp_path: Path) -> None:
+    source = tmp_path / "unfenced.cu"
+    source.write_text(UNFENCED)
+    with pytest.raises(SystemExit, match=r"unfenced.cu for sm_90a:[^$]*\(C75\d\d\)"):
+        compile_one(source, "sm_90a", "nvdisasm is not reached", tmp_path)

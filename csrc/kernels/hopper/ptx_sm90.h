@@ -36,7 +36,7 @@ FK_DEVICE void mbarrier_init([[maybe_unused]] uint64_t* barrier, [[maybe_unused]
 // Makes this thread's mbarrier.init seen by bulk copies (9.7.13.4): a __syncthreads() after it tells the other threads.
 FK_DEVICE void fence_mbarrier_init() {
 #ifdef FK_SM90A
-  asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async;\n" ::: "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;\n" ::: "memory");
 #elif !defined(__CUDACC__)
   emulator::fence_mbarriers();
 #endif
@@ -62,12 +62,19 @@ FK_DEVICE void mbarrier_arrive_expect([[maybe_unused]] uint64_t* barrier, [[mayb
 }
 
 // mbarrier.try_wait.parity (9.7.13.15.16) until the phase of that parity has completed. Phases count from 0; the one
-// before the first counts as completed, so that waiting for parity 1 of a new barrier returns at once.
+// before the first counts as completed, so that waiting for parity 1 of a new barrier returns at once. With
+// FK_BOUNDED_WAITS a wait of 2^34 cycles, about ten seconds, is a trap: a fault can be reported, a hang cannot.
 FK_DEVICE void mbarrier_wait([[maybe_unused]] uint64_t* barrier, [[maybe_unused]] uint32_t parity) {
 #ifdef FK_SM90A
   const uint32_t at = shared_address(barrier);
   uint32_t done = 0;
+#ifdef FK_BOUNDED_WAITS
+  const long long start = clock64();
+#endif
   while (!done) {
+#ifdef FK_BOUNDED_WAITS
+    if (clock64() - start > 1ll << 34) __trap();
+#endif
     asm volatile(
         "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}\n"
         : "=r"(done)
@@ -76,13 +83,6 @@ FK_DEVICE void mbarrier_wait([[maybe_unused]] uint64_t* barrier, [[maybe_unused]
   }
 #elif !defined(__CUDACC__)
   emulator::mbarrier_wait(barrier, parity);
-#endif
-}
-
-// prefetch.tensormap (9.7.9.17): the map is in the kernel's parameters.
-FK_DEVICE void prefetch_tensor_map([[maybe_unused]] const TensorMap* map) {
-#ifdef FK_SM90A
-  asm volatile("prefetch.tensormap [%0];\n" ::"l"(map) : "memory");
 #endif
 }
 

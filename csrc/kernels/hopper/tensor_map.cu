@@ -1,4 +1,7 @@
 // Encodes tensor maps by the driver, whose functions are found at run time: the binary links no libcuda.
+//
+// Drivers before 13.2 set bit 85 of a map for tensors below 128 KiB as well, and CUTLASS clears it after 4.2. Blackwell reads
+// it; Hopper, the only place where these maps are used, does not (CUTLASS's comment beside it), so it stays as it is.
 #include "kernels/hopper/tensor_map.h"
 
 #include <cstdio>
@@ -86,6 +89,7 @@ Status make_tensor_map(const PixelTensor& tensor, ptx::TensorMap* map) {
   const auto bytes = [](int64_t value) { return static_cast<uint64_t>(value); };
   const Sizes of{{bytes(tensor.c), bytes(tensor.w), bytes(tensor.h), bytes(tensor.n)},
                  {bytes(tensor.c * size), bytes(tensor.w * tensor.c * size), bytes(tensor.h * tensor.w * tensor.c * size)}};
+  // Corners are w before h, as sizes are. cuda.h words them as "{D, H, W}", and CUTLASS, which runs, passes w first.
   const int lower[2] = {w.lower, h.lower}, upper[2] = {w.upper[tensor.box_w], h.upper[tensor.box_h]};
   const uint32_t traversal[4] = {1, static_cast<uint32_t>(w.stride), static_cast<uint32_t>(h.stride), 1};
   const auto channels = static_cast<uint32_t>(128 / size), pixels = static_cast<uint32_t>(tensor.pixels);

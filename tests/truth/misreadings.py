@@ -1,0 +1,173 @@
+"""Ten ways to misread the PTX manual, planted where the comparisons must see them.
+
+A misreading that emulator and kernels share passes every test of the two against each other: only NVIDIA's own sources
+tell. So each is planted in both, where both have it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tests.emulator.build import Patch, Planted
+from tests.emulator.plants.plant import HOPPER_BF16, PIXEL_BOX, SHARED_TILE
+
+TENSOR_CORE = "csrc/emulator/tensor_core.cpp"
+WGMMA = "csrc/emulator/wgmma.cpp"
+COPY = "csrc/emulator/tensor_copy.cpp"
+COPY_HEADER = "csrc/emulator/tensor_copy.h"
+ENCODE = "csrc/emulator/encode_tensor_map.cpp"
+TENSOR_MAP = "csrc/kernels/hopper/tensor_map.cu"
+PTX_SM90 = "csrc/kernels/hopper/ptx_sm90.h"
+OURS = "tests/truth/emulated.cu"
+
+
+@dataclass(frozen=True)
+class Misreading:
+    """`shows`: the comparison that must differ; `quick`: part of `make test`."""
+
+    name: str
+    planted: Planted
+    shows: str
+    quick: bool = False
+
+
+MISREADINGS = (
+    Misreading(
+        "registers of mma's A go along the reduction first",
+        Planted(
+            (
+                Patch(TENSOR_CORE, "a[g + 8 * (i % 2)][k + 8 * (i / 2)] =", "a[g + 8 * (i / 2)][k + 8 * (i % 2)] ="),
+                Patch(
+                    TENSOR_CORE,
+                    "a[g + 8 * (i % 2)][k + 8 * (i / 2) + 1] =",
+                    "a[g + 8 * (i / 2)][k + 8 * (i % 2) + 1] =",
+                ),
+            )
+        ),
+        shows="mma bf16: fragments",
+        quick=True,
+    ),
+    Misreading(
+        "ldmatrix.trans puts the later row into the lower half",
+        Planted(
+            (
+                Patch(
+                    TENSOR_CORE, "low = first.transposed ? element[c][r]", "low = first.transposed ? element[c + 1][r]"
+                ),
+                Patch(
+                    TENSOR_CORE,
+                    "high = first.transposed ? element[c + 1][r]",
+                    "high = first.transposed ? element[c][r]",
+                ),
+            )
+        ),
+        shows="ldmatrix x2.trans",
+    ),
+    Misreading(
+        "accumulators of wgmma go down the rows first",
+        Planted(
+            (
+                Patch(
+                    WGMMA,
+                    "warp.values[lane / 4 + 8 * (i / 2 % 2)][8 * (i / 4) + 2 * (lane % 4) + i % 2]",
+                    "warp.values[lane / 4 + 8 * (i % 2)][8 * (i / 4) + 2 * (lane % 4) + i / 2 % 2]",
+                ),
+            )
+        ),
+        shows="wgmma bf16 K-major, 64x64: products",
+    ),
+    Misreading(
+        "the swizzle takes its bits one place higher",
+        Planted(
+            (
+                Patch(COPY_HEADER, "(address >> 7 & 7) << 4", "(address >> 8 & 7) << 4"),
+                Patch(SHARED_TILE, "((at >> 7 & 7) << 4)", "((at >> 8 & 7) << 4)"),
+            ),
+            including=(COPY, WGMMA, OURS),
+        ),
+        shows="wgmma tf32 K-major, 64x64: tiles in shared memory",
+    ),
+    Misreading(
+        "a descriptor has its stride before its leading offset",
+        Planted(
+            (
+                Patch(WGMMA, "leading((bits >> 16 & 0x3fff) << 4)", "leading((bits >> 32 & 0x3fff) << 4)"),
+                Patch(WGMMA, "stride((bits >> 32 & 0x3fff) << 4)", "stride((bits >> 16 & 0x3fff) << 4)"),
+                Patch(SHARED_TILE, "(leading >> 4 & 0x3fff) << 16", "(leading >> 4 & 0x3fff) << 32"),
+                Patch(SHARED_TILE, "(stride >> 4 & 0x3fff) << 32", "(stride >> 4 & 0x3fff) << 16"),
+            ),
+            including=(OURS,),
+        ),
+        shows="wgmma f16 K-major, 64x128: descriptors",
+    ),
+    Misreading(
+        "the leading offset of an MN-major operand goes along the reduction",
+        Planted(
+            (
+                Patch(
+                    WGMMA, "i / across * at.leading + l / 8 * at.stride", "i / across * at.stride + l / 8 * at.leading"
+                ),
+                Patch(
+                    SHARED_TILE,
+                    "* 2 * kSwizzleAtom, panel, kSwizzleAtom);",
+                    "* 2 * kSwizzleAtom, kSwizzleAtom, panel);",
+                ),
+            ),
+            including=(OURS,),
+        ),
+        shows="wgmma bf16 MN-major, 64x128: products",
+    ),
+    Misreading(
+        "the upper corner of a pixel box lies outside of it",
+        Planted(
+            (
+                Patch(COPY, "w <= static_cast<int64_t>(map.sizes[1])", "w < static_cast<int64_t>(map.sizes[1])"),
+                Patch(COPY, "h <= static_cast<int64_t>(map.sizes[2])", "h < static_cast<int64_t>(map.sizes[2])"),
+                Patch(PIXEL_BOX, "- (in_size - 1);", "- (in_size - 2);"),
+            ),
+            including=(HOPPER_BF16,),
+        ),
+        shows="fprop bf16 2x9x9x64 to 128, 3x3, pad 1,1, stride 1,1, dilation 1,1: plans",
+    ),
+    Misreading(
+        "corners of a pixel box are h before w, as cuda.h words it",
+        Planted(
+            (
+                Patch(TENSOR_MAP, "lower[2] = {w.lower, h.lower}", "lower[2] = {h.lower, w.lower}"),
+                Patch(
+                    TENSOR_MAP,
+                    "upper[2] = {w.upper[tensor.box_w], h.upper[tensor.box_h]}",
+                    "upper[2] = {h.upper[tensor.box_h], w.upper[tensor.box_w]}",
+                ),
+                Patch(ENCODE, "map->lower[i] = static_cast<int8_t>", "map->lower[1 - i] = static_cast<int8_t>"),
+                Patch(ENCODE, "map->upper[i] = static_cast<int8_t>", "map->upper[1 - i] = static_cast<int8_t>"),
+            )
+        ),
+        shows="fprop bf16 1x14x11x192 to 64, 5x3, pad 2,1, stride 1,1, dilation 1,1: elements copied",
+        quick=True,
+    ),
+    Misreading(
+        "offsets of taps count traversal strides",
+        Planted(
+            (
+                Patch(COPY, "w + copy.offset[0]", "w + copy.offset[0] * map.element_strides[1]"),
+                Patch(COPY, "h + copy.offset[1]", "h + copy.offset[1] * map.element_strides[2]"),
+            )
+        ),
+        shows="wgrad bf16 2x9x9x64 to 128, 3x3, pad 1,1, stride 2,2, dilation 1,1: elements copied",
+    ),
+    Misreading(
+        "offsets of taps are h before w in the instruction",
+        Planted(
+            (
+                Patch(
+                    PTX_SM90,
+                    '"h"(static_cast<uint16_t>(offset_w)), "h"(static_cast<uint16_t>(offset_h))',
+                    '"h"(static_cast<uint16_t>(offset_h)), "h"(static_cast<uint16_t>(offset_w))',
+                ),
+            )
+        ),
+        shows="ptx::copy_im2col",
+        quick=True,
+    ),
+)

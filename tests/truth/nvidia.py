@@ -1,0 +1,123 @@
+"""NVIDIA's side: CUTLASS's and CuTe's headers compiled, where they and CUDA's own are here.
+
+`make build/cutlass` unpacks the headers (the version is in requirements-dev.txt). What is made of them is cached.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import functools
+import os
+import re
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.conformance.drivers import cuda_home
+from tests.conformance.place import find_nvcc
+from tests.emulator.build import CSRC, ROOT, Planted, digest, overlay, read_with_includes
+
+HERE = Path(__file__).resolve().parent
+CACHE = ROOT / "build" / "truth"
+PACKAGE = ROOT / "build" / "cutlass"
+SOURCE = PACKAGE / "cutlass_library" / "source"
+WRAPPERS = ("wrappers_freezekit.cu", "wrappers_cutlass.cu")
+HINTING = ("cute/arch/copy_sm80.hpp", "cute/arch/copy_sm90_tma.hpp")
+HEADERS = (SOURCE / "include", SOURCE / "tools" / "util" / "include")
+# CuTe's public classes keep some members to themselves, and its device code names types that only nvcc knows.
+HOST_FLAGS = (
+    "-std=c++17",
+    "-O0",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-access-control",
+    "-fpermissive",
+    "-w",
+    "-shared",
+)
+
+
+@functools.cache
+def missing() -> str:
+    """Why nothing can be compared here; empty where all is there."""
+    if find_nvcc() is None:
+        return "needs nvcc and CUDA's headers"
+    return "" if HEADERS[0].exists() else "needs CUTLASS's headers: `make build/cutlass` unpacks them"
+
+
+def built(source: str, suffix: str, command: list[str], patched: Path | None = None) -> Path:
+    """What the command makes of a source of this folder, from the cache where nothing of ours has changed."""
+    versions = (compiler_version(), *(path.name for path in PACKAGE.glob("*.dist-info")))
+    out = CACHE / f"{digest(' '.join(command), *versions, *read_with_includes(HERE / source, patched))}{suffix}"
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(out.with_suffix(".lock"), "w") as lock:  # test workers are processes side by side; one of them builds
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not out.exists():
+            unfinished = out.with_suffix(f".{os.getpid()}.tmp")
+            made = [*command, str(HERE / source), "-o", str(unfinished)]
+            done = subprocess.run(made, capture_output=True, text=True)
+            assert done.returncode == 0, f"{' '.join(made)}\n{done.stdout}{done.stderr}"
+            unfinished.rename(out)
+    return out
+
+
+def nvcc() -> str:
+    """The path of nvcc, which is here where tests are not skipped."""
+    found = find_nvcc()
+    assert found is not None, "tests are skipped where nvcc is missing"
+    return found
+
+
+@functools.cache
+def compiler_version() -> str:
+    """What nvcc says of itself: machine code of two versions is not to be compared."""
+    return subprocess.run([nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
+
+
+@functools.cache
+def library(source: str) -> ctypes.CDLL:
+    """A source that g++ reads with CUTLASS's headers, as a library in this process."""
+    cuda = cuda_home(nvcc()) / "include"
+    system = [f"-isystem{folder}" for folder in (*HEADERS, cuda, cuda / "cccl")]
+    flags = [*HOST_FLAGS, f"-D__CUDACC_VER_MAJOR__={cuda_major(cuda)}", f"-I{HERE / 'shim'}", f"-I{ROOT}"]
+    return ctypes.CDLL(str(built(source, ".so", ["g++", *flags, *system])))
+
+
+@functools.cache
+def driver() -> ctypes.CDLL:
+    """freezekit's code that asks CUDA's driver for tensor maps, with a driver that takes notes."""
+    flags = ["-std=c++17", "-O1", "-arch=sm_90a", "-shared", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+    # driver.cu has a function of the runtime's: the first definition counts.
+    flags += ["-Xlinker=--allow-multiple-definition", f"-I{CSRC}", f"-I{ROOT}"]
+    return ctypes.CDLL(str(built("driver.cu", ".so", [nvcc(), *flags])))
+
+
+def cuda_major(include: Path) -> int:
+    """The toolkit's major version, by its cuda.h."""
+    text = (include / "cuda.h").read_text()
+    return int(text.split("#define CUDA_VERSION ")[1].split()[0]) // 1000
+
+
+@functools.cache
+def wrappers_of_cutlass() -> Path:
+    """Machine code of CUTLASS's wrappers, without the hints to the L2 cache that some give and freezekit does not."""
+    folder = CACHE / f"without-hints-{digest(*(HEADERS[0].joinpath(name).read_bytes() for name in HINTING))}"
+    for name in HINTING:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        text = re.sub(r"\.L2::(128B|cache_hint)", "", (HEADERS[0] / name).read_text())
+        (folder / name).write_text(re.sub(r"(\[%2\]), %\d+;", r"\1;", text))
+    return cubin(WRAPPERS[1], [folder, HEADERS[0]], None)
+
+
+@functools.cache
+def wrappers_of_freezekit(planted: Planted) -> Path:
+    """Machine code of freezekit's, with a misreading where one is planted."""
+    patched = overlay(planted.patches)
+    return cubin(WRAPPERS[0], [*([patched / "csrc"] if patched else []), CSRC], patched)
+
+
+def cubin(source: str, includes: Sequence[Path], patched: Path | None) -> Path:
+    """A source of this folder as machine code of sm_90a."""
+    flags = ["-std=c++17", "-O3", "-arch=sm_90a", "-cubin", *(f"-I{folder}" for folder in (*includes, ROOT))]
+    return built(source, ".cubin", [nvcc(), *flags], patched)
