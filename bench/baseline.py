@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import document
-from bench.measurement import Measurement
-from bench.report import Report, mebibytes
+from bench.measured import Measured
+from bench.report import Printout, mebibytes
 
 # Student's t, two-sided, 0.001, by degrees of freedom.
 _STUDENT = {1: 637.0, 2: 31.6, 3: 12.9, 4: 8.61, 5: 6.87, 6: 5.96, 8: 5.04, 10: 4.59, 15: 4.07, 20: 3.85, 40: 3.55}
@@ -18,12 +18,12 @@ _STUDENT = {1: 637.0, 2: 31.6, 3: 12.9, 4: 8.61, 5: 6.87, 6: 5.96, 8: 5.04, 10: 
 class Difference:
     """What became of one measurement."""
 
-    row: Measurement
+    row: Measured
     what: str
     worse: bool
 
 
-def changes(before: Iterable[Measurement], after: Iterable[Measurement]) -> list[Difference]:
+def changes(before: Iterable[Measured], after: Iterable[Measured]) -> list[Difference]:
     """Measurements of both runs that differ beyond noise.
 
     Time is compared as the ratio to stock of the same run, which another machine or a busier hour moves less than
@@ -36,6 +36,8 @@ def changes(before: Iterable[Measurement], after: Iterable[Measurement]) -> list
         earlier = old.get(row.key)
         if earlier is None:
             continue
+        if row.failure and not earlier.failure:
+            found.append(Difference(row, f"fails now: {row.failure}", True))
         if row.side != "stock" and row.ratio is not None and earlier.ratio is not None:
             factor = row.ratio.median / earlier.ratio.median
             if abs(factor - 1) > 0.02 and abs(row.ratio.median - earlier.ratio.median) > noise(earlier, row):
@@ -49,14 +51,14 @@ def changes(before: Iterable[Measurement], after: Iterable[Measurement]) -> list
     return found
 
 
-def show(report: Report, path: Path, rows: list[Measurement]) -> None:
+def show(report: Printout, path: Path, rows: list[Measured]) -> None:
     """Prints what changed since the run in `path`.
 
     Raises:
         NotThisSchema: if the file is no such document.
     """
     earlier = document.read(path)
-    before = [Measurement.from_dict(data) for data in earlier["rows"]]
+    before = [Measured.from_dict(data) for data in earlier["rows"]]
     report.heading(f"against {path}: {earlier['environment']['commit']}, {earlier['environment']['date']}")
     known = {row.key for row in before}
     shared = sum(row.key in known for row in rows)
@@ -68,8 +70,8 @@ def show(report: Report, path: Path, rows: list[Measurement]) -> None:
     report.line(f"{shared} of {len(rows)} measurements are in both runs; {len(found)} changed beyond noise")
 
 
-def noise(a: Measurement, b: Measurement) -> float:
-    """How far the ratios' medians of two runs of the same thing lie apart in one of a thousand pairs at most.
+def noise(a: Measured, b: Measured) -> float:
+    """How far apart the ratios' medians of two runs of the same thing are in one of a thousand pairs at most.
 
     A median of n values has the standard error 1.253 sigma / sqrt(n), and sigma is read off the quartiles, which are
     1.349 sigma apart. As an estimate that is worth about 0.37 n values, so Student's t has few degrees of freedom:

@@ -6,8 +6,9 @@
     python bench/compare.py --layers mobilenet_v3,convnext_tiny --sides stock,freezekit,stock_channels_last
     python bench/compare.py --device cuda --dtype bfloat16 --batch 64 --parts fprop,dgrad,wgrad
 
-Every side is asked for the same gradients, and its outputs and gradients are held against stock's before it is timed.
-Exit code 0; 1 if a side computed something else than stock; 2 for arguments that make no sense.
+Every side is asked for the same gradients, and its outputs and gradients are compared with stock's before it is timed.
+A side that fails, or computes something else, has a row that says so; the run goes on, and its file is written after
+each case. Exit code 0; 1 if a row failed; 2 for arguments that make no sense.
 """
 
 from __future__ import annotations
@@ -25,34 +26,39 @@ if __package__ in (None, ""):
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import baseline, document, options
-from bench.environment import Environment, describe
-from bench.measure import MakeCase, measure
-from bench.measurement import Measurement
-from bench.report import Report
+from bench import baseline, document, environment, options
+from bench.child import Child, Lost
+from bench.environment import Environment
+from bench.measure import Case, MakeCase, describe, failed, measure
+from bench.measured import Measured
+from bench.report import Printout
 from bench.sections import SECTIONS, kernels, layers, models
 from bench.settings import Settings
 from bench.sides import SIDES, cudnn_benchmark
 from bench.timing import Clock, clock_for, small_heap
-from bench.verify import WrongResult
 
 
 class Run:
-    """One comparison under way: measures, prints and collects."""
+    """One comparison under way: measures, prints, collects, and writes the file after each case."""
 
-    def __init__(self, settings: Settings, report: Report, time_limit: float | None) -> None:
-        self.settings = settings
+    def __init__(
+        self, settings: Settings, report: Printout, time_limit: float | None, file: Path | None = None
+    ) -> None:
+        apart = [name for name in settings.sides if SIDES[name].hopper]
+        self.settings = replace(settings, sides=tuple(name for name in settings.sides if name not in apart))
+        self.children = {name: Child() for name in apart}
         self.report = report
+        self.file = file
         self.end = time.monotonic() + time_limit if time_limit else None
         self.environment: Environment | None = None
         self.kernels: list[kernels.Profiled] = []
-        self.rows: list[Measurement] = []
+        self.rows: list[Measured] = []
         self.skipped: list[str] = []
 
     def go(self, sections: Iterable[str]) -> None:
         """Runs the sections in order."""
         names = list(sections)
-        self.environment = describe(self.settings.device, self.settings.dtype)
+        self.environment = environment.describe(self.settings.device, self.settings.dtype)
         for line in self.environment.lines():
             self.report.line(line)
         if "kernels" in names:
@@ -71,6 +77,8 @@ class Run:
             task = progress.add_task("", total=sum(map(len, cases)))
             for index, section in enumerate(cases):
                 self._section(section, self._end_of(index, cases), clock, progress, task)
+        for child in self.children.values():
+            child.close()
         self.report.summarise(self.rows)
         for line in self.skipped:
             self.report.line(line, "yellow")
@@ -99,7 +107,13 @@ class Run:
         longest = 0.0
         for done, make in enumerate(cases):
             start = time.monotonic()
-            settings, case = self.settings, make()
+            settings = self.settings
+            try:
+                case = make()
+            except Exception as error:
+                self.skipped.append(f"FAILED: {make.func.__name__}{make.args[:-1]} cannot be made: {describe(error)}")
+                progress.advance(task)
+                continue
             if end is not None:
                 left = end - start
                 if left <= longest:  # Another case like the longest so far would end too late.
@@ -114,16 +128,54 @@ class Run:
                 settings = replace(settings, budget=min(settings.budget, left / (len(cases) - done) / 2))
             progress.update(task, description=case.label)
             assert self.environment is not None
-            rows = measure(case, settings, self.environment.peaks, clock, self.skipped)
+            rows = measure(case, settings, self.environment.peaks, clock) + self._apart(case, make, settings)
             self.rows += rows
+            self.write()
             self.report.show(rows)
             progress.advance(task)
             longest = max(longest, time.monotonic() - start)
+
+    def _apart(self, case: Case, make: MakeCase, settings: Settings) -> list[Measured]:
+        """The rows of sides that run in processes of their own, each beside the stock that it is compared with."""
+        assert self.environment is not None
+        rows = []
+        for name, child in self.children.items():
+            if SIDES[name].why_not(case.section, settings.everything):
+                continue
+            beside = replace(settings, sides=tuple(dict.fromkeys(("stock", SIDES[name].reference, name))))
+            try:
+                answer = child.measure(make, beside, self.environment.peaks)
+                rows += [row for row in answer if row.side == name]
+            except Lost as lost:
+                rows.append(failed(case, name, str(lost)))
+        return rows
+
+    @property
+    def failures(self) -> int:
+        """Rows and tables without figures."""
+        lines = sum(line.startswith("FAILED") for line in self.skipped)
+        return lines + sum(bool(row.failure) for row in self.rows) + sum(bool(made.failure) for made in self.kernels)
+
+    def document(self) -> dict[str, Any]:
+        """What is known by now."""
+        assert self.environment is not None
+        sides = (*self.settings.sides, *self.children)
+        settings = replace(self.settings, sides=sides)
+        return document.build(self.environment, settings, self.kernels, self.rows, self.skipped)
+
+    def write(self) -> None:
+        """Replaces the file, where there is one: a run that is cut short has left what it measured."""
+        if self.file is not None:
+            document.write(self.document(), self.file)
 
     def _show_kernels(self) -> None:
         self.report.heading("kernels: three Conv2d(3, 3, 3), x = randn(1, 3, 24, 24), forward and mean().backward()")
         for profiled in kernels.run(self.settings):
             self.kernels.append(profiled)
+            self.write()
+            if profiled.failure:
+                self.report.line(f"{profiled.regime}, {profiled.side}: FAILED: {profiled.failure}", "bold red")
+                continue
             counts = ", ".join(f"{profiled.counts[phase]} {phase}" for phase in ("fprop", "dgrad", "wgrad"))
             self.report.line()
             self.report.line(f"{profiled.regime}, {profiled.side}: {counts}", "bold")
@@ -132,29 +184,27 @@ class Run:
 
 def main(arguments: list[str] | None = None, console: Console | None = None) -> int:
     """The command; see the module's text."""
-    asked = options.parse(arguments)
-    report = Report(console or Console(), asked.settings.sides)
-    run = Run(asked.settings, report, asked.time_limit)
+    asked = options.parse(arguments, __doc__)
+    report = Printout(console or Console(), asked.settings.sides)
+    run = Run(asked.settings, report, asked.time_limit, asked.json)
     for line in asked.notes:
         report.line(line, "yellow")
     run.skipped += asked.notes
     with options.threads(asked.threads), cudnn_benchmark(), small_heap():
-        try:
-            run.go(asked.sections)
-        except WrongResult as wrong:
-            report.line(f"WRONG RESULT: {wrong}", "bold red")
-            return 1
-    assert run.environment is not None
-    result = document.build(run.environment, asked.settings, run.kernels, run.rows, run.skipped)
+        run.go(asked.sections)
+    result = run.document()
+    document.validate(result)
+    run.write()
     _deliver(asked, report, result, run.rows)
-    return 0
+    if run.failures:
+        report.line(f"{run.failures} rows FAILED", "bold red")
+    return 1 if run.failures else 0
 
 
-def _deliver(asked: options.Asked, report: Report, result: dict[str, Any], rows: list[Measurement]) -> None:
+def _deliver(asked: options.Asked, report: Printout, result: dict[str, Any], rows: list[Measured]) -> None:
     """What follows a run: its file, its comparison with an earlier one, its pictures."""
     report.line()
     if asked.json is not None:
-        document.write(result, asked.json)
         report.line(f"written: {asked.json}")
     if asked.baseline is not None:
         baseline.show(report, asked.baseline, rows)

@@ -7,37 +7,31 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import best_match
+
 from bench.environment import Environment
-from bench.measurement import Measurement
+from bench.measured import Measured
 from bench.sections.kernels import Profiled
 from bench.settings import Settings
 
-VERSION = 2
+VERSION = 3
 SCHEMA = json.loads((Path(__file__).parent / "schema.json").read_text())
-
-_TYPES: dict[str, tuple[type, ...]] = {
-    "object": (dict,),
-    "array": (list,),
-    "string": (str,),
-    "integer": (int,),
-    "number": (int, float),
-    "boolean": (bool,),
-    "null": (type(None),),
-}
+_VALIDATOR = Draft202012Validator(SCHEMA)
 
 
 class NotThisSchema(ValueError):
-    """A document is not what the schema says; the text names the place."""
+    """A document that schema.json does not describe; the text names the place."""
 
 
 def build(
     environment: Environment,
     settings: Settings,
     kernels: Iterable[Profiled],
-    rows: Iterable[Measurement],
+    rows: Iterable[Measured],
     skipped: Iterable[str],
 ) -> dict[str, Any]:
-    """The document of a run."""
+    """The document of a run, finished or not."""
     document = {
         "version": VERSION,
         "environment": environment.to_dict(),
@@ -56,21 +50,21 @@ def build(
         "rows": [row.to_dict() for row in rows],
         "skipped": list(skipped),
     }
-    plain = json.loads(json.dumps(document))
-    validate(plain)
-    return plain
+    return json.loads(json.dumps(document))
 
 
 def write(document: dict[str, Any], path: Path) -> None:
-    """Writes the document, one row a line short of nothing: indented, so that two runs can be diffed."""
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    """Replaces the file in one step: it is whole whenever a run ends. Indented, so that two runs can be diffed."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(document, indent=1) + "\n")
+    part.replace(path)
 
 
 def read(path: Path) -> dict[str, Any]:
     """Reads and checks a document.
 
     Raises:
-        NotThisSchema: if it is no JSON or not what the schema says.
+        NotThisSchema: if it is no JSON, or JSON of another kind.
     """
     try:
         document = json.loads(path.read_text())
@@ -80,41 +74,12 @@ def read(path: Path) -> dict[str, Any]:
     return document
 
 
-def validate(value: Any, schema: dict[str, Any] | None = None, place: str = "$") -> None:
-    """Checks a value against the part of JSON Schema that schema.json is written in.
-
-    That part is: type, properties, required, additionalProperties, items, enum, minimum and $ref to $defs.
+def validate(document: Any) -> None:
+    """Checks a document against schema.json.
 
     Raises:
-        NotThisSchema: at the first place that does not fit.
+        NotThisSchema: naming the place that fits least.
     """
-    schema = SCHEMA if schema is None else schema
-    if "$ref" in schema:
-        schema = SCHEMA["$defs"][schema["$ref"].removeprefix("#/$defs/")]
-    types = schema.get("type", [])
-    allowed = [t for name in ([types] if isinstance(types, str) else types) for t in _TYPES[name]]
-    if allowed and (not isinstance(value, tuple(allowed)) or (isinstance(value, bool) and bool not in allowed)):
-        raise NotThisSchema(f"{place} must be {types}, got {value!r}")
-    if "enum" in schema and value not in schema["enum"]:
-        raise NotThisSchema(f"{place} must be one of {schema['enum']}, got {value!r}")
-    if "minimum" in schema and value is not None and value < schema["minimum"]:
-        raise NotThisSchema(f"{place} must be at least {schema['minimum']}, got {value!r}")
-    if isinstance(value, dict):
-        _validate_object(value, schema, place)
-    if isinstance(value, list) and "items" in schema:
-        for index, item in enumerate(value):
-            validate(item, schema["items"], f"{place}[{index}]")
-
-
-def _validate_object(value: dict[str, Any], schema: dict[str, Any], place: str) -> None:
-    missing = [name for name in schema.get("required", []) if name not in value]
-    if missing:
-        raise NotThisSchema(f"{place} lacks {', '.join(missing)}")
-    properties = schema.get("properties", {})
-    for name, item in value.items():
-        if name in properties:
-            validate(item, properties[name], f"{place}.{name}")
-        elif isinstance(schema.get("additionalProperties"), dict):
-            validate(item, schema["additionalProperties"], f"{place}.{name}")
-        elif schema.get("additionalProperties") is False:
-            raise NotThisSchema(f"{place} has an unknown {name!r}")
+    error = best_match(_VALIDATOR.iter_errors(document))
+    if error is not None:
+        raise NotThisSchema(f"{error.json_path}: {error.message}")

@@ -11,19 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from bench.environment import Peaks
-from bench.measurement import Measurement
+from bench.measured import Measured
 from bench.memory import bytes_kept, trace
 from bench.settings import Settings
 from bench.sides import SIDES, Side
 from bench.timing import Clock, Step, interleave
-from bench.verify import Tolerance, check
+from bench.verify import Tolerance, WrongResult, check
 from bench.work import Work, count
 from freezekit.profiling import profile
 
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to compare; the labels are those of :class:`bench.measurement.Measurement`.
+    """One thing to compare; the labels are those of :class:`bench.measured.Measured`.
 
     Attributes:
         module: stock's, already in its regime; every side gets a copy.
@@ -31,7 +31,7 @@ class Case:
         tolerance: the largest error allowed of "y", "dx" and of each parameter's gradient by the parameter's name.
         work: what the mathematics needs; None counts it in stock's step.
         learning_rate: of a plain SGD step after the backward pass; None for no step.
-        kinks: whether a pre-activation within rounding of zero may go either way, which the gate then allows for.
+        kinks: whether a pre-activation within rounding of zero may go either way, which bench.verify then allows for.
     """
 
     section: str
@@ -83,7 +83,7 @@ class Contestant:
         return torch.autograd.grad(y, self.wanted, self.dy, retain_graph=keep_graph)
 
     def results(self) -> dict[str, Tensor]:
-        """Output and gradients, for the gate."""
+        """Output and gradients, by name."""
         y = self.forward(self.x)
         return {"y": y.detach(), **dict(zip(self.names, self.gradients(y), strict=True))}
 
@@ -129,75 +129,91 @@ class Contestant:
         return gradients
 
 
-def measure(
-    case: Case, settings: Settings, peaks: Peaks, clock: Clock, skipped: list[str] | None = None
-) -> list[Measurement]:
+def measure(case: Case, settings: Settings, peaks: Peaks, clock: Clock) -> list[Measured]:
     """A row for each side, stock first.
 
-    Args:
-        skipped: takes a line for each competitor that cannot run this case; stock and freezekit must.
-
-    Raises:
-        WrongResult: if a side's output or a gradient differs from stock's by more than rounding.
+    A side that raises an error, or whose output or a gradient differs from stock's by more than rounding, has a row
+    that says so in place of figures; so has every side where stock itself fails.
     """
+    sides = [name for name in settings.sides if not SIDES[name].why_not(case.section, settings.everything)]
+    try:
+        return _measure(case, sides, settings, peaks, clock)
+    except Exception as error:  # Whatever it is, it is this case's: the run goes on.
+        return [failed(case, name, describe(error)) for name in sides]
+
+
+def describe(error: Exception) -> str:
+    """An error in a line."""
+    text = next(iter(str(error).splitlines()), "")
+    return f"WRONG RESULT: {text}" if isinstance(error, WrongResult) else f"{type(error).__name__}: {text}"
+
+
+def failed(case: Case, side: str, why: str) -> Measured:
+    """The row of a side that has no figures."""
+    labels = (case.section, case.group, case.case, case.detail, case.regime, case.part, side)
+    return Measured(*labels, case.count, 0, None, None, None, x=case.x, failure=why)
+
+
+def _measure(case: Case, sides: Sequence[str], settings: Settings, peaks: Peaks, clock: Clock) -> list[Measured]:
     torch.manual_seed(settings.seed)
     contestants = {"stock": Contestant(SIDES["stock"], case, None)}
     expected = contestants["stock"].results()
     tolerances = {name: case.tolerance(name) for name in expected}
     moves = cache(partial(contestants["stock"].moves, settings.tf32)) if case.kinks else None
-    errors = {"stock": 0.0}
-    for name in settings.sides:
-        side = SIDES[name]
-        if name == "stock" or side.why_not(case.section, settings.everything):
-            continue
+    errors, failures, counted = {"stock": 0.0}, dict[str, str](), dict[str, dict[str, Any]]()
+    for name in sides:
         try:
-            contestant = Contestant(side, case, contestants["stock"].dy)
-            results = contestant.results()
+            if name != "stock":
+                contestant = Contestant(SIDES[name], case, contestants["stock"].dy)
+                errors[name] = check(case.label, name, contestant.results(), expected, tolerances, moves)
+                contestants[name] = contestant
+            counted[name] = _count(case, contestants[name])
         except Exception as error:
-            if name.startswith("freezekit") or skipped is None:
+            if name == "stock":
                 raise
-            skipped.append(f"cannot run: {name}: {case.label}: {type(error).__name__}: {str(error).splitlines()[0]}")
-            continue
-        errors[name] = check(case.label, name, results, expected, tolerances, moves)
-        contestants[name] = contestant
+            failures[name] = describe(error)
+            contestants.pop(name, None)
     work = case.work or count(contestants["stock"].step)
-    counted = {name: _count(case, contestant) for name, contestant in contestants.items()}
     steps = {name: contestant.step_for(case.part) for name, contestant in contestants.items()}
     rounds = _rounds(steps, settings, clock)
     timed = interleave(steps, clock=clock, rounds=rounds, seed=settings.seed)
     rows = []
-    for name in contestants:
-        seconds = timed.time(name)
-        row = Measurement(
-            case.section,
-            case.group,
-            case.case,
-            case.detail,
-            case.regime,
-            case.part,
-            name,
-            case.count,
-            rounds,
-            seconds,
-            timed.ratio(name, "stock"),
-            errors[name],
-            tflops=work.flops / seconds.median / 1e12,
-            gbs=work.traffic / seconds.median / 1e9,
-            roofline=peaks.least_seconds(work.flops, work.traffic) / seconds.median,
-            x=case.x,
-            **counted[name],
+    for name in sides:
+        if name in failures:
+            rows.append(failed(case, name, failures[name]))
+            continue
+        seconds, reference = timed.time(name), SIDES[name].reference
+        rows.append(
+            Measured(
+                case.section,
+                case.group,
+                case.case,
+                case.detail,
+                case.regime,
+                case.part,
+                name,
+                case.count,
+                rounds,
+                seconds,
+                timed.ratio(name, reference) if reference in contestants else None,
+                errors[name],
+                tflops=work.flops / seconds.median / 1e12,
+                gbs=work.traffic / seconds.median / 1e9,
+                roofline=peaks.least_seconds(work.flops, work.traffic) / seconds.median,
+                x=case.x,
+                **counted[name],
+            )
         )
-        rows.append(row)
     return rows
 
 
-def _count(case: Case, contestant: Contestant) -> dict[str, int | None]:
+def _count(case: Case, contestant: Contestant) -> dict[str, Any]:
     """Bytes kept, peak and kernels; memory of whole steps only, where it means what it says."""
     step = contestant.step_for(case.part)
     step()
     with profile() as recorded:
         step()
-    counts: dict[str, int | None] = {"kernels": sum(row.instances for row in recorded.kernels())}
+    counts = {"kernels": sum(row.instances for row in recorded.kernels())}
     if case.part == "step":
         device = contestant.x.device
         counts["bytes_kept"] = bytes_kept(contestant.forward, contestant.x) if contestant.wanted else 0

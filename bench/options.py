@@ -14,7 +14,7 @@ from bench import document, layer_lists, sections
 from bench.layer_lists import NETWORKS
 from bench.sections.layers import PARTS
 from bench.settings import DTYPES, Settings
-from bench.sides import COMPETITORS, SIDES, why_absent
+from bench.sides import COMPETITORS, SIDES, default_sides, why_absent
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Asked:
     notes: tuple[str, ...]
 
 
-def parse(arguments: Sequence[str] | None) -> Asked:
+def parse(arguments: Sequence[str] | None, description: str | None = None) -> Asked:
     """Reads arguments; exits with code 2 and a sentence if they make no sense."""
-    parser = _parser()
+    parser = _parser(description)
     args = parser.parse_args(arguments)
     try:
         device = torch.device(args.device)
@@ -57,8 +57,11 @@ def parse(arguments: Sequence[str] | None) -> Asked:
         parser.error("argument --all: every section is in it; leave out --section")
     everything = args.all or "all" in (args.section or ())
     names = sections.NAMES if everything else args.section or sections.DEFAULT
-    wanted = tuple(dict.fromkeys(("stock", *(args.sides or (COMPETITORS if args.all else ("freezekit",))))))
-    absent = {name: why for name in wanted if (why := why_absent(name, device))}
+    asked = args.sides or (*default_sides(device), *(COMPETITORS if args.all else ()))
+    absent = {name: why for name in asked if (why := why_absent(name, device))}
+    present = [name for name in asked if name not in absent]
+    references = {SIDES[name].reference for name in present}
+    wanted = dict.fromkeys(["stock", *sorted(references), *present])
     settings = Settings(
         device=device,
         dtype=DTYPES[args.dtype],
@@ -71,7 +74,7 @@ def parse(arguments: Sequence[str] | None) -> Asked:
         quick=args.quick,
         thorough=everything or args.section is not None,
         everything=args.all,
-        sides=tuple(name for name in wanted if name not in absent),
+        sides=tuple(wanted),
         parts=args.parts or (PARTS if args.all else ("step",)),
         layer_lists=args.layers or (("tiny",) if args.quick else NETWORKS if args.all else ("resnet50",)),
     )
@@ -100,17 +103,15 @@ def threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _parser() -> argparse.ArgumentParser:
-    from bench import compare
-
+def _parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="compare.py", description=compare.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="compare.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     what = parser.add_argument_group("what")
     what.add_argument("--all", action="store_true", help="every section, layer list, part and competitor")
     what.add_argument("--section", type=_some((*sections.NAMES, "all")), help=f"of {', '.join(sections.NAMES)}; or all")
     what.add_argument("--layers", type=_some(layer_lists.NAMES), help=f"of {', '.join(layer_lists.NAMES)}")
-    what.add_argument("--sides", type=_some(tuple(SIDES)), help=f"of {', '.join(SIDES)}; by default freezekit")
+    what.add_argument("--sides", type=_some(tuple(SIDES)), help=f"of {', '.join(SIDES)}; see docs/bench.md")
     what.add_argument("--parts", type=_some(PARTS), help=f"of a layer: {', '.join(PARTS)}; by default step")
     what.add_argument("--quick", action="store_true", help="small sizes and few rounds, for a first look")
     where = parser.add_argument_group("where")
@@ -124,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--warm", action="store_true", help="on a GPU, leave the L2 cache warm")
     how.add_argument("--time-limit", type=float, help="seconds, 0 for none; by default 90, with --all 1050")
     to = parser.add_argument_group("output")
-    to.add_argument("--json", type=Path, metavar="FILE", help="as bench/schema.json says")
+    to.add_argument("--json", type=Path, metavar="FILE", help="as bench/schema.json says, written after each case")
     to.add_argument("--plot", type=Path, metavar="DIR", help="draw PNGs; needs matplotlib")
     to.add_argument("--baseline", type=Path, metavar="FILE", help="an earlier --json to compare with")
     return parser

@@ -13,7 +13,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FormatStrFormatter, NullFormatter
 
-from bench.measurement import Measurement
+from bench.measured import Measured
 from bench.palette import colour, hatch, line, marker
 from bench.report import MIB
 
@@ -27,7 +27,7 @@ def draw(document: dict[str, Any], folder: Path) -> list[Path]:
     Pictures: layer ratios, training steps by regime, peak memory by frozen depth, scaling, and the roofline.
     """
     folder.mkdir(exist_ok=True)
-    rows = [Measurement.from_dict(data) for data in document["rows"]]
+    rows = [row for row in map(Measured.from_dict, document["rows"]) if not row.failure]
     pictures: list[tuple[str, Figure]] = []
     layers = [row for row in rows if row.section == "layers"]
     for group, regime, part in dict.fromkeys((row.group, row.regime, row.part) for row in layers):
@@ -60,7 +60,7 @@ def _caption(document: dict[str, Any]) -> str:
     return f"{e['device']}, {dtype}, torch {e['torch']}, freezekit {e['freezekit']} ({e['commit']}), {e['date']}"
 
 
-def _sides(rows: Iterable[Measurement]) -> list[str]:
+def _sides(rows: Iterable[Measured]) -> list[str]:
     return list(dict.fromkeys(row.side for row in rows))
 
 
@@ -101,7 +101,7 @@ def _bars(
     axis.set_axisbelow(True)
 
 
-def _layer_pages(rows: list[Measurement], name: str, title: str) -> list[tuple[str, Figure]]:
+def _layer_pages(rows: list[Measured], name: str, title: str) -> list[tuple[str, Figure]]:
     """A picture for every 20 layers: more would not be read on a page."""
     layers = list(dict.fromkeys((row.case, row.detail) for row in rows))
     pages = [layers[start : start + 20] for start in range(0, len(layers), 20)]
@@ -116,7 +116,7 @@ def _layer_pages(rows: list[Measurement], name: str, title: str) -> list[tuple[s
     ]
 
 
-def _layer_ratios(rows: list[Measurement], title: str) -> Figure:
+def _layer_ratios(rows: list[Measured], title: str) -> Figure:
     by_key = {(f"{row.case}  {row.detail}", row.side): row for row in rows}
     labels = list(dict.fromkeys(label for label, _ in by_key))
     sides = [side for side in _sides(rows) if side != "stock"]
@@ -141,13 +141,13 @@ def _layer_ratios(rows: list[Measurement], title: str) -> Figure:
     return figure
 
 
-def _regimes(rows: list[Measurement]) -> Figure:
+def _regimes(rows: list[Measured]) -> Figure:
     labels, sides = list(dict.fromkeys(row.regime for row in rows)), _sides(rows)
     by_key = {(row.regime, row.side): row for row in rows}
 
     def seconds(label: str, side: str) -> tuple[float, float, float] | None:
         row = by_key.get((label, side))
-        return (row.seconds.median * 1e3, row.seconds.low * 1e3, row.seconds.high * 1e3) if row else None
+        return (row.time.median * 1e3, row.time.low * 1e3, row.time.high * 1e3) if row else None
 
     def peak(label: str, side: str) -> tuple[float, float, float] | None:
         row = by_key.get((label, side))
@@ -165,7 +165,7 @@ def _regimes(rows: list[Measurement]) -> Figure:
     return figure
 
 
-def _memory(rows: list[Measurement]) -> Figure:
+def _memory(rows: list[Measured]) -> Figure:
     figure, (left, right) = _figure(9, 3.6, 2)
     for side in _sides(rows):
         mine = sorted((row for row in rows if row.side == side), key=lambda row: row.x or 0)
@@ -190,16 +190,16 @@ def _from_zero(axis: Axes) -> None:
     axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
 
 
-def _scaling(rows: list[Measurement]) -> Figure:
+def _scaling(rows: list[Measured]) -> Figure:
     groups = list(dict.fromkeys(row.group for row in rows))
     figure, axes = _figure(4.5 * len(groups), 3.6, len(groups))
     for axis, group in zip(axes, groups, strict=True):
         for side in _sides(rows):
             mine = [row for row in rows if row.side == side and row.group == group and row.x is not None]
-            middle = [row.seconds.median * 1e3 for row in mine]
+            middle = [row.time.median * 1e3 for row in mine]
             errors = [
-                [(row.seconds.median - row.seconds.low) * 1e3 for row in mine],
-                [(row.seconds.high - row.seconds.median) * 1e3 for row in mine],
+                [(row.time.median - row.time.low) * 1e3 for row in mine],
+                [(row.time.high - row.time.median) * 1e3 for row in mine],
             ]
             x = [row.x or 0 for row in mine]
             axis.errorbar(x, middle, errors, **line(side), elinewidth=0.8, capsize=2)
@@ -214,7 +214,7 @@ def _scaling(rows: list[Measurement]) -> Figure:
     return figure
 
 
-def _roofline(rows: list[Measurement], peaks: dict[str, float]) -> Figure:
+def _roofline(rows: list[Measured], peaks: dict[str, float]) -> Figure:
     """Arithmetic intensity is of the mathematics: each tensor moved once."""
     figure, (axis,) = _figure(7, 4.6)
     intensities = []

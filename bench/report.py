@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bench.measurement import Measurement
+from bench.measured import Measured
 from bench.timing import Spread
 
 MIB = 1 << 20
@@ -62,19 +62,19 @@ class Column(NamedTuple):
 
     head: str
     width: int
-    text: Callable[[Measurement], str]
+    text: Callable[[Measured], str]
     rank: int = 9
 
 
 LEGEND = (
-    "ms, ratio: medians of interleaved rounds, ± half the distance between quartiles. roof: of what the measured peaks"
-    " allow, over 100% from a cache. kept: for the backward pass. peak: most held in a step. kernels: launches, or"
-    " operators on a CPU."
+    "ms, ratio: medians of interleaved rounds, ± half the distance between quartiles; the ratio is to stock in the same"
+    " memory format. roof: of what the measured peaks allow, over 100% from a cache. kept: for the backward pass. peak:"
+    " most held in a step. kernels: launches, or operators on a CPU."
 )
 
 _COLUMNS = (
-    Column("ms", 8, lambda r: milliseconds(r.seconds.median)),
-    Column("±", 4, lambda r: f"{r.seconds.relative * 100:.0f}%"),
+    Column("ms", 8, lambda r: milliseconds(r.time.median)),
+    Column("±", 4, lambda r: f"{r.time.relative * 100:.0f}%"),
     Column("ratio to stock", 14, lambda r: percent(r.ratio) if r.ratio else "-"),
     Column("TFLOP/s", 8, lambda r: number(r.tflops), 1),
     Column("GB/s", 7, lambda r: number(r.gbs), 0),
@@ -85,7 +85,7 @@ _COLUMNS = (
 )
 
 
-class Report:
+class Printout:
     """Prints rows as they are measured, a case at a time, with a head wherever the section or group changes.
 
     Args:
@@ -107,7 +107,7 @@ class Report:
         self.line()
         self.line(text, "bold")
 
-    def show(self, rows: Sequence[Measurement]) -> None:
+    def show(self, rows: Sequence[Measured]) -> None:
         """Prints what one case gave, a line a side."""
         first = rows[0]
         if self._open is None:
@@ -120,6 +120,9 @@ class Report:
         what = [first.case, first.detail, "·", first.regime, *(["·", first.part] if first.section == "layers" else [])]
         self.line(" ".join(what), "bold")
         for row in rows:
+            if row.failure:
+                self.line(self._line(row.side, [f"FAILED: {row.failure}"]), "bold red")
+                continue
             cells = [column.text(row).rjust(column.width) for column in self._columns]
             self.line(self._line(row.side, cells), _style(row))
 
@@ -134,9 +137,9 @@ class Report:
     def _line(self, side: str, cells: Sequence[str]) -> str:
         return f"  {side:{max(map(len, (*self.sides, 'freezekit')))}} {' '.join(cells)}"
 
-    def summarise(self, rows: Iterable[Measurement]) -> None:
+    def summarise(self, rows: Iterable[Measured]) -> None:
         """What layers add up to: time and bytes of the whole network, geometric mean of ratios; a table for each."""
-        groups: dict[tuple[str, str, str], list[Measurement]] = {}
+        groups: dict[tuple[str, str, str], list[Measured]] = {}
         for row in rows:
             if row.section == "layers":
                 groups.setdefault((row.group, row.regime, row.part), []).append(row)
@@ -152,17 +155,20 @@ class Report:
             self.console.print(table)
 
 
-def _totals(rows: list[Measurement]) -> tuple[str, str, str]:
+def _totals(rows: list[Measured]) -> tuple[str, str, str]:
+    failed = sum(bool(row.failure) for row in rows)
+    if failed:
+        return f"{failed} of {len(rows)} FAILED", "-", "-"
     kept = [row.count * row.bytes_kept for row in rows if row.bytes_kept is not None]
     ratios = [row.ratio.median for row in rows if row.ratio]
     return (
-        milliseconds(sum(row.count * row.seconds.median for row in rows)),
+        milliseconds(sum(row.count * row.time.median for row in rows)),
         mebibytes(sum(kept)) if kept else "-",
         f"{statistics.geometric_mean(ratios):.3f}" if ratios else "-",
     )
 
 
-def _style(row: Measurement) -> str:
+def _style(row: Measured) -> str:
     """Colour only what differs from stock by more than its own spread."""
     if row.ratio is None or row.side == "stock":
         return ""

@@ -36,6 +36,8 @@ class Side:
         prepare: makes this side's module of a copy of stock's; may change and return the copy.
         channels_last: whether module and input are put in channels_last first.
         backend: freezekit's backend during the forward pass, where it is not the automatic one.
+        hopper: whether that backend may run the kernels for sm_90a. Such a side has a process of its own (bench.child):
+            these kernels have not run on hardware yet, and one that hangs must not take the other sides with it.
         sections: where it takes part; () is everywhere.
         slow: preparing it takes seconds: in a run of everything it is left out of the hundreds of layers.
     """
@@ -44,6 +46,7 @@ class Side:
     prepare: Callable[[nn.Module], nn.Module]
     channels_last: bool = False
     backend: Backend | None = None
+    hopper: bool = False
     sections: tuple[str, ...] = ()
     slow: bool = False
 
@@ -58,6 +61,15 @@ class Side:
         if self.slow and everything and section == "layers":
             return "compiling every layer takes too long: ask for it with --section layers"
         return ""
+
+    @property
+    def reference(self) -> str:
+        """The side that ratios are taken to: stock in the same memory format.
+
+        >>> SIDES["freezekit"].reference, SIDES["freezekit_channels_last"].reference
+        ('stock', 'stock_channels_last')
+        """
+        return "stock_channels_last" if self.channels_last and self.name != "stock_channels_last" else "stock"
 
     def build(self, stock: nn.Module) -> nn.Module:
         """This side's module; `stock` stays as it is."""
@@ -78,7 +90,7 @@ class Side:
         name = self.backend
 
         def call(x: Tensor) -> Tensor:
-            with fk.backend(name):
+            with fk.backend(name, hopper=self.hopper):
                 return module(x)
 
         return call
@@ -108,6 +120,7 @@ SIDES = {
         Side("stock_channels_last", lambda module: module, channels_last=True),
         Side("freezekit_channels_last", fk.convert, channels_last=True),
         Side("freezekit_native_channels_last", fk.convert, channels_last=True, backend="native"),
+        Side("freezekit_hopper_channels_last", fk.convert, channels_last=True, backend="native", hopper=True),
         Side("stock_compiled", _compiled, slow=True),
         Side("freezekit_compiled", lambda module: _compiled(fk.convert(module)), slow=True),
         Side("memsave_torch", _memsave),
@@ -123,6 +136,18 @@ COMPETITORS = (
 )
 
 
+def default_sides(device: torch.device) -> tuple[str, ...]:
+    """Who stands beside stock: on a GPU freezekit's kernels beside cuDNN, in the memory format that suits both.
+
+    >>> default_sides(torch.device("cpu"))
+    ('freezekit',)
+    """
+    if device.type != "cuda":
+        return ("freezekit",)
+    hopper = ("freezekit_hopper_channels_last",) if torch.cuda.get_device_capability(device) == (9, 0) else ()
+    return ("stock_channels_last", "freezekit", "freezekit_native_channels_last", *hopper)
+
+
 def why_absent(name: str, device: torch.device) -> str:
     """Why a side cannot run here; "" if it can.
 
@@ -131,8 +156,10 @@ def why_absent(name: str, device: torch.device) -> str:
     """
     if name == "memsave_torch" and importlib.util.find_spec("memsave_torch") is None:
         return "memsave_torch is not installed"
-    if name.startswith("freezekit_native") and device.type != "cuda":
+    if SIDES[name].backend == "native" and device.type != "cuda":
         return "freezekit's own kernels need a CUDA device"
+    if SIDES[name].hopper and torch.cuda.get_device_capability(device) != (9, 0):
+        return "these kernels need a GPU of sm_90"
     if name == "freezekit_aten" and device.type != "cuda":
         return "on a CPU freezekit computes by ATen anyway"
     return ""

@@ -60,7 +60,8 @@ def layer_target(name: str, part: str, regime: str, bound: float, settings: Sett
     ratios = []
     for layer in layers_of(network):
         _, ours = measure(layer_case(network, layer, part, regime, settings), settings, peaks, clock)
-        assert ours.ratio is not None
+        if ours.ratio is None:
+            raise RuntimeError(f"{layer.name}: {ours.failure}")
         ratios.append(ours.ratio.median)
         print(
             f"  {layer.name:22} {layer.shape:34} {ours.ratio.median:.3f} ± {ours.ratio.relative * 100:.0f}%", flush=True

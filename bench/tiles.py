@@ -67,7 +67,7 @@ class Timed:
     chosen: bool
 
 
-class Problem:
+class TiledProblem:
     """A layer's tensors, channels_last, and the ways to compute one operator on them."""
 
     def __init__(self, layer: LayerShape, operator: str, batch: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -131,7 +131,7 @@ class Wrong(Exception):
     """A candidate computed something else than ATen; the text says which, where and by how much."""
 
 
-def measure(problem: Problem, rounds: int, cold: bool) -> list[Timed]:
+def measure(problem: TiledProblem, rounds: int, cold: bool) -> list[Timed]:
     """All candidates and ATen, interleaved; each held against ATen first."""
     expected, found = problem.aten().double(), list(problem.candidates())
     steps: dict[str, Callable[[], object]] = {"aten": problem.aten}
@@ -198,7 +198,7 @@ def main(arguments: list[str] | None = None) -> int:
             for layer in layer_lists.layers_of(options.layers):
                 for operator in OPERATORS:
                     found = measure(
-                        Problem(layer, operator, options.batch, device, dtype), options.rounds, not options.warm
+                        TiledProblem(layer, operator, options.batch, device, dtype), options.rounds, not options.warm
                     )
                     rows += found
                     print(line(found), flush=True)

@@ -37,33 +37,52 @@ class HostClock:
 
 
 class CudaClock:
-    """Time on the current CUDA stream between two events.
+    """Time on the current CUDA stream between two events, of the device alone.
 
-    Before the first event the device gets work to chew on, so that the host is ahead when the step is queued and its
-    launch cost is not counted as the step's: either a write over more than the L2 cache (`cold`, the default: a layer
-    in a training step finds its tensors in device memory) or one untimed call of the step itself (`cold=False`).
+    The device waits before the first event while the host queues the whole step: what the host takes to launch it is
+    then no part of its time. A timing counts only if the device was still waiting when the last launch was queued;
+    else it is repeated with twice the wait, up to `LONGEST_WAIT` (a step that synchronises is never ahead).
+
+    Before the wait either the L2 cache is overwritten (`cold`, the default: a layer in a training step finds its
+    tensors in device memory), or the step runs once untimed.
     """
+
+    FIRST_WAIT, LONGEST_WAIT = 1e-3, 64e-3
 
     def __init__(self, device: torch.device, cold: bool = True) -> None:
         self.device = device
         self.cold = cold
         l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
         self._flush = torch.empty(max(2 * l2_bytes, 128 << 20) if cold else 0, dtype=torch.uint8, device=device)
+        self._wait = self.FIRST_WAIT
+        cycles = 1_000_000
+        self._between(lambda: torch.cuda._sleep(cycles))  # The first launch pays for loading the kernel.
+        self._cycles_per_second = cycles / self._between(lambda: torch.cuda._sleep(cycles))[0]
 
     def __call__(self, step: Step, calls: int) -> float:
-        total = 0.0
-        for _ in range(calls):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        return sum(self._one(step) for _ in range(calls)) / calls
+
+    def _one(self, step: Step) -> float:
+        while True:
             if self.cold:
                 self._flush.zero_()
             else:
                 step()
-            begin.record()
-            step()
-            end.record()
-            end.synchronize()
-            total += begin.elapsed_time(end)
-        return total / calls / 1e3
+            torch.cuda._sleep(int(self._wait * self._cycles_per_second))
+            seconds, ahead = self._between(step)
+            if ahead or self._wait >= self.LONGEST_WAIT:
+                return seconds
+            self._wait *= 2
+
+    def _between(self, step: Step) -> tuple[float, bool]:
+        """Seconds that the device took, and whether it had not begun when the host had queued everything."""
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        step()
+        end.record()
+        ahead = not begin.query()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3, ahead
 
 
 def clock_for(device: torch.device, cold: bool = True) -> Clock:

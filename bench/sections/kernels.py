@@ -6,33 +6,42 @@ dgrads and three wgrads while all learn (the input needs no gradient), two and t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bench.measure import describe
 from bench.settings import Settings
-from bench.sides import SIDES
+from bench.sides import SIDES, why_absent
 from bench.verify import Tolerance, WrongResult, check
 from freezekit.profiling import KernelTable, profile
 
+OWN = "freezekit_native"
 EXPECTED = {"all trainable": {"dgrad": 2, "wgrad": 3}, "middle frozen": {"dgrad": 2, "wgrad": 2}}
 
 
 @dataclass(frozen=True)
 class Profiled:
-    """One side's kernel table in one regime, forward and backward pass."""
+    """One side's kernel table in one regime, forward and backward pass, or why there is none."""
 
     regime: str
     side: str
     counts: dict[str, int]
     table: KernelTable
+    failure: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
-        return {"regime": self.regime, "side": self.side, "counts": self.counts, "kernels": self.table.to_dicts()}
+        return {
+            "regime": self.regime,
+            "side": self.side,
+            "counts": self.counts,
+            "kernels": self.table.to_dicts(),
+            "failure": self.failure,
+        }
 
 
 def example(device: torch.device, dtype: torch.dtype, middle_frozen: bool) -> tuple[nn.Sequential, Tensor]:
@@ -43,36 +52,50 @@ def example(device: torch.device, dtype: torch.dtype, middle_frozen: bool) -> tu
 
 
 def run(settings: Settings) -> Iterator[Profiled]:
-    """Stock's and freezekit's tables of each regime.
+    """Tables of each regime: stock's, freezekit's and, on a GPU, those of freezekit's own kernels alone.
 
-    Raises:
-        WrongResult: if freezekit's output or gradients differ from stock's, or its counts from EXPECTED.
+    A side that fails, gives other results than stock or runs other phases than EXPECTED has its reason in place of a
+    table.
     """
-    for regime, expected in EXPECTED.items():
+    own = () if why_absent(OWN, settings.device) else (OWN,)
+    for regime in EXPECTED:
         torch.manual_seed(settings.seed)
         stock, x = example(settings.device, settings.dtype, regime == "middle frozen")
         reference: dict[str, Tensor] = {}
-        for name in ("stock", "freezekit"):
-            model = SIDES[name].build(stock)
-            results = _results(model, x)
-            reference = reference or results
-            # 9 products an input channel, three layers deep; gradients of weights sum over 22 x 22 positions.
-            tolerance = Tolerance(settings.dtype, 3 * 22 * 22, settings.tf32).relative
-            check(f"forum example, {regime}", name, results, reference, dict.fromkeys(reference, tolerance))
-            with profile():  # The first recording pays for the profiler's own start.
-                _results(model, x)
-            with profile() as recorded:
-                model(x).mean().backward()
-            counts = recorded.counts()
-            found = {phase: counts[phase] for phase in expected}
-            if name == "freezekit" and found != expected:
-                raise WrongResult(f"forum example, {regime}: freezekit ran {found}, expected {expected}")
-            yield Profiled(regime, name, counts, recorded.kernels())
+        for name in ("stock", "freezekit", *own):
+            try:
+                yield _profiled(regime, name, stock, x, reference, settings)
+            except Exception as error:
+                yield Profiled(regime, name, {}, KernelTable(()), describe(error))
 
 
-def _results(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+def _profiled(
+    regime: str, name: str, stock: nn.Module, x: Tensor, reference: dict[str, Tensor], settings: Settings
+) -> Profiled:
+    """One table; stock's results become the reference."""
+    side = SIDES[name]
+    model = side.build(stock)
+    forward = side.forward(model)
+    results = _results(model, forward, x)
+    if name == "stock":
+        reference.update(results)
+    # 9 products per input channel, three layers deep; gradients of weights sum over 22 x 22 positions.
+    tolerance = Tolerance(settings.dtype, 3 * 22 * 22, settings.tf32).relative
+    check(f"forum example, {regime}", name, results, reference, dict.fromkeys(reference, tolerance))
+    with profile():  # The first recording pays for the profiler's own start.
+        _results(model, forward, x)
+    with profile() as recorded:
+        forward(x).mean().backward()
+    counts = recorded.counts()
+    found = {phase: counts[phase] for phase in EXPECTED[regime]}
+    if name != "stock" and found != EXPECTED[regime]:
+        raise WrongResult(f"forum example, {regime}: {name} ran {found}, expected {EXPECTED[regime]}")
+    return Profiled(regime, name, counts, recorded.kernels())
+
+
+def _results(model: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> dict[str, Tensor]:
     """One step's output and gradients, by name; the gradients are cleared."""
-    y = model(x)
+    y = forward(x)
     y.mean().backward()
     results = {"y": y.detach()}
     for name, parameter in model.named_parameters():

@@ -12,8 +12,8 @@ from rich.console import Console
 
 from bench import baseline
 from bench.document import NotThisSchema
-from bench.measurement import Measurement
-from bench.report import Report
+from bench.measured import Measured
+from bench.report import Printout
 from bench.timing import Spread
 from tests.bench.test_document import ROW, VALID
 
@@ -48,7 +48,7 @@ def test_few_rounds_claim_little_and_many_much() -> None:
 def test_a_thousand_pairs_of_equal_runs() -> None:
     order = random.Random(0)
 
-    def run(rounds: int) -> Measurement:
+    def run(rounds: int) -> Measured:
         values = [order.gauss(1.0, 0.05) for _ in range(rounds)]
         return replace(OURS, rounds=rounds, ratio=Spread.of(values))
 
@@ -76,7 +76,7 @@ def test_shown_with_the_earlier_runs_commit(tmp_path: Path) -> None:
     path = tmp_path / "old.json"
     path.write_text(json.dumps({**VALID, "rows": [OURS.to_dict()]}))
     console = Console(record=True, width=200)
-    baseline.show(Report(console), path, [replace(OURS, bytes_kept=1 << 20), ROW])
+    baseline.show(Printout(console), path, [replace(OURS, bytes_kept=1 << 20), ROW])
     text = console.export_text()
     assert "abc, 2026-01-01" in text
     assert "worse   layers: tiny dense 8x12x12, frozen, step, freezekit: bytes kept 0 -> 1 MiB" in text
@@ -86,5 +86,5 @@ def test_shown_with_the_earlier_runs_commit(tmp_path: Path) -> None:
 def test_a_file_of_something_else(tmp_path: Path) -> None:
     path = tmp_path / "old.json"
     path.write_text("{}")
-    with pytest.raises(NotThisSchema, match="lacks version"):
-        baseline.show(Report(Console(quiet=True)), path, [])
+    with pytest.raises(NotThisSchema, match="'version' is a required property"):
+        baseline.show(Printout(Console(quiet=True)), path, [])

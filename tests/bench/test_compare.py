@@ -6,15 +6,23 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
+from torch import nn
 
-from bench import compare, document, options, sections
-from bench.environment import ROOT
-from bench.measurement import Measurement
-from bench.report import Report
+from bench import compare, document, options, sections, sides
+from bench.environment import ROOT, Peaks
+from bench.measure import measure
+from bench.measured import Measured
+from bench.report import Printout
+from bench.sections import kernels, layers
+from bench.settings import Settings
+from bench.timing import HostClock
 
 TINY = ["--device", "cpu", "--layers", "tiny", "--repeat", "1"]
 
@@ -54,7 +62,7 @@ def test_forum_example_counts(whole: tuple[dict, str]) -> None:
 
 
 def test_frozen_layers_keep_nothing_and_stock_keeps_its_input(whole: tuple[dict, str]) -> None:
-    rows = [Measurement.from_dict(data) for data in whole[0]["rows"] if data["section"] == "layers"]
+    rows = [Measured.from_dict(data) for data in whole[0]["rows"] if data["section"] == "layers"]
     dense = {(row.regime, row.side): row.bytes_kept for row in rows if row.case == "dense"}
     x = 2 * 8 * 12 * 12 * 4
     assert dense == {
@@ -66,10 +74,10 @@ def test_frozen_layers_keep_nothing_and_stock_keeps_its_input(whole: tuple[dict,
 
 
 def test_every_row_is_beside_stock(whole: tuple[dict, str]) -> None:
-    rows = [Measurement.from_dict(data) for data in whole[0]["rows"]]
+    rows = [Measured.from_dict(data) for data in whole[0]["rows"]]
     cases = {row.key[:-1] for row in rows}
     assert {row.key[:-1] for row in rows if row.side == "stock"} == cases
-    assert all(row.ratio is not None and row.error <= 1 for row in rows)
+    assert all(row.ratio is not None and row.error is not None and row.error <= 1 for row in rows)
     assert all(row.ratio == row.ratio.of([1.0]) for row in rows if row.side == "stock" and row.ratio)
 
 
@@ -136,7 +144,7 @@ def test_everything_is_everything() -> None:
 
 def test_time_is_shared_by_what_cases_cost() -> None:
     settings = options.parse(["--device", "cpu", "--all"]).settings
-    run = compare.Run(settings, Report(Console(quiet=True)), None)
+    run = compare.Run(settings, Printout(Console(quiet=True)), None)
     cases = {name: make(settings) for name, make in sections.SECTIONS.items()}
     weights = {name: run._weight(made) / len(made) for name, made in cases.items()}
     assert weights == {"layers": 1, "blocks": 35, "models": 35, "memory": 35, "scaling": 35}
@@ -149,6 +157,115 @@ def test_the_makefile_asks_for_what_there_is(tmp_path: Path, monkeypatch: pytest
     assert len(commands) == 2
     for command in commands:
         options.parse(command.split())
+
+
+def on_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], *arguments: str) -> options.Asked:
+    """The command line as read on a machine with such a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    return options.parse(["--device", "cuda", *arguments])
+
+
+def test_a_gpu_shows_own_kernels_beside_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    sides = ("stock", "stock_channels_last", "freezekit", "freezekit_native_channels_last")
+    assert on_gpu(monkeypatch, (8, 0)).settings.sides == sides
+    assert on_gpu(monkeypatch, (9, 0)).settings.sides == (*sides, "freezekit_hopper_channels_last")
+    assert on_gpu(monkeypatch, (8, 0)).notes == ()
+    asked = on_gpu(monkeypatch, (8, 0), "--sides", "freezekit_hopper_channels_last")
+    assert asked.notes == ("left out: freezekit_hopper_channels_last: these kernels need a GPU of sm_90",)
+
+
+def test_ratios_are_to_stock_in_the_same_memory_format(tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+    arguments = [*TINY, "--section", "layers", "--sides", "freezekit,freezekit_channels_last", "--json", str(path)]
+    assert compare.main(arguments, Console(quiet=True)) == 0
+    rows = {(r.case, r.regime, r.side): r for r in map(Measured.from_dict, document.read(path)["rows"])}
+    assert len(rows) == 8 * 4
+    for (case, regime, side), row in rows.items():
+        stock = "stock_channels_last" if side == "freezekit_channels_last" else "stock"
+        ratio = row.time.median / rows[case, regime, stock].time.median
+        assert row.ratio is not None
+        assert row.ratio.median == pytest.approx(ratio), (case, side)  # one round: the ratio is that of the times
+
+
+class Refuses(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("planted\nsecond line")
+
+
+def test_a_side_that_fails_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sides.SIDES, "checkpoint", sides.Side("checkpoint", Refuses))
+    path, console = tmp_path / "out.json", Console(record=True, width=200)
+    arguments = [*TINY, "--section", "layers", "--sides", "freezekit,checkpoint", "--json", str(path)]
+    assert compare.main(arguments, console) == 1
+    rows = [Measured.from_dict(data) for data in document.read(path)["rows"]]
+    assert {row.failure for row in rows if row.side == "checkpoint"} == {"RuntimeError: planted"}
+    assert all(row.seconds is not None and not row.failure for row in rows if row.side != "checkpoint")
+    text = console.export_text()
+    assert "checkpoint" in text
+    assert "FAILED: RuntimeError: planted" in text
+    assert "8 rows FAILED" in text
+    assert "4 of 4 FAILED" in text
+
+
+def test_where_stock_fails_every_side_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sides.SIDES, "stock", sides.Side("stock", Refuses))
+    settings = options.parse(TINY).settings
+    case = sections.SECTIONS["layers"](settings)[0]()
+    rows = measure(case, settings, Peaks(1.0, 1.0), HostClock())
+    assert [(row.side, row.failure) for row in rows] == [
+        ("stock", "RuntimeError: planted"),
+        ("freezekit", "RuntimeError: planted"),
+    ]
+
+
+def test_the_file_is_written_after_each_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "out.json"
+    real, measured = compare.measure, []
+
+    def stopped(*arguments: Any) -> list[Measured]:
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        measured.extend(real(*arguments)[:1])
+        return measured[-1:]
+
+    monkeypatch.setattr(compare, "measure", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        compare.main([*TINY, "--section", "layers", "--json", str(path)], Console(quiet=True))
+    assert [Measured.from_dict(data) for data in document.read(path)["rows"]] == measured
+
+
+def test_a_case_that_cannot_be_made_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise MemoryError("planted")
+
+    def made(settings: Settings) -> list[Any]:
+        first, second, *_ = layers.cases(settings)
+        return [partial(lambda *arguments: refuse(), *first.args), second]
+
+    monkeypatch.setitem(sections.SECTIONS, "layers", made)
+    path = tmp_path / "out.json"
+    assert compare.main([*TINY, "--section", "layers", "--json", str(path)], Console(quiet=True)) == 1
+    result = document.read(path)
+    assert len(result["rows"]) == 2
+    assert "MemoryError: planted" in result["skipped"][-1]
+
+
+def test_own_kernels_have_a_third_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "why_absent", lambda name, device: "")
+    monkeypatch.setitem(sides.SIDES, "freezekit_native", sides.SIDES["freezekit"])
+    console = Console(record=True, width=200)
+    assert compare.main([*TINY, "--section", "kernels"], console) == 0
+    text = console.export_text()
+    assert "middle frozen, freezekit_native: 3 fprop, 2 dgrad, 2 wgrad" in text
+    monkeypatch.setitem(sides.SIDES, "freezekit_native", sides.Side("freezekit_native", Refuses))
+    console = Console(record=True, width=200)
+    assert compare.main([*TINY, "--section", "kernels"], console) == 1
+    assert console.export_text().count("freezekit_native: FAILED: RuntimeError: planted") == 2
 
 
 @pytest.mark.parametrize(
@@ -165,7 +282,7 @@ def test_the_makefile_asks_for_what_there_is(tmp_path: Path, monkeypatch: pytest
         (["--device", "meta"], "must be cpu or cuda"),
         (["--json", "no/such/folder/out.json"], "no such folder"),
         (["--baseline", "no-such.json"], "no such file"),
-        (["--baseline", str(ROOT / "bench" / "schema.json")], "lacks version"),
+        (["--baseline", str(ROOT / "bench" / "schema.json")], "was unexpected"),
     ],
 )
 def test_arguments_that_make_no_sense(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

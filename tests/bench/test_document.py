@@ -12,14 +12,15 @@ import pytest
 
 from bench import document
 from bench.document import SCHEMA, NotThisSchema
-from bench.measurement import Measurement
+from bench.measured import Measured
 from bench.timing import Spread
 from freezekit.profiling import KernelRow
 
 LABELS = ("layers", "tiny", "dense", "8x12x12", "frozen", "step", "stock")
-ROW = Measurement(*LABELS, 1, 15, Spread(2.0, 1.0, 3.0), Spread(1.0, 1.0, 1.0), 0.0)
+ROW = Measured(*LABELS, 1, 15, Spread(2.0, 1.0, 3.0), Spread(1.0, 1.0, 1.0), 0.0)
+FAILED = Measured(*LABELS, 1, 0, None, None, None, failure="RuntimeError: planted")
 VALID: dict[str, Any] = {
-    "version": 2,
+    "version": 3,
     "environment": {
         "device": "CPU",
         "threads": 2,
@@ -42,7 +43,7 @@ VALID: dict[str, Any] = {
         "parts": ["step"],
         "layers": [],
     },
-    "kernels": [{"regime": "all trainable", "side": "stock", "counts": {"dgrad": 2}, "kernels": []}],
+    "kernels": [{"regime": "all trainable", "side": "stock", "counts": {"dgrad": 2}, "kernels": [], "failure": ""}],
     "rows": [ROW.to_dict()],
     "skipped": [],
 }
@@ -55,15 +56,15 @@ def test_valid_document() -> None:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("version",), 1, r"\$.version must be one of \[2\]"),
-        (("rows", 0, "section"), "layer", r"\$.rows\[0\].section must be one of"),
-        (("rows", 0, "count"), 0, "at least 1"),
-        (("rows", 0, "count"), True, "must be integer"),
-        (("rows", 0, "seconds"), {"median": 1.0, "low": 1.0}, r"\$.rows\[0\].seconds lacks high"),
-        (("rows", 0, "speed"), 3, "unknown 'speed'"),
-        (("environment", "peaks", "tflops"), "fast", r"\$.environment.peaks.tflops must be number"),
-        (("kernels", 0, "counts", "dgrad"), -1, "at least 0"),
-        (("skipped",), "nothing", r"\$.skipped must be array"),
+        (("version",), 1, r"\$.version: 1 is not one of \[3\]"),
+        (("rows", 0, "section"), "layer", r"\$.rows\[0\].section: 'layer' is not one of"),
+        (("rows", 0, "count"), 0, r"count: 0 is less than the minimum of 1"),
+        (("rows", 0, "count"), True, r"count: True is not of type 'integer'"),
+        (("rows", 0, "seconds"), {"median": 1.0, "low": 1.0}, r"\$.rows\[0\].seconds: 'high' is a required property"),
+        (("rows", 0, "speed"), 3, r"\$.rows\[0\]: .*'speed' was unexpected"),
+        (("environment", "peaks", "tflops"), "fast", r"\$.environment.peaks.tflops: 'fast' is not of type 'number'"),
+        (("kernels", 0, "counts", "dgrad"), -1, r"dgrad: -1 is less than the minimum of 0"),
+        (("skipped",), "nothing", r"\$.skipped: 'nothing' is not of type 'array'"),
     ],
 )
 def test_broken_documents(path: tuple[str | int, ...], value: Any, message: str) -> None:
@@ -83,12 +84,25 @@ def test_no_json(tmp_path: Path) -> None:
         document.read(path)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("row", Measurement), ("kernel", KernelRow)])
+@pytest.mark.parametrize(("name", "kind"), [("row", Measured), ("kernel", KernelRow)])
 def test_schema_names_every_field(name: str, kind: type) -> None:
     names = {field.name for field in fields(kind)}
     assert set(SCHEMA["$defs"][name]["properties"]) == names
     assert set(SCHEMA["$defs"][name]["required"]) == names
 
 
-def test_row_survives_the_round_trip() -> None:
-    assert Measurement.from_dict(json.loads(json.dumps(ROW.to_dict()))) == ROW
+@pytest.mark.parametrize("row", [ROW, FAILED])
+def test_row_survives_the_round_trip(row: Measured) -> None:
+    assert Measured.from_dict(json.loads(json.dumps(row.to_dict()))) == row
+
+
+def test_a_failed_row_is_valid() -> None:
+    document.validate({**VALID, "rows": [FAILED.to_dict()]})
+
+
+def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    document.write(VALID, path)
+    document.write({**VALID, "rows": []}, path)
+    assert document.read(path)["rows"] == []
+    assert list(tmp_path.iterdir()) == [path]

@@ -12,11 +12,11 @@ pytest.importorskip("matplotlib")
 import matplotlib.pyplot as plt
 
 from bench import plots
-from bench.measurement import Measurement
+from bench.measured import Measured
 from bench.timing import Spread
 from tests.bench.test_document import VALID
 
-BASE = Measurement(
+BASE = Measured(
     "layers",
     "resnet50",
     "layer3.0.downsample",

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from bench.report import LEGEND, Report
+from bench.report import LEGEND, Printout
 from bench.timing import Spread
 from tests.bench.test_document import ROW
 
@@ -20,7 +20,7 @@ ROWS = [
 
 def shown(width: int, terminal: bool) -> list[str]:
     console = Console(record=True, width=width, force_terminal=terminal, file=io.StringIO())
-    Report(console, ("stock", "stock_channels_last")).show(ROWS)
+    Printout(console, ("stock", "stock_channels_last")).show(ROWS)
     return [line.rstrip() for line in console.export_text().splitlines()]
 
 
@@ -48,7 +48,7 @@ def test_columns_are_explained_before_the_first() -> None:
 
 def test_a_ratio_beyond_its_spread_is_coloured() -> None:
     console = Console(record=True, width=120)
-    report = Report(console)
+    report = Printout(console)
     report.show([ROW, replace(ROW, side="freezekit", ratio=Spread(1.2, 1.1, 1.3))])
     report.show([ROW, replace(ROW, side="freezekit", ratio=Spread(1.2, 1.0, 1.3))])
     text = [line for line in console.export_text(styles=True).splitlines() if "freezekit" in line]

@@ -17,7 +17,7 @@ LAYER = LayerShape("one", 16, 24, 3, 6, padding=1)
 
 
 def candidates(operator: str, layer: LayerShape = LAYER, dtype: torch.dtype = torch.bfloat16) -> list[str]:
-    problem = tiles.Problem(layer, operator, 1, CPU, dtype)
+    problem = tiles.TiledProblem(layer, operator, 1, CPU, dtype)
     return [candidate.name for candidate in problem.candidates()]
 
 
@@ -37,7 +37,7 @@ def test_every_tile_that_takes_the_layer_is_a_candidate() -> None:
 @pytest.mark.parametrize("operator", tiles.OPERATORS)
 def test_what_select_takes_is_among_them(operator: str) -> None:
     for layer in layers_of("tiny"):
-        problem = tiles.Problem(layer, operator, 1, CPU, torch.bfloat16)
+        problem = tiles.TiledProblem(layer, operator, 1, CPU, torch.bfloat16)
         assert problem.chosen() in list(problem.candidates())
 
 
@@ -60,7 +60,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_a_wrong_kernel_stops_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(tiles.Problem, "aten", lambda self: self.outputs[self.number] + 1)
+    monkeypatch.setattr(tiles.TiledProblem, "aten", lambda self: self.outputs[self.number] + 1)
     assert tiles.main(["--device", "cpu", "--layers", "tiny", "--batch", "1", "--rounds", "1"]) == 1
     assert "WRONG RESULT: implicit_gemm/" in capsys.readouterr().out
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import itertools
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from bench.timing import HostClock, Interleaved, Spread, Step, interleave
+from bench.timing import CudaClock, HostClock, Interleaved, Spread, Step, interleave
 
 
 class Scripted:
@@ -94,3 +96,66 @@ def test_collector_rests_meanwhile_and_is_restored_after_an_error() -> None:
 def test_nothing_to_time_is_an_error(steps: dict[str, Step], rounds: int, calls: int) -> None:
     with pytest.raises(ValueError, match="at least"):
         interleave(steps, clock=HostClock(), rounds=rounds, calls=calls)
+
+
+class Gpu:
+    """A device that works off its queue while the host goes on, in seconds; sleeping takes a nanosecond a cycle."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.host = self.free = 0.0
+        self.waits: list[float] = []
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                self.at = max(gpu.host, gpu.free)
+
+            def query(self) -> bool:
+                return self.at <= gpu.host
+
+            def synchronize(self) -> None:
+                gpu.host = max(gpu.host, self.at)
+
+            def elapsed_time(self, end: object) -> float:
+                return (end.at - self.at) * 1e3  # type: ignore[attr-defined]
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "_sleep", self.sleep)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=0))
+
+    def sleep(self, cycles: int) -> None:
+        self.waits.append(cycles * 1e-9)
+        self.launch(host=5e-6, device=cycles * 1e-9)
+
+    def launch(self, host: float, device: float) -> None:
+        self.host += host
+        self.free = max(self.free, self.host) + device
+
+
+@pytest.mark.parametrize("cold", [True, False])
+@pytest.mark.parametrize("host", [60e-6, 300e-6, 5e-3])
+def test_a_gpu_s_clock_does_not_measure_the_host(host: float, cold: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu(monkeypatch)
+    clock = CudaClock(torch.device("cpu"), cold)
+
+    def layer() -> None:
+        for _ in range(10):
+            gpu.launch(host=host / 10, device=2e-6)
+
+    assert [clock(layer, 2) for _ in range(3)] == pytest.approx([20e-6] * 3)
+    assert gpu.waits[-1] == pytest.approx(1e-3 if host < 1e-3 else 8e-3, rel=0.01)
+
+
+def test_a_step_that_synchronises_is_timed_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu(monkeypatch)
+    clock = CudaClock(torch.device("cpu"))
+
+    def step() -> None:
+        gpu.host = max(gpu.host, gpu.free)
+        gpu.launch(host=1e-4, device=1e-3)
+
+    assert clock(step, 1) == pytest.approx(1.1e-3)
+    assert gpu.waits[-1] == pytest.approx(clock.LONGEST_WAIT, rel=0.01)

@@ -1,6 +1,8 @@
-"""Nothing wrong gets past the gate, and nothing right is stopped."""
+"""Nothing wrong is let through, and nothing right is stopped."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import freezekit as fk
-from bench import compare, sides
+from bench import compare, document, sides
 from bench.layer_lists import layers_of
 from bench.measure import Case, Contestant
 from bench.sections.layers import tolerance
@@ -159,8 +161,8 @@ class SlightlyWrongForward(nn.Conv2d):
 
 
 @pytest.mark.parametrize(("wrong", "name"), [(WrongBackward, "dx"), (WrongForward, "y"), (SlightlyWrongForward, "y")])
-def test_a_planted_wrong_kernel_never_gets_a_row(
-    wrong: type[nn.Module], name: str, monkeypatch: pytest.MonkeyPatch
+def test_a_planted_wrong_kernel_never_gets_a_time(
+    wrong: type[nn.Module], name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def plant(module: nn.Module) -> nn.Module:
         module.__class__ = wrong
@@ -168,12 +170,15 @@ def test_a_planted_wrong_kernel_never_gets_a_row(
 
     monkeypatch.setitem(sides.SIDES, "freezekit", sides.Side("freezekit", plant))
     console = Console(record=True, width=200)
-    code = compare.main(["--device", "cpu", "--section", "layers", "--layers", "tiny", "--repeat", "1"], console)
+    path = tmp_path / "out.json"
+    arguments = ["--device", "cpu", "--section", "layers", "--layers", "tiny", "--repeat", "1", "--json", str(path)]
+    assert compare.main(arguments, console) == 1
     text = console.export_text()
-    assert code == 1
     assert "WRONG RESULT" in text
     assert f"freezekit's {name} differs from stock's" in text
-    assert "dense" not in text.split("WRONG RESULT")[0]
+    ours = [row for row in document.read(path)["rows"] if row["side"] == "freezekit" and row["case"] == "dense"]
+    assert ours
+    assert all(row["seconds"] is None and row["failure"].startswith("WRONG RESULT") for row in ours)
 
 
 def test_a_wrong_count_of_kernels_fails(monkeypatch: pytest.MonkeyPatch) -> None:

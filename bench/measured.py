@@ -9,7 +9,7 @@ from bench.timing import Spread
 
 
 @dataclass(frozen=True)
-class Measurement:
+class Measured:
     """One side of one case. `bench/schema.json` says the same of its JSON form.
 
     Attributes:
@@ -23,7 +23,7 @@ class Measurement:
         count: how often the case occurs in its group.
         rounds: how many values `seconds` and `ratio` are medians of.
         seconds: of one call.
-        ratio: to stock, round by round; None where stock was not run.
+        ratio: to the time of the side's reference, round by round: stock in the same memory format.
         error: largest difference from stock as a fraction of what rounding explains; at most 1.
         tflops, gbs: arithmetic and least memory traffic of the mathematics over the time; None where unknown.
         roofline: the least time that the device's measured peaks allow over the time.
@@ -31,6 +31,7 @@ class Measurement:
         peak_bytes: most bytes held during the step beyond those held before it.
         kernels: kernels launched by one call, or operators called on a CPU.
         x: where the case stands on a plot's axis (frozen layers, batch, image size); None elsewhere.
+        failure: why there is no figure: the side raised an error or computed something else than stock; "" otherwise.
     """
 
     section: str
@@ -42,9 +43,9 @@ class Measurement:
     side: str
     count: int
     rounds: int
-    seconds: Spread
+    seconds: Spread | None
     ratio: Spread | None
-    error: float
+    error: float | None
     tflops: float | None = None
     gbs: float | None = None
     roofline: float | None = None
@@ -52,6 +53,13 @@ class Measurement:
     peak_bytes: int | None = None
     kernels: int | None = None
     x: float | None = None
+    failure: str = ""
+
+    @property
+    def time(self) -> Spread:
+        """`seconds`, of a row that has figures."""
+        assert self.seconds is not None, self.failure
+        return self.seconds
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -63,9 +71,7 @@ class Measurement:
         return asdict(self)
 
     @staticmethod
-    def from_dict(data: dict[str, Any]) -> Measurement:
+    def from_dict(data: dict[str, Any]) -> Measured:
         """The reverse of :meth:`to_dict`."""
-        ratio = data["ratio"]
-        return Measurement(
-            **{**data, "seconds": Spread(**data["seconds"]), "ratio": Spread(**ratio) if ratio else None}
-        )
+        spreads = {name: Spread(**data[name]) if data[name] else None for name in ("seconds", "ratio")}
+        return Measured(**{**data, **spreads})
