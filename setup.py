@@ -158,6 +158,8 @@ class Build(build_ext):
 OPENMP = ["-fopenmp"] if torch.backends.openmp.is_available() and sys.platform == "linux" else []
 
 setup(
+    # A build belongs to one minor version of torch: freezekit/_extension.py refuses any other.
+    install_requires=["torch=={}.*".format(".".join(torch.__version__.split(".")[:2])), "rich>=13"],
     ext_modules=[
         CppExtension(
             "freezekit._C",

@@ -84,18 +84,31 @@ def test_an_installed_copy_is_whole(tmp_path: Path) -> None:
     assert (tmp_path / "lib/freezekit/py.typed").is_file()
 
 
-def test_a_source_distribution_holds_all_that_is_compiled(tmp_path: Path) -> None:
-    steps = ["egg_info", "--egg-base", str(tmp_path), "sdist", "--formats", "tar", "--dist-dir", str(tmp_path)]
+@pytest.fixture(scope="module")
+def distribution(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], str]:
+    """The files of a source distribution, and its metadata."""
+    folder = str(tmp_path_factory.mktemp("dist"))
+    steps = ["egg_info", "--egg-base", folder, "sdist", "--formats", "tar", "--dist-dir", folder]
     subprocess.run([sys.executable, "setup.py", "-q", *steps], cwd=ROOT, check=True, capture_output=True)
-    with tarfile.open(next(tmp_path.glob("*.tar"))) as packed:
-        names = {name.partition("/")[2] for name in packed.getnames()}
+    with tarfile.open(next(Path(folder).glob("*.tar"))) as packed:
+        metadata = next(name for name in packed.getnames() if name.count("/") == 1 and name.endswith("/PKG-INFO"))
+        opened = packed.extractfile(metadata)
+        assert opened is not None
+        return {name.partition("/")[2] for name in packed.getnames()}, opened.read().decode()
+
+
+def test_a_source_distribution_holds_all_that_is_compiled(distribution: tuple[set[str], str]) -> None:
+    names, _ = distribution
     sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cpp", ".cu", ".h")]
     assert len(sources) > 100
     assert not {str(path.relative_to(ROOT)) for path in sources} - names
 
 
-def test_the_version_is_the_project_s() -> None:
-    assert f'version = "{fk.__version__}"' in (ROOT / "pyproject.toml").read_text()
+def test_the_metadata_names_the_version_and_the_torch_of_the_build(distribution: tuple[set[str], str]) -> None:
+    lines = distribution[1].splitlines()
+    assert f"Version: {fk.__version__}" in lines
+    needed = [line for line in lines if line.startswith("Requires-Dist: torch")]
+    assert needed == [f"Requires-Dist: torch=={_extension.minor(torch.__version__)}.*"]
 
 
 @pytest.mark.parametrize(("built", "running"), [("2.11.0", "2.13.0+cpu"), ("2.13.1", "3.13.1"), ("2.1.0", "2.11.0")])
