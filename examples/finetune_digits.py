@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from statistics import median
 
 import torch
-from measure import bytes_kept
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -149,7 +148,7 @@ def show(runs: list[Run], pretrained: Net, digits: Digits, console: Console) -> 
         table.add_column(column, justify="right" if column not in ("way", "layers of") else "left")
     for run in runs:
         trains = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-        kept = bytes_kept(run.model, digits.batch(0)[0]) / 1024
+        kept = fk.explain(run.model, digits.batch(0)[0]).bytes_kept / 1024
         table.add_row(run.name, run.library, f"{accuracy(run.model, digits):.1%}", f"{1000 * median(run.seconds):.1f}",
                       f"{kept:.0f}", f"{trains}", end_section=run.library == "freezekit")  # fmt: skip
     console.print(table)

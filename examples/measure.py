@@ -1,18 +1,15 @@
-"""What a training step runs and keeps, measured from outside: for the examples beside this file."""
+"""What a backward pass runs, seen from outside: for the example beside this file."""
 
 from __future__ import annotations
 
-import gc
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 
 class Gradients(TorchDispatchMode):
@@ -35,37 +32,6 @@ class Gradients(TorchDispatchMode):
         elif name.startswith("freezekit::conv2d_"):
             self.count[name.removeprefix("freezekit::conv2d_")] += 1
         return func(*args, **(kwargs or {}))
-
-
-class Storages(TorchDispatchMode):
-    """Watches every storage that is made within the block."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                self.seen[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        return result
-
-    def alive(self) -> int:
-        """Bytes of those that somebody still holds."""
-        gc.collect()
-        return sum(size for ref, size in self.seen.values() if not ref.expired())
-
-
-def bytes_kept(model: nn.Module, x: Tensor) -> int:
-    """Bytes that a forward pass leaves alive for backward: everything but parameters, the input and the output.
-
-    Counted by what is alive, so it does not matter how an operator holds on to it.
-    """
-    with Storages() as storages:
-        y = model(x)
-    return storages.alive() - y.untyped_storage().nbytes()
 
 
 @dataclass(frozen=True)

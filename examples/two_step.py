@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from measure import Backward, backward_of, bytes_kept
+from measure import Backward, backward_of
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -109,7 +109,7 @@ class Setup:
         return backward_of(self.fresh_loss)
 
     def kept(self) -> int:
-        return bytes_kept(self.model, make_batch()[0])
+        return fk.explain(self.model, make_batch()[0]).bytes_kept
 
 
 def measure() -> list[dict[str, object]]:
