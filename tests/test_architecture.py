@@ -26,6 +26,16 @@ MAY_INCLUDE = {
     "torch": {"torch", "kernels", "core", "cpu"},
     "python": {"python", "torch", "kernels", "core"},
 }
+# csrc/torch: what each folder may include of the others. Every folder that is not named here is an operator's.
+SHARED = {
+    "common": {"common", "backends"},
+    "autograd": {"common", "autograd"},
+    "backends": {"common", "backends", "bits"},
+}
+# Operators that are made of another one's parts.
+MADE_OF = {"frozen_conv2d": {"bits"}, "max_pool2d": {"bits"}}
+# csrc/kernels: a family uses what all share, in the folder above, and its own; Hopper's tiles end as sm_80's do.
+KERNELS_OF = {"hopper": {"gemm_sm80"}}
 # A CUDA graph captures whatever a kernel's launcher does: none of this is allowed while it does.
 NEVER_WHILE_CAPTURED = re.compile(
     r"\b(cuda(Malloc|Free|HostAlloc|HostRegister|StreamCreate)\w*|cuda\w*Synchronize|cudaMemcpy(?!\w*Async)\w*"
@@ -67,6 +77,44 @@ def test_includes_follow_the_layers(folder: str) -> None:
             if target in MAY_INCLUDE and (CSRC / include).exists() and target not in MAY_INCLUDE[folder]:
                 wrong.append(f"{path.relative_to(ROOT)} includes {include}")
     assert not wrong
+
+
+def folders(inside: Path) -> list[str]:
+    return sorted(p.name for p in inside.iterdir() if p.is_dir())
+
+
+def crossing(inside: str, folder: str, allowed: set[str]) -> list[str]:
+    """Includes that lead from one folder of csrc/`inside` into another that is not allowed."""
+    wrong = []
+    for path in sources(f"{inside}/{folder}"):
+        for include in includes(path):
+            parts = include.split("/")
+            if parts[0] == inside and len(parts) > 2 and (CSRC / include).exists() and parts[1] not in allowed:
+                wrong.append(f"{path.relative_to(ROOT)} includes {include}")
+    return wrong
+
+
+@pytest.mark.parametrize("folder", folders(CSRC / "torch"))
+def test_an_operator_uses_what_all_share_and_what_it_is_made_of(folder: str) -> None:
+    own = {*SHARED, folder, *MADE_OF.get(folder, ())}
+    assert sources(f"torch/{folder}")
+    assert not crossing("torch", folder, SHARED.get(folder, own))
+
+
+@pytest.mark.parametrize("folder", folders(CSRC / "kernels"))
+def test_a_family_of_kernels_uses_what_all_share(folder: str) -> None:
+    assert sources(f"kernels/{folder}")
+    assert not crossing("kernels", folder, {folder, *KERNELS_OF.get(folder, ())})
+
+
+def test_a_crossing_is_seen() -> None:
+    assert crossing("torch", "frozen_conv2d", {"frozen_conv2d", "common", "autograd", "bits"})
+    assert crossing("kernels", "hopper", {"hopper"})
+
+
+def test_every_file_of_the_torch_layer_is_in_a_folder() -> None:
+    assert not [path for path in (CSRC / "torch").iterdir() if path.is_file()]
+    assert {*SHARED, *MADE_OF} <= set(folders(CSRC / "torch"))
 
 
 def test_launchers_neither_allocate_nor_synchronise_nor_print_nor_read_the_environment() -> None:
