@@ -16,7 +16,7 @@ _STUDENT = {1: 637.0, 2: 31.6, 3: 12.9, 4: 8.61, 5: 6.87, 6: 5.96, 8: 5.04, 10: 
 
 @dataclass(frozen=True)
 class Difference:
-    """What became of one measurement."""
+    """How one row differs from the same row of the earlier run."""
 
     row: Measured
     what: str
@@ -24,11 +24,11 @@ class Difference:
 
 
 def changes(before: Iterable[Measured], after: Iterable[Measured]) -> list[Difference]:
-    """Measurements of both runs that differ beyond noise.
+    """Rows of both runs that differ by more than noise.
 
-    Time is compared as the ratio to stock of the same run, which another machine or a busier hour moves less than
-    time itself; it has changed if the medians differ by over 2 % and by more than `noise`. Bytes are exact: any
-    difference is a change.
+    Times are compared as ratios to stock in the same run: another machine or a busier hour changes those less. A ratio
+    has changed if the medians differ by more than 2 % and by more than `noise`. Bytes are exact: any difference is a
+    change.
     """
     old = {row.key: row for row in before}
     found = []
@@ -55,7 +55,7 @@ def show(report: Printout, path: Path, rows: list[Measured]) -> None:
     """Prints what changed since the run in `path`.
 
     Raises:
-        NotThisSchema: if the file is no such document.
+        NotThisSchema: if the file is not such a document.
     """
     earlier = document.read(path)
     before = [Measured.from_dict(data) for data in earlier["rows"]]
@@ -73,9 +73,9 @@ def show(report: Printout, path: Path, rows: list[Measured]) -> None:
 def noise(a: Measured, b: Measured) -> float:
     """How far apart the ratios' medians of two runs of the same thing are in one of a thousand pairs at most.
 
-    A median of n values has the standard error 1.253 sigma / sqrt(n), and sigma is read off the quartiles, which are
-    1.349 sigma apart. As an estimate that is worth about 0.37 n values, so Student's t has few degrees of freedom:
-    a handful of rounds is no ground for a claim.
+    A median of n values has the standard error 1.253 sigma / sqrt(n), and sigma is estimated from the quartiles, which
+    are 1.349 sigma apart. That estimate is as good as one from 0.37 n values, so Student's t has few degrees of
+    freedom: a handful of rounds proves nothing.
     """
     assert a.ratio is not None
     assert b.ratio is not None

@@ -84,14 +84,14 @@ class Run:
             self.report.line(line, "yellow")
 
     def _end_of(self, index: int, cases: list[list[MakeCase]]) -> float | None:
-        """When a section must be done, so that those after it get their share of the time; by weight."""
+        """When a section must be done so that those after it get their share of the time, by weight."""
         if self.end is None:
             return None
         left, now = sum(map(self._weight, cases[index:])), time.monotonic()
         return now + (self.end - now) * self._weight(cases[index]) / left
 
     def _weight(self, cases: list[MakeCase]) -> int:
-        """Of a section's claim to time: in layers' steps, of which a network's is worth about five.
+        """A section's claim to time, in steps of a layer; a network's step counts as five.
 
         Compiling a network for one case takes as long as timing some thirty layers.
         """
@@ -116,7 +116,7 @@ class Run:
                 continue
             if end is not None:
                 left = end - start
-                if left <= longest:  # Another case like the longest so far would end too late.
+                if left <= longest:  # Another case as long as the longest so far would end too late.
                     count = len(cases) - done
                     self.skipped.append(
                         f"not run within the time limit: {count} of {len(cases)} cases of {case.section} "
@@ -202,14 +202,14 @@ def main(arguments: list[str] | None = None, console: Console | None = None) -> 
 
 
 def _deliver(asked: options.Asked, report: Printout, result: dict[str, Any], rows: list[Measured]) -> None:
-    """What follows a run: its file, its comparison with an earlier one, its pictures."""
+    """What follows a run: its comparison with an earlier one, and its pictures."""
     report.line()
     if asked.json is not None:
         report.line(f"written: {asked.json}")
     if asked.baseline is not None:
         baseline.show(report, asked.baseline, rows)
     if asked.plot is not None:
-        from bench import plots  # matplotlib is wanted for pictures alone.
+        from bench import plots  # Only pictures need matplotlib.
 
         for path in plots.draw(result, asked.plot):
             report.line(f"drawn: {path}")

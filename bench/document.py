@@ -1,4 +1,4 @@
-"""A run as one JSON document, and the check of such a document against `bench/schema.json`."""
+"""A run as a JSON document, which `bench/schema.json` describes."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class Peaks:
 
 @dataclass(frozen=True)
 class Environment:
-    """Printed at the head of every run and kept in its JSON."""
+    """Printed at the start of every run and kept in its JSON."""
 
     device: str
     threads: int | None
@@ -82,11 +82,11 @@ def describe(device: torch.device, dtype: torch.dtype) -> Environment:
 
 
 def measure_peaks(device: torch.device, dtype: torch.dtype) -> Peaks:
-    """Best of several runs; sizes that leave caches behind and take well under a second."""
+    """Best of several runs, at sizes that exceed the caches and take well under a second."""
     cuda = device.type == "cuda"
     clock = clock_for(device, cold=False)
     tf32 = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32  # What convolutions may do.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32  # As convolutions may.
     try:
         return _peaks_with(clock, device, dtype, cuda)
     finally:
@@ -128,7 +128,7 @@ def _libraries(cuda: bool) -> str:
 
 
 def _commit() -> str:
-    """The commit, with a mark if the checkout differs from it; "unknown" outside a checkout."""
+    """The commit, marked if the checkout differs from it; "unknown" outside a checkout."""
     try:
         head = _git("rev-parse", "--short=12", "HEAD")
         return head + (" (changed since)" if _git("status", "--porcelain", "--untracked-files=no") else "")

@@ -2,9 +2,9 @@
 
     python bench/fuse.py [--rounds 15] [--threads 1] [--compile] [--check]
 
-All is frozen and in eval mode; the input needs a gradient, as it does above trainable layers or for prompts. A step is
-one forward and one backward. Ratios are medians over interleaved rounds. The bounds are the project's own: 0.87 of
-stock in channels_last, 0.75 in NCHW, and with --compile not slower than torch.compile of stock.
+Everything is frozen and in eval mode; the input needs a gradient, as it does above trainable layers or for prompts. A
+step is one forward and one backward. Ratios are medians over interleaved rounds. The bounds are the project's own: 0.87
+of stock in channels_last, 0.75 in NCHW, and with --compile not slower than torch.compile of stock.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BOUNDS = {"channels_last": 0.87, "NCHW": 0.75}
 
 
 def make_net(depth: int, channels: int, kernel: int, dtype: torch.dtype) -> nn.Module:
-    """`depth` frozen blocks with running statistics that are not the trivial ones."""
+    """`depth` frozen blocks with running statistics other than 0 and 1."""
     layers: list[nn.Module] = []
     for _ in range(depth):
         conv = nn.Conv2d(channels, channels, kernel, padding=kernel // 2, bias=False)

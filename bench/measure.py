@@ -1,4 +1,4 @@
-"""Measures one case: builds every side, holds its results against stock's, counts memory and kernels, then times."""
+"""Measures one case: builds every side, compares its results with stock's, counts memory and kernels, then times."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from freezekit.profiling import profile
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to compare; the labels are those of :class:`bench.measured.Measured`.
+    """One comparison; the labels are those of :class:`bench.measured.Measured`.
 
     Attributes:
         module: stock's, already in its regime; every side gets a copy.
@@ -55,11 +55,11 @@ class Case:
         return f"{self.group} {self.case} ({self.detail}), {self.regime}, {self.part}"
 
 
-MakeCase = partial[Case]  # Cases are made when their turn comes: all at once would not fit a GPU.
+MakeCase = partial[Case]  # Cases are made when their turn comes: together they would not fit on a GPU.
 
 
 class Contestant:
-    """A side's module on its input, ready to run; every side asks for the same gradients."""
+    """A side's module and its input, ready to run; every side is asked for the same gradients."""
 
     def __init__(self, side: Side, case: Case, dy: Tensor | None) -> None:
         self.side = side
@@ -71,7 +71,7 @@ class Contestant:
         self.names = (["dx"] if self.x.requires_grad else []) + names
         self.wanted: list[Tensor] = [*([self.x] if self.x.requires_grad else []), *self.parameters]
         y = self.forward(self.x)
-        # In y's own layout: a gradient in another one would cost this side a conversion that no network has.
+        # In y's own layout: another one would cost this side a conversion that no network has.
         self.dy = torch.randn_like(y) if dy is None else torch.empty_like(y.detach()).copy_(dy)
         self._y = y if case.part in ("dgrad", "wgrad", "backward") else None
         self._rate = case.learning_rate
@@ -88,10 +88,10 @@ class Contestant:
         return {"y": y.detach(), **dict(zip(self.names, self.gradients(y), strict=True))}
 
     def moves(self, tf32: bool) -> dict[str, Tensor]:
-        """How far each element of the results moves as every layer's output is rounded otherwise, summed over 16 tries.
+        """How far each element of the results moves when all layers round their outputs differently, summed over 16 tries.
 
-        An output changes by as much as sums of 512 products may differ by their order, so that every pre-activation
-        which rounding can take to the other side of zero gets there in one try or another.
+        Outputs change by as much as the order of summation may change sums of 512 products, so that every
+        pre-activation that rounding can push to the other side of zero gets there in some try.
         """
         here = self.results()
         rounding = Tolerance(self.x.dtype, 512, tf32).relative
@@ -138,7 +138,7 @@ def measure(case: Case, settings: Settings, peaks: Peaks, clock: Clock) -> list[
     sides = [name for name in settings.sides if not SIDES[name].why_not(case.section, settings.everything)]
     try:
         return _measure(case, sides, settings, peaks, clock)
-    except Exception as error:  # Whatever it is, it is this case's: the run goes on.
+    except Exception as error:  # Whatever it is, it concerns this case only: the run goes on.
         return [failed(case, name, describe(error)) for name in sides]
 
 
@@ -208,7 +208,7 @@ def _measure(case: Case, sides: Sequence[str], settings: Settings, peaks: Peaks,
 
 
 def _count(case: Case, contestant: Contestant) -> dict[str, Any]:
-    """Bytes kept, peak and kernels; memory of whole steps only, where it means what it says."""
+    """Bytes kept, peak and kernels; memory only of whole steps, where it is meaningful."""
     step = contestant.step_for(case.part)
     step()
     with profile() as recorded:

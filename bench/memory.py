@@ -1,9 +1,9 @@
 """Counts the bytes that work allocates, keeps and holds at its peak, from the allocator itself.
 
 Hooks on saved tensors miss what a node holds by other means, and so do Python references. The allocator misses nothing
-that torch allocates: on a CPU torch.profiler records every allocation and release (exact to the byte), on a GPU the
-caching allocator keeps the sums (rounded up to its blocks of 512 bytes). What libraries allocate behind torch's back,
-such as oneDNN's scratch space, is in neither.
+that torch allocates: on a CPU torch.profiler records every allocation and release, exact to the byte; on a GPU the
+caching allocator keeps the sums, rounded up to its blocks of 512 bytes. Neither sees what libraries allocate
+themselves, such as oneDNN's scratch space.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Memory:
 def trace(device: torch.device, work: Callable[[], object]) -> Memory:
     """Runs `work` once and counts its memory on `device`; what it returns is held until the count is taken.
 
-    Cycles are collected first, so that no release of older memory falls into the count.
+    Garbage is collected first, so that no release of older memory is counted.
     """
     gc.collect()
     return _trace_cuda(device, work) if device.type == "cuda" else _trace_cpu(work)
@@ -77,5 +77,5 @@ def bytes_kept(forward: Callable[[Tensor], Tensor], leaf: Tensor) -> int:
     def work() -> object:
         return forward(leaf.clone()).grad_fn
 
-    work()  # Caches of constants and libraries' set-up are no part of what one step keeps.
+    work()  # What libraries set up once is no part of what one step keeps.
     return trace(leaf.device, work).kept

@@ -96,9 +96,9 @@ REGIMES = (
 def enter(model: SmallResNet, regime: str) -> bool:
     """Puts the model in a regime; returns whether its input needs a gradient.
 
-    "second half frozen" is surgical fine-tuning: early layers learn, so every frozen layer's dgrad is needed, as it is
-    where only biases or norms learn, or a prompt at the input does. Above a frozen first half nothing reaches it.
-    "all frozen" has no backward pass: what remains is a forward pass that must keep nothing.
+    "second half frozen" is surgical fine-tuning: early layers learn, so every frozen layer's dgrad is needed. So it is
+    where only biases or norms learn, or a prompt at the input does. With the first half frozen, backward never reaches
+    it. "all frozen" has no backward pass: there remains a forward pass that must keep nothing.
 
     Raises:
         ValueError: if the regime is not in REGIMES.

@@ -1,4 +1,4 @@
-"""The command line: what is asked for, checked before anything is measured."""
+"""The command line, checked before anything is measured."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Asked:
 
 
 def parse(arguments: Sequence[str] | None, description: str | None = None) -> Asked:
-    """Reads arguments; exits with code 2 and a sentence if they make no sense."""
+    """Reads the arguments; exits with code 2 and a sentence if they make no sense."""
     parser = _parser(description)
     args = parser.parse_args(arguments)
     try:
@@ -142,7 +142,7 @@ def _positive(text: str) -> int:
 
 
 class _some:
-    """A list with commas, of known names."""
+    """A comma-separated list of known names."""
 
     def __init__(self, known: tuple[str, ...]) -> None:
         self.known = known

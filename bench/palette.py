@@ -1,4 +1,4 @@
-"""How each side looks in every picture: told apart by colour-blind readers, and in grey by marker, hatch and dash."""
+"""How each side looks in every picture: distinct to colour-blind readers, and in grey by marker, hatch and dash."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def hatch(side: str) -> str:
 
 
 def line(side: str) -> dict[str, Any]:
-    """Keywords of a line: later sides are thinner, so that where lines lie on one another both are seen."""
+    """Keywords of a line: later sides are thinner, so that both lines are seen where one covers the other."""
     rank = _rank(side)
     return {
         "color": colour(side),

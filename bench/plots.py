@@ -102,7 +102,7 @@ def _bars(
 
 
 def _layer_pages(rows: list[Measured], name: str, title: str) -> list[tuple[str, Figure]]:
-    """A picture for every 20 layers: more would not be read on a page."""
+    """A picture for every 20 layers: more on a page could not be read."""
     layers = list(dict.fromkeys((row.case, row.detail) for row in rows))
     pages = [layers[start : start + 20] for start in range(0, len(layers), 20)]
     if len(pages) == 1:
@@ -132,7 +132,7 @@ def _layer_ratios(rows: list[Measured], title: str) -> Figure:
     limit = min(max(1.25, 1.15 * max(medians)), 3)
     axis.set_xlim(0, limit)
     for bar in axis.patches:
-        if isinstance(bar, Rectangle) and (length := bar.get_width()) > limit:  # It says how far beyond it goes.
+        if isinstance(bar, Rectangle) and (length := bar.get_width()) > limit:  # The bar says how far it goes.
             middle = bar.get_y() + bar.get_height() / 2
             axis.text(limit, middle, f"{length:.2f} ", ha="right", va="center", fontsize=6, backgroundcolor="white")
     axis.set_xlabel("time / stock's time (below 1 is faster; whiskers: quartiles)")

@@ -58,7 +58,7 @@ def number(value: float | None) -> str:
 
 
 class Column(NamedTuple):
-    """A head, its width and a row's text; of the lowest rank first columns give way where a terminal is narrow."""
+    """A head, its width and a row's text; on a narrow terminal the columns of the lowest rank are left out first."""
 
     head: str
     width: int
@@ -86,11 +86,11 @@ _COLUMNS = (
 
 
 class Printout:
-    """Prints rows as they are measured, a case at a time, with a head wherever the section or group changes.
+    """Prints rows as they are measured, case by case, with a head wherever the section or group changes.
 
     Args:
-        console: where to; a terminal that is too narrow for all columns loses some, a file never does.
-        sides: the longest name sets the first column's width.
+        console: where to; a terminal that is too narrow for all columns gets fewer, a file never does.
+        sides: the longest name determines the width of the first column.
     """
 
     def __init__(self, console: Console, sides: Iterable[str] = ()) -> None:
@@ -108,7 +108,7 @@ class Printout:
         self.line(text, "bold")
 
     def show(self, rows: Sequence[Measured]) -> None:
-        """Prints what one case gave, a line a side."""
+        """Prints the rows of one case, a line for each side."""
         first = rows[0]
         if self._open is None:
             self.line()
@@ -138,7 +138,7 @@ class Printout:
         return f"  {side:{max(map(len, (*self.sides, 'freezekit')))}} {' '.join(cells)}"
 
     def summarise(self, rows: Iterable[Measured]) -> None:
-        """What layers add up to: time and bytes of the whole network, geometric mean of ratios; a table for each."""
+        """What the layers of each network add up to: time, bytes, and the geometric mean of the ratios."""
         groups: dict[tuple[str, str, str], list[Measured]] = {}
         for row in rows:
             if row.section == "layers":

@@ -16,12 +16,12 @@ class Settings:
     Attributes:
         device, dtype: where and in what.
         batch: images; None lets a section choose for the device.
-        rounds: most interleaved rounds a case; fewer where `budget` ends first, but at least `least_rounds`.
-        budget: seconds of timing a case.
+        rounds: the most interleaved rounds per case; fewer where `budget` ends first, but at least `least_rounds`.
+        budget: seconds of timing per case.
         seed: of inputs, weights and the order within rounds.
         cold: on a GPU, clear the L2 cache before each timing.
         quick: smaller networks, for a first look.
-        thorough: every regime of `models`, not the three that matter most.
+        thorough: every regime of `models`, not just the three that matter most.
         everything: all sections, layer lists, parts and competitors.
         sides: names of :data:`bench.sides.SIDES`, stock first.
         parts: of the `layers` section.

@@ -1,4 +1,4 @@
-"""Who competes: each side gets its own copy of the stock module and makes of it what it stands for."""
+"""The competitors: each gets its own copy of the stock module and turns it into what it stands for."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from freezekit.backends import Backend
 
 
 class Checkpointed(nn.Module):
-    """Keeps the inputs of `module` alone and computes its forward pass again in the backward pass."""
+    """Keeps only the inputs of `module`, and computes its forward pass again in the backward pass."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -33,13 +33,13 @@ class Side:
 
     Attributes:
         name: as on the command line and in tables.
-        prepare: makes this side's module of a copy of stock's; may change and return the copy.
-        channels_last: whether module and input are put in channels_last first.
+        prepare: makes this side's module from a copy of stock's; may change and return the copy.
+        channels_last: whether module and input are converted to channels_last first.
         backend: freezekit's backend during the forward pass, where it is not the automatic one.
         hopper: whether that backend may run the kernels for sm_90a. Such a side has a process of its own (bench.child):
             these kernels have not run on hardware yet, and one that hangs must not take the other sides with it.
         sections: where it takes part; () is everywhere.
-        slow: preparing it takes seconds: in a run of everything it is left out of the hundreds of layers.
+        slow: preparing it takes seconds, so a run of everything leaves it out of the hundreds of layers.
     """
 
     name: str
@@ -54,10 +54,10 @@ class Side:
         """Why it takes no part in a section of a run, of everything or not; "" if it does.
 
         >>> SIDES["checkpoint"].why_not("layers", everything=False)
-        'takes part in blocks, models, memory, scaling alone'
+        'takes part only in blocks, models, memory, scaling'
         """
         if self.sections and section not in self.sections:
-            return f"takes part in {', '.join(self.sections)} alone"
+            return f"takes part only in {', '.join(self.sections)}"
         if self.slow and everything and section == "layers":
             return "compiling every layer takes too long: ask for it with --section layers"
         return ""
@@ -129,7 +129,7 @@ SIDES = {
     )
 }
 
-# Who takes part in a run of everything: the other sides are settings of these, for a closer look.
+# Who takes part in a run of everything; the other sides are variants of these, for a closer look.
 COMPETITORS = (
     *("freezekit", "freezekit_fused", "freezekit_native", "freezekit_aten"),
     *("stock_channels_last", "stock_compiled", "memsave_torch", "checkpoint"),
@@ -137,7 +137,7 @@ COMPETITORS = (
 
 
 def default_sides(device: torch.device) -> tuple[str, ...]:
-    """Who stands beside stock: on a GPU freezekit's kernels beside cuDNN, in the memory format that suits both.
+    """What stock is compared with: on a GPU also freezekit's kernels and cuDNN in channels_last, which suits both.
 
     >>> default_sides(torch.device("cpu"))
     ('freezekit',)
@@ -167,7 +167,7 @@ def why_absent(name: str, device: torch.device) -> str:
 
 @contextlib.contextmanager
 def cudnn_benchmark():  # type: ignore[no-untyped-def]
-    """cuDNN picks its algorithms by measurement within the block, as a careful user of stock layers has it do."""
+    """Within the block cuDNN picks its algorithms by measuring, as a careful user of stock layers would have it."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
     try:

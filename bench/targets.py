@@ -1,12 +1,12 @@
-"""Measures what the project promises of a CPU, and says of each promise whether it holds here and now.
+"""Measures what the project promises on a CPU, and says of each promise whether it holds here and now.
 
     python bench/targets.py [--check] [--threads N] [--batch N]
 
 - A call's own cost beside nn.Conv2d, 1x1x8x8: at most 1.3 frozen and 1.65 trainable (one thread; bench/overhead.py).
 - A frozen layer's step, geometric mean over ResNet-50's layers: at most 1.03 of stock's.
-- The backward pass of a layer of which only the bias learns: at most 0.6 of stock's, geometric mean over the same.
+- The backward pass of a layer whose bias alone learns: at most 0.6 of stock's, geometric mean over the same layers.
 
-Exit code 0; with --check 1 if a promise does not hold. A machine that does something else meanwhile proves nothing.
+Exit code 0; with --check 1 if a promise does not hold. A machine that is busy with something else proves nothing.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Target:
 
 
 def overhead_targets(rounds: int, seed: int) -> Iterator[Target]:
-    """The cost of calls of next to no arithmetic."""
+    """The cost of calls with next to no arithmetic."""
     for case in overhead.CASES:
         with threads(1):
             timed = overhead.measure(case, rounds=rounds, calls=20, seed=seed)

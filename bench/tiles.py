@@ -1,10 +1,10 @@
-"""Times every kernel and tile that takes a layer: what `select`'s choice should be made from.
+"""Times every kernel and tile that can compute a layer: the data for `select`'s choice.
 
     python -m bench.tiles --json tiles.json                     a GPU: ResNet-50's layers, bf16, batch 128, cold L2
-    python -m bench.tiles --device cpu --layers tiny --batch 1  emulated: shows that it runs, says nothing of any GPU
+    python -m bench.tiles --device cpu --layers tiny --batch 1  emulated: shows that it runs, says nothing about any GPU
 
-Each line is one layer and operator: the time of what `select` takes, the fastest of all, and ATen's. All candidates are
-timed interleaved, and a candidate that computes something else than ATen is a failure: exit code 1.
+Each line is one layer and operator: the time of `select`'s choice, of the fastest kernel, and of ATen. All candidates
+are timed interleaved. A candidate that computes something else than ATen is a failure: exit code 1.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Times several ways of doing one thing side by side: each round runs every candidate once, in shuffled order.
 
-A machine speeds up, slows down and is shared; two runs minutes apart differ by more than what is looked for. Rounds
-that are interleaved see the same machine, so the ratio within a round is what holds, and its median is reported.
+A machine speeds up, slows down and is shared, and two runs minutes apart differ by more than the effect in question.
+Interleaved candidates see the same machine, so the ratio within a round is reliable, and its median is reported.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class HostClock:
 
 
 class CudaClock:
-    """Time on the current CUDA stream between two events, of the device alone.
+    """Time between two events on the current CUDA stream: the device's, never the host's.
 
     The device waits before the first event while the host queues the whole step: what the host takes to launch it is
     then no part of its time. A timing counts only if the device was still waiting when the last launch was queued;
@@ -126,7 +126,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Interleaved:
-    """Seconds a call of every candidate, a value a round; the i-th values of all candidates are of the same round."""
+    """Seconds per call of every candidate, one value per round; the i-th values are of the same round."""
 
     seconds: Mapping[str, list[float]]
 
@@ -141,7 +141,7 @@ class Interleaved:
 
 @contextmanager
 def small_heap() -> Iterator[None]:
-    """Takes what is alive now out of the collector's sight, so that the collection before each count is cheap."""
+    """Hides from the collector what is alive now, so that the collection before each count is cheap."""
     gc.collect()
     gc.freeze()
     try:

@@ -1,4 +1,4 @@
-"""A fast wrong kernel never gets a row: every result is held against stock's before it is timed."""
+"""A fast wrong kernel never gets a time: every result is compared with stock's first."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class WrongResult(RuntimeError):
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far two right results may lie apart.
+    """How far two right results may be apart.
 
     An element is a sum of `length` products. Two orders of summation differ by about sqrt(length) roundings of the
     accumulator; each product carries the rounding of its factors, and the result is rounded to `dtype` once more. All
@@ -36,7 +36,7 @@ class Tolerance:
 def largest_error(result: Tensor, stock: Tensor, moved: Tensor | float = 0.0) -> float:
     """The largest difference of two tensors, relative to the largest element of `stock`.
 
-    `moved` is taken off each element's difference first.
+    `moved` is subtracted from each element's difference first.
     """
     if not stock.numel():
         return 0.0
@@ -53,16 +53,16 @@ def check(
     tolerances: Mapping[str, float],
     moves: Callable[[], Mapping[str, Tensor]] | None = None,
 ) -> float:
-    """Holds a side's results against stock's.
+    """Compares a side's results with stock's.
 
     Args:
         case, side: for the message.
         results, stock: tensors by name, such as "y", "dx", "dw"; both must hold the same names.
         tolerances: the largest error allowed, by the same names.
         moves: how far each element of stock's own results moves as its layers round otherwise, by the same names.
-            Where a pre-activation of a ReLU lies within rounding of zero, two right networks may take different sides
-            of it, and what depends on it differs by more than rounding: by as much as stock differs from itself.
-            Called only where an element is beyond its tolerance, and taken off its difference.
+            Where a ReLU's pre-activation is within rounding of zero, two right networks may take different sides of
+            it, and what depends on it differs by more than rounding: by as much as stock differs from itself. Called
+            only if an element exceeds its tolerance; its result is subtracted from the difference.
 
     Returns:
         The largest error as a fraction of its tolerance, at most 1.
@@ -83,7 +83,7 @@ def check(
         error = largest_error(result, expected)
         if error > tolerances[name] and moves is not None:
             error = max(largest_error(result, expected, moves()[name]), 0.0)
-        # Written so that an error that is not a number fails too.
+        # Written this way round so that NaN fails too.
         if not error <= tolerances[name]:
             raise WrongResult(
                 f"{case}: {side}'s {name} differs from stock's by {error:.3g} of its largest element, "

@@ -1,4 +1,4 @@
-"""What the mathematics of a step needs at least: arithmetic, and bytes read and written."""
+"""The least that the mathematics of a step needs: arithmetic, and bytes read and written."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Work:
 
 
 def count(step: Callable[[], object]) -> Work:
-    """The work of a stock network's step: of its convolutions and matrix products alone.
+    """The work of a stock network's step: that of its convolutions and matrix products.
 
-    Each of their tensors is moved once a product. What lies between (norms, activations, additions) counts nothing: it
-    can be fused, so a bound from below must leave it out. Transposed convolutions are not expected.
+    Each product moves each of its tensors once. What is between them (norms, activations, additions) counts nothing: it
+    can be fused, so a lower bound must leave it out. Transposed convolutions are not expected.
     """
     counter = _Counter()
     with counter:
@@ -43,8 +43,8 @@ class _Counter(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if func.overloadpacket is torch.ops.aten.convolution_backward:
             dy, x, w, (dgrad, wgrad, _) = args[0], args[1], args[2], args[-1]
-            # torch's own count of a wgrad forgets groups. Each gradient reads two of the three and writes one like the
-            # third.
+            # torch's own count of a wgrad ignores groups. Each gradient reads two of the three and writes one with the
+            # shape of the third.
             self.flops += (dgrad + wgrad) * 2 * dy.numel() * w[0].numel()
             self.traffic += (dgrad + wgrad) * _bytes((dy, x, w))
         elif func.overloadpacket in flop_registry:

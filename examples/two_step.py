@@ -1,8 +1,8 @@
 """Freezing a layer takes two steps. What does each of them do, alone and together?
 
-Step one: ``requires_grad = False``. Step two: keep the parameters out of the optimizer. One table, all of it measured
-where it runs: the middle one of three convolutions is frozen after some training, in each of four ways and then by
-``freezekit.freezing.freeze``. Run ``python examples/two_step.py``; it takes under a minute on a CPU.
+Step one: ``requires_grad = False``. Step two: keep the parameters out of the optimizer. One table, measured when it is
+printed: the middle one of three convolutions is frozen after some training, in each of four ways and then by
+``freezekit.freeze``. Run ``python examples/two_step.py``; it takes under a minute on a CPU.
 """
 
 from __future__ import annotations
@@ -150,10 +150,10 @@ def show(rows: list[dict[str, object]], console: Console) -> None:
     console.print(table)
     console.print(
         "1. Step one takes away the middle layer's wgrad; its dgrad still runs, for the layer before it learns.\n"
-        "2. Step two alone keeps the weight still, whatever the optimizer.\n"
+        "2. Step two by itself keeps the weight still, whatever the optimizer.\n"
         "3. Without step one the gradient is computed all the same, and accumulated into .grad: by a node for each of\n"
         "   weight and bias, and by one more kernel each where .grad is there already.\n"
-        "4. With step one alone, zeros in .grad let momentum, Adam and AdamW go on moving the weight; None does not.\n"
+        "4. With only step one, zeros in .grad let momentum, Adam and AdamW go on moving the weight; None does not.\n"
         "freeze(...) is both in one call: it drops .grad, so the optimizer may keep the parameters and skips them.",
         highlight=False,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The parts of a comparison, one a file: each lists its cases, and `kernels` its tables."""
+"""The parts of a comparison, one per file: each lists its cases, and `kernels` its tables."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from bench.measure import MakeCase
 from bench.sections import blocks, layers, models
 from bench.settings import Settings
 
-# All but `kernels`, which measures no case but prints what ran.
+# All but `kernels`, which times nothing and prints what ran.
 SECTIONS: dict[str, Callable[[Settings], list[MakeCase]]] = {
     "layers": layers.cases,
     "blocks": blocks.cases,

@@ -18,7 +18,7 @@ _KINDS = ("Conv-BN-ReLU 3x3", "bottleneck")
 
 
 def cases(settings: Settings) -> list[MakeCase]:
-    """Each block of each stage (of the last alone in a quick run), trainable and with everything in it frozen."""
+    """Each block of each stage (in a quick run only of the last), trainable and with everything in it frozen."""
     return [
         partial(block_case, kind, stage, regime, settings)
         for stage in (_STAGES[3:] if settings.quick else _STAGES)

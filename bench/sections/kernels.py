@@ -1,7 +1,7 @@
-"""The forum example: three convolutions, and what their backward pass runs while the middle one learns and when frozen.
+"""The forum example: three convolutions, and what their backward pass runs with the middle one trainable and frozen.
 
-discuss.pytorch.org asked whether a frozen layer's gradient is really not computed; the kernel table answers it: two
-dgrads and three wgrads while all learn (the input needs no gradient), two and two with the middle layer frozen.
+Somebody asked on discuss.pytorch.org whether the gradient of a frozen layer is really not computed. The kernel table
+answers: two dgrads and three wgrads while all learn (the input needs no gradient), two and two with the middle frozen.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def example(device: torch.device, dtype: torch.dtype, middle_frozen: bool) -> tu
 
 
 def run(settings: Settings) -> Iterator[Profiled]:
-    """Tables of each regime: stock's, freezekit's and, on a GPU, those of freezekit's own kernels alone.
+    """Tables of each regime: stock's, freezekit's and, on a GPU, those of freezekit's own kernels.
 
     A side that fails, gives other results than stock or runs other phases than EXPECTED has its reason in place of a
     table.

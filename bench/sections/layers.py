@@ -17,7 +17,7 @@ SECTION = "layers"
 PARTS = ("step", "fprop", "dgrad", "wgrad", "backward")
 REGIMES = ("trainable", "frozen")
 
-# Which regimes a part is timed in. dgrad and wgrad are backward passes of which one gradient alone is asked.
+# The regimes that each part is timed in. dgrad and wgrad are backward passes that are asked for one gradient only.
 _REGIMES_OF_PART = {"step": REGIMES, "fprop": REGIMES, "backward": ("trainable",), "dgrad": ("frozen",)}
 
 
@@ -33,7 +33,7 @@ def cases(settings: Settings) -> list[MakeCase]:
 
 
 def batch_of(settings: Settings) -> int:
-    """Images a batch: as asked, or what suits the device."""
+    """Images per batch: as asked for, or what suits the device."""
     if settings.batch is not None:
         return settings.batch
     return 32 if settings.device.type == "cuda" else 2
@@ -83,7 +83,7 @@ def tolerance(layer: LayerShape, batch: int, settings: Settings, name: str) -> f
 
 
 def work(layer: LayerShape, batch: int, part: str, regime: str, itemsize: int) -> Work:
-    """fprop, dgrad and wgrad each cost two operations a multiply-add, and read two tensors to write a third."""
+    """fprop, dgrad and wgrad each cost two operations per multiply-add, read two tensors and write a third."""
     phases = {
         "step": 3 if regime == "trainable" else 2,
         "fprop": 1,

@@ -27,12 +27,12 @@ def model_tolerance(settings: Settings) -> float:
 
 
 def cases(settings: Settings) -> list[MakeCase]:
-    """The training step in each regime: three of them where all sections run, every one where asked for."""
+    """The training step in each regime; in three of them unless all were asked for."""
     return [partial(step_case, "models", regime, settings) for regime in (REGIMES if settings.thorough else _FEW)]
 
 
 def depth_cases(settings: Settings) -> list[MakeCase]:
-    """The input learns and the last parts are frozen: one more each time, up to all (by fours in a quick run)."""
+    """The input learns while more and more of the last parts are frozen, up to all (by fours in a quick run)."""
     depths = range(0, NET_PARTS + 1, 4 if settings.quick else 1)
     return [
         partial(step_case, "memory", f"last {depth} of {NET_PARTS} frozen", settings, depth=depth) for depth in depths
@@ -48,7 +48,7 @@ def scaling_cases(settings: Settings) -> list[MakeCase]:
 
 
 def defaults(settings: Settings) -> tuple[int, int]:
-    """Images a batch, and their height and width."""
+    """Images per batch, and their height and width."""
     cuda = settings.device.type == "cuda"
     batch = settings.batch or (128 if cuda else 2 if settings.quick else 8)
     return batch, 128 if cuda else 32 if settings.quick else 64

@@ -1,4 +1,4 @@
-"""A side in a process of its own: what it measures comes back, and a hang or a crash costs its rows alone."""
+"""A side in a process of its own: what it measures comes back, and a hang or a crash costs only its own rows."""
 
 from __future__ import annotations
 

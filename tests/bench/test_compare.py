@@ -129,7 +129,7 @@ def test_time_limit_says_what_was_not_run(tmp_path: Path) -> None:
 
 def test_who_takes_no_part_is_told() -> None:
     notes = options.parse(["--device", "cpu", "--section", "layers", "--sides", "checkpoint"]).notes
-    assert notes == ("left out of layers: checkpoint: takes part in blocks, models, memory, scaling alone",)
+    assert notes == ("left out of layers: checkpoint: takes part only in blocks, models, memory, scaling",)
 
 
 def test_everything_is_everything() -> None:
