@@ -88,7 +88,7 @@ class Contestant:
         return {"y": y.detach(), **dict(zip(self.names, self.gradients(y), strict=True))}
 
     def moves(self, tf32: bool) -> dict[str, Tensor]:
-        """How far each element of the results moves when all layers round their outputs differently, summed over 16 tries.
+        """How far each element of the results moves when all layers round their outputs differently, over 16 tries.
 
         Outputs change by as much as the order of summation may change sums of 512 products, so that every
         pre-activation that rounding can push to the other side of zero gets there in some try.
