@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -56,10 +56,13 @@ class Storages(TorchDispatchMode):
 
 
 def bytes_kept(forward: Callable[[Tensor], Tensor], x: Tensor) -> int:
-    """Bytes of new storages alive after `forward`, its output aside, when nobody but autograd holds them.
+    """Bytes of new storages that only autograd keeps after `forward`; its output and a module's own tensors do not count.
 
     `forward` gets a copy of `x` that is an intermediate result: its storage lives on only if autograd keeps it.
     """
     with Storages() as storages:
         y = forward(x * 1)
+    if isinstance(forward, nn.Module):
+        for tensor in (*forward.parameters(), *forward.buffers()):
+            storages.forget(tensor)
     return storages.kept - y.untyped_storage().nbytes()

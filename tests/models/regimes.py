@@ -7,8 +7,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from tests.observe import Storages
-
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 PIECEWISE = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -122,12 +120,3 @@ class Minimum:
             for handle in handles:
                 handle.remove()
         return self.bytes_of_codes + sum(t.untyped_storage().nbytes() for t in self.tensors.values())
-
-
-def kept_by(model: nn.Module, x: Tensor) -> int:
-    """Bytes that autograd alone keeps after a forward pass of `model`: without its output, parameters and buffers."""
-    with Storages() as storages:
-        y = model(x * 1)
-    for tensor in (*model.parameters(), *model.buffers()):
-        storages.forget(tensor)
-    return storages.kept - y.untyped_storage().nbytes()

@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 import freezekit as fk
-from tests.models.regimes import REGIMES, all_learn, kept_by
+from tests.models.regimes import REGIMES, all_learn
 from tests.models.test_regimes import settle, step
+from tests.observe import bytes_kept
 
 ALL = {**REGIMES, "all-learn": all_learn}
 TORCHVISION = (
@@ -94,9 +95,9 @@ def test_outputs_and_gradients_are_torch_s(package: str, name: str, regime: str)
 def test_a_frozen_model_keeps_less(package: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     x = torch.randn(2, 3, 64, 64)
     stock = ALL["all-frozen"](build(package, name), x).eval()
-    before = kept_by(stock, x)
+    before = bytes_kept(stock, x)
     ours = fk.convert(stock)
-    after = kept_by(ours, x)
+    after = bytes_kept(ours, x)
     with capsys.disabled():
         print(f"\n{package} {name}: {before / 2**20:.2f} MiB -> {after / 2**20:.3f} MiB, {after / before:.4f}", end=" ")
     assert after < before

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 import freezekit as fk
 from freezekit.conversion import SWAPS
-from tests.models.regimes import REGIMES, all_learn, kept_by
+from tests.models.regimes import REGIMES, all_learn
 from tests.models.zoo import ZOO
+from tests.observe import bytes_kept
 
 ALL = {**REGIMES, "all-learn": all_learn}
 
@@ -66,10 +67,10 @@ def test_never_more_is_kept_than_torch_keeps(name: str, regime: str) -> None:
     stock = ALL[regime](ZOO[name](), x)
     stock.eval()
     bits = sum(m.numel() // 8 for m in activations(stock, x)) if regime in ("all-learn", "norms-learn") else 0
-    kept = kept_by(stock, x)
-    assert kept_by(fk.convert(stock), x) <= kept + bits
+    kept = bytes_kept(stock, x)
+    assert bytes_kept(fk.convert(stock), x) <= kept + bits
     if regime == "all-frozen":
-        assert kept_by(stock, x) < kept
+        assert bytes_kept(stock, x) < kept
 
 
 def activations(model: nn.Module, x: Tensor) -> list[Tensor]:

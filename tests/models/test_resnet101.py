@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 import freezekit as fk
-from tests.models.regimes import REGIMES, Minimum, all_learn, kept_by
+from tests.models.regimes import REGIMES, Minimum, all_learn
 from tests.models.resnet import ResNet, resnet101
+from tests.observe import bytes_kept
 
 SIZE = (2, 3, 224, 224)
 
@@ -34,13 +35,13 @@ def network(dtype: torch.dtype = torch.float32) -> ResNet:
 @cache
 def stock_bytes(dtype: torch.dtype) -> int:
     model, x = network(dtype).requires_grad_(False), torch.randn(SIZE, dtype=dtype, requires_grad=True)
-    return kept_by(model, x)
+    return bytes_kept(model, x)
 
 
 @pytest.mark.parametrize(("dtype", "share"), [(torch.float32, 0.017), (torch.bfloat16, 0.034)], ids=str)
 def test_all_frozen_keeps_bits(dtype: torch.dtype, share: float) -> None:
     model, x = fk.convert(network(dtype)).requires_grad_(False), torch.randn(SIZE, dtype=dtype, requires_grad=True)
-    kept = kept_by(model, x)
+    kept = bytes_kept(model, x)
     print(f"\n{dtype}: {kept / 2**20:.3f} MiB of {stock_bytes(dtype) / 2**20:.1f}, {kept / stock_bytes(dtype):.5f}")
     assert kept <= share * stock_bytes(dtype)
 
@@ -50,7 +51,7 @@ def test_kept_bytes_are_the_least_that_formulas_allow(regime: str) -> None:
     model, x = network(), torch.randn(SIZE)
     model = REGIMES[regime](model, x)
     least = Minimum(model).run(x)
-    kept = kept_by(fk.convert(model), x)
+    kept = bytes_kept(fk.convert(model), x)
     print(f"\n{regime}: {kept / 2**20:.3f} MiB, least {least / 2**20:.3f}")
     assert least <= kept <= 1.05 * least
 
@@ -65,10 +66,10 @@ def test_all_trainable_keeps_at_most_one_bit_an_activation_more_than_torch() -> 
         bits += (output.numel() + 31) // 32 * 4
 
     handles = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, torch.nn.ReLU)]
-    stock = kept_by(model, x)
+    stock = bytes_kept(model, x)
     for handle in handles:
         handle.remove()
-    kept = kept_by(fk.convert(model), x)
+    kept = bytes_kept(fk.convert(model), x)
     print(f"\nall trainable: {kept / 2**20:.1f} MiB, torch {stock / 2**20:.1f}, bits {bits / 2**20:.2f}")
     assert kept <= stock + bits
 
