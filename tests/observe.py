@@ -56,7 +56,7 @@ class Storages(TorchDispatchMode):
 
 
 def bytes_kept(forward: Callable[[Tensor], Tensor], x: Tensor) -> int:
-    """Bytes of new storages that only autograd keeps after `forward`; its output and a module's own tensors do not count.
+    """Bytes of new storages that only autograd keeps after `forward`, without its output and a module's own tensors.
 
     `forward` gets a copy of `x` that is an intermediate result: its storage lives on only if autograd keeps it.
     """
