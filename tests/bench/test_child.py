@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from multiprocessing.connection import Connection
 
 import pytest
@@ -76,7 +77,7 @@ def test_it_is_started_again_but_not_for_ever() -> None:
 def test_a_run_goes_on_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     lost = sides.Side("freezekit_channels_last", lambda module: module, channels_last=True, hopper=True)
     monkeypatch.setitem(sides.SIDES, lost.name, lost)
-    settings = options.parse(["--device", "cpu", "--layers", "tiny", "--repeat", "1", "--sides", lost.name]).settings
+    settings = replace(case()[1], sides=("stock", "stock_channels_last", lost.name))
     run = compare.Run(settings, Printout(Console(quiet=True)), None)
     assert run.settings.sides == ("stock", "stock_channels_last")
     run.children = {lost.name: Child(crash)}
