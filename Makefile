@@ -1,5 +1,5 @@
 # Two commands do everything on a machine with Python and g++: `make compare` and `make test`.
-# `make VENV= ...` uses the interpreter as it is (PYTHON=python3), installs nothing, and needs torch >= 2.11 in it.
+# `make VENV= ...` uses the interpreter as it is (PYTHON=python3) and installs nothing: it must have torch >= 2.11.
 VENV ?= .venv
 PYTHON ?= python3
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
@@ -13,21 +13,21 @@ READY := $(VENV)/.ready
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 endif
 
-# Tests run on all cores where pytest-xdist is there; it is not needed.
+# Tests run on all cores if pytest-xdist is installed; it need not be.
 WORKERS = $(shell $(PY) -c "import xdist" 2>/dev/null && echo "-n auto --dist loadfile")
 
-.PHONY: build compare bench test test-torch lint sass emulate-all gpu-check fuzz clean help
+.PHONY: build compare bench test test-torch format lint sass emulate-all gpu-check fuzz clean help
 
-help:  ## what there is to make
+help:  ## list what there is to make
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
 build: $(READY)  ## compile the extension in place
 	$(PY) setup.py -q build_ext --inplace
 
-compare: build  ## freezekit beside stock PyTorch, in under two minutes
+compare: build  ## compare freezekit with stock PyTorch, in under two minutes
 	$(PY) bench/compare.py
 
-bench: build  ## every section of the comparison, with plots, in under twenty minutes
+bench: build  ## all sections of the comparison, with plots, in under twenty minutes
 	mkdir -p bench/out
 	$(PY) bench/compare.py --all --plot bench/out --json bench/out/compare.json
 
@@ -37,7 +37,7 @@ CUTLASS := build/cutlass
 $(CUTLASS): requirements-dev.txt | $(READY)
 	-$(PY) -m pip install -q --no-deps --no-compile --upgrade --retries 1 --target $@ $$(grep -o 'nvidia-cutlass==[0-9.]*' $<) && touch $@
 
-test: build $(CUTLASS)  ## the test suite, on the CPU and, where there is one, on a GPU
+test: build $(CUTLASS)  ## the test suite, on the CPU and, if there is one, on a GPU
 	$(PY) -m pytest $(WORKERS) $(TESTS)
 
 # A build belongs to one minor version of torch, so another version has a copy of the sources and an environment of its own.
@@ -48,6 +48,12 @@ test-torch: .venv-$(V)/.ready  ## the suite under another torch: make test-torch
 	find $(OTHER) -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +
 	tar -c --exclude='./.git' --exclude='./.venv*' --exclude='./build' --exclude='*.so' --exclude=_build_info.json . | tar -x -C $(OTHER)
 	PATH="$(CURDIR)/.venv-$(V)/bin:$$PATH" $(MAKE) -C $(OTHER) test VENV= PYTHON=python
+
+CLANG_FORMAT = $(shell $(PY) -c "import clang_format; print(clang_format.get_executable('clang-format'))")
+CXX_SOURCES = $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h')
+format: $(READY)  ## lay out all sources: Python, C++ and CUDA
+	$(PY) -m ruff format .
+	$(CLANG_FORMAT) -i $(CXX_SOURCES)
 
 lint: $(READY)  ## style and types
 	$(PY) -m ruff check .
@@ -61,7 +67,7 @@ emulate-all: build $(CUTLASS)  ## the emulator's whole matrix: every mode, every
 	$(PY) -m pytest $(WORKERS) -m "full or not full" tests/emulator tests/kernels tests/truth
 
 OUT ?= gpu-check
-gpu-check: $(READY)  ## all that only a GPU can tell, in under nine minutes, into one folder: make gpu-check OUT=DIR
+gpu-check: $(READY)  ## everything that only a GPU can tell, in under nine minutes, in one folder: make gpu-check OUT=DIR
 	$(PY) -m tools.gpu_check --out $(OUT) $(if $(EMULATED),--emulated) $(if $(COMMIT),--commit $(COMMIT))
 
 N ?= 10000
