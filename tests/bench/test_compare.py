@@ -282,7 +282,7 @@ def test_own_kernels_have_a_third_table(monkeypatch: pytest.MonkeyPatch) -> None
         (["--device", "meta"], "must be cpu or cuda"),
         (["--json", "no/such/folder/out.json"], "no such folder"),
         (["--baseline", "no-such.json"], "no such file"),
-        (["--baseline", str(ROOT / "bench" / "schema.json")], "was unexpected"),
+        (["--baseline", str(ROOT / "bench" / "schema.json")], "were unexpected"),
     ],
 )
 def test_arguments_that_make_no_sense(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
