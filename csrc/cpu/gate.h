@@ -1,4 +1,4 @@
-// Activations that are linear in pieces, and masks, on a CPU: one bit an element remembers the piece.
+// Activations that are linear in pieces, and masks, on a CPU: one bit per element remembers the piece.
 //
 //   make_bits:   y[i] = rule.value(x[i]),  bit[i] = rule.bit(x[i])
 //   apply_bits:  y[i] = bit[i] ? on * x[i] : off * x[i],  or exactly x[i] and 0 (a select, which stops NaN and inf)

@@ -18,7 +18,7 @@ Selection select_direct_gather(Operator op, const Conv2dProblem& p) {
   const bool fprop = op == Operator::fprop;
   selection.kernel = selection.config == 0 ? (fprop ? "direct_fprop_64x64" : "direct_dgrad_64x64")
                                            : (fprop ? "direct_fprop_128x8" : "direct_dgrad_128x8");
-  selection.reason = selection.config == 0 ? "at least 32 output channels a group" : "few output channels a group";
+  selection.reason = selection.config == 0 ? "at least 32 output channels per group" : "few output channels per group";
   return selection;
 }
 
@@ -104,8 +104,8 @@ Selection select_depthwise(Operator op, const Conv2dProblem& p, DType dtype, con
   selection.config = target.sm >= 80 && depthwise_is_tiled(p, dtype) ? kDepthwiseTiled : 0;
   selection.kernel = names[static_cast<int>(op)][selection.config];
   selection.reason = selection.config == kDepthwiseTiled
-                         ? "one channel a group; 3x3, 5x5 or 7x7, stride 1 or 2"
-                         : "one channel a group; no tiled kernel for this filter, stride, dilation, multiplier, "
+                         ? "one channel per group; 3x3, 5x5 or 7x7, stride 1 or 2"
+                         : "one channel per group; no tiled kernel for this filter, stride, dilation, multiplier, "
                            "channel count or dtype";
   if (op == Operator::wgrad) split_depthwise_wgrad(&selection, p, dtype, target);
   return selection;

@@ -10,7 +10,7 @@ namespace freezekit {
 namespace {
 
 // Smaller slices than these cost more in the ordered reduce than they win in blocks. A depthwise slice reads and writes
-// 8 bytes a tap for every 4 bytes or more a position: at 16 positions a tap that is an eighth of the traffic at most.
+// 8 bytes per tap for every 4 bytes or more a position: at 16 positions a tap that is an eighth of the traffic at most.
 constexpr int64_t kMinPositionsPerSlice = 128;
 constexpr int64_t kMinDepthwisePositionsPerTap = 16;
 // Blocks of a multiprocessor that hide each other's waits; the GEMM's ring of copies hides part of its own.
@@ -38,7 +38,7 @@ Selection select_direct_wgrad(const Conv2dProblem& p, DType dtype, const Target&
         {blocks, tile.rows * tile.columns / products_per_byte, p.filter_numel() * accumulator_bytes(dtype),
          kMinPositionsPerSlice, kResidentOthers});
   selection.kernel = selection.config == 0 ? "direct_wgrad_64x64" : "direct_wgrad_16x64";
-  selection.reason = selection.config == 0 ? "at least 32 output channels a group" : "few output channels a group";
+  selection.reason = selection.config == 0 ? "at least 32 output channels per group" : "few output channels per group";
   return selection;
 }
 
@@ -83,7 +83,7 @@ Selection select_hopper_wgrad(const Conv2dProblem& p, const Target& target) {
 }
 
 void split_depthwise_wgrad(Selection* selection, const Conv2dProblem& p, DType dtype, const Target& target) {
-  // 64 bytes of channels a block, or 32 channels of one tap; both read as much of x as of dy.
+  // 64 bytes of channels per block, or 32 channels of one tap; both read as much of x as of dy.
   const bool tiled = selection->config == kDepthwiseTiled;
   const int64_t blocks = tiled ? (p.c * size_of(dtype) + 63) / 64 : (p.k + 31) / 32 * p.r * p.s;
   const int64_t slice_bytes = p.filter_numel() * accumulator_bytes(dtype);

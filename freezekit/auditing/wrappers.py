@@ -48,7 +48,7 @@ def check_ddp(subject: Subject) -> Iterator[Finding]:
                 brief(found.frozen),
                 f"{len(found.frozen)} parameter(s) were frozen after DDP wrapped {name or '(root)'}: "
                 + ("DDP waits for their gradients, and the next iteration raises" if fatal
-                   else "find_unused_parameters copes with it, at the cost of a graph walk an iteration"),
+                   else "find_unused_parameters copes with it, at the cost of a graph walk per iteration"),
                 "ddp = freezekit.distributed.rewrap(ddp)",
                 found.frozen,
             )  # fmt: skip

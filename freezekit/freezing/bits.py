@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import torch
 
-_CHUNK = 1 << 20  # elements a pass: 8 MiB of int64 scratch, whatever the size of the tensor
+_CHUNK = 1 << 20  # elements per pass: 8 MiB of int64 scratch, whatever the size of the tensor
 _ODD = 0x9E3779B97F4A7C15 - (1 << 64)
 _MULTIPLIERS = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
 _INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

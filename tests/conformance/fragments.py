@@ -59,7 +59,7 @@ def registers(kind: str, values: Array) -> Array:
 
 
 def fragments(kind: str, a: Array, b: Array, c: Array) -> tuple[Array, Array, Array]:
-    """Registers of A (16 x K), B (K x 8) and C (16 x 8), a row a lane."""
+    """Registers of A (16 x K), B (K x 8) and C (16 x 8), a row per lane."""
     per_lane = {"a": 4 if kind == "tf32" else 8, "b": 2 if kind == "tf32" else 4}
     of_a = np.array([[a[element_a(kind, lane, i)] for i in range(per_lane["a"])] for lane in LANES])
     of_b = np.array([[b[element_b(kind, lane, i)] for i in range(per_lane["b"])] for lane in LANES])

@@ -72,7 +72,7 @@ __global__ void copy_kernel(const __grid_constant__ ptx::TensorMap map, CopyAt a
   for (int i = static_cast<int>(threadIdx.x); i < bytes; i += 32) out[i] = tile[i];
 }
 
-// A is 64 rows of 128 bytes, B as many as there are columns: K-major. MN-major, both are panels of 64 rows, a row a value
+// A is 64 rows of 128 bytes, B as many as there are columns: K-major. MN-major, both are panels of 64 rows, a row per value
 // of the reduction. d: 128 threads x Columns / 2 accumulators.
 template <class T, bool MnMajor, int Columns>
 __global__ void wgmma_kernel(const __grid_constant__ ptx::TensorMap a, const __grid_constant__ ptx::TensorMap b, float* d) {

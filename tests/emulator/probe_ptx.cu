@@ -22,7 +22,7 @@ __global__ void mma_kernel(MmaKind kind, const uint32_t* a, const uint32_t* b, f
   for (int i = 0; i < 4; i++) d[4 * lane + i] = of_d[i];
 }
 
-// shared: `bytes` of shared memory; offsets: a byte offset a lane; fragments: 32 lanes x N registers.
+// shared: `bytes` of shared memory; offsets: a byte offset per lane; fragments: 32 lanes x N registers.
 template <int N>
 __global__ void ldmatrix_kernel(bool transposed, const unsigned char* shared, int bytes, const int* offsets,
                                 uint32_t* fragments) {

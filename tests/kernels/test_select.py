@@ -26,8 +26,8 @@ def test_tensor_cores_take_the_types_they_have(operator: str) -> None:
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_groups(operator: str) -> None:
-    assert pick(operator, groups=8).family == "direct", "8 channels a group"
-    assert pick(operator, groups=4).family == "implicit_gemm", "16 channels a group"
+    assert pick(operator, groups=8).family == "direct", "8 channels per group"
+    assert pick(operator, groups=4).family == "implicit_gemm", "16 channels per group"
     assert pick(operator, groups=64).kernel == f"depthwise_{operator}_tiled"
     assert pick(operator, groups=64, dilation=(2, 2), pad=(2, 2)).kernel == f"depthwise_{operator}_generic"
     assert pick(operator, groups=64, k=128).kernel == f"depthwise_{operator}_generic"

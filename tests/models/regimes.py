@@ -77,9 +77,9 @@ class Minimum:
 
     layer            for the gradients asked for it reads
     conv, linear     its input, if the weight learns; parameters count for nothing
-    batch norm       its input, if the weight learns or it normalises by batch; then two statistics a channel too
-    ReLU and alike   one bit an element, if its input needs a gradient
-    max pooling      one byte an output element, likewise
+    batch norm       its input, if the weight learns or it normalises by batch; then two statistics per channel too
+    ReLU and alike   one bit per element, if its input needs a gradient
+    max pooling      one byte per output element, likewise
     sums, averages   nothing
 
     A tensor that several layers read counts once.

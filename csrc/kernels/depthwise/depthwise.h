@@ -1,4 +1,4 @@
-// What the tiled depthwise kernels share: one channel a group (multiplier 1), filters of 3, 5 or 7, stride 1 or 2.
+// What the tiled depthwise kernels share: one channel per group (multiplier 1), filters of 3, 5 or 7, stride 1 or 2.
 //
 // A block takes kChannels channels (64 bytes of a position) of a tile of positions. The tile of the input with its halo
 // comes to shared memory once, by cp.async, so that memory is read once but for the halo:

@@ -5,7 +5,7 @@
 //   dgrad, stride 2:  dx[n, h, w, c] = epilogue(sum over r, s of dy[n, (h + pad - r) / 2, ..., c] * f[c, r, s]),
 //                     over the r and s for which the division is exact
 //
-// Layouts: x, y NHWC, filter KRSC with one channel a group, that is C x R x S; C a multiple of 8, 16-byte alignment.
+// Layouts: x, y NHWC, filter KRSC with one channel per group, that is C x R x S; C a multiple of 8, 16-byte alignment.
 // A thread makes a strip of kStrip outputs along a row, for eight channels: it reads each input of a filter row once
 // from shared memory and adds it to every output that it belongs to.
 #include "kernels/depthwise/depthwise.h"

@@ -4,7 +4,7 @@
 //   dgrad:  dx[n, h, w, c] = epilogue(sum over r, s and j < m of dy[n, p, q, c * m + j] * f[c * m + j, r, s])
 //   wgrad:  dw[k, r, s] = sum over n, p, q of dy[n, p, q, k] * x[n, h, w, k / m]
 //
-// Layouts: x, y NHWC, filter KRSC with one channel a group; no alignment beyond the element's. core/gather.h and
+// Layouts: x, y NHWC, filter KRSC with one channel per group; no alignment beyond the element's. core/gather.h and
 // core/wgrad.h say which positions meet. fprop and dgrad: a thread makes eight neighbouring channels of one position;
 // neighbouring threads share the lines they read. wgrad: a warp takes 32 channels at one tap; 8 warps and the slices of
 // blockIdx.y cut the positions, and their sums are added in a fixed order.
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 #pragma unroll
     for (int32_t e = 0; e < 8; ++e) {
       if (e >= count) continue;
-      // One of the two has a single channel a group: in_c is 1 for fprop, out_c for dgrad.
+      // One of the two has a single channel per group: in_c is 1 for fprop, out_c for dgrad.
       const int32_t group = (channel + e) / g.out_c;
       for (int32_t j = 0; j < g.in_c; ++j) {
         const int32_t c = group * g.in_c + j, k = g.transposed ? c : channel + e;
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kLanes* kWarps)
   const int32_t k = static_cast<int32_t>(blockIdx.x) / taps * kLanes + lane, channels = p.k * p.groups;
   const int32_t begin = static_cast<int32_t>(blockIdx.y) * p.positions_per_slice;
   const int32_t end = min(begin + p.positions_per_slice, p.positions);
-  const WgradColumn column = p.column(tap);  // one channel a group: column j of the GEMM is tap j
+  const WgradColumn column = p.column(tap);  // one channel per group: column j of the GEMM is tap j
 
   Acc sum = 0;
   if (k < channels) {

@@ -16,7 +16,7 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kStep = 8;  // along the reduction
 
-// Four blocks a multiprocessor: left to itself ptxas aims for nine of the small tile, and spills for it.
+// Four blocks per multiprocessor: left to itself ptxas aims for nine of the small tile, and spills for it.
 template <class T, int kRows, int kColumns>
 __global__ void __launch_bounds__(kThreads, 4)
     conv2d_direct_wgrad_kernel(const Wgrad p, const T* __restrict__ dy, const T* __restrict__ x,

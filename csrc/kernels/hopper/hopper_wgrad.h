@@ -5,7 +5,7 @@
 //   GEMM        | index            | tensor index | operand, brought by
 //   row m       | output channel   | k of a group | A[m][l] = dy, tiled copies of (k, position)
 //   column j    | filter element   | r, s, c      | B[l][j] = x, im2col copies of 64 channels at the tap's offset
-//   reduction l | output position  | n, p, q      | 64 positions a k-tile
+//   reduction l | output position  | n, p, q      | 64 positions per k-tile
 //
 // Both lie with channels along their rows, so they are MN-major operands, which wgmma has for 16-bit types alone: tf32 is
 // left to wgrad_gemm.h. Channels beyond a group's last bring what lies there, into rows and columns that are not stored.
