@@ -1,4 +1,4 @@
-// Where an element of a filter lies in the two layouts that kernels read, dense, groups one after another.
+// Where an element of a filter is in the two layouts that kernels read, dense, groups one after another.
 //
 //   KRSC: group, k, r, s, c     fprop and wgrad; with k over the whole K it is the usual K x R x S x C/G
 //   CRSK: group, c, r, s, k     W', which dgrad reads as if it were the KRSC filter of an fprop from dy to dx

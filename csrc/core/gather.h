@@ -2,7 +2,7 @@
 //
 // Along one axis, output i and tap t meet at
 //   output position = out_first + i * out_step
-//   input position  = in_first + i * in_stride + t * in_step       (nothing is read where it lies outside the input)
+//   input position  = in_first + i * in_stride + t * in_step       (nothing is read where it is outside the input)
 //   filter index    = filter_first + t * filter_step
 //
 // fprop is one such gather: h = p * stride - pad + r * dilation.
@@ -129,7 +129,7 @@ struct Gather {
   FK_HOST_DEVICE GatherAxis axis_h(int32_t phase) const { return phases_h == 1 ? only_h : dgrad_axis(h, phase); }
   FK_HOST_DEVICE GatherAxis axis_w(int32_t phase) const { return phases_w == 1 ? only_w : dgrad_axis(w, phase); }
 
-  // Whether output rows lie in memory in the order of m.
+  // Whether output rows are in memory in the order of m.
   FK_HOST_DEVICE bool rows_are_dense() const { return phases_h == 1 && phases_w == 1; }
   // Whether output row m reads input row m and nothing else: a matrix product.
   FK_HOST_DEVICE bool is_pointwise() const {

@@ -2,7 +2,7 @@
 //
 // A map of an NHWC tensor holds a box of pixels: along an axis from `lower` to size - 1 + upper, by steps of the traversal
 // stride. A copy walks the box, w fastest, then h, then images, and reads each pixel `offset` further on, zeros where that
-// lies outside of the tensor. With positions of an axis as core/gather.h has them,
+// is outside of the tensor. With positions of an axis as core/gather.h has them,
 //
 //   input position = in_first + i * in_stride + t * in_step = (lower + i * in_stride) + offset(t)
 //

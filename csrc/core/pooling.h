@@ -1,4 +1,4 @@
-// Max pooling in two dimensions: its sizes, and which taps of a window lie inside the input.
+// Max pooling in two dimensions: its sizes, and which taps of a window are inside the input.
 //
 //   y[p, q] = max over taps t = r * kernel_w + s of x[p * stride_h - pad_h + r * dilation_h, the same with s]
 //

@@ -1,4 +1,4 @@
-// What a convolution is, apart from how it is computed and where its tensors lie.
+// What a convolution is, apart from how it is computed and where its tensors are.
 //
 //   y[n, k, p, q] = b[k] + sum over c, r, s of x[n, c, h, w] * f[k, c, r, s]
 //   h = p * stride_h - pad_h + r * dilation_h,   w = q * stride_w - pad_w + s * dilation_w

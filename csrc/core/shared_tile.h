@@ -2,7 +2,7 @@
 // 128-byte swizzle, and the 64-bit descriptors that name them (PTX ISA, "Matrix Descriptor Format").
 //
 // Eight rows are a swizzle atom of 1024 bytes, which begins at a multiple of that; chunk c of 16 bytes of row r of an atom
-// lies at slot c ^ r. A descriptor is linear: the hardware permutes the addresses that it makes.
+// is at slot c ^ r. A descriptor is linear: the hardware permutes the addresses that it makes.
 //
 //   K-major   a row is one row m (column j) of the operand, 128 bytes along the reduction
 //   MN-major  a row is one value of the reduction, 128 bytes along m (or j); wider tiles are panels beside each other
@@ -34,7 +34,7 @@ FK_HOST_DEVICE constexpr uint64_t k_major_descriptor(uint32_t tile, int32_t step
   return matrix_descriptor(tile + static_cast<uint32_t>(step) * kWgmmaDepthBytes, 16, kSwizzleAtom);
 }
 
-// Step `step` of an MN-major tile of 16-bit values, 16 of the reduction, which are two atoms. `panel` bytes lie between
+// Step `step` of an MN-major tile of 16-bit values, 16 of the reduction, which are two atoms. `panel` bytes are between
 // panels of 64 values along m or j.
 FK_HOST_DEVICE constexpr uint64_t mn_major_descriptor(uint32_t tile, uint32_t panel, int32_t step) {
   return matrix_descriptor(tile + static_cast<uint32_t>(step) * 2 * kSwizzleAtom, panel, kSwizzleAtom);

@@ -31,7 +31,7 @@ using Shared __attribute__((may_alias)) = Bits<T>;
 // leaky_relu's slope and stops at hardtanh. (There torch's own CPU kernel stops it in its vectors and passes it in the
 // rest that fills no vector; its GPU kernel passes it.)
 
-// On whole bits, where a positive number is a positive integer and a NaN lies beyond infinity: no conversion is needed.
+// On whole bits, where a positive number is a positive integer and a NaN is beyond infinity: no conversion is needed.
 template <class T>
 struct Relu {
   static constexpr Bits<T> kNegativeInfinity =

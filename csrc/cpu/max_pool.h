@@ -15,7 +15,7 @@
 
 namespace freezekit::cpu {
 
-// Where a tap of an output lies in its plane, and -1 where it lies outside: a table made once a call, since a division
+// Where a tap of an output is in its plane, and -1 where it is outside: a table made once a call, since a division
 // a tap costs more than the pooling itself. Taps may be any numbers; only places inside the plane come out.
 class TapPositions {
  public:
@@ -57,7 +57,7 @@ FK_INLINE bool takes(C value, C best) {
   return (value > best) | (value != value);
 }
 
-// The outputs [first, last) of a row for which tap column s lies inside the input.
+// The outputs [first, last) of a row for which tap column s is inside the input.
 struct OutputRange {
   int64_t first, last;
 
@@ -89,7 +89,7 @@ FK_INLINE void max_pool_row(const T* x, T* y, Tap* taps, const Pooling& g, int64
   const TapRange<int64_t> rows(top, g.h, g.kernel_h, g.dilation_h);
   std::fill_n(best, g.q, -std::numeric_limits<C>::infinity());
   std::fill_n(tap, g.q, int32_t{0});
-  // Before any comparison an output's tap is the first that lies inside, so the last to be written here.
+  // Before any comparison an output's tap is the first that is inside, so the last to be written here.
   for (int64_t s = g.kernel_w; s-- > 0;) {
     const OutputRange outputs(g, s);
     const int32_t here = static_cast<int32_t>(rows.first * g.kernel_w + s);

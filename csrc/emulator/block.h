@@ -69,12 +69,12 @@ void complete_collectives_after_exit(int thread);
 void check_no_copies_in_flight();
 void forget_copies(Thread&);
 
-// Shared memory is made before a block runs and released after it. `is_shared`: all bytes lie in one array.
+// Shared memory is made before a block runs and released after it. `is_shared`: all bytes are in one array.
 void begin_shared_memory(size_t dynamic_bytes);
 void end_shared_memory();
 void release_deferred_memory();
 bool is_shared(const void* p, size_t bytes);
-// `bytes` of shared memory at an address in its window of 32 bits; fails where they do not lie in one array.
+// `bytes` of shared memory at an address in its window of 32 bits; fails where they are not in one array.
 void* shared_pointer(uint32_t address, size_t bytes);
 
 }  // namespace freezekit::emulator

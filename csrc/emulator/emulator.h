@@ -31,7 +31,7 @@ struct Counters {
   uint64_t cp_async = 0, mma = 0;                    // copies (a thread's), mma instructions (a warp's)
   uint64_t tensor_copies = 0, wgmma = 0;             // bulk copies, wgmma instructions (a warp's)
   uint64_t ldmatrix_phases = 0;                      // 8 rows of 16 bytes read at once
-  uint64_t ldmatrix_conflicts = 0;                   // phases whose rows do not lie in 8 different groups of 4 banks
+  uint64_t ldmatrix_conflicts = 0;                   // phases whose rows are not in 8 different groups of 4 banks
   uint64_t global_read_bytes = 0, global_write_bytes = 0;  // by load_global, store_global and copies
 };
 
@@ -75,7 +75,7 @@ void cp_async(void* shared, const void* global, int bytes, bool copy);
 void cp_async_commit();
 void cp_async_wait(int newest_groups_in_flight);
 
-// `matrices` is 1, 2 or 4. Lanes below 8 * matrices give the address of a row, check it, and pass what lies there.
+// `matrices` is 1, 2 or 4. Lanes below 8 * matrices give the address of a row, check it, and pass what is there.
 void check_ldmatrix_row(const void* address);
 void ldmatrix(uint32_t* fragment, int matrices, bool transposed, const void* address, const uint4& row);
 

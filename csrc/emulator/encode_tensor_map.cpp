@@ -24,8 +24,8 @@ __attribute__((format(printf, 1, 2))) bool refuse(const char* format, ...) {
 // What both kinds of map share.
 bool begin(TensorMap* map, TensorType type, uint32_t rank, const void* address, const uint64_t* sizes,
            const uint64_t* strides, const uint32_t* element_strides) {
-  if (reinterpret_cast<uintptr_t>(map) % 64) return refuse("it lies off a multiple of 64 bytes");
-  if (reinterpret_cast<uintptr_t>(address) % 16) return refuse("the tensor lies off a multiple of 16 bytes");
+  if (reinterpret_cast<uintptr_t>(map) % 64) return refuse("it is off a multiple of 64 bytes");
+  if (reinterpret_cast<uintptr_t>(address) % 16) return refuse("the tensor is off a multiple of 16 bytes");
   std::memset(static_cast<void*>(map), 0, sizeof *map);
   map->magic = kTensorMapMagic, map->type = static_cast<uint8_t>(type), map->rank = static_cast<uint8_t>(rank);
   map->address = static_cast<const char*>(address);

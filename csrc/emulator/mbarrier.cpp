@@ -110,7 +110,7 @@ void release_mbarriers() {
 }
 
 void mbarrier_init(uint64_t* address, uint32_t arrivals) {
-  if (reinterpret_cast<uintptr_t>(address) % 8 || !is_shared(address, 8)) fail("an mbarrier lies outside shared memory");
+  if (reinterpret_cast<uintptr_t>(address) % 8 || !is_shared(address, 8)) fail("an mbarrier is outside shared memory");
   if (arrivals < 1 || arrivals >= 1u << 20) fail("an mbarrier of %u arrivals", arrivals);
   for (const auto& barrier : barriers) {
     if (barrier->address == address) fail("an mbarrier is initialised twice");

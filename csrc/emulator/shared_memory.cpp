@@ -1,4 +1,4 @@
-// Shared memory of a block: each array an allocation of its own and of its exact size, so that ASan sees what lies
+// Shared memory of a block: each array an allocation of its own and of its exact size, so that ASan sees what is
 // beyond its end, and filled with NaN (all bits set: a NaN in fp64, fp32, bf16 and fp16).
 #include <cstdlib>
 #include <cstring>
@@ -16,7 +16,7 @@ namespace freezekit::emulator {
 namespace {
 
 constexpr size_t kMaxStatic = 48 * 1024;
-// What kernels may count on (kernels/device.h), and no more: arrays lie at odd multiples.
+// What kernels may count on (kernels/device.h), and no more: arrays are at odd multiples.
 constexpr size_t kDynamicAlignment = 128, kStaticAlignment = 16;
 
 struct Array {
@@ -103,7 +103,7 @@ void* shared_pointer(uint32_t address, size_t bytes) {
     char* const at = arrays[i].memory + (address % kWindowOfArray) - reinterpret_cast<uintptr_t>(arrays[i].memory) % 1024;
     if (at >= arrays[i].memory && at + bytes <= arrays[i].memory + arrays[i].bytes) return at;
   }
-  fail("%zu bytes at shared address %u lie outside of the block's arrays", bytes, address);
+  fail("%zu bytes at shared address %u are outside of the block's arrays", bytes, address);
 }
 
 bool is_shared(const void* p, size_t bytes) {

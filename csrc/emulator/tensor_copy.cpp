@@ -1,7 +1,7 @@
 // cp.async.bulk.tensor (PTX ISA 9.7.9.25.5.2), tiled and im2col, from global to shared memory, 128-byte swizzle.
 //
 // im2col walks pixels through the box between the corners, by the traversal strides, w fastest, then h, then images;
-// each pixel is read at its place plus the offsets. Whatever lies outside of the tensor is zero.
+// each pixel is read at its place plus the offsets. Whatever is outside of the tensor is zero.
 #include "emulator/tensor_copy.h"
 
 #include <cstring>
@@ -25,7 +25,7 @@ uint32_t round_to_tf32(uint32_t bits) {
   return (bits + 0xfffu + (bits >> 13 & 1)) & ~0x1fffu;
 }
 
-// One row of 128 bytes; `from` is the element at coordinate `first` of dimension 0, null: all of it lies outside.
+// One row of 128 bytes; `from` is the element at coordinate `first` of dimension 0, null: all of it is outside.
 void land_row(const TensorCopy& copy, size_t row, const char* from, int64_t first) {
   const auto type = static_cast<TensorType>(copy.map.type);
   const size_t size = element_bytes(type);

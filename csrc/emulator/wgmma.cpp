@@ -64,7 +64,7 @@ struct Descriptor {
         base_offset(bits >> 49 & 7), mode(bits >> 62) {}
 };
 
-// Where element (mn, k) lies. K-major: rows of 128 bytes along k, eight rows an atom, atoms `stride` apart along mn.
+// Where element (mn, k) is. K-major: rows of 128 bytes along k, eight rows per atom, atoms `stride` apart along mn.
 // MN-major: rows of 128 bytes along mn, eight k an atom, atoms `leading` apart along mn and `stride` apart along k.
 uint32_t address_of(const Descriptor& at, WgmmaType type, bool mn_major, int mn, int k) {
   const uint32_t size = size_of(type);

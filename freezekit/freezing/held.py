@@ -32,7 +32,7 @@ def identity(tensor: torch.Tensor) -> tuple[int, int]:
 class Record:
     """A frozen tensor as it was when it was first seen frozen; ``value`` is a copy, where one is wanted.
 
-    ``tensor`` is kept so that nothing else can come to lie at its address while the record speaks of it.
+    ``tensor`` is kept so that nothing else can take its address while the record speaks of it.
     """
 
     tensor: torch.Tensor

@@ -52,7 +52,7 @@ def test_error_is_relative_to_the_largest_element() -> None:
 
 
 class Nudged(nn.Conv2d):
-    """As a convolution that sums in another order may: what lies next to zero gets to the other side of it."""
+    """As a convolution that sums in another order may: what is next to zero gets to the other side of it."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) - 2e-7

@@ -151,7 +151,7 @@ def _mma_f16_subnormals() -> Probe:
 
 
 def _ldmatrix(matrices: int, transposed: bool) -> Probe:
-    """Rows lie in shuffled places."""
+    """Rows are in shuffled places."""
 
     def inputs() -> Arrays:
         r = random(matrices)

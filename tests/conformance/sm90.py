@@ -1,6 +1,6 @@
 """Probes of what csrc/kernels/ptx_sm90.h wraps for sm_90a: mbarriers, bulk tensor copies, wgmma.
 
-Shared memory is compared as bytes: rows of 128, whose chunk c of 16 bytes lies at slot c ^ (row % 8) (PTX ISA,
+Shared memory is compared as bytes: rows of 128, whose chunk c of 16 bytes is at slot c ^ (row % 8) (PTX ISA,
 "Swizzling modes"). Descriptors are core/shared_tile.h's; a wrong one gives a wrong product.
 """
 
@@ -54,7 +54,7 @@ def _mbarrier() -> Probe:
 
 
 def _copy_tile(kind: str, rank: int, name: str, at: tuple[int, int, int]) -> Probe:
-    """A box of 16 rows; what lies outside of the tensor comes as zeros."""
+    """A box of 16 rows; what is outside of the tensor comes as zeros."""
     values, rows = ROW // (4 if kind == "tf32" else 2), 16
     size = (values + 32, 24, 3 if rank == 3 else 1)
 

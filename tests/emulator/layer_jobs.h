@@ -50,7 +50,7 @@ inline int run_bytes(const std::vector<int64_t>& sizes) {
   return compare_mask("bytes", words, bits);
 }
 
-// Where an element of an image lies in memory.
+// Where an element of an image is in memory.
 inline size_t place(const MaxPool& m, int64_t n, int64_t c, int64_t row, int64_t column, int64_t h, int64_t w) {
   return static_cast<size_t>(m.nhwc ? ((n * h + row) * w + column) * m.c + c : ((n * m.c + c) * h + row) * w + column);
 }
@@ -83,7 +83,7 @@ inline Expected pool(const MaxPool& m, const std::vector<double>& x, const std::
   return e;
 }
 
-// What lies at the last tap of each window, 0 where that is outside.
+// What is at the last tap of each window, 0 where that is outside.
 inline std::vector<double> at_last_tap(const MaxPool& m, const std::vector<double>& x) {
   const Pooling& g = m.window;
   std::vector<double> y(static_cast<size_t>(m.n * m.c * g.p * g.q), 0.0);
@@ -128,7 +128,7 @@ int run_pool(DType dtype, const std::vector<int64_t>& v) {
     status = table->max_pool_gather(m, dtype, x.data(), taps.data(), again.data(), nullptr);
     if (const int failed = check_status("gather", status)) return failed;
     if (const int wrong = compare("gather", again, expected.y)) return wrong;
-    // Taps from elsewhere: one that no window has leads nowhere, the last of a window may lie outside.
+    // Taps from elsewhere: one that no window has leads nowhere, the last of a window may be outside.
     const auto last = static_cast<uint8_t>(v[4] * v[4] - 1);
     for (const uint8_t tap : {last, uint8_t{0xff}}) {
       const Array<uint8_t> elsewhere(std::vector<uint8_t>(grads.size(), tap));

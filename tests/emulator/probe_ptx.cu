@@ -39,7 +39,7 @@ __global__ void ldmatrix_kernel(bool transposed, const unsigned char* shared, in
   for (int i = 0; i < N; i++) fragments[N * lane + i] = fragment[i];
 }
 
-// Three groups of one copy each, the last not copied but zeroed; seen: what lies in shared memory as no wait, wait<1>
+// Three groups of one copy each, the last not copied but zeroed; seen: what is in shared memory as no wait, wait<1>
 // and wait<0> have been passed, 3 x 3 x Bytes.
 template <int Bytes>
 __global__ void cp_async_kernel(const unsigned char* global, unsigned char* seen) {

@@ -22,7 +22,7 @@ def test_an_mma_is_counted_once_a_warp(kind: str) -> None:
 
 
 def test_lanes_without_a_row_are_not_asked_for_one() -> None:
-    """The addresses of lanes 8 and up lie outside of shared memory; one matrix has no rows there."""
+    """The addresses of lanes 8 and up are outside of shared memory; one matrix has no rows there."""
     offsets = np.full(32, 1 << 20, np.int32)
     offsets[:8] = np.arange(8) * 16
     tile, found = np.arange(64, dtype=np.uint16), np.empty((32, 1), np.uint32)

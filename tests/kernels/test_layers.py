@@ -208,7 +208,7 @@ def test_sums_are_made_in_the_order_of_outputs(nhwc: bool) -> None:
 
 @pytest.mark.parametrize("nhwc", [False, True], ids=["nchw", "nhwc"])
 def test_taps_from_elsewhere_lead_nowhere(nhwc: bool) -> None:
-    """Taps that no window has, or that lie in the padding: zeros, and no access outside (the sanitizer's job)."""
+    """Taps that no window has, or that are in the padding: zeros, and no access outside (the sanitizer's job)."""
     pool = Pool(size=(1, 3, 4, 4), kernel=(3, 3), stride=(2, 2))
     layout = torch.channels_last if nhwc else torch.contiguous_format
     x = torch.ones(pool.size).clone(memory_format=layout)

@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(BackwardTile<T, kSize>::kThreads)
   using Patch = typename Tile::Patch;
   FK_DYNAMIC_SHARED(patch);
   float* const taps = reinterpret_cast<float*>(patch + Patch::kBytes);
-  const int32_t odd_h = shape.pad_h & 1, odd_w = shape.pad_w & 1;  // positions that lie before the tensor
+  const int32_t odd_h = shape.pad_h & 1, odd_w = shape.pad_w & 1;  // positions that are before the tensor
   const Block block((shape.channels + Patch::kChannels - 1) / Patch::kChannels, Patch::kChannels,
                     (shape.out_h + odd_h + Tile::kRows - 1) / Tile::kRows,
                     (shape.out_w + odd_w + Tile::kColumns - 1) / Tile::kColumns);

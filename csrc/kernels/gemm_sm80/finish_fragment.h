@@ -13,7 +13,7 @@ constexpr int kFragmentRows = 16, kFragmentColumns = 32;  // of a warp's accumul
 constexpr int kPatchPitch = kFragmentColumns + 8;         // floats; rows of a patch start 8 banks apart
 constexpr int kPatchBytes = kFragmentRows * kPatchPitch * 4;
 
-// Where in the output a fragment lies: its phase, and its rows and columns in the phase's matrix of `rows` rows.
+// Where in the output a fragment is: its phase, and its rows and columns in the phase's matrix of `rows` rows.
 struct FragmentPlace {
   int32_t phase_h, phase_w;
   GatherAxis h, w;

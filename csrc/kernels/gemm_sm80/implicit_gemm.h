@@ -14,7 +14,7 @@
 //
 // Mainloop: rows of both operands are cut into chunks of 16 bytes along l; a k-tile is four chunks wide, so that a row
 // of it takes 64 bytes of shared memory. cp.async fills a ring of `stages` k-tiles, ldmatrix reads them as fragments.
-// Chunk `c` of row `r` lies at 16-byte slot c ^ (r / 2 % 4) of its row: eight rows in a column of chunks then touch all
+// Chunk `c` of row `r` is at 16-byte slot c ^ (r / 2 % 4) of its row: eight rows in a column of chunks then touch all
 // 32 banks once. Each thread loads the same chunk column of every k-tile, so it walks the reduction with one cursor.
 //
 // Alignment: Access::pointwise and Access::chunks need input channels of a group in whole chunks and 16-byte aligned
@@ -42,7 +42,7 @@ FK_DEVICE int32_t chunk_offset(int32_t row, int32_t chunk) {
   return row * kTileRowBytes + ((chunk ^ (row >> 1 & 3)) * kChunkBytes);
 }
 
-// The shape of a block's work; warps lie in a grid of warp_rows x (columns / 32).
+// The shape of a block's work; warps are in a grid of warp_rows x (columns / 32).
 template <int kRowsOfTile, int kColumnsOfTile, int kWarpRows, int kStagesOfTile>
 struct GemmTile {
   static constexpr int kRows = kRowsOfTile, kColumns = kColumnsOfTile, kStages = kStagesOfTile;

@@ -1,7 +1,7 @@
 // The mainloop of the sm_80 tensor-core kernels: a ring of k-tiles in shared memory, filled by cp.async while others are
 // multiplied.
 //
-// k-tile i lies in stage i % kStages. While one is multiplied the next kStages - 2 are on their way.
+// k-tile i is in stage i % kStages. While one is multiplied the next kStages - 2 are on their way.
 #pragma once
 
 #include "kernels/ptx.h"

@@ -7,8 +7,8 @@
 //   A[m][l]  | dy     | rows l of kRows output channels, as in memory
 //   B[l][j]  | x      | rows l of kColumns filter elements, runs of input channels of one tap
 //
-// Both lie with the reduction across rows, so fragments are read transposed: by ldmatrix.trans for 16-bit types, by
-// plain loads for float, which ldmatrix cannot transpose. Rows are padded by 16 bytes (32 for float), so that the eight
+// Both are stored with the reduction across rows, so fragments are read transposed: 16-bit types by ldmatrix.trans, float
+// by plain loads, since ldmatrix cannot transpose it. Rows are padded by 16 bytes (32 for float), so that the eight
 // rows of an ldmatrix, or the four rows by eight columns of a load, fall into different banks.
 //
 // Chunks of 16 bytes go by cp.async through a ring of stages where channels come in whole chunks and pointers are
@@ -28,7 +28,7 @@ namespace freezekit {
 
 constexpr int kWgradStages = 4;
 
-// Warps lie in a grid of kWarpRows x (kColumns / 32), each with a tile of kRows / kWarpRows x 32.
+// Warps are in a grid of kWarpRows x (kColumns / 32), each with a tile of kRows / kWarpRows x 32.
 template <int kRowsOfTile, int kColumnsOfTile, int kWarpRows>
 struct WgradTile {
   static constexpr int kRows = kRowsOfTile, kColumns = kColumnsOfTile;

@@ -2,7 +2,7 @@
 //
 // `full[stage]` completes with the bytes of a stage, `empty[stage]` once all eight consuming warps have read it. A stage
 // holds kRows rows of A and kColumns of B, each 128 bytes long, under the 128-byte swizzle (core/shared_tile.h): K-major
-// operands lie row by row, MN-major ones in panels of 64 rows or columns, 64 values of the reduction deep.
+// operands are stored row by row, MN-major ones in panels of 64 rows or columns, 64 values of the reduction deep.
 #pragma once
 
 #include "core/shared_tile.h"

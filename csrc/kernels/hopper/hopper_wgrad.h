@@ -7,8 +7,8 @@
 //   column j    | filter element   | r, s, c      | B[l][j] = x, im2col copies of 64 channels at the tap's offset
 //   reduction l | output position  | n, p, q      | 64 positions per k-tile
 //
-// Both lie with channels along their rows, so they are MN-major operands, which wgmma has for 16-bit types alone: tf32 is
-// left to wgrad_gemm.h. Channels beyond a group's last bring what lies there, into rows and columns that are not stored.
+// Both are stored with channels along their rows, so they are MN-major operands, which wgmma has only for 16-bit types:
+// tf32 is left to wgrad_gemm.h. Channels beyond a group's last bring what is there, into rows and columns that are not stored.
 //
 // The warps' roles and the ring are those of hopper_gemm.h. Positions are cut into slices; one slice stores dw, several
 // store partial sums [slice][dw] in fp32, which launch_ordered_reduce adds in a fixed order.

@@ -228,7 +228,7 @@ FK_DEVICE void wgmma_wait() {
 
 // wgmma.mma_async (9.7.15.5.2): D[64][N] += A[64][depth] * B[depth][N] of a warpgroup, both operands in shared memory under
 // descriptors (core/shared_tile.h); depth is 32 bytes of T, fp32 accumulation, float through tf32. MnMajor...: rows or
-// columns of the operand lie next to each other, else values along the reduction, as is the only way for float.
+// columns of the operand are next to each other, else values along the reduction, as is the only way for float.
 // With warp = threadIdx.x / 32 % 4: d[i] is at row 16 * warp + lane / 4 + 8 * (i / 2 % 2), column 8 * (i / 4) +
 // 2 * (lane % 4) + i % 2. Asynchronous: see wgmma_fence, wgmma_commit and wgmma_wait.
 template <class T, bool MnMajorA, bool MnMajorB, int Count>

@@ -1,6 +1,6 @@
 // Tensor maps, which tell the tensor memory accelerator what a tensor is; made on the host, passed as kernel parameters.
 //
-// All have the 128-byte swizzle and zeros outside of the tensor. Fails where the driver refuses: the address lies off 16
+// All have the 128-byte swizzle and zeros outside of the tensor. Fails where the driver refuses: the address is off 16
 // bytes, a stride is not a multiple of 16 bytes ...; core/pixel_box.h has the limits of im2col.
 #pragma once
 
@@ -9,7 +9,7 @@
 
 namespace freezekit {
 
-// Rows of 128 bytes: size[0] elements lie next to each other, the others stride[i - 1] elements apart.
+// Rows of 128 bytes: size[0] elements are next to each other, the others stride[i - 1] elements apart.
 struct TiledTensor {
   DType dtype = DType::bf16;
   const void* data = nullptr;

@@ -25,7 +25,7 @@ dim3 grid_for(int64_t runs) { return dim3(static_cast<unsigned>(std::min(ceil_di
 FK_DEVICE int64_t first_run() { return static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; }
 FK_DEVICE int64_t run_count() { return static_cast<int64_t>(gridDim.x) * kThreads; }
 
-// Elements of a run that lie in a tensor of numel; none for a run behind its end.
+// Elements of a run that are in a tensor of numel; none for a run behind its end.
 FK_DEVICE int count_of(int64_t run, int64_t numel) {
   const int64_t left = numel - run * kRun;
   return left >= kRun ? kRun : left > 0 ? static_cast<int>(left) : 0;

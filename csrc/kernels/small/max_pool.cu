@@ -1,8 +1,8 @@
 // Max pooling (core/pooling.h) that remembers the tap of each output, and the two linear maps that taps define.
 //
-//   max_pool:  y[o] = x[where tap[o] lies], the largest of o's window
-//   scatter:   dx[i] = sum of dy[o] over the outputs o whose tap lies at i       (the gradient)
-//   gather:    y[o] = x[where tap[o] lies], 0 where that is outside              (the gradient's gradient)
+//   max_pool:  y[o] = x[where tap[o] is], the largest of o's window
+//   scatter:   dx[i] = sum of dy[o] over the outputs o whose tap is at i       (the gradient)
+//   gather:    y[o] = x[where tap[o] is], 0 where that is outside              (the gradient's gradient)
 //
 // The scatter runs as a gather: a thread has an element of dx and asks the outputs whose windows hold it, in the order of
 // (p, q). So there are no atomics, no zeroing, and one order of each sum. NHWC or NCHW, dense; no alignment beyond the
@@ -65,7 +65,7 @@ struct Axis {
         dilation(static_cast<int32_t>(dilation)) {}
 
   FK_DEVICE int32_t origin(int32_t output) const { return output * step - pad; }
-  // The output whose tap lies at `input`; -1 where there is none.
+  // The output whose tap is at `input`; -1 where there is none.
   FK_DEVICE int32_t output(int32_t input, int32_t tap, int32_t outputs) const {
     const int32_t from = input + pad - tap * dilation;
     if (from < 0) return -1;

@@ -105,7 +105,7 @@ PLANTS = [
         "* kWgmmaDepthBytes, 16, kSwizzleAtom);",
         "* kWgmmaDepthBytes, 16, 2 * kSwizzleAtom);",
         case=WIDE,
-        expect="wrong value|launch failed.*lie outside of the block's arrays",
+        expect="wrong value|launch failed.*are outside of the block's arrays",
     ),
     bug(
         "a step along the reduction is taken twice",
@@ -174,13 +174,13 @@ PLANTS = [
         case=hopper("fprop", POINTWISE),
     ),
     bug(
-        "panels of an operand lie closer than its descriptor says",
+        "panels of an operand are closer than its descriptor says",
         SHARED_TILE,
         "* 2 * kSwizzleAtom, panel, kSwizzleAtom);",
         "* 2 * kSwizzleAtom, 2 * panel, kSwizzleAtom);",
         case=hopper("wgrad", HOPPER_WIDE, config=1),
         including=("csrc/kernels/hopper/hopper_wgrad.cu",),
-        expect="wrong value|launch failed.*lie outside of the block's arrays",
+        expect="wrong value|launch failed.*are outside of the block's arrays",
     ),
     bug(
         "a step of an MN-major operand skips no rows",
