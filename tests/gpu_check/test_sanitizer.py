@@ -29,6 +29,7 @@ def fake(folder: Path, control: str, program: str) -> str:
 
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drivers, "names", lambda: list(drivers.SOURCES))
     monkeypatch.setattr(drivers, "build", lambda name: Path("/nowhere") / name)
     monkeypatch.setattr(sanitizer, "build_faults", lambda: Path("/nowhere/faults"))
 
@@ -47,6 +48,18 @@ def built(monkeypatch: pytest.MonkeyPatch) -> None:
             1,
             "memcheck clean, racecheck not run, synccheck clean, initcheck found",
         ),
+        (
+            "$([ $2 = racecheck ] && echo 0 || echo 99)",
+            "exit 0",
+            NOT_RUN,
+            "memcheck clean, racecheck not run, synccheck clean, initcheck clean",
+        ),
+        (
+            "99",
+            "[ $2 = memcheck ] && sleep 5; exit 0",
+            NOT_RUN,
+            "memcheck not run, racecheck clean, synccheck clean, initcheck clean",
+        ),
     ],
 )
 def test_answers(
@@ -59,10 +72,12 @@ def test_answers(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(sanitizer, "find_sanitizer", lambda: fake(tmp_path, control, program))
+    if "sleep" in program:
+        monkeypatch.setattr(sanitizer, "SECONDS", 2.0)
     assert sanitizer.main() == code
     out = capsys.readouterr().out
     assert out.strip().splitlines()[-1] == said
-    assert "initcheck on /nowhere/small unwritten" in out or "initcheck clean" not in said
+    assert "initcheck on /nowhere/hopper unwritten" in out or "initcheck clean" not in said
 
 
 def test_no_sanitizer_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

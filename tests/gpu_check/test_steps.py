@@ -129,6 +129,17 @@ def test_the_plan_covers_all_tests_and_knows_its_files() -> None:
     assert len(report.FILES) <= report.MOST_FILES
 
 
+def test_the_build_is_for_the_device_alone_and_its_waits_end() -> None:
+    plan = {s.name: s for s in steps.plan(Path("out"), emulated=False, about="", arch="90a")}
+    assert plan["build"].command[:3] == ("env", "NVCC_APPEND_FLAGS=-DFK_BOUNDED_WAITS", "FREEZEKIT_CUDA_ARCHS=90a")
+
+
+def test_gpu_tests_are_looked_for_where_they_are() -> None:
+    files = steps.gpu_files()
+    assert {"tests/conformance/test_probes.py", "tests/operators/test_values.py"} <= set(files)
+    assert len(files) < len(list((ROOT / "tests").rglob("test_*.py"))) / 3
+
+
 def test_what_is_asked_of_compare_makes_sense(tmp_path: Path) -> None:
     plan = {s.name: s for s in steps.plan(tmp_path, emulated=True, about="")}
     for name, dtype in (("layers", torch.bfloat16), ("compare", torch.float32)):
@@ -152,5 +163,5 @@ def test_tests_that_would_begin_late_are_counted(tmp_path: Path) -> None:
         )
         said[within, bool(more)] = (done.returncode, done.stdout.strip().splitlines()[-1])
     assert said[600, False] == (1, "1 passed, 1 failed, 0 error, 1 skipped, 0 not run for want of time")
-    late = (0, "0 passed, 0 failed, 0 error, 0 skipped, 3 not run for want of time")
+    late = (NOT_RUN, "0 passed, 0 failed, 0 error, 0 skipped, 3 not run for want of time")
     assert said[0, False] == said.get((0, True), late) == late

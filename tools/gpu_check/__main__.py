@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     folder = options.out.resolve()
     if not report.empty(folder):
         parser.error(f"argument --out: {folder} holds something else than results of gpu-check")
-    plan = steps.plan(folder, options.emulated, f"{here.date}, driver {here.driver}, commit {here.commit}")
+    plan = steps.plan(folder, options.emulated, f"{here.date}, driver {here.driver}, commit {here.commit}", here.arch)
     if options.only:
         wanted = options.only.split(",")
         if unknown := set(wanted) - {step.name for step in plan}:

@@ -2,7 +2,8 @@
 
     python -m pytest -p tools.gpu_check.deadline --begin-within SECONDS
 
-A whole suite need not fit into what is left of nine minutes; what did not fit is said, and is not a pass.
+A whole suite need not fit into what is left of nine minutes; what did not fit is said, and the run is then not a pass:
+it exits with NOT_RUN where nothing failed.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import time
 from typing import Any
 
 import pytest
+
+from .step import NOT_RUN
 
 LATE = "not run: no time was left"
 MARGIN = 30.0  # seconds for the tests under way, of which the longest take 25 on a busy machine, and for the summary
@@ -28,13 +31,24 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    reporter: Any = session.config.pluginmanager.get_plugin("terminalreporter")
+    if session.exitstatus == pytest.ExitCode.OK and reporter is not None and count_late(reporter):
+        session.exitstatus = NOT_RUN
+
+
+def count_late(reporter: Any) -> int:
+    """Tests that no time was left for."""
+    return sum(LATE in str(report.longrepr) for report in reporter.stats.get("skipped", []))
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config: pytest.Config) -> None:
     """The last line of the output, for whoever reads one line of it."""
     reporter: Any = config.pluginmanager.get_plugin("terminalreporter")
     if reporter is None or hasattr(config, "workerinput"):
         return
-    skipped = reporter.stats.get("skipped", [])
-    late = sum(LATE in str(report.longrepr) for report in skipped)
+    skipped, late = reporter.stats.get("skipped", []), count_late(reporter)
     counts = {name: len(reporter.stats.get(name, [])) for name in ("passed", "failed", "error")}
     said = [f"{count} {name}" for name, count in counts.items()]
     reporter.write_line(", ".join([*said, f"{len(skipped) - late} skipped", f"{late} not run for want of time"]))

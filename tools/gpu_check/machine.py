@@ -34,6 +34,7 @@ class Machine:
     python: str
     cores: int
     commit: str
+    arch: str = ""  # of the device, as nvcc names it
 
     def to_dict(self) -> dict[str, str | int]:
         """Plain data, ready for JSON."""
@@ -55,9 +56,11 @@ def read(commit: str | None) -> Machine:
         sys.executable,
         "-c",
         "import torch; print(torch.__version__, torch.version.cuda or 'none', sep='\\n');"
-        "print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')",
+        "there = torch.cuda.is_available()\n"
+        "print(torch.cuda.get_device_name() if there else '')\n"
+        "print('%d%d' % torch.cuda.get_device_capability() if there else '')",
     ).split("\n")
-    torch, cuda, device = [*asked, "", "", ""][:3]
+    torch, cuda, device, capability = [*asked, "", "", "", ""][:4]
     driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
     found = re.search(r"\bV([\d.]+)", output_of("nvcc", "--version"))
     dirty = "+" if output_of("git", "status", "--porcelain", "--untracked-files=no") else ""
@@ -71,6 +74,7 @@ def read(commit: str | None) -> Machine:
         nvcc=found[1] if found else "none",
         python=platform.python_version(),
         cores=os.cpu_count() or 1,
+        arch="90a" if capability == "90" else capability,
         commit=commit or (known + dirty if known else "unknown"),
     )
 

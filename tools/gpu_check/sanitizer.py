@@ -1,7 +1,7 @@
 """compute-sanitizer over the kernels' drivers: memcheck, racecheck, synccheck and initcheck, side by side.
 
 A tool counts only where it finds the fault that was planted for it: on some machines it is there and cannot watch the
-device. The exit code is the number of tools that found something, or NOT_RUN where none could run.
+device. The exit code is the number of tools that found something; NOT_RUN where none did, and some did not run or end.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def build_faults() -> Path:
 
 
 def watch(sanitizer: str, tool: str, command: Sequence[str | Path]) -> tuple[int | None, str]:
-    """(exit code, or None if it did not end in time; output) of a command under a tool."""
+    """(exit code, or None if it did not end in time, which is no finding; output) of a command under a tool."""
     watched = [sanitizer, "--tool", tool, "--error-exitcode", str(FOUND), *map(str, command)]
     try:
         done = subprocess.run(watched, capture_output=True, text=True, timeout=SECONDS)
@@ -60,6 +60,8 @@ def check(sanitizer: str, tool: str, faults: Path, programs: dict[str, Path]) ->
     memory = "unwritten" if tool == "initcheck" else "poisoned"
     for name, program in programs.items():
         code, text = watch(sanitizer, tool, [program, *drivers.arguments_of(name, memory, CASES)])
+        if code is None:
+            return "not run", f"{name}: {text}"
         if code != 0:
             return "found", f"{name}, exit code {code}:\n{text[-6000:]}"
     return "clean", text[-400:]
@@ -71,15 +73,14 @@ def main() -> int:
     if sanitizer is None:
         print("compute-sanitizer is neither on PATH nor in CUDA_HOME/bin")
         return NOT_RUN
-    programs, faults = {name: drivers.build(name) for name in drivers.SOURCES}, build_faults()
+    programs, faults = {name: drivers.build(name) for name in drivers.names()}, build_faults()
     with ThreadPoolExecutor(len(TOOLS)) as pool:
         results = dict(zip(TOOLS, pool.map(lambda tool: check(sanitizer, tool, faults, programs), TOOLS)))
     for tool, (result, text) in results.items():
         print(f"--- {tool}: {result}\n{text}")
     print(", ".join(f"{tool} {result}" for tool, (result, _) in results.items()))
-    if all(result == "not run" for result, _ in results.values()):
-        return NOT_RUN
-    return sum(result == "found" for result, _ in results.values())
+    found = sum(result == "found" for result, _ in results.values())
+    return found or (NOT_RUN if any(result == "not run" for result, _ in results.values()) else 0)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from .step import ROOT, Step
 NO_DEVICE = "no CUDA device"
 NETWORKS = "resnet50,mobilenet_v3,efficientnet_b0,convnext_tiny"
 # They prove the emulator, and never touch a GPU: last, so that what is left out for want of time is theirs.
+MARKED = re.compile(r"\b(gpu|place)\b")
 LAST = ("kernels", "emulator")
 
 
@@ -26,6 +28,15 @@ def pytest(*arguments: str, dist: str) -> tuple[str, ...]:
     return python("-m", "pytest", *late, *workers, *arguments)
 
 
+def gpu_files() -> tuple[str, ...]:
+    """The files that may hold tests marked gpu: by the mark's name, or that of the fixture that carries it.
+
+    Collecting the whole suite would take half of the step's time.
+    """
+    found = sorted((ROOT / "tests").rglob("test_*.py"))
+    return tuple(str(path.relative_to(ROOT)) for path in found if MARKED.search(path.read_text()))
+
+
 def test_folders() -> tuple[str, ...]:
     """All of tests/, in the order to run them in."""
     found = sorted(path for path in (ROOT / "tests").iterdir() if path.is_dir() or path.name.startswith("test_"))
@@ -33,27 +44,30 @@ def test_folders() -> tuple[str, ...]:
     return tuple(f"tests/{name}" for name in (*names, *LAST))
 
 
-def plan(folder: Path, emulated: bool, about: str) -> list[Step]:
+def plan(folder: Path, emulated: bool, about: str, arch: str = "") -> list[Step]:
     """All steps. Emulated, those that have another form than the GPU's take it, and the rest say why they are not run.
 
     Args:
         folder: where steps put files.
         emulated: whether to do without a device.
         about: kept with golden vectors.
+        arch: of the device, for which alone the kernels are built; empty: for all.
     """
     where, own, device = ("emulated", "emulated", NO_DEVICE) if emulated else ("cuda", "native", "")
     golden = ("--golden", str(folder / "golden.npz"), "--about", about)
     compare = python("bench/compare.py", "--device", "cpu" if emulated else "cuda")
     layers = ("--section", "layers", "--layers", NETWORKS, "--parts", "dgrad,wgrad,fprop", "--dtype", "bfloat16")
     sides = ("--batch", "128", "--sides", "stock_channels_last,freezekit_native_channels_last")
+    # Waits of Hopper's kernels then end in a trap, so that a hang is a fault; NVCC_APPEND_FLAGS is nvcc's own variable.
+    build = ("NVCC_APPEND_FLAGS=-DFK_BOUNDED_WAITS", *((f"FREEZEKIT_CUDA_ARCHS={arch}",) if arch else ()))
     to = {name: ("--json", str(folder / f"{name}.json")) for name in ("layers", "tiles", "compare")}
     return [
         Step("machine", python("-m", "tools.gpu_check.machine"), 20),
-        Step("build", python("setup.py", "-q", "build_ext", "--inplace"), 130),
+        Step("build", ("env", *build, *python("setup.py", "-q", "build_ext", "--inplace")), 130),
         Step("conformance", python("-m", "tests.conformance", "--place", where, *golden), 35),
         Step("kernels", python("-m", "tests.conformance.drivers", "--place", where), 30),
         Step("selftest", python("-m", "freezekit.selftest", "--backend", own), 25),
-        Step("gpu tests", pytest("-m", "gpu and not full", dist="load"), 60, device),
+        Step("gpu tests", pytest("-m", "gpu and not full", *gpu_files(), dist="load"), 60, device),
         Step("sanitizer", python("-m", "tools.gpu_check.sanitizer"), 50, device),
         Step("layers", (*compare, *layers, *sides, "--time-limit", "60", *to["layers"]), 75, device),
         Step("tiles", python("-m", "bench.tiles", *to["tiles"]), 35, device),
