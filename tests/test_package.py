@@ -135,7 +135,7 @@ def test_import_under_another_torch_refuses(tmp_path: Path) -> None:
 
 def test_native_without_a_gpu_says_what_it_needs() -> None:
     x, w = torch.randn(1, 1, 3, 3), torch.randn(1, 1, 3, 3)
-    with pytest.raises(RuntimeError, match="backend='native' needs CUDA tensors"):
+    with pytest.raises(RuntimeError, match="backend='native' cannot compute conv2d: it needs CUDA tensors"):
         conv2d(x, w, backend="native")
     with fk.backend("native"), pytest.raises(RuntimeError, match="needs CUDA tensors"):
         conv2d(x, w)

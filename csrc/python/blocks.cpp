@@ -313,8 +313,10 @@ bool remember(const py::object& x, const py::object& conv, const py::object& nor
   auto of_norm = norm.is_none() ? std::nullopt : Layer::seen(norm.ptr(), norm_parts());
   auto of_activation = is_module ? Layer::seen(activation.ptr(), no_parts()) : std::nullopt;
   if (!of_conv || (!norm.is_none() && !of_norm) || (is_module && !of_activation)) return false;
-  const Geometry g(numbers(conv.attr("stride")), numbers(conv.attr("padding")), numbers(conv.attr("dilation")),
-                   conv.attr("groups").cast<int64_t>(), backend);
+  const auto stride = numbers(conv.attr("stride")), padding = numbers(conv.attr("padding"));
+  const auto dilation = numbers(conv.attr("dilation"));
+  const Geometry g(c10::fromIntArrayRefSlow(stride), c10::fromIntArrayRefSlow(padding),
+                   c10::fromIntArrayRefSlow(dilation), conv.attr("groups").cast<int64_t>(), backend);
   const Tensor source = conv.attr("weight").cast<Tensor>();
   auto& known = memos()[conv.ptr()];
   const bool first = known.empty();

@@ -8,10 +8,10 @@
 
 #include "kernels/api.h"
 #include "python/bindings.h"
-#include "torch/backends/choices.h"
 #include "torch/backends/kernel_library.h"
 #include "torch/backends/launch_log.h"
 #include "torch/backends/native.h"
+#include "torch/common/route.h"
 
 using namespace freezekit;
 
@@ -64,7 +64,7 @@ py::dict choose(const std::string& op, const std::string& dtype, const std::arra
   const int type = index_of(kDTypes, dtype, "dtype");
   const Conv2dProblem problem = make_problem(input, weight, stride, padding, dilation, groups);
   const Selection chosen = select(computes, problem, static_cast<DType>(type), target);
-  const choices::Answer taken = choices::answer(
+  const Foreseen taken = foreseen(
       computes, problem,
       {kScalarTypes[type], channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous,
        index_of(kDevices, device, "device") == 0 ? c10::DeviceType::CPU : c10::DeviceType::CUDA, target});
@@ -76,7 +76,7 @@ py::dict choose(const std::string& op, const std::string& dtype, const std::arra
   result["workspace_bytes"] = chosen.workspace_bytes;
   result["reason"] = chosen.reason;
   result["auto"] = std::string(to_string(taken.backend));
-  result["auto_reason"] = taken.reason;
+  result["auto_reason"] = taken.why;
   return result;
 }
 

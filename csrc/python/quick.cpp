@@ -48,7 +48,8 @@ PyObject* quick_conv2d(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (!backend) throw python_error();
   const Tensor input = THPVariable_Unpack(args[0]), weight = THPVariable_Unpack(args[1]);
   const std::optional<Tensor> bias = has_bias ? std::make_optional(THPVariable_Unpack(args[2])) : std::nullopt;
-  const Geometry geometry(stride, padding, dilation, groups, backend);
+  const Geometry geometry(c10::fromIntArrayRefSlow(stride), c10::fromIntArrayRefSlow(padding),
+                          c10::fromIntArrayRefSlow(dilation), groups, backend);
   Tensor y;
   {
     const pybind11::gil_scoped_release no_gil;

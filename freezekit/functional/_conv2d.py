@@ -94,10 +94,10 @@ def conv2d(
         if name in ("native", "emulated"):
             raise RuntimeError(f"backend={name!r} does not take a DTensor; torch's own convolution does")
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    settings = _pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation), groups
     if dim == 3:
-        batched = _conv2d(input.unsqueeze(0), weight, bias, stride, padding, dilation, groups, backend=name)
-        return batched.squeeze(0)
-    return _conv2d(input, weight, bias, stride, padding, dilation, groups, backend=name)
+        return _conv2d(input.unsqueeze(0), weight, bias, *settings, backend=name).squeeze(0)
+    return _conv2d(input, weight, bias, *settings, backend=name)
 
 
 def conv2d_dgrad(
@@ -132,7 +132,7 @@ def conv2d_dgrad(
     _check_tensor("grad_output", grad_output)
     _check_tensor("weight", weight)
     size = _size("input_size", input_size)
-    settings = numbers("stride", stride), numbers("padding", padding), numbers("dilation", dilation)
+    settings = _settings(stride, padding, dilation)
     name = _backend_name(backend)
     return _conv2d_dgrad(grad_output, weight, size, *settings, number("groups", groups), backend=name)
 
@@ -170,7 +170,7 @@ def conv2d_wgrad(
     _check_tensor("grad_output", grad_output)
     _check_tensor("input", input)
     size = _size("weight_size", weight_size)
-    settings = numbers("stride", stride), numbers("padding", padding), numbers("dilation", dilation)
+    settings = _settings(stride, padding, dilation)
     name = _backend_name(backend)
     return _conv2d_wgrad(grad_output, input, size, *settings, number("groups", groups), backend=name)
 
@@ -220,6 +220,11 @@ def _size(name: str, value: object) -> list[int]:
     if isinstance(size, int):
         raise TypeError(f"{name} must be a list of 4 integers, got {value!r}")
     return size
+
+
+def _settings(stride: Size2, padding: Size2, dilation: Size2) -> list[tuple[int, int]]:
+    named = {"stride": stride, "padding": padding, "dilation": dilation}
+    return [_pair(name, numbers(name, value)) for name, value in named.items()]
 
 
 def _pair(name: str, value: Size2) -> tuple[int, int]:

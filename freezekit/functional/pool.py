@@ -73,9 +73,8 @@ def max_pool2d(
         result = max_pool2d(input.unsqueeze(0), *settings)
         return result.squeeze(0) if isinstance(result, Tensor) else (result[0].squeeze(0), result[1].squeeze(0))
     op = _max_pool2d_with_indices if return_indices else _max_pool2d
-    return op(
-        input, kernel_size, [] if stride is None else stride, padding, dilation, ceil_mode, backend=backends._current
-    )
+    sizes = [_pair(size) for size in (kernel_size, [] if stride is None else stride, padding, dilation)]
+    return op(input, *sizes, ceil_mode, backend=backends._current)
 
 
 @as_torch(F.avg_pool1d)
@@ -205,6 +204,11 @@ def pad(input: Tensor, pad: Sequence[int], mode: str = "constant", value: float 
     if not fits or (mode == "replicate" and input.is_cuda and torch.are_deterministic_algorithms_enabled()):
         return F.pad(input, list(pad), mode, value)
     return _PADS[mode](input, pad)
+
+
+def _pair(value: SizeN) -> Sequence[int]:
+    """As operators take it: torch's lists of symbols are no single numbers."""
+    return value if isinstance(value, tuple | list) else (value, value)
 
 
 def _ints(value: SizeN, count: int) -> tuple[int, ...]:

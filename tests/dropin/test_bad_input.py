@@ -212,7 +212,8 @@ RAW = [bad for bad in SIZES + KINDS[7:17] if "unbatched" not in bad.name and "ra
 @pytest.mark.parametrize("bad", RAW, ids=str)
 def test_raw_operators_check_too(bad: Bad) -> None:
     def raw(x: Any, w: Any, b: Any = None, **settings: Any) -> Any:
-        return torch.ops.freezekit.conv2d(x, w, b, **settings)
+        lists = {name: [v] if type(v) is int and name != "groups" else v for name, v in settings.items()}
+        return torch.ops.freezekit.conv2d(x, w, b, **lists)
 
     ours = error(lambda: bad.call(raw))
     assert type(ours) is type(error(lambda: bad.call(F.conv2d)))

@@ -298,5 +298,5 @@ def test_compiled_autograd(activation: str) -> None:
 
 def test_transforms_are_not_for_explicit_kernels() -> None:
     x, w, _, _ = tensors(torch.float32, {}, "cpu", False)
-    with pytest.raises(RuntimeError, match="backend='emulated' has no formulas"):
+    with pytest.raises(RuntimeError, match="backend='emulated' cannot compute frozen_conv2d: it has no formulas"):
         torch.func.grad(lambda x: frozen(x, w, backend="emulated")[0].sum())(x)

@@ -164,7 +164,9 @@ def test_native_demands_its_kernels() -> None:
     x = torch.randn(1, 2, 4, 4, requires_grad=True)
     with fk.backend("native"):
         for function in (ff.relu, ff.leaky_relu, ff.dropout, lambda v: ff.max_pool2d(v, 2)):
-            with pytest.raises(RuntimeError, match="backend='native' needs CUDA tensors, got one on cpu"):
+            with pytest.raises(
+                RuntimeError, match="backend='native' cannot compute .*: it needs CUDA tensors, got one on cpu"
+            ):
                 function(x)
 
 
@@ -176,7 +178,7 @@ def test_kernels_take_no_tensors_of_transforms(function: Callable[[Tensor], Tens
         lambda: torch.func.jvp(function, (x[0],), (x[1],)),
     )
     for call in calls:
-        refused = pytest.raises(RuntimeError, match="outside of torch.func transforms and forward-mode AD")
+        refused = pytest.raises(RuntimeError, match="a torch.func transform|a forward-mode gradient")
         with fk.backend("emulated"), refused:
             call()
         call()

@@ -107,12 +107,12 @@ def test_max_pool_errors_are_torch_s() -> None:
         with pytest.raises(RuntimeError):
             ff.max_pool2d(x, *arguments)
     with pytest.raises(RuntimeError, match="taps must have dtype"):
-        torch.ops.freezekit.max_pool2d_scatter(x, x, [1, 1, 8, 8], 2)
+        torch.ops.freezekit.max_pool2d_scatter(x, x, [1, 1, 8, 8], [2])
 
 
 def test_foreign_taps_write_nowhere() -> None:
     dy, taps = torch.ones(1, 1, 2, 2), torch.full((1, 1, 2, 2), 255, dtype=torch.uint8)
-    assert not torch.ops.freezekit.max_pool2d_scatter(dy, taps, [1, 1, 4, 4], 2).any()
+    assert not torch.ops.freezekit.max_pool2d_scatter(dy, taps, [1, 1, 4, 4], [2]).any()
 
 
 @pytest.mark.parametrize("settings", MAX_POOLS[:4], ids=str)
@@ -147,12 +147,12 @@ def test_max_pool_transforms() -> None:
 def test_max_pool_opcheck(memory_format: torch.memory_format) -> None:
     x = torch.randn(2, 3, 8, 8).to(memory_format=memory_format).requires_grad_()
     ops = torch.ops.freezekit
-    torch.library.opcheck(ops.max_pool2d, (x, 3, 2, 1))
-    torch.library.opcheck(ops.max_pool2d_with_indices, (x, 3, 2, 1))
-    torch.library.opcheck(ops.max_pool2d_taps, (x.detach(), 3, 2, 1))
-    y, taps = ops.max_pool2d_taps(x.detach(), 3, 2, 1)
-    torch.library.opcheck(ops.max_pool2d_scatter, (y.requires_grad_(), taps, x.shape, 3, 2, 1))
-    torch.library.opcheck(ops.max_pool2d_gather, (x, taps, x.shape, 3, 2, 1))
+    torch.library.opcheck(ops.max_pool2d, (x, [3], [2], [1]))
+    torch.library.opcheck(ops.max_pool2d_with_indices, (x, [3], [2], [1]))
+    torch.library.opcheck(ops.max_pool2d_taps, (x.detach(), [3], [2], [1]))
+    y, taps = ops.max_pool2d_taps(x.detach(), [3], [2], [1])
+    torch.library.opcheck(ops.max_pool2d_scatter, (y.requires_grad_(), taps, x.shape, [3], [2], [1]))
+    torch.library.opcheck(ops.max_pool2d_gather, (x, taps, x.shape, [3], [2], [1]))
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])

@@ -58,9 +58,9 @@ def test_opcheck_of_a_named_backend(op: str, backend: str) -> None:
 def test_a_trace_with_symbolic_sizes_serves_other_sizes(op: str) -> None:
     def call(*tensors: Tensor) -> Tensor:
         if op == "conv2d":
-            return OPS.conv2d(*tensors, padding=1)
+            return OPS.conv2d(*tensors, padding=[1])
         first, second, like = tensors
-        return getattr(OPS, op)(first, second, like.shape, padding=1)
+        return getattr(OPS, op)(first, second, like.shape, padding=[1])
 
     def make(n: int, h: int) -> list[Tensor]:
         x, w, y = torch.randn(n, 4, h, h), torch.randn(6, 4, 3, 3), torch.randn(n, 6, h, h)

@@ -35,13 +35,13 @@ def conv2d(**changes: Any) -> Any:
 
 
 def test_plain_calls_are_the_operator() -> None:
-    expected = torch.ops.freezekit.conv2d(X, W, B, (1, 2), 1, (1, 1), 2)
+    expected = torch.ops.freezekit.conv2d(X, W, B, (1, 2), (1,), (1, 1), 2)
     with Calls() as calls:
         y = conv2d()
     assert torch.equal(y, expected)
     assert y.grad_fn.name() == expected.grad_fn.name()
     assert calls.count["freezekit::conv2d"] == 1
-    assert torch.equal(conv2d(bias=None), torch.ops.freezekit.conv2d(X, W, None, (1, 2), 1, (1, 1), 2))
+    assert torch.equal(conv2d(bias=None), torch.ops.freezekit.conv2d(X, W, None, (1, 2), (1,), (1, 1), 2))
     x = X.clone().requires_grad_()
     y = _C.quick.activation(x, "leaky_relu", 0.5, 0.0, False, "auto")
     assert torch.equal(y, torch.where(X > 0, X, X / 2))

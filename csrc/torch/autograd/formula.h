@@ -1,17 +1,30 @@
-// A backward node for layers whose gradient is one formula of the output's gradient, a few tensors and some settings.
+// A backward node for layers whose gradients are one formula of the output's gradient, a few tensors and some settings.
 //
-// What the node keeps is the list it is given and nothing else; the formula is made of differentiable operators, so
-// double backward needs no more than running it with gradients recorded.
+// What the node keeps is what it is given and nothing else; the formula is made of differentiable operators, so double
+// backward needs no more than running it with gradients recorded.
+//
+// A formula is a struct F of settings, default constructible, with
+//   auto fields()                      a std::tie of all settings: compiled autograd traces with them, packs and unpacks them
+//   variable_list gradients(const Tensor& grad, Kept, const std::vector<bool>& wanted) const
+//                                      of the node's inputs; those that are not wanted stay undefined and cost nothing
+//   Link link() const                  what stock's gradients are functions of besides
 #pragma once
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/core/ivalue.h>
+#include <c10/core/GradMode.h>
+#include <c10/util/FunctionRef.h>
+#include <c10/util/SmallVector.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
 
+#include <algorithm>
+#include <array>
 #include <mutex>
 #include <string>
+#include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "torch/autograd/compiled.h"
@@ -22,60 +35,185 @@ namespace freezekit {
 using at::Tensor;
 using torch::autograd::variable_list;
 
-// Numbers, strings and lists in `values`, sizes and strides (which may be symbolic under tracing) in `sizes`.
-struct Settings {
-  std::vector<c10::IValue> values;
-  std::vector<std::vector<c10::SymInt>> sizes;
-};
+// The tensors that a node keeps, each unpacked when it is asked for.
+using Kept = c10::function_ref<Tensor(size_t)>;
 
 inline std::vector<c10::SymInt> owned(c10::SymIntArrayRef sizes) { return {sizes.begin(), sizes.end()}; }
 
-// Gradients of the node's inputs; those that are not `wanted` stay undefined and cost nothing.
-using Formula = variable_list (*)(const Tensor& grad, const variable_list& kept, const Settings&,
-                                  const std::vector<bool>& wanted);
+// Stock's backward operators take a layer's operands whether they read their values or not. So under create_graph a
+// gradient requires grad wherever an operand does, and its own backward pass hands that operand zeros, or nothing.
+// Optimizers, DDP and autograd.grad tell these apart. A link repeats what stock does.
+struct Link {
+  enum class To : int8_t {
+    nothing,
+    operands,  // the first `count` inputs of the node
+    result,    // what the layer gave: stock saved its result, and reads it instead of the input
+  };
+  To to = To::nothing;
+  size_t count = 1;
+  bool zeros = false;    // they receive zeros of the gradient's size; else nothing
+  bool lasting = false;  // gradients of the gradient are linked in their turn
+};
 
-class FormulaNode : public torch::autograd::Node {
+// What all formulas' nodes share.
+class BackwardNode : public torch::autograd::Node {
  public:
-  FormulaNode(const char* name, Formula formula, FunctionalApply of_values, Settings settings)
-      : name_(name), formula_(formula), of_values_(of_values), settings_(std::move(settings)) {}
+  explicit BackwardNode(const char* name) : name_(name) {}
 
-  void keep(const variable_list& tensors);
+  template <class... Tensors>
+  void keep(const Tensors&... tensors) {
+    (kept_.emplace_back(tensors, /*is_output=*/false), ...);
+  }
 
   std::string name() const override { return name_; }
   void release_variables() override;
-  variable_list apply(variable_list&& grads) override;
-  void compiled_args(CompiledNodeArgs& args) const override;
-  variable_list apply_with_saved(const variable_list& grads, SwapSavedVariables& saved) override;
 
- private:
+ protected:
+  // What the engine asks for now, which autograd.grad(loss, subset) narrows, not what the graph could give.
   std::vector<bool> wanted() const;
+  void add_links(const Link&, variable_list& gradients);
 
   const char* name_;
-  Formula formula_;
-  FunctionalApply of_values_;
-  Settings settings_;
   std::vector<torch::autograd::SavedVariable> kept_;
 };
 
-// The formula as a function of values alone, for compiled autograd.
-variable_list apply_packed(Formula formula, const variable_list& grads, const std::vector<c10::IValue>& packed);
+namespace formula {
 
-template <Formula kFormula>
-variable_list formula_of_values(const variable_list& grads, const std::vector<c10::IValue>& packed) {
-  return apply_packed(kFormula, grads, packed);
+// What formulas are made of, apart from numbers, strings and enums: lists of sizes, which differ from one call to the
+// next, and settings of the layer, which do not. Both may be symbolic while a forward pass is traced; compiled autograd
+// meets nodes of calls on data, where settings are known.
+template <class T>
+constexpr bool is_sizes = std::is_same_v<T, std::vector<c10::SymInt>> || std::is_same_v<T, c10::SmallVector<c10::SymInt, 4>>;
+template <class T>
+constexpr bool is_setting = std::is_same_v<T, std::array<c10::SymInt, 2>>;
+
+template <class T>
+void collect(CompiledNodeArgs& args, const T& field) {
+  if constexpr (is_sizes<T>) {
+    args.collect(c10::SymIntArrayRef(field));
+  } else if constexpr (is_setting<T>) {
+    for (const c10::SymInt& number : field) args.collect(number.expect_int());
+  } else if constexpr (std::is_same_v<T, c10::SymInt>) {
+    args.collect(field.expect_int());
+  } else if constexpr (std::is_enum_v<T>) {
+    args.collect(static_cast<int64_t>(field));
+  } else {
+    args.collect(field);
+  }
 }
 
-// A node whose results are the gradients of `inputs`, in that order; none where no gradient is recorded.
-template <Formula kFormula, class... Inputs>
-NodePtr<FormulaNode> formula_node(const char* name, Settings settings, const Inputs&... inputs) {
+template <class T>
+void pack(PackedArgs& args, const T& field) {
+  if constexpr (is_sizes<T> || is_setting<T>) {
+    args.pack(std::vector<c10::SymInt>(field.begin(), field.end()));
+  } else if constexpr (std::is_enum_v<T>) {
+    args.pack(static_cast<int64_t>(field));
+  } else {
+    args.pack(field);
+  }
+}
+
+template <class T>
+void unpack(PackedArgs& args, T& field) {
+  if constexpr (is_sizes<T> || is_setting<T>) {
+    const auto numbers = args.unpack<std::vector<c10::SymInt>>();
+    if constexpr (is_sizes<T>) field.resize(numbers.size());
+    std::copy(numbers.begin(), numbers.end(), field.begin());
+  } else if constexpr (std::is_enum_v<T>) {
+    field = static_cast<T>(args.unpack<int64_t>());
+  } else {
+    field = args.unpack<T>();
+  }
+}
+
+template <class T, class F>
+void each_size(T& field, const F& f) {
+  if constexpr (is_sizes<T>) {
+    for (c10::SymInt& size : field) f(size);
+  }
+}
+
+template <class F, class Visit>
+void each_field(F& formula, const Visit& visit) {
+  std::apply([&](auto&... field) { (visit(field), ...); }, formula.fields());
+}
+
+}  // namespace formula
+
+template <class F>
+class FormulaNode : public BackwardNode {
+ public:
+  FormulaNode(const char* name, F formula) : BackwardNode(name), formula_(std::move(formula)) {}
+
+  variable_list apply(variable_list&& grads) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!grads[0].defined()) return variable_list(num_outputs());
+    const auto kept = [&](size_t i) { return kept_[i].unpack(); };
+    variable_list gradients = formula_.gradients(grads[0], kept, wanted());
+    if (c10::GradMode::is_enabled()) add_links(formula_.link(), gradients);
+    return gradients;
+  }
+
+  void compiled_args(CompiledNodeArgs& args) const override {
+    args.collect(name());
+    formula::each_field(const_cast<F&>(formula_), [&](const auto& field) { formula::collect(args, field); });
+    for (const bool want : wanted()) args.collect(want);
+    args.collect(kept_, /*is_output=*/false);
+  }
+
+  variable_list apply_with_saved(const variable_list& grads, SwapSavedVariables& saved) override {
+    const auto each_size = [&](const auto& f) {
+      formula::each_field(formula_, [&](auto& field) { formula::each_size(field, f); });
+    };
+    each_size([&](c10::SymInt& size) { saved.before(size); });
+    saved.before(kept_);
+    PackedArgs arguments;
+    formula::each_field(formula_, [&](const auto& field) { formula::pack(arguments, field); });
+    arguments.pack(static_cast<int64_t>(kept_.size()));
+    for (const auto& variable : kept_) arguments.pack(variable.unpack());
+    arguments.pack(wanted());
+    variable_list gradients = trace_call(*this, name(), of_values, grads, std::move(arguments), saved);
+    each_size([&](c10::SymInt& size) { saved.after(size); });
+    saved.after(kept_);
+    return gradients;
+  }
+
+ protected:
+  F formula_;
+
+ private:
+  // apply as a function of values alone, for compiled autograd.
+  static variable_list of_values(const variable_list& grads, const std::vector<c10::IValue>& packed) {
+    PackedArgs arguments(packed);
+    F formula;
+    formula::each_field(formula, [&](auto& field) { formula::unpack(arguments, field); });
+    variable_list kept(arguments.unpack<int64_t>());
+    for (Tensor& tensor : kept) tensor = arguments.unpack<Tensor>();
+    const auto wanted = arguments.unpack<std::vector<bool>>();
+    if (!grads[0].defined()) return variable_list(wanted.size());
+    return formula.gradients(grads[0], [&](size_t i) { return kept[i]; }, wanted);
+  }
+};
+
+// A node whose results are the gradients of `inputs`, in that order; none where no gradient is recorded. Undefined inputs
+// keep their place.
+template <class F, class... Inputs>
+NodePtr<FormulaNode<F>> formula_node(const char* name, F formula, const Inputs&... inputs) {
   if (!torch::autograd::compute_requires_grad(inputs...)) return {};
-  auto node = make_node<FormulaNode>(name, kFormula, formula_of_values<kFormula>, std::move(settings));
+  auto node = make_node<FormulaNode<F>>(name, std::move(formula));
   node->set_next_edges(torch::autograd::collect_next_edges(inputs...));
   return node;
 }
 
-// torch.func transforms and forward-mode AD want formulas that a C++ node cannot give, and ATen has. So do tensors that
-// no kernel here takes: sparse, nested, quantized, complex and integer ones.
-bool needs_aten(const Tensor&);
+// What `compute` gives below autograd, with `node`, if there is one, as its history.
+template <class Node, class Compute>
+Tensor recorded(const Node& node, const Compute& compute) {
+  Tensor result = [&] {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return compute();
+  }();
+  if (node) torch::autograd::set_history(result, node);
+  return result;
+}
 
 }  // namespace freezekit

@@ -23,6 +23,7 @@ struct RebindPointer<T, std::shared_ptr<U>> {
     // Found by argument-dependent lookup: torch versions that need no such function do not declare it.
     return type(new T(std::forward<Args>(args)...), [](T* node) { deleteNode(node); });
   }
+  static std::shared_ptr<U> of(U& node) { return node.shared_from_this(); }
 };
 template <class T, class U>
 struct RebindPointer<T, c10::intrusive_ptr<U>> {
@@ -31,6 +32,7 @@ struct RebindPointer<T, c10::intrusive_ptr<U>> {
   static type make(Args&&... args) {
     return c10::make_intrusive<T>(std::forward<Args>(args)...);
   }
+  static c10::intrusive_ptr<U> of(U& node) { return c10::intrusive_ptr<U>::reclaim_copy(&node); }
 };
 
 template <class T>
@@ -39,6 +41,12 @@ using NodePtr = typename RebindPointer<T, AnyNodePtr>::type;
 template <class T, class... Args>
 NodePtr<T> make_node(Args&&... args) {
   return RebindPointer<T, AnyNodePtr>::make(std::forward<Args>(args)...);
+}
+
+// The pointer to a node that pointers already own.
+template <class Node>
+AnyNodePtr pointer_to(Node& node) {
+  return RebindPointer<Node, AnyNodePtr>::of(node);
 }
 
 }  // namespace freezekit

@@ -13,12 +13,10 @@
 namespace freezekit::aten {
 namespace {
 
-c10::SymIntArrayRef sym(const std::array<int64_t, 2>& values) { return c10::fromIntArrayRefSlow(values); }
-
 // With one thread and a batch under 16 ATen gives 1x1 convolutions to its own GEMM instead of oneDNN, and transposed
 // ones to a slower way than the plain product that a 1x1 dgrad is.
 bool is_small_pointwise(const Tensor& grad_output, const Tensor& weight, const Geometry& g) {
-  constexpr std::array<int64_t, 2> ones = {1, 1}, zeros = {0, 0};
+  const Geometry::Pair ones = {1, 1}, zeros = {0, 0};
   if (at::get_num_threads() != 1 || !is_plain_on_cpu(grad_output) || !is_plain_on_cpu(weight)) return false;
   return (grad_output.scalar_type() == at::kFloat || grad_output.scalar_type() == at::kDouble) && g.groups == 1 &&
          g.stride == ones && g.padding == zeros && weight.size(2) == 1 && weight.size(3) == 1 &&
@@ -39,7 +37,7 @@ Tensor pointwise_dgrad(const Tensor& dy, const Tensor& w) {
 
 // at::conv2d and not at::convolution: it is where torch decomposes complex convolutions.
 Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Geometry& g) {
-  return at::conv2d_symint(input, weight, bias, sym(g.stride), sym(g.padding), sym(g.dilation), g.groups);
+  return at::conv2d_symint(input, weight, bias, g.stride, g.padding, g.dilation, g.groups);
 }
 
 // dgrad is the transposed convolution, which needs no input tensor: convolution_backward would want one, if only for
@@ -48,13 +46,13 @@ Tensor dgrad(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef inp
   TORCH_CHECK(!grad_output.is_complex(), "conv2d_dgrad takes no complex grad_output, got ",
               grad_output.scalar_type());
   if (is_small_pointwise(grad_output, weight, g)) return pointwise_dgrad(grad_output, weight);
-  SizeVector<c10::SymInt> output_padding;
+  SizeVector output_padding;
   for (size_t i = 0; i < 2; ++i) {
-    const c10::SymInt reached = (grad_output.sym_size(2 + i) - 1) * g.stride[i] - 2 * g.padding[i] +
+    const c10::SymInt reached = (grad_output.sym_size(2 + i) - 1) * g.stride[i] - g.padding[i] * 2 +
                                 g.dilation[i] * (weight.sym_size(2 + i) - 1) + 1;
     output_padding.push_back(input_size[2 + i] - reached);
   }
-  return at::convolution_symint(grad_output, weight, /*bias=*/{}, sym(g.stride), sym(g.padding), sym(g.dilation),
+  return at::convolution_symint(grad_output, weight, /*bias=*/{}, g.stride, g.padding, g.dilation,
                                 /*transposed=*/true, output_padding, g.groups);
 }
 
@@ -64,8 +62,8 @@ Tensor wgrad(const Tensor& grad_output, const Tensor& input, SymIntArrayRef weig
               grad_output.scalar_type());
   const Tensor weight = shape_only(weight_size, grad_output, layout_of(grad_output, input));
   return std::get<1>(at::convolution_backward_symint(
-      grad_output, input, weight, /*bias_sizes=*/std::nullopt, sym(g.stride), sym(g.padding), sym(g.dilation),
-      /*transposed=*/false, /*output_padding=*/sym({0, 0}), g.groups, {false, true, false}));
+      grad_output, input, weight, /*bias_sizes=*/std::nullopt, g.stride, g.padding, g.dilation,
+      /*transposed=*/false, /*output_padding=*/c10::fromIntArrayRefSlow({0, 0}), g.groups, {false, true, false}));
 }
 
 }  // namespace freezekit::aten

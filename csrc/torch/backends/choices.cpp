@@ -1,19 +1,15 @@
 #include "torch/backends/choices.h"
 
-#include <ATen/Context.h>
-#include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <atomic>
 #include <chrono>
-#include <cstdio>
 #include <map>
 #include <mutex>
 #include <sstream>
 #include <tuple>
 
 #include "core/medians.h"
-#include "torch/backends/native.h"
 
 namespace freezekit::choices {
 namespace {
@@ -24,18 +20,6 @@ std::mutex mutex;
 std::map<std::string, Measurement> measured;
 std::optional<Backend> tuning;
 std::atomic<bool> known{false};  // whether either of them says anything
-
-std::optional<Backend> tuned() {
-  const std::lock_guard<std::mutex> lock(mutex);
-  return tuning;
-}
-
-// The kernels that could run instead of ATen's on such a device; none where this build or device has none.
-std::optional<Backend> candidate_for(c10::DeviceType device) {
-  if (device == c10::DeviceType::CUDA && has_cuda_kernels()) return Backend::native;
-  return device == c10::DeviceType::CPU && tuned() == Backend::emulated ? std::make_optional(Backend::emulated)
-                                                                                      : std::nullopt;
-}
 
 void synchronize(const Tensor& on) {
   if (on.is_cuda()) c10::impl::VirtualGuardImpl(on.device().type()).getStream(on.device()).synchronize();
@@ -48,36 +32,6 @@ bool agree(const Tensor& a, const Tensor& b) {
   const double scale = exact.abs().max().item<double>();
   const double tolerance = a.scalar_type() == at::kDouble ? 1e-10 : a.scalar_type() == at::kFloat ? 2e-3 : 2e-2;
   return exact.sub(b.to(at::kDouble)).abs().max().item<double>() <= tolerance * scale;
-}
-
-Measurement measure(Backend candidate, const Tensor& on, const Compute& run) {
-  using Clock = std::chrono::steady_clock;
-  const auto seconds = [&](Backend backend) {
-    synchronize(on);
-    const auto start = Clock::now();
-    run(backend);
-    synchronize(on);
-    return std::chrono::duration<double>(Clock::now() - start).count();
-  };
-  Measurement result;
-  result.agree = agree(run(Backend::aten), run(candidate));  // also warms both up
-  std::tie(result.aten_seconds, result.native_seconds) =
-      interleaved_medians(kRuns, seconds, Backend::aten, candidate);
-  return result;
-}
-
-bool can_measure(const Question& question, Backend candidate) {
-  const Tensor& on = question.on;
-  if (!native::supports(question.op, question.problem, on, candidate)) return false;
-  if (!on.is_cuda()) return true;
-  const auto stream = c10::impl::VirtualGuardImpl(on.device().type()).getStream(on.device());
-  return !kernel_library(Backend::native).table->capturing(stream.native_handle());
-}
-
-std::string in_microseconds(double seconds) {
-  char text[32];
-  std::snprintf(text, sizeof text, "%.4g us", seconds * 1e6);
-  return text;
 }
 
 }  // namespace
@@ -119,16 +73,6 @@ std::vector<std::pair<std::string, Measurement>> all() {
   return {measured.begin(), measured.end()};
 }
 
-Answer answer(Operator op, const Conv2dProblem& problem, const Setting& setting) {
-  const auto candidate = candidate_for(setting.device);
-  const auto found = candidate ? find(key_of(op, problem, setting)) : std::nullopt;
-  if (!found) return {Backend::aten, kRule};
-  const std::string times = "measured: ATen " + in_microseconds(found->aten_seconds) + ", own kernel " +
-                            in_microseconds(found->native_seconds);
-  return {found->native_wins() ? *candidate : Backend::aten,
-          found->agree ? times : times + ", but the results differ"};
-}
-
 void set_tuning(std::optional<Backend> candidate) {
   const std::lock_guard<std::mutex> lock(mutex);
   tuning = candidate;
@@ -137,26 +81,25 @@ void set_tuning(std::optional<Backend> candidate) {
 
 bool are_known() { return known.load(std::memory_order_relaxed); }
 
-Backend decide(const Question& question, const Compute& run) {
-  const Tensor& on = question.on;
-  const auto candidate = candidate_for(on.device().type());
-  if (!candidate || !are_known()) return Backend::aten;
-  const native::WithoutHopper without_hopper;  // what is chosen never leads there
-  const c10::DeviceGuard guard(on.device());
-  const Setting setting{on.scalar_type(), question.layout, on.device().type(),
-                        native::target_on(kernel_library(*candidate), *candidate), question.variant};
-  const std::string key = key_of(question.op, question.problem, setting);
-  auto found = find(key);
-  if (!found && tuned() == candidate && can_measure(question, *candidate)) {
-    found = measure(*candidate, on, run);
-    set(key, *found);
-  }
-  return found && found->native_wins() ? *candidate : Backend::aten;
+std::optional<Backend> tuned() {
+  const std::lock_guard<std::mutex> lock(mutex);
+  return tuning;
 }
 
-Backend settle(const Question& question, Backend backend, const Compute& run) {
-  if (backend == Backend::automatic) backend = decide(question, run);
-  return native::runs(question.on, backend) ? backend : Backend::aten;
+Measurement measure(Backend candidate, const Tensor& on, const std::function<Tensor(Backend)>& run) {
+  using Clock = std::chrono::steady_clock;
+  const auto seconds = [&](Backend backend) {
+    synchronize(on);
+    const auto start = Clock::now();
+    run(backend);
+    synchronize(on);
+    return std::chrono::duration<double>(Clock::now() - start).count();
+  };
+  Measurement result;
+  result.agree = agree(run(Backend::aten), run(candidate));  // also warms both up
+  std::tie(result.aten_seconds, result.native_seconds) =
+      interleaved_medians(kRuns, seconds, Backend::aten, candidate);
+  return result;
 }
 
 }  // namespace freezekit::choices

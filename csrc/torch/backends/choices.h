@@ -1,4 +1,4 @@
-// What `auto` runs: ATen, unless freezekit's kernel was measured to be faster for the very problem on this device.
+// Measured choices between ATen and freezekit's kernels: what `auto` knows of a convolution on this device.
 //
 // Measuring is asked for (freezekit.tuning.autotune); until then nothing is known of a problem, and ATen is the rule.
 #pragma once
@@ -13,7 +13,6 @@
 #include <vector>
 
 #include "kernels/api.h"
-#include "torch/backends/native.h"
 #include "torch/common/operators.h"
 
 namespace freezekit::choices {
@@ -46,44 +45,15 @@ void set(const std::string& key, const Measurement&);
 void clear();
 std::vector<std::pair<std::string, Measurement>> all();
 
-// What `auto` takes for a problem as things stand, and why.
-struct Answer {
-  Backend backend;
-  std::string reason;
-};
-Answer answer(Operator, const Conv2dProblem&, const Setting&);
-
 // The backend whose kernels are measured against ATen's from now on; none ends it.
 void set_tuning(std::optional<Backend> candidate);
 
-using Compute = std::function<Tensor(Backend)>;
+std::optional<Backend> tuned();
 
-// What an operator is about to compute: `on` is an operand, for dtype and device.
-struct Question {
-  Operator op;
-  const Conv2dProblem& problem;
-  const Tensor& on;
-  at::MemoryFormat layout;
-  std::string_view variant = {};
-};
-
-// Whether `auto` may be anything but ATen: false, and cheap, as long as nobody has asked for a measurement.
+// Whether anything is known or to be measured: false, and cheap, as long as nobody has asked for a measurement.
 bool are_known();
 
-// The backend that `auto` means for it; where it is to be measured, `run` is called with each of both.
-Backend decide(const Question&, const Compute& run);
-
-// The backend that computes under `backend`, never `automatic`: as demanded, or as `auto` decides. Throws where it is
-// demanded and cannot run.
-Backend settle(const Question&, Backend backend, const Compute& run);
-
-// Computes under `backend`.
-template <class Run>
-Tensor compute(const Question& question, Backend backend, const Run& run) {
-  if (backend == Backend::aten || (backend == Backend::automatic && !are_known())) return run(Backend::aten);
-  std::optional<native::WithoutHopper> without_hopper;
-  if (backend == Backend::automatic) without_hopper.emplace();
-  return run(settle(question, backend, run));
-}
+// Runs both, compares their results and times them. `on` is an operand, for its device.
+Measurement measure(Backend candidate, const Tensor& on, const std::function<Tensor(Backend)>& run);
 
 }  // namespace freezekit::choices

@@ -11,11 +11,12 @@
 #include "torch/common/constants.h"
 #include "torch/backends/launch_log.h"
 #include "torch/common/layout.h"
+#include "torch/common/route.h"
 
 namespace freezekit::native {
 
-std::optional<DType> dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
+std::optional<DType> dtype_of(at::ScalarType type) {
+  switch (type) {
     case at::kFloat: return DType::f32;
     case at::kDouble: return DType::f64;
     case at::kHalf: return DType::f16;
@@ -55,8 +56,7 @@ Choice choose(Operator op, const Conv2dProblem& problem, const Tensor& on, Backe
   const KernelLibrary& library = kernel_library(backend);
   const DType dtype = kernel_dtype(on);
   const Selection selection = select(op, problem, dtype, target_on(library, backend));
-  TORCH_CHECK(selection.family != Family::none, "no freezekit kernel for ", name_of(op), ": ", selection.reason,
-              "; backend='aten' computes it");
+  if (selection.family == Family::none) refuse(name_of(op), backend, selection.reason);
   return {op, problem, backend, library, dtype, selection};
 }
 
@@ -114,38 +114,24 @@ Target target_on(const KernelLibrary& library, Backend backend) {
 }
 
 bool supports(Operator op, const Conv2dProblem& problem, const Tensor& on, Backend backend) {
-  const auto dtype = dtype_of(on);
+  const auto dtype = dtype_of(on.scalar_type());
   return dtype && on.layout() == at::kStrided &&
          select(op, problem, *dtype, target_on(kernel_library(backend), backend)).family != Family::none;
 }
 
-bool runs(const Tensor& on, Backend backend) {
-  // What `auto` means was decided before; left undecided, it is ATen.
-  if (!is_own(backend)) return false;
-  if (backend == Backend::native) {
-    TORCH_CHECK(on.is_cuda(), "backend='native' needs CUDA tensors, got one on ", on.device(),
-                "; on a CPU backend='emulated' runs the same kernels, slowly");
-  } else {
-    TORCH_CHECK(on.is_cpu(), "backend='emulated' needs CPU tensors, got one on ", on.device());
-  }
-  TORCH_CHECK(on.layout() == at::kStrided, "backend='", to_string(backend), "' takes strided tensors, got layout ",
-              on.layout());
-  TORCH_CHECK(dtype_of(on), "backend='", to_string(backend), "' takes float32, float64, float16 and bfloat16, got ",
-              on.scalar_type());
-  kernel_library(backend);
-  return true;
+bool is_capturing(const Tensor& on) {
+  return on.is_cuda() && kernel_library(Backend::native).table->capturing(stream_of(on));
 }
 
 DType kernel_dtype(const Tensor& tensor) {
-  const auto dtype = dtype_of(tensor);
+  const auto dtype = dtype_of(tensor.scalar_type());
   TORCH_CHECK(dtype, "freezekit's kernels take float32, float64, float16 and bfloat16, got ", tensor.scalar_type());
   return *dtype;
 }
 
 void transform_filter(FilterTransform transform, const Tensor& filter, int64_t groups, const Tensor& out,
                       Backend backend) {
-  TORCH_CHECK(filter.is_cuda() == (backend == Backend::native), "backend='", to_string(backend),
-              "' has no kernels for a filter on ", filter.device());
+  route_step(Op::frozen_conv2d, backend, filter);  // refuses what cannot be
   const c10::DeviceGuard guard(filter.device());
   const KernelLibrary& library = kernel_library(backend);
   Conv2dProblem problem;
@@ -222,7 +208,7 @@ Tensor wgrad(const Conv2dProblem& problem, const Tensor& grad_output, const Tens
 Tensor bias_grad(const Tensor& grad_output, Backend backend) {
   const c10::DeviceGuard guard(grad_output.device());
   const KernelLibrary& library = kernel_library(backend);
-  const DType dtype = *dtype_of(grad_output);
+  const DType dtype = kernel_dtype(grad_output);
   const Tensor dy = dense_channels_last(grad_output);
   const int64_t k = dy.size(1), rows = dy.size(0) * dy.size(2) * dy.size(3);
   const Tensor db = at::empty({k}, dy.options());

@@ -27,12 +27,11 @@ class WithoutHopper {
 // The current device and torch's settings, as a choice of kernel needs them.
 Target target_on(const KernelLibrary&, Backend);
 
-// Whether `backend` means these kernels; throws where it demands them and they cannot run on such a tensor.
-bool runs(const Tensor& on, Backend backend);
-
 // What a launch needs of torch.
-std::optional<DType> dtype_of(const Tensor&);
+std::optional<DType> dtype_of(at::ScalarType);
 Stream stream_of(const Tensor& on);
+// Whether a CUDA graph is being captured there.
+bool is_capturing(const Tensor& on);
 void check_status(Status, const char* kernel, const KernelLibrary&);
 
 // Whether some kernel of `backend` computes this problem.

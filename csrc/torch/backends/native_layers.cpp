@@ -26,7 +26,7 @@ uint32_t* words_of(const Tensor& bits) { return static_cast<uint32_t*>(bits.muta
 void activation(const PiecewiseActivation& f, const Tensor& x, const Tensor& y, const Tensor& bits) {
   static constexpr const char* kernels[] = {"activation_relu", "activation_hardtanh", "activation_leaky_relu"};
   run("activation_bits", kernels[static_cast<int>(f.kind)], x, [&](const KernelTable& table, Stream stream) {
-    return table.activation(f, x.const_data_ptr(), y.mutable_data_ptr(), words_of(bits), x.numel(), *dtype_of(x),
+    return table.activation(f, x.const_data_ptr(), y.mutable_data_ptr(), words_of(bits), x.numel(), kernel_dtype(x),
                             stream);
   });
 }
@@ -35,7 +35,7 @@ void gate(const GateRule& rule, const Tensor& x, const Tensor& bits, const Tenso
   const Gate gate{!rule.off, rule.on, rule.off.value_or(0)};
   run("gate", gate.select ? "gate_select" : "gate_scale", x, [&](const KernelTable& table, Stream stream) {
     return table.gate(gate, x.const_data_ptr(), static_cast<const uint32_t*>(bits.const_data_ptr()),
-                      out.mutable_data_ptr(), x.numel(), *dtype_of(x), stream);
+                      out.mutable_data_ptr(), x.numel(), kernel_dtype(x), stream);
   });
 }
 
@@ -47,20 +47,20 @@ void pack_bytes(const Tensor& keep, const Tensor& bits) {
 
 void max_pool(const MaxPool& m, const Tensor& x, const Tensor& y, const Tensor& taps) {
   run("max_pool2d_taps", "max_pool", x, [&](const KernelTable& table, Stream stream) {
-    return table.max_pool(m, *dtype_of(x), x.const_data_ptr(), y.mutable_data_ptr(), taps.mutable_data_ptr(), stream);
+    return table.max_pool(m, kernel_dtype(x), x.const_data_ptr(), y.mutable_data_ptr(), taps.mutable_data_ptr(), stream);
   });
 }
 
 void max_pool_scatter(const MaxPool& m, const Tensor& dy, const Tensor& taps, const Tensor& dx) {
   run("max_pool2d_scatter", "max_pool_scatter", dy, [&](const KernelTable& table, Stream stream) {
-    return table.max_pool_scatter(m, *dtype_of(dy), dy.const_data_ptr(), taps.const_data_ptr(), dx.mutable_data_ptr(),
+    return table.max_pool_scatter(m, kernel_dtype(dy), dy.const_data_ptr(), taps.const_data_ptr(), dx.mutable_data_ptr(),
                                   stream);
   });
 }
 
 void max_pool_gather(const MaxPool& m, const Tensor& x, const Tensor& taps, const Tensor& y) {
   run("max_pool2d_gather", "max_pool_gather", x, [&](const KernelTable& table, Stream stream) {
-    return table.max_pool_gather(m, *dtype_of(x), x.const_data_ptr(), taps.const_data_ptr(), y.mutable_data_ptr(),
+    return table.max_pool_gather(m, kernel_dtype(x), x.const_data_ptr(), taps.const_data_ptr(), y.mutable_data_ptr(),
                                  stream);
   });
 }

@@ -36,11 +36,11 @@ Tensor run(const Tensor& input, const Tensor& packed, const Tensor& bias, const 
   // The adding operator takes no bias wider than the rest.
   const bool wide_bias = bias.defined() && bias.scalar_type() != input.scalar_type();
   if (!residual.defined() || wide_bias) {
-    Tensor y = plain.call(input, packed, optional(bias), padding, g.stride, g.dilation, g.groups, "none", Scalars(),
+    Tensor y = plain.call(input, packed, optional(bias), padding, ints(g.stride), ints(g.dilation), g.groups.expect_int(), "none", Scalars(),
                           std::nullopt);
     return residual.defined() ? y.add_(residual) : y;
   }
-  return adding.call(input, residual, packed, optional(bias), padding, g.stride, g.dilation, g.groups, "add",
+  return adding.call(input, residual, packed, optional(bias), padding, ints(g.stride), ints(g.dilation), g.groups.expect_int(), "add",
                      at::Scalar(1.0), std::nullopt, Scalars(), std::nullopt);
 }
 
@@ -48,7 +48,7 @@ Tensor run(const Tensor& input, const Tensor& packed, const Tensor& bias, const 
 // reorders inside the call, which is slower and no less right.
 Tensor pack(const Tensor& filter, const std::array<int64_t, 2>& padding, const Geometry& g, IntArrayRef input_size) {
   static const auto reorder = find<Reorder>("mkldnn::_reorder_convolution_weight");
-  return reorder.call(filter.contiguous(at::MemoryFormat::ChannelsLast), padding, g.stride, g.dilation, g.groups,
+  return reorder.call(filter.contiguous(at::MemoryFormat::ChannelsLast), padding, ints(g.stride), ints(g.dilation), g.groups.expect_int(),
                       input_size);
 }
 
@@ -58,7 +58,8 @@ Tensor rotated(const Tensor& w, int64_t groups) {
 }
 
 std::array<int64_t, 2> rotated_padding(const Tensor& weight, const Geometry& g) {
-  return {g.dilation[0] * (weight.size(2) - 1) - g.padding[0], g.dilation[1] * (weight.size(3) - 1) - g.padding[1]};
+  const auto padding = ints(g.padding), dilation = ints(g.dilation);
+  return {dilation[0] * (weight.size(2) - 1) - padding[0], dilation[1] * (weight.size(3) - 1) - padding[1]};
 }
 
 // ATen gives float32 convolutions of one small image, and 1x1 ones with one thread, to its own GEMM. That begins within
@@ -66,7 +67,7 @@ std::array<int64_t, 2> rotated_padding(const Tensor& weight, const Geometry& g) 
 // products.
 bool aten_is_quicker(const Tensor& activation, const Tensor& weight, const Geometry& g) {
   constexpr int64_t kSmallImage = 20480, kSmallBatch = 16, kSmallWork = 8'000'000;  // the first two are ATen's own
-  constexpr std::array<int64_t, 2> ones = {1, 1};
+  const Geometry::Pair ones = {1, 1};
   if (activation.scalar_type() != at::kFloat || g.groups != 1) return false;
   const int64_t batch = activation.size(0), taps = weight.size(2) * weight.size(3);
   const bool small_image = batch == 1 && activation.numel() <= kSmallImage && taps <= 9;
@@ -79,10 +80,11 @@ bool aten_is_quicker(const Tensor& activation, const Tensor& weight, const Geome
 bool runs(at::ScalarType dtype) {
   const auto options = at::TensorOptions().dtype(dtype);
   try {
-    const Geometry g({1}, {0}, {1}, 1, "auto");
-    const Tensor filter = pack(at::zeros({16, 16, 1, 1}, options), g.padding, g, {1, 16, 2, 2});
+    Geometry g;
+    g.stride = {1, 1}, g.dilation = {1, 1};
+    const Tensor filter = pack(at::zeros({16, 16, 1, 1}, options), {0, 0}, g, {1, 16, 2, 2});
     const Tensor x = at::zeros({1, 16, 2, 2}, options.memory_format(at::MemoryFormat::ChannelsLast));
-    run(x, filter, {}, {}, g.padding, g);
+    run(x, filter, {}, {}, {0, 0}, g);
     return true;
   } catch (const c10::Error&) {
     return false;
@@ -121,16 +123,16 @@ Tensor conv2d(const Tensor& input, const Tensor& weight, const Tensor& bias, con
               const Geometry& g) {
   const std::vector<int64_t> size = input.sizes().vec();
   const Tensor packed = constants::derived(weight, {"oneDNN filter", 0}, [g, size](const Tensor& w) {
-    return pack(w, g.padding, g, size);
+    return pack(w, ints(g.padding), g, size);
   });
-  return run(input, packed, bias, residual, g.padding, g);
+  return run(input, packed, bias, residual, ints(g.padding), g);
 }
 
 Tensor dgrad(const Tensor& grad_output, const Tensor& weight, const Tensor& residual, const Geometry& g) {
   const auto padding = rotated_padding(weight, g);
   const std::vector<int64_t> size = grad_output.sizes().vec();
   const Tensor packed = constants::derived(weight, {"oneDNN filter of dgrad", 0}, [g, padding, size](const Tensor& w) {
-    return pack(rotated(w.contiguous(), g.groups), padding, g, size);
+    return pack(rotated(w.contiguous(), g.groups.expect_int()), padding, g, size);
   });
   return run(grad_output, packed, {}, residual, padding, g);
 }

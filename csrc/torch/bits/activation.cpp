@@ -1,4 +1,4 @@
-// Activations that are linear in pieces: what backward needs of them is which piece, one bit an element.
+// Activations that are linear in pieces: what backward needs of them is which piece, one bit per element.
 //
 //   activation(input, kind, a, b)         torch's value; its node keeps bits where torch keeps a tensor
 //   activation_(input, kind, a, b)        the same in place
@@ -25,22 +25,35 @@
 #include "cpu/relu_avx512.h"
 #include "cpu/simd.h"
 #include "torch/backends/cpu_formats.h"
-#include "torch/bits/gate.h"
 #include "torch/backends/native_layers.h"
+#include "torch/bits/gate.h"
+#include "torch/common/route.h"
 
 namespace freezekit {
 namespace {
 
 constexpr int64_t kWordsPerTask = 1024;
 
+constexpr std::array<std::string_view, 3> kKinds = {"relu", "hardtanh", "leaky_relu"};
+
+ActivationKind parse_kind(std::string_view name) {
+  const auto found = std::find(kKinds.begin(), kKinds.end(), name);
+  TORCH_CHECK_VALUE(found != kKinds.end(), "kind must be 'relu', 'hardtanh' or 'leaky_relu', got '", name, "'");
+  return static_cast<ActivationKind>(found - kKinds.begin());
+}
+
 struct Piecewise : PiecewiseActivation {
-  Piecewise(std::string_view name, double first, double second)
-      : PiecewiseActivation{ActivationKind::relu, first, second} {
-    constexpr std::array<std::string_view, 3> names = {"relu", "hardtanh", "leaky_relu"};
-    const auto found = std::find(names.begin(), names.end(), name);
-    TORCH_CHECK_VALUE(found != names.end(), "kind must be 'relu', 'hardtanh' or 'leaky_relu', got '", name, "'");
-    kind = static_cast<ActivationKind>(found - names.begin());
+  using Flat = Arguments<std::string_view, double, double, std::string_view>;
+
+  Piecewise(std::string_view kind, double a, double b, std::string_view backend)
+      : PiecewiseActivation{parse_kind(kind), a, b}, backend(parse_backend(backend)) {}
+
+  template <class F>
+  auto apply(const F& f) const {
+    return f(kKinds[static_cast<size_t>(kind)], a, b, to_string(backend));
   }
+
+  Backend backend;
 
   Tensor by_aten(const Tensor& x) const {
     if (kind == ActivationKind::relu) return at::relu(x);
@@ -61,8 +74,19 @@ struct Piecewise : PiecewiseActivation {
     if (kind == ActivationKind::hardtanh) return x.le(a).logical_or(x.ge(b)).logical_not();
     return x.gt(0);
   }
-  GateRule gate() const { return {1, kind == ActivationKind::leaky_relu ? std::optional<double>(a) : std::nullopt}; }
+  GateRule rule() const { return {1, kind == ActivationKind::leaky_relu ? std::optional<double>(a) : std::nullopt}; }
+  // relu's backward operator reads the result, and leaky_relu's that of a call in place; else they read the input.
+  GateGradient gradient(SymIntArrayRef stride, bool inplace) const {
+    const bool of_result = kind == ActivationKind::relu || (inplace && kind == ActivationKind::leaky_relu);
+    const Link link{of_result ? Link::To::result : Link::To::operands, 1, /*zeros=*/true, /*lasting=*/true};
+    return {{stride, rule(), backend}, link};
+  }
 };
+
+using ActivationOperator = SettingsOperator<Piecewise, Tensor(const Tensor& input)>;
+using InplaceOperator = SettingsOperator<Piecewise, void(Tensor& input)>;
+using BitsOperator = SettingsOperator<Piecewise, std::tuple<Tensor, Tensor>(const Tensor& input)>;
+using InplaceBitsOperator = SettingsOperator<Piecewise, Tensor(Tensor& input)>;
 
 template <class T>
 FK_SIMD_CLONES void relu_words(const T* x, T* y, uint32_t* bits, int64_t numel, int64_t first, int64_t last) {
@@ -115,24 +139,21 @@ void check_dtype(const Tensor& input) {
   TORCH_CHECK(at::isFloatingType(input.scalar_type()), "input must be of a floating dtype, got ", input.scalar_type());
 }
 
-std::tuple<Tensor, Tensor> bits_kernel(const Tensor& input, std::string_view kind, double a, double b,
-                                       std::string_view backend) {
+std::tuple<Tensor, Tensor> bits_kernel(const Tensor& input, const Piecewise& f) {
   check_dtype(input);
-  const Piecewise f(kind, a, b);
   const Tensor x = dense(input);
-  const Computer computer = computer_for(x, backend);
-  if (computer == Computer::aten) return {f.by_aten(x), pack_bits(f.mask_by_aten(x))};
+  const Computer computer = route_step(Op::activation, f.backend, x).computer;
+  if (!has_kernel(computer)) return {f.by_aten(x), pack_bits(f.mask_by_aten(x))};
   const Tensor y = x.is_same(input) ? at::empty_like(x) : x, bits = empty_bits(x);
   by_kernel(computer, x, y, bits, f);
   return {y, bits};
 }
 
-Tensor bits_inplace_kernel(Tensor& input, std::string_view kind, double a, double b, std::string_view backend) {
+Tensor bits_inplace_kernel(Tensor& input, const Piecewise& f) {
   check_dtype(input);
-  const Piecewise f(kind, a, b);
   const Tensor x = dense(input);
-  const Computer computer = computer_for(x, backend);
-  if (computer == Computer::aten) {
+  const Computer computer = route_step(Op::activation, f.backend, x).computer;
+  if (!has_kernel(computer)) {
     const Tensor bits = pack_bits(f.mask_by_aten(x));
     f.by_aten_(input);
     return bits;
@@ -143,128 +164,97 @@ Tensor bits_inplace_kernel(Tensor& input, std::string_view kind, double a, doubl
   return bits;
 }
 
-std::tuple<Tensor, Tensor> bits_meta(const Tensor& input, std::string_view kind, double a, double b,
-                                     std::string_view) {
+std::tuple<Tensor, Tensor> bits_meta(const Tensor& input, const Piecewise&) {
   check_dtype(input);
-  const Piecewise f(kind, a, b);
   return {at::empty_like(input), empty_bits(input)};
 }
 
-Tensor bits_inplace_meta(Tensor& input, std::string_view kind, double a, double b, std::string_view) {
+Tensor bits_inplace_meta(Tensor& input, const Piecewise&) {
   check_dtype(input);
-  const Piecewise f(kind, a, b);
   return empty_bits(input);
 }
 
-std::tuple<Tensor, Tensor> activation_bits(const Tensor& input, std::string_view kind, double a, double b,
-                                           std::string_view backend) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("freezekit::activation_bits", "").typed<decltype(bits_kernel)>();
-  return op.call(input, kind, a, b, backend);
+std::tuple<Tensor, Tensor> activation_bits(const Tensor& input, const Piecewise& f) {
+  static const BitsOperator op("freezekit::activation_bits");
+  return op(input, f);
 }
 
-Tensor activation_bits_(Tensor& input, std::string_view kind, double a, double b, std::string_view backend) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("freezekit::activation_bits_", "")
-                             .typed<decltype(bits_inplace_kernel)>();
-  return op.call(input, kind, a, b, backend);
+Tensor activation_bits_(Tensor& input, const Piecewise& f) {
+  static const InplaceBitsOperator op("freezekit::activation_bits_");
+  return op(input, f);
 }
 
-Tensor activation_aten(const Tensor& input, std::string_view kind, double a, double b, std::string_view) {
-  return Piecewise(kind, a, b).by_aten(input);
-}
-
-void activation_inplace_aten(Tensor& input, std::string_view kind, double a, double b, std::string_view) {
-  Piecewise(kind, a, b).by_aten_(input);
-}
-
-Tensor activation_batched(const Tensor& input, std::string_view kind, double a, double b, std::string_view backend) {
-  check_aten_is_allowed(backend);
-  return activation_aten(input, kind, a, b, backend);
-}
-
-void activation_inplace_batched(Tensor& input, std::string_view kind, double a, double b, std::string_view backend) {
-  check_aten_is_allowed(backend);
-  activation_inplace_aten(input, kind, a, b, backend);
-}
-
-Tensor activation_autograd(const Tensor& input, std::string_view kind, double a, double b, std::string_view backend) {
-  const Piecewise f(kind, a, b);
-  if (is_aten_s(input, backend)) return f.by_aten(input);
+Tensor activation_entry(const Tensor& input, const Piecewise& f) {
+  if (route(Op::activation, f.backend, input).computer == Computer::formula) return f.by_aten(input);
   auto [result, bits] = [&] {
     const at::AutoDispatchBelowADInplaceOrView below;
-    return activation_bits(input, kind, a, b, backend);
+    return activation_bits(input, f);
   }();
-  const auto node = formula_node<gate_backward>("FreezekitActivationBackward",
-                                                gate_settings(result.sym_strides(), f.gate(), backend), input);
+  const auto node = formula_node("FreezekitActivationBackward", f.gradient(result.sym_strides(), false), input);
   if (!node) return result;
-  node->keep({bits});
+  node->keep(bits);
   torch::autograd::set_history(result, node);
   return result;
 }
 
-void activation_inplace_autograd(Tensor& input, std::string_view kind, double a, double b, std::string_view backend) {
-  const Piecewise f(kind, a, b);
-  if (is_aten_s(input, backend)) return f.by_aten_(input);
+void activation_inplace_entry(Tensor& input, const Piecewise& f) {
+  if (route(Op::activation, f.backend, input).computer == Computer::formula) return f.by_aten_(input);
   torch::autograd::check_inplace(input, torch::autograd::compute_requires_grad(input));
-  const auto node = formula_node<gate_backward>("FreezekitActivationBackward",
-                                                gate_settings(dense_strides(input), f.gate(), backend), input);
+  const auto node = formula_node("FreezekitActivationBackward", f.gradient(dense_strides(input), true), input);
   const Tensor bits = [&] {
     const at::AutoDispatchBelowADInplaceOrView below;
-    return activation_bits_(input, kind, a, b, backend);
+    return activation_bits_(input, f);
   }();
   torch::autograd::impl::bump_version(input);
   if (!node) return;
-  node->keep({bits});
+  node->keep(bits);
   torch::autograd::impl::rebase_history(input, {node, node->add_input_metadata(input)});
 }
 
-// Without autograd: in inference mode, and below other transforms.
-Tensor activation_plain(const Tensor& input, std::string_view kind, double a, double b, std::string_view backend) {
-  if (is_own(parse_backend(backend))) return std::get<0>(bits_kernel(input, kind, a, b, backend));
-  return activation_aten(input, kind, a, b, backend);
+void register_entries(torch::Library& m) {
+  m.impl("activation", ActivationOperator::kernel<activation_entry>);
+  m.impl("activation_", InplaceOperator::kernel<activation_inplace_entry>);
 }
 
-void activation_inplace_plain(Tensor& input, std::string_view kind, double a, double b, std::string_view backend) {
-  if (is_own(parse_backend(backend))) {
-    bits_inplace_kernel(input, kind, a, b, backend);
+// Without autograd: in inference mode, and below other transforms.
+Tensor activation_plain(const Tensor& input, const Piecewise& f) {
+  return is_own(f.backend) ? std::get<0>(bits_kernel(input, f)) : f.by_aten(input);
+}
+
+void activation_inplace_plain(Tensor& input, const Piecewise& f) {
+  if (is_own(f.backend)) {
+    bits_inplace_kernel(input, f);
   } else {
-    activation_inplace_aten(input, kind, a, b, backend);
+    f.by_aten_(input);
   }
 }
 
 }  // namespace
 
-Tensor positive_bits(const Tensor& input, std::string_view backend) {
+Tensor positive_bits(const Tensor& input, Backend backend) {
   Tensor scratch = input;  // relu leaves its values as they are
-  return activation_bits_(scratch, "relu", 0, 0, backend);
+  return activation_bits_(scratch, Piecewise("relu", 0, 0, to_string(backend)));
 }
-
-}  // namespace freezekit
 
 TORCH_LIBRARY_FRAGMENT(freezekit, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
-  m.def("activation(Tensor input, str kind, float a=0.0, float b=0.0, *, str backend=\"auto\") -> Tensor", tags);
-  m.def("activation_(Tensor(a!) input, str kind, float a=0.0, float b=0.0, *, str backend=\"auto\") -> ()", tags);
-  m.def("activation_bits(Tensor input, str kind, float a=0.0, float b=0.0, *, str backend=\"auto\") -> (Tensor, Tensor)",
-        tags);
-  m.def("activation_bits_(Tensor(a!) input, str kind, float a=0.0, float b=0.0, *, str backend=\"auto\") -> Tensor", tags);
+  const std::string settings = "str kind, float a=0.0, float b=0.0, *, str backend=\"auto\") -> ";
+  m.def(("activation(Tensor input, " + settings + "Tensor").c_str(), tags);
+  m.def(("activation_(Tensor(a!) input, " + settings + "()").c_str(), tags);
+  m.def(("activation_bits(Tensor input, " + settings + "(Tensor, Tensor)").c_str(), tags);
+  m.def(("activation_bits_(Tensor(a!) input, " + settings + "Tensor").c_str(), tags);
 }
 TORCH_LIBRARY_IMPL(freezekit, CompositeExplicitAutograd, m) {
-  m.impl("activation", freezekit::activation_plain);
-  m.impl("activation_", freezekit::activation_inplace_plain);
-  m.impl("activation_bits", freezekit::bits_kernel);
-  m.impl("activation_bits_", freezekit::bits_inplace_kernel);
+  m.impl("activation", ActivationOperator::kernel<activation_plain>);
+  m.impl("activation_", InplaceOperator::kernel<activation_inplace_plain>);
+  m.impl("activation_bits", BitsOperator::kernel<bits_kernel>);
+  m.impl("activation_bits_", InplaceBitsOperator::kernel<bits_inplace_kernel>);
 }
 TORCH_LIBRARY_IMPL(freezekit, Meta, m) {
-  m.impl("activation_bits", freezekit::bits_meta);
-  m.impl("activation_bits_", freezekit::bits_inplace_meta);
+  m.impl("activation_bits", BitsOperator::kernel<bits_meta>);
+  m.impl("activation_bits_", InplaceBitsOperator::kernel<bits_inplace_meta>);
 }
-TORCH_LIBRARY_IMPL(freezekit, Autograd, m) {
-  m.impl("activation", freezekit::activation_autograd);
-  m.impl("activation_", freezekit::activation_inplace_autograd);
-}
-TORCH_LIBRARY_IMPL(freezekit, FuncTorchBatched, m) {
-  m.impl("activation", freezekit::activation_batched);
-  m.impl("activation_", freezekit::activation_inplace_batched);
-}
+TORCH_LIBRARY_IMPL(freezekit, Autograd, m) { register_entries(m); }
+TORCH_LIBRARY_IMPL(freezekit, FuncTorchBatched, m) { register_entries(m); }
+
+}  // namespace freezekit

@@ -1,4 +1,4 @@
-// Dropout that keeps one bit an element.
+// Dropout that keeps one bit per element.
 //
 //   y[i] = bit[i] ? x[i] / (1 - p) : 0 * x[i],   bit[i] = 1 with probability 1 - p
 //
@@ -6,15 +6,15 @@
 // bernoulli_ of a tensor of noise, which is freed at once, elsewhere native_dropout, whose mask of bytes is packed and
 // freed. So a GPU's bits come from torch's own Philox stream.
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/dropout.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/native_dropout.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/library.h>
 
-#include "torch/bits/gate.h"
 #include "torch/backends/native_layers.h"
+#include "torch/bits/gate.h"
+#include "torch/common/route.h"
 
 namespace freezekit {
 namespace {
@@ -33,33 +33,35 @@ GateRule rule_of(const Tensor& input, double p) {
   return {scale, 0.0};
 }
 
-Tensor draw_on_cpu(const Tensor& x, double p, std::string_view backend) {
+Tensor draw_on_cpu(const Tensor& x, double p, Backend backend) {
   const Tensor noise = at::empty_like(x).bernoulli_(1 - p);
   return positive_bits(noise, backend);
 }
 
 // Of the dense bool tensor that was drawn for x on a GPU.
-Tensor pack_drawn(const Tensor& x, const Tensor& mask, std::string_view backend) {
-  if (computer_for(x, backend) != Computer::kernels) return pack_bits(mask);
+Tensor pack_drawn(const Tensor& x, const Tensor& mask, Backend backend) {
+  if (route_step(Op::dropout, backend, x).computer != Computer::kernels) return pack_bits(mask);
   const Tensor bits = empty_bits(mask);
   native::pack_bytes(mask, bits);
   return bits;
 }
 
-std::tuple<Tensor, Tensor> bits_kernel(const Tensor& input, double p, std::string_view backend) {
+std::tuple<Tensor, Tensor> bits_kernel(const Tensor& input, double p, std::string_view name) {
   check(input, p);
+  const Backend backend = parse_backend(name);
   const at::AutoDispatchBelowADInplaceOrView below;
   const Tensor x = dense(input);
   if (x.is_cpu()) {
     const Tensor bits = draw_on_cpu(x, p, backend);
-    return {gate(x, bits, x.sym_strides(), rule_of(x, p), backend), bits};
+    return {gate(x, bits, {x.sym_strides(), rule_of(x, p), backend}), bits};
   }
   const auto [y, mask] = at::native_dropout(x, p, true);
   return {y, pack_drawn(x, dense(mask), backend)};
 }
 
-Tensor bits_inplace_kernel(Tensor& input, double p, std::string_view backend) {
+Tensor bits_inplace_kernel(Tensor& input, double p, std::string_view name) {
   check(input, p);
+  const Backend backend = parse_backend(name);
   const at::AutoDispatchBelowADInplaceOrView below;
   if (input.is_cpu()) {
     const Tensor x = dense(input);
@@ -67,11 +69,11 @@ Tensor bits_inplace_kernel(Tensor& input, double p, std::string_view backend) {
     if (x.is_same(input)) {
       gate_inplace(x, bits, rule_of(x, p), backend);
     } else {
-      input.copy_(gate(x, bits, x.sym_strides(), rule_of(x, p), backend));
+      input.copy_(gate(x, bits, {x.sym_strides(), rule_of(x, p), backend}));
     }
     return bits;
   }
-  const auto [y, bits] = bits_kernel(input, p, backend);
+  const auto [y, bits] = bits_kernel(input, p, name);
   input.copy_(y);
   return bits;
 }
@@ -92,61 +94,54 @@ Tensor dropout_aten(const Tensor& input, double p, bool train, std::string_view)
 
 void dropout_inplace_aten(Tensor& input, double p, bool train, std::string_view) { at::dropout_(input, p, train); }
 
-// What kernels are there for is to pack the bits; where none are kept, torch's dropout is all that there is.
-Tensor dropout_batched(const Tensor& input, double p, bool train, std::string_view backend) {
-  check_aten_is_allowed(backend);
-  return at::dropout(input, p, train);
+// Whether torch's own dropout takes the call: nothing is drawn, or nothing kept. All that kernels do is to pack the bits.
+bool is_torch_s(const Tensor& input, double p, bool train, std::string_view backend) {
+  return route(Op::dropout, parse_backend(backend), input).computer == Computer::formula || !train ||
+         !(p > 0 && p < 1) || !torch::autograd::compute_requires_grad(input) || input.sym_numel() == 0;
 }
 
-void dropout_inplace_batched(Tensor& input, double p, bool train, std::string_view backend) {
-  check_aten_is_allowed(backend);
-  at::dropout_(input, p, train);
+GateGradient gradient(const Tensor& input, SymIntArrayRef stride, double p, std::string_view backend) {
+  return {{stride, rule_of(input, p), parse_backend(backend)}, {}};
 }
 
-// Whether nothing is drawn, or nothing kept.
-bool is_trivial(const Tensor& input, double p, bool train, std::string_view backend) {
-  if (needs_aten(input)) check_aten_is_allowed(backend);
-  return !train || !(p > 0 && p < 1) || needs_aten(input) || !torch::autograd::compute_requires_grad(input) ||
-         input.sym_numel() == 0;
-}
-
-Tensor dropout_autograd(const Tensor& input, double p, bool train, std::string_view backend) {
-  if (is_trivial(input, p, train, backend)) return at::dropout(input, p, train);
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("freezekit::dropout_bits", "").typed<decltype(bits_kernel)>();
+Tensor dropout_entry(const Tensor& input, double p, bool train, std::string_view backend) {
+  if (is_torch_s(input, p, train, backend)) return at::dropout(input, p, train);
+  static const auto op = find_operator<decltype(bits_kernel)>("freezekit::dropout_bits");
   auto [result, bits] = [&] {
     const at::AutoDispatchBelowADInplaceOrView below;
     return op.call(input, p, backend);
   }();
-  const auto node = formula_node<gate_backward>("FreezekitDropoutBackward",
-                                                gate_settings(result.sym_strides(), rule_of(input, p), backend), input);
-  node->keep({bits});
+  const auto node =
+      formula_node("FreezekitDropoutBackward", gradient(input, result.sym_strides(), p, backend), input);
+  node->keep(bits);
   torch::autograd::set_history(result, node);
   return result;
 }
 
-void dropout_inplace_autograd(Tensor& input, double p, bool train, std::string_view backend) {
-  if (is_trivial(input, p, train, backend)) {
+void dropout_inplace_entry(Tensor& input, double p, bool train, std::string_view backend) {
+  if (is_torch_s(input, p, train, backend)) {
     at::dropout_(input, p, train);
     return;
   }
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("freezekit::dropout_bits_", "")
-                             .typed<decltype(bits_inplace_kernel)>();
+  static const auto op = find_operator<decltype(bits_inplace_kernel)>("freezekit::dropout_bits_");
   torch::autograd::check_inplace(input, /*requires_grad=*/true);
-  const auto node = formula_node<gate_backward>(
-      "FreezekitDropoutBackward", gate_settings(dense_strides(input), rule_of(input, p), backend), input);
+  const auto node =
+      formula_node("FreezekitDropoutBackward", gradient(input, dense_strides(input), p, backend), input);
   const Tensor bits = [&] {
     const at::AutoDispatchBelowADInplaceOrView below;
     return op.call(input, p, backend);
   }();
   torch::autograd::impl::bump_version(input);
-  node->keep({bits});
+  node->keep(bits);
   torch::autograd::impl::rebase_history(input, {node, node->add_input_metadata(input)});
 }
 
+void register_entries(torch::Library& m) {
+  m.impl("dropout", dropout_entry);
+  m.impl("dropout_", dropout_inplace_entry);
+}
+
 }  // namespace
-}  // namespace freezekit
 
 TORCH_LIBRARY_FRAGMENT(freezekit, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag, at::Tag::nondeterministic_seeded};
@@ -156,20 +151,16 @@ TORCH_LIBRARY_FRAGMENT(freezekit, m) {
   m.def("dropout_bits_(Tensor(a!) input, float p, *, str backend=\"auto\") -> Tensor", tags);
 }
 TORCH_LIBRARY_IMPL(freezekit, CompositeExplicitAutograd, m) {
-  m.impl("dropout", freezekit::dropout_aten);
-  m.impl("dropout_", freezekit::dropout_inplace_aten);
-  m.impl("dropout_bits", freezekit::bits_kernel);
-  m.impl("dropout_bits_", freezekit::bits_inplace_kernel);
+  m.impl("dropout", dropout_aten);
+  m.impl("dropout_", dropout_inplace_aten);
+  m.impl("dropout_bits", bits_kernel);
+  m.impl("dropout_bits_", bits_inplace_kernel);
 }
 TORCH_LIBRARY_IMPL(freezekit, Meta, m) {
-  m.impl("dropout_bits", freezekit::bits_meta);
-  m.impl("dropout_bits_", freezekit::bits_inplace_meta);
+  m.impl("dropout_bits", bits_meta);
+  m.impl("dropout_bits_", bits_inplace_meta);
 }
-TORCH_LIBRARY_IMPL(freezekit, Autograd, m) {
-  m.impl("dropout", freezekit::dropout_autograd);
-  m.impl("dropout_", freezekit::dropout_inplace_autograd);
-}
-TORCH_LIBRARY_IMPL(freezekit, FuncTorchBatched, m) {
-  m.impl("dropout", freezekit::dropout_batched);
-  m.impl("dropout_", freezekit::dropout_inplace_batched);
-}
+TORCH_LIBRARY_IMPL(freezekit, Autograd, m) { register_entries(m); }
+TORCH_LIBRARY_IMPL(freezekit, FuncTorchBatched, m) { register_entries(m); }
+
+}  // namespace freezekit

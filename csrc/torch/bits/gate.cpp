@@ -23,6 +23,7 @@
 #include "torch/backends/cpu_formats.h"
 #include "torch/backends/native.h"
 #include "torch/backends/native_layers.h"
+#include "torch/common/route.h"
 
 namespace freezekit {
 namespace {
@@ -89,7 +90,9 @@ Tensor gate_by_aten(const Tensor& x, const Tensor& bits, SymIntArrayRef stride, 
   return at::where(mask, at::mul(x, rule.on), at::mul(x, *rule.off));
 }
 
-void check_gate(const Tensor& input, const Tensor& bits, SymIntArrayRef stride, std::optional<double> off, double on) {
+void check_gate(const Tensor& input, const Tensor& bits, const GateSettings& settings) {
+  const SymIntArrayRef stride = settings.stride;
+  const auto& [on, off] = settings.rule;
   TORCH_CHECK(at::isFloatingType(input.scalar_type()), "input must be of a floating dtype, got ", input.scalar_type());
   TORCH_CHECK(bits.scalar_type() == at::kInt && bits.dim() == 1, "bits must be one row of int32 words, got ",
               bits.scalar_type(), " of size ", bits.sym_sizes());
@@ -108,69 +111,49 @@ Tensor empty_dense(const Tensor& input, SymIntArrayRef stride) {
   return result;
 }
 
-Tensor gate_kernel(const Tensor& input, const Tensor& bits, SymIntArrayRef stride, double on,
-                   std::optional<double> off, std::string_view backend) {
-  check_gate(input, bits, stride, off, on);
-  Tensor result = empty_dense(input, stride);
+Tensor gate_kernel(const Tensor& input, const Tensor& bits, const GateSettings& settings) {
+  const GateRule& rule = settings.rule;
+  check_gate(input, bits, settings);
+  Tensor result = empty_dense(input, settings.stride);
   const bool same = input.strides() == result.strides();
-  switch (computer_for(input, backend)) {
+  switch (route_step(Op::gate, settings.backend, input).computer) {
     case Computer::cpu:
-      gate_cpu(same ? input : result.copy_(input), result, bits.contiguous(), {on, off});
+      gate_cpu(same ? input : result.copy_(input), result, bits.contiguous(), rule);
       break;
     case Computer::kernels:
-      native::gate({on, off}, same ? input : result.copy_(input), bits.contiguous(), result);
+      native::gate(rule, same ? input : result.copy_(input), bits.contiguous(), result);
       break;
-    case Computer::aten:
-      result.copy_(gate_by_aten(input, bits, stride, {on, off}));
+    default:
+      result.copy_(gate_by_aten(input, bits, settings.stride, rule));
   }
   return result;
 }
 
-Tensor gate_meta(const Tensor& input, const Tensor& bits, SymIntArrayRef stride, double on, std::optional<double> off,
-                 std::string_view) {
-  check_gate(input, bits, stride, off, on);
-  return at::empty_strided_symint(input.sym_sizes(), stride, input.options());
+Tensor gate_meta(const Tensor& input, const Tensor& bits, const GateSettings& settings) {
+  check_gate(input, bits, settings);
+  return at::empty_strided_symint(input.sym_sizes(), settings.stride, input.options());
 }
 
-Tensor gate_batched(const Tensor& input, const Tensor& bits, SymIntArrayRef stride, double on,
-                    std::optional<double> off, std::string_view backend) {
-  check_aten_is_allowed(backend);
-  return gate_by_aten(input, bits, stride, {on, off});
+Tensor gate_entry(const Tensor& input, const Tensor& bits, const GateSettings& settings) {
+  if (route(Op::gate, settings.backend, input).computer == Computer::formula) {
+    return gate_by_aten(input, bits, settings.stride, settings.rule);
+  }
+  const auto node = formula_node("FreezekitGateBackward", GateGradient{settings, {}}, input);
+  if (node) node->keep(bits);
+  return recorded(node, [&] { return gate(input, bits, settings); });
 }
 
-Tensor gate_autograd(const Tensor& input, const Tensor& bits, SymIntArrayRef stride, double on,
-                     std::optional<double> off, std::string_view backend) {
-  const GateRule rule{on, off};
-  if (needs_aten(input)) return gate_by_aten(input, bits, stride, rule);
-  auto node = formula_node<gate_backward>("FreezekitGateBackward", gate_settings(stride, rule, backend), input);
-  if (node) node->keep({bits});
-  Tensor result = [&] {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    return gate(input, bits, stride, rule, backend);
-  }();
-  if (node) torch::autograd::set_history(result, node);
-  return result;
-}
+using GateOperator = SettingsOperator<GateSettings, Tensor(const Tensor& input, const Tensor& bits)>;
 
 }  // namespace
 
-Tensor gate(const Tensor& input, const Tensor& bits, SymIntArrayRef stride, const GateRule& rule,
-            std::string_view backend) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("freezekit::gate", "").typed<decltype(gate_kernel)>();
-  return op.call(input, bits, stride, rule.on, rule.off, backend);
+Tensor gate(const Tensor& input, const Tensor& bits, const GateSettings& settings) {
+  static const GateOperator op("freezekit::gate");
+  return op(input, bits, settings);
 }
 
-Settings gate_settings(SymIntArrayRef stride, const GateRule& rule, std::string_view backend) {
-  return {{rule.on, rule.off ? c10::IValue(*rule.off) : c10::IValue(), std::string(backend)}, {owned(stride)}};
-}
-
-variable_list gate_backward(const Tensor& grad, const variable_list& kept, const Settings& settings,
-                            const std::vector<bool>& wanted) {
-  if (!wanted[0]) return {Tensor()};
-  const auto& values = settings.values;
-  const GateRule rule{values[0].toDouble(), values[1].toOptional<double>()};
-  return {gate(grad, kept[0], settings.sizes[0], rule, values[2].toStringRef())};
+variable_list GateGradient::gradients(const Tensor& grad, Kept kept, const std::vector<bool>& wanted) const {
+  return {wanted[0] ? freezekit::gate(grad, kept(0), gate) : Tensor()};
 }
 
 Tensor empty_bits(const Tensor& like) {
@@ -196,43 +179,24 @@ std::vector<c10::SymInt> dense_strides(const Tensor& input) {
   return owned(at::empty_like(input, input.options().device(at::kMeta)).sym_strides());
 }
 
-void gate_inplace(const Tensor& dense, const Tensor& bits, const GateRule& rule, std::string_view backend) {
-  switch (computer_for(dense, backend)) {
+void gate_inplace(const Tensor& dense, const Tensor& bits, const GateRule& rule, Backend backend) {
+  switch (route_step(Op::gate, backend, dense).computer) {
     case Computer::cpu:
       return gate_cpu(dense, dense, bits, rule);
     case Computer::kernels:
       return native::gate(rule, dense, bits, dense);
-    case Computer::aten:
+    default:
       dense.copy_(gate_by_aten(dense, bits, dense.sym_strides(), rule));
   }
 }
-
-void check_aten_is_allowed(std::string_view name) {
-  TORCH_CHECK(!is_own(parse_backend(name)), "backend='", name, "' takes strided tensors of a floating dtype, outside of ",
-              "torch.func transforms and forward-mode AD; torch's own operator takes this one, with backend='aten'");
-}
-
-bool is_aten_s(const Tensor& input, std::string_view name) {
-  if (needs_aten(input)) {
-    check_aten_is_allowed(name);
-    return true;
-  }
-  return !is_own(parse_backend(name)) && !torch::autograd::compute_requires_grad(input);
-}
-
-Computer computer_for(const Tensor& tensor, std::string_view name) {
-  if (native::runs(tensor, parse_backend(name))) return Computer::kernels;
-  // On a GPU `auto` is ATen's ten passes over memory where a kernel takes one, until the kernels have run on one.
-  return tensor.is_cpu() ? Computer::cpu : Computer::aten;
-}
-
-}  // namespace freezekit
 
 TORCH_LIBRARY_FRAGMENT(freezekit, m) {
   m.def("gate(Tensor input, Tensor bits, SymInt[] stride, float on=1.0, float? off=None, *, str backend=\"auto\") -> Tensor",
         {at::Tag::pt2_compliant_tag});
 }
-TORCH_LIBRARY_IMPL(freezekit, CompositeExplicitAutograd, m) { m.impl("gate", freezekit::gate_kernel); }
-TORCH_LIBRARY_IMPL(freezekit, Meta, m) { m.impl("gate", freezekit::gate_meta); }
-TORCH_LIBRARY_IMPL(freezekit, Autograd, m) { m.impl("gate", freezekit::gate_autograd); }
-TORCH_LIBRARY_IMPL(freezekit, FuncTorchBatched, m) { m.impl("gate", freezekit::gate_batched); }
+TORCH_LIBRARY_IMPL(freezekit, CompositeExplicitAutograd, m) { m.impl("gate", GateOperator::kernel<gate_kernel>); }
+TORCH_LIBRARY_IMPL(freezekit, Meta, m) { m.impl("gate", GateOperator::kernel<gate_meta>); }
+TORCH_LIBRARY_IMPL(freezekit, Autograd, m) { m.impl("gate", GateOperator::kernel<gate_entry>); }
+TORCH_LIBRARY_IMPL(freezekit, FuncTorchBatched, m) { m.impl("gate", GateOperator::kernel<gate_entry>); }
+
+}  // namespace freezekit

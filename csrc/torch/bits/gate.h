@@ -1,6 +1,6 @@
-// One bit an element: where an activation or a dropout let a value through, packed as core/mask.h says.
+// One bit per element: where an activation or a dropout let a value through, packed as core/mask.h says.
 //
-// Bits lie in the memory order of a dense tensor, which its strides name. A gate is that mask as a linear map:
+// Bits follow the memory order of a dense tensor, which its strides name. A gate is that mask as a linear map:
 //   gate(x, bits, stride, on, off):  y[i] = bit[i] ? on * x[i] : off * x[i];   off = None selects 0, which stops NaN
 // It is its own transpose, so its derivative of any order is itself.
 #pragma once
@@ -20,12 +20,37 @@ struct GateRule {
   std::optional<double> off;
 };
 
-Tensor gate(const Tensor& input, const Tensor& bits, SymIntArrayRef stride, const GateRule&, std::string_view backend);
+// A gate as the operator's settings: the strides that bits are laid out by, the rule, who computes.
+struct GateSettings {
+  using Flat = Arguments<SymIntArrayRef, double, std::optional<double>, std::string_view>;
 
-// Makes `node` keep `bits` as the gate that its gradient goes through.
-Settings gate_settings(SymIntArrayRef stride, const GateRule&, std::string_view backend);
-variable_list gate_backward(const Tensor& grad, const variable_list& kept, const Settings&,
-                            const std::vector<bool>& wanted);
+  GateSettings() = default;
+  GateSettings(SymIntArrayRef stride, const GateRule& rule, Backend backend)
+      : stride(owned(stride)), rule(rule), backend(backend) {}
+  GateSettings(SymIntArrayRef stride, double on, std::optional<double> off, std::string_view backend)
+      : GateSettings(stride, {on, off}, parse_backend(backend)) {}
+
+  template <class F>
+  auto apply(const F& f) const {
+    return f(stride, rule.on, rule.off, to_string(backend));
+  }
+
+  std::vector<c10::SymInt> stride;
+  GateRule rule;
+  Backend backend = Backend::automatic;
+};
+
+Tensor gate(const Tensor& input, const Tensor& bits, const GateSettings&);
+
+// The backward pass through a gate whose bits are kept. `linked`: what stock's backward operator reads besides.
+struct GateGradient {
+  GateSettings gate;
+  Link linked;
+
+  auto fields() { return std::tie(gate.stride, gate.rule.on, gate.rule.off, gate.backend); }
+  Link link() const { return linked; }
+  variable_list gradients(const Tensor& grad, Kept, const std::vector<bool>& wanted) const;
+};
 
 // int32 words for one bit an element of `like`.
 Tensor empty_bits(const Tensor& like);
@@ -39,22 +64,9 @@ Tensor dense(const Tensor& input);
 std::vector<c10::SymInt> dense_strides(const Tensor& input);
 
 // Bit = (input > 0) of a dense tensor without NaN.
-Tensor positive_bits(const Tensor& input, std::string_view backend);
+Tensor positive_bits(const Tensor& input, Backend);
 
 // gate() on the storage of a dense tensor, whose memory order is that of bits.
-void gate_inplace(const Tensor& dense, const Tensor& bits, const GateRule&, std::string_view backend);
-
-// What computes on a tensor with data: the C++ kernels of the CPU, freezekit's own for GPUs (which the emulator also runs
-// on CPU tensors), or ATen, on devices that have neither and where it is asked for on a GPU. Throws where `backend`
-// demands what cannot be.
-enum class Computer { cpu, kernels, aten };
-Computer computer_for(const Tensor&, std::string_view backend);
-
-// Throws where `backend` demands kernels: only torch's formulas serve what the caller has met.
-void check_aten_is_allowed(std::string_view backend);
-
-// Whether torch's own operator computes a call: its formulas serve where no node of ours can, and where no gradient is
-// wanted there is nothing to keep. Throws where `backend` demands kernels and only the formulas serve.
-bool is_aten_s(const Tensor& input, std::string_view backend);
+void gate_inplace(const Tensor& dense, const Tensor& bits, const GateRule&, Backend);
 
 }  // namespace freezekit

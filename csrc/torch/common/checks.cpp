@@ -5,22 +5,19 @@
 namespace freezekit {
 namespace {
 
-void check_range(const std::array<int64_t, 2>& values, const char* name, int64_t least) {
-  for (const int64_t value : values) {
-    TORCH_CHECK(value >= least && value < kExtentLimit, name, " must be ", least == 0 ? "non-negative" : "positive",
-                " and below 2^31, got (", values[0], ", ", values[1], ")");
+void check_range(const Geometry::Pair& values, const char* name, int64_t least) {
+  for (const c10::SymInt& value : values) {
+    const std::optional<int64_t> known = value.maybe_as_int();
+    TORCH_CHECK(!known || (*known >= least && *known < kExtentLimit), name, " must be ",
+                least == 0 ? "non-negative" : "positive", " and below 2^31, got (", values[0], ", ", values[1], ")");
   }
 }
 
-// The value of a size, or nothing where it is symbolic and so no caller's claim.
-std::optional<int64_t> known(int64_t size) { return size; }
-std::optional<int64_t> known(const c10::SymInt& size) { return size.maybe_as_int(); }
-
-template <class Int>
-void check_known_extents(Sizes<Int> size, const char* name) {
+// No negative size, and not more elements than can be addressed.
+void check_extents(SymIntArrayRef size, const char* name) {
   int64_t numel = 1;
-  for (const Int& extent : size) {
-    const std::optional<int64_t> value = known(extent);
+  for (const c10::SymInt& extent : size) {
+    const std::optional<int64_t> value = extent.maybe_as_int();
     if (!value) continue;
     TORCH_CHECK(*value >= 0, name, " must have no negative size, got ", size);
     TORCH_CHECK(*value == 0 || numel <= std::numeric_limits<int64_t>::max() / 16 / *value, name, " of size ", size,
@@ -29,21 +26,85 @@ void check_known_extents(Sizes<Int> size, const char* name) {
   }
 }
 
-}  // namespace
-
-void check_extents(IntArrayRef size, const char* name) { check_known_extents<int64_t>(size, name); }
-void check_extents(SymIntArrayRef size, const char* name) { check_known_extents<c10::SymInt>(size, name); }
-
 void check_geometry(const Geometry& g) {
   check_range(g.stride, "stride", 1);
   check_range(g.padding, "padding", 0);
   check_range(g.dilation, "dilation", 1);
-  TORCH_CHECK(g.groups >= 1 && g.groups < kExtentLimit, "groups must be positive and below 2^31, got ", g.groups);
+  const std::optional<int64_t> groups = g.groups.maybe_as_int();
+  TORCH_CHECK(!groups || (*groups >= 1 && *groups < kExtentLimit), "groups must be positive and below 2^31, got ",
+              g.groups);
 }
 
-void check_formula_backend(Backend backend, const char* what) {
-  TORCH_CHECK(!is_own(backend), "backend='", to_string(backend), "' does not take ", what,
-              "; torch's own convolution does, with backend='aten'");
+// Checks sizes against each other and returns the output size.
+SizeVector checked_output_size(SymIntArrayRef input, SymIntArrayRef weight, const Geometry& g) {
+  check_rank(input, "input", "N, C, H, W");
+  check_rank(weight, "weight", "out_channels, in_channels / groups, kernel height, kernel width");
+  check_extents(input, "input");
+  check_extents(weight, "weight");
+  TORCH_CHECK(weight[0] >= 1 && weight[1] >= 1 && weight[2] >= 1 && weight[3] >= 1,
+              "weight must have no empty dimension, got ", weight);
+  TORCH_CHECK(weight[2] <= kExtentLimit && weight[3] <= kExtentLimit, "weight must have a kernel of at most 2^31 ",
+              "elements a side, got ", weight);
+  // This one first: with it, groups is at most weight[0], and the product of the next line cannot overflow.
+  TORCH_CHECK(weight[0] % g.groups == 0, "weight has ", weight[0], " output channels, which groups=", g.groups,
+              " does not divide");
+  TORCH_CHECK(input[1] == weight[1] * g.groups, "input has ", input[1], " channels, weight of size ", weight,
+              " with groups=", g.groups, " needs ", weight[1] * g.groups);
+  SizeVector output = {input[0], weight[0], 0, 0};
+  for (size_t i = 0; i < 2; ++i) {
+    const c10::SymInt padded = input[2 + i] + g.padding[i] * 2;
+    const c10::SymInt reach = g.dilation[i] * (weight[2 + i] - 1) + 1;
+    TORCH_CHECK(input[2 + i] >= 1 && padded >= reach, "the dilated kernel must fit into the padded input along ",
+                i == 0 ? "height" : "width", ": it spans ", reach, ", the padded input ", padded, " (input ",
+                input[2 + i], ", padding ", g.padding[i], ", kernel ", weight[2 + i], ", dilation ", g.dilation[i], ")");
+    output[2 + i] = (padded - reach) / g.stride[i] + 1;
+  }
+  return output;
+}
+
+// grad_output against what conv2d of these sizes gives.
+void check_grad_output(SymIntArrayRef grad_output, SymIntArrayRef input, SymIntArrayRef weight, const Geometry& g) {
+  check_rank(grad_output, "grad_output", "N, out_channels, P, Q");
+  const SizeVector expected = checked_output_size(input, weight, g);
+  for (size_t i = 0; i < 4; ++i) {
+    TORCH_CHECK(grad_output[i] == expected[i], "grad_output must have size ", SymIntArrayRef(expected),
+                " for input_size ", input, " and weight_size ", weight, ", got ", grad_output);
+  }
+}
+
+}  // namespace
+
+void check_rank(SymIntArrayRef size, const char* name, const char* axes) {
+  TORCH_CHECK(size.size() == 4, name, " must have 4 dimensions (", axes, "), got ", size.size(), ": ", size);
+}
+
+void check_bias(SymIntArrayRef bias, SymIntArrayRef weight) {
+  TORCH_CHECK(bias.size() == 1 && bias[0] == weight[0], "bias must have size [", weight[0],
+              "], one value per output channel, got ", bias);
+}
+
+SizeVector check_conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                        const Geometry& g) {
+  check_geometry(g);
+  check_same(input, "input", weight, "weight");
+  SizeVector output = checked_output_size(input.sym_sizes(), weight.sym_sizes(), g);
+  if (bias && bias->defined()) {
+    check_same(input, "input", *bias, "bias");
+    check_bias(bias->sym_sizes(), weight.sym_sizes());
+  }
+  return output;
+}
+
+void check_dgrad(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size, const Geometry& g) {
+  check_geometry(g);
+  check_same(grad_output, "grad_output", weight, "weight");
+  check_grad_output(grad_output.sym_sizes(), input_size, weight.sym_sizes(), g);
+}
+
+void check_wgrad(const Tensor& grad_output, const Tensor& input, SymIntArrayRef weight_size, const Geometry& g) {
+  check_geometry(g);
+  check_same(grad_output, "grad_output", input, "input");
+  check_grad_output(grad_output.sym_sizes(), input.sym_sizes(), weight_size, g);
 }
 
 void check_operand(const Tensor& tensor, const char* name) {

@@ -20,10 +20,10 @@ inline Conv2dProblem problem_of(IntArrayRef x, IntArrayRef w, IntArrayRef y, con
   problem.n = x[0], problem.c = x[1], problem.h = x[2], problem.w = x[3];
   problem.k = w[0], problem.r = w[2], problem.s = w[3];
   problem.p = y[2], problem.q = y[3];
-  problem.pad_h = g.padding[0], problem.pad_w = g.padding[1];
-  problem.stride_h = g.stride[0], problem.stride_w = g.stride[1];
-  problem.dilation_h = g.dilation[0], problem.dilation_w = g.dilation[1];
-  problem.groups = g.groups;
+  problem.pad_h = g.padding[0].expect_int(), problem.pad_w = g.padding[1].expect_int();
+  problem.stride_h = g.stride[0].expect_int(), problem.stride_w = g.stride[1].expect_int();
+  problem.dilation_h = g.dilation[0].expect_int(), problem.dilation_w = g.dilation[1].expect_int();
+  problem.groups = g.groups.expect_int();
   return problem;
 }
 

@@ -6,12 +6,15 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/SymInt.h>
+#include <c10/core/SymIntArrayRef.h>
 
 #include <array>
 #include <cstdint>
 #include <optional>
 
 #include "core/problem.h"
+#include "torch/common/schema.h"
 
 namespace freezekit {
 
@@ -32,9 +35,20 @@ inline const char* name_of(Operator op) {
   return names[static_cast<int>(op)];
 }
 
-// Stride, padding and dilation as (height, width); a list of one number stands for both.
+// Stride, padding and dilation as (height, width); a list of one number stands for both. While a graph is traced they may
+// be symbolic; a kernel that computes on data sees plain numbers.
 struct Geometry {
-  Geometry(IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups, std::string_view backend);
+  using Pair = std::array<c10::SymInt, 2>;
+  using Flat = Arguments<SymIntArrayRef, SymIntArrayRef, SymIntArrayRef, c10::SymInt, std::string_view>;
+
+  Geometry() = default;
+  Geometry(SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation, c10::SymInt groups,
+           std::string_view backend);
+
+  template <class F>
+  auto apply(const F& f) const {
+    return f(stride, padding, dilation, groups, to_string(backend));
+  }
 
   Geometry with(Backend other) const {
     Geometry copy = *this;
@@ -42,21 +56,23 @@ struct Geometry {
     return copy;
   }
 
-  std::array<int64_t, 2> stride, padding, dilation;
-  int64_t groups;
-  Backend backend;
+  Pair stride, padding, dilation;
+  c10::SymInt groups = 1;
+  Backend backend = Backend::automatic;
 };
+
+
+// Of a call on data, where all numbers are known.
+inline std::array<int64_t, 2> ints(const Geometry::Pair& pair) { return {pair[0].expect_int(), pair[1].expect_int()}; }
+
+using Conv2dOperator = SettingsOperator<Geometry, Tensor(const Tensor& input, const Tensor& weight,
+                                                         const std::optional<Tensor>& bias)>;
+using Conv2dGradOperator = SettingsOperator<Geometry, Tensor(const Tensor& grad_output, const Tensor& other,
+                                                             SymIntArrayRef size)>;
 
 Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Geometry&);
 Tensor conv2d_dgrad(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size, const Geometry&);
 Tensor conv2d_wgrad(const Tensor& grad_output, const Tensor& input, SymIntArrayRef weight_size, const Geometry&);
 Tensor conv2d_bias_grad(const Tensor& grad_output, Backend);
-
-// The C++ signatures of the schemas in schema.cpp; every registered kernel has one of them.
-using Conv2dSignature = Tensor(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                               IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups,
-                               std::string_view backend);
-using GradSignature = Tensor(const Tensor& grad_output, const Tensor& other, SymIntArrayRef size, IntArrayRef stride,
-                             IntArrayRef padding, IntArrayRef dilation, int64_t groups, std::string_view backend);
 
 }  // namespace freezekit

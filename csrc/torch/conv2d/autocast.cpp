@@ -13,8 +13,7 @@ namespace {
 
 template <c10::DeviceType kDevice, c10::DispatchKey kKey>
 Tensor conv2d_autocast(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                       IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups,
-                       std::string_view backend) {
+                       const Geometry& g) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKeySet{kKey});
   const auto dtype = at::autocast::get_lower_precision_fp_from_device_type(kDevice);
   const auto cast = [&](const Tensor& tensor) { return at::autocast::cached_cast(dtype, tensor, kDevice); };
@@ -25,15 +24,16 @@ Tensor conv2d_autocast(const Tensor& input, const Tensor& weight, const std::opt
     });
   };
   return conv2d(cast(input), cast_parameter(weight), bias ? std::make_optional(cast_parameter(*bias)) : std::nullopt,
-                Geometry(stride, padding, dilation, groups, backend));
+                g);
 }
 
 }  // namespace
-}  // namespace freezekit
 
 TORCH_LIBRARY_IMPL(freezekit, AutocastCPU, m) {
-  m.impl("conv2d", freezekit::conv2d_autocast<c10::DeviceType::CPU, c10::DispatchKey::AutocastCPU>);
+  m.impl("conv2d", Conv2dOperator::kernel<conv2d_autocast<c10::DeviceType::CPU, c10::DispatchKey::AutocastCPU>>);
 }
 TORCH_LIBRARY_IMPL(freezekit, AutocastCUDA, m) {
-  m.impl("conv2d", freezekit::conv2d_autocast<c10::DeviceType::CUDA, c10::DispatchKey::AutocastCUDA>);
+  m.impl("conv2d", Conv2dOperator::kernel<conv2d_autocast<c10::DeviceType::CUDA, c10::DispatchKey::AutocastCUDA>>);
 }
+
+}  // namespace freezekit

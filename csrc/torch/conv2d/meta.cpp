@@ -9,37 +9,30 @@
 namespace freezekit {
 namespace {
 
-using Sym = c10::SymInt;
-
 Tensor empty(SymIntArrayRef size, const Tensor& a, const Tensor& b) {
   return at::empty_symint(size, a.options(), layout_of(a, b));
 }
 
-Tensor conv2d_meta(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, IntArrayRef stride,
-                   IntArrayRef padding, IntArrayRef dilation, int64_t groups, std::string_view backend) {
-  const Geometry g(stride, padding, dilation, groups, backend);
-  return empty(check_conv2d<Sym>(input, weight, bias, g), input, weight);
+Tensor conv2d_meta(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Geometry& g) {
+  return empty(check_conv2d(input, weight, bias, g), input, weight);
 }
 
-Tensor dgrad_meta(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size, IntArrayRef stride,
-                  IntArrayRef padding, IntArrayRef dilation, int64_t groups, std::string_view backend) {
-  const Geometry g(stride, padding, dilation, groups, backend);
-  check_dgrad<Sym>(grad_output, weight, input_size, g);
+Tensor dgrad_meta(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size, const Geometry& g) {
+  check_dgrad(grad_output, weight, input_size, g);
   return empty(input_size, grad_output, weight);
 }
 
-Tensor wgrad_meta(const Tensor& grad_output, const Tensor& input, SymIntArrayRef weight_size, IntArrayRef stride,
-                  IntArrayRef padding, IntArrayRef dilation, int64_t groups, std::string_view backend) {
-  const Geometry g(stride, padding, dilation, groups, backend);
-  check_wgrad<Sym>(grad_output, input, weight_size, g);
+Tensor wgrad_meta(const Tensor& grad_output, const Tensor& input, SymIntArrayRef weight_size, const Geometry& g) {
+  check_wgrad(grad_output, input, weight_size, g);
   return empty(weight_size, grad_output, input);
 }
 
 }  // namespace
-}  // namespace freezekit
 
 TORCH_LIBRARY_IMPL(freezekit, Meta, m) {
-  m.impl("conv2d", freezekit::conv2d_meta);
-  m.impl("conv2d_dgrad", freezekit::dgrad_meta);
-  m.impl("conv2d_wgrad", freezekit::wgrad_meta);
+  m.impl("conv2d", Conv2dOperator::kernel<conv2d_meta>);
+  m.impl("conv2d_dgrad", Conv2dGradOperator::kernel<dgrad_meta>);
+  m.impl("conv2d_wgrad", Conv2dGradOperator::kernel<wgrad_meta>);
 }
+
+}  // namespace freezekit

@@ -1,5 +1,4 @@
-// The one place where the operators' schemas stand, and the typed way into the dispatcher.
-#include <ATen/core/dispatch/Dispatcher.h>
+// The schemas of the three operators, and the typed way into the dispatcher.
 #include <c10/util/Exception.h>
 #include <torch/library.h>
 
@@ -10,15 +9,10 @@ namespace {
 
 constexpr std::array<std::string_view, 4> kBackendNames = {"auto", "native", "aten", "emulated"};
 
-std::array<int64_t, 2> pair(IntArrayRef values, const char* name) {
+Geometry::Pair pair(SymIntArrayRef values, const char* name) {
   TORCH_CHECK(values.size() == 1 || values.size() == 2, name, " must be one number or two (height, width), got ",
               values.size(), " of them: ", values);
   return {values.front(), values.back()};
-}
-
-template <class Signature>
-c10::TypedOperatorHandle<Signature> find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
 }  // namespace
@@ -32,43 +26,36 @@ Backend parse_backend(std::string_view name) {
 
 std::string_view to_string(Backend backend) { return kBackendNames[static_cast<size_t>(backend)]; }
 
-Geometry::Geometry(IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups,
+Geometry::Geometry(SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation, c10::SymInt groups,
                    std::string_view backend)
     : stride(pair(stride, "stride")),
       padding(pair(padding, "padding")),
       dilation(pair(dilation, "dilation")),
-      groups(groups),
+      groups(std::move(groups)),
       backend(parse_backend(backend)) {}
 
 Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Geometry& g) {
-  static const auto op = find<Conv2dSignature>("freezekit::conv2d");
-  return op.call(input, weight, bias, g.stride, g.padding, g.dilation, g.groups, to_string(g.backend));
+  static const Conv2dOperator op("freezekit::conv2d");
+  return op(input, weight, bias, g);
 }
 
 Tensor conv2d_dgrad(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size, const Geometry& g) {
-  static const auto op = find<GradSignature>("freezekit::conv2d_dgrad");
-  return op.call(grad_output, weight, input_size, g.stride, g.padding, g.dilation, g.groups, to_string(g.backend));
+  static const Conv2dGradOperator op("freezekit::conv2d_dgrad");
+  return op(grad_output, weight, input_size, g);
 }
 
 Tensor conv2d_wgrad(const Tensor& grad_output, const Tensor& input, SymIntArrayRef weight_size, const Geometry& g) {
-  static const auto op = find<GradSignature>("freezekit::conv2d_wgrad");
-  return op.call(grad_output, input, weight_size, g.stride, g.padding, g.dilation, g.groups, to_string(g.backend));
+  static const Conv2dGradOperator op("freezekit::conv2d_wgrad");
+  return op(grad_output, input, weight_size, g);
 }
 
 }  // namespace freezekit
 
 TORCH_LIBRARY(freezekit, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
-  m.def(
-      "conv2d(Tensor input, Tensor weight, Tensor? bias=None, int[2] stride=1, int[2] padding=0, int[2] dilation=1, "
-      "int groups=1, *, str backend=\"auto\") -> Tensor",
-      tags);
-  m.def(
-      "conv2d_dgrad(Tensor grad_output, Tensor weight, SymInt[] input_size, int[2] stride=1, int[2] padding=0, "
-      "int[2] dilation=1, int groups=1, *, str backend=\"auto\") -> Tensor",
-      tags);
-  m.def(
-      "conv2d_wgrad(Tensor grad_output, Tensor input, SymInt[] weight_size, int[2] stride=1, int[2] padding=0, "
-      "int[2] dilation=1, int groups=1, *, str backend=\"auto\") -> Tensor",
-      tags);
+  const std::string settings =
+      "SymInt[2] stride=1, SymInt[2] padding=0, SymInt[2] dilation=1, SymInt groups=1, *, str backend=\"auto\") -> Tensor";
+  m.def(("conv2d(Tensor input, Tensor weight, Tensor? bias=None, " + settings).c_str(), tags);
+  m.def(("conv2d_dgrad(Tensor grad_output, Tensor weight, SymInt[] input_size, " + settings).c_str(), tags);
+  m.def(("conv2d_wgrad(Tensor grad_output, Tensor input, SymInt[] weight_size, " + settings).c_str(), tags);
 }

@@ -4,7 +4,6 @@
 // dgrad of a convolution is the transposed one and the other way round, so it needs no x, not even for its size's sake.
 #include <ATen/autocast_mode.h>
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/convolution_backward.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
@@ -13,7 +12,7 @@
 #include "torch/common/checks.h"
 #include "torch/common/constants.h"
 #include "torch/autograd/formula.h"
-#include "torch/common/operators.h"
+#include "torch/common/route.h"
 #include "torch/common/shape_only.h"
 
 namespace freezekit {
@@ -21,20 +20,42 @@ namespace {
 
 using OptionalTensor = std::optional<Tensor>;
 
-struct ConvolutionGeometry {
-  std::vector<c10::SymInt> stride, padding, dilation, output_padding;
-  bool transposed;
-  int64_t groups;
+using Numbers = std::vector<c10::SymInt>;
 
-  Tensor apply(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) const {
+struct ConvNdGeometry {
+  using Flat = Arguments<SymIntArrayRef, SymIntArrayRef, SymIntArrayRef, bool, SymIntArrayRef, c10::SymInt>;
+
+  ConvNdGeometry() = default;
+  ConvNdGeometry(SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation, bool transposed,
+                 SymIntArrayRef output_padding, c10::SymInt groups)
+      : stride(owned(stride)),
+        padding(owned(padding)),
+        dilation(owned(dilation)),
+        output_padding(owned(output_padding)),
+        transposed(transposed),
+        groups(std::move(groups)) {}
+
+  template <class F>
+  auto apply(const F& f) const {
+    return f(stride, padding, dilation, transposed, output_padding, groups);
+  }
+
+  Tensor convolution(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) const {
     return at::convolution_symint(input, weight, bias, stride, padding, dilation, transposed, output_padding, groups);
   }
+
+  Numbers stride, padding, dilation, output_padding;
+  bool transposed = false;
+  c10::SymInt groups = 1;
 };
+
+using ConvNdOperator = SettingsOperator<ConvNdGeometry, Tensor(const Tensor& input, const Tensor& weight,
+                                                               const OptionalTensor& bias)>;
 
 // dx of y = conv(x, w). The transposed convolution ends where the last window does: output_padding restores what lies
 // beyond. A transposed convolution's own output_padding can make its dgrad longer than x: what is past its end is cut,
 // and the rest is copied, since torch's gradient is dense.
-Tensor dgrad(const Tensor& dy, const Tensor& weight, SymIntArrayRef input_size, ConvolutionGeometry g) {
+Tensor dgrad(const Tensor& dy, const Tensor& weight, SymIntArrayRef input_size, ConvNdGeometry g) {
   const int64_t axes = dy.dim() - 2;
   for (int64_t i = 0; i < axes; ++i) {
     const auto reached = (dy.sym_size(2 + i) - 1) * g.stride[i] - g.padding[i] * 2 +
@@ -42,7 +63,7 @@ Tensor dgrad(const Tensor& dy, const Tensor& weight, SymIntArrayRef input_size, 
     g.output_padding[i] = g.transposed ? c10::SymInt(0) : input_size[2 + i] - reached;
   }
   g.transposed = !g.transposed;
-  Tensor dx = g.apply(dy, weight, {});
+  Tensor dx = g.convolution(dy, weight, {});
   for (int64_t i = 0; i < axes; ++i) {
     if (dx.sym_size(2 + i) != input_size[2 + i]) dx = dx.narrow_symint(2 + i, 0, input_size[2 + i]);
   }
@@ -50,7 +71,7 @@ Tensor dgrad(const Tensor& dy, const Tensor& weight, SymIntArrayRef input_size, 
 }
 
 // ATen's interface wants a weight for its size and layout.
-Tensor wgrad(const Tensor& dy, const Tensor& input, SymIntArrayRef weight_size, const ConvolutionGeometry& g) {
+Tensor wgrad(const Tensor& dy, const Tensor& input, SymIntArrayRef weight_size, const ConvNdGeometry& g) {
   const Tensor weight = shape_only(weight_size, dy, at::MemoryFormat::Contiguous);
   return std::get<1>(at::convolution_backward_symint(dy, input, weight, std::nullopt, g.stride, g.padding,
                                                      g.dilation, g.transposed, g.output_padding, g.groups,
@@ -70,107 +91,95 @@ void check_device(const Tensor& input, const Tensor& other, const char* name) {
 
 // ATen reads what lies on the meta device as if it had data, and forms products of sizes unchecked. at::conv1d and
 // at::conv3d refuse a bias of another dtype; at::convolution, below them and used here, does not.
-void check_convolution(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, bool transposed,
-                       std::initializer_list<SymIntArrayRef> settings) {
+void check_convolution(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                       const ConvNdGeometry& g) {
   check_device(input, weight, "weight");
   if (bias && bias->defined()) {
     check_device(input, *bias, "bias");
-    if (!transposed) check_same(input, "input", *bias, "bias");
+    if (!g.transposed) check_same(input, "input", *bias, "bias");
   }
-  for (const auto& setting : settings) {
-    for (const auto& number : setting) {
+  for (const Numbers* setting : {&g.stride, &g.padding, &g.dilation, &g.output_padding}) {
+    for (const auto& number : *setting) {
       const auto known = number.maybe_as_int();
       TORCH_CHECK(!known || *known < kExtentLimit, "stride, padding, dilation and output_padding must be below ",
-                  kExtentLimit, ", got ", setting);
+                  kExtentLimit, ", got ", SymIntArrayRef(*setting));
     }
   }
 }
 
-// sizes: stride, padding, dilation, output_padding, then those of x and w.
-Settings settings_of(const ConvolutionGeometry& g, const Tensor& input, const Tensor& weight) {
-  return {{g.transposed, g.groups},
-          {g.stride, g.padding, g.dilation, g.output_padding, owned(input.sym_sizes()), owned(weight.sym_sizes())}};
-}
+struct ConvNdGradients {
+  ConvNdGeometry geometry;
+  Numbers input_size, weight_size;
 
-ConvolutionGeometry geometry_of(const Settings& s) {
-  return {s.sizes[0], s.sizes[1], s.sizes[2], s.sizes[3], s.values[0].toBool(), s.values[1].toInt()};
-}
+  auto fields() {
+    ConvNdGeometry& g = geometry;
+    return std::tie(g.stride, g.padding, g.dilation, g.output_padding, g.transposed, g.groups, input_size, weight_size);
+  }
+  Link link() const { return {Link::To::operands, /*count=*/2}; }
 
-// A backward pass that happens to run inside an autocast region keeps the dtype of its forward pass, as torch's does.
-variable_list backward(const Tensor& grad, const variable_list& kept, const Settings& settings,
-                       const std::vector<bool>& wanted) {
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const ConvolutionGeometry g = geometry_of(settings);
-  variable_list result(wanted.size());
-  if (wanted[0]) result[0] = dgrad(grad, kept[1], settings.sizes[4], g);
-  if (wanted[1]) result[1] = wgrad(grad, kept[0], settings.sizes[5], g);
-  if (wanted.size() > 2 && wanted[2]) result[2] = bias_gradient(grad);
-  return result;
-}
+  // A backward pass that happens to run inside an autocast region keeps the dtype of its forward pass, as torch's does.
+  variable_list gradients(const Tensor& grad, Kept kept, const std::vector<bool>& wanted) const {
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    variable_list result(wanted.size());
+    if (wanted[0]) result[0] = dgrad(grad, kept(1), input_size, geometry);
+    if (wanted[1]) result[1] = wgrad(grad, kept(0), weight_size, geometry);
+    if (wanted[2]) result[2] = bias_gradient(grad);
+    return result;
+  }
+};
 
 Tensor convolution_autograd(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                            SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation, bool transposed,
-                            SymIntArrayRef output_padding, int64_t groups) {
-  check_convolution(input, weight, bias, transposed, {stride, padding, dilation, output_padding});
-  const ConvolutionGeometry g{owned(stride),      owned(padding), owned(dilation), owned(output_padding),
-                              transposed,         groups};
+                            const ConvNdGeometry& g) {
+  check_convolution(input, weight, bias, g);
   const Tensor b = bias.value_or(Tensor());
-  if (!torch::autograd::compute_requires_grad(input, weight, b) || needs_aten(input) || needs_aten(weight) ||
-      (b.defined() && needs_aten(b))) {
-    return g.apply(input, weight, bias);
+  if (route(Op::convolution, Backend::automatic, input, weight, b).computer == Computer::formula) {
+    return g.convolution(input, weight, bias);
   }
-  constexpr const char* name = "FreezekitConvolutionBackward";
-  const auto node = b.defined() ? formula_node<backward>(name, settings_of(g, input, weight), input, weight, b)
-                                : formula_node<backward>(name, settings_of(g, input, weight), input, weight);
-  node->keep({weight.requires_grad() ? input : Tensor(), input.requires_grad() ? weight : Tensor()});
-  Tensor result = [&] {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    return g.apply(input, weight, bias);
-  }();
-  torch::autograd::set_history(result, node);
-  return result;
+  const auto node = formula_node("FreezekitConvolutionBackward",
+                                 ConvNdGradients{g, owned(input.sym_sizes()), owned(weight.sym_sizes())}, input, weight, b);
+  node->keep(weight.requires_grad() ? input : Tensor(), input.requires_grad() ? weight : Tensor());
+  return recorded(node, [&] { return g.convolution(input, weight, bias); });
 }
 
-Tensor convolution_aten(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, SymIntArrayRef stride,
-                        SymIntArrayRef padding, SymIntArrayRef dilation, bool transposed,
-                        SymIntArrayRef output_padding, int64_t groups) {
-  check_convolution(input, weight, bias, transposed, {stride, padding, dilation, output_padding});
+Tensor convolution_aten(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const ConvNdGeometry& g) {
+  check_convolution(input, weight, bias, g);
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  return at::convolution_symint(input, weight, bias, stride, padding, dilation, transposed, output_padding, groups);
+  return g.convolution(input, weight, bias);
 }
 
 template <c10::DeviceType kDevice, c10::DispatchKey kKey>
 Tensor convolution_autocast(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                            SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation, bool transposed,
-                            SymIntArrayRef output_padding, int64_t groups) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("freezekit::convolution", "")
-                             .typed<decltype(convolution_aten)>();
+                            const ConvNdGeometry& g) {
+  static const ConvNdOperator op("freezekit::convolution");
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKeySet{kKey});
   const auto dtype = at::autocast::get_lower_precision_fp_from_device_type(kDevice);
   const auto cast = [dtype](const Tensor& tensor) { return at::autocast::cached_cast(dtype, tensor, kDevice); };
   const auto cast_parameter = [&](const Tensor& parameter) {
     return constants::derived(parameter, {"cast", static_cast<int64_t>(dtype)}, cast);
   };
-  return op.call(cast(input), cast_parameter(weight), bias ? std::make_optional(cast_parameter(*bias)) : std::nullopt,
-                 stride, padding, dilation, transposed, output_padding, groups);
+  return op(cast(input), cast_parameter(weight), bias ? std::make_optional(cast_parameter(*bias)) : std::nullopt, g);
 }
 
 }  // namespace
-}  // namespace freezekit
 
 TORCH_LIBRARY_FRAGMENT(freezekit, m) {
   m.def(
       "convolution(Tensor input, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
-      "bool transposed, SymInt[] output_padding, int groups) -> Tensor",
+      "bool transposed, SymInt[] output_padding, SymInt groups) -> Tensor",
       {at::Tag::pt2_compliant_tag});
 }
-TORCH_LIBRARY_IMPL(freezekit, CompositeExplicitAutograd, m) { m.impl("convolution", freezekit::convolution_aten); }
-TORCH_LIBRARY_IMPL(freezekit, FuncTorchBatched, m) { m.impl("convolution", freezekit::convolution_aten); }
-TORCH_LIBRARY_IMPL(freezekit, Autograd, m) { m.impl("convolution", freezekit::convolution_autograd); }
+TORCH_LIBRARY_IMPL(freezekit, CompositeExplicitAutograd, m) {
+  m.impl("convolution", ConvNdOperator::kernel<convolution_aten>);
+}
+TORCH_LIBRARY_IMPL(freezekit, FuncTorchBatched, m) { m.impl("convolution", ConvNdOperator::kernel<convolution_aten>); }
+TORCH_LIBRARY_IMPL(freezekit, Autograd, m) { m.impl("convolution", ConvNdOperator::kernel<convolution_autograd>); }
 TORCH_LIBRARY_IMPL(freezekit, AutocastCPU, m) {
-  m.impl("convolution", freezekit::convolution_autocast<c10::DeviceType::CPU, c10::DispatchKey::AutocastCPU>);
+  m.impl("convolution",
+         ConvNdOperator::kernel<convolution_autocast<c10::DeviceType::CPU, c10::DispatchKey::AutocastCPU>>);
 }
 TORCH_LIBRARY_IMPL(freezekit, AutocastCUDA, m) {
-  m.impl("convolution", freezekit::convolution_autocast<c10::DeviceType::CUDA, c10::DispatchKey::AutocastCUDA>);
+  m.impl("convolution",
+         ConvNdOperator::kernel<convolution_autocast<c10::DeviceType::CUDA, c10::DispatchKey::AutocastCUDA>>);
 }
+
+}  // namespace freezekit

@@ -13,6 +13,7 @@
 #include "torch/frozen_conv2d/frozen_conv2d.h"
 #include "torch/frozen_conv2d/node.h"
 #include "torch/bits/gate.h"
+#include "torch/common/route.h"
 #include "torch/autograd/node.h"
 
 namespace freezekit {
@@ -24,8 +25,7 @@ void check_frozen(const Tensor& tensor, const char* name) {
 }
 
 void check_formula_backend(const FrozenConv2d& f) {
-  TORCH_CHECK(!f.own_kernels(), "backend='", to_string(f.geometry.backend),
-              "' has no formulas for torch.func transforms and forward-mode AD; backend='aten' has");
+  if (f.own_kernels()) refuse("frozen_conv2d", f.geometry.backend, "it has no formulas for torch.func transforms");
 }
 
 // By ATen's formulas, for torch.func transforms and forward-mode AD.
@@ -45,7 +45,7 @@ struct Call {
   Tensor input, weight, bias, residual;
 
   bool needs_aten() const {
-    const auto transformed = [](const Tensor& t) { return t.defined() && freezekit::needs_aten(t); };
+    const auto transformed = [](const Tensor& t) { return t.defined() && obstacle_in(t); };
     return transformed(input) || transformed(weight) || transformed(bias) || transformed(residual);
   }
   std::optional<Tensor> optional_bias() const { return bias.defined() ? std::make_optional(bias) : std::nullopt; }
@@ -107,8 +107,8 @@ Result record(const Call& call, const FrozenConv2d& f, bool keep_mask, bool shar
 
 std::tuple<Tensor, Tensor> frozen_autograd(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                                            const std::optional<Tensor>& residual, std::string_view activation,
-                                           IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
-                                           int64_t groups, std::optional<bool> channels_last,
+                                           SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
+                                           c10::SymInt groups, std::optional<bool> channels_last,
                                            bool keep_mask, std::string_view backend) {
   const FrozenConv2d f(activation, channels_last, Geometry(stride, padding, dilation, groups, backend));
   const Result result =
@@ -118,12 +118,12 @@ std::tuple<Tensor, Tensor> frozen_autograd(const Tensor& input, const Tensor& we
 
 Tensor frozen_dgrad_autograd(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size,
                              const std::optional<Tensor>& residual, const std::optional<Tensor>& mask,
-                             IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups,
+                             SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation, c10::SymInt groups,
                              bool channels_last, std::string_view backend) {
   const Geometry g(stride, padding, dilation, groups, backend);
   const Tensor r = residual.value_or(Tensor()), bits = mask.value_or(Tensor());
   check_frozen(weight, "weight");
-  const bool transformed = needs_aten(grad_output) || (r.defined() && needs_aten(r));
+  const bool transformed = obstacle_in(grad_output) || (r.defined() && obstacle_in(r));
   if (!transformed && !torch::autograd::compute_requires_grad(grad_output, r)) {
     const at::AutoDispatchBelowADInplaceOrView below;
     return frozen_conv2d_dgrad(grad_output, weight, input_size, r, bits, channels_last, g);
@@ -131,14 +131,14 @@ Tensor frozen_dgrad_autograd(const Tensor& grad_output, const Tensor& weight, Sy
   Tensor dx = conv2d_dgrad(grad_output, weight, input_size, g);
   if (r.defined()) dx = dx + r;
   const bool last = channels_last || g.backend == Backend::native || g.backend == Backend::emulated;
-  if (bits.defined()) dx = gate(dx, bits, dense_stride(input_size, last), {}, "auto");
+  if (bits.defined()) dx = gate(dx, bits, {dense_stride(input_size, last), GateRule(), Backend::automatic});
   return dx.contiguous(channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous);
 }
 
 // (y, input), the latter for the input's other readers. Autocast has no say in a composite operator, so it is asked here.
 std::tuple<Tensor, Tensor> frozen_shared(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                                          const std::optional<Tensor>& residual, std::string_view activation,
-                                         IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups,
+                                         SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation, c10::SymInt groups,
                                          std::optional<bool> channels_last, std::string_view backend) {
   const FrozenConv2d f(activation, channels_last, Geometry(stride, padding, dilation, groups, backend));
   Call call{input, weight, bias.value_or(Tensor()), residual.value_or(Tensor())};
@@ -156,8 +156,8 @@ std::tuple<Tensor, Tensor> frozen_shared(const Tensor& input, const Tensor& weig
 template <c10::DeviceType kDevice, c10::DispatchKey kKey>
 std::tuple<Tensor, Tensor> frozen_autocast(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                                            const std::optional<Tensor>& residual, std::string_view activation,
-                                           IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
-                                           int64_t groups, std::optional<bool> channels_last,
+                                           SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
+                                           c10::SymInt groups, std::optional<bool> channels_last,
                                            bool keep_mask, std::string_view backend) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKeySet{kKey});
   const Call call = low_precision({input, weight, bias.value_or(Tensor()), residual.value_or(Tensor())}, kDevice);
@@ -168,8 +168,8 @@ std::tuple<Tensor, Tensor> frozen_autocast(const Tensor& input, const Tensor& we
 
 std::tuple<Tensor, Tensor> frozen_batched(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                                           const std::optional<Tensor>& residual, std::string_view activation,
-                                          IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
-                                          int64_t groups, std::optional<bool> channels_last, bool keep_mask,
+                                          SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
+                                          c10::SymInt groups, std::optional<bool> channels_last, bool keep_mask,
                                           std::string_view backend) {
   TORCH_CHECK(!keep_mask, "keep_mask must be False under torch.vmap");
   const FrozenConv2d f(activation, channels_last, Geometry(stride, padding, dilation, groups, backend));
@@ -197,7 +197,7 @@ TORCH_LIBRARY_FRAGMENT(freezekit, m) {
   // Not for torch.compile, which has no operators whose results are their inputs; it sums in its own kernels.
   m.def(
       "frozen_conv2d_shared(Tensor(a) input, Tensor weight, Tensor? bias=None, Tensor? residual=None, "
-      "str activation=\"none\", int[2] stride=1, int[2] padding=0, int[2] dilation=1, int groups=1, *, "
+      "str activation=\"none\", SymInt[2] stride=1, SymInt[2] padding=0, SymInt[2] dilation=1, SymInt groups=1, *, "
       "bool? channels_last=None, str backend=\"auto\") -> (Tensor, Tensor(a))");
 }
 TORCH_LIBRARY_IMPL(freezekit, CompositeImplicitAutograd, m) { m.impl("frozen_conv2d_shared", freezekit::frozen_shared); }

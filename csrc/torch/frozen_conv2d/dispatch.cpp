@@ -9,10 +9,10 @@
 #include "core/mask.h"
 #include "torch/backends/aten.h"
 #include "torch/common/checks.h"
-#include "torch/backends/choices.h"
 #include "torch/common/computing.h"
 #include "torch/bits/gate.h"
 #include "torch/common/layout.h"
+#include "torch/common/route.h"
 #include "torch/backends/native.h"
 #include "torch/backends/onednn.h"
 
@@ -35,11 +35,10 @@ bool result_is_channels_last(const FrozenConv2d& f, const Tensor& input, const T
 }
 
 // conv2d's check but for the bias, which may be float32 beside a shorter dtype.
-template <class Int>
-SizeVector<Int> check_operands(const Tensor& input, const Tensor& weight, const Tensor& bias, const Geometry& g) {
-  const auto output = check_conv2d<Int>(input, weight, std::nullopt, g);
+SizeVector check_operands(const Tensor& input, const Tensor& weight, const Tensor& bias, const Geometry& g) {
+  const auto output = check_conv2d(input, weight, std::nullopt, g);
   if (!bias.defined()) return output;
-  check_bias<Int>(sizes_of<Int>(bias), sizes_of<Int>(weight));
+  check_bias(bias.sym_sizes(), weight.sym_sizes());
   const bool shorter = input.scalar_type() == at::kBFloat16 || input.scalar_type() == at::kHalf;
   if (!shorter || bias.scalar_type() != at::kFloat) check_same(input, "input", bias, "bias");
   TORCH_CHECK(bias.device() == input.device(), "bias is on ", bias.device(), ", input is on ", input.device());
@@ -47,12 +46,12 @@ SizeVector<Int> check_operands(const Tensor& input, const Tensor& weight, const 
 }
 
 // What conv2d's check does not see: the residual, and dtypes that have no order.
-template <class Int>
-void check_residual(const Tensor& input, Sizes<Int> size, const Tensor& residual, Sizes<Int> output) {
+void check_residual(const Tensor& input, const Tensor& residual, SymIntArrayRef output) {
   TORCH_CHECK(at::isFloatingType(input.scalar_type()), "input must be of a floating dtype, got ", input.scalar_type());
   if (!residual.defined()) return;
   check_same(input, "input", residual, "residual");
-  TORCH_CHECK(size.equals(output), "residual must have the size of the output, ", output, ", got ", size);
+  TORCH_CHECK(residual.sym_sizes().equals(output), "residual must have the size of the output, ", output, ", got ",
+              residual.sym_sizes());
 }
 
 Tensor activation_bits_(Tensor& y, std::string_view kind, double a, double b) {
@@ -103,15 +102,15 @@ Backend choosable(Backend backend, bool channels_last) {
 
 std::tuple<Tensor, Tensor> frozen_kernel(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                                          const std::optional<Tensor>& residual, std::string_view activation,
-                                         IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups,
+                                         SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation, c10::SymInt groups,
                                          std::optional<bool> channels_last, bool keep_mask,
                                          std::string_view backend) {
   const FrozenConv2d f(activation, channels_last, Geometry(stride, padding, dilation, groups, backend));
   const Geometry& g = f.geometry;
   const Tensor r = or_none(residual);
-  const auto output = check_operands<int64_t>(input, weight, or_none(bias), g);
-  const Conv2dProblem problem = problem_of(input.sizes(), weight.sizes(), output, g);
-  check_residual<int64_t>(input, r.defined() ? r.sizes() : IntArrayRef(), r, output);
+  const auto output = check_operands(input, weight, or_none(bias), g);
+  const Conv2dProblem problem = problem_of(input.sizes(), weight.sizes(), C10_AS_INTARRAYREF_SLOW(output), g);
+  check_residual(input, r, output);
   const BelowAutogradAndAutocast below;
   const bool wanted = keep_mask && f.has_mask(), last = result_is_channels_last(f, input, weight);
   const Tensor b = or_none(bias);
@@ -129,7 +128,7 @@ std::tuple<Tensor, Tensor> frozen_kernel(const Tensor& input, const Tensor& weig
                                           {r.defined(), "residual"},
                                           {f.has_mask(), to_string(f.activation)},
                                           {wanted, "mask"}});
-  const Tensor y = choices::compute({Operator::fprop, problem, input, format(last), variant},
+  const Tensor y = computed({Operator::fprop, problem, input, format(last), variant},
                                     choosable(g.backend, last), run);
   return {y, bits};
 }
@@ -150,20 +149,20 @@ Tensor dgrad_by_aten(const Tensor& grad_output, const Tensor& weight, SymIntArra
     dx = aten::dgrad(grad_output, weight, input_size, g).contiguous(format(channels_last));
     if (residual.defined()) dx.add_(residual);
   }
-  if (bits.defined()) gate_inplace(dx, bits, {}, "auto");
+  if (bits.defined()) gate_inplace(dx, bits, {}, Backend::automatic);
   return dx;
 }
 
 Tensor frozen_dgrad_kernel(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size,
                            const std::optional<Tensor>& residual, const std::optional<Tensor>& mask,
-                           IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups,
+                           SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation, c10::SymInt groups,
                            bool channels_last, std::string_view backend) {
   const Geometry g(stride, padding, dilation, groups, backend);
   const IntArrayRef size = C10_AS_INTARRAYREF_SLOW(input_size);
   const Tensor r = or_none(residual), bits = or_none(mask);
-  check_dgrad<int64_t>(grad_output, weight, size, g);
+  check_dgrad(grad_output, weight, input_size, g);
   const Conv2dProblem problem = problem_of(size, weight.sizes(), grad_output.sizes(), g);
-  check_residual<int64_t>(grad_output, r.defined() ? r.sizes() : IntArrayRef(), r, size);
+  check_residual(grad_output, r, input_size);
   TORCH_CHECK(!bits.defined() || (bits.scalar_type() == at::kInt && bits.dim() == 1 &&
                                   bits.numel() == mask_words(problem.x_numel())),
               "mask must be one row of ", mask_words(problem.x_numel()), " int32 words, got ",
@@ -174,18 +173,18 @@ Tensor frozen_dgrad_kernel(const Tensor& grad_output, const Tensor& weight, SymI
     return native::dgrad_epilogue(problem, grad_output, weight, r, bits, g.with(on)).contiguous(format(channels_last));
   };
   const std::string variant = variant_of({{r.defined(), "residual"}, {bits.defined(), "mask"}});
-  return choices::compute({Operator::dgrad, problem, grad_output, format(channels_last), variant},
+  return computed({Operator::dgrad, problem, grad_output, format(channels_last), variant},
                           choosable(g.backend, channels_last), run);
 }
 
 std::tuple<Tensor, Tensor> frozen_meta(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                                        const std::optional<Tensor>& residual, std::string_view activation,
-                                       IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups,
+                                       SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation, c10::SymInt groups,
                                        std::optional<bool> channels_last, bool keep_mask, std::string_view backend) {
   const FrozenConv2d f(activation, channels_last, Geometry(stride, padding, dilation, groups, backend));
-  const auto size = check_operands<c10::SymInt>(input, weight, or_none(bias), f.geometry);
+  const auto size = check_operands(input, weight, or_none(bias), f.geometry);
   const Tensor r = or_none(residual);
-  check_residual<c10::SymInt>(input, r.defined() ? r.sym_sizes() : SymIntArrayRef(), r, size);
+  check_residual(input, r, size);
   const Tensor y =
       at::empty_symint(size, input.options(), format(result_is_channels_last(f, input, weight)));
   const c10::SymInt words = keep_mask && f.has_mask() ? (y.sym_numel() + 31) / 32 : c10::SymInt(0);
@@ -193,13 +192,13 @@ std::tuple<Tensor, Tensor> frozen_meta(const Tensor& input, const Tensor& weight
 }
 
 Tensor frozen_dgrad_meta(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size,
-                         const std::optional<Tensor>& residual, const std::optional<Tensor>&, IntArrayRef stride,
-                         IntArrayRef padding, IntArrayRef dilation, int64_t groups, bool channels_last,
+                         const std::optional<Tensor>& residual, const std::optional<Tensor>&, SymIntArrayRef stride,
+                         SymIntArrayRef padding, SymIntArrayRef dilation, c10::SymInt groups, bool channels_last,
                          std::string_view backend) {
   const Geometry g(stride, padding, dilation, groups, backend);
-  check_dgrad<c10::SymInt>(grad_output, weight, input_size, g);
+  check_dgrad(grad_output, weight, input_size, g);
   const Tensor r = or_none(residual);
-  check_residual<c10::SymInt>(grad_output, r.defined() ? r.sym_sizes() : SymIntArrayRef(), r, input_size);
+  check_residual(grad_output, r, input_size);
   return at::empty_symint(input_size, grad_output.options(), format(channels_last));
 }
 
@@ -256,12 +255,12 @@ TORCH_LIBRARY_FRAGMENT(freezekit, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
   m.def(
       "frozen_conv2d(Tensor input, Tensor weight, Tensor? bias=None, Tensor? residual=None, str activation=\"none\", "
-      "int[2] stride=1, int[2] padding=0, int[2] dilation=1, int groups=1, *, bool? channels_last=None, "
+      "SymInt[2] stride=1, SymInt[2] padding=0, SymInt[2] dilation=1, SymInt groups=1, *, bool? channels_last=None, "
       "bool keep_mask=False, str backend=\"auto\") -> (Tensor, Tensor)",
       tags);
   m.def(
       "frozen_conv2d_dgrad(Tensor grad_output, Tensor weight, SymInt[] input_size, Tensor? residual=None, "
-      "Tensor? mask=None, int[2] stride=1, int[2] padding=0, int[2] dilation=1, int groups=1, *, "
+      "Tensor? mask=None, SymInt[2] stride=1, SymInt[2] padding=0, SymInt[2] dilation=1, SymInt groups=1, *, "
       "bool channels_last=False, str backend=\"auto\") -> Tensor",
       tags);
 }

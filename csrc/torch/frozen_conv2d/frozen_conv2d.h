@@ -50,11 +50,11 @@ Tensor activate_(Tensor& y, FrozenConv2d::Activation, bool keep_mask);
 
 using FrozenConv2dSignature = std::tuple<Tensor, Tensor>(
     const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
-    std::string_view activation, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups,
+    std::string_view activation, SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation, c10::SymInt groups,
     std::optional<bool> channels_last, bool keep_mask, std::string_view backend);
 using FrozenDgradSignature = Tensor(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size,
                                     const std::optional<Tensor>& residual, const std::optional<Tensor>& mask,
-                                    IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups,
+                                    SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation, c10::SymInt groups,
                                     bool channels_last, std::string_view backend);
 
 }  // namespace freezekit

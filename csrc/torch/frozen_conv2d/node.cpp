@@ -27,10 +27,10 @@ Tensor plain_input_gradient(const Tensor& dy, const Tensor& weight, SymIntArrayR
 // FrozenConv2dBackward::apply as a function of values alone, which knows no neighbours.
 variable_list backward_of_values(const variable_list& grads, const std::vector<c10::IValue>& values) {
   PackedArgs arguments(values);
-  const auto stride = arguments.unpack<std::vector<int64_t>>();
-  const auto padding = arguments.unpack<std::vector<int64_t>>();
-  const auto dilation = arguments.unpack<std::vector<int64_t>>();
-  const auto groups = arguments.unpack<int64_t>();
+  const auto stride = arguments.unpack<std::vector<c10::SymInt>>();
+  const auto padding = arguments.unpack<std::vector<c10::SymInt>>();
+  const auto dilation = arguments.unpack<std::vector<c10::SymInt>>();
+  const auto groups = arguments.unpack<c10::SymInt>();
   const auto backend = arguments.unpack<std::string>();
   const auto input_size = arguments.unpack<std::vector<c10::SymInt>>();
   const auto bits_stride = arguments.unpack<std::vector<c10::SymInt>>();
@@ -42,7 +42,7 @@ variable_list backward_of_values(const variable_list& grads, const std::vector<c
     if (wanted[kInput]) result[kInput] = passed_on(grads);
     return result;
   }
-  const Tensor dy = bits_stride.empty() ? grads[0] : gate(grads[0], bits, bits_stride, {}, backend);
+  const Tensor dy = bits_stride.empty() ? grads[0] : gate(grads[0], bits, {bits_stride, GateRule(), parse_backend(backend)});
   if (wanted.size() > kResidual && wanted[kResidual]) result[kResidual] = dy;
   if (wanted[kInput]) {
     const Geometry g(stride, padding, dilation, groups, backend);
@@ -103,10 +103,10 @@ Tensor FrozenConv2dBackward::masked(Tensor&& dy) {
   if (known) return std::move(dy);
   const Tensor bits = bits_.unpack();
   if (may_write(dy)) {
-    gate_inplace(dy, bits, {}, to_string(f_.geometry.backend));
+    gate_inplace(dy, bits, {}, f_.geometry.backend);
     return std::move(dy);
   }
-  return gate(dy, bits, bits_stride_, {}, to_string(f_.geometry.backend));
+  return gate(dy, bits, {bits_stride_, GateRule(), f_.geometry.backend});
 }
 
 Tensor FrozenConv2dBackward::input_gradient(const Tensor& dy, const Tensor& passed) {
@@ -161,9 +161,9 @@ void FrozenConv2dBackward::compiled_args(CompiledNodeArgs& args) const {
   const Geometry& g = f_.geometry;
   args.collect(name());
   for (const auto& values : {g.stride, g.padding, g.dilation}) {
-    for (const int64_t value : values) args.collect(value);
+    for (const c10::SymInt& value : values) args.collect(value.expect_int());
   }
-  args.collect(g.groups);
+  args.collect(g.groups.expect_int());
   args.collect(static_cast<int64_t>(g.backend));
   args.collect(has_bits_);
   for (const bool want : wanted()) args.collect(want);
@@ -181,7 +181,7 @@ variable_list FrozenConv2dBackward::apply_with_saved(const variable_list& grads,
   const Geometry& g = f_.geometry;
   PackedArgs arguments;
   for (const auto* values : {&g.stride, &g.padding, &g.dilation}) {
-    arguments.pack(std::vector<int64_t>(values->begin(), values->end()));
+    arguments.pack(std::vector<c10::SymInt>(values->begin(), values->end()));
   }
   arguments.pack(g.groups);
   arguments.pack(std::string(to_string(g.backend)));

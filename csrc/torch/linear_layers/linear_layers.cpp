@@ -25,192 +25,189 @@
 #include <ATen/ops/replication_pad2d_backward.h>
 #include <ATen/ops/replication_pad3d.h>
 #include <ATen/ops/replication_pad3d_backward.h>
-#include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/library.h>
 
-#include "torch/common/checks.h"
+#include <algorithm>
+
 #include "torch/autograd/formula.h"
+#include "torch/common/checks.h"
 #include "torch/common/layout.h"
-#include "torch/common/operators.h"
+#include "torch/common/route.h"
 #include "torch/common/shape_only.h"
 
 namespace freezekit {
 namespace {
-
-using c10::IValue;
-
-// A layer: its value, and its gradient from one of its output and a stand-in for its input. `settings` has its
-// arguments in the order of the schema, padding aside, which may be symbolic.
-struct AvgPool {
-  static constexpr const char* name = "FreezekitAvgPoolBackward";
-  static std::optional<int64_t> divisor(const Settings& s) { return s.values[5].toOptional<int64_t>(); }
-
-  static Tensor value(const Tensor& x, const Settings& s) {
-    const auto& v = s.values;
-    const auto kernel = v[0].toIntVector(), stride = v[1].toIntVector(), padding = v[2].toIntVector();
-    return kernel.size() == 3 ? at::avg_pool3d(x, kernel, stride, padding, v[3].toBool(), v[4].toBool(), divisor(s))
-                              : at::avg_pool2d(x, kernel, stride, padding, v[3].toBool(), v[4].toBool(), divisor(s));
-  }
-  static Tensor gradient(const Tensor& dy, const Tensor& x, const Settings& s) {
-    const auto& v = s.values;
-    const auto kernel = v[0].toIntVector(), stride = v[1].toIntVector(), padding = v[2].toIntVector();
-    return kernel.size() == 3
-               ? at::avg_pool3d_backward(dy, x, kernel, stride, padding, v[3].toBool(), v[4].toBool(), divisor(s))
-               : at::avg_pool2d_backward(dy, x, kernel, stride, padding, v[3].toBool(), v[4].toBool(), divisor(s));
-  }
-};
-
-struct AdaptiveAvgPool {
-  static constexpr const char* name = "FreezekitAdaptiveAvgPoolBackward";
-
-  static Tensor value(const Tensor& x, const Settings& s) {
-    const auto& size = s.sizes[0];
-    return size.size() == 3 ? at::adaptive_avg_pool3d_symint(x, size) : at::adaptive_avg_pool2d_symint(x, size);
-  }
-  static Tensor gradient(const Tensor& dy, const Tensor& x, const Settings& s) {
-    return s.sizes[0].size() == 3 ? at::_adaptive_avg_pool3d_backward(dy, x) : at::_adaptive_avg_pool2d_backward(dy, x);
-  }
-};
-
-struct ReflectionPad {
-  static constexpr const char* name = "FreezekitReflectionPadBackward";
-
-  static Tensor value(const Tensor& x, const Settings& s) {
-    const auto& pad = s.sizes[0];
-    if (pad.size() == 2) return at::reflection_pad1d_symint(x, pad);
-    return pad.size() == 4 ? at::reflection_pad2d_symint(x, pad) : at::reflection_pad3d_symint(x, pad);
-  }
-  static Tensor gradient(const Tensor& dy, const Tensor& x, const Settings& s) {
-    const auto& pad = s.sizes[0];
-    if (pad.size() == 2) return at::reflection_pad1d_backward_symint(dy, x, pad);
-    return pad.size() == 4 ? at::reflection_pad2d_backward_symint(dy, x, pad)
-                           : at::reflection_pad3d_backward_symint(dy, x, pad);
-  }
-};
-
-struct ReplicationPad {
-  static constexpr const char* name = "FreezekitReplicationPadBackward";
-
-  static Tensor value(const Tensor& x, const Settings& s) {
-    const auto& pad = s.sizes[0];
-    if (pad.size() == 2) return at::replication_pad1d_symint(x, pad);
-    return pad.size() == 4 ? at::replication_pad2d_symint(x, pad) : at::replication_pad3d_symint(x, pad);
-  }
-  static Tensor gradient(const Tensor& dy, const Tensor& x, const Settings& s) {
-    const auto& pad = s.sizes[0];
-    if (pad.size() == 2) return at::replication_pad1d_backward_symint(dy, x, pad);
-    return pad.size() == 4 ? at::replication_pad2d_backward_symint(dy, x, pad)
-                           : at::replication_pad3d_backward_symint(dy, x, pad);
-  }
-};
-
-// sizes: what the layer has, then the input's size; the last value is the input's memory format.
-template <class Layer>
-variable_list backward(const Tensor& grad, const variable_list&, const Settings& settings,
-                       const std::vector<bool>& wanted) {
-  if (!wanted[0]) return {Tensor()};
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const auto& size = settings.sizes.back();
-  const auto format = static_cast<at::MemoryFormat>(settings.values.back().toInt());
-  return {in_layout(Layer::gradient(grad, without_data(size, grad, format), settings), format)};
-}
-
-template <class Layer>
-Tensor forward(const Tensor& input, Settings settings) {
-  if (needs_aten(input) || !torch::autograd::compute_requires_grad(input)) return Layer::value(input, settings);
-  Tensor result = [&] {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    return Layer::value(input, settings);
-  }();
-  settings.values.emplace_back(static_cast<int64_t>(input.suggest_memory_format()));
-  settings.sizes.push_back(owned(input.sym_sizes()));
-  torch::autograd::set_history(result, formula_node<backward<Layer>>(Layer::name, std::move(settings), input));
-  return result;
-}
-
-IValue or_none(std::optional<int64_t> value) { return value ? IValue(*value) : IValue(); }
 
 void check_count(size_t given, std::initializer_list<size_t> allowed, const char* name) {
   TORCH_CHECK(std::find(allowed.begin(), allowed.end(), given) != allowed.end(), name, " has ", given,
               " numbers, which fits no layer of this kind");
 }
 
-Settings avg_pool_settings(IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef padding, bool ceil_mode,
-                           bool count_include_pad, std::optional<int64_t> divisor_override) {
-  check_count(kernel_size.size(), {2, 3}, "kernel_size");
-  return {{kernel_size, stride.empty() ? kernel_size : stride, padding, ceil_mode, count_include_pad,
-           or_none(divisor_override)},
-          {}};
-}
+// A layer: its settings, its value, and its gradient from one of its output and a stand-in for its input.
+struct AvgPool {
+  static constexpr Op kOp = Op::avg_pool;
+  static constexpr const char* kName = "FreezekitAvgPoolBackward";
+  using Flat = Arguments<SymIntArrayRef, SymIntArrayRef, SymIntArrayRef, bool, bool, std::optional<c10::SymInt>>;
 
-Settings pad_settings(SymIntArrayRef padding) {
-  check_count(padding.size(), {2, 4, 6}, "padding");
-  for (const auto& side : padding) {  // ATen adds them up unchecked: a replication that wraps around crashes
-    const auto known = side.maybe_as_int();
-    TORCH_CHECK(!known || (*known < kExtentLimit && *known > -kExtentLimit), "padding must be below ", kExtentLimit,
-                " either way, got ", padding);
+  AvgPool() = default;
+  AvgPool(SymIntArrayRef kernel_size, SymIntArrayRef stride, SymIntArrayRef padding, bool ceil_mode,
+          bool count_include_pad, std::optional<c10::SymInt> divisor_override)
+      : kernel_size(guarded(kernel_size)),
+        stride(guarded(stride.empty() ? kernel_size : stride)),
+        padding(guarded(padding)),
+        ceil_mode(ceil_mode),
+        count_include_pad(count_include_pad) {
+    check_count(kernel_size.size(), {2, 3}, "kernel_size");
+    if (divisor_override) divisor = divisor_override->guard_int(__FILE__, __LINE__);
   }
-  return {{}, {owned(padding)}};
-}
 
-Settings adaptive_settings(SymIntArrayRef output_size) {
-  check_count(output_size.size(), {2, 3}, "output_size");
-  return {{}, {owned(output_size)}};
-}
+  auto fields() { return std::tie(kernel_size, stride, padding, ceil_mode, count_include_pad, divisor); }
 
-Tensor avg_pool(const Tensor& input, IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef padding, bool ceil_mode,
-                bool count_include_pad, std::optional<int64_t> divisor_override) {
-  return forward<AvgPool>(
-      input, avg_pool_settings(kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override));
-}
+  Tensor value(const Tensor& x) const {
+    const auto& pool = kernel_size.size() == 3 ? at::avg_pool3d : at::avg_pool2d;
+    return pool(x, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor);
+  }
+  Tensor gradient(const Tensor& dy, const Tensor& x) const {
+    const auto& backward = kernel_size.size() == 3 ? at::avg_pool3d_backward : at::avg_pool2d_backward;
+    return backward(dy, x, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor);
+  }
 
-Tensor avg_pool_aten(const Tensor& input, IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef padding,
-                     bool ceil_mode, bool count_include_pad, std::optional<int64_t> divisor_override) {
-  return AvgPool::value(
-      input, avg_pool_settings(kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override));
-}
+  // As torch's own pooling does with symbols: it has no operator for them.
+  static std::vector<int64_t> guarded(SymIntArrayRef symbols) {
+    std::vector<int64_t> numbers;
+    for (const c10::SymInt& symbol : symbols) numbers.push_back(symbol.guard_int(__FILE__, __LINE__));
+    return numbers;
+  }
 
-Tensor adaptive_avg_pool(const Tensor& input, SymIntArrayRef output_size) {
-  return forward<AdaptiveAvgPool>(input, adaptive_settings(output_size));
-}
-Tensor adaptive_avg_pool_aten(const Tensor& input, SymIntArrayRef output_size) {
-  return AdaptiveAvgPool::value(input, adaptive_settings(output_size));
+  std::vector<int64_t> kernel_size, stride, padding;
+  bool ceil_mode = false, count_include_pad = true;
+  std::optional<int64_t> divisor;
+};
+
+// Layers with one list of numbers, which may be symbolic.
+struct OneList {
+  using Flat = Arguments<SymIntArrayRef>;
+
+  auto fields() { return std::tie(numbers); }
+
+  std::vector<c10::SymInt> numbers;
+};
+
+struct AdaptiveAvgPool : OneList {
+  static constexpr Op kOp = Op::adaptive_avg_pool;
+  static constexpr const char* kName = "FreezekitAdaptiveAvgPoolBackward";
+
+  AdaptiveAvgPool() = default;
+  explicit AdaptiveAvgPool(SymIntArrayRef output_size) : OneList{owned(output_size)} {
+    check_count(output_size.size(), {2, 3}, "output_size");
+  }
+
+  Tensor value(const Tensor& x) const {
+    return numbers.size() == 3 ? at::adaptive_avg_pool3d_symint(x, numbers) : at::adaptive_avg_pool2d_symint(x, numbers);
+  }
+  Tensor gradient(const Tensor& dy, const Tensor& x) const {
+    return numbers.size() == 3 ? at::_adaptive_avg_pool3d_backward(dy, x) : at::_adaptive_avg_pool2d_backward(dy, x);
+  }
+};
+
+struct Pad : OneList {
+  Pad() = default;
+  explicit Pad(SymIntArrayRef padding) : OneList{owned(padding)} {
+    check_count(padding.size(), {2, 4, 6}, "padding");
+    for (const auto& side : padding) {  // ATen adds them up unchecked: a replication that wraps around crashes
+      const auto known = side.maybe_as_int();
+      TORCH_CHECK(!known || (*known < kExtentLimit && *known > -kExtentLimit), "padding must be below ", kExtentLimit,
+                  " either way, got ", padding);
+    }
+  }
+};
+
+struct ReflectionPad : Pad {
+  static constexpr Op kOp = Op::reflection_pad;
+  static constexpr const char* kName = "FreezekitReflectionPadBackward";
+  using Pad::Pad;
+
+  Tensor value(const Tensor& x) const {
+    if (numbers.size() == 2) return at::reflection_pad1d_symint(x, numbers);
+    return numbers.size() == 4 ? at::reflection_pad2d_symint(x, numbers) : at::reflection_pad3d_symint(x, numbers);
+  }
+  Tensor gradient(const Tensor& dy, const Tensor& x) const {
+    if (numbers.size() == 2) return at::reflection_pad1d_backward_symint(dy, x, numbers);
+    return numbers.size() == 4 ? at::reflection_pad2d_backward_symint(dy, x, numbers)
+                               : at::reflection_pad3d_backward_symint(dy, x, numbers);
+  }
+};
+
+struct ReplicationPad : Pad {
+  static constexpr Op kOp = Op::replication_pad;
+  static constexpr const char* kName = "FreezekitReplicationPadBackward";
+  using Pad::Pad;
+
+  Tensor value(const Tensor& x) const {
+    if (numbers.size() == 2) return at::replication_pad1d_symint(x, numbers);
+    return numbers.size() == 4 ? at::replication_pad2d_symint(x, numbers) : at::replication_pad3d_symint(x, numbers);
+  }
+  Tensor gradient(const Tensor& dy, const Tensor& x) const {
+    if (numbers.size() == 2) return at::replication_pad1d_backward_symint(dy, x, numbers);
+    return numbers.size() == 4 ? at::replication_pad2d_backward_symint(dy, x, numbers)
+                               : at::replication_pad3d_backward_symint(dy, x, numbers);
+  }
+};
+
+template <class Layer>
+struct LinearGradient {
+  Layer layer;
+  std::vector<c10::SymInt> input_size;
+  at::MemoryFormat format = at::MemoryFormat::Contiguous;  // of the input
+
+  auto fields() { return std::tuple_cat(layer.fields(), std::tie(input_size, format)); }
+  Link link() const { return {Link::To::operands, /*count=*/1, /*zeros=*/true}; }
+
+  variable_list gradients(const Tensor& grad, Kept, const std::vector<bool>& wanted) const {
+    if (!wanted[0]) return {Tensor()};
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    return {in_layout(layer.gradient(grad, without_data(input_size, grad, format)), format)};
+  }
+};
+
+template <class Layer>
+using LinearOperator = SettingsOperator<Layer, Tensor(const Tensor& input)>;
+
+template <class Layer>
+Tensor by_aten(const Tensor& input, const Layer& layer) {
+  return layer.value(input);
 }
 
 template <class Layer>
-Tensor pad(const Tensor& input, SymIntArrayRef padding) {
-  return forward<Layer>(input, pad_settings(padding));
-}
-template <class Layer>
-Tensor pad_aten(const Tensor& input, SymIntArrayRef padding) {
-  return Layer::value(input, pad_settings(padding));
+Tensor autograd(const Tensor& input, const Layer& layer) {
+  if (route(Layer::kOp, Backend::automatic, input).computer == Computer::formula) return layer.value(input);
+  const LinearGradient<Layer> formula{layer, owned(input.sym_sizes()), input.suggest_memory_format()};
+  return recorded(formula_node(Layer::kName, formula, input), [&] { return layer.value(input); });
 }
 
 }  // namespace
-}  // namespace freezekit
 
 TORCH_LIBRARY_FRAGMENT(freezekit, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
   m.def(
-      "avg_pool(Tensor input, int[] kernel_size, int[] stride, int[] padding, bool ceil_mode=False, "
-      "bool count_include_pad=True, int? divisor_override=None) -> Tensor",
+      "avg_pool(Tensor input, SymInt[] kernel_size, SymInt[] stride, SymInt[] padding, bool ceil_mode=False, "
+      "bool count_include_pad=True, SymInt? divisor_override=None) -> Tensor",
       tags);
   m.def("adaptive_avg_pool(Tensor input, SymInt[] output_size) -> Tensor", tags);
   m.def("reflection_pad(Tensor input, SymInt[] padding) -> Tensor", tags);
   m.def("replication_pad(Tensor input, SymInt[] padding) -> Tensor", tags);
 }
 
-#define FREEZEKIT_ATEN_KERNELS(m)                                          \
-  m.impl("avg_pool", freezekit::avg_pool_aten);                            \
-  m.impl("adaptive_avg_pool", freezekit::adaptive_avg_pool_aten);          \
-  m.impl("reflection_pad", freezekit::pad_aten<freezekit::ReflectionPad>); \
-  m.impl("replication_pad", freezekit::pad_aten<freezekit::ReplicationPad>)
+#define FREEZEKIT_LINEAR_LAYERS(m, f)                                              \
+  m.impl("avg_pool", LinearOperator<AvgPool>::kernel<f<AvgPool>>);                 \
+  m.impl("adaptive_avg_pool", LinearOperator<AdaptiveAvgPool>::kernel<f<AdaptiveAvgPool>>); \
+  m.impl("reflection_pad", LinearOperator<ReflectionPad>::kernel<f<ReflectionPad>>);  \
+  m.impl("replication_pad", LinearOperator<ReplicationPad>::kernel<f<ReplicationPad>>)
 
-TORCH_LIBRARY_IMPL(freezekit, CompositeExplicitAutograd, m) { FREEZEKIT_ATEN_KERNELS(m); }
-TORCH_LIBRARY_IMPL(freezekit, FuncTorchBatched, m) { FREEZEKIT_ATEN_KERNELS(m); }
-TORCH_LIBRARY_IMPL(freezekit, Autograd, m) {
-  m.impl("avg_pool", freezekit::avg_pool);
-  m.impl("adaptive_avg_pool", freezekit::adaptive_avg_pool);
-  m.impl("reflection_pad", freezekit::pad<freezekit::ReflectionPad>);
-  m.impl("replication_pad", freezekit::pad<freezekit::ReplicationPad>);
-}
+TORCH_LIBRARY_IMPL(freezekit, CompositeExplicitAutograd, m) { FREEZEKIT_LINEAR_LAYERS(m, by_aten); }
+TORCH_LIBRARY_IMPL(freezekit, FuncTorchBatched, m) { FREEZEKIT_LINEAR_LAYERS(m, by_aten); }
+TORCH_LIBRARY_IMPL(freezekit, Autograd, m) { FREEZEKIT_LINEAR_LAYERS(m, autograd); }
+
+#undef FREEZEKIT_LINEAR_LAYERS
+
+}  // namespace freezekit

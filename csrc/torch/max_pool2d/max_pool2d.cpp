@@ -1,9 +1,8 @@
-// Max pooling's operators: what they check, what computes them, and the way into the dispatcher. Autograd stands in
-// max_pool2d_autograd.cpp.
+// Max pooling's operators: what they check, what computes them, and the way into the dispatcher. Autograd is in
+// autograd.cpp.
 #include "torch/max_pool2d/max_pool2d.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/native/Pool.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -11,37 +10,34 @@
 #include <ATen/ops/max_pool2d_with_indices.h>
 #include <torch/library.h>
 
-#include "torch/common/checks.h"
-#include "torch/bits/gate.h"
-#include "torch/max_pool2d/steps.h"
 #include "torch/backends/native_layers.h"
+#include "torch/common/checks.h"
+#include "torch/common/route.h"
+#include "torch/max_pool2d/steps.h"
 
 namespace freezekit {
 namespace {
 
-std::array<int64_t, 2> pair(IntArrayRef values, const char* name) {
+std::array<int64_t, 2> pair(SymIntArrayRef values, const char* name) {
   TORCH_CHECK(values.size() == 1 || values.size() == 2, name, " must be one number or two (height, width), got ",
               values.size(), " of them: ", values);
-  TORCH_CHECK(values.front() < kExtentLimit && values.back() < kExtentLimit, name, " must be below ", kExtentLimit,
-              ", got ", values);
+  const std::array<int64_t, 2> numbers = {values.front().guard_int(__FILE__, __LINE__),
+                                          values.back().guard_int(__FILE__, __LINE__)};
+  TORCH_CHECK(numbers[0] < kExtentLimit && numbers[1] < kExtentLimit, name, " must be below ", kExtentLimit, ", got ",
+              values);
   // torch's own checks refuse what is negative, after sums that would overflow.
-  TORCH_CHECK(values.front() > -kExtentLimit && values.back() > -kExtentLimit, name, " must be above ", -kExtentLimit,
+  TORCH_CHECK(numbers[0] > -kExtentLimit && numbers[1] > -kExtentLimit, name, " must be above ", -kExtentLimit,
               ", got ", values);
-  return {values.front(), values.back()};
-}
-
-template <class Signature>
-c10::TypedOperatorHandle<Signature> find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+  return numbers;
 }
 
 // What computes a problem; throws where the backend demands kernels that do not take it.
-Computer computer_of(const MaxPool& m, const Tensor& values, std::string_view backend) {
-  const Computer computer = computer_for(values, backend);
-  if (computer != Computer::kernels || fits_int32(m)) return computer;
-  TORCH_CHECK(parse_backend(backend) == Backend::automatic, "no freezekit kernel for max_pool2d: an image of it, or a ",
-              "window, has more than 2^30 places; backend='aten' computes it");
-  return Computer::aten;
+Computer computer_of(Op op, const MaxPool& m, const Tensor& values, const PoolGeometry& g) {
+  const Computer computer = route_step(op, g.backend, values).computer;
+  if (computer == Computer::kernels && !fits_int32(m)) {
+    refuse(to_string(op), g.backend, "an image of it, or a window, has more than 2^30 places");
+  }
+  return computer;
 }
 
 // (N, C, P, Q), by torch's own checks, whose messages are torch's.
@@ -79,17 +75,14 @@ void check_taps(const Tensor& values, const Tensor& taps, SymIntArrayRef input_s
               "taps must have size (N, C, P, Q) with N and C of ", input_size, ", got ", taps.sym_sizes());
 }
 
-std::tuple<Tensor, Tensor> taps_kernel(const Tensor& input, IntArrayRef kernel_size, IntArrayRef stride,
-                                       IntArrayRef padding, IntArrayRef dilation, bool ceil_mode,
-                                       std::string_view backend) {
-  const PoolGeometry g(kernel_size, stride, padding, dilation, ceil_mode, backend);
+std::tuple<Tensor, Tensor> taps_kernel(const Tensor& input, const PoolGeometry& g) {
   check_input(input);
   const at::AutoDispatchBelowADInplaceOrView below;
   const auto format = input.suggest_memory_format();  // for all: tensors of size 1 suggest another than their neighbours
   const auto size = output_size(input, g, format);
   const MaxPool m = g.problem(input.sizes(), size, format);
-  const Computer computer = computer_of(m, input, backend);
-  if (computer == Computer::aten) {
+  const Computer computer = computer_of(Op::max_pool2d, m, input, g);
+  if (!has_kernel(computer)) {
     auto [y, indices] =
         at::max_pool2d_with_indices(input, g.kernel_size, g.stride, g.padding, g.dilation, g.ceil_mode);
     return {y, max_pool::taps_of_indices(indices, input, g)};
@@ -102,10 +95,7 @@ std::tuple<Tensor, Tensor> taps_kernel(const Tensor& input, IntArrayRef kernel_s
   return {y, taps};
 }
 
-Tensor scatter_kernel(const Tensor& grad_output, const Tensor& taps, SymIntArrayRef input_size, IntArrayRef kernel_size,
-                      IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, bool ceil_mode,
-                      std::string_view backend) {
-  const PoolGeometry g(kernel_size, stride, padding, dilation, ceil_mode, backend);
+Tensor scatter_kernel(const Tensor& grad_output, const Tensor& taps, SymIntArrayRef input_size, const PoolGeometry& g) {
   check_taps(grad_output, taps, input_size, g);
   TORCH_CHECK(grad_output.sizes() == taps.sizes(), "grad_output must have the size of taps, ", taps.sizes(), ", got ",
               grad_output.sizes());
@@ -113,8 +103,8 @@ Tensor scatter_kernel(const Tensor& grad_output, const Tensor& taps, SymIntArray
   const auto format = taps.suggest_memory_format();
   const auto size = C10_AS_INTARRAYREF_SLOW(input_size);
   const MaxPool m = g.problem(size, taps.sizes(), format);
-  const Computer computer = computer_of(m, grad_output, backend);
-  if (computer == Computer::aten) {
+  const Computer computer = computer_of(Op::max_pool2d_scatter, m, grad_output, g);
+  if (!has_kernel(computer)) {
     return max_pool::scatter_by_aten(grad_output, taps, input_size, g).contiguous(format);
   }
   const Tensor dx = at::empty(size, grad_output.options(), format);
@@ -126,17 +116,14 @@ Tensor scatter_kernel(const Tensor& grad_output, const Tensor& taps, SymIntArray
   return dx;
 }
 
-Tensor gather_kernel(const Tensor& input, const Tensor& taps, SymIntArrayRef input_size, IntArrayRef kernel_size,
-                     IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, bool ceil_mode,
-                     std::string_view backend) {
-  const PoolGeometry g(kernel_size, stride, padding, dilation, ceil_mode, backend);
+Tensor gather_kernel(const Tensor& input, const Tensor& taps, SymIntArrayRef input_size, const PoolGeometry& g) {
   check_taps(input, taps, input_size, g);
   TORCH_CHECK(input.sym_sizes() == input_size, "input must have size ", input_size, ", got ", input.sizes());
   const at::AutoDispatchBelowADInplaceOrView below;
   const auto format = taps.suggest_memory_format();
   const MaxPool m = g.problem(input.sizes(), taps.sizes(), format);
-  const Computer computer = computer_of(m, input, backend);
-  if (computer == Computer::aten) return max_pool::gather_by_aten(input, taps, g).contiguous(format);
+  const Computer computer = computer_of(Op::max_pool2d_gather, m, input, g);
+  if (!has_kernel(computer)) return max_pool::gather_by_aten(input, taps, g).contiguous(format);
   const Tensor y = at::empty(taps.sizes(), input.options(), format);
   if (y.numel() == 0) return y;
   const auto compute = computer == Computer::cpu ? max_pool::gather_cpu : native::max_pool_gather;
@@ -144,52 +131,32 @@ Tensor gather_kernel(const Tensor& input, const Tensor& taps, SymIntArrayRef inp
   return y;
 }
 
-std::tuple<Tensor, Tensor> taps_meta(const Tensor& input, IntArrayRef kernel_size, IntArrayRef stride,
-                                     IntArrayRef padding, IntArrayRef dilation, bool ceil_mode,
-                                     std::string_view backend) {
-  const PoolGeometry g(kernel_size, stride, padding, dilation, ceil_mode, backend);
+std::tuple<Tensor, Tensor> taps_meta(const Tensor& input, const PoolGeometry& g) {
   check_input(input);
   const Tensor y = output_like(input, g);
   return {y, at::empty_like(y, y.options().dtype(g.tap_type()))};
 }
 
-Tensor scatter_meta(const Tensor& grad_output, const Tensor& taps, SymIntArrayRef input_size, IntArrayRef kernel_size,
-                    IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, bool ceil_mode,
-                    std::string_view backend) {
-  check_taps(grad_output, taps, input_size, {kernel_size, stride, padding, dilation, ceil_mode, backend});
+Tensor scatter_meta(const Tensor& grad_output, const Tensor& taps, SymIntArrayRef input_size, const PoolGeometry& g) {
+  check_taps(grad_output, taps, input_size, g);
   return at::empty_symint(input_size, grad_output.options(), taps.suggest_memory_format());
 }
 
-Tensor gather_meta(const Tensor& input, const Tensor& taps, SymIntArrayRef input_size, IntArrayRef kernel_size,
-                   IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, bool ceil_mode,
-                   std::string_view backend) {
-  check_taps(input, taps, input_size, {kernel_size, stride, padding, dilation, ceil_mode, backend});
+Tensor gather_meta(const Tensor& input, const Tensor& taps, SymIntArrayRef input_size, const PoolGeometry& g) {
+  check_taps(input, taps, input_size, g);
   return at::empty_symint(taps.sym_sizes(), input.options(), taps.suggest_memory_format());
-}
-
-Tensor scatter_batched(const Tensor& grad_output, const Tensor& taps, SymIntArrayRef input_size,
-                       IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
-                       bool ceil_mode, std::string_view backend) {
-  return max_pool::scatter_by_aten(grad_output, taps, input_size,
-                                   {kernel_size, stride, padding, dilation, ceil_mode, backend});
-}
-
-Tensor gather_batched(const Tensor& input, const Tensor& taps, SymIntArrayRef, IntArrayRef kernel_size,
-                      IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, bool ceil_mode,
-                      std::string_view backend) {
-  return max_pool::gather_by_aten(input, taps, {kernel_size, stride, padding, dilation, ceil_mode, backend});
 }
 
 }  // namespace
 
-PoolGeometry::PoolGeometry(IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
-                           bool ceil_mode, std::string_view backend)
+PoolGeometry::PoolGeometry(SymIntArrayRef kernel_size, SymIntArrayRef stride, SymIntArrayRef padding,
+                           SymIntArrayRef dilation, bool ceil_mode, std::string_view backend)
     : kernel_size(pair(kernel_size, "kernel_size")),
       stride(stride.empty() ? this->kernel_size : pair(stride, "stride")),
       padding(pair(padding, "padding")),
       dilation(pair(dilation, "dilation")),
       ceil_mode(ceil_mode),
-      backend(backend) {}
+      backend(parse_backend(backend)) {}
 
 MaxPool PoolGeometry::problem(IntArrayRef input_size, IntArrayRef output_size, at::MemoryFormat format) const {
   const Pooling window = {input_size[2], input_size[3], output_size[2], output_size[3], kernel_size[0], kernel_size[1],
@@ -204,54 +171,45 @@ at::ScalarType PoolGeometry::tap_type() const {
 }
 
 std::tuple<Tensor, Tensor> max_pool2d_taps(const Tensor& input, const PoolGeometry& g) {
-  static const auto op = find<TapsSignature>("freezekit::max_pool2d_taps");
-  return op.call(input, g.kernel_size, g.stride, g.padding, g.dilation, g.ceil_mode, g.backend);
+  static const PoolPairOperator op("freezekit::max_pool2d_taps");
+  return op(input, g);
 }
 
 Tensor max_pool2d_scatter(const Tensor& grad_output, const Tensor& taps, SymIntArrayRef input_size,
                           const PoolGeometry& g) {
-  static const auto op = find<TapMapSignature>("freezekit::max_pool2d_scatter");
-  return op.call(grad_output, taps, input_size, g.kernel_size, g.stride, g.padding, g.dilation, g.ceil_mode, g.backend);
+  static const TapMapOperator op("freezekit::max_pool2d_scatter");
+  return op(grad_output, taps, input_size, g);
 }
 
 Tensor max_pool2d_gather(const Tensor& input, const Tensor& taps, const PoolGeometry& g) {
-  static const auto op = find<TapMapSignature>("freezekit::max_pool2d_gather");
-  return op.call(input, taps, input.sym_sizes(), g.kernel_size, g.stride, g.padding, g.dilation, g.ceil_mode,
-                 g.backend);
+  static const TapMapOperator op("freezekit::max_pool2d_gather");
+  return op(input, taps, input.sym_sizes(), g);
 }
 
 Tensor max_pool2d_indices(const Tensor& taps, SymIntArrayRef input_size, const PoolGeometry& g) {
   return max_pool::positions(taps, input_size, g).first;
 }
 
-}  // namespace freezekit
-
 TORCH_LIBRARY_FRAGMENT(freezekit, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
-  m.def(
-      "max_pool2d_taps(Tensor input, int[2] kernel_size, int[2] stride=[], int[2] padding=0, int[2] dilation=1, "
-      "bool ceil_mode=False, *, str backend=\"auto\") -> (Tensor, Tensor)",
-      tags);
-  m.def(
-      "max_pool2d_scatter(Tensor grad_output, Tensor taps, SymInt[] input_size, int[2] kernel_size, int[2] stride=[], "
-      "int[2] padding=0, int[2] dilation=1, bool ceil_mode=False, *, str backend=\"auto\") -> Tensor",
-      tags);
-  m.def(
-      "max_pool2d_gather(Tensor input, Tensor taps, SymInt[] input_size, int[2] kernel_size, int[2] stride=[], "
-      "int[2] padding=0, int[2] dilation=1, bool ceil_mode=False, *, str backend=\"auto\") -> Tensor",
-      tags);
+  const std::string settings =
+      "SymInt[2] kernel_size, SymInt[2] stride=[], SymInt[2] padding=0, SymInt[2] dilation=1, bool ceil_mode=False, *, "
+      "str backend=\"auto\") -> ";
+  m.def(("max_pool2d(Tensor input, " + settings + "Tensor").c_str(), tags);
+  m.def(("max_pool2d_with_indices(Tensor input, " + settings + "(Tensor, Tensor)").c_str(), tags);
+  m.def(("max_pool2d_taps(Tensor input, " + settings + "(Tensor, Tensor)").c_str(), tags);
+  m.def(("max_pool2d_scatter(Tensor grad_output, Tensor taps, SymInt[] input_size, " + settings + "Tensor").c_str(), tags);
+  m.def(("max_pool2d_gather(Tensor input, Tensor taps, SymInt[] input_size, " + settings + "Tensor").c_str(), tags);
 }
 TORCH_LIBRARY_IMPL(freezekit, CompositeExplicitAutograd, m) {
-  m.impl("max_pool2d_taps", freezekit::taps_kernel);
-  m.impl("max_pool2d_scatter", freezekit::scatter_kernel);
-  m.impl("max_pool2d_gather", freezekit::gather_kernel);
+  m.impl("max_pool2d_taps", PoolPairOperator::kernel<taps_kernel>);
+  m.impl("max_pool2d_scatter", TapMapOperator::kernel<scatter_kernel>);
+  m.impl("max_pool2d_gather", TapMapOperator::kernel<gather_kernel>);
 }
 TORCH_LIBRARY_IMPL(freezekit, Meta, m) {
-  m.impl("max_pool2d_taps", freezekit::taps_meta);
-  m.impl("max_pool2d_scatter", freezekit::scatter_meta);
-  m.impl("max_pool2d_gather", freezekit::gather_meta);
+  m.impl("max_pool2d_taps", PoolPairOperator::kernel<taps_meta>);
+  m.impl("max_pool2d_scatter", TapMapOperator::kernel<scatter_meta>);
+  m.impl("max_pool2d_gather", TapMapOperator::kernel<gather_meta>);
 }
-TORCH_LIBRARY_IMPL(freezekit, FuncTorchBatched, m) {
-  m.impl("max_pool2d_scatter", freezekit::scatter_batched);
-  m.impl("max_pool2d_gather", freezekit::gather_batched);
-}
+
+}  // namespace freezekit

@@ -4,17 +4,27 @@
 #include <ATen/core/Tensor.h>
 
 #include <array>
-#include <string>
+#include <tuple>
 
 #include "core/pooling.h"
 #include "torch/common/operators.h"
 
 namespace freezekit {
 
-// The settings as the schemas have them; a list of one number stands for both axes, an empty stride for the kernel.
+// The settings as the schemas have them; a list of one number stands for both axes, an empty stride for the kernel. Where
+// they are symbolic they are fixed, as by torch's own pooling, which has no operator for symbols.
 struct PoolGeometry {
-  PoolGeometry(IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, bool ceil_mode,
-               std::string_view backend);
+  using Flat = Arguments<SymIntArrayRef, SymIntArrayRef, SymIntArrayRef, SymIntArrayRef, bool, std::string_view>;
+
+  PoolGeometry() = default;
+  PoolGeometry(SymIntArrayRef kernel_size, SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
+               bool ceil_mode, std::string_view backend);
+
+  template <class F>
+  auto apply(const F& f) const {
+    return f(c10::fromIntArrayRefSlow(kernel_size), c10::fromIntArrayRefSlow(stride), c10::fromIntArrayRefSlow(padding),
+             c10::fromIntArrayRefSlow(dilation), ceil_mode, to_string(backend));
+  }
 
   // The same as numbers, with sizes of concrete tensors (N, C, H, W) and (N, C, P, Q) and the layout of all of them.
   MaxPool problem(IntArrayRef input_size, IntArrayRef output_size, at::MemoryFormat format) const;
@@ -22,17 +32,14 @@ struct PoolGeometry {
   at::ScalarType tap_type() const;
 
   std::array<int64_t, 2> kernel_size, stride, padding, dilation;
-  bool ceil_mode;
-  std::string backend;
+  bool ceil_mode = false;
+  Backend backend = Backend::automatic;
 };
 
-// The C++ signatures of the schemas.
-using TapsSignature = std::tuple<Tensor, Tensor>(const Tensor& input, IntArrayRef kernel_size, IntArrayRef stride,
-                                                 IntArrayRef padding, IntArrayRef dilation, bool ceil_mode,
-                                                 std::string_view backend);
-using TapMapSignature = Tensor(const Tensor& values, const Tensor& taps, SymIntArrayRef size, IntArrayRef kernel_size,
-                               IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, bool ceil_mode,
-                               std::string_view backend);
+using PoolOperator = SettingsOperator<PoolGeometry, Tensor(const Tensor& input)>;
+using PoolPairOperator = SettingsOperator<PoolGeometry, std::tuple<Tensor, Tensor>(const Tensor& input)>;
+using TapMapOperator =
+    SettingsOperator<PoolGeometry, Tensor(const Tensor& values, const Tensor& taps, SymIntArrayRef size)>;
 
 // The value and, for each element of it, its tap.
 std::tuple<Tensor, Tensor> max_pool2d_taps(const Tensor& input, const PoolGeometry&);

@@ -3,7 +3,6 @@
 
 #include <utility>
 
-#include "torch/bits/gate.h"
 #include "torch/max_pool2d/max_pool2d.h"
 
 namespace freezekit::max_pool {

@@ -19,7 +19,7 @@
 #include <torch/library.h>
 
 #include "torch/autograd/formula.h"
-#include "torch/common/operators.h"
+#include "torch/common/route.h"
 
 namespace freezekit {
 namespace {
@@ -27,6 +27,8 @@ namespace {
 using OptionalTensor = std::optional<Tensor>;
 
 Tensor or_undefined(const OptionalTensor& tensor) { return tensor.value_or(Tensor()); }
+
+bool learns(const Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); }
 
 // Sum over all dimensions but `dim`.
 Tensor sum_but(const Tensor& tensor, int64_t dim) {
@@ -43,42 +45,47 @@ Tensor by_statistics(const Tensor& input, const OptionalTensor& weight, const Op
                         at::globalContext().userEnabledCuDNN());
 }
 
-// values: eps, the dtype of the bias. kept: var and, where there is one, the weight; nothing where dx is never asked.
-variable_list batch_norm_backward(const Tensor& grad, const variable_list& kept, const Settings& settings,
-                                  const std::vector<bool>& wanted) {
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  variable_list result(wanted.size());
-  if (wanted[0]) {
-    Tensor scale = at::rsqrt(kept[0] + settings.values[0].toDouble());
-    if (kept.size() > 1) scale = scale * kept[1];
-    std::vector<int64_t> along(grad.dim(), 1);
-    along[1] = -1;
-    // Parameters may be of a wider dtype than activations; the product is rounded once.
-    result[0] = (grad * scale.view(along)).to(grad.scalar_type());
+// kept: var and, where there is one, the weight; nothing where dx is never asked for.
+struct BatchNormGradients {
+  double eps = 0;
+  bool has_weight = false;
+  at::ScalarType bias_dtype = at::kFloat;
+
+  auto fields() { return std::tie(eps, has_weight, bias_dtype); }
+  Link link() const { return {Link::To::operands}; }
+
+  variable_list gradients(const Tensor& grad, Kept kept, const std::vector<bool>& wanted) const {
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    variable_list result(wanted.size());
+    if (wanted[0]) {
+      Tensor scale = at::rsqrt(kept(0) + eps);
+      if (has_weight) scale = scale * kept(1);
+      std::vector<int64_t> along(grad.dim(), 1);
+      along[1] = -1;
+      // Parameters may be of a wider dtype than activations; the product is rounded once.
+      result[0] = (grad * scale.view(along)).to(grad.scalar_type());
+    }
+    if (wanted[1]) result[1] = sum_but(grad, 1).to(bias_dtype);
+    return result;
   }
-  if (wanted.size() > 1 && wanted[1]) result[1] = sum_but(grad, 1).to(settings.values[1].toScalarType());
-  return result;
-}
+};
 
 Tensor batch_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean,
                   const Tensor& var, double eps) {
   const Tensor w = or_undefined(weight), b = or_undefined(bias);
-  const auto is_torch_s = [](const Tensor& t) { return t.defined() && (needs_aten(t) || t.requires_grad()); };
-  if (!torch::autograd::compute_requires_grad(input, b) || needs_aten(input) || input.dim() < 2 || is_torch_s(w) ||
-      is_torch_s(mean) || is_torch_s(var) || (b.defined() && needs_aten(b))) {
+  // While one of these learns, the formula reads the input, and torch keeps it.
+  const bool reads_input = learns(w) || learns(mean) || learns(var);
+  if (reads_input || input.dim() < 2 ||
+      route(Op::batch_norm, Backend::automatic, input, w, b, mean, var).computer == Computer::formula) {
     return by_statistics(input, weight, bias, mean, var, eps);
   }
-  Settings settings{{eps, b.defined() ? b.scalar_type() : input.scalar_type()}, {}};
-  const auto node = b.defined()
-                        ? formula_node<batch_norm_backward>("FreezekitBatchNormBackward", std::move(settings), input, b)
-                        : formula_node<batch_norm_backward>("FreezekitBatchNormBackward", std::move(settings), input);
-  if (input.requires_grad()) node->keep(w.defined() ? variable_list{var, w} : variable_list{var});
-  Tensor result = [&] {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    return by_statistics(input, weight, bias, mean, var, eps);
-  }();
-  torch::autograd::set_history(result, node);
-  return result;
+  const at::ScalarType bias_dtype = b.defined() ? b.scalar_type() : input.scalar_type();
+  const auto node =
+      formula_node("FreezekitBatchNormBackward", BatchNormGradients{eps, w.defined(), bias_dtype}, input, b);
+  if (input.requires_grad()) {
+    w.defined() ? node->keep(var, w) : node->keep(var);
+  }
+  return recorded(node, [&] { return by_statistics(input, weight, bias, mean, var, eps); });
 }
 
 Tensor layer_norm_aten(const Tensor& input, SymIntArrayRef shape, const OptionalTensor& weight,
@@ -92,48 +99,48 @@ Tensor group_norm_aten(const Tensor& input, int64_t groups, const OptionalTensor
 }
 
 // Where the bias alone learns its gradient is a sum of the output's, and that reads no activation.
-bool is_for_bias_alone(const Tensor& input, const Tensor& weight, const Tensor& bias) {
-  return bias.defined() && torch::autograd::compute_requires_grad(bias) && !input.requires_grad() &&
-         !(weight.defined() && weight.requires_grad()) && !needs_aten(input) && !needs_aten(bias) &&
-         !(weight.defined() && needs_aten(weight));
+bool is_for_bias_alone(Op op, const Tensor& input, const Tensor& weight, const Tensor& bias) {
+  return learns(bias) && !learns(input) && !learns(weight) &&
+         route(op, Backend::automatic, input, weight, bias).computer != Computer::formula;
 }
 
-// sizes: the bias's. It lies along the last dimensions of grad (LayerNorm) or along dimension 1 (GroupNorm).
-variable_list layer_norm_bias_gradient(const Tensor& grad, const variable_list&, const Settings& settings,
-                                       const std::vector<bool>& wanted) {
-  if (!wanted[0]) return {Tensor()};
-  return {grad.sum_to_size_symint(settings.sizes[0]).to(settings.values[0].toScalarType())};
-}
+// The bias spans the last dimensions of grad (LayerNorm).
+struct LayerNormBiasGradient {
+  at::ScalarType dtype = at::kFloat;
+  std::vector<c10::SymInt> size;
 
-variable_list group_norm_bias_gradient(const Tensor& grad, const variable_list&, const Settings& settings,
-                                       const std::vector<bool>& wanted) {
-  if (!wanted[0]) return {Tensor()};
-  return {sum_but(grad, 1).to(settings.values[0].toScalarType())};
-}
+  auto fields() { return std::tie(dtype, size); }
+  Link link() const { return {Link::To::operands}; }
+  variable_list gradients(const Tensor& grad, Kept, const std::vector<bool>& wanted) const {
+    return {wanted[0] ? grad.sum_to_size_symint(size).to(dtype) : Tensor()};
+  }
+};
 
-template <Formula kFormula, class Compute>
-Tensor record_bias(const char* name, const Tensor& bias, Compute compute) {
-  Tensor result = [&] {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    return compute();
-  }();
-  torch::autograd::set_history(
-      result, formula_node<kFormula>(name, Settings{{bias.scalar_type()}, {owned(bias.sym_sizes())}}, bias));
-  return result;
-}
+// The bias spans dimension 1 (GroupNorm).
+struct GroupNormBiasGradient {
+  at::ScalarType dtype = at::kFloat;
+
+  auto fields() { return std::tie(dtype); }
+  Link link() const { return {}; }
+  variable_list gradients(const Tensor& grad, Kept, const std::vector<bool>& wanted) const {
+    return {wanted[0] ? sum_but(grad, 1).to(dtype) : Tensor()};
+  }
+};
 
 Tensor layer_norm(const Tensor& input, SymIntArrayRef shape, const OptionalTensor& weight, const OptionalTensor& bias,
                   double eps) {
   const auto compute = [&] { return layer_norm_aten(input, shape, weight, bias, eps); };
-  if (!is_for_bias_alone(input, or_undefined(weight), or_undefined(bias))) return compute();
-  return record_bias<layer_norm_bias_gradient>("FreezekitLayerNormBackward", *bias, compute);
+  if (!is_for_bias_alone(Op::layer_norm, input, or_undefined(weight), or_undefined(bias))) return compute();
+  const LayerNormBiasGradient formula{bias->scalar_type(), owned(bias->sym_sizes())};
+  return recorded(formula_node("FreezekitLayerNormBackward", formula, *bias), compute);
 }
 
 Tensor group_norm(const Tensor& input, int64_t groups, const OptionalTensor& weight, const OptionalTensor& bias,
                   double eps) {
   const auto compute = [&] { return group_norm_aten(input, groups, weight, bias, eps); };
-  if (!is_for_bias_alone(input, or_undefined(weight), or_undefined(bias))) return compute();
-  return record_bias<group_norm_bias_gradient>("FreezekitGroupNormBackward", *bias, compute);
+  if (!is_for_bias_alone(Op::group_norm, input, or_undefined(weight), or_undefined(bias))) return compute();
+  const GroupNormBiasGradient formula{bias->scalar_type()};
+  return recorded(formula_node("FreezekitGroupNormBackward", formula, *bias), compute);
 }
 
 }  // namespace
