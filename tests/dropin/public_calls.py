@@ -185,8 +185,6 @@ for watch in (fk.guard, Guard):
         ("every 1.5 steps", lambda m, o, f=watch: f(m, o, 1.5, "raise"), ValueError, ("every", "from 1", "1.5")),
         ("mode", lambda m, o, f=watch: f(m, o, 1, "warn"), ValueError, ("mode", "restore", "'warn'")),
     )
-first(invalidate)
-first(verify_constants)
 rows(
     "load_choices",
     ("a number", lambda m, o: load_choices(3), TypeError, ("text", "str", "int")),

@@ -11,7 +11,6 @@
 #include <torch/library.h>
 
 #include "torch/common/checks.h"
-#include "torch/common/constants.h"
 #include "torch/autograd/formula.h"
 #include "torch/common/operators.h"
 #include "torch/common/shape_only.h"
@@ -149,10 +148,7 @@ Tensor convolution_autocast(const Tensor& input, const Tensor& weight, const Opt
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKeySet{kKey});
   const auto dtype = at::autocast::get_lower_precision_fp_from_device_type(kDevice);
   const auto cast = [dtype](const Tensor& tensor) { return at::autocast::cached_cast(dtype, tensor, kDevice); };
-  const auto cast_parameter = [&](const Tensor& parameter) {
-    return constants::derived(parameter, {"cast", static_cast<int64_t>(dtype)}, cast);
-  };
-  return op.call(cast(input), cast_parameter(weight), bias ? std::make_optional(cast_parameter(*bias)) : std::nullopt,
+  return op.call(cast(input), cast(weight), bias ? std::make_optional(cast(*bias)) : std::nullopt,
                  stride, padding, dilation, transposed, output_padding, groups);
 }
 
