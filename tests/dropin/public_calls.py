@@ -11,7 +11,6 @@ from torch import nn
 
 import freezekit as fk
 from freezekit.backends import current_backend
-from freezekit.constants import invalidate, verify_constants
 from freezekit.conversion import conversion_report
 from freezekit.distributed import rewrap
 from freezekit.freezing import PatternError, is_held, load_freeze_state
