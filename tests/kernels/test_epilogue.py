@@ -145,9 +145,9 @@ def test_dgrad_with_a_factor_for_each_row_of_the_filter(family: str, dtype: torc
 def test_what_an_operator_cannot_do_is_refused() -> None:
     problem = Problem(n=1, c=2, k=2, h=3, w=3)
     words = torch.zeros(1, dtype=torch.int32)
+    tensors, scaled = operands("dgrad", problem, torch.float32, True), Epilogue(filter_scale=torch.ones(2))
     with pytest.raises(KernelError, match="invalid_argument"):  # reads the filter as it is
-        tensors = operands("dgrad", problem, torch.float32, True)
-        run_conv2d("dgrad", problem, *tensors, Epilogue(filter_scale=torch.ones(2)), Settings(family="direct"))
+        run_conv2d("dgrad", problem, *tensors, scaled, Settings(family="direct"))
     with pytest.raises(KernelError, match="invalid_argument"):
         run_conv2d("wgrad", problem, *operands("wgrad", problem, torch.float32, True), Epilogue(relu=True))
     with pytest.raises(KernelError, match="invalid_argument"):
