@@ -26,10 +26,8 @@ def select(
 ) -> dict[str, Any]: ...
 
 class blocks:
-    class Stamp:
-        def __init__(self, tensors: list[Any]) -> None: ...
-        def matches(self, tensors: list[Any]) -> bool: ...
-
+    @staticmethod
+    def know(convs: frozenset[Any], norms: dict[Any, bool], activations: dict[Any, str]) -> None: ...
     @staticmethod
     def run(
         x: Any,
@@ -42,26 +40,6 @@ class blocks:
         shared: bool,
         /,
     ) -> Any: ...
-    @staticmethod
-    def remember(
-        x: Any,
-        conv: Any,
-        norm: Any,
-        activation: Any,
-        residual: Any,
-        weight: Any,
-        bias: Any,
-        kind: str | None,
-        backend: str,
-    ) -> bool: ...
-    @staticmethod
-    def forget(id: int) -> None: ...
-    @staticmethod
-    def is_channels_last(x: Any, weight: Any) -> bool: ...
-    @staticmethod
-    def fold(
-        weight: Any, bias: Any, mean: Any, var: Any, gamma: Any, beta: Any, eps: float, backend: str
-    ) -> tuple[Any, Any]: ...
 
 class quick:
     @staticmethod
@@ -70,20 +48,6 @@ class quick:
     def conv2d(
         input: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, groups: Any, backend: str, /
     ) -> Any: ...
-
-class constants:
-    @staticmethod
-    def declare(source: Any) -> None: ...
-    @staticmethod
-    def is_declared(source: Any) -> bool: ...
-    @staticmethod
-    def withdraw(source: Any) -> None: ...
-    @staticmethod
-    def invalidate(source: Any) -> None: ...
-    @staticmethod
-    def stale(source: Any) -> list[str]: ...
-    @staticmethod
-    def usage() -> dict[str, int]: ...
 
 class choices:
     rule: str

@@ -9,7 +9,7 @@ from freezekit import _extension
 
 _extension.load()
 
-from freezekit import constants, distributed, functional, nn, schedules, tuning  # noqa: E402, F401
+from freezekit import distributed, functional, nn, schedules, tuning  # noqa: E402, F401
 from freezekit.auditing import audit  # noqa: E402
 from freezekit.backends import backend  # noqa: E402
 from freezekit.conversion import convert, revert  # noqa: E402

@@ -47,15 +47,16 @@ struct Selection {
 // A pure host function: same arguments, same answer, no device needed.
 Selection select(Operator, const Conv2dProblem&, DType, const Target&);
 
-// Applied to the accumulators in this order: + bias, + residual, ReLU and its upper end, mask. Members that are null do
+// Applied to the accumulators in this order: * scale, + bias, + residual, ReLU and its upper end, mask. Members that are null do
 // nothing.
 // Mask words hold 32 consecutive elements of the output in memory order (NHWC), bit i of word j is element 32 * j + i;
 // a mask has ceil(numel / 32) words, the unused bits of the last one 0. mask_out bit = !(v <= 0 || v >= relu_end), v the
 // value before ReLU rounded to the tensors' dtype: both ends give 0 and a NaN gives 1, as torch's own gradient. Under
 // mask_in, bit 0 stores 0.
 struct Epilogue {
+  const void* scale = nullptr;      // K (fprop) or C (dgrad) elements of the accumulators' type: f32, f64 for f64
   const void* bias = nullptr;       // K (fprop) or C (dgrad) elements of the tensors' dtype
-  bool wide_bias = false;           // or of the accumulators': f32, f64 for f64
+  bool wide_bias = false;           // or of the accumulators'
   const void* residual = nullptr;   // as the output
   bool relu = false;
   float relu_end = std::numeric_limits<float>::infinity();  // above 0; 6 is ReLU6
@@ -69,9 +70,8 @@ struct Conv2dTensors {
   void* x = nullptr;
   void* filter = nullptr;
   void* y = nullptr;
-  // dgrad only: W' of the filter, made by launch_filter_transform with transposed = true, for a caller that keeps one.
-  // Null: kernels that read W' make it in the workspace.
-  const void* transposed_filter = nullptr;
+  // dgrad by tensor cores only: K factors of the accumulators' type, by which the filter is multiplied where W' is made.
+  const void* filter_scale = nullptr;
 };
 
 using Stream = void*;  // a cudaStream_t; the emulator ignores it
@@ -89,23 +89,25 @@ struct ChannelVector {
   DType dtype = DType::f32;
 };
 
-// A batch norm with fixed statistics, to be folded into the filter and the bias before it:
-//   s = gamma / sqrt(var + eps);  filter' = filter * s;  bias' = beta + (bias - mean) * s
-// in fp64, rounded once. gamma, beta and bias may be null: 1, 0, 0.
-struct BatchNormFold {
+// A batch norm with fixed statistics behind a convolution with a bias, as what it does to a channel:
+//   scale = gamma / sqrt(var + eps);  shift = beta + (bias - mean) * scale
+// in fp64, rounded once. gamma, beta, mean and bias may be null: 1, 0, 0, 0.
+struct FixedNorm {
   ChannelVector mean, var, gamma, beta, bias;
   double eps = 0;
-  void* bias_out = nullptr;  // K elements of what `to` accumulates in
 };
 
-// Makes a constant of a filter in one pass: out = cast(filter * s[k]), in layout KRSC, or CRSK under transposed
+// `scale` and, unless it is null, `shift` get `channels` elements each, of what tensors of `dtype` accumulate in.
+Status launch_norm_affine(const FixedNorm&, int64_t channels, DType dtype, void* scale, void* shift, Stream);
+
+// A filter in another form in one pass: out = cast(filter * scale[k]), in layout KRSC, or CRSK under transposed
 // (a group's C/G x R x S x K/G after another's), which is the W' that dgrad reads. The filter may have any strides.
 // from -> to: the same type, or f32 -> f16 or bf16.
 struct FilterTransform {
   DType from = DType::f32, to = DType::f32;
   bool transposed = false;
   int64_t stride_k = 0, stride_c = 0, stride_r = 0, stride_s = 0;  // of the filter, in elements
-  const BatchNormFold* fold = nullptr;                             // null: s = 1
+  const void* scale = nullptr;  // K elements of what `from` accumulates in; null: 1
 };
 Status launch_filter_transform(const Conv2dProblem&, const FilterTransform&, const void* filter, void* out, Stream);
 
@@ -158,6 +160,7 @@ struct KernelTable {
   decltype(&freezekit::bias_grad_workspace) bias_grad_bytes;
   decltype(&launch_bias_grad) bias_grad;
   decltype(&launch_filter_transform) filter_transform;
+  decltype(&launch_norm_affine) norm_affine;
   decltype(&launch_layout_change) layout_change;
   decltype(&launch_mask_pack) mask_pack;
   decltype(&launch_mask_apply) mask_apply;

@@ -12,13 +12,12 @@ int64_t output_numel(Operator op, const Conv2dProblem& p) {
 
 // A pointer may be null where its tensor is empty: wgrad of an empty batch reads nothing and writes zeros.
 bool pointers_are_there(Operator op, const Conv2dProblem& p, const Conv2dTensors& t) {
-  return (t.filter || (op == Operator::dgrad && t.transposed_filter)) &&
-         (t.x || (op == Operator::wgrad && p.x_numel() == 0)) &&
+  return t.filter && (t.x || (op == Operator::wgrad && p.x_numel() == 0)) &&
          (t.y || (op == Operator::wgrad && p.y_numel() == 0));
 }
 
 bool epilogue_is_valid(Operator op, const Epilogue& e) {
-  const bool any = e.bias || e.residual || e.relu || e.mask_out || e.mask_in;
+  const bool any = e.scale || e.bias || e.residual || e.relu || e.mask_out || e.mask_in;
   return op == Operator::wgrad ? !any : (!e.mask_out || e.relu) && e.relu_end > 0;
 }
 
@@ -26,12 +25,12 @@ bool epilogue_is_valid(Operator op, const Epilogue& e) {
 Status launch_depthwise(Operator op, const Selection& selection, const Conv2dProblem& p, DType dtype,
                         const Conv2dTensors& tensors, const Epilogue& epilogue, void* workspace, Stream stream) {
   const bool tiled = selection.config == kDepthwiseTiled && is_aligned_16(tensors.x) && is_aligned_16(tensors.y) &&
-                     is_aligned_16(epilogue.bias) && is_aligned_16(epilogue.residual);
+                     is_aligned_16(epilogue.scale) && is_aligned_16(epilogue.bias) &&
+                     is_aligned_16(epilogue.residual);
   if (op == Operator::wgrad) {
     return tiled ? launch_depthwise_wgrad(selection.split_k, p, dtype, tensors, workspace, stream)
                  : launch_depthwise_generic_wgrad(selection.split_k, p, dtype, tensors, workspace, stream);
   }
-  if (!tensors.filter) return Status::invalid_argument;
   const void* const in = op == Operator::fprop ? tensors.x : tensors.y;
   void* const out = op == Operator::fprop ? tensors.y : tensors.x;
   return tiled ? launch_depthwise_gather(op, p, dtype, in, tensors.filter, out, epilogue, stream)
@@ -44,11 +43,12 @@ Status launch_conv2d(Operator op, const Selection& selection, const Conv2dProble
                      const Conv2dTensors& tensors, const Epilogue& epilogue, void* workspace, Stream stream) {
   if (output_numel(op, p) == 0) return Status::success;
   if (selection.family == Family::none) return Status::unsupported;
-  const bool needs_workspace = selection.workspace_bytes > 0 && !(op == Operator::dgrad && tensors.transposed_filter);
   if (!fits_int32(p) || !pointers_are_there(op, p, tensors) || !epilogue_is_valid(op, epilogue) ||
-      (needs_workspace && !workspace)) {
+      (selection.workspace_bytes > 0 && !workspace)) {
     return Status::invalid_argument;
   }
+  const bool makes_filter = selection.family == Family::implicit_gemm || selection.family == Family::hopper;
+  if (tensors.filter_scale && !(op == Operator::dgrad && makes_filter)) return Status::invalid_argument;
   const bool fprop = op == Operator::fprop;
   const void* const in = fprop ? tensors.x : tensors.y;
   void* const out = fprop ? tensors.y : tensors.x;
@@ -57,7 +57,6 @@ Status launch_conv2d(Operator op, const Selection& selection, const Conv2dProble
       if (op == Operator::wgrad) {
         return launch_direct_wgrad(selection.config, selection.split_k, p, dtype, tensors, workspace, stream);
       }
-      if (!tensors.filter) return Status::invalid_argument;
       return launch_direct_gather(selection.config, make_gather(op, p), dtype, in, tensors.filter, out, epilogue,
                                   stream);
     case Family::implicit_gemm:
@@ -83,7 +82,7 @@ Status launch_conv2d(Operator op, const Selection& selection, const Conv2dProble
 extern "C" FK_EXPORT const freezekit::KernelTable* freezekit_kernel_table() {
   static const freezekit::KernelTable table = {freezekit::launch_conv2d, freezekit::bias_grad_workspace,
                                                freezekit::launch_bias_grad, freezekit::launch_filter_transform,
-                                               freezekit::launch_layout_change, freezekit::launch_mask_pack,
+                                               freezekit::launch_norm_affine, freezekit::launch_layout_change, freezekit::launch_mask_pack,
                                                freezekit::launch_mask_apply, freezekit::launch_activation,
                                                freezekit::launch_gate, freezekit::launch_pack_bytes,
                                                freezekit::launch_max_pool, freezekit::launch_max_pool_scatter,

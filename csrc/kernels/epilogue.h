@@ -1,6 +1,6 @@
-// What every fprop and dgrad kernel does with its accumulators: + bias, + residual, ReLU, clamp, mask, store.
+// What every fprop and dgrad kernel does with its accumulators: * scale, + bias, + residual, ReLU, clamp, mask, store.
 //
-//   v = round(acc + bias[channel] + residual[offset]);  mask_out bit = !(v <= 0) && !(v >= end)
+//   v = round(acc * scale[channel] + bias[channel] + residual[offset]);  mask_out bit = !(v <= 0) && !(v >= end)
 //   v = v <= 0 ? 0 : v >= end ? end : v;  out[offset] = mask_in bit ? v : 0
 //
 // `offset` counts elements of the output in memory order, NHWC. The bit is taken of the value rounded to the tensors'
@@ -24,7 +24,7 @@ namespace freezekit {
 // What a kernel is compiled for; a member that is null at run time does nothing.
 enum EpilogueFlags : int {
   kEpilogueNone = 0,
-  kEpilogueBias = 1,
+  kEpilogueAffine = 1,  // scale and bias
   kEpilogueResidual = 2,
   kEpilogueRelu = 4,
   kEpilogueMaskIn = 8,
@@ -36,6 +36,7 @@ enum EpilogueFlags : int {
 template <class T>
 struct EpilogueParameters {
   T* out = nullptr;
+  const Accumulator<T>* scale = nullptr;
   const void* bias = nullptr;  // of T, or of Accumulator<T> under wide_bias
   const T* residual = nullptr;
   uint32_t* mask_out = nullptr;
@@ -74,6 +75,14 @@ FK_DEVICE void add_run(const From* p, int32_t count, bool vector, Acc (&acc)[8])
   load_run(p, count, vector, run);
 #pragma unroll
   for (int32_t i = 0; i < 8; ++i) acc[i] += cast<Acc>(run[i]);
+}
+
+template <class Acc>
+FK_DEVICE void scale_run(const Acc* p, int32_t count, bool vector, Acc (&acc)[8]) {
+  Acc run[8];
+  load_run(p, count, vector, run);
+#pragma unroll
+  for (int32_t i = 0; i < 8; ++i) acc[i] *= run[i];
 }
 
 // The eight mask bits from `offset` on.
@@ -117,7 +126,8 @@ FK_DEVICE void finish_run(const EpilogueParameters<T>& e, Accumulator<T> (&acc)[
                           int32_t count) {
   using Acc = Accumulator<T>;
   const bool vector = (kFlags & kEpilogueVector) != 0 || e.vector;
-  if constexpr ((kFlags & kEpilogueBias) != 0) {
+  if constexpr ((kFlags & kEpilogueAffine) != 0) {
+    if (e.scale) scale_run(e.scale + channel, count, vector, acc);
     if (e.bias && (std::is_same_v<T, Acc> || e.wide_bias)) {
       add_run(static_cast<const Acc*>(e.bias) + channel, count, vector, acc);
     } else if (e.bias) {
@@ -151,6 +161,7 @@ template <class T>
 EpilogueParameters<T> epilogue_parameters(const Epilogue& e, void* out, int64_t out_c) {
   EpilogueParameters<T> parameters;
   parameters.out = static_cast<T*>(out);
+  parameters.scale = static_cast<const Accumulator<T>*>(e.scale);
   parameters.bias = e.bias;
   parameters.wide_bias = e.wide_bias;
   parameters.residual = static_cast<const T*>(e.residual);
@@ -158,7 +169,8 @@ EpilogueParameters<T> epilogue_parameters(const Epilogue& e, void* out, int64_t 
   parameters.mask_in = e.mask_in;
   parameters.relu = e.relu;
   parameters.relu_end = std::isinf(e.relu_end) ? std::numeric_limits<float>::quiet_NaN() : e.relu_end;
-  parameters.vector = out_c % 8 == 0 && is_aligned_16(out) && is_aligned_16(e.bias) && is_aligned_16(e.residual);
+  parameters.vector = out_c % 8 == 0 && is_aligned_16(out) && is_aligned_16(e.scale) && is_aligned_16(e.bias) &&
+                      is_aligned_16(e.residual);
   return parameters;
 }
 

@@ -46,11 +46,11 @@ Status launch_direct_gather(int config, const Gather&, DType, const void* in, co
 Status launch_direct_wgrad(int config, int split_k, const Conv2dProblem&, DType, const Conv2dTensors&, void* workspace,
                            Stream);
 
-// fprop and dgrad. dgrad without tensors.transposed_filter needs filter_numel() elements of workspace for it.
+// fprop and dgrad. dgrad needs filter_numel() elements of workspace for W'.
 Status launch_implicit_gemm(Operator, int config, const Conv2dProblem&, DType, const Conv2dTensors&, const Epilogue&,
                             void* workspace, Stream);
 
-// The filter as the GEMM of fprop or dgrad reads it: as it is, or W' as given or made in the workspace.
+// The filter as the GEMM of fprop or dgrad reads it: as it is, or W' made in the workspace.
 Status prepare_filter(Operator, const Conv2dProblem&, DType, const Conv2dTensors&, void* workspace, Stream,
                       const void** filter);
 

@@ -9,7 +9,6 @@ namespace freezekit {
 
 void bind_blocks(py::module_& parent);
 void bind_choices(py::module_& parent);
-void bind_constants(py::module_& parent);
 void bind_quick(py::module_& parent);
 void bind_tiles(py::module_& parent);
 

@@ -6,12 +6,9 @@ looks at: layers of blocks that would run fused get none, and their operator is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from freezekit.fusion import folding
 from freezekit.fusion.classes import plan_of
 from freezekit.fusion.layers import why_unfused
 from freezekit.fusion.plan import BlockNames
@@ -56,11 +53,3 @@ def label(names: BlockNames) -> str:
     """``conv1 + bn1 + add + relu``."""
     parts = (names.conv, names.norm, "add" if names.adds else "", names.activation)
     return " + ".join(part for part in parts if part)
-
-
-def constants(model: nn.Module) -> Iterator[Tensor]:
-    """Folded weights and biases that are kept for a model: there anyway between steps, like parameters."""
-    for form in folding.kept(model):
-        yield form.weight
-        if form.bias is not None:
-            yield form.bias

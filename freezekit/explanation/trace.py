@@ -18,10 +18,9 @@ from torch.utils._pytree import tree_map
 
 from freezekit._inputs import Arguments
 from freezekit.conversion import SWAPS
-from freezekit.explanation.fused import FusedBlocks, constants
+from freezekit.explanation.fused import FusedBlocks
 from freezekit.explanation.modes import Functions, Operators, fallback, note
 from freezekit.explanation.record import Call, Kept, Trace
-from freezekit.fusion import folding
 
 OURS = tuple(SWAPS.values())
 
@@ -39,7 +38,7 @@ def trace(model: nn.Module, inputs: Arguments) -> Trace:
     recorder = Recorder(model)
     stand_ins = recorder.stand_ins()
     args, kwargs = tree_map(_stand_in, inputs)
-    with folding.undisturbed(model), recorder.recording(), torch.enable_grad():
+    with recorder.recording(), torch.enable_grad():
         try:
             output = torch.func.functional_call(model, stand_ins, args, kwargs, tie_weights=True)
         except (RuntimeError, NotImplementedError) as error:
@@ -48,7 +47,7 @@ def trace(model: nn.Module, inputs: Arguments) -> Trace:
                 f"there it fails: {error}"
             ) from error
         del output  # held until here, so that everything kept for its backward was counted
-        return Trace(recorder.calls, recorder.kept_but(constants(model)))
+        return Trace(recorder.calls, list(recorder.kept.values()))
 
 
 def _stand_in(value: Any) -> Any:
@@ -98,9 +97,9 @@ class Recorder:
             stack = self._functions.stack
             block = self._fused.label_of(module, self._blocks_run[entry])
             if block and (not stack or stack[0].startswith("frozen_conv2d")):
-                function = block  # Called from Python or, where it was called alike before, from C++.
-            elif not stack or (block and not torch.is_grad_enabled()):
-                return None  # Without grad weights are folded, which a step with nothing new does not do.
+                function = block
+            elif not stack:
+                return None
             else:
                 function = stack[0]
         key = (id(module), function, entry)
@@ -128,11 +127,6 @@ class Recorder:
         """Tensors that a step on data does not make."""
         self._not_counted |= {tensor.untyped_storage()._cdata for tensor in tensors}
         self._alive += tensors
-
-    def kept_but(self, constants: Iterator[Tensor]) -> list[Kept]:
-        """All that is kept, without what is there between steps anyway."""
-        there = {constant.untyped_storage()._cdata for constant in constants}
-        return [kept for storage, kept in self.kept.items() if storage not in there]
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._entries += 1

@@ -1,12 +1,10 @@
-"""Who does not read ``requires_grad`` at each call is told that it changed: the constant cache, and torch.compile."""
+"""Who does not read ``requires_grad`` at each call is told that it changed: torch.compile."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 from torch import nn
-
-from freezekit import constants
 
 _MARK = "_freezekit_flags_changed"
 
@@ -18,8 +16,6 @@ def announce(model: nn.Module, params: Iterable[nn.Parameter]) -> None:
     those that it has seen, by CPython's own count of writes: a step that was compiled frozen would go on frozen after
     `unfreeze`, without a word. So each dictionary is written to, and left as it was.
     """
-    params = list(params)
-    constants.follow(params)
     changed = {id(param) for param in params}
     for module in model.modules():
         own = module._parameters

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from freezekit._arguments import check_module
-from freezekit.fusion import folding
 from freezekit.fusion.classes import fuse_module, original_class, plan_of, unfuse_module
 from freezekit.fusion.plan import make_plan
 from freezekit.fusion.report import BlockReport, fusion_report
@@ -29,8 +28,7 @@ def fuse(model: Model) -> Model:
     Names, parameters, buffers, state_dict, hooks and isinstance stay as they are; only ``type(module)`` of the
     rewritten containers is a subclass of what it was. A deepcopy is fused, a pickle is not: it holds the stock classes.
 
-    Weights folded with batch norms are kept across steps; every change of their sources is seen but writes through
-    ``.data`` or numpy. After such a write call `freezekit.constants.invalidate`.
+    Nothing is kept of a weight: each call reads the parameters as they are then.
 
     Args:
         model: any module; fusing twice, or after layers were changed, is fine.
@@ -64,7 +62,7 @@ def fuse(model: Model) -> Model:
 
 
 def unfuse(model: Model) -> Model:
-    """Undoes `fuse`: every module has the class that it had, and nothing that was folded is kept.
+    """Undoes `fuse`: every module has the class that it had.
 
     >>> from torch import nn
     >>> import freezekit as fk
@@ -75,7 +73,6 @@ def unfuse(model: Model) -> Model:
     check_module(model)
     for module in model.modules():
         unfuse_module(module)
-    folding.drop_all(model)
     return model
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
@@ -11,13 +10,13 @@ from torch import Tensor, nn
 
 import freezekit._C as _C
 from freezekit import backends
-from freezekit.fusion import folding
-from freezekit.fusion.layers import activation_kind, sources, why_unfused
+from freezekit.fusion.layers import ACTIVATIONS, CONVS, NORMS, activation_kind, norm_tensors, sources, why_unfused
 
 _frozen = torch.ops.freezekit.frozen_conv2d.default
 _shared = torch.ops.freezekit.frozen_conv2d_shared.default
-# A call that is like one before, by the compiled memo of what was decided then; None where there is none.
-_again = _C.blocks.run
+# The call where all is plainly fit for one operator, without Python; None where it is not, and `_runs_fused` decides.
+_run = _C.blocks.run
+_C.blocks.know(CONVS, NORMS, ACTIVATIONS)
 
 
 def block(
@@ -39,12 +38,12 @@ def block(
         channels_last: the layout of the result; None leaves it to torch's rule.
     """
     if not torch.compiler.is_compiling():
-        y = _again(x, conv, norm, activation, residual, channels_last, backends._current, False)
+        y = _run(x, conv, norm, activation, residual, channels_last, backends._current, False)
         if y is not None:
             return y
     if not _runs_fused(x, conv, norm, activation, residual):
         return _layers(x, conv, norm, activation, residual, add_in_place)
-    return _decided(_frozen, x, conv, norm, activation, residual, channels_last)[0]
+    return _fused(_frozen, x, conv, norm, activation, residual, channels_last)[0]
 
 
 def shared_block(
@@ -59,15 +58,15 @@ def shared_block(
     """As `block`; also returns x, for those who read it after: their gradients are added inside this one's dgrad."""
     if torch.compiler.is_compiling():
         return block(x, conv, norm, activation, residual, add_in_place, channels_last), x
-    pair = _again(x, conv, norm, activation, residual, channels_last, backends._current, True)
+    pair = _run(x, conv, norm, activation, residual, channels_last, backends._current, True)
     if pair is not None:
         return pair
     if not _runs_fused(x, conv, norm, activation, residual):
         return _layers(x, conv, norm, activation, residual, add_in_place), x
-    return _decided(_shared, x, conv, norm, activation, residual, channels_last)
+    return _fused(_shared, x, conv, norm, activation, residual, channels_last)
 
 
-def _decided(
+def _fused(
     operator: Any,
     x: Tensor,
     conv: nn.Module,
@@ -75,20 +74,20 @@ def _decided(
     activation: nn.Module | str | None,
     residual: Tensor | None,
     channels_last: bool | None,
-) -> tuple[Tensor, Tensor]:
-    """The operator's call, which is remembered."""
+) -> Any:
     assert isinstance(conv, nn.Conv2d)
-    form, backend = folding.folded(conv, norm), backends._current
-    kind = activation_kind(activation)
-    if not torch.compiler.is_compiling():
-        if channels_last is None:  # torch's rule, which the layout of a folded weight has no say in
-            channels_last = _C.blocks.is_channels_last(x, conv.weight)
-        if folding.is_kept(conv) and _C.blocks.remember(
-            x, conv, norm, activation, residual, form.weight, form.bias, kind, backend
-        ):
-            weakref.finalize(conv, _C.blocks.forget, id(conv)).atexit = False
-    settings = (kind, conv.stride, conv.padding, conv.dilation, conv.groups)
-    return operator(x, form.weight, form.bias, residual, *settings, channels_last=channels_last, backend=backend)
+    settings = (activation_kind(activation), conv.stride, conv.padding, conv.dilation, conv.groups)
+    live = {} if norm is None else norm_tensors(norm)
+    return operator(
+        x,
+        conv._parameters["weight"],
+        conv._parameters["bias"],
+        residual,
+        *settings,
+        **live,
+        channels_last=channels_last,
+        backend=backends._current,
+    )
 
 
 def inner_layout(x: Tensor) -> bool | None:
@@ -123,7 +122,6 @@ def _runs_fused(
     x: Tensor, conv: nn.Module, norm: nn.Module | None, activation: nn.Module | str | None, residual: Tensor | None
 ) -> bool:
     if why_unfused(conv, norm, activation):
-        folding.drop(conv)
         return False
     assert isinstance(conv, nn.Conv2d)
     weight = conv._parameters["weight"]

@@ -19,7 +19,8 @@ def _kinds(*bases: type[nn.Module]) -> frozenset[type[nn.Module]]:
 
 
 CONVS = _kinds(nn.Conv2d)
-NORMS = _kinds(nn.BatchNorm2d, nn.SyncBatchNorm)
+# With what they normalise by: fixed statistics always, or in eval mode alone.
+NORMS: dict[type[nn.Module], bool] = dict.fromkeys(_kinds(nn.BatchNorm2d, nn.SyncBatchNorm), False)
 _RELUS = _kinds(nn.ReLU)
 _RELU6S = _kinds(nn.ReLU6)
 ACTIVATIONS: dict[type[nn.Module], str] = {**dict.fromkeys(_RELUS, "relu"), **dict.fromkeys(_RELU6S, "relu6")}
@@ -44,7 +45,7 @@ def activation_kind(activation: nn.Module | str | None) -> str | None:
 
 
 def sources(conv: nn.Module, norm: nn.Module | None) -> list[Tensor]:
-    """All tensors that a folded weight and bias are made of.
+    """All tensors that a block reads of its layers.
 
     Read from the modules' dictionaries: `nn.Module.__getattr__` would be a good part of what a small block costs.
     """
@@ -54,6 +55,18 @@ def sources(conv: nn.Module, norm: nn.Module | None) -> list[Tensor]:
         affine, statistics = norm._parameters, norm._buffers
         found += [affine["weight"], affine["bias"], statistics["running_mean"], statistics["running_var"]]
     return [tensor for tensor in found if tensor is not None]
+
+
+def norm_tensors(norm: nn.Module) -> dict[str, Any]:
+    """A norm as the operator takes it."""
+    affine, statistics = norm._parameters, norm._buffers
+    return {
+        "norm_weight": affine["weight"],
+        "norm_bias": affine["bias"],
+        "running_mean": statistics["running_mean"],
+        "running_var": statistics["running_var"],
+        "eps": norm.eps,
+    }
 
 
 def why_unfused(conv: nn.Module, norm: nn.Module | None, activation: nn.Module | str | None) -> str:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from freezekit._arguments import check_module, check_real
 from freezekit._inputs import Arguments, arguments
-from freezekit.explanation.fused import constants
 from freezekit.explanation.trace import Trace, trace
 from freezekit.planning.machine import Machine, seconds
 from freezekit.planning.report import Option, Plan
@@ -163,8 +162,7 @@ def _measure(model: nn.Module, inputs: Arguments, option: Option) -> Option:
 
     device = next(model.parameters()).device
     with _frozen(dict(model.named_parameters()), list(option.frozen)):
-        inputs.call(model)  # Weights are folded once, not in every step.
-        there = [*model.parameters(), *model.buffers(), *constants(model)]
+        there = [*model.parameters(), *model.buffers()]
         own |= {tensor.untyped_storage()._cdata for tensor in there}
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             output = inputs.call(model)

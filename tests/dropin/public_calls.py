@@ -11,7 +11,6 @@ from torch import nn
 
 import freezekit as fk
 from freezekit.backends import current_backend
-from freezekit.constants import invalidate, verify_constants
 from freezekit.conversion import conversion_report
 from freezekit.distributed import rewrap
 from freezekit.freezing import PatternError, is_held, load_freeze_state
@@ -185,8 +184,6 @@ for watch in (fk.guard, Guard):
         ("every 1.5 steps", lambda m, o, f=watch: f(m, o, 1.5, "raise"), ValueError, ("every", "from 1", "1.5")),
         ("mode", lambda m, o, f=watch: f(m, o, 1, "warn"), ValueError, ("mode", "restore", "'warn'")),
     )
-first(invalidate)
-first(verify_constants)
 rows(
     "load_choices",
     ("a number", lambda m, o: load_choices(3), TypeError, ("text", "str", "int")),

@@ -42,16 +42,14 @@ def step():
 for _ in range(400):  # caches and the allocator's pools fill
     step()
 tensors = sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
-before, samples, kept = resident(), [], []
+before, samples = resident(), []
 for i in range(2000):
     step()
     if i % 250 == 249:
         samples.append(resident() - before)
-        usage = fk.constants.usage()
-        kept.append((usage["cached"], usage["bytes"]))
 after = sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
 threads = [t.name for t in threading.enumerate()]
-print(json.dumps({"kib": samples, "tensors": after - tensors, "threads": threads, "kept": kept}))
+print(json.dumps({"kib": samples, "tensors": after - tensors, "threads": threads}))
 """
 
 
@@ -64,6 +62,3 @@ def test_memory_is_flat_over_2000_steps_with_toggles() -> None:
     assert max(result["kib"]) < 3000, result
     assert result["tensors"] <= 24, result  # gradients of layers that happen to be trainable at the end
     assert result["threads"] == ["MainThread"], result
-    # At most a fold and its cast of each of 6 layers, with 4 x 4 x 3 x 3 + 4 floats each.
-    assert max(count for count, _ in result["kept"]) <= 6 * 4, result
-    assert max(size for _, size in result["kept"]) <= 6 * 4 * 148 * 4, result

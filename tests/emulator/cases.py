@@ -7,7 +7,12 @@ from dataclasses import dataclass
 from tests.kernels.emulated import FAMILIES, OPERATORS, Problem
 
 DTYPES = ("f32", "f64", "f16", "bf16")  # in the order of csrc/core/problem.h
-EPILOGUES = {"bias": 1, "residual": 2, "relu": 4, "mask_out": 8, "mask_in": 16, "relu6": 32, "wide_bias": 64}
+EPILOGUES = {
+    name: 1 << bit
+    for bit, name in enumerate(
+        ("bias", "residual", "relu", "mask_out", "mask_in", "relu6", "wide_bias", "scale", "filter_scale")
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ DILATED = Problem(n=1, c=8, h=9, w=7, k=8, stride=(2, 1), dilation=(2, 2), pad=(
 GROUPED = Problem(n=2, c=6, h=5, w=5, k=12, groups=3)
 GAPPED = Problem(n=2, c=3, h=4, w=4, k=3, r=1, s=1, pad=(0, 0), stride=(3, 2))  # phases of dgrad without taps
 WIDE = Problem(n=1, c=40, h=6, w=6, k=72)
-EVERY_EPILOGUE = ("bias", "wide_bias", "residual", "relu", "relu6", "mask_out", "mask_in")
+EVERY_EPILOGUE = ("scale", "bias", "wide_bias", "residual", "relu", "relu6", "mask_out", "mask_in")
 
 DIRECT = [
     *(Case(op, p, family="direct") for op in OPERATORS for p in (SMALL, STRIDED, DILATED, GROUPED, GAPPED)),
@@ -72,6 +77,7 @@ def gemm_cases(dtype: str) -> list[Case]:
         *(gemm(dtype, op, POINTWISE, epilogue=EVERY_EPILOGUE) for op in ("fprop", "dgrad")),
         *(gemm(dtype, "dgrad", p, epilogue=EVERY_EPILOGUE) for p in (GEMM_STRIDED, GEMM_DILATED, GEMM_GAPPED)),
         gemm(dtype, "fprop", GEMM_DILATED),
+        *(gemm(dtype, "dgrad", p, epilogue=("filter_scale",)) for p in (GEMM_GROUPED, GEMM_STRIDED)),
         gemm(dtype, "fprop", CHUNKS, epilogue=("bias", "relu", "mask_out")),
         *(gemm(dtype, op, GEMM_GROUPED) for op in ("fprop", "dgrad")),
         *(gemm(dtype, op, RAGGED, 4, EVERY_EPILOGUE) for op in ("fprop", "dgrad")),
@@ -98,6 +104,7 @@ def hopper(
 
 HOPPER = [
     *(hopper(op, HOPPER_WIDE, config=config) for op in ("fprop", "dgrad") for config in range(3)),
+    hopper("dgrad", HOPPER_WIDE, epilogue=("filter_scale",)),
     *(hopper(op, p) for op in OPERATORS for p in (POINTWISE, GEMM_STRIDED, GEMM_DILATED, GEMM_GAPPED)),
     *(
         hopper("wgrad", HOPPER_WIDE, dtype, config, split_k=1 + config)

@@ -13,7 +13,7 @@ using namespace driver;
 
 namespace {
 
-enum EpilogueBits { kBias = 1, kResidual = 2, kRelu = 4, kMaskOut = 8, kMaskIn = 16, kRelu6 = 32, kWideBias = 64 };
+enum EpilogueBits { kBias = 1, kResidual = 2, kRelu = 4, kMaskOut = 8, kMaskIn = 16, kRelu6 = 32, kWideBias = 64, kScale = 128, kFilterScale = 256 };
 
 struct Case {
   const char* text;
@@ -58,10 +58,11 @@ Selection selection_of(const Case& c) {
 }
 
 // Applies the epilogue to `expected` and returns the mask that the kernel must write.
-std::vector<uint32_t> finish(const Case& c, std::vector<double>& expected, const std::vector<double>& bias,
-                             const std::vector<double>& residual, const std::vector<uint32_t>& mask_in) {
+std::vector<uint32_t> finish(const Case& c, std::vector<double>& expected, const std::vector<double>& scale,
+                             const std::vector<double>& bias, const std::vector<double>& residual, const std::vector<uint32_t>& mask_in) {
   std::vector<uint32_t> mask(mask_in.size(), 0);
   for (size_t i = 0; i < expected.size(); i++) {
+    if (c.epilogue & kScale) expected[i] *= scale[i % scale.size()];
     if (c.epilogue & kBias) expected[i] += bias[i % bias.size()];
     if (c.epilogue & kResidual) expected[i] += residual[i];
     const bool beyond = (c.epilogue & kRelu6) && expected[i] >= 6;
@@ -89,26 +90,33 @@ int run_case(const Case& c, bool integers) {
   const auto random = integers ? random_integers : random_reals;
   const std::vector<double> first = random(fprop ? p.x_numel() : p.y_numel());
   const std::vector<double> second = random(wgrad ? p.x_numel() : p.filter_numel());
-  std::vector<double> expected = conv_reference(c.op, p, first, second);
-  const std::vector<double> bias = random(fprop ? p.k : p.c);
+  const std::vector<double> filter_scale = random(p.k);
+  std::vector<double> scaled = second;
+  if (c.epilogue & kFilterScale) {
+    for (size_t i = 0; i < scaled.size(); i++) scaled[i] *= filter_scale[i / (scaled.size() / filter_scale.size())];
+  }
+  std::vector<double> expected = conv_reference(c.op, p, first, scaled);
+  const std::vector<double> bias = random(fprop ? p.k : p.c), scale = random(fprop ? p.k : p.c);
   const std::vector<double> residual = random(static_cast<int64_t>(expected.size()));
   std::vector<uint32_t> mask_in((expected.size() + 31) / 32);
   for (uint32_t& word : mask_in) word = static_cast<uint32_t>(random_below(1 << 24) << 8 ^ random_below(1 << 24));
-  const std::vector<uint32_t> expected_mask = finish(c, expected, bias, residual, mask_in);
+  const std::vector<uint32_t> expected_mask = finish(c, expected, scale, bias, residual, mask_in);
 
   const Selection selection = selection_of(c);
   using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
   const Array<T> of_first(first), of_second(second), out(expected.size()), of_bias(bias), of_residual(residual);
-  const Array<Wide> of_wide_bias(bias);
+  const Array<Wide> of_wide_bias(bias), of_scale(scale), of_filter_scale(filter_scale);
   const Array<uint32_t> mask_out(mask_in.size()), of_mask_in(mask_in);
   const Array<char> workspace(selection.workspace_bytes);
   Conv2dTensors tensors;
   (fprop ? tensors.x : tensors.y) = of_first.data();
   (wgrad ? tensors.x : tensors.filter) = of_second.data();
   (fprop ? tensors.y : wgrad ? tensors.filter : tensors.x) = out.data();
+  if (c.epilogue & kFilterScale) tensors.filter_scale = of_filter_scale.data();
   Epilogue epilogue;
   epilogue.wide_bias = c.epilogue & kWideBias;
   if (c.epilogue & kBias) epilogue.bias = epilogue.wide_bias ? static_cast<void*>(of_wide_bias.data()) : of_bias.data();
+  if (c.epilogue & kScale) epilogue.scale = of_scale.data();
   if (c.epilogue & kResidual) epilogue.residual = of_residual.data();
   epilogue.relu = c.epilogue & kRelu;
   if (c.epilogue & kRelu6) epilogue.relu_end = 6;

@@ -1,7 +1,7 @@
 // Runs the kernels around the convolutions and compares every bit with loops.
 //
 //   small_driver SEED SCHEDULE JOB...     SEED, SCHEDULE: as conv_driver's
-//     JOB: bias:ROWS,K or layout:N,C,H,W or mask:NUMEL or filter:K,C,TAPS or
+//     JOB: bias:ROWS,K or layout:N,C,H,W or mask:NUMEL or filter:K,C,TAPS or norm:K or
 //          activation:NUMEL or bytes:NUMEL or pool:N,C,H,W,KERNEL,STRIDE,PADDING,DILATION
 //
 // Every job runs in all dtypes.
@@ -71,34 +71,52 @@ int run_mask(DType dtype, const Sizes& sizes) {
   return compare("mask apply", out, values);
 }
 
-// CRSK from KRSC, with a batch norm whose scale is the exact gamma / 2, and its bias.
+// CRSK from KRSC, with a factor for each k.
 template <class T>
 int run_filter(DType dtype, const Sizes& sizes) {
   using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
   Conv2dProblem p;
   p.k = sizes[0], p.c = sizes[1], p.r = sizes[2], p.s = 1;
-  const std::vector<double> filter = random_integers(p.filter_numel()), gamma = random_integers(p.k);
-  const std::vector<double> mean = random_integers(p.k), var(gamma.size(), 3.0);
-  std::vector<double> expected(filter.size()), expected_bias(gamma.size());
-  for (size_t k = 0; k < gamma.size(); k++) expected_bias[k] = -mean[k] * gamma[k] / 2;
+  const std::vector<double> filter = random_integers(p.filter_numel()), scale = random_integers(p.k);
+  std::vector<double> expected(filter.size());
   for (int64_t k = 0; k < p.k; k++)
     for (int64_t tap = 0; tap < p.r; tap++)
       for (int64_t c = 0; c < p.c; c++) {
         expected[static_cast<size_t>((c * p.r + tap) * p.k + k)] =
-            filter[static_cast<size_t>((k * p.r + tap) * p.c + c)] * gamma[static_cast<size_t>(k)] / 2;
+            filter[static_cast<size_t>((k * p.r + tap) * p.c + c)] * scale[static_cast<size_t>(k)];
       }
-  const Array<T> from(filter), to(filter.size()), of_gamma(gamma), of_mean(mean), of_var(var);
-  const Array<Wide> bias(gamma.size());
-  BatchNormFold norm;
-  norm.mean = {of_mean.data(), dtype}, norm.var = {of_var.data(), dtype}, norm.gamma = {of_gamma.data(), dtype};
-  norm.eps = 1, norm.bias_out = bias.data();
+  const Array<T> from(filter), to(filter.size());
+  const Array<Wide> of_scale(scale);
   FilterTransform transform;
-  transform.from = transform.to = dtype, transform.transposed = true, transform.fold = &norm;
+  transform.from = transform.to = dtype, transform.transposed = true, transform.scale = of_scale.data();
   transform.stride_k = p.r * p.c, transform.stride_c = 1, transform.stride_r = transform.stride_s = p.c;
   const Status status = freezekit_kernel_table()->filter_transform(p, transform, from.data(), to.data(), nullptr);
   if (const int failed = check_status("filter", status)) return failed;
-  if (const int wrong = compare("folded bias", bias, expected_bias)) return wrong;
   return compare("filter", to, expected);
+}
+
+// A batch norm whose scale is the exact gamma / 2.
+template <class T>
+int run_norm(DType dtype, const Sizes& sizes) {
+  using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
+  const std::vector<double> gamma = random_integers(sizes[0]), beta = random_integers(sizes[0]);
+  const std::vector<double> mean = random_integers(sizes[0]), bias = random_integers(sizes[0]);
+  const std::vector<double> var(gamma.size(), 3.0);
+  std::vector<double> expected_scale(gamma.size()), expected_shift(gamma.size());
+  for (size_t k = 0; k < gamma.size(); k++) {
+    expected_scale[k] = gamma[k] / 2;
+    expected_shift[k] = beta[k] + (bias[k] - mean[k]) * gamma[k] / 2;
+  }
+  const Array<T> of_gamma(gamma), of_beta(beta), of_mean(mean), of_bias(bias), of_var(var);
+  const Array<Wide> scale(gamma.size()), shift(gamma.size());
+  FixedNorm norm;
+  norm.mean = {of_mean.data(), dtype}, norm.var = {of_var.data(), dtype}, norm.gamma = {of_gamma.data(), dtype};
+  norm.beta = {of_beta.data(), dtype}, norm.bias = {of_bias.data(), dtype}, norm.eps = 1;
+  const Status status =
+      freezekit_kernel_table()->norm_affine(norm, sizes[0], dtype, scale.data(), shift.data(), nullptr);
+  if (const int failed = check_status("norm", status)) return failed;
+  if (const int wrong = compare("scale", scale, expected_scale)) return wrong;
+  return compare("shift", shift, expected_shift);
 }
 
 struct Job {
@@ -123,6 +141,7 @@ int run_job(DType dtype, const Job& job) {
   if (job.kind == "layout" && job.sizes.size() == 4) return run_layout<T>(dtype, job.sizes);
   if (job.kind == "mask" && job.sizes.size() == 1) return run_mask<T>(dtype, job.sizes);
   if (job.kind == "filter" && job.sizes.size() == 3) return run_filter<T>(dtype, job.sizes);
+  if (job.kind == "norm" && job.sizes.size() == 1) return run_norm<T>(dtype, job.sizes);
   if (job.kind == "activation" && job.sizes.size() == 1) return layer_jobs::run_activation<T>(dtype, job.sizes);
   if (job.kind == "bytes" && job.sizes.size() == 1) return layer_jobs::run_bytes(job.sizes);
   if (job.kind == "pool" && job.sizes.size() == 8) return layer_jobs::run_pool<T>(dtype, job.sizes);

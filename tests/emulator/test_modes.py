@@ -45,6 +45,7 @@ SMALL_JOBS = [
     *("layout:1,1,1,1", "layout:2,33,5,7", "layout:1,40,8,9"),
     *("mask:1", "mask:31", "mask:64", "mask:1000"),
     *("filter:1,1,1", "filter:33,40,3", "filter:8,5,9"),
+    *("norm:1", "norm:128", "norm:300"),
     *("activation:1", "activation:31", "activation:64", "activation:3001", "bytes:1", "bytes:64", "bytes:999"),
     *("pool:2,3,7,9,3,2,1,1", "pool:1,33,6,5,2,2,0,1", "pool:1,2,9,8,3,1,2,2", "pool:3,1,4,4,1,1,0,1"),
 ]

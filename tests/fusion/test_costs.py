@@ -40,8 +40,6 @@ def test_resnet50_runs_one_convolution_kernel_a_layer_and_nothing_between() -> N
     _C.set_launch_log(True)
     try:
         with fk.backend("emulated"):
-            model(x)  # folds
-            _C.take_launch_log()
             with Calls() as forward:
                 y = model(x)
             launched = Counter(row["operator"] for row in _C.take_launch_log())
@@ -80,7 +78,6 @@ def test_resnet101_keeps_bits(dtype: torch.dtype, bound: float) -> None:
     kept_by_stock = bytes_kept(stock, x)
     fused = fuse(copy.deepcopy(stock))
     fused.maxpool.__class__ = MaxPool2d  # stock's keeps its input and an int64 an element
-    fused(x.detach()[:, :, :64, :64])  # the folded weights are constants, made once
     kept = bytes_kept(fused, x)
     assert 0 < kept <= bound * kept_by_stock
 

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from freezekit import _C
-from freezekit.constants import declare_constant
 from freezekit.functional import conv2d_dgrad
 from freezekit.tuning import autotune, clear_choices, load_choices
 from tests.observe import Calls, bytes_kept
@@ -49,18 +48,15 @@ def cotangent(y: Tensor) -> Tensor:
     return (torch.arange(y.numel(), device=y.device) % 5 - 2).to(y.dtype).view(y.shape)
 
 
-@pytest.mark.parametrize("constant", [False, True])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_integers_are_exact(
-    settings: dict, activation: str, dtype: torch.dtype, channels_last: bool, constant: bool, place: tuple[str, str]
+    settings: dict, activation: str, dtype: torch.dtype, channels_last: bool, place: tuple[str, str]
 ) -> None:
     backend, device = place
     x, w, b, r = tensors(dtype, settings, device, channels_last)
-    if constant:
-        declare_constant(w)
     for residual in (None, r):
         leaves = [t.detach().requires_grad_() for t in (x, *([residual] if residual is not None else []))]
         y, bits = frozen(leaves[0], w, b, *leaves[1:], activation=activation, **settings, backend=backend)
@@ -149,7 +145,6 @@ def test_transforms_take_atens_formulas() -> None:
 
 def test_autocast() -> None:
     x, w, b, r = tensors(torch.float32, {}, "cpu", False)
-    declare_constant(w)
     with torch.autocast("cpu", torch.bfloat16):
         y, _ = frozen(x.requires_grad_(), w, b, r, "relu")
     assert y.dtype == torch.bfloat16

@@ -74,10 +74,11 @@ EXPORT int driver_conv2d(int op, int dtype, const int64_t* sizes, const int* set
   epilogue.relu = relu, epilogue.relu_end = relu_end;
   epilogue.mask_out = static_cast<uint32_t*>(epilogue_pointers[2]);
   epilogue.mask_in = static_cast<const uint32_t*>(epilogue_pointers[3]);
+  epilogue.scale = epilogue_pointers[4];
   const Workspace workspace(selection.workspace_bytes);
   return static_cast<int>(freezekit_kernel_table()->conv2d(static_cast<Operator>(op), selection, problem,
                                                            static_cast<DType>(dtype),
-                                                           {tensors[0], tensors[1], tensors[2]}, epilogue,
+                                                           {tensors[0], tensors[1], tensors[2], epilogue_pointers[5]}, epilogue,
                                                            workspace.data(), nullptr));
 }
 
@@ -87,23 +88,27 @@ EXPORT int driver_bias_grad(const void* dy, void* db, int64_t rows, int64_t k, i
   return static_cast<int>(table->bias_grad(dy, db, rows, k, static_cast<DType>(dtype), workspace.data(), nullptr));
 }
 
-// strides: of the filter along k, c, r, s. norm: null, or mean, var, gamma, beta, bias and where bias' goes.
+// strides: of the filter along k, c, r, s. scale: K accumulators, or null.
 EXPORT int driver_filter_transform(const int64_t* sizes, int from, int to, int transposed, const int64_t* strides,
-                                   void* const* norm, int norm_dtype, double eps, const void* filter, void* out) {
+                                   const void* scale, const void* filter, void* out) {
   FilterTransform transform;
   transform.from = static_cast<DType>(from), transform.to = static_cast<DType>(to), transform.transposed = transposed;
   transform.stride_k = strides[0], transform.stride_c = strides[1];
   transform.stride_r = strides[2], transform.stride_s = strides[3];
-  BatchNormFold fold;
-  if (norm) {
-    const DType dtype = static_cast<DType>(norm_dtype);
-    fold.mean = {norm[0], dtype}, fold.var = {norm[1], dtype}, fold.gamma = {norm[2], dtype};
-    fold.beta = {norm[3], dtype}, fold.bias = {norm[4], dtype};
-    fold.eps = eps, fold.bias_out = norm[5];
-    transform.fold = &fold;
-  }
+  transform.scale = scale;
   return static_cast<int>(
       freezekit_kernel_table()->filter_transform(problem_of(sizes), transform, filter, out, nullptr));
+}
+
+// norm: mean, var, gamma, beta and the bias before it, of norm_dtype; scale and shift: of what dtype accumulates in.
+EXPORT int driver_norm_affine(void* const* norm, int norm_dtype, double eps, int64_t channels, int dtype, void* scale,
+                              void* shift) {
+  const DType type = static_cast<DType>(norm_dtype);
+  FixedNorm parts;
+  parts.mean = {norm[0], type}, parts.var = {norm[1], type}, parts.gamma = {norm[2], type};
+  parts.beta = {norm[3], type}, parts.bias = {norm[4], type}, parts.eps = eps;
+  return static_cast<int>(
+      freezekit_kernel_table()->norm_affine(parts, channels, static_cast<DType>(dtype), scale, shift, nullptr));
 }
 
 EXPORT int driver_layout_change(int change, const int64_t* size, int dtype, const void* from, void* to) {

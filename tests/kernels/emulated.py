@@ -103,9 +103,11 @@ class Problem:
 class Epilogue:
     """The tensors of csrc/kernels/api.h's Epilogue; masks are int32, one bit an element in NHWC order.
 
-    A bias of another dtype than the other tensors' is one of the accumulators'.
+    A bias of another dtype than the other tensors' is one of the accumulators'. filter_scale is Conv2dTensors'.
     """
 
+    scale: Tensor | None = None
+    filter_scale: Tensor | None = None
     bias: Tensor | None = None
     residual: Tensor | None = None
     relu: bool = False
@@ -182,6 +184,7 @@ def run_conv2d(
         assert tuple(tensor.shape) == problem.sizes[name], (name, tensor.shape, problem)
     residual = None if epilogue.residual is None else nhwc(epilogue.residual, offset)
     given = [pointer(t) for t in (epilogue.bias, residual, epilogue.mask_out, epilogue.mask_in)]
+    given += [pointer(epilogue.scale), pointer(epilogue.filter_scale)]
     wide_bias = epilogue.bias is not None and epilogue.bias.dtype != first.dtype
     family = FAMILIES[settings.family] if settings.family else -1
     options = [*settings.target, family, settings.config, settings.split_k]
@@ -194,7 +197,7 @@ def run_conv2d(
         (ctypes.c_int64 * 16)(*problem.flat),
         (ctypes.c_int * 8)(*options),
         (ctypes.c_void_p * 3)(*(pointer(tensors[name]) for name in ("x", "filter", "y"))),
-        (ctypes.c_void_p * 4)(*given),
+        (ctypes.c_void_p * 6)(*given),
         int(wide_bias),
         int(epilogue.relu),
         ctypes.c_float(epilogue.relu_end),

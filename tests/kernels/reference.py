@@ -60,6 +60,8 @@ def pack_mask(keep: Tensor) -> Tensor:
 
 def finish(value: Tensor, epilogue: Epilogue, keep_in: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The output in float64 and the bits (N, C, H, W) of mask_out. keep_in is the bool tensor behind mask_in."""
+    if epilogue.scale is not None:
+        value = value * epilogue.scale.double()[:, None, None]
     if epilogue.bias is not None:
         value = value + epilogue.bias.double()[:, None, None]
     if epilogue.residual is not None:

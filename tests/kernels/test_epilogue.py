@@ -1,4 +1,4 @@
-"""Bias, residual, ReLU with its mask and mask in: one meaning in every family that has an epilogue."""
+"""Scale, bias, residual, ReLU with its mask and mask in: one meaning in every family that has an epilogue."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from .emulated import Epilogue, KernelError, Problem, Settings, run_conv2d
 from .reference import conv2d, finish, operands, pack_mask
 
-PARTS = ("bias", "residual", "relu", "mask_in", "wide_bias", "relu_end")
+PARTS = ("scale", "bias", "residual", "relu", "mask_in", "wide_bias", "relu_end")
 # What only changes another part says nothing without it.
 COMBINATIONS = [
     parts
@@ -44,6 +44,7 @@ def check(operator: str, problem: Problem, dtype: torch.dtype, parts: set[str], 
     keep_in = integers(size, torch.float32, 3) > 0 if "mask_in" in parts else None
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     epilogue = Epilogue(
+        scale=integers((size[1],), wide, 4) if "scale" in parts else None,
         bias=integers((size[1],), wide if "wide_bias" in parts else dtype, 1) if "bias" in parts else None,
         residual=integers(size, dtype, 2) if "residual" in parts else None,
         relu="relu" in parts,
@@ -79,7 +80,7 @@ DEPTHWISE = [
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_depthwise(dtype: torch.dtype, operator: str) -> None:
     for problem in DEPTHWISE:
-        for parts in ({"bias"}, {"residual", "relu"}, {"mask_in"}, {"relu", "relu_end"}, set(PARTS)):
+        for parts in ({"bias"}, {"scale", "bias"}, {"residual", "relu"}, {"mask_in"}, {"relu", "relu_end"}, set(PARTS)):
             check(operator, problem, dtype, parts, Settings(family="depthwise"))
 
 
@@ -128,9 +129,25 @@ def test_a_wide_bias_is_added_before_the_only_rounding() -> None:
         assert torch.equal(actual.flatten(), torch.full((8,), 258.0, dtype=torch.bfloat16))
 
 
+@pytest.mark.parametrize("family", ["implicit_gemm", "hopper"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_dgrad_with_a_factor_for_each_row_of_the_filter(family: str, dtype: torch.dtype, groups: int) -> None:
+    problem = Problem(n=1, c=64 * groups, k=64 * groups, h=4, w=3, groups=groups, stride=(2, 1))
+    dy, weight = operands("dgrad", problem, dtype, integers=True)
+    scale = integers((problem.k,), torch.float32, 5)
+    settings = Settings(family=family, config=2, allow_tf32=True, hopper=family == "hopper")
+    actual, _ = run_conv2d("dgrad", problem, dy, weight, Epilogue(filter_scale=scale), settings)
+    expected = conv2d("dgrad", problem, dy, weight.double() * scale.double().view(-1, 1, 1, 1))
+    assert torch.equal(actual, expected.to(dtype))
+
+
 def test_what_an_operator_cannot_do_is_refused() -> None:
     problem = Problem(n=1, c=2, k=2, h=3, w=3)
     words = torch.zeros(1, dtype=torch.int32)
+    tensors, scaled = operands("dgrad", problem, torch.float32, True), Epilogue(filter_scale=torch.ones(2))
+    with pytest.raises(KernelError, match="invalid_argument"):  # reads the filter as it is
+        run_conv2d("dgrad", problem, *tensors, scaled, Settings(family="direct"))
     with pytest.raises(KernelError, match="invalid_argument"):
         run_conv2d("wgrad", problem, *operands("wgrad", problem, torch.float32, True), Epilogue(relu=True))
     with pytest.raises(KernelError, match="invalid_argument"):

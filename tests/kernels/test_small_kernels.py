@@ -19,48 +19,39 @@ CASTS = [(torch.float32, torch.float16), (torch.float32, torch.bfloat16)]
 
 @dataclass
 class Norm:
-    """A batch norm to fold in, with the bias before it; gamma, beta and bias may be absent."""
+    """A batch norm with fixed statistics and the bias before it; all but var may be absent."""
 
-    mean: Tensor | None
     var: Tensor
+    mean: Tensor | None = None
     gamma: Tensor | None = None
     beta: Tensor | None = None
     bias: Tensor | None = None
     eps: float = 1e-3
 
-    def fold(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """filter' and bias' in float64."""
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """scale and shift in float64."""
         exact = lambda t, otherwise: otherwise if t is None else t.double()  # noqa: E731
         scale = exact(self.gamma, 1.0) / torch.sqrt(self.var.double() + self.eps)
-        shift = exact(self.beta, 0.0) + (exact(self.bias, 0.0) - self.mean.double()) * scale
-        return weight.double() * scale[:, None, None, None], shift
+        return scale, exact(self.beta, 0.0) + (exact(self.bias, 0.0) - exact(self.mean, 0.0)) * scale
 
 
 def transform(
-    problem: Problem, weight: Tensor, to: torch.dtype, transposed: bool, norm: Norm | None = None
-) -> tuple[Tensor, Tensor]:
-    """The flat result and bias'; weight is (K, C/G, R, S) with any strides."""
+    problem: Problem, weight: Tensor, to: torch.dtype, transposed: bool, scale: Tensor | None = None
+) -> Tensor:
+    """The flat result; weight is (K, C/G, R, S) with any strides."""
     out = torch.full((weight.numel(),), float("nan"), dtype=to)
-    bias = torch.full((problem.k,), float("nan"), dtype=accumulator(to))
-    parts = None
-    if norm is not None:
-        parts = (ctypes.c_void_p * 6)(
-            *(pointer(t) for t in (norm.mean, norm.var, norm.gamma, norm.beta, norm.bias, bias))
-        )
     status = library().driver_filter_transform(
         (ctypes.c_int64 * 16)(*problem.flat),
         DTYPES[weight.dtype],
         DTYPES[to],
         int(transposed),
         (ctypes.c_int64 * 4)(*weight.stride()),
-        parts,
-        DTYPES[norm.var.dtype] if norm is not None else 0,
-        ctypes.c_double(norm.eps if norm is not None else 0),
+        ctypes.c_void_p(pointer(scale)),
         ctypes.c_void_p(pointer(weight)),
         ctypes.c_void_p(pointer(out)),
     )
     check(status)
-    return out, bias
+    return out
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -83,35 +74,55 @@ def test_filter_transform(
     for problem in SIZES:
         weight = torch.randn(problem.sizes["filter"], dtype=torch.float64).to(source)
         weight = weight.contiguous(memory_format=memory_format)
-        actual, _ = transform(problem, weight, to, transposed)
+        actual = transform(problem, weight, to, transposed)
         assert torch.equal(actual, in_order(weight.to(to), problem, transposed)), problem
 
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(("source", "to"), SAME + CASTS, ids=str)
-@pytest.mark.parametrize("parts", ["", "gamma beta", "bias", "gamma beta bias"])
-@pytest.mark.parametrize("statistics", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-def test_a_batch_norm_is_folded_in_float64(
-    source: torch.dtype, to: torch.dtype, transposed: bool, parts: str, statistics: torch.dtype
-) -> None:
+def test_a_filter_is_scaled_and_rounded_once(source: torch.dtype, to: torch.dtype, transposed: bool) -> None:
     for problem in SIZES:
-        make = lambda: torch.randn(problem.k, dtype=torch.float64).to(statistics)  # noqa: B023, E731
         weight = torch.randn(problem.sizes["filter"], dtype=torch.float64).to(source)
-        norm = Norm(make(), torch.rand(problem.k).to(statistics), **{name: make() for name in parts.split()})
-        actual, bias = transform(problem, weight, to, transposed, norm)
-        filter, shift = norm.fold(weight)
-        # One rounding each, of a float64 that is right but for its own last bits.
-        for mine, exact in ((actual, in_order(filter, problem, transposed)), (bias, shift)):
+        scale = torch.randn(problem.k, dtype=accumulator(source))
+        wide = weight.to(scale.dtype) * scale[:, None, None, None]
+        actual = transform(problem, weight, to, transposed, scale)
+        assert torch.equal(actual, in_order(wide.to(to), problem, transposed)), problem
+
+
+def affine(norm: Norm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """scale and shift by the kernel, for tensors of a dtype."""
+    channels = norm.var.numel()
+    made = tuple(torch.full((channels,), float("nan"), dtype=accumulator(dtype)) for _ in range(2))
+    parts = (norm.mean, norm.var, norm.gamma, norm.beta, norm.bias)
+    check(
+        library().driver_norm_affine(
+            (ctypes.c_void_p * 5)(*(pointer(t) for t in parts)),
+            DTYPES[norm.var.dtype],
+            ctypes.c_double(norm.eps),
+            ctypes.c_int64(channels),
+            DTYPES[dtype],
+            *(ctypes.c_void_p(pointer(t)) for t in made),
+        )
+    )
+    return made
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
+@pytest.mark.parametrize("parts", ["", "mean", "mean gamma beta", "mean bias", "mean gamma beta bias"])
+@pytest.mark.parametrize("statistics", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_a_norm_is_a_scale_and_a_shift(dtype: torch.dtype, parts: str, statistics: torch.dtype) -> None:
+    for channels in (1, 5, 128, 300):
+        make = lambda: torch.randn(channels, dtype=torch.float64).to(statistics)  # noqa: B023, E731
+        norm = Norm(torch.rand(channels).to(statistics), **{name: make() for name in parts.split()})
+        for mine, exact in zip(affine(norm, dtype), norm.affine(), strict=True):
+            # One rounding each, of a float64 that is right but for its own last bits.
             torch.testing.assert_close(mine.double(), exact, rtol=torch.finfo(mine.dtype).eps, atol=1e-15)
-        assert bias.dtype == accumulator(to)
 
 
 def test_what_a_filter_transform_cannot_do_is_refused() -> None:
     weight = torch.ones(SIZES[0].sizes["filter"])
     with pytest.raises(KernelError, match="unsupported"):
         transform(SIZES[0], weight, torch.float64, False)
-    with pytest.raises(KernelError, match="invalid_argument"):
-        transform(SIZES[0], weight, torch.float32, False, Norm(None, torch.ones(5)))
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES), ids=str)

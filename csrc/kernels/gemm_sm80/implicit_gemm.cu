@@ -1,4 +1,4 @@
-// Launches the implicit GEMM of a dtype; for dgrad it first makes W' where the caller has none.
+// Launches the implicit GEMM of a dtype; for dgrad it first makes W'.
 #include "core/gather.h"
 #include "kernels/families.h"
 
@@ -6,26 +6,25 @@ namespace freezekit {
 namespace {
 
 // The filter as KRSC, which is what a kernel's caller gives, into W' in the workspace.
-Status transpose_filter(const Conv2dProblem& p, DType dtype, const void* filter, void* out, Stream stream) {
+Status transpose_filter(const Conv2dProblem& p, DType dtype, const Conv2dTensors& tensors, void* out, Stream stream) {
   FilterTransform transform;
   transform.from = transform.to = dtype;
   transform.transposed = true;
+  transform.scale = tensors.filter_scale;
   transform.stride_c = 1;
   transform.stride_s = p.c_per_group();
   transform.stride_r = p.s * transform.stride_s;
   transform.stride_k = p.r * transform.stride_r;
-  return launch_filter_transform(p, transform, filter, out, stream);
+  return launch_filter_transform(p, transform, tensors.filter, out, stream);
 }
 
 }  // namespace
 
 Status prepare_filter(Operator op, const Conv2dProblem& p, DType dtype, const Conv2dTensors& tensors, void* workspace,
                       Stream stream, const void** filter) {
-  *filter = op == Operator::dgrad ? tensors.transposed_filter : tensors.filter;
-  if (*filter) return Status::success;
-  if (!workspace || !tensors.filter) return Status::invalid_argument;
-  *filter = workspace;
-  return transpose_filter(p, dtype, tensors.filter, workspace, stream);
+  *filter = op == Operator::dgrad ? workspace : tensors.filter;
+  if (op != Operator::dgrad) return Status::success;
+  return transpose_filter(p, dtype, tensors, workspace, stream);
 }
 
 Status launch_implicit_gemm(Operator op, int config, const Conv2dProblem& p, DType dtype, const Conv2dTensors& tensors,

@@ -11,8 +11,8 @@ Status launch_implicit_gemm_tile(const Gather& g, const T* in, const T* filter, 
   const int64_t blocks = gather_blocks(g, {Tile::kRows, Tile::kColumns});
   if (blocks > kMaxGridX || g.phases_h > kMaxGridYZ || g.phases_w > kMaxGridYZ) return Status::invalid_argument;
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(g.phases_h), static_cast<unsigned>(g.phases_w));
-  const bool bias_alone = !epilogue.residual && !epilogue.relu && !epilogue.mask_in;
-  const auto kernel = bias_alone ? conv2d_implicit_gemm_kernel<T, Tile, kAccess, kEpilogueBias>
+  const bool affine_alone = !epilogue.residual && !epilogue.relu && !epilogue.mask_in;
+  const auto kernel = affine_alone ? conv2d_implicit_gemm_kernel<T, Tile, kAccess, kEpilogueAffine>
                                  : conv2d_implicit_gemm_kernel<T, Tile, kAccess, kEpilogueAll>;
   return FK_LAUNCH(kernel, grid, dim3(Tile::kThreads), Tile::kSharedBytes, stream, g, in, filter, epilogue);
 }

@@ -22,10 +22,7 @@ Status launch_hopper_gemm(Operator op, int config, const Conv2dProblem& p, DType
                           const Epilogue& epilogue, void* workspace, Stream stream) {
   const bool dgrad = op == Operator::dgrad;
   const void* const in = dgrad ? tensors.y : tensors.x;
-  const void* const filter_there = !dgrad                      ? tensors.filter
-                                   : tensors.transposed_filter ? tensors.transposed_filter
-                                                               : workspace;
-  if (!is_aligned_16(in) || !is_aligned_16(filter_there)) {
+  if (!is_aligned_16(in) || !is_aligned_16(dgrad ? workspace : tensors.filter)) {
     return launch_implicit_gemm(op, kImplicitGemmElements, p, dtype, tensors, epilogue, workspace, stream);
   }
   if (!hopper_takes(op, p, dtype)) return Status::invalid_argument;

@@ -1,10 +1,8 @@
-// out = cast(filter * s[k]) as KRSC, or transposed to CRSK: what a frozen filter is turned into once. s is 1, or that of
-// a batch norm which is folded in (BatchNormFold in api.h), whose bias' the blocks of the first tap and channels write.
+// out = cast(filter * scale[k]) as KRSC, or transposed to CRSK, which is W': made anew for every dgrad. scale is that of a
+// batch norm behind the convolution; none is 1.
 //
 // A block of 32 x 8 threads moves a tile of 32 x 32 (k, c) of one tap: reads run along c, writes along c or, through a
 // tile in shared memory, along k. The filter has any strides, so that torch's own layout needs no copy before this one.
-#include <cmath>
-
 #include "core/filter_layout.h"
 #include "core/gather.h"
 #include "kernels/families.h"
@@ -22,39 +20,12 @@ struct Source {
   int64_t stride_k, stride_c, stride_r, stride_s;
 };
 
-FK_DEVICE double load_double(const ChannelVector& v, int64_t k, double otherwise) {
-  if (!v.data) return otherwise;
-  switch (v.dtype) {
-    case DType::f64:
-      return load_global(static_cast<const double*>(v.data) + k);
-    case DType::f16:
-      return cast<float>(load_global(static_cast<const f16*>(v.data) + k));
-    case DType::bf16:
-      return cast<float>(load_global(static_cast<const bf16*>(v.data) + k));
-    default:
-      return load_global(static_cast<const float*>(v.data) + k);
-  }
-}
-
-template <class To>
-FK_DEVICE double fold_channel(const BatchNormFold& norm, int64_t k, bool writes_bias) {
-  const double scale = load_double(norm.gamma, k, 1) / sqrt(load_double(norm.var, k, 1) + norm.eps);
-  if (writes_bias) {
-    const double shift = load_double(norm.bias, k, 0) - load_double(norm.mean, k, 0);
-    store_global(static_cast<Accumulator<To>*>(norm.bias_out) + k,
-                 static_cast<Accumulator<To>>(load_double(norm.beta, k, 0) + shift * scale));
-  }
-  return scale;
-}
-
-// Products with a norm's scale are made in fp64, which this kernel has time for: it waits for memory.
-template <class From, class To, bool kFolds>
+template <class From, class To>
 __global__ void __launch_bounds__(kTile* kRowLanes)
     filter_transform_kernel(const Source source, bool transposed, const From* __restrict__ filter,
-                            const BatchNormFold norm, To* __restrict__ out) {
-  using Wide = std::conditional_t<kFolds, double, Accumulator<From>>;
+                            const Accumulator<From>* __restrict__ scale, To* __restrict__ out) {
+  using Wide = Accumulator<From>;
   FK_SHARED(Wide, tile, [kTile][kTile + 1]);
-  FK_SHARED(double, scales, [kTile]);
   const FilterExtent size = source.size;
   const int32_t c_tiles = (size.c + kTile - 1) / kTile, k_tiles = (size.k + kTile - 1) / kTile;
   int32_t block = static_cast<int32_t>(blockIdx.x);
@@ -65,20 +36,13 @@ __global__ void __launch_bounds__(kTile* kRowLanes)
   const int32_t tap = block % size.taps, group = block / size.taps;
   const int32_t x = static_cast<int32_t>(threadIdx.x), y = static_cast<int32_t>(threadIdx.y);
 
-  if constexpr (kFolds) {
-    if (y == 0 && k0 + x < size.k) {
-      scales[x] = fold_channel<To>(norm, static_cast<int64_t>(group) * size.k + k0 + x, c0 == 0 && tap == 0);
-    }
-    __syncthreads();
-  }
   const int64_t at_tap = tap / source.width * source.stride_r + tap % source.width * source.stride_s;
   for (int32_t i = y; i < kTile; i += kRowLanes) {
     const int32_t k = k0 + i, c = c0 + x;
     if (k >= size.k || c >= size.c) continue;
     const int64_t k_all = static_cast<int64_t>(group) * size.k + k;
     const From value = load_global(filter + k_all * source.stride_k + at_tap + c * source.stride_c);
-    tile[i][x] = static_cast<Wide>(cast<Accumulator<From>>(value));
-    if constexpr (kFolds) tile[i][x] *= scales[i];
+    tile[i][x] = cast<Wide>(value) * (scale ? load_global(scale + k_all) : Wide(1));
   }
   __syncthreads();
   for (int32_t i = y; i < kTile; i += kRowLanes) {
@@ -90,8 +54,8 @@ __global__ void __launch_bounds__(kTile* kRowLanes)
   }
 }
 
-template <class From, class To, bool kFolds>
-Status launch_as(const Conv2dProblem& p, const FilterTransform& t, const void* filter, void* out, Stream stream) {
+template <class From, class To>
+Status launch(const Conv2dProblem& p, const FilterTransform& t, const void* filter, void* out, Stream stream) {
   const auto narrow = [](int64_t value) { return static_cast<int32_t>(value); };
   Source source;
   source.size = {narrow(p.k_per_group()), narrow(p.r * p.s), narrow(p.c_per_group())};
@@ -101,15 +65,9 @@ Status launch_as(const Conv2dProblem& p, const FilterTransform& t, const void* f
   const int64_t blocks =
       ceil_div(p.c_per_group(), kTile) * ceil_div(p.k_per_group(), kTile) * p.r * p.s * p.groups;
   if (blocks > kMaxGridX) return Status::invalid_argument;
-  return FK_LAUNCH(filter_transform_kernel<From, To, kFolds>, dim3(static_cast<unsigned>(blocks)),
-                   dim3(kTile, kRowLanes), 0, stream, source, t.transposed, static_cast<const From*>(filter),
-                   kFolds ? *t.fold : BatchNormFold(), static_cast<To*>(out));
-}
-
-template <class From, class To>
-Status launch(const Conv2dProblem& p, const FilterTransform& t, const void* filter, void* out, Stream stream) {
-  return t.fold ? launch_as<From, To, true>(p, t, filter, out, stream)
-                : launch_as<From, To, false>(p, t, filter, out, stream);
+  return FK_LAUNCH(filter_transform_kernel<From, To>, dim3(static_cast<unsigned>(blocks)), dim3(kTile, kRowLanes), 0,
+                   stream, source, t.transposed, static_cast<const From*>(filter),
+                   static_cast<const Accumulator<From>*>(t.scale), static_cast<To*>(out));
 }
 
 }  // namespace
@@ -118,7 +76,6 @@ Status launch_filter_transform(const Conv2dProblem& p, const FilterTransform& t,
                                Stream stream) {
   if (p.filter_numel() == 0) return Status::success;
   if (!fits_int32(p) || !filter || !out) return Status::invalid_argument;
-  if (t.fold && (!t.fold->mean.data || !t.fold->var.data || !t.fold->bias_out)) return Status::invalid_argument;
   if (t.from == DType::f32 && t.to == DType::bf16) return launch<float, bf16>(p, t, filter, out, stream);
   if (t.from == DType::f32 && t.to == DType::f16) return launch<float, f16>(p, t, filter, out, stream);
   if (t.from != t.to) return Status::unsupported;

@@ -8,7 +8,6 @@
 #include <atomic>
 
 #include "torch/common/checks.h"
-#include "torch/common/constants.h"
 #include "torch/backends/launch_log.h"
 #include "torch/common/layout.h"
 #include "torch/common/route.h"
@@ -77,26 +76,18 @@ void launch(const Choice& choice, const Tensor& on, const Conv2dTensors& tensors
                    {{"input_size", {p.n, p.c, p.h, p.w}}, {"weight_size", {p.k, p.c_per_group(), p.r, p.s}}}});
 }
 
-// W', the filter as dgrad's GEMM reads it, of a weight that was declared constant: made once. Undefined for others,
-// whose W' the kernel makes in its workspace, and for kernels that read the filter as it is.
-Tensor kept_transposed_filter(const Choice& choice, const Tensor& weight) {
-  const bool reads_one = choice.selection.family == Family::implicit_gemm || choice.selection.family == Family::hopper;
-  if (!reads_one || !constants::is_declared(weight)) return {};
-  const int64_t detail = choice.problem.groups * 8 + static_cast<int64_t>(choice.backend);
-  // By value, since the cache keeps it to make W' again.
-  const auto make = [groups = choice.problem.groups, backend = choice.backend](const Tensor& source) {
-    const Tensor made = at::empty({source.numel()}, source.options());
-    FilterTransform transform;
-    transform.transposed = true;
-    transform_filter(transform, source, groups, made, backend);
-    return made;
-  };
-  return constants::derived(weight, {"transposed filter", detail}, make);
-}
-
 // Kernels write NHWC; the caller gets the layout that ATen would give.
 Tensor empty_output(IntArrayRef size, const Tensor& like) {
   return at::empty(size, like.options(), at::MemoryFormat::ChannelsLast);
+}
+
+// weight * scale[k] in the layout that kernels read.
+Tensor scaled_filter(const Tensor& weight, const Tensor& scale, int64_t groups, Backend backend) {
+  const Tensor scaled = at::empty(weight.sizes(), weight.options(), at::MemoryFormat::ChannelsLast);
+  FilterTransform transform;
+  transform.scale = scale.const_data_ptr();
+  transform_filter(transform, weight, groups, scaled, backend);
+  return scaled;
 }
 
 }  // namespace
@@ -144,8 +135,31 @@ void transform_filter(FilterTransform transform, const Tensor& filter, int64_t g
                                                stream_of(filter)),
                "filter_transform", library);
   if (!launch_log::is_enabled()) return;
-  launch_log::add({"filter_transform", transform.fold ? "filter_transform_fold" : "filter_transform", backend,
-                   {{"weight_size", filter.sizes().vec()}}});
+  launch_log::add({"filter_transform", "filter_transform", backend, {{"weight_size", filter.sizes().vec()}}});
+}
+
+std::tuple<Tensor, Tensor> norm_affine(const FixedNormTensors& norm, const Tensor& bias, const Tensor& like,
+                                       Backend backend) {
+  const c10::DeviceGuard guard(like.device());
+  const KernelLibrary& library = kernel_library(backend);
+  const DType dtype = kernel_dtype(like);
+  std::vector<Tensor> dense;  // as long as the kernel is launched
+  const auto vector = [&](const Tensor& tensor) {
+    if (!tensor.defined()) return ChannelVector();
+    dense.push_back(tensor.contiguous());
+    return ChannelVector{dense.back().const_data_ptr(), kernel_dtype(tensor)};
+  };
+  FixedNorm parts;
+  parts.mean = vector(norm.mean), parts.var = vector(norm.var), parts.gamma = vector(norm.gamma);
+  parts.beta = vector(norm.beta), parts.bias = vector(bias), parts.eps = norm.eps;
+  const auto options = like.options().dtype(dtype == DType::f64 ? at::kDouble : at::kFloat);
+  const int64_t channels = norm.var.size(0);
+  const Tensor scale = at::empty({channels}, options), shift = at::empty({channels}, options);
+  check_status(library.table->norm_affine(parts, channels, dtype, scale.mutable_data_ptr(), shift.mutable_data_ptr(),
+                                          stream_of(like)),
+               "norm_affine", library);
+  if (launch_log::is_enabled()) launch_log::add({"norm_affine", "norm_affine", backend, {}});
+  return {scale, shift};
 }
 
 Tensor conv2d_epilogue(const Conv2dProblem& problem, const Tensor& input, const Tensor& weight, const Finish& finish,
@@ -156,6 +170,7 @@ Tensor conv2d_epilogue(const Conv2dProblem& problem, const Tensor& input, const 
   const Tensor r = finish.residual.defined() ? dense_channels_last(finish.residual) : Tensor();
   const Tensor y = empty_output({problem.n, problem.k, problem.p, problem.q}, input);
   Epilogue epilogue;
+  if (finish.scale.defined()) epilogue.scale = finish.scale.const_data_ptr();
   if (b.defined()) epilogue.bias = b.const_data_ptr(), epilogue.wide_bias = b.scalar_type() != x.scalar_type();
   if (r.defined()) epilogue.residual = r.const_data_ptr();
   epilogue.relu = finish.relu, epilogue.relu_end = finish.relu_end;
@@ -167,20 +182,23 @@ Tensor conv2d_epilogue(const Conv2dProblem& problem, const Tensor& input, const 
 }
 
 Tensor dgrad_epilogue(const Conv2dProblem& problem, const Tensor& grad_output, const Tensor& weight,
-                      const Tensor& residual, const Tensor& mask_in, const Geometry& g) {
+                      const Tensor& scale, const Tensor& residual, const Tensor& mask_in, const Geometry& g) {
   const c10::DeviceGuard guard(grad_output.device());
-  const Tensor dy = dense_channels_last(grad_output), w = dense_channels_last(weight);
+  const Choice choice = choose(Operator::dgrad, problem, grad_output, g.backend);
+  // Kernels on tensor cores make a filter of their own anyway, and multiply it there.
+  const bool makes_filter = choice.selection.family == Family::implicit_gemm || choice.selection.family == Family::hopper;
+  const Tensor w = scale.defined() && !makes_filter ? scaled_filter(weight, scale, problem.groups, g.backend)
+                                                    : dense_channels_last(weight);
+  const Tensor dy = dense_channels_last(grad_output);
   const Tensor r = residual.defined() ? dense_channels_last(residual) : Tensor();
   const Tensor m = mask_in.defined() ? mask_in.contiguous() : Tensor();
   const Tensor dx = empty_output({problem.n, problem.c, problem.h, problem.w}, grad_output);
   Epilogue epilogue;
   if (r.defined()) epilogue.residual = r.const_data_ptr();
   if (m.defined()) epilogue.mask_in = static_cast<const uint32_t*>(m.const_data_ptr());
-  const Choice choice = choose(Operator::dgrad, problem, grad_output, g.backend);
-  const Tensor transposed = kept_transposed_filter(choice, weight);
   launch(choice, grad_output,
          {dx.mutable_data_ptr(), const_cast<void*>(w.const_data_ptr()), const_cast<void*>(dy.const_data_ptr()),
-          transposed.defined() ? transposed.const_data_ptr() : nullptr},
+          scale.defined() && makes_filter ? scale.const_data_ptr() : nullptr},
          epilogue);
   return dx;
 }
@@ -193,7 +211,7 @@ Tensor conv2d(const Conv2dProblem& problem, const Tensor& input, const Tensor& w
 }
 
 Tensor dgrad(const Conv2dProblem& problem, const Tensor& grad_output, const Tensor& weight, const Geometry& g) {
-  return dgrad_epilogue(problem, grad_output, weight, {}, {}, g).contiguous(layout_of(grad_output, weight));
+  return dgrad_epilogue(problem, grad_output, weight, {}, {}, {}, g).contiguous(layout_of(grad_output, weight));
 }
 
 Tensor wgrad(const Conv2dProblem& problem, const Tensor& grad_output, const Tensor& input, const Geometry& g) {

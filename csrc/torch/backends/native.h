@@ -2,9 +2,11 @@
 #pragma once
 
 #include <limits>
+#include <tuple>
 
 #include "kernels/api.h"
 #include "torch/backends/kernel_library.h"
+#include "torch/common/fixed_norm.h"
 #include "torch/common/operators.h"
 
 namespace freezekit::native {
@@ -40,7 +42,11 @@ bool supports(Operator, const Conv2dProblem&, const Tensor& on, Backend backend)
 // The same; throws for dtypes that kernels do not compute with.
 DType kernel_dtype(const Tensor&);
 
-// Makes a constant of a filter (K, C/G, R, S) of any strides, as `transform` says; dtypes and strides are filled in.
+// scale and shift (K) of the norm behind a convolution, of what tensors of `like`'s dtype accumulate in; undefined parts
+// of the norm and an undefined bias do nothing.
+std::tuple<Tensor, Tensor> norm_affine(const FixedNormTensors&, const Tensor& bias, const Tensor& like, Backend);
+
+// Another form of a filter (K, C/G, R, S) of any strides, as `transform` says; dtypes and strides are filled in.
 void transform_filter(FilterTransform transform, const Tensor& filter, int64_t groups, const Tensor& out, Backend);
 
 Tensor conv2d(const Conv2dProblem&, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -49,20 +55,20 @@ Tensor dgrad(const Conv2dProblem&, const Tensor& grad_output, const Tensor& weig
 Tensor wgrad(const Conv2dProblem&, const Tensor& grad_output, const Tensor& input, const Geometry&);
 Tensor bias_grad(const Tensor& grad_output, Backend);
 
-// What fprop does to its sums before they are stored: + bias (of the tensors' dtype, or float32 beside a shorter one),
+// What fprop does to its sums before they are stored: * scale, + bias (of the tensors' dtype, or float32 beside a shorter one),
 // + residual, ReLU up to `relu_end`, whose bits go to `mask_out`. Undefined tensors do nothing.
 struct Finish {
-  Tensor bias, residual;
+  Tensor scale, bias, residual;
   bool relu = false;
   float relu_end = std::numeric_limits<float>::infinity();
   Tensor mask_out;
 };
 
-// With the kernels' epilogue, results as the kernels write them: channels_last; masks lie in NHWC order. dgrad's adds
-// `residual`, then applies `mask_in`.
+// With the kernels' epilogue, results as the kernels write them: channels_last; masks lie in NHWC order. dgrad multiplies
+// the filter by `scale` (K) first, where that is defined, adds `residual`, then applies `mask_in`.
 Tensor conv2d_epilogue(const Conv2dProblem&, const Tensor& input, const Tensor& weight, const Finish&,
                        const Geometry&);
-Tensor dgrad_epilogue(const Conv2dProblem&, const Tensor& grad_output, const Tensor& weight, const Tensor& residual,
-                      const Tensor& mask_in, const Geometry&);
+Tensor dgrad_epilogue(const Conv2dProblem&, const Tensor& grad_output, const Tensor& weight, const Tensor& scale,
+                      const Tensor& residual, const Tensor& mask_in, const Geometry&);
 
 }  // namespace freezekit::native

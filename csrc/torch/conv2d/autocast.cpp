@@ -5,7 +5,6 @@
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
-#include "torch/common/constants.h"
 #include "torch/common/operators.h"
 
 namespace freezekit {
@@ -17,14 +16,7 @@ Tensor conv2d_autocast(const Tensor& input, const Tensor& weight, const std::opt
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKeySet{kKey});
   const auto dtype = at::autocast::get_lower_precision_fp_from_device_type(kDevice);
   const auto cast = [&](const Tensor& tensor) { return at::autocast::cached_cast(dtype, tensor, kDevice); };
-  // Autocast's own cache holds trainable leaves only, for one region: a frozen parameter would be cast at every call.
-  const auto cast_parameter = [&](const Tensor& parameter) {
-    return constants::derived(parameter, {"cast", static_cast<int64_t>(dtype)}, [dtype](const Tensor& source) {
-      return at::autocast::cached_cast(dtype, source, kDevice);
-    });
-  };
-  return conv2d(cast(input), cast_parameter(weight), bias ? std::make_optional(cast_parameter(*bias)) : std::nullopt,
-                g);
+  return conv2d(cast(input), cast(weight), bias ? std::make_optional(cast(*bias)) : std::nullopt, g);
 }
 
 }  // namespace

@@ -10,7 +10,6 @@
 #include <torch/library.h>
 
 #include "torch/common/checks.h"
-#include "torch/common/constants.h"
 #include "torch/autograd/formula.h"
 #include "torch/common/route.h"
 #include "torch/common/shape_only.h"
@@ -154,10 +153,7 @@ Tensor convolution_autocast(const Tensor& input, const Tensor& weight, const Opt
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKeySet{kKey});
   const auto dtype = at::autocast::get_lower_precision_fp_from_device_type(kDevice);
   const auto cast = [dtype](const Tensor& tensor) { return at::autocast::cached_cast(dtype, tensor, kDevice); };
-  const auto cast_parameter = [&](const Tensor& parameter) {
-    return constants::derived(parameter, {"cast", static_cast<int64_t>(dtype)}, cast);
-  };
-  return op(cast(input), cast_parameter(weight), bias ? std::make_optional(cast_parameter(*bias)) : std::nullopt, g);
+  return op(cast(input), cast(weight), bias ? std::make_optional(cast(*bias)) : std::nullopt, g);
 }
 
 }  // namespace

@@ -1,20 +1,24 @@
-#include "torch/frozen_conv2d/frozen_conv2d.h"
-
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/Context.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/batch_norm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/hardtanh.h>
+#include <ATen/ops/mul.h>
 #include <ATen/ops/relu.h>
 #include <torch/library.h>
 
 #include "core/mask.h"
 #include "torch/backends/aten.h"
+#include "torch/backends/few_positions.h"
+#include "torch/backends/native.h"
+#include "torch/bits/gate.h"
 #include "torch/common/checks.h"
 #include "torch/common/computing.h"
-#include "torch/bits/gate.h"
 #include "torch/common/layout.h"
 #include "torch/common/route.h"
-#include "torch/backends/native.h"
-#include "torch/backends/onednn.h"
+#include "torch/frozen_conv2d/finish.h"
+#include "torch/frozen_conv2d/frozen_conv2d.h"
 
 namespace freezekit {
 namespace {
@@ -23,25 +27,42 @@ using Activation = FrozenConv2d::Activation;
 constexpr std::array<const char*, 3> kActivations = {"none", "relu", "relu6"};
 constexpr float kRelu6End = 6;
 
-Tensor or_none(const std::optional<Tensor>& tensor) { return tensor.value_or(Tensor()); }
 Tensor no_bits(const Tensor& like) { return at::empty({0}, like.options().dtype(at::kInt)); }
 
 at::MemoryFormat format(bool channels_last) {
   return channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
 }
 
-bool result_is_channels_last(const FrozenConv2d& f, const Tensor& input, const Tensor& weight) {
-  return f.channels_last.value_or(layout_of(input, weight) == at::MemoryFormat::ChannelsLast);
+bool result_is_channels_last(const FrozenConv2d& f, const FrozenOperands& o) {
+  return f.channels_last.value_or(layout_of(o.input, o.weight) == at::MemoryFormat::ChannelsLast);
+}
+
+void check_norm(const FixedNormTensors& norm, const Tensor& weight) {
+  const auto check = [&](const Tensor& tensor, const char* name) {
+    if (!tensor.defined()) return;
+    TORCH_CHECK(tensor.dim() == 1 && tensor.sym_size(0) == weight.sym_size(0), name, " must have size [",
+                weight.sym_size(0), "], one value per output channel, got ", tensor.sym_sizes());
+    TORCH_CHECK(at::isFloatingType(tensor.scalar_type()), name, " must be of a floating dtype, got ",
+                tensor.scalar_type());
+    TORCH_CHECK(tensor.device() == weight.device(), name, " is on ", tensor.device(), ", weight is on ",
+                weight.device());
+  };
+  check(norm.gamma, "norm_weight"), check(norm.beta, "norm_bias");
+  check(norm.mean, "running_mean"), check(norm.var, "running_var");
+  const bool any = norm.gamma.defined() || norm.beta.defined() || norm.mean.defined();
+  TORCH_CHECK(norm.defined() || !any, "running_var must be given with the other tensors of a norm");
 }
 
 // conv2d's check but for the bias, which may be float32 beside a shorter dtype.
-SizeVector check_operands(const Tensor& input, const Tensor& weight, const Tensor& bias, const Geometry& g) {
-  const auto output = check_conv2d(input, weight, std::nullopt, g);
-  if (!bias.defined()) return output;
-  check_bias(bias.sym_sizes(), weight.sym_sizes());
-  const bool shorter = input.scalar_type() == at::kBFloat16 || input.scalar_type() == at::kHalf;
-  if (!shorter || bias.scalar_type() != at::kFloat) check_same(input, "input", bias, "bias");
-  TORCH_CHECK(bias.device() == input.device(), "bias is on ", bias.device(), ", input is on ", input.device());
+SizeVector check_operands(const FrozenOperands& o, const Geometry& g) {
+  const auto output = check_conv2d(o.input, o.weight, std::nullopt, g);
+  check_norm(o.norm, o.weight);
+  if (!o.bias.defined()) return output;
+  check_bias(o.bias.sym_sizes(), o.weight.sym_sizes());
+  const bool shorter = o.input.scalar_type() == at::kBFloat16 || o.input.scalar_type() == at::kHalf;
+  if (!shorter || o.bias.scalar_type() != at::kFloat) check_same(o.input, "input", o.bias, "bias");
+  TORCH_CHECK(o.bias.device() == o.input.device(), "bias is on ", o.bias.device(), ", input is on ",
+              o.input.device());
   return output;
 }
 
@@ -54,11 +75,22 @@ void check_residual(const Tensor& input, const Tensor& residual, SymIntArrayRef 
               residual.sym_sizes());
 }
 
-Tensor activation_bits_(Tensor& y, std::string_view kind, double a, double b) {
-  using Signature = Tensor(Tensor&, std::string_view, double, double, std::string_view);
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("freezekit::activation_bits_", "").typed<Signature>();
-  return op.call(y, kind, a, b, "auto");
+// In place; returns the activation's bits, empty unless they are asked for.
+Tensor activate_(Tensor& y, Activation activation, bool keep_mask) {
+  if (activation == Activation::none) return no_bits(y);
+  const bool relu = activation == Activation::relu;
+  if (keep_mask) {
+    using Signature = Tensor(Tensor&, std::string_view, double, double, std::string_view);
+    static const auto op =
+        c10::Dispatcher::singleton().findSchemaOrThrow("freezekit::activation_bits_", "").typed<Signature>();
+    return op.call(y, relu ? "relu" : "hardtanh", 0, relu ? 0 : kRelu6End, "auto");
+  }
+  if (relu) {
+    at::relu_(y);
+  } else {
+    at::hardtanh_(y, 0, kRelu6End);
+  }
+  return no_bits(y);
 }
 
 // What is done besides the convolution, as measured choices tell problems apart; nothing while there are none.
@@ -71,28 +103,45 @@ std::string variant_of(std::initializer_list<std::pair<bool, const char*>> parts
   return text;
 }
 
-// By freezekit's kernels: one launch, bits in NHWC order.
-Tensor frozen_by_kernels(const Conv2dProblem& problem, const Tensor& input, const Tensor& weight, const Tensor& bias,
-                         const Tensor& residual, const FrozenConv2d& f, const Tensor& bits, Backend backend) {
+// By freezekit's kernels: one launch, and a tiny one for a norm; bits in NHWC order.
+Tensor frozen_by_kernels(const Conv2dProblem& problem, const FrozenOperands& o, const FrozenConv2d& f,
+                         const Tensor& bits, Backend backend) {
+  const Affine affine = affine_of(o.norm, o.bias, o.input, backend);
   native::Finish finish;
-  finish.bias = bias, finish.residual = residual;
+  finish.scale = affine.scale, finish.bias = affine.shift, finish.residual = o.residual;
   finish.relu = f.has_mask();
   if (f.activation == Activation::relu6) finish.relu_end = kRelu6End;
   if (finish.relu && bits.numel() > 0) finish.mask_out = bits;
-  return native::conv2d_epilogue(problem, input, weight, finish, f.geometry.with(backend));
+  return native::conv2d_epilogue(problem, o.input, o.weight, finish, f.geometry.with(backend));
 }
 
-// conv + bias + residual, by ATen or oneDNN, in the wanted layout.
-Tensor affine_by_aten(const Tensor& input, const Tensor& weight, const Tensor& bias, const Tensor& residual,
-                      bool channels_last, const Geometry& g) {
-  const Tensor x = channels_last ? input.contiguous(at::MemoryFormat::ChannelsLast) : input;
-  const Tensor r = residual.defined() ? residual.contiguous(format(channels_last)) : residual;
-  if (channels_last && onednn::takes(x, weight, g)) return onednn::conv2d(x, weight, bias, r, g);
-  const bool same = bias.defined() && bias.scalar_type() == x.scalar_type();
-  Tensor y = aten::conv2d(x, weight, same ? std::make_optional(bias) : std::nullopt, g);
+// (y, bits) by ATen's convolution, in the wanted layout. On a CPU one pass does what is left; elsewhere torch's operators.
+std::tuple<Tensor, Tensor> frozen_by_aten(const Conv2dProblem& problem, const FrozenOperands& o,
+                                          const FrozenConv2d& f, bool channels_last, bool keep_mask) {
+  const Geometry& g = f.geometry;
+  const Tensor x = channels_last ? o.input.contiguous(at::MemoryFormat::ChannelsLast) : o.input;
+  const Tensor r = o.residual.defined() ? o.residual.contiguous(format(channels_last)) : o.residual;
+  const bool passes = x.is_cpu() && (o.norm.defined() || r.defined() || f.has_mask());
+  const bool few = passes && few_positions::takes(problem, x, o.weight);
+  const bool inside =
+      o.bias.defined() && o.bias.scalar_type() == x.scalar_type() && !few && !(passes && o.norm.defined());
+  Tensor y = few ? few_positions::conv2d(problem, x, o.weight)
+                 : aten::conv2d(x, o.weight, inside ? std::make_optional(o.bias) : std::nullopt, g);
   y = y.contiguous(format(channels_last));
-  if (bias.defined() && !same) y.add_(bias.view({1, -1, 1, 1}));
-  return r.defined() ? y.add_(r) : y;
+  const Tensor left = inside ? Tensor() : o.bias;  // of the bias, to be added
+  if (passes && (o.norm.defined() || r.defined() || left.defined())) {
+    const Tensor bits = finish_(y, affine_of(o.norm, left, x, Backend::aten), r, f.activation, keep_mask);
+    return {y, bits};
+  }
+  if (left.defined()) y.add_(left.view({1, -1, 1, 1}));
+  if (o.norm.defined()) {
+    const FixedNormTensors& n = o.norm;
+    y = at::batch_norm(y, optional_of(n.gamma), optional_of(n.beta), optional_of(n.mean), optional_of(n.var),
+                       /*training=*/false, /*momentum=*/0, n.eps, at::globalContext().userEnabledCuDNN());
+  }
+  if (r.defined()) y.add_(r);
+  const Tensor bits = activate_(y, f.activation, keep_mask);
+  return {y, bits};
 }
 
 // Bits lie in the order of the result, unless the kernels were demanded: `auto` may choose them where both orders agree.
@@ -100,106 +149,109 @@ Backend choosable(Backend backend, bool channels_last) {
   return backend == Backend::automatic && !channels_last ? Backend::aten : backend;
 }
 
-std::tuple<Tensor, Tensor> frozen_kernel(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                                         const std::optional<Tensor>& residual, std::string_view activation,
-                                         SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation, c10::SymInt groups,
-                                         std::optional<bool> channels_last, bool keep_mask,
-                                         std::string_view backend) {
-  const FrozenConv2d f(activation, channels_last, Geometry(stride, padding, dilation, groups, backend));
+std::tuple<Tensor, Tensor> frozen_kernel(const FrozenOperands& o, const FrozenConv2d& f, bool keep_mask) {
   const Geometry& g = f.geometry;
-  const Tensor r = or_none(residual);
-  const auto output = check_operands(input, weight, or_none(bias), g);
-  const Conv2dProblem problem = problem_of(input.sizes(), weight.sizes(), C10_AS_INTARRAYREF_SLOW(output), g);
-  check_residual(input, r, output);
+  const auto output = check_operands(o, g);
+  const Conv2dProblem problem = problem_of(o.input.sizes(), o.weight.sizes(), C10_AS_INTARRAYREF_SLOW(output), g);
+  check_residual(o.input, o.residual, output);
   const BelowAutogradAndAutocast below;
-  const bool wanted = keep_mask && f.has_mask(), last = result_is_channels_last(f, input, weight);
-  const Tensor b = or_none(bias);
+  const bool wanted = keep_mask && f.has_mask(), last = result_is_channels_last(f, o);
   Tensor bits;
   const auto run = [&](Backend on) {
     if (on == Backend::aten) {
-      Tensor y = affine_by_aten(input, weight, b, r, last, g);
-      bits = f.has_mask() ? activate_(y, f.activation, wanted) : no_bits(y);
+      Tensor y;
+      std::tie(y, bits) = frozen_by_aten(problem, o, f, last, wanted);
       return y;
     }
-    bits = at::empty({wanted ? mask_words(problem.y_numel()) : 0}, input.options().dtype(at::kInt));
-    return frozen_by_kernels(problem, input, weight, b, r, f, bits, on).contiguous(format(last));
+    bits = at::empty({wanted ? mask_words(problem.y_numel()) : 0}, o.input.options().dtype(at::kInt));
+    return frozen_by_kernels(problem, o, f, bits, on).contiguous(format(last));
   };
-  const std::string variant = variant_of({{b.defined(), "bias"},
-                                          {r.defined(), "residual"},
+  const std::string variant = variant_of({{o.bias.defined(), "bias"},
+                                          {o.norm.defined(), "norm"},
+                                          {o.residual.defined(), "residual"},
                                           {f.has_mask(), to_string(f.activation)},
                                           {wanted, "mask"}});
-  const Tensor y = computed({Operator::fprop, problem, input, format(last), variant},
+  const Tensor y = computed({Operator::fprop, problem, o.input, format(last), variant},
                                     choosable(g.backend, last), run);
   return {y, bits};
 }
 
-Tensor dgrad_by_aten(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size, const Tensor& residual,
-                     const Tensor& bits, bool channels_last, const Geometry& g) {
-  Tensor dx;
-  // In whatever layout grad_output comes, if the copy that this takes is no larger than the one of dx that it saves.
-  const bool last = grad_output.suggest_memory_format() == at::MemoryFormat::ChannelsLast ||
-                    (channels_last && grad_output.numel() <= c10::multiply_integers(C10_AS_INTARRAYREF_SLOW(input_size)));
-  if (last && onednn::takes(grad_output, weight, g) && onednn::has_unit_stride_dgrad(weight, g)) {
-    const Tensor dy = grad_output.contiguous(format(true));
-    const bool adds = residual.defined() && channels_last;
-    dx = onednn::dgrad(dy, weight, adds ? residual.contiguous(format(true)) : Tensor(), g);
-    dx = dx.contiguous(format(channels_last));
-    if (residual.defined() && !adds) dx.add_(residual);
+Tensor by_channel(const Tensor& tensor, const Tensor& scale, int64_t channel_dim) {
+  std::vector<int64_t> size(4, 1);
+  size[channel_dim] = scale.size(0);
+  return at::mul(tensor, scale.view(size)).to(tensor.scalar_type());
+}
+
+Tensor dgrad_by_aten(const Conv2dProblem& problem, const FrozenGrad& o, const Tensor& scale, const Geometry& g) {
+  Tensor dy = o.grad_output, w = o.weight;
+  // The norm's factor goes into the pass that masks, or into whichever of both is the smaller.
+  const bool into_weight = scale.defined() && !o.grad_mask.defined() && w.numel() < dy.numel();
+  if (into_weight) {
+    w = by_channel(w, scale, 0);
+  } else if (dy.is_cpu() && (scale.defined() || o.grad_mask.defined())) {
+    dy = scale_back(dy.is_non_overlapping_and_dense() ? dy : dy.contiguous(), o.grad_mask, scale);
   } else {
-    dx = aten::dgrad(grad_output, weight, input_size, g).contiguous(format(channels_last));
-    if (residual.defined()) dx.add_(residual);
+    if (o.grad_mask.defined()) dy = gate(dy, o.grad_mask, {dy.sym_strides(), GateRule(), Backend::automatic});
+    if (scale.defined()) dy = by_channel(dy, scale, 1);
   }
-  if (bits.defined()) gate_inplace(dx, bits, {}, Backend::automatic);
+  Tensor dx = few_positions::takes(problem, dy, w) ? few_positions::dgrad(problem, dy, w)
+                                                   : aten::dgrad(dy, w, o.input_size, g);
+  dx = dx.contiguous(format(o.channels_last));
+  if (o.residual.defined()) dx.add_(o.residual);
+  if (o.mask.defined()) gate_inplace(dx, o.mask, {}, Backend::automatic);
   return dx;
 }
 
-Tensor frozen_dgrad_kernel(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size,
-                           const std::optional<Tensor>& residual, const std::optional<Tensor>& mask,
-                           SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation, c10::SymInt groups,
-                           bool channels_last, std::string_view backend) {
-  const Geometry g(stride, padding, dilation, groups, backend);
-  const IntArrayRef size = C10_AS_INTARRAYREF_SLOW(input_size);
-  const Tensor r = or_none(residual), bits = or_none(mask);
-  check_dgrad(grad_output, weight, input_size, g);
-  const Conv2dProblem problem = problem_of(size, weight.sizes(), grad_output.sizes(), g);
-  check_residual(grad_output, r, input_size);
-  TORCH_CHECK(!bits.defined() || (bits.scalar_type() == at::kInt && bits.dim() == 1 &&
-                                  bits.numel() == mask_words(problem.x_numel())),
-              "mask must be one row of ", mask_words(problem.x_numel()), " int32 words, got ",
-              bits.defined() ? bits.scalar_type() : at::kInt, " of size ", bits.defined() ? bits.sizes() : size);
+Tensor dgrad_by_kernels(const Conv2dProblem& problem, const FrozenGrad& o, const Tensor& scale, const Geometry& g) {
+  const Tensor dy =
+      o.grad_mask.defined() ? gate(o.grad_output, o.grad_mask, {o.grad_output.sym_strides(), GateRule(), g.backend})
+                            : o.grad_output;
+  return native::dgrad_epilogue(problem, dy, o.weight, scale, o.residual, o.mask, g);
+}
+
+void check_mask(const Tensor& mask, int64_t numel, const char* name) {
+  TORCH_CHECK(!mask.defined() || (mask.scalar_type() == at::kInt && mask.dim() == 1 && mask.numel() == mask_words(numel)),
+              name, " must be one row of ", mask_words(numel), " int32 words, got ",
+              mask.defined() ? mask.scalar_type() : at::kInt, " of size ", mask.defined() ? mask.sizes() : IntArrayRef());
+}
+
+Tensor frozen_dgrad_kernel(const FrozenGrad& o, const Geometry& g) {
+  const IntArrayRef size = C10_AS_INTARRAYREF_SLOW(o.input_size);
+  check_dgrad(o.grad_output, o.weight, o.input_size, g);
+  check_norm(o.norm, o.weight);
+  const Conv2dProblem problem = problem_of(size, o.weight.sizes(), o.grad_output.sizes(), g);
+  check_residual(o.grad_output, o.residual, o.input_size);
+  check_mask(o.mask, problem.x_numel(), "mask");
+  check_mask(o.grad_mask, problem.y_numel(), "grad_mask");
+  TORCH_CHECK(!o.grad_mask.defined() || o.grad_output.is_non_overlapping_and_dense(),
+              "grad_output must be dense under a grad_mask, got strides ", o.grad_output.strides());
   const BelowAutogradAndAutocast below;
   const auto run = [&](Backend on) {
-    if (on == Backend::aten) return dgrad_by_aten(grad_output, weight, input_size, r, bits, channels_last, g);
-    return native::dgrad_epilogue(problem, grad_output, weight, r, bits, g.with(on)).contiguous(format(channels_last));
+    const Tensor scale = affine_of(o.norm, Tensor(), o.grad_output, on).scale;
+    if (on == Backend::aten) return dgrad_by_aten(problem, o, scale, g);
+    return dgrad_by_kernels(problem, o, scale, g.with(on)).contiguous(format(o.channels_last));
   };
-  const std::string variant = variant_of({{r.defined(), "residual"}, {bits.defined(), "mask"}});
-  return computed({Operator::dgrad, problem, grad_output, format(channels_last), variant},
-                          choosable(g.backend, channels_last), run);
+  const std::string variant = variant_of({{o.norm.defined(), "norm"},
+                                          {o.residual.defined(), "residual"},
+                                          {o.mask.defined(), "mask"},
+                                          {o.grad_mask.defined(), "grad_mask"}});
+  return computed({Operator::dgrad, problem, o.grad_output, format(o.channels_last), variant},
+                          choosable(g.backend, o.channels_last), run);
 }
 
-std::tuple<Tensor, Tensor> frozen_meta(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                                       const std::optional<Tensor>& residual, std::string_view activation,
-                                       SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation, c10::SymInt groups,
-                                       std::optional<bool> channels_last, bool keep_mask, std::string_view backend) {
-  const FrozenConv2d f(activation, channels_last, Geometry(stride, padding, dilation, groups, backend));
-  const auto size = check_operands(input, weight, or_none(bias), f.geometry);
-  const Tensor r = or_none(residual);
-  check_residual(input, r, size);
-  const Tensor y =
-      at::empty_symint(size, input.options(), format(result_is_channels_last(f, input, weight)));
+std::tuple<Tensor, Tensor> frozen_meta(const FrozenOperands& o, const FrozenConv2d& f, bool keep_mask) {
+  const auto size = check_operands(o, f.geometry);
+  check_residual(o.input, o.residual, size);
+  const Tensor y = at::empty_symint(size, o.input.options(), format(result_is_channels_last(f, o)));
   const c10::SymInt words = keep_mask && f.has_mask() ? (y.sym_numel() + 31) / 32 : c10::SymInt(0);
-  return {y, at::empty_symint({words}, input.options().dtype(at::kInt))};
+  return {y, at::empty_symint({words}, o.input.options().dtype(at::kInt))};
 }
 
-Tensor frozen_dgrad_meta(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size,
-                         const std::optional<Tensor>& residual, const std::optional<Tensor>&, SymIntArrayRef stride,
-                         SymIntArrayRef padding, SymIntArrayRef dilation, c10::SymInt groups, bool channels_last,
-                         std::string_view backend) {
-  const Geometry g(stride, padding, dilation, groups, backend);
-  check_dgrad(grad_output, weight, input_size, g);
-  const Tensor r = or_none(residual);
-  check_residual(grad_output, r, input_size);
-  return at::empty_symint(input_size, grad_output.options(), format(channels_last));
+Tensor frozen_dgrad_meta(const FrozenGrad& o, const Geometry& g) {
+  check_dgrad(o.grad_output, o.weight, o.input_size, g);
+  check_norm(o.norm, o.weight);
+  check_residual(o.grad_output, o.residual, o.input_size);
+  return at::empty_symint(o.input_size, o.grad_output.options(), format(o.channels_last));
 }
 
 }  // namespace
@@ -213,40 +265,36 @@ FrozenConv2d::FrozenConv2d(std::string_view name, std::optional<bool> channels_l
 
 const char* to_string(Activation activation) { return kActivations[static_cast<size_t>(activation)]; }
 
-Tensor activate_(Tensor& y, Activation activation, bool keep_mask) {
-  const bool relu = activation == Activation::relu;
-  if (keep_mask) return relu ? activation_bits_(y, "relu", 0, 0) : activation_bits_(y, "hardtanh", 0, kRelu6End);
-  if (relu) {
-    at::relu_(y);
-  } else {
-    at::hardtanh_(y, 0, kRelu6End);
-  }
-  return no_bits(y);
-}
-
 std::vector<c10::SymInt> dense_stride(SymIntArrayRef size, bool channels_last) {
   if (channels_last) return {size[1] * size[2] * size[3], c10::SymInt(1), size[1] * size[3], size[1]};
   return {size[1] * size[2] * size[3], size[2] * size[3], size[3], c10::SymInt(1)};
 }
 
-std::tuple<Tensor, Tensor> frozen_conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                                         const std::optional<Tensor>& residual, const FrozenConv2d& f,
-                                         bool keep_mask) {
+Tensor scaled_by_norm(const Tensor& grad_output, const FixedNormTensors& norm) {
+  if (!norm.defined()) return grad_output;
+  const auto wide = grad_output.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  Tensor scale = norm.var.to(wide).add(norm.eps).rsqrt();
+  if (norm.gamma.defined()) scale = scale * norm.gamma.to(wide);
+  return (grad_output * scale.view({1, -1, 1, 1})).to(grad_output.scalar_type());
+}
+
+std::tuple<Tensor, Tensor> frozen_conv2d(const FrozenOperands& o, const FrozenConv2d& f, bool keep_mask) {
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("freezekit::frozen_conv2d", "").typed<FrozenConv2dSignature>();
   const Geometry& g = f.geometry;
-  return op.call(input, weight, bias, residual, to_string(f.activation), g.stride, g.padding, g.dilation, g.groups,
-                 f.channels_last, keep_mask, to_string(g.backend));
+  const FixedNormTensors& n = o.norm;
+  return op.call(o.input, o.weight, optional_of(o.bias), optional_of(o.residual), to_string(f.activation), g.stride,
+                 g.padding, g.dilation, g.groups, optional_of(n.gamma), optional_of(n.beta), optional_of(n.mean),
+                 optional_of(n.var), n.eps, f.channels_last, keep_mask, to_string(g.backend));
 }
 
-Tensor frozen_conv2d_dgrad(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size,
-                           const Tensor& residual, const Tensor& bits, bool channels_last, const Geometry& g) {
+Tensor frozen_conv2d_dgrad(const FrozenGrad& o, const Geometry& g) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("freezekit::frozen_conv2d_dgrad", "")
                              .typed<FrozenDgradSignature>();
-  const auto optional = [](const Tensor& t) { return t.defined() ? std::make_optional(t) : std::nullopt; };
-  return op.call(grad_output, weight, input_size, optional(residual), optional(bits), g.stride, g.padding, g.dilation,
-                 g.groups, channels_last, to_string(g.backend));
+  return op.call(o.grad_output, o.weight, o.input_size, optional_of(o.residual), optional_of(o.mask), g.stride,
+                 g.padding, g.dilation, g.groups, optional_of(o.grad_mask), optional_of(o.norm.gamma),
+                 optional_of(o.norm.var), o.norm.eps, o.channels_last, to_string(g.backend));
 }
 
 }  // namespace freezekit
@@ -255,20 +303,22 @@ TORCH_LIBRARY_FRAGMENT(freezekit, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
   m.def(
       "frozen_conv2d(Tensor input, Tensor weight, Tensor? bias=None, Tensor? residual=None, str activation=\"none\", "
-      "SymInt[2] stride=1, SymInt[2] padding=0, SymInt[2] dilation=1, SymInt groups=1, *, bool? channels_last=None, "
-      "bool keep_mask=False, str backend=\"auto\") -> (Tensor, Tensor)",
+      "SymInt[2] stride=1, SymInt[2] padding=0, SymInt[2] dilation=1, SymInt groups=1, *, Tensor? norm_weight=None, "
+      "Tensor? norm_bias=None, Tensor? running_mean=None, Tensor? running_var=None, float eps=0.0, "
+      "bool? channels_last=None, bool keep_mask=False, str backend=\"auto\") -> (Tensor, Tensor)",
       tags);
   m.def(
       "frozen_conv2d_dgrad(Tensor grad_output, Tensor weight, SymInt[] input_size, Tensor? residual=None, "
       "Tensor? mask=None, SymInt[2] stride=1, SymInt[2] padding=0, SymInt[2] dilation=1, SymInt groups=1, *, "
+      "Tensor? grad_mask=None, Tensor? norm_weight=None, Tensor? running_var=None, float eps=0.0, "
       "bool channels_last=False, str backend=\"auto\") -> Tensor",
       tags);
 }
 TORCH_LIBRARY_IMPL(freezekit, CompositeExplicitAutograd, m) {
-  m.impl("frozen_conv2d", freezekit::frozen_kernel);
-  m.impl("frozen_conv2d_dgrad", freezekit::frozen_dgrad_kernel);
+  m.impl("frozen_conv2d", freezekit::frozen_entry<freezekit::frozen_kernel>);
+  m.impl("frozen_conv2d_dgrad", freezekit::frozen_dgrad_entry<freezekit::frozen_dgrad_kernel>);
 }
 TORCH_LIBRARY_IMPL(freezekit, Meta, m) {
-  m.impl("frozen_conv2d", freezekit::frozen_meta);
-  m.impl("frozen_conv2d_dgrad", freezekit::frozen_dgrad_meta);
+  m.impl("frozen_conv2d", freezekit::frozen_entry<freezekit::frozen_meta>);
+  m.impl("frozen_conv2d_dgrad", freezekit::frozen_dgrad_entry<freezekit::frozen_dgrad_meta>);
 }

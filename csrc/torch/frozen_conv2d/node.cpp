@@ -18,9 +18,9 @@ constexpr size_t kPassedOn = 1;              // the gradient of the input that w
 Tensor passed_on(const variable_list& grads) { return grads.size() > kPassedOn ? grads[kPassedOn] : Tensor(); }
 
 // dx of differentiable operators; masks are applied where they were made.
-Tensor plain_input_gradient(const Tensor& dy, const Tensor& weight, SymIntArrayRef input_size, const Tensor& passed,
-                            const Geometry& g) {
-  const Tensor dx = conv2d_dgrad(dy, weight, input_size, g);
+Tensor plain_input_gradient(const Tensor& dy, const Tensor& weight, const FixedNormTensors& norm,
+                            SymIntArrayRef input_size, const Tensor& passed, const Geometry& g) {
+  const Tensor dx = conv2d_dgrad(scaled_by_norm(dy, norm), weight, input_size, g);
   return passed.defined() ? dx + passed : dx;
 }
 
@@ -35,6 +35,9 @@ variable_list backward_of_values(const variable_list& grads, const std::vector<c
   const auto input_size = arguments.unpack<std::vector<c10::SymInt>>();
   const auto bits_stride = arguments.unpack<std::vector<c10::SymInt>>();
   const auto weight = arguments.unpack<Tensor>();
+  FixedNormTensors norm;
+  norm.gamma = arguments.unpack<Tensor>(), norm.var = arguments.unpack<Tensor>();
+  norm.eps = arguments.unpack<double>();
   const auto bits = arguments.unpack<Tensor>();
   const auto wanted = arguments.unpack<std::vector<bool>>();
   variable_list result(wanted.size());
@@ -46,18 +49,24 @@ variable_list backward_of_values(const variable_list& grads, const std::vector<c
   if (wanted.size() > kResidual && wanted[kResidual]) result[kResidual] = dy;
   if (wanted[kInput]) {
     const Geometry g(stride, padding, dilation, groups, backend);
-    result[kInput] = plain_input_gradient(dy, weight, input_size, passed_on(grads), g);
+    result[kInput] = plain_input_gradient(dy, weight, norm, input_size, passed_on(grads), g);
   }
   return result;
 }
 
 }  // namespace
 
-FrozenConv2dBackward::FrozenConv2dBackward(FrozenConv2d f, const Tensor& input, const Tensor& weight)
+// On a CPU a mask is a pass of its own wherever it is applied, and the one that scales dy can do it too.
+FrozenConv2dBackward::FrozenConv2dBackward(FrozenConv2d f, const FrozenOperands& o)
     : f_(std::move(f)),
-      input_size_(owned(input.sym_sizes())),
-      input_is_channels_last_(input.suggest_memory_format() == at::MemoryFormat::ChannelsLast),
-      weight_(weight, /*is_output=*/false) {}
+      input_size_(owned(o.input.sym_sizes())),
+      input_is_channels_last_(o.input.suggest_memory_format() == at::MemoryFormat::ChannelsLast),
+      eps_(o.norm.eps),
+      has_norm_(o.norm.defined()),
+      masks_in_dgrad_(o.input.is_cpu() && !f_.own_kernels()),
+      weight_(o.weight, /*is_output=*/false),
+      gamma_(o.norm.gamma, /*is_output=*/false),
+      var_(o.norm.var, /*is_output=*/false) {}
 
 void FrozenConv2dBackward::keep(const Tensor& y, const Tensor& bits) {
   if (!f_.has_mask()) return;
@@ -70,6 +79,8 @@ void FrozenConv2dBackward::keep(const Tensor& y, const Tensor& bits) {
 void FrozenConv2dBackward::release_variables() {
   const std::lock_guard<std::mutex> lock(mutex_);
   weight_.reset_data();
+  gamma_.reset_data();
+  var_.reset_data();
   bits_.reset_data();
   masked_.reset();
 }
@@ -89,9 +100,16 @@ variable_list FrozenConv2dBackward::apply(variable_list&& grads) {
     if (wants_input) result[kInput] = passed;
     return result;
   }
+  const bool wants_residual = num_outputs() > kResidual && task_should_compute_output(kResidual);
+  if (has_bits_ && has_norm_ && masks_in_dgrad_ && wants_input && !wants_residual && !at::GradMode::is_enabled()) {
+    // Nobody else reads the masked dy.
+    const auto format = bits_are_channels_last_ ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+    result[kInput] = input_gradient(grads[0].contiguous(format), bits_.unpack(), passed);
+    return result;
+  }
   const Tensor dy = masked(std::move(grads[0]));
-  if (num_outputs() > kResidual && task_should_compute_output(kResidual)) result[kResidual] = dy;
-  if (wants_input) result[kInput] = input_gradient(dy, passed);
+  if (wants_residual) result[kResidual] = dy;
+  if (wants_input) result[kInput] = input_gradient(dy, {}, passed);
   return result;
 }
 
@@ -109,12 +127,18 @@ Tensor FrozenConv2dBackward::masked(Tensor&& dy) {
   return gate(dy, bits, {bits_stride_, GateRule(), f_.geometry.backend});
 }
 
-Tensor FrozenConv2dBackward::input_gradient(const Tensor& dy, const Tensor& passed) {
+FixedNormTensors FrozenConv2dBackward::norm() const {
+  if (!has_norm_) return {};
+  return {gamma_.unpack(), Tensor(), Tensor(), var_.unpack(), eps_};
+}
+
+Tensor FrozenConv2dBackward::input_gradient(const Tensor& dy, const Tensor& grad_mask, const Tensor& passed) {
   const Tensor weight = weight_.unpack();
-  if (at::GradMode::is_enabled()) return plain_input_gradient(dy, weight, input_size_, passed, f_.geometry);
+  if (at::GradMode::is_enabled()) return plain_input_gradient(dy, weight, norm(), input_size_, passed, f_.geometry);
   FrozenConv2dBackward* maker = maker_of_input();
   const Tensor bits = maker ? maker->lend() : Tensor();
-  const Tensor dx = frozen_conv2d_dgrad(dy, weight, input_size_, passed, bits, input_is_channels_last_, f_.geometry);
+  const Tensor dx = frozen_conv2d_dgrad(
+      {dy, weight, input_size_, passed, bits, grad_mask, norm(), input_is_channels_last_}, f_.geometry);
   if (bits.defined()) maker->mark(dx);
   return dx;
 }
@@ -123,7 +147,7 @@ Tensor FrozenConv2dBackward::input_gradient(const Tensor& dy, const Tensor& pass
 FrozenConv2dBackward* FrozenConv2dBackward::maker_of_input() const {
   const auto& edge = next_edge(kInput);
   auto* maker = dynamic_cast<FrozenConv2dBackward*>(edge.function.get());
-  if (!maker || edge.input_nr != 0 || !maker->has_bits_) return nullptr;
+  if (!maker || edge.input_nr != 0 || !maker->has_bits_ || masks_in_dgrad_) return nullptr;
   if (maker->bits_are_channels_last_ != (f_.own_kernels() || input_is_channels_last_)) return nullptr;
   if (!maker->tensor_pre_hooks().empty() || !maker->pre_hooks().empty() || !maker->retains_grad_hooks().empty()) {
     return nullptr;
@@ -169,7 +193,10 @@ void FrozenConv2dBackward::compiled_args(CompiledNodeArgs& args) const {
   for (const bool want : wanted()) args.collect(want);
   args.collect(SymIntArrayRef(input_size_));
   args.collect(SymIntArrayRef(bits_stride_));
+  args.collect(eps_);
   args.collect(weight_, /*is_output=*/false);
+  args.collect(gamma_, /*is_output=*/false);
+  args.collect(var_, /*is_output=*/false);
   args.collect(bits_, /*is_output=*/false);
 }
 
@@ -177,6 +204,8 @@ variable_list FrozenConv2dBackward::apply_with_saved(const variable_list& grads,
   saved.before(input_size_);
   saved.before(bits_stride_);
   saved.before(weight_);
+  saved.before(gamma_);
+  saved.before(var_);
   saved.before(bits_);
   const Geometry& g = f_.geometry;
   PackedArgs arguments;
@@ -188,12 +217,17 @@ variable_list FrozenConv2dBackward::apply_with_saved(const variable_list& grads,
   arguments.pack(input_size_);
   arguments.pack(bits_stride_);
   arguments.pack(weight_.unpack());
+  arguments.pack(gamma_.unpack());
+  arguments.pack(var_.unpack());
+  arguments.pack(eps_);
   arguments.pack(has_bits_ ? bits_.unpack() : Tensor());
   arguments.pack(wanted());
   variable_list result = trace_call(*this, name(), backward_of_values, grads, std::move(arguments), saved);
   saved.after(input_size_);
   saved.after(bits_stride_);
   saved.after(weight_);
+  saved.after(gamma_);
+  saved.after(var_);
   saved.after(bits_);
   return result;
 }

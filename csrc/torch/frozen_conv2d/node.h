@@ -1,6 +1,6 @@
 // Backward of a frozen convolution, and how neighbouring ones share their passes.
 //
-// A node keeps bits and the weight, no activation. In the backward pass it looks along the edge to who made its input:
+// A node keeps bits and parameters (the weight, and gamma and var of a norm), no activation. In the backward pass it looks along the edge to who made its input:
 //
 //   - if that is a frozen convolution with bits, its bits go into this one's dgrad as the mask, in the same kernel;
 //     the result is marked there, and the maker leaves out the pass that masks its own dy. Whether a mark still holds
@@ -31,7 +31,7 @@ class FrozenConv2dBackward : public torch::autograd::Node {
  public:
   using variable_list = torch::autograd::variable_list;
 
-  FrozenConv2dBackward(FrozenConv2d f, const Tensor& input, const Tensor& weight);
+  FrozenConv2dBackward(FrozenConv2d f, const FrozenOperands&);
 
   // After the forward pass: the bits and how they lie.
   void keep(const Tensor& y, const Tensor& bits);
@@ -44,7 +44,8 @@ class FrozenConv2dBackward : public torch::autograd::Node {
 
  private:
   Tensor masked(Tensor&& dy);
-  Tensor input_gradient(const Tensor& dy, const Tensor& passed);
+  Tensor input_gradient(const Tensor& dy, const Tensor& grad_mask, const Tensor& passed);
+  FixedNormTensors norm() const;
   FrozenConv2dBackward* maker_of_input() const;
   Tensor lend();
   void mark(const Tensor& grad);
@@ -55,7 +56,9 @@ class FrozenConv2dBackward : public torch::autograd::Node {
   FrozenConv2d f_;
   std::vector<c10::SymInt> input_size_, bits_stride_;
   bool input_is_channels_last_ = false, bits_are_channels_last_ = false, has_bits_ = false;
-  torch::autograd::SavedVariable weight_, bits_;
+  double eps_ = 0;
+  bool has_norm_ = false, masks_in_dgrad_ = false;
+  torch::autograd::SavedVariable weight_, gamma_, var_, bits_;
   std::optional<c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>> masked_;
   uint32_t masked_version_ = 0;
   std::mutex mutex_;

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..cases import CHUNKS, GEMM_DILATED, GEMM_GAPPED, GEMM_STRIDED, POINTWISE, RAGGED, gemm
+from ..cases import CHUNKS, GEMM_DILATED, GEMM_GAPPED, GEMM_GROUPED, GEMM_STRIDED, POINTWISE, RAGGED, gemm
 from .plant import EPILOGUE, FINISH, GATHER_MATHS, GEMM, GEMM_BF16, GEMM_LAUNCH, OVERFLOW, RACE, RING, TENSOR_CORE, bug
 
 FPROP = gemm("bf16", "fprop", CHUNKS)
@@ -170,6 +170,13 @@ PLANTS = [
         "if (row0 >= rows) return;",
         "if (row0 >= rows || h.taps * w.taps == 0) return;",
         case=gemm("bf16", "dgrad", GEMM_GAPPED),
+    ),
+    bug(
+        "dgrad's filter goes without its factors",
+        "csrc/kernels/gemm_sm80/implicit_gemm.cu",
+        "transform.scale = tensors.filter_scale;",
+        "",
+        case=gemm("bf16", "dgrad", GEMM_GROUPED, epilogue=("filter_scale",)),
     ),
     bug(
         "dilated taps of dgrad walk the wrong way",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .plant import FILTER, MASK, OVERFLOW, RACE, REDUCE, bug
+from .plant import FILTER, MASK, NORM_AFFINE, OVERFLOW, RACE, REDUCE, bug
 
 PLANTS = [
     bug(
@@ -24,20 +24,27 @@ PLANTS = [
         expect=RACE,
     ),
     bug(
-        "a filter is scaled before its factors are there",
+        "a filter is scaled by the wrong channel's factor",
         FILTER,
-        "    }\n    __syncthreads();\n  }\n  const int64_t at_tap",
-        "    }\n  }\n  const int64_t at_tap",
+        "load_global(scale + k_all)",
+        "load_global(scale + c)",
         case="filter:40,33,2",
-        mode="tsan",
-        expect=RACE,
     ),
     bug(
-        "a folded bias lacks the norm's mean",
-        FILTER,
+        "a norm's shift lacks its mean",
+        NORM_AFFINE,
         "load_double(norm.bias, k, 0) - load_double(norm.mean, k, 0)",
         "load_double(norm.bias, k, 0)",
-        case="filter:40,33,2",
+        case="norm:300",
+    ),
+    bug(
+        "a norm's channels behind the last are written",
+        NORM_AFFINE,
+        "if (k >= channels) return;",
+        "if (k > channels) return;",
+        case="norm:300",
+        mode="asan",
+        expect=OVERFLOW,
     ),
     bug(
         "a mask is packed from beyond the tensor",
