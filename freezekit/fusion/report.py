@@ -74,7 +74,7 @@ def fusion_report(model: nn.Module) -> list[BlockReport]:
         if isinstance(module, nn.Conv2d) and name not in placed:
             parent = name.rpartition(".")[0]
             reason = reasons.get(parent, "") if name else "it is the whole model: nothing stands around it"
-            reason = reason or "no traced forward calls it by this name"
+            reason = reason or "no forward that could be read calls it by this name"
             rows.append(BlockReport(name, "", "none", False, False, reason))
     return rows
 
