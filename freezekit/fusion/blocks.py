@@ -11,8 +11,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
+from torch import nn
+
+from freezekit.fusion.layers import ACTIVATIONS
 from freezekit.fusion.norms import has_activation
-from freezekit.fusion.sequences import Shape, shape
+from freezekit.fusion.patterns import Call
+from freezekit.fusion.sequences import Shape, nested, shape
 from freezekit.fusion.steps import Step
 
 
@@ -20,10 +24,10 @@ from freezekit.fusion.steps import Step
 class Guard:
     """What is asked ahead of a block: a test of the forward's, or whether a child is what it was taken for."""
 
-    kind: str  # "test", "still" (a sequence), "identity", "torch.add"
+    kind: str  # "test", "still" (a sequence), "list", "identity", "drops nothing" (a norm), "torch.add"
     node: ast.expr
     taken: bool = True
-    shape: Shape = ()
+    shape: Shape | tuple[str, ...] = ()
 
 
 @dataclass(eq=False)
@@ -36,7 +40,10 @@ class Block:
         residual: the name of what is added.
         into: the block whose result the sum is written into, where the forward says so; nobody saw that result.
         final: the name that is set; None if the block returns.
+        own: of a norm with an activation of its own: "in" if that is of the block, "behind" if it runs behind it,
+            "nothing" if it does nothing; "" of other norms.
         flag: the name of a variable that is to say whether it ran; "" if nobody asks.
+        outside: the path of a norm that reads the result and could not be taken in; "" without one.
     """
 
     conv: Step
@@ -50,7 +57,9 @@ class Block:
     into: Block | None = None
     activation: Step | None = None
     closed: bool = False
+    own: str = ""
     flag: str = ""
+    outside: str = ""
 
 
 @dataclass(eq=False)
@@ -58,7 +67,7 @@ class Opened:
     """Items with a sequence at their head, and the steps that they are while the guards hold."""
 
     items: list[Step]
-    sequence: Step
+    sequences: list[str]
     steps: list[Step]
     guards: list[Guard]
     units: list[Unit] = field(default_factory=list)
@@ -116,15 +125,13 @@ class Finder:
                 elif not _joins(growing, step, guards, previous if self.unfold else None):
                     return best
             if growing is not None and self._hidden(growing, self.items[first : i + 1]):
-                best = replace(
-                    growing, items=self.items[first : i + 1], steps=list(growing.steps), guards=list(guards)
-                )
+                best = replace(growing, items=self.items[first : i + 1], steps=list(growing.steps), guards=list(guards))
             if growing is None or growing.closed or growing.final is None:
                 break
         return best
 
     def _opened(self, i: int, previous: Block | None) -> Opened | None:
-        """A sequence, where the convolution at its end is of a block with what stands behind it."""
+        """A sequence whose last convolution is of a block with what stands behind it, or a loop over children."""
         item, guards = self.items[i], []
         if self.unfold is None:
             return None
@@ -132,22 +139,29 @@ class Finder:
             assert isinstance(item.node, ast.If)
             guards.append(Guard("test", item.node.test, item.taken))
             item = item.body[0]
-        if item.kind != "sequence" or item.target is None:
+        if item.kind == "sequence" and item.target is not None:
+            assert item.call is not None
+            assert item.call.callee is not None
+            assert item.call.module is not None
+            guards.append(Guard("still", item.call.callee, shape=shape(item.call.module)))
+            steps, paths = self.unfold(item), [item.call.path]
+            paths += [f"{item.call.path}.{path}" for path in nested(item.call.module)]
+        elif item.kind == "loop" and not guards:
+            assert item.over is not None
+            node, path, module = item.over
+            guards.append(Guard("list", node, shape=tuple(module._modules)))
+            steps, paths = list(item.body), [path]
+        else:
             return None
-        assert item.call is not None
-        assert item.call.callee is not None
-        assert item.call.module is not None
-        guards.append(Guard("still", item.call.callee, shape=shape(item.call.module)))
-        steps = self.unfold(item)
+        more = len(steps)
         last = max(k for k, step in enumerate(steps) if step.kind == "conv")
         steps += self.items[i + 1 :]
         inside = Finder(steps, self.uses, self.captured, self.unfold)
         block = inside.block(last, previous if last == 0 else None)
-        more = len(steps) - len(self.items) + i + 1
-        end = 0 if block is None else last + len(block.items)
-        if end <= more:
+        end = max(more if item.kind == "loop" else 0, 0 if block is None else last + len(block.items))
+        if end <= more and item.kind == "sequence":
             return None
-        return Opened(self.items[i : i + 1 + end - more], item, steps[:end], guards)
+        return Opened(self.items[i : i + 1 + end - more], paths, steps[:end], guards)
 
     def _hidden(self, block: Block, items: list[Step]) -> bool:
         """Whether nobody else reads what the block's steps set, its result aside."""
@@ -168,7 +182,9 @@ def _joins(block: Block, step: Step, guards: list[Guard], previous: Block | None
         return False
     elif step.kind == "norm":
         joins = block.norm is None and block.add is None
-        block.norm, block.closed = step, has_activation(step.call.module)
+        block.norm = step
+        if has_activation(step.call.module):
+            _takes_own_activation(block, step.call, guards)
     elif step.kind == "identity":
         assert step.call.callee is not None
         guards.append(Guard("identity", step.call.callee))
@@ -179,6 +195,18 @@ def _joins(block: Block, step: Step, guards: list[Guard], previous: Block | None
     block.final = step.target
     block.steps.append(step)
     return joins
+
+
+def _takes_own_activation(block: Block, call: Call, guards: list[Guard]) -> None:
+    """Takes in what a norm does beyond normalising."""
+    assert call.callee is not None
+    assert call.module is not None
+    guards.append(Guard("drops nothing", call.callee))
+    if type(call.module.act) is nn.Identity:
+        guards.append(Guard("identity", ast.Attribute(call.callee, "act", ast.Load())))
+        block.own = "nothing"
+    else:
+        block.own, block.closed = "in" if type(call.module.act) in ACTIVATIONS else "behind", True
 
 
 def _adds(block: Block, step: Step, guards: list[Guard], previous: Block | None) -> bool:

@@ -1,8 +1,8 @@
 """How a module gets other methods and stays what it was.
 
-Its class becomes a subclass of its class that differs in `forward`, and in the methods that it calls, alone: attributes,
-state_dict, names, hooks and isinstance are untouched, and nothing is stored on the instance. deepcopy gives a fused copy.
-pickle writes the stock class, so that what was saved loads without freezekit.
+Its class becomes a subclass of its class that differs in `forward`, and in the methods that it calls, alone:
+attributes, state_dict, names, hooks and isinstance are untouched, and nothing is stored on the instance. deepcopy
+gives a fused copy. pickle writes the stock class, so that what was saved loads without freezekit.
 """
 
 from __future__ import annotations
@@ -43,8 +43,13 @@ def fuse_module(module: nn.Module, plan: Plan) -> None:
 
 
 def unfuse_module(module: nn.Module) -> None:
-    if plan_of(module) is not None:
+    if is_ours(module):
         module.__class__ = original_class(module)
+
+
+def is_ours(module: nn.Module) -> bool:
+    """Whether a module's class is one that was made here, and not one that others made of such a class since."""
+    return _PLAN in vars(type(module))
 
 
 def _subclass(kind: type[nn.Module], plan: Plan) -> type[nn.Module]:

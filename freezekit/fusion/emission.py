@@ -7,9 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from freezekit.fusion.blocks import Block, Finder, Guard, Opened, Unit, names_read
+from freezekit.fusion.blocks import Block, Finder, Guard, Opened, Unit, names_read, names_set
 from freezekit.fusion.flow import Place, places
-from freezekit.fusion.norms import has_activation
 from freezekit.fusion.steps import Step, Steps
 
 
@@ -41,7 +40,24 @@ class Emitter:
         for unit in flat:
             if isinstance(unit, Block) and unit.into is not None:
                 unit.into.flag = next(self.steps.fresh)
+        for i, unit in enumerate(flat):
+            if isinstance(unit, Block) and unit.norm is None and unit.final is not None:
+                unit.outside = self._norm_of(unit.final, flat[i + 1 :])
         return self._written(units, places(flat, whole, self.steps.fresh), report=True)
+
+    def _norm_of(self, name: str, units: list[Block | Step]) -> str:
+        """The path of the norm that a result goes into, for all that its name says."""
+        for unit in units:
+            for step in unit.steps if isinstance(unit, Block) else [unit]:
+                for node in ast.walk(step.node):
+                    child = self.steps.lookup.child(node.func) if isinstance(node, ast.Call) and node.args else None
+                    if child is not None and "norm" in type(child[1]).__name__.lower():
+                        argument = node.args[0]  # type: ignore[attr-defined]
+                        if isinstance(argument, ast.Name) and argument.id == name:
+                            return child[0]
+                if name in names_set(step.node):
+                    return ""
+        return ""
 
     def _units(self, items: list[Step], far: bool, previous: Block | None = None) -> list[Unit]:
         units = Finder(items, self.uses, self.captured, self.steps.unfold if far else None).units(previous)
@@ -85,8 +101,7 @@ class Emitter:
         return self._text([f"{name} = None" for name in dict.fromkeys(names) if name in self.steps.made], node)
 
     def _opened(self, unit: Opened, found: dict[Block, Place]) -> ast.stmt:
-        assert unit.sequence.call is not None
-        self.sequences.append(unit.sequence.call.path)
+        self.sequences += unit.sequences
         where = unit.items[0].node
         inside = [found[one] for one in unit.units if isinstance(one, Block)]
         layouts = [place.layout for place in inside if place.layout]
@@ -110,6 +125,9 @@ class Emitter:
         if block.flag:
             fails.append(f"{block.flag} = False")
             works.append(f"{block.flag} = True")
+        if block.own == "behind":
+            assert block.norm is not None
+            works.append(f"{result} = {_callee(block.norm)}.act({result})")
         works += ["return " + result] if block.final is None else [f"{block.final} = {result}", f"{result} = None"]
         layers = self._text([*fails, *self._restoring(place.restore)], where)
         if block.into is not None or any(guard.kind == "test" for guard in block.guards):
@@ -127,17 +145,24 @@ class Emitter:
         return written
 
     def _call(self, block: Block, place: Place) -> str:
-        parts = [place.base, _callee(block.conv), "None", "None", place.residual or "None"]
+        absent = self._own("absent")
+        parts = [place.base, _callee(block.conv), absent, absent, place.residual or absent]
         if block.norm is not None:
             assert block.norm.call is not None
             parts[2] = _callee(block.norm)
-            if has_activation(block.norm.call.module):
+            if block.own == "in":
                 parts[3] = f"{parts[2]}.act"
         if block.activation is not None:
             assert block.activation.call is not None
             parts[3] = _callee(block.activation) or repr(block.activation.call.path)
-        if place.inner or place.base_layout:
-            parts += [place.base_layout or "None", str(place.inner)]
+        if place.base_layout:
+            parts.append(f"before={place.base_layout}")
+        if place.inner:
+            parts.append("inner=True")
+        if block.own:
+            parts.append("owns=True")
+        while parts[-1] == absent:
+            parts.pop()
         return f"{self._own('shared' if place.hands_on else 'fused')}({', '.join(parts)})"
 
     def _all(self, guards: list[Guard], flag: str = "") -> str:
@@ -148,12 +173,15 @@ class Emitter:
                 terms.append(f"({text})" if guard.taken else f"not ({text})")
             elif guard.kind == "identity":
                 terms.append(f"{self._own('is_identity')}({text})")
+            elif guard.kind == "drops nothing":
+                terms.append(f"{self._own('drops_nothing')}({text})")
             elif guard.kind == "torch.add":
                 terms.append(f"{text} is {self._own('torch_add')}")
             else:
                 name = next(self.steps.fresh)
                 self.values[name] = guard.shape
-                terms.append(f"{self._own('is_still')}({text}, {name})")
+                asked = "is_still" if guard.kind == "still" else "is_list_of"
+                terms.append(f"{self._own(asked)}({text}, {name})")
         return " and ".join(terms)
 
     def _restoring(self, restore: list[tuple[str, str]]) -> list[str]:

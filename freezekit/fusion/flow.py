@@ -1,8 +1,8 @@
 """Who reads what in a list of blocks, so that blocks hand values to each other that nobody else gets to see.
 
-Two things are worth it. A result that only blocks read may lie in the layout that kernels like. And of several blocks that
-read one value, the first hands it on to the next, whose gradient it then adds inside its own dgrad; between them there may
-be blocks only, so that nothing can write to the value.
+Two things are worth it. A result that only blocks read may lie in the layout that kernels like. And of several blocks
+that read one value, the first hands it on to the next, whose gradient it then adds inside its own dgrad; between them
+there may be blocks only, so that nothing can write to the value.
 """
 
 from __future__ import annotations
@@ -62,12 +62,15 @@ def places(units: list[Block | Step], whole: bool, fresh: Iterator[str]) -> dict
     for unit in units:
         names.append({})
         if isinstance(unit, Block):
-            for name in dict.fromkeys(filter(None, (unit.conv.value, unit.residual))):
-                value(name).readers.append((unit, barriers))
+            for name in filter(None, (unit.conv.value, unit.residual)):
+                if (unit, barriers) not in value(name).readers:
+                    value(name).readers.append((unit, barriers))
             names[-1] = dict(held)
             for step in unit.steps:
                 if step.target is not None:
-                    held[step.target] = _Value(maker=unit if step.target == unit.final else None)
+                    held[step.target] = _Value(
+                        maker=unit if step.target == unit.final and unit.own != "behind" else None
+                    )
                     values.append(held[step.target])
         elif unit.kind == "copy" and unit.target is not None:
             value(unit.value).open = True
@@ -99,8 +102,8 @@ def _assigned(
                 if reader.conv.value == name:
                     found[reader].base_layout = found[one.maker].layout
         for (first, before), (second, after) in zip(one.readers, one.readers[1:], strict=False):
-            if before != after:
-                continue
+            if before != after or names[order[first]].get(first.conv.value) is not one:
+                continue  # it is the input that is handed on
             variable = found[first].hands_on = next(fresh)
             for field_name in ("base", "residual"):
                 name = second.conv.value if field_name == "base" else second.residual

@@ -19,7 +19,8 @@ def _kinds(*bases: type[nn.Module]) -> frozenset[type[nn.Module]]:
 
 
 CONVS = _kinds(nn.Conv2d)
-NORMS = _kinds(nn.BatchNorm2d, nn.SyncBatchNorm)
+# With what they normalise by: fixed statistics always, or in eval mode alone.
+NORMS: dict[type[nn.Module], bool] = dict.fromkeys(_kinds(nn.BatchNorm2d, nn.SyncBatchNorm), False)
 _RELUS = _kinds(nn.ReLU)
 _RELU6S = _kinds(nn.ReLU6)
 ACTIVATIONS: dict[type[nn.Module], str] = {**dict.fromkeys(_RELUS, "relu"), **dict.fromkeys(_RELU6S, "relu6")}

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from freezekit.fusion.layers import ACTIVATION_CALLS, ACTIVATIONS, CONVS, NORMS
+from freezekit.fusion.layers import ACTIVATION_CALLS, ACTIVATIONS, CONVS
+from freezekit.fusion.norms import is_norm
 from freezekit.fusion.sequences import is_plain_sequence, members
 
 _PLAIN = (bool, int, float, str, tuple, type(None))
@@ -94,7 +95,11 @@ class Lookup:
         argument, found = node.args[0], self.child(node.func)
         if found is not None:
             path, module = found
-            return Call(kind_of(module), argument, node.func, path, module) if len(node.args + node.keywords) == 1 else None
+            return (
+                Call(kind_of(module), argument, node.func, path, module)
+                if len(node.args + node.keywords) == 1
+                else None
+            )
         function = self.value_of(node.func)
         if function not in ACTIVATION_CALLS or isinstance(function, str) or not _only_in_place(node):
             return None
@@ -154,6 +159,8 @@ def _truth(value: Any) -> bool:
 
 
 def _attribute(module: nn.Module, name: str) -> Any:
+    if type(module).__getattribute__ is not object.__getattribute__:
+        raise Unknown
     value = inspect.getattr_static(module, name, _MISSING)
     if value is _MISSING:
         for place in (module._parameters, module._buffers, module._modules):
@@ -180,7 +187,7 @@ def kind_of(module: nn.Module) -> str:
     kind = type(module)
     if kind in CONVS:
         return "conv"
-    if kind in NORMS:
+    if is_norm(module):
         return "norm"
     if kind in ACTIVATIONS:
         return "activation"
@@ -195,7 +202,7 @@ def _ends_open(children: list[nn.Module]) -> bool:
     """Whether what stands behind a sequence can be of a block with the convolution at its end."""
     while children and type(children[-1]) is nn.Identity:
         children.pop()
-    if children and type(children[-1]) in NORMS:
+    if children and is_norm(children[-1]):
         children.pop()
     return bool(children) and type(children[-1]) in CONVS
 

@@ -14,6 +14,7 @@ run as the forward has them:
 from __future__ import annotations
 
 import ast
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -26,20 +27,24 @@ from freezekit.fusion.blocks import Block, names_read
 from freezekit.fusion.emission import Emitter
 from freezekit.fusion.patterns import Lookup
 from freezekit.fusion.running import NAMES
-from freezekit.fusion.sequences import is_plain_sequence, members, shape
+from freezekit.fusion.sequences import members, nested, shape
 from freezekit.fusion.source import Source, Unreadable, define, read
 from freezekit.fusion.steps import Steps
 
 
 @dataclass(frozen=True)
 class BlockNames:
-    """One block's layers, as paths from the module; an activation is a path or the kind of a function."""
+    """One block's layers, as paths from the module; an activation is a path or the kind of a function.
+
+    `outside` is the path of a norm that reads the convolution's result and runs on its own.
+    """
 
     conv: str
     norm: str | None
     activation: str | None
     calls_function: bool
     adds: bool
+    outside: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,11 @@ class Plan:
 
 def make_plan(module: nn.Module, kind: type[nn.Module]) -> Plan:
     """What `fuse` makes of `module`, whose own class is `kind`; never fails, a plan may be to rewrite nothing."""
-    if issubclass(kind, nn.Sequential) and kind.forward is nn.Sequential.forward and kind.__iter__ is nn.Sequential.__iter__:
+    if (
+        issubclass(kind, nn.Sequential)
+        and kind.forward is nn.Sequential.forward
+        and kind.__iter__ is nn.Sequential.__iter__
+    ):
         return _plan_of({"forward": _of_sequence(module)})
     written: dict[str, _Written] = {}
     waiting, reasons = ["forward"], []
@@ -72,7 +81,7 @@ def make_plan(module: nn.Module, kind: type[nn.Module]) -> Plan:
         if name in written:
             continue
         try:
-            source = read(getattr(kind, name))
+            source = read(inspect.getattr_static(kind, name))
             written[name] = _rewrite(module, source)
         except Unreadable as error:
             reasons.append(str(error))
@@ -112,8 +121,9 @@ def _rewrite(module: nn.Module, source: Source) -> _Written:
     while any(name.startswith(prefix) for name in (*taken, *function.__code__.co_names)):
         prefix += "_"
     fresh = (f"{prefix}{i}" for i in range(10**9))
-    steps = Steps(Lookup(module, function, frozenset(taken), self_name), fresh)
-    emitter = Emitter(steps, Counter(names_read(tree)), frozenset(function.__code__.co_cellvars), prefix)
+    uses = Counter(names_read(tree))
+    steps = Steps(Lookup(module, function, frozenset(taken), self_name), uses, fresh)
+    emitter = Emitter(steps, uses, frozenset(function.__code__.co_cellvars), prefix)
     body = emitter.body(tree.body)
     new = ast.FunctionDef(**{**dict(ast.iter_fields(tree)), "body": body, "decorator_list": []})
     ast.copy_location(new, tree)
@@ -126,7 +136,11 @@ def _names(block: Block) -> BlockNames:
     assert conv is not None
     calls_function = activation is not None and activation.module is None
     path = activation.path if activation is not None else None
-    return BlockNames(conv.path, norm.path if norm is not None else None, path, calls_function, block.add is not None)
+    if norm is not None and block.own == "in":
+        path = f"{norm.path}.act"
+    return BlockNames(
+        conv.path, norm.path if norm is not None else None, path, calls_function, block.add is not None, block.outside
+    )
 
 
 def _methods_called(source: Source, kind: type[nn.Module]) -> Iterator[str]:
@@ -134,7 +148,7 @@ def _methods_called(source: Source, kind: type[nn.Module]) -> Iterator[str]:
     arguments = [*source.tree.args.posonlyargs, *source.tree.args.args]
     for node in ast.walk(source.tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == arguments[0].arg:
-            found = getattr(kind, node.attr, None)
+            found = inspect.getattr_static(kind, node.attr, None)
             if isinstance(found, FunctionType) and not hasattr(nn.Module, node.attr):
                 yield node.attr
 
@@ -143,8 +157,7 @@ def _of_sequence(module: nn.Module) -> _Written:
     written = _rewrite(module, _sequence_source(module))
     (check,) = ast.parse("if not _fk_has_shape(self, _fk_shape):\n    return _fk_own_forward(self, input)").body
     written.tree.body.insert(0, ast.fix_missing_locations(ast.copy_location(check, written.tree)))
-    nested = {".".join(path[:i]) for path, _ in members(module) for i in range(1, len(path))}
-    return replace(written, sequences=tuple(sorted(nested)), values={**written.values, "_fk_shape": shape(module)})
+    return replace(written, sequences=tuple(nested(module)), values={**written.values, "_fk_shape": shape(module)})
 
 
 def _sequence_source(module: nn.Module) -> Source:

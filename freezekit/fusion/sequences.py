@@ -32,6 +32,14 @@ def is_plain_sequence(module: nn.Module | None) -> bool:
     )
 
 
+def is_iterated_plainly(module: nn.Module | None) -> bool:
+    """Whether a loop over a module is one over its children."""
+    if not isinstance(module, nn.Sequential | nn.ModuleList):
+        return False
+    kind = original_class(module)
+    return kind.__iter__ is (nn.Sequential if issubclass(kind, nn.Sequential) else nn.ModuleList).__iter__
+
+
 def members(sequence: nn.Module) -> list[tuple[tuple[str, ...], nn.Module]]:
     """What a plain sequence calls, with the paths; sequences in it are looked into."""
     found: list[tuple[tuple[str, ...], nn.Module]] = []
@@ -43,12 +51,22 @@ def members(sequence: nn.Module) -> list[tuple[tuple[str, ...], nn.Module]]:
     return found
 
 
+def nested(sequence: nn.Module) -> list[str]:
+    """Paths of the sequences that `members` looks into."""
+    return sorted({".".join(path[:i]) for path, _ in members(sequence) for i in range(1, len(path))})
+
+
 def shape(sequence: nn.Module) -> Shape:
     """What `is_still` compares."""
     return tuple(
         (name, shape(child) if child is not None and is_plain_sequence(child) else None)
         for name, child in sequence._modules.items()
     )
+
+
+def is_list_of(module: nn.Module | None, names: tuple[str, ...]) -> bool:
+    """Whether a loop over a module goes over the children of these names."""
+    return is_iterated_plainly(module) and tuple(module._modules) == names  # type: ignore[union-attr]
 
 
 def is_still(sequence: nn.Module | None, expected: Shape) -> bool:

@@ -1,7 +1,7 @@
 """A function's source as a tree, known to be what runs, and functions made from such trees.
 
-The text is found by file and line, and the file may have been edited since it was imported. So it is compiled again, and
-is good only if that gives the very bytecode that runs.
+The text is found by file and line, and the file may have been edited since it was imported. So it is compiled again,
+and is good only if that gives the very bytecode that runs.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ def read(function: Any) -> Source:
     """
     if type(function) is not FunctionType:
         raise Unreadable(f"its forward is a {type(function).__name__}, not a function")
+    if hasattr(function, "__wrapped__"):
+        raise Unreadable("its forward is wrapped by a decorator")
     code = function.__code__
     trees, codes = _file("".join(linecache.getlines(code.co_filename, function.__globals__)), code.co_filename)
     place = code.co_firstlineno, code.co_name
@@ -91,30 +93,25 @@ def define(source: Source, tree: ast.FunctionDef, values: Mapping[str, Any]) -> 
 def _compile(tree: ast.FunctionDef, function: FunctionType, more: tuple[str, ...]) -> CodeType:
     """The code of a definition alone, without its decorators, defaults and annotations, which were evaluated once."""
     code = function.__code__
-    arguments = ast.arguments(
-        posonlyargs=[ast.arg(a.arg) for a in tree.args.posonlyargs],
-        args=[ast.arg(a.arg) for a in tree.args.args],
-        vararg=tree.args.vararg and ast.arg(tree.args.vararg.arg),
-        kwonlyargs=[ast.arg(a.arg) for a in tree.args.kwonlyargs],
-        kw_defaults=[None] * len(tree.args.kwonlyargs),
-        kwarg=tree.args.kwarg and ast.arg(tree.args.kwarg.arg),
-        defaults=[],
-    )
-    inner: ast.stmt = ast.FunctionDef(name=tree.name, args=arguments, body=tree.body, decorator_list=[], type_params=[])
-    ast.copy_location(inner, tree)
-    # Private names are spelled by the class around them.
+    # Private names are spelled by the class around them; free variables come from a function around that.
     owner = function.__qualname__.split(".")[-2:-1]
-    around = owner[0] if owner and owner[0].isidentifier() else "_"
-    inner = ast.ClassDef(name=around, bases=[], keywords=[], body=[inner], decorator_list=[], type_params=[])
-    free = ast.arguments(
-        posonlyargs=[],
-        args=[ast.arg(name) for name in (*code.co_freevars, *more)],
-        kwonlyargs=[],
-        kw_defaults=[],
-        defaults=[],
+    (outer,) = ast.parse("def _():\n class _:\n  def _(): pass").body
+    assert isinstance(outer, ast.FunctionDef)
+    (around,) = outer.body
+    assert isinstance(around, ast.ClassDef)
+    (inner,) = around.body
+    assert isinstance(inner, ast.FunctionDef)
+    outer.args.args = [ast.arg(name) for name in (*code.co_freevars, *more)]
+    around.name = owner[0] if owner and owner[0].isidentifier() else "_"
+    own = tree.args
+    inner.name, inner.body = tree.name, tree.body
+    inner.args.posonlyargs, inner.args.args, inner.args.kwonlyargs = (
+        [ast.arg(one.arg) for one in arguments] for arguments in (own.posonlyargs, own.args, own.kwonlyargs)
     )
-    outer = ast.FunctionDef(name="_", args=free, body=[inner], decorator_list=[], type_params=[])
-    for made in (inner, outer):
+    inner.args.kw_defaults = [None] * len(own.kwonlyargs)
+    inner.args.vararg = own.vararg and ast.arg(own.vararg.arg)
+    inner.args.kwarg = own.kwarg and ast.arg(own.kwarg.arg)
+    for made in (outer, around, inner):
         ast.copy_location(made, tree)
     module = ast.fix_missing_locations(ast.Module(body=[outer], type_ignores=[]))
     flags = code.co_flags & _FUTURE_FLAGS

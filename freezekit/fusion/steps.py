@@ -7,11 +7,17 @@ it is taken out too, but for names, constants and functions. Statements that say
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TypeVar
+
+from torch import nn
 
 from freezekit.fusion.patterns import Call, Lookup, Unknown, as_sum, kind_of
-from freezekit.fusion.sequences import members
+from freezekit.fusion.sequences import is_iterated_plainly, members
+
+Node = TypeVar("Node", bound=ast.AST)
 
 
 @dataclass(eq=False)
@@ -21,7 +27,7 @@ class Step:
     Attributes:
         node: the statement.
         kind: "conv", "norm", "activation", "identity", "sequence", "module" (any other child), "add", "copy" (one name
-            is another), "if" (a test that evaluating does not change) or "" for all else.
+            is another), "if" (a test that evaluating does not change), "loop" (over children) or "" for all else.
         target: the name that it sets; None if it returns.
         value: the name that it reads; of an addition, the left one.
         call: of layers.
@@ -29,7 +35,8 @@ class Step:
         in_place: whether it adds into the left one.
         function: of an addition, the function that is called.
         taken: of a test, whether it is met now.
-        body: of a test, the steps that it leads to now.
+        body: of a test, the steps that it leads to now; of a loop, all its rounds.
+        over: of a loop, the module whose children it is over.
     """
 
     node: ast.stmt
@@ -42,20 +49,22 @@ class Step:
     function: ast.expr | None = None
     taken: bool = False
     body: list[Step] = field(default_factory=list)
+    over: tuple[ast.expr, str, nn.Module] | None = None
 
 
 class Steps:
     """Takes statements apart.
 
     Args:
+        uses: how often each name is read in the function.
         fresh: names that the function does not know.
 
     Attributes:
         made: those of them that stand for what had no name; each is read once.
     """
 
-    def __init__(self, lookup: Lookup, fresh: Iterator[str]) -> None:
-        self.lookup, self.fresh = lookup, fresh
+    def __init__(self, lookup: Lookup, uses: Counter[str], fresh: Iterator[str]) -> None:
+        self.lookup, self.uses, self.fresh = lookup, uses, fresh
         self.made: set[str] = set()
 
     def _new(self) -> str:
@@ -69,7 +78,11 @@ class Steps:
     def _of_one(self, node: ast.stmt) -> list[Step]:
         if isinstance(node, ast.If):
             return [self._of_test(node)]
+        if isinstance(node, ast.For):
+            return [self._of_loop(node)]
         before: list[Step] = []
+        if any(isinstance(one, ast.NamedExpr) for one in ast.walk(node)):  # names change while it is evaluated
+            return [Step(node)]
         if isinstance(node, ast.AugAssign) and isinstance(node.op, ast.Add) and isinstance(node.target, ast.Name):
             other = self._name(self._flat(node.value, before), before, node) if self._speaks(node.value) else node.value
             if not isinstance(other, ast.Name):
@@ -120,6 +133,29 @@ class Steps:
             return Step(node)
         body = node.body if taken else node.orelse
         return Step(node, "if", taken=taken, body=self.of(body))
+
+    def _of_loop(self, node: ast.For) -> Step:
+        """A loop over the children of a list or a sequence, where nothing but their calls depends on the round."""
+        found = self.lookup.child(node.iter)
+        if found is None or not is_iterated_plainly(found[1]) or not isinstance(node.target, ast.Name) or node.orelse:
+            return Step(node)
+        path, over = found
+        inside = [one for statement in node.body for one in ast.walk(statement)]
+        reads = [one for one in inside if isinstance(one, ast.Name) and one.id == node.target.id]
+        simple = all(isinstance(statement, (ast.Assign, ast.AugAssign)) for statement in node.body)
+        if (
+            not simple
+            or len(reads) != self.uses[node.target.id]
+            or not any(kind_of(m) == "conv" for m in over.children())
+        ):
+            return Step(node)
+        body = []
+        for name in over._modules:
+            callee = ast.Subscript(ast.Attribute(node.iter, "_modules", ast.Load()), ast.Constant(name), ast.Load())
+            for statement in node.body:
+                made = _replaced(statement, {id(one): callee for one in reads})
+                body += self._of_one(_at(made, statement))
+        return Step(node, "loop", body=body, over=(node.iter, path, over))
 
     def _speaks(self, node: ast.expr) -> bool:
         """Whether there is a layer or an addition where it can be taken out."""
@@ -184,8 +220,10 @@ class Steps:
 
 def _parts(node: ast.expr) -> list[ast.expr]:
     """The parts of an expression that are evaluated whenever it is, in this order; functions that are called aside."""
-    if any(isinstance(part, ast.Starred) for part in (*getattr(node, "args", ()), *getattr(node, "elts", ()))):
-        return []
+    if isinstance(node, (ast.Call, ast.Tuple, ast.List)):
+        inside = node.args if isinstance(node, ast.Call) else node.elts
+        if any(isinstance(part, ast.Starred) for part in inside):
+            return []
     if isinstance(node, ast.Call):
         called = [node.func.value] if isinstance(node.func, ast.Attribute) else []
         return [*called, *node.args, *(keyword.value for keyword in node.keywords)]
@@ -202,8 +240,8 @@ def _parts(node: ast.expr) -> list[ast.expr]:
     return []
 
 
-def _replaced(node: ast.expr, new: dict[int, ast.expr]) -> ast.expr:
-    """A copy of an expression with other parts."""
+def _replaced(node: Node, new: dict[int, ast.expr]) -> Node:
+    """A copy of a piece of source with other parts."""
 
     class Replace(ast.NodeTransformer):
         def visit(self, one: ast.AST) -> ast.AST:
@@ -211,9 +249,7 @@ def _replaced(node: ast.expr, new: dict[int, ast.expr]) -> ast.expr:
                 return new[id(one)]
             return self.generic_visit(_shallow(one))
 
-    result = Replace().visit(node)
-    assert isinstance(result, ast.expr)
-    return result
+    return Replace().visit(node)
 
 
 def _shallow(node: ast.AST) -> ast.AST:
