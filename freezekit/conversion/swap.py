@@ -12,7 +12,6 @@ from torch.nn.utils import parametrize
 from freezekit import nn as layers
 from freezekit._arguments import check_module
 from freezekit.fusion.classes import plan_of, unfuse_module
-from freezekit.fusion.folding import drop
 
 Model = TypeVar("Model", bound=nn.Module)
 Only = str | type[nn.Module] | Iterable[str | type[nn.Module]]
@@ -84,7 +83,6 @@ def revert(model: Model, *, only: Only | None = None) -> Model:
     """
     for module in _selected(model, only):
         unfuse_module(module)
-        drop(module)
         base = stock_base(module)
         if base is None or not isinstance(module, SWAPS[base]):
             continue

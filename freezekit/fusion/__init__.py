@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from freezekit._arguments import check_module
-from freezekit.fusion.classes import fuse_module, original_class, plan_of, unfuse_module
+from freezekit.fusion.classes import fuse_module, is_ours, original_class, plan_of, unfuse_module
 from freezekit.fusion.plan import make_plan
 from freezekit.fusion.report import BlockReport, fusion_report
 
@@ -20,10 +20,11 @@ Model = TypeVar("Model", bound=nn.Module)
 def fuse(model: Model) -> Model:
     """Lets every frozen Conv -> BatchNorm -> (+ residual) -> ReLU of `model` run as one operator, in place.
 
-    The forwards of modules that call convolutions are traced one by one (torch.fx, children are leaves) and rewritten.
-    At each call a block looks whether its layers are frozen: weights and biases with ``requires_grad=False``, batch
-    norms in eval mode, no hooks on any of them. If so it runs as one operator that keeps one bit an element; if not it
-    runs layer by layer, as if never fused. So `freeze` and `unfreeze` need no other call.
+    The source of each module's forward is read, and the layers of blocks in it are replaced by an attempt to run them
+    as one operator; nothing else of it is touched. At each call a block looks whether its layers are frozen: weights
+    and biases with ``requires_grad=False``, batch norms in eval mode, no hooks on any of them. If so it runs as one
+    operator that keeps one bit an element; if not the statements run that the forward has there. So `freeze` and
+    `unfreeze` need no other call.
 
     Names, parameters, buffers, state_dict, hooks and isinstance stay as they are; only ``type(module)`` of the
     rewritten containers is a subclass of what it was. A deepcopy is fused, a pickle is not: it holds the stock classes.
@@ -56,7 +57,7 @@ def fuse(model: Model) -> Model:
         plan = make_plan(module, original_class(module))
         if plan.blocks:
             fuse_module(module, plan)
-        elif plan_of(module) is not None:
+        else:
             unfuse_module(module)
     return model
 
@@ -78,5 +79,7 @@ def unfuse(model: Model) -> Model:
 
 def _may_rewrite(module: nn.Module) -> bool:
     if isinstance(module, torch.jit.ScriptModule) or "forward" in module.__dict__:
+        return False
+    if plan_of(module) is not None and not is_ours(module):
         return False
     return any(True for _ in module.children())

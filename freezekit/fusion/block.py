@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import freezekit._C as _C
@@ -19,51 +18,32 @@ _run = _C.blocks.run
 _C.blocks.know(CONVS, NORMS, ACTIVATIONS)
 
 
-def block(
-    x: Tensor,
+def run(
+    x: Any,
     conv: nn.Module,
     norm: nn.Module | None,
     activation: nn.Module | str | None,
     residual: Tensor | None,
-    add_in_place: bool,
     channels_last: bool | None,
-) -> Tensor:
-    """activation(norm(conv(x)) + residual), as one operator where the layers are frozen, else layer by layer.
+    shares: bool = False,
+) -> Any:
+    """activation(norm(conv(x)) + residual) as one operator; None where the layers have to run one by one.
 
     Args:
         x: (N, C, H, W).
         conv, norm, activation: the layers; norm and activation may be absent, activation may be a function's name.
         residual: of the size of the result, or None.
-        add_in_place: whether the model wrote ``+=``, which keeps the left side's dtype.
         channels_last: the layout of the result; None leaves it to torch's rule.
+        shares: gives x too, for those who read it after: their gradients are added inside this one's dgrad.
     """
     if not torch.compiler.is_compiling():
-        y = _run(x, conv, norm, activation, residual, channels_last, backends._current, False)
+        y = _run(x, conv, norm, activation, residual, channels_last, backends._current, shares)
         if y is not None:
             return y
     if not _runs_fused(x, conv, norm, activation, residual):
-        return _layers(x, conv, norm, activation, residual, add_in_place)
-    return _fused(_frozen, x, conv, norm, activation, residual, channels_last)[0]
-
-
-def shared_block(
-    x: Tensor,
-    conv: nn.Module,
-    norm: nn.Module | None,
-    activation: nn.Module | str | None,
-    residual: Tensor | None,
-    add_in_place: bool,
-    channels_last: bool | None,
-) -> tuple[Tensor, Tensor]:
-    """As `block`; also returns x, for those who read it after: their gradients are added inside this one's dgrad."""
-    if torch.compiler.is_compiling():
-        return block(x, conv, norm, activation, residual, add_in_place, channels_last), x
-    pair = _run(x, conv, norm, activation, residual, channels_last, backends._current, True)
-    if pair is not None:
-        return pair
-    if not _runs_fused(x, conv, norm, activation, residual):
-        return _layers(x, conv, norm, activation, residual, add_in_place), x
-    return _fused(_shared, x, conv, norm, activation, residual, channels_last)
+        return None
+    result = _fused(_shared if shares else _frozen, x, conv, norm, activation, residual, channels_last)
+    return result if shares else result[0]
 
 
 def _fused(
@@ -169,24 +149,3 @@ def _adds(x: Tensor, conv: nn.Conv2d, residual: Tensor) -> bool:
         and residual.device == x.device
         and tuple(residual.shape) == (x.shape[0], conv.out_channels, *_output_size(x, conv))
     )
-
-
-def _layers(
-    x: Tensor,
-    conv: nn.Module,
-    norm: nn.Module | None,
-    activation: nn.Module | str | None,
-    residual: Tensor | None,
-    add_in_place: bool,
-) -> Tensor:
-    y = conv(x)
-    if norm is not None:
-        y = norm(y)
-    if residual is not None:
-        if add_in_place:
-            y += residual
-        else:
-            y = y + residual
-    if isinstance(activation, str):
-        return F.relu(y) if activation == "relu" else F.relu6(y)
-    return y if activation is None else activation(y)

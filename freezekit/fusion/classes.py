@@ -1,24 +1,22 @@
-"""How a module gets another forward and stays what it was.
+"""How a module gets other methods and stays what it was.
 
-Its class becomes a subclass of its class that differs in `forward` alone: attributes, state_dict, names, hooks and
-isinstance are untouched, and nothing is stored on the instance. A plan holds for what its forward was seen to depend
-on; where that has changed (a layer was appended, a flag was set), a new plan is made at the next call.
-
-deepcopy gives a fused copy. pickle writes the stock class, so that what was saved loads without freezekit.
+Its class becomes a subclass of its class that differs in `forward`, and in the methods that it calls, alone:
+attributes, state_dict, names, hooks and isinstance are untouched, and nothing is stored on the instance. deepcopy
+gives a fused copy. pickle writes the stock class, so that what was saved loads without freezekit.
 """
 
 from __future__ import annotations
 
 import copy
 import copyreg
+from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-import torch
 from torch import nn
 
-from freezekit.fusion.plan import Plan, make_plan
-from freezekit.fusion.tracer import ORIGINAL, original_class
+from freezekit.fusion.plan import Plan
+from freezekit.fusion.sequences import ORIGINAL, original_class
 
 _NEW_OBJECT = getattr(copyreg, "__newobj__")  # noqa: B009, the type stubs lack it
 _PLAN = "_freezekit_plan"
@@ -32,36 +30,29 @@ def plan_of(module: nn.Module) -> Plan | None:
     return getattr(type(module), _PLAN, None)
 
 
-def fuse_module(module: nn.Module, plan: Plan | None = None) -> Plan:
-    """Gives a module a plan, or one that fits it as it is now."""
+def fuse_module(module: nn.Module, plan: Plan) -> None:
+    """Gives a module the methods of a plan."""
     kind = original_class(module)
-    plan = plan or make_plan(module, kind)
     for known in _known.setdefault(kind, []):
         if getattr(known, _PLAN).key == plan.key:
             module.__class__ = known
-            return plan
+            return
     made = _subclass(kind, plan)
     _known[kind].append(made)
     module.__class__ = made
-    return plan
 
 
 def unfuse_module(module: nn.Module) -> None:
-    if plan_of(module) is not None:
+    if is_ours(module):
         module.__class__ = original_class(module)
 
 
+def is_ours(module: nn.Module) -> bool:
+    """Whether a module's class is one that was made here, and not one that others made of such a class since."""
+    return _PLAN in vars(type(module))
+
+
 def _subclass(kind: type[nn.Module], plan: Plan) -> type[nn.Module]:
-    own_forward = kind.forward
-
-    @wraps(own_forward)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if kind.forward is own_forward and plan.holds(self):
-            return plan.run(self, *args, **kwargs)
-        if torch.compiler.is_compiling() or kind.forward is not own_forward:
-            return kind.forward(self, *args, **kwargs)
-        return fuse_module(self).run(self, *args, **kwargs)
-
     def reduce_as_stock(self: nn.Module, protocol: Any) -> Any:
         return _stock_reduce(self, kind, protocol)
 
@@ -72,13 +63,24 @@ def _subclass(kind: type[nn.Module], plan: Plan) -> type[nn.Module]:
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
         "__doc__": kind.__doc__,
-        "forward": forward,
         "__reduce_ex__": reduce_as_stock,
         "__deepcopy__": deepcopy,
         ORIGINAL: kind,
         _PLAN: plan,
     }
-    return type(kind)(kind.__name__, (kind,), body)  # type: ignore[misc]
+    methods = {name: _method(kind, name, *pair) for name, pair in plan.methods.items()}
+    return type(kind)(kind.__name__, (kind,), body | methods)  # type: ignore[misc]
+
+
+def _method(kind: type[nn.Module], name: str, own: Callable[..., Any], made: Callable[..., Any]) -> Callable[..., Any]:
+    """What was made of a class's method, for as long as the class has that method."""
+
+    @wraps(own)
+    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        now = getattr(kind, name)
+        return (made if now is own else now)(self, *args, **kwargs)
+
+    return method
 
 
 def _stock_reduce(module: nn.Module, kind: type[nn.Module], protocol: Any) -> Any:

@@ -25,6 +25,8 @@ _RELUS = _kinds(nn.ReLU)
 _RELU6S = _kinds(nn.ReLU6)
 ACTIVATIONS: dict[type[nn.Module], str] = {**dict.fromkeys(_RELUS, "relu"), **dict.fromkeys(_RELU6S, "relu6")}
 
+_NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
+
 # As functions and as names of methods.
 ACTIVATION_CALLS: dict[Any, str] = {
     F.relu: "relu",
@@ -44,29 +46,27 @@ def activation_kind(activation: nn.Module | str | None) -> str | None:
     return activation if isinstance(activation, str) else ACTIVATIONS.get(type(activation))
 
 
-def sources(conv: nn.Module, norm: nn.Module | None) -> list[Tensor]:
-    """All tensors that a block reads of its layers.
+def tensor_of(layer: nn.Module, name: str) -> Tensor | None:
+    """A parameter or buffer of a layer, or None where it has none.
 
     Read from the modules' dictionaries: `nn.Module.__getattr__` would be a good part of what a small block costs.
     """
-    own = conv._parameters
-    found: list[Tensor | None] = [own["weight"], own["bias"]]
+    parameters = layer._parameters
+    return parameters[name] if name in parameters else layer._buffers.get(name)
+
+
+def sources(conv: nn.Module, norm: nn.Module | None) -> list[Tensor]:
+    """All tensors that a block reads of its layers."""
+    found = [tensor_of(conv, "weight"), tensor_of(conv, "bias")]
     if norm is not None:
-        affine, statistics = norm._parameters, norm._buffers
-        found += [affine["weight"], affine["bias"], statistics["running_mean"], statistics["running_var"]]
+        found += [tensor_of(norm, name) for name in _NORM_TENSORS]
     return [tensor for tensor in found if tensor is not None]
 
 
 def norm_tensors(norm: nn.Module) -> dict[str, Any]:
     """A norm as the operator takes it."""
-    affine, statistics = norm._parameters, norm._buffers
-    return {
-        "norm_weight": affine["weight"],
-        "norm_bias": affine["bias"],
-        "running_mean": statistics["running_mean"],
-        "running_var": statistics["running_var"],
-        "eps": norm.eps,
-    }
+    weight, bias, mean, var = (tensor_of(norm, name) for name in _NORM_TENSORS)
+    return {"norm_weight": weight, "norm_bias": bias, "running_mean": mean, "running_var": var, "eps": norm.eps}
 
 
 def why_unfused(conv: nn.Module, norm: nn.Module | None, activation: nn.Module | str | None) -> str:
@@ -82,8 +82,8 @@ def why_unfused(conv: nn.Module, norm: nn.Module | None, activation: nn.Module |
         return "the convolution is trainable"
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return f"padding {conv.padding!r} with mode {conv.padding_mode!r} is not by numbers of zeros"
-    layers = [layer for layer in (conv, norm) if layer is not None]
-    if not all(name in layer._parameters for layer in layers for name in ("weight", "bias")):
+    own = [conv._parameters] + ([] if norm is None else [norm._parameters | norm._buffers])
+    if not all(name in tensors for tensors in own for name in ("weight", "bias")):
         return "a layer in it has no weight of its own: it is a replica, or its weight is made at each call"
     if norm is not None and (reason := _why_norm_is_live(norm)):
         return reason
@@ -94,9 +94,9 @@ def why_unfused(conv: nn.Module, norm: nn.Module | None, activation: nn.Module |
 
 
 def _why_norm_is_live(norm: nn.Module) -> str:
-    if norm.training:
+    if norm.training and not NORMS[type(norm)]:
         return "the batch norm normalises with the statistics of the batch"
-    if norm._buffers.get("running_mean") is None or norm._buffers.get("running_var") is None:
+    if tensor_of(norm, "running_mean") is None or tensor_of(norm, "running_var") is None:
         return "the batch norm has no running statistics"
     if _is_trainable(norm):
         return "the batch norm is trainable"

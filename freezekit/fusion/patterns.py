@@ -1,185 +1,242 @@
-"""Finds Conv -> BatchNorm -> (+ residual) -> ReLU in the dataflow of a forward."""
+"""What a forward's expressions stand for: its children, what can be told of its tests, and the layers of a block."""
 
 from __future__ import annotations
 
+import ast
+import inspect
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
-from freezekit.fusion.layers import ACTIVATION_CALLS, ACTIVATIONS, CONVS, NORMS
+from freezekit.fusion.layers import ACTIVATION_CALLS, ACTIVATIONS, CONVS
+from freezekit.fusion.norms import is_norm
+from freezekit.fusion.sequences import is_plain_sequence, members
 
-_ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
-_ADDS_IN_PLACE = {operator.iadd, "add_"}
-_FRESH = {operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.mul, torch.cat, torch.relu}
-
-
-@dataclass(frozen=True)
-class Chain:
-    """Nodes of one block, in order; `residual` is the other operand of `add`."""
-
-    conv: fx.Node
-    norm: fx.Node | None = None
-    add: fx.Node | None = None
-    residual: fx.Node | None = None
-    activation: fx.Node | None = None
-
-    @property
-    def nodes(self) -> list[fx.Node]:
-        return [n for n in (self.conv, self.norm, self.add, self.activation) if n is not None]
-
-    @property
-    def end(self) -> fx.Node:
-        return self.nodes[-1]
-
-    @property
-    def input(self) -> fx.Node:
-        node = self.conv.args[0]
-        assert isinstance(node, fx.Node)
-        return node
-
-    @property
-    def adds_in_place(self) -> bool:
-        return self.add is not None and self.add.target in _ADDS_IN_PLACE
-
-
-def find_chains(root: nn.Module, graph: fx.Graph) -> list[Chain]:
-    """Every convolution of the graph with the layers behind it that nobody reads between; in order of their ends."""
-    place = {node: i for i, node in enumerate(graph.nodes)}
-    claimed: set[fx.Node] = set()
-    chains = []
-    # The last one first: of two convolutions whose results are added, the later one can take the sum.
-    for node in reversed(graph.nodes):
-        if _leaf(root, node, CONVS):
-            chain = _safe(root, _grow(root, node, claimed), place)
-            claimed.update(chain.nodes)
-            chains.append(chain)
-    return sorted(chains, key=lambda chain: place[chain.end])
-
-
-def _leaf(root: nn.Module, node: fx.Node, kinds: Iterable[type[nn.Module]]) -> bool:
-    """Whether a node calls a layer of these kinds on one value and nothing else."""
-    if node.op != "call_module" or len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
-        return False
-    return type(root.get_submodule(str(node.target))) in kinds
-
-
-def _grow(root: nn.Module, conv: fx.Node, claimed: set[fx.Node]) -> Chain:
-    parts: dict[str, fx.Node] = {}
-    last = conv
-    while len(last.users) == 1 and "activation" not in parts:
-        user = next(iter(last.users))
-        if user in claimed or user.all_input_nodes.count(last) != 1:
-            break
-        if not parts and _leaf(root, user, NORMS):
-            parts["norm"] = user
-        elif "add" not in parts and (other := _other_operand(user, last)) is not None:
-            parts["add"], parts["residual"] = user, other
-        elif _is_activation(root, user):
-            parts["activation"] = user
-        else:
-            break
-        last = user
-    return Chain(conv, **parts)
-
-
-def _other_operand(node: fx.Node, mine: fx.Node) -> fx.Node | None:
-    """What is added to `mine` by this node; None if it adds no tensor, adds it scaled, or adds into the other one."""
-    if node.op not in ("call_function", "call_method") or node.target not in _ADDS or node.kwargs:
-        return None
-    if len(node.args) != 2 or not all(isinstance(arg, fx.Node) for arg in node.args):
-        return None
-    first, second = node.args
-    if first is second or (node.target in _ADDS_IN_PLACE and first is not mine):
-        return None
-    other = second if first is mine else first
-    assert isinstance(other, fx.Node)
-    return other
-
-
-def _is_activation(root: nn.Module, node: fx.Node) -> bool:
-    if node.op == "call_module":
-        return _leaf(root, node, ACTIVATIONS)
-    if node.op not in ("call_function", "call_method") or node.target not in ACTIVATION_CALLS or len(node.args) != 1:
-        return False
-    return set(node.kwargs) <= {"inplace"} and isinstance(node.kwargs.get("inplace", False), bool)
-
-
-def _safe(root: nn.Module, chain: Chain, place: dict[fx.Node, int]) -> Chain:
-    """The longest beginning of a chain that may run at its end.
-
-    A block runs where its last layer stood. Nothing in between may write to what the block reads: a child module or an
-    in-place function that was given the same storage.
-    """
-    nodes = chain.nodes
-    while len(nodes) > 1:
-        late = _written_between(root, chain.input, nodes[0], nodes, place)
-        if chain.residual is not None and chain.add is not None:
-            late = late or _written_between(root, chain.residual, chain.add, nodes, place)
-        if not late:
-            break
-        nodes = nodes[:-1]
-        keep = set(nodes)
-        chain = Chain(
-            chain.conv,
-            chain.norm if chain.norm in keep else None,
-            chain.add if chain.add in keep else None,
-            chain.residual if chain.add in keep else None,
-        )
-    return chain
-
-
-def _written_between(
-    root: nn.Module, value: fx.Node, first: fx.Node, nodes: list[fx.Node], place: dict[fx.Node, int]
-) -> bool:
-    """Whether a node behind `first` and before the chain's end may write to the storage of `value`."""
-    read = _storages(root, value)
-    between = [n for n in place if place[first] < place[n] < place[nodes[-1]] and n not in nodes]
-    writers = [n for n in between if _may_write(root, n)]
-    return any(read & _storages(root, arg) for n in writers for arg in n.all_input_nodes)
-
-
-def _in_place(root: nn.Module, node: fx.Node) -> bool:
-    if node.op == "call_module":
-        return bool(getattr(root.get_submodule(str(node.target)), "inplace", False))
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    writes = (name.endswith("_") and not name.endswith("__")) or name in ("setitem", "__setitem__")
-    return writes or node.target in _IN_PLACE_OPERATORS or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
-
-
-_IN_PLACE_OPERATORS = {
-    getattr(operator, name) for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "imod", "iand", "ior")
+_PLAIN = (bool, int, float, str, tuple, type(None))
+_SOMETHING = object()  # what is only known not to be None
+_MISSING = object()
+_COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
+    ast.Is: operator.is_,
+    ast.IsNot: operator.is_not,
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.In: lambda a, b: a in b,
+    ast.NotIn: lambda a, b: a not in b,
 }
 
 
-def _may_write(root: nn.Module, node: fx.Node) -> bool:
-    """Whether a node may write to its arguments; of a child module that is no known layer, that is not known."""
-    if node.op not in ("call_module", "call_function", "call_method"):
-        return False
-    if node.op == "call_module" and type(root.get_submodule(str(node.target))) not in {*CONVS, *NORMS, *ACTIVATIONS}:
-        return True
-    return _in_place(root, node)
+class Unknown(Exception):
+    """An expression whose value is not known before the call."""
 
 
-def _storages(root: nn.Module, node: fx.Node) -> set[Any]:
-    """Names for the storages that a value may lie in. What comes from outside may be anything that came from there."""
-    found: set[Any] = set()
-    stack = [node]
-    seen = set(stack)
-    while stack:
-        one = stack.pop()
-        if one.op in ("placeholder", "get_attr"):
-            found.add("outside")
-            continue
-        found.add(one)
-        fresh = one.target in _FRESH or _leaf(root, one, [*CONVS, *NORMS])
-        if fresh or (_is_activation(root, one) and not _in_place(root, one)):
-            continue
-        for arg in one.all_input_nodes:
-            if arg not in seen:
-                seen.add(arg)
-                stack.append(arg)
-    return found
+@dataclass(frozen=True)
+class Call:
+    """A call of one value that means something to a block.
+
+    Attributes:
+        kind: "conv", "norm", "activation", "identity", "sequence"; "module" for any other child.
+        argument: the value.
+        callee: what is called; None for a method of the value.
+        path: of the child; the kind of an activation that is a function or a method.
+        module: the child; None for functions.
+    """
+
+    kind: str
+    argument: ast.expr
+    callee: ast.expr | None
+    path: str
+    module: nn.Module | None = None
+
+
+class Lookup:
+    """Expressions of one function, as they are now for one module."""
+
+    def __init__(self, module: nn.Module, function: FunctionType, local: frozenset[str], self_name: str) -> None:
+        self.module, self.function, self.local, self.self_name = module, function, local, self_name
+
+    def child(self, node: ast.expr) -> tuple[str, nn.Module] | None:
+        """The child module that an expression is, and its path from the module."""
+        if isinstance(node, ast.Name):
+            return ("", self.module) if node.id == self.self_name else None
+        if isinstance(node, ast.Attribute):
+            found = self.child(node.value)
+            return found and _child(*found, node.attr)
+        if not isinstance(node, ast.Subscript) or not isinstance(node.slice, ast.Constant):
+            return None
+        index, value = node.slice.value, node.value
+        if isinstance(value, ast.Attribute) and value.attr == "_modules" and isinstance(index, str):
+            found = self.child(value.value)
+            return found and _child(*found, index, direct=True)
+        found = self.child(value)
+        if found is None or type(index) is not int or type(found[1]) not in (nn.ModuleList, nn.Sequential):
+            return None
+        names = list(found[1]._modules)
+        return _child(*found, names[index], direct=True) if -len(names) <= index < len(names) else None
+
+    def call(self, node: ast.expr) -> Call | None:
+        """What a call of a child, of an activation function or of an activation method does."""
+        if not isinstance(node, ast.Call) or any(isinstance(a, ast.Starred) for a in node.args):
+            return None
+        if isinstance(node.func, ast.Attribute) and not node.args and not node.keywords:
+            kind = ACTIVATION_CALLS.get(node.func.attr)
+            if kind is not None and self.child(node.func.value) is None:
+                return Call("activation", node.func.value, None, kind)
+        if not node.args:
+            return None
+        argument, found = node.args[0], self.child(node.func)
+        if found is not None:
+            path, module = found
+            return (
+                Call(kind_of(module), argument, node.func, path, module)
+                if len(node.args + node.keywords) == 1
+                else None
+            )
+        function = self.value_of(node.func)
+        if function not in ACTIVATION_CALLS or isinstance(function, str) or not _only_in_place(node):
+            return None
+        return Call("activation", argument, node.func, ACTIVATION_CALLS[function])
+
+    def value_of(self, node: ast.expr) -> Any:
+        """What a global name, or an attribute of a Python module, is now; None for anything else."""
+        if isinstance(node, ast.Name) and node.id not in self.local:
+            return _hashable(self.function.__globals__.get(node.id))
+        if isinstance(node, ast.Attribute):
+            value = self.value_of(node.value)
+            return _hashable(getattr(value, node.attr, None)) if isinstance(value, ModuleType) else None
+        return None
+
+    def test(self, node: ast.expr) -> Any:
+        """The value of an expression of constants and plain attributes, which evaluating does not change.
+
+        Raises:
+            Unknown: for any other expression.
+        """
+        if isinstance(node, ast.Constant):
+            return node.value
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+            return not _truth(self.test(node.operand))
+        if isinstance(node, ast.BoolOp):
+            value = None
+            for part in node.values:
+                value = self.test(part)
+                if _truth(value) is isinstance(node.op, ast.Or):
+                    break
+            return value
+        if isinstance(node, ast.Compare) and len(node.ops) == 1:
+            left, right = self.test(node.left), self.test(node.comparators[0])
+            by_identity = isinstance(node.ops[0], (ast.Is, ast.IsNot))
+            if not by_identity and _SOMETHING in (left, right):
+                raise Unknown
+            if by_identity and left is _SOMETHING and right is _SOMETHING:
+                raise Unknown
+            try:
+                return _COMPARE[type(node.ops[0])](left, right)
+            except TypeError:
+                raise Unknown from None
+        if isinstance(node, ast.Attribute):
+            found = self.child(node.value)
+            if found is not None:
+                return _attribute(found[1], node.attr)
+        raise Unknown
+
+    def truth(self, node: ast.expr) -> bool:
+        return _truth(self.test(node))
+
+
+def _truth(value: Any) -> bool:
+    if value is _SOMETHING:
+        raise Unknown
+    return bool(value)
+
+
+def _attribute(module: nn.Module, name: str) -> Any:
+    if type(module).__getattribute__ is not object.__getattribute__:
+        raise Unknown
+    value = inspect.getattr_static(module, name, _MISSING)
+    if value is _MISSING:
+        for place in (module._parameters, module._buffers, module._modules):
+            if name in place:
+                return None if place[name] is None else _SOMETHING
+    if value is _MISSING or not isinstance(value, _PLAIN):
+        raise Unknown
+    return value
+
+
+def _child(path: str, module: nn.Module, name: str, direct: bool = False) -> tuple[str, nn.Module] | None:
+    if not direct and (
+        inspect.getattr_static(module, name, _MISSING) is not _MISSING
+        or type(module).__getattr__ is not nn.Module.__getattr__
+        or type(module).__getattribute__ is not object.__getattribute__
+    ):
+        return None
+    found = module._modules.get(name)
+    return None if found is None else (f"{path}.{name}" if path else name, found)
+
+
+def kind_of(module: nn.Module) -> str:
+    """What a child is to a block, see `Call`."""
+    kind = type(module)
+    if kind in CONVS:
+        return "conv"
+    if is_norm(module):
+        return "norm"
+    if kind in ACTIVATIONS:
+        return "activation"
+    if kind is nn.Identity:
+        return "identity"
+    if is_plain_sequence(module) and _ends_open([child for _, child in members(module)]):
+        return "sequence"
+    return "module"
+
+
+def _ends_open(children: list[nn.Module]) -> bool:
+    """Whether what stands behind a sequence can be of a block with the convolution at its end."""
+    while children and type(children[-1]) is nn.Identity:
+        children.pop()
+    if children and is_norm(children[-1]):
+        children.pop()
+    return bool(children) and type(children[-1]) in CONVS
+
+
+def _only_in_place(node: ast.Call) -> bool:
+    """Whether a function is called with a value and no more than ``inplace``."""
+    more = [*node.args[1:], *(k.value for k in node.keywords if k.arg == "inplace")]
+    return len(more) == len(node.args) + len(node.keywords) - 1 <= 1 and all(
+        isinstance(value, ast.Constant) and isinstance(value.value, bool) for value in more
+    )
+
+
+def _hashable(value: Any) -> Any:
+    return None if isinstance(value, (list, dict, set)) else value
+
+
+@dataclass(frozen=True)
+class Sum:
+    """left + right, written into the left one or not; `function` must still be ``torch.add`` where it is given."""
+
+    left: ast.expr
+    right: ast.expr
+    in_place: bool = False
+    function: ast.expr | None = None
+
+
+def as_sum(lookup: Lookup, node: ast.expr) -> Sum | None:
+    """What an expression adds: ``a + b``, ``torch.add(a, b)``, ``a.add_(b)``."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return Sum(node.left, node.right)
+    if not isinstance(node, ast.Call) or node.keywords or any(isinstance(a, ast.Starred) for a in node.args):
+        return None
+    if len(node.args) == 2 and lookup.value_of(node.func) is torch.add:
+        return Sum(node.args[0], node.args[1], function=node.func)
+    if len(node.args) == 1 and isinstance(node.func, ast.Attribute) and node.func.attr == "add_":
+        return Sum(node.func.value, node.args[0], in_place=True)
+    return None

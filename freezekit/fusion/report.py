@@ -23,6 +23,7 @@ class BlockReport:
         residual: whether a tensor is added before the activation.
         fused: whether it would run as one operator in a call made now.
         reason: why it would not; "" otherwise.
+        outside: the name of a norm behind the convolution that runs on its own; "" without one.
     """
 
     conv: str
@@ -31,10 +32,12 @@ class BlockReport:
     residual: bool
     fused: bool
     reason: str = ""
+    outside: str = ""
 
     def __str__(self) -> str:
         parts = [self.conv, self.norm, "add" if self.residual else "", self.activation.replace("none", "")]
-        return " + ".join(filter(None, parts)) + (": fused" if self.fused else f": not fused, {self.reason}")
+        text = " + ".join(filter(None, parts)) + (": fused" if self.fused else f": not fused, {self.reason}")
+        return f"{text}, but {self.outside} behind it runs on its own" if self.fused and self.outside else text
 
 
 def fusion_report(model: nn.Module) -> list[BlockReport]:
@@ -74,7 +77,7 @@ def fusion_report(model: nn.Module) -> list[BlockReport]:
         if isinstance(module, nn.Conv2d) and name not in placed:
             parent = name.rpartition(".")[0]
             reason = reasons.get(parent, "") if name else "it is the whole model: nothing stands around it"
-            reason = reason or "no traced forward calls it by this name"
+            reason = reason or "no forward that could be read calls it by this name"
             rows.append(BlockReport(name, "", "none", False, False, reason))
     return rows
 
@@ -87,8 +90,15 @@ def _row(module: nn.Module, prefix: str, names: BlockNames) -> BlockReport:
         activation = module.get_submodule(names.activation)
     reason = why_unfused(conv, norm, activation)
     kind = activation_kind(activation) or type(activation).__name__
+    outside = prefix + names.outside if names.outside else ""
     return BlockReport(
-        prefix + names.conv, "" if names.norm is None else prefix + names.norm, kind, names.adds, not reason, reason
+        prefix + names.conv,
+        "" if names.norm is None else prefix + names.norm,
+        kind,
+        names.adds,
+        not reason,
+        reason,
+        outside,
     )
 
 

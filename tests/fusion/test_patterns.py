@@ -80,8 +80,8 @@ def test_the_report_names_every_layer_of_a_block() -> None:
     assert rows == [
         "0.conv1 + 0.bn1 + relu: fused",
         "0.conv2 + 0.bn2 + relu: fused",
-        "0.downsample.0 + 0.downsample.1: fused",
-        "0.conv3 + 0.bn3 + add + relu: fused",
+        "0.conv3 + 0.bn3: fused",
+        "0.downsample.0 + 0.downsample.1 + add + relu: fused",
     ]
 
 

@@ -1,0 +1,221 @@
+"""The statements of a rewritten forward."""
+
+from __future__ import annotations
+
+import ast
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from freezekit.fusion.blocks import Block, Finder, Guard, Opened, Unit, names_read, names_set
+from freezekit.fusion.flow import Place, places
+from freezekit.fusion.steps import Step, Steps
+
+
+class Emitter:
+    """Writes the statements of one function.
+
+    Args:
+        steps: takes its statements apart.
+        uses: how often each name is read in it.
+        captured: names that functions in it read.
+        prefix: of names that it does not know; `running.NAMES` follow ``prefix_``.
+
+    Attributes:
+        blocks: all that were found.
+        sequences: paths of the sequences whose layers are called one by one.
+        values: what new names stand for, beyond those of `freezekit.fusion.running`.
+    """
+
+    def __init__(self, steps: Steps, uses: Counter[str], captured: frozenset[str], prefix: str) -> None:
+        self.steps, self.uses, self.captured, self.prefix = steps, uses, captured, prefix
+        self.blocks: list[Block] = []
+        self.sequences: list[str] = []
+        self.values: dict[str, Any] = {}
+
+    def body(self, statements: list[ast.stmt], whole: bool = True) -> list[ast.stmt]:
+        """A list of statements, rewritten; `whole`: nothing is read of it once it has run."""
+        units = self._units(self.steps.of(statements), far=True)
+        flat = list(_flat(units))
+        for unit in flat:
+            if isinstance(unit, Block) and unit.into is not None:
+                unit.into.flag = next(self.steps.fresh)
+        for i, unit in enumerate(flat):
+            if isinstance(unit, Block) and unit.norm is None and unit.final is not None:
+                unit.outside = self._norm_of(unit.final, flat[i + 1 :])
+        return self._written(units, places(flat, whole, self.steps.fresh), report=True)
+
+    def _norm_of(self, name: str, units: list[Block | Step]) -> str:
+        """The path of the norm that a result goes into, for all that its name says."""
+        for unit in units:
+            for step in unit.steps if isinstance(unit, Block) else [unit]:
+                for node in ast.walk(step.node):
+                    child = self.steps.lookup.child(node.func) if isinstance(node, ast.Call) and node.args else None
+                    if child is not None and "norm" in type(child[1]).__name__.lower():
+                        argument = node.args[0]  # type: ignore[attr-defined]
+                        if isinstance(argument, ast.Name) and argument.id == name:
+                            return child[0]
+                if name in names_set(step.node):
+                    return ""
+        return ""
+
+    def _units(self, items: list[Step], far: bool, previous: Block | None = None) -> list[Unit]:
+        units = Finder(items, self.uses, self.captured, self.steps.unfold if far else None).units(previous)
+        for before, unit in zip([previous, *units], units, strict=False):
+            if isinstance(unit, Opened):
+                unit.units = self._units(unit.steps, far, before if isinstance(before, Block) else None)
+        return units
+
+    def _near(self, items: list[Step]) -> list[ast.stmt]:
+        """Items without a look into sequences or over tests."""
+        return self._written(self._units(items, far=False), {}, report=False)
+
+    def _written(self, units: list[Unit], found: dict[Block, Place], report: bool) -> list[ast.stmt]:
+        result: list[ast.stmt] = []
+        for unit in units:
+            if isinstance(unit, Step):
+                result += self._statement(unit, report)
+            elif isinstance(unit, Opened):
+                result.append(self._opened(unit, found))
+            else:
+                if report:
+                    self.blocks.append(unit)
+                result += self._block(unit, found.get(unit) or Place(unit.conv.value, unit.residual))
+        return result
+
+    def _statement(self, step: Step, report: bool) -> list[ast.stmt]:
+        """A statement that is of no block; lists of statements in it are rewritten on their own."""
+        node = step.node
+        if report and isinstance(node, (ast.If, ast.For, ast.While, ast.With)):
+            fields = dict(ast.iter_fields(node))
+            for name in ("body", "orelse"):
+                if fields.get(name):
+                    fields[name] = self.body(fields[name], whole=False)
+            node = ast.copy_location(type(node)(**fields), node)
+        return [node, *self._forget(names_read(step.node), step.node)]
+
+    def _forget(self, names: Iterable[str], node: ast.stmt) -> list[ast.stmt]:
+        """Lets go of what had no name, as an expression does."""
+        if isinstance(node, ast.Return):
+            return []
+        return self._text([f"{name} = None" for name in dict.fromkeys(names) if name in self.steps.made], node)
+
+    def _opened(self, unit: Opened, found: dict[Block, Place]) -> ast.stmt:
+        self.sequences += unit.sequences
+        where = unit.items[0].node
+        inside = [found[one] for one in unit.units if isinstance(one, Block)]
+        layouts = [place.layout for place in inside if place.layout]
+        restore = [pair for place in inside for pair in place.restore if pair[1] not in layouts]
+        otherwise = self._text([*self._restoring(restore), *(f"{layout} = None" for layout in layouts)], where)
+        otherwise += self._near(unit.items)
+        return self._if(self._all(unit.guards), self._written(unit.units, found, report=True), otherwise, where)
+
+    def _block(self, block: Block, place: Place) -> list[ast.stmt]:
+        where, result = block.conv.node, next(self.steps.fresh)
+        call = f"{result} = {self._call(block, place)}"
+        conditions = self._all(block.guards, block.into.flag if block.into is not None else "")
+        lines = [f"{result} = None", f"if {conditions}:\n    {call}"] if conditions else [call]
+        fails = [f"{place.hands_on} = {block.conv.value}"] if place.hands_on else []
+        fails += [f"{variable} = {name}" for variable, name in place.reset]
+        works = [f"{result}, {place.hands_on} = {result}"] if place.hands_on else []
+        if place.layout:
+            fails.append(f"{place.layout} = None")
+            before = place.base_layout or place.base
+            works.append(f"{place.layout} = {self._own('outer_layout')}({before}, {_callee(block.conv)})")
+        if block.flag:
+            fails.append(f"{block.flag} = False")
+            works.append(f"{block.flag} = True")
+        if block.own == "behind":
+            assert block.norm is not None
+            works.append(f"{result} = {_callee(block.norm)}.act({result})")
+        works += ["return " + result] if block.final is None else [f"{block.final} = {result}", f"{result} = None"]
+        layers = self._text([*fails, *self._restoring(place.restore)], where)
+        if block.into is not None or any(guard.kind == "test" for guard in block.guards):
+            layers += self._near(block.items)
+        else:
+            for step in block.steps:
+                layers += [step.node, *self._forget(names_read(step.node), step.node)]
+        written = self._text(lines, where)
+        written.append(self._if(f"{result} is None", layers, self._text(works, where), where))
+        if block.final is not None:
+            used = {block.conv.value, block.residual} - {block.final}
+            written += self._forget(used, where)
+            handed = [name for name in (place.base, place.residual) if name not in (block.conv.value, block.residual)]
+            written += self._text([f"{name} = None" for name in handed], where)
+        return written
+
+    def _call(self, block: Block, place: Place) -> str:
+        absent = self._own("absent")
+        parts = [place.base, _callee(block.conv), absent, absent, place.residual or absent]
+        if block.norm is not None:
+            assert block.norm.call is not None
+            parts[2] = _callee(block.norm)
+            if block.own == "in":
+                parts[3] = f"{parts[2]}.act"
+        if block.activation is not None:
+            assert block.activation.call is not None
+            parts[3] = _callee(block.activation) or repr(block.activation.call.path)
+        if place.base_layout:
+            parts.append(f"before={place.base_layout}")
+        if place.inner:
+            parts.append("inner=True")
+        if block.own:
+            parts.append("owns=True")
+        while parts[-1] == absent:
+            parts.pop()
+        return f"{self._own('shared' if place.hands_on else 'fused')}({', '.join(parts)})"
+
+    def _all(self, guards: list[Guard], flag: str = "") -> str:
+        terms = [flag] if flag else []
+        for guard in guards:
+            text = ast.unparse(guard.node)
+            if guard.kind == "test":
+                terms.append(f"({text})" if guard.taken else f"not ({text})")
+            elif guard.kind == "identity":
+                terms.append(f"{self._own('is_identity')}({text})")
+            elif guard.kind == "drops nothing":
+                terms.append(f"{self._own('drops_nothing')}({text})")
+            elif guard.kind == "torch.add":
+                terms.append(f"{text} is {self._own('torch_add')}")
+            else:
+                name = next(self.steps.fresh)
+                self.values[name] = guard.shape
+                asked = "is_still" if guard.kind == "still" else "is_list_of"
+                terms.append(f"{self._own(asked)}({text}, {name})")
+        return " and ".join(terms)
+
+    def _restoring(self, restore: list[tuple[str, str]]) -> list[str]:
+        return [f"{name} = {self._own('outer')}({name}, {layout})" for name, layout in restore]
+
+    def _own(self, name: str) -> str:
+        return f"{self.prefix}_{name}"
+
+    def _if(self, test: str, body: list[ast.stmt], otherwise: list[ast.stmt], where: ast.stmt) -> ast.stmt:
+        (node,) = self._text([f"if {test}: pass"], where)
+        assert isinstance(node, ast.If)
+        node.body, node.orelse = body, otherwise
+        return node
+
+    def _text(self, lines: list[str], where: ast.stmt) -> list[ast.stmt]:
+        """Statements that have no place in the file: they get another one's."""
+        made = ast.parse("\n".join(lines)).body
+        for statement in made:
+            for node in ast.walk(statement):
+                if hasattr(node, "lineno"):
+                    ast.copy_location(node, where)
+        return made
+
+
+def _callee(step: Step) -> str:
+    assert step.call is not None
+    return ast.unparse(step.call.callee) if step.call.callee is not None else ""
+
+
+def _flat(units: list[Unit]) -> Iterator[Block | Step]:
+    """Blocks and other steps in order; behind what a sequence was opened for, a step that stands for other ways."""
+    for unit in units:
+        if isinstance(unit, Opened):
+            yield from _flat(unit.units)
+            yield Step(ast.Pass())
+        else:
+            yield unit

@@ -1,0 +1,89 @@
+"""Norms of other libraries that a block takes in: those that compute what a batch norm with fixed statistics does.
+
+They have the batch norm's tensors by the batch norm's names, as parameters or buffers, and ``eps``:
+
+    y = (x - running_mean) / sqrt(running_var + eps) * weight + bias
+
+Some also drop out and activate in the end (timm). A class is known by its name, and taken at its word only once a
+layer of it was seen to give these values.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from freezekit.fusion.layers import NORMS
+
+# By name, and whether the statistics are fixed while training too.
+_NAMES = {
+    "torchvision.ops.misc.FrozenBatchNorm2d": True,
+    "detectron2.layers.batch_norm.FrozenBatchNorm2d": True,
+    "timm.layers.norm_act.BatchNormAct2d": False,
+    "timm.layers.norm_act.FrozenBatchNormAct2d": True,
+}
+_TENSORS = ("weight", "bias", "running_mean", "running_var")
+_refused: set[type[nn.Module]] = set()
+
+
+def register_norm(kind: type[nn.Module], *, always_fixed: bool) -> None:
+    """Lets blocks take in a norm of another library, or of yours.
+
+    Args:
+        kind: its class. Its layers have ``eps`` and the tensors ``weight``, ``bias`` (either may be None),
+            ``running_mean`` and ``running_var``, and compute ``(x - running_mean) / sqrt(running_var + eps) * weight +
+            bias``; then they may pass through a ``drop`` and an ``act`` of theirs. Subclasses are other classes.
+        always_fixed: whether it does so while training too, and not in eval mode alone.
+
+    Raises:
+        TypeError: if `kind` is no class of modules.
+
+    >>> from torch import nn
+    >>> from freezekit.fusion.norms import register_norm
+    >>> class MyNorm(nn.BatchNorm2d):
+    ...     pass
+    >>> register_norm(MyNorm, always_fixed=False)
+    """
+    if not isinstance(kind, type) or not issubclass(kind, nn.Module):
+        raise TypeError(f"kind must be a class of nn.Module, got {kind!r}")
+    NORMS[kind] = always_fixed
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a block may take in a layer of this class."""
+    kind = type(module)
+    fixed = _NAMES.get(f"{kind.__module__}.{kind.__qualname__}")
+    if kind not in NORMS and kind not in _refused and fixed is not None:
+        if _computes_it(module):
+            NORMS[kind] = fixed
+        else:
+            _refused.add(kind)
+    return kind in NORMS
+
+
+def has_activation(module: nn.Module | None) -> bool:
+    """Whether a norm drops out and activates on its own."""
+    return module is not None and "act" in module._modules and "drop" in module._modules
+
+
+def _computes_it(module: nn.Module) -> bool:
+    """Whether a copy of a layer gives a batch norm's values, on tensors that would show it if not."""
+    norm = copy.deepcopy(module).to_empty(device="cpu").double().eval()
+    tensors = [getattr(norm, name, None) for name in _TENSORS]
+    if any(tensor is not None and not isinstance(tensor, Tensor) for tensor in tensors):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad(), torch.device("cpu"):
+        for tensor in tensors:
+            if tensor is not None:
+                tensor.copy_(torch.rand(tensor.shape, generator=generator, dtype=torch.float64) + 0.5)
+        weight, bias, mean, var = tensors
+        if mean is None or var is None:
+            return False
+        x = torch.randn(2, mean.numel(), 2, 3, generator=generator, dtype=torch.float64)
+        expected = nn.functional.batch_norm(x, mean, var, weight, bias, eps=float(norm.eps))
+        if has_activation(norm):
+            expected = norm.act(norm.drop(expected.clone()))
+        return torch.allclose(norm(x), expected, rtol=1e-9, atol=1e-9)

@@ -1,0 +1,119 @@
+"""What a rewritten forward calls.
+
+A layer or a residual that a forward has is never None for such a call: where it is None at the time, the layers are
+to say so.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from freezekit.fusion import block
+from freezekit.fusion.block import inner_layout, outer_layout
+from freezekit.fusion.layers import ACTIVATION_CALLS, CONVS, is_watched
+from freezekit.fusion.norms import has_activation
+from freezekit.fusion.sequences import has_shape, is_list_of, is_still
+
+ABSENT = object()  # a layer that the block does not have
+Before = Tensor | bool | None
+
+
+def fused(
+    x: Any,
+    conv: Any,
+    norm: Any = ABSENT,
+    activation: Any = ABSENT,
+    residual: Any = ABSENT,
+    before: Before = None,
+    inner: bool = False,
+    owns: bool = False,
+) -> Tensor | None:
+    """activation(norm(conv(x)) + residual) as one operator; None where the layers have to run one by one.
+
+    Args:
+        x: (N, C, H, W).
+        conv, norm, activation: the layers, or what stands in their places; an activation may be a function or the name
+            of a method.
+        residual: what is added, of the size of the result.
+        before: what the layout of the result follows from where x lies in a layout of its own, see `outer_layout`.
+        inner: whether blocks alone read the result, so that it may lie in a layout of its own.
+        owns: whether the norm has an activation of its own, which is part of the block or runs behind it.
+    """
+    parts = _parts(conv, norm, activation, residual, owns)
+    return None if parts is None else block.run(x, conv, *parts, _layout(x, conv, before, inner))
+
+
+def shared(
+    x: Any,
+    conv: Any,
+    norm: Any = ABSENT,
+    activation: Any = ABSENT,
+    residual: Any = ABSENT,
+    before: Before = None,
+    inner: bool = False,
+    owns: bool = False,
+) -> tuple[Tensor, Tensor] | None:
+    """As `fused`; also gives x, for blocks that read it after: their gradients are added inside this one's dgrad."""
+    if torch.compiler.is_compiling():
+        y = fused(x, conv, norm, activation, residual, before, inner, owns)
+        return None if y is None else (y, x)
+    parts = _parts(conv, norm, activation, residual, owns)
+    return None if parts is None else block.run(x, conv, *parts, _layout(x, conv, before, inner), shares=True)
+
+
+def _parts(conv: Any, norm: Any, activation: Any, residual: Any, owns: bool) -> tuple[Any, Any, Any] | None:
+    """Norm, activation and residual as the operator takes them; None where what is there is not what was expected."""
+    if norm is None or activation is None or residual is None or type(conv) not in CONVS:
+        return None
+    if residual is not ABSENT and type(residual) not in (Tensor, nn.Parameter):
+        return None
+    if norm is not ABSENT and has_activation(norm) is not owns:
+        return None
+    if not isinstance(activation, nn.Module) and activation is not ABSENT:
+        activation = ACTIVATION_CALLS.get(activation)
+        if activation is None:
+            return None
+    norm, activation, residual = (None if part is ABSENT else part for part in (norm, activation, residual))
+    return norm, activation, residual
+
+
+def _layout(x: Tensor, conv: nn.Conv2d, before: Before, inner: bool) -> bool | None:
+    if inner:
+        return inner_layout(x)
+    return None if before is None else outer_layout(before, conv)
+
+
+def outer(x: Tensor, layout: bool | None) -> Tensor:
+    """A result that lay in a layout of its own, as torch's layers would have left it."""
+    if layout is None:
+        return x
+    return x.contiguous(memory_format=torch.channels_last if layout else torch.contiguous_format)
+
+
+def is_identity(module: Any) -> bool:
+    return type(module) is nn.Identity and not is_watched(module)
+
+
+def drops_nothing(norm: Any) -> bool:
+    """Whether a norm with an activation of its own passes all on to it."""
+    return isinstance(norm, nn.Module) and has_activation(norm) and is_identity(norm._modules["drop"])
+
+
+# By their names in rewritten forwards, less the prefix.
+NAMES = {
+    "absent": ABSENT,
+    "fused": fused,
+    "shared": shared,
+    "outer": outer,
+    "outer_layout": outer_layout,
+    "is_list_of": is_list_of,
+    "has_shape": has_shape,
+    "own_forward": nn.Sequential.forward,
+    "is_still": is_still,
+    "is_identity": is_identity,
+    "drops_nothing": drops_nothing,
+    "torch_add": torch.add,
+}

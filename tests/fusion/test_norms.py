@@ -1,0 +1,142 @@
+"""Norms of other libraries, activations beyond ReLU, and what the report says of a norm that is left outside."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from freezekit.fusion import fuse, fusion_report, norms
+from freezekit.fusion.layers import NORMS
+from tests.fusion.alike import assert_alike, kept
+from tests.fusion.nets import settled
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """As torchvision and detectron2 have it: all of it buffers."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.rand(channels) + 0.5)
+        self.eps = 1e-5
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = (self.weight * (self.running_var + self.eps).rsqrt()).view(1, -1, 1, 1)
+        return x * scale + (self.bias.view(1, -1, 1, 1) - self.running_mean.view(1, -1, 1, 1) * scale)
+
+
+class Doubles(FrozenBatchNorm2d):
+    """By its name a norm, and none by what it computes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class BatchNormAct2d(nn.BatchNorm2d):
+    """As timm has it."""
+
+    def __init__(self, channels: int, act: type[nn.Module] = nn.ReLU) -> None:
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), act()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.1, self.eps)
+        return self.act(self.drop(x))
+
+
+@pytest.fixture(autouse=True)
+def known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The classes above under the libraries' names; what is learnt of them is forgotten after."""
+    for kind, fixed in ((FrozenBatchNorm2d, True), (Doubles, True), (BatchNormAct2d, False)):
+        monkeypatch.setitem(norms._NAMES, f"{kind.__module__}.{kind.__qualname__}", fixed)
+    before = dict(NORMS)
+    yield
+    NORMS.clear()
+    NORMS.update(before)
+
+
+def image(grad: bool = True) -> Tensor:
+    return torch.randn(2, 4, 6, 5, dtype=torch.float64, requires_grad=grad)
+
+
+def net(norm: nn.Module, *more: nn.Module) -> nn.Module:
+    return settled(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), norm, *more, nn.Conv2d(4, 4, 1))).double()
+
+
+def check(stock: nn.Module, *rows: str) -> nn.Module:
+    fused = fuse(copy.deepcopy(stock))
+    assert [str(row) for row in fusion_report(fused)] == list(rows)
+    for grad in (True, False):
+        assert_alike(fused, stock, (image(grad),))
+    for model in (fused, stock):
+        model.train()
+    assert_alike(fused, stock, (image(),))
+    return fused.eval()
+
+
+def test_a_frozen_batch_norm_is_taken_in() -> None:
+    fused = check(net(FrozenBatchNorm2d(4), nn.ReLU()), "0 + 1 + relu: fused", "3: fused")
+    assert kept(fused, (image(),)) == 2 * 4 * 6 * 5 // 8
+    assert all(row.fused for row in fusion_report(fused.train()))
+
+
+def test_a_name_is_not_enough() -> None:
+    check(net(Doubles(4), nn.ReLU()), "0: fused, but 1 behind it runs on its own", "3: fused")
+
+
+@pytest.mark.parametrize("act", [nn.ReLU, nn.SiLU, nn.Hardswish, nn.Identity])
+def test_a_norm_with_an_activation(act: type[nn.Module]) -> None:
+    row = "0 + 1 + relu: fused" if act is nn.ReLU else "0 + 1: fused"
+    fused = check(net(BatchNormAct2d(4, act)), row, "2: fused")
+    fused[1].drop = nn.Dropout(0.5).train()
+    torch.manual_seed(0)
+    ours = fused(x := image(False))
+    torch.manual_seed(0)
+    assert torch.equal(ours, fused[2](fused[1](fused[0](x))))
+
+
+def test_a_norm_that_comes_later_brings_its_activation() -> None:
+    fused, stock = (net(nn.BatchNorm2d(4)) for _ in range(2))
+    stock.load_state_dict(fuse(fused).state_dict())
+    for model in (fused, stock):
+        torch.manual_seed(0)
+        model[1] = settled(nn.Sequential(BatchNormAct2d(4)))[0].double()
+    norms.is_norm(stock[1])
+    assert_alike(fused, stock, (image(),))
+    fused, stock = (net(BatchNormAct2d(4)) for _ in range(2))
+    stock.load_state_dict(fuse(fused).state_dict())
+    for model in (fused, stock):
+        model[1] = nn.BatchNorm2d(4).double().eval().requires_grad_(False)
+    assert_alike(fused, stock, (image(),))
+
+
+@pytest.mark.parametrize("act", [nn.SiLU, nn.Hardswish, nn.GELU, nn.LeakyReLU])
+def test_other_activations_keep_one_tensor(act: type[nn.Module]) -> None:
+    stock = net(nn.BatchNorm2d(4), act())
+    fused = check(stock, "0 + 1: fused", "3: fused")
+    x = image()
+    assert kept(fused, (x,)) == x.numel() * x.element_size()
+    assert kept(stock, (x,)) > 2 * x.numel() * x.element_size()
+
+
+def test_a_norm_outside_is_named() -> None:
+    check(net(nn.GroupNorm(2, 4), nn.ReLU()), "0: fused, but 1 behind it runs on its own", "3: fused")
+
+
+class Renormalised(nn.BatchNorm2d):
+    pass
+
+
+def test_norms_can_be_registered() -> None:
+    model = net(Renormalised(4), nn.ReLU())
+    check(model, "0: fused, but 1 behind it runs on its own", "3: fused")
+    norms.register_norm(Renormalised, always_fixed=False)
+    check(model, "0 + 1 + relu: fused", "3: fused")
+    wrong: Any = nn.ReLU()
+    with pytest.raises(TypeError, match=r"kind must be a class of nn.Module, got ReLU\(\)"):
+        norms.register_norm(wrong, always_fixed=True)
