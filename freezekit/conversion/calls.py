@@ -27,8 +27,9 @@ _OWN = (str(Path(torch.__file__).parent), str(Path(__file__).resolve().parents[1
 
 
 _NAMES = (
-    *("relu", "relu6", "leaky_relu", "hardtanh", "dropout", "max_pool2d", "avg_pool1d", "avg_pool2d", "avg_pool3d"),
+    *("relu", "relu6", "leaky_relu", "hardtanh", "dropout", "avg_pool1d", "avg_pool2d", "avg_pool3d"),
     *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "pad", "batch_norm", "layer_norm"),
+    *("max_pool1d", "max_pool2d", "instance_norm"),
     *("group_norm", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
 )
 
@@ -42,7 +43,8 @@ def _table() -> dict[Callable[..., Any], tuple[str, str]]:
             for prefix, place in places:
                 if hasattr(place, spelling):
                     found.setdefault(getattr(place, spelling), (f"{prefix}.{spelling}", name))
-    found[F.max_pool2d_with_indices] = ("F.max_pool2d", "max_pool2d")
+    for name in ("max_pool1d", "max_pool2d"):
+        found[getattr(F, f"{name}_with_indices")] = (f"F.{name}", name)
     for name in ("avg_pool2d", "avg_pool3d"):
         found.setdefault(getattr(_C_NN, name), (f"F.{name}", name))
     return found

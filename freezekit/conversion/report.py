@@ -79,6 +79,9 @@ def _what_it_still_keeps(module: nn.Module) -> str:
         return ""
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
         return "normalises by batch: its gradient reads its input, which is kept, frozen or not"
-    if isinstance(module, nn.LayerNorm | nn.GroupNorm):
+    own_statistics = isinstance(module, nn.modules.instancenorm._InstanceNorm) and (
+        module.training or not module.track_running_stats
+    )
+    if own_statistics or isinstance(module, nn.LayerNorm | nn.GroupNorm):
         return "normalises by its input: the gradient reads it, so it is kept, frozen or not"
     return ""

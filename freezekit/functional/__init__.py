@@ -9,7 +9,7 @@ from freezekit.functional.conv_nd import (
     conv_transpose2d,
     conv_transpose3d,
 )
-from freezekit.functional.norm import batch_norm, group_norm, layer_norm
+from freezekit.functional.norm import batch_norm, group_norm, instance_norm, layer_norm
 from freezekit.functional.pool import (
     adaptive_avg_pool1d,
     adaptive_avg_pool2d,
@@ -17,6 +17,7 @@ from freezekit.functional.pool import (
     avg_pool1d,
     avg_pool2d,
     avg_pool3d,
+    max_pool1d,
     max_pool2d,
     pad,
 )
@@ -41,8 +42,10 @@ __all__ = [
     "dropout",
     "group_norm",
     "hardtanh",
+    "instance_norm",
     "layer_norm",
     "leaky_relu",
+    "max_pool1d",
     "max_pool2d",
     "pad",
     "relu",

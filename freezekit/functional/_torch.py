@@ -1,13 +1,15 @@
-"""What functions that stand in for torch's leave to torch's own: calls that keep nothing, and errors."""
+"""What functions that stand in for torch's leave to torch's own: calls that keep nothing, and arguments it refuses."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
+from numbers import Real
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from freezekit import backends
 
@@ -18,32 +20,23 @@ def as_torch(torch_s: Callable[..., Any], *, shortcut: bool = True) -> Callable[
     """Decorates a stand-in for `torch_s`, a function of the same arguments, of which the first is the input.
 
     Where no gradient is needed nothing is kept, and torch's own function is the shortest way; without `shortcut` the
-    stand-in runs there too, for what it refuses and torch would take. Where the stand-in fails,
-    torch's own is called with the same arguments, and fails: a wrong argument gives torch's exception, and calls that
-    are right pay for no check. Under a backend that was demanded, the stand-in runs, and its own error is the one to
-    know.
+    stand-in runs there too, for what it refuses and torch would take. Tensors with a `__torch_function__` are asked
+    first, as torch's functions ask them.
     """
 
     def decorate(function: Function) -> Function:
         @functools.wraps(function)
-        def checked(*args: Any, **kwargs: Any) -> Any:
+        def stand_in(*args: Any, **kwargs: Any) -> Any:
             # Subclasses and fx's proxies are to see the stand-in, and a trace is to be one with gradients and without.
-            free = backends._current == "auto" or backends._current == "aten"
-            plain = shortcut and free and args and type(args[0]) is Tensor
-            if plain and not _learns(args) and not (kwargs and _learns(kwargs.values())) and _tracing() is None:
+            free = shortcut and backends._current in ("auto", "aten") and args and type(args[0]) is Tensor
+            if free and not _learns(args) and not (kwargs and _learns(kwargs.values())) and _tracing() is None:
                 return torch_s(*args, **kwargs)
-            try:
-                return function(*args, **kwargs)
-            except Exception as ours:
-                if not free or torch.compiler.is_compiling():
-                    raise
-                try:
-                    torch_s(*args, **kwargs)
-                except Exception as error:
-                    raise error from None
-                raise ours from None
+            given = (*args, *kwargs.values())
+            if has_torch_function(given):
+                return handle_torch_function(stand_in, given, *args, **kwargs)
+            return function(*args, **kwargs)
 
-        return cast(Function, checked)
+        return cast(Function, stand_in)
 
     return decorate
 
@@ -56,3 +49,29 @@ def _learns(arguments: Iterable[Any]) -> bool:
         if isinstance(argument, Tensor) and argument.requires_grad:
             return torch.is_grad_enabled()
     return False
+
+
+# The operators take plain arguments. Whatever else an argument is, the call is torch's own, which knows more kinds of
+# numbers and whose exceptions are those that users expect.
+def are_tensors(*values: object) -> bool:
+    """Whether each is a tensor, or None."""
+    return all(value is None or isinstance(value, Tensor) for value in values)
+
+
+def are_numbers(*values: object) -> bool:
+    """Whether each is a real number, to be taken for a float."""
+    return all(isinstance(value, (float, int, torch.SymFloat, Real)) for value in values)
+
+
+def is_integer(value: object) -> bool:
+    """Whether it is one integer; numpy's are, tensors are left to torch."""
+    return isinstance(value, int) or (hasattr(value, "__index__") and not isinstance(value, Tensor))
+
+
+def sizes(value: object, axes: int) -> tuple[int, ...] | None:
+    """One integer for each of `axes`, from one or as many; None where `value` does not give that."""
+    if is_integer(value):
+        return (cast(int, value),) * axes
+    if not isinstance(value, tuple | list) or len(value) not in (1, axes) or not all(map(is_integer, value)):
+        return None
+    return tuple(value) * (axes // len(value))

@@ -1,14 +1,13 @@
-"""Activations that are linear in pieces, and dropout: one bit an element is what backward reads of them."""
+"""Activations that are linear in pieces, and dropout: one bit per element is what backward reads of them."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from freezekit import _C, backends
-from freezekit.functional._torch import as_torch
+from freezekit.functional._torch import are_numbers, as_torch
 
 # A call with a plain tensor; None of any other.
 _quick = _C.quick.activation
@@ -20,7 +19,7 @@ _dropout_ = torch.ops.freezekit.dropout_.default
 
 @as_torch(F.relu)
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
-    """`torch.nn.functional.relu`, keeping one bit an element instead of its output.
+    """`torch.nn.functional.relu`, keeping one bit per element instead of its output.
 
     The gradient at 0 is 0. NaN passes, forward and backward, as in torch.
 
@@ -34,14 +33,14 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     >>> x.grad
     tensor([0., 0., 1.])
     """
-    if has_torch_function_unary(input):
-        return handle_torch_function(relu, (input,), input, inplace=inplace)
+    if not isinstance(input, Tensor):
+        return F.relu(input, inplace)
     return _apply(input, inplace, "relu", 0.0, 0.0)
 
 
 @as_torch(F.relu6)
 def relu6(input: Tensor, inplace: bool = False) -> Tensor:
-    """`torch.nn.functional.relu6`, min(max(x, 0), 6), keeping one bit an element instead of its input.
+    """`torch.nn.functional.relu6`, min(max(x, 0), 6), keeping one bit per element instead of its input.
 
     Args:
         input, inplace: as for :func:`relu`.
@@ -55,7 +54,7 @@ def relu6(input: Tensor, inplace: bool = False) -> Tensor:
 
 @as_torch(F.hardtanh)
 def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
-    """`torch.nn.functional.hardtanh`, min(max(x, min_val), max_val), keeping one bit an element instead of its input.
+    """`torch.nn.functional.hardtanh`, min(max(x, min_val), max_val), keeping one bit per element instead of its input.
 
     The gradient is 0 at both ends and beyond.
 
@@ -70,16 +69,15 @@ def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace
     >>> fk.functional.hardtanh(torch.tensor([-3.0, 0.5, 3.0]))
     tensor([-1.0000,  0.5000,  1.0000])
     """
-    if has_torch_function_unary(input):
-        return handle_torch_function(hardtanh, (input,), input, min_val=min_val, max_val=max_val, inplace=inplace)
-    if not min_val <= max_val:  # torch's error, and its own way with NaN
+    # Torch's error, and its own way with NaN.
+    if not isinstance(input, Tensor) or not are_numbers(min_val, max_val) or not min_val <= max_val:
         return F.hardtanh(input, min_val, max_val, inplace)
     return _apply(input, inplace, "hardtanh", float(min_val), float(max_val))
 
 
 @as_torch(F.leaky_relu)
 def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
-    """`torch.nn.functional.leaky_relu`, keeping one bit an element instead of its input.
+    """`torch.nn.functional.leaky_relu`, keeping one bit per element instead of its input.
 
     Args:
         input, inplace: as for :func:`relu`. In place any slope has its gradient, a negative one too.
@@ -89,14 +87,14 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
     >>> fk.functional.leaky_relu(torch.tensor([-1.0, 2.0]), 0.5)
     tensor([-0.5000,  2.0000])
     """
-    if has_torch_function_unary(input):
-        return handle_torch_function(leaky_relu, (input,), input, negative_slope=negative_slope, inplace=inplace)
+    if not isinstance(input, Tensor) or not are_numbers(negative_slope):
+        return F.leaky_relu(input, negative_slope, inplace)
     return _apply(input, inplace, "leaky_relu", float(negative_slope), 0.0)
 
 
 @as_torch(F.dropout)
 def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    """`torch.nn.functional.dropout`, keeping one bit an element instead of a mask of the input's dtype.
+    """`torch.nn.functional.dropout`, keeping one bit per element instead of a mask of the input's dtype.
 
     It draws from torch's generator by the calls that torch makes: the same seed drops the same elements, and what comes
     after finds the generator in the same state.
@@ -115,11 +113,7 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
     >>> sorted(set(fk.functional.dropout(torch.ones(100)).tolist()))
     [0.0, 2.0]
     """
-    if has_torch_function_unary(input):
-        return handle_torch_function(dropout, (input,), input, p=p, training=training, inplace=inplace)
-    if not 0.0 <= p <= 1.0:
-        raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
-    if not isinstance(input, Tensor):  # the operator would take None
+    if not isinstance(input, Tensor) or not isinstance(training, bool) or not are_numbers(p) or not 0.0 <= p <= 1.0:
         return F.dropout(input, p, training, inplace)
     if not inplace:
         return _dropout(input, float(p), training, backend=backends._current)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from freezekit.functional._torch import as_torch
+from freezekit.functional._torch import are_tensors, as_torch, is_integer, sizes
 
 SizeN = int | Sequence[int]
 
-_convolution = torch.ops.freezekit.convolution.default
+_conv_nd = torch.ops.freezekit.convolution.default
 
 
 @as_torch(F.conv1d, shortcut=False)
@@ -40,10 +40,7 @@ def conv1d(
     >>> fk.functional.conv1d(torch.ones(1, 1, 4), torch.ones(1, 1, 2))
     tensor([[[2., 2., 2.]]])
     """
-    if has_torch_function_variadic(input, weight, bias):
-        arguments = (input, weight, bias, stride, padding, dilation, groups)
-        return handle_torch_function(conv1d, (input, weight, bias), *arguments)
-    return _forward(1, F.conv1d, input, weight, bias, stride, padding, dilation, groups)
+    return _convolve(F.conv1d, 1, input, weight, bias, groups, stride=stride, padding=padding, dilation=dilation)
 
 
 @as_torch(F.conv3d, shortcut=False)
@@ -70,10 +67,7 @@ def conv3d(
     >>> fk.functional.conv3d(torch.ones(1, 1, 2, 2, 2), torch.ones(1, 1, 2, 2, 2)).item()
     8.0
     """
-    if has_torch_function_variadic(input, weight, bias):
-        arguments = (input, weight, bias, stride, padding, dilation, groups)
-        return handle_torch_function(conv3d, (input, weight, bias), *arguments)
-    return _forward(3, F.conv3d, input, weight, bias, stride, padding, dilation, groups)
+    return _convolve(F.conv3d, 3, input, weight, bias, groups, stride=stride, padding=padding, dilation=dilation)
 
 
 @as_torch(F.conv_transpose1d, shortcut=False)
@@ -101,10 +95,8 @@ def conv_transpose1d(
     >>> fk.functional.conv_transpose1d(torch.ones(1, 1, 2), torch.ones(1, 1, 2))
     tensor([[[1., 2., 1.]]])
     """
-    settings = (stride, padding, output_padding, groups, dilation)
-    if has_torch_function_variadic(input, weight, bias):
-        return handle_torch_function(conv_transpose1d, (input, weight, bias), input, weight, bias, *settings)
-    return _transposed(1, F.conv_transpose1d, input, weight, bias, *settings)
+    settings = {"stride": stride, "padding": padding, "output_padding": output_padding, "dilation": dilation}
+    return _convolve(F.conv_transpose1d, 1, input, weight, bias, groups, **settings)
 
 
 @as_torch(F.conv_transpose2d, shortcut=False)
@@ -132,10 +124,8 @@ def conv_transpose2d(
     >>> fk.functional.conv_transpose2d(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2), stride=2).shape
     torch.Size([1, 1, 4, 4])
     """
-    settings = (stride, padding, output_padding, groups, dilation)
-    if has_torch_function_variadic(input, weight, bias):
-        return handle_torch_function(conv_transpose2d, (input, weight, bias), input, weight, bias, *settings)
-    return _transposed(2, F.conv_transpose2d, input, weight, bias, *settings)
+    settings = {"stride": stride, "padding": padding, "output_padding": output_padding, "dilation": dilation}
+    return _convolve(F.conv_transpose2d, 2, input, weight, bias, groups, **settings)
 
 
 @as_torch(F.conv_transpose3d, shortcut=False)
@@ -163,72 +153,44 @@ def conv_transpose3d(
     >>> fk.functional.conv_transpose3d(torch.ones(1, 1, 1, 1, 1), torch.ones(1, 1, 2, 2, 2)).sum().item()
     8.0
     """
-    settings = (stride, padding, output_padding, groups, dilation)
-    if has_torch_function_variadic(input, weight, bias):
-        return handle_torch_function(conv_transpose3d, (input, weight, bias), input, weight, bias, *settings)
-    return _transposed(3, F.conv_transpose3d, input, weight, bias, *settings)
+    settings = {"stride": stride, "padding": padding, "output_padding": output_padding, "dilation": dilation}
+    return _convolve(F.conv_transpose3d, 3, input, weight, bias, groups, **settings)
 
 
-def _ints(value: SizeN, count: int) -> tuple[int, ...] | None:
-    """One number for each of `count` axes; None where that cannot be said."""
-    if isinstance(value, int):
-        return (value,) * count
-    found = tuple(value)
-    return found * count if len(found) == 1 else found if len(found) == count else None
-
-
-def _is_torch_s(axes: int, input: Tensor, weight: Tensor) -> bool:
-    """Whether torch's own function has to take the call: for its error, or for complex numbers, which it splits."""
-    return weight.dim() != axes + 2 or input.dim() not in (axes + 1, axes + 2) or input.is_complex()
-
-
-def _forward(
-    axes: int,
+def _convolve(
     torch_s: Callable[..., Tensor],
+    axes: int,
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    stride: SizeN,
-    padding: SizeN | str,
-    dilation: SizeN,
     groups: int,
+    **settings: Any,
 ) -> Tensor:
-    if _is_torch_s(axes, input, weight):
-        return torch_s(input, weight, bias, stride, padding, dilation, groups)
-    step, spread = _ints(stride, axes), _ints(dilation, axes)
-    edge, whole = None, input
+    """By freezekit's operator; by torch's own where it has to say what is wrong, or splits complex numbers."""
+    numbers, whole = dict(settings), input
+    fits = isinstance(input, Tensor) and isinstance(weight, Tensor) and are_tensors(bias) and is_integer(groups)
+    fits = fits and weight.dim() == axes + 2 and input.dim() in (axes + 1, axes + 2) and not input.is_complex()
+    if fits and isinstance(settings["padding"], str):
+        whole, numbers["padding"] = _resolve_padding(axes, whole, weight, **settings)
+    found = {name: sizes(value, axes) for name, value in numbers.items()}
+    if not fits or None in found.values():
+        return torch_s(input, weight, bias, groups=groups, **settings)
+    transposed, more = "output_padding" in found, found.get("output_padding", (0,) * axes)
+    batched = whole if input.dim() == axes + 2 else whole.unsqueeze(0)
+    y = _conv_nd(batched, weight, bias, found["stride"], found["padding"], found["dilation"], transposed, more, groups)
+    return y if batched is whole else y.squeeze(0)
+
+
+def _resolve_padding(
+    axes: int, input: Tensor, weight: Tensor, *, stride: object, padding: str, dilation: object, **_: object
+) -> tuple[Tensor, tuple[int, ...] | None]:
+    """String padding as numbers; "same" of an even span pads one element more at the end, in a copy of input."""
     if padding == "valid":
-        edge = (0,) * axes
-    elif padding == "same" and step == (1,) * axes and spread is not None:
-        total = [d * (k - 1) for d, k in zip(spread, weight.shape[2:])]
-        edge = tuple(t // 2 for t in total)
-        if any(t % 2 for t in total):  # one element more at the end
-            whole = F.pad(input, [side for t in reversed(total) for side in (0, t % 2)])
-    elif not isinstance(padding, str):
-        edge = _ints(padding, axes)
-    if step is None or spread is None or edge is None:
-        return torch_s(input, weight, bias, stride, padding, dilation, groups)
-    if input.dim() == axes + 1:
-        return _convolution(whole.unsqueeze(0), weight, bias, step, edge, spread, False, (0,) * axes, groups).squeeze(0)
-    return _convolution(whole, weight, bias, step, edge, spread, False, (0,) * axes, groups)
-
-
-def _transposed(
-    axes: int,
-    torch_s: Callable[..., Tensor],
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: SizeN,
-    padding: SizeN,
-    output_padding: SizeN,
-    groups: int,
-    dilation: SizeN,
-) -> Tensor:
-    step, edge, spread = _ints(stride, axes), _ints(padding, axes), _ints(dilation, axes)
-    more = _ints(output_padding, axes)
-    if step is None or edge is None or spread is None or more is None or _is_torch_s(axes, input, weight):
-        return torch_s(input, weight, bias, stride, padding, output_padding, groups, dilation)
-    if input.dim() == axes + 1:
-        return _convolution(input.unsqueeze(0), weight, bias, step, edge, spread, True, more, groups).squeeze(0)
-    return _convolution(input, weight, bias, step, edge, spread, True, more, groups)
+        return input, (0,) * axes
+    spread = sizes(dilation, axes)
+    if padding != "same" or sizes(stride, axes) != (1,) * axes or spread is None:
+        return input, None
+    total = [d * (k - 1) for d, k in zip(spread, weight.shape[2:])]
+    if any(t % 2 for t in total):
+        input = F.pad(input, [side for t in reversed(total) for side in (0, t % 2)])
+    return input, tuple(t // 2 for t in total)

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from freezekit.functional._torch import as_torch
+from freezekit.functional._torch import are_numbers, are_tensors, as_torch, is_integer
 
 _batch_norm = torch.ops.freezekit.batch_norm.default
 _layer_norm = torch.ops.freezekit.layer_norm.default
@@ -50,12 +49,43 @@ def batch_norm(
     >>> x.grad.unique()
     tensor([2.])
     """
-    tensors = (input, running_mean, running_var, weight, bias)
-    if has_torch_function_variadic(*tensors):
-        return handle_torch_function(batch_norm, tensors, *tensors, training=training, momentum=momentum, eps=eps)
-    if training or running_mean is None or running_var is None or eps < 0.0:
+    fits = isinstance(input, Tensor) and isinstance(running_mean, Tensor) and isinstance(running_var, Tensor)
+    if training or not fits or not are_tensors(weight, bias) or not are_numbers(eps) or eps < 0.0:
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     return _batch_norm(input, weight, bias, running_mean, running_var, eps)
+
+
+@as_torch(F.instance_norm)
+def instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`torch.nn.functional.instance_norm`; by given statistics it is :func:`batch_norm`, and keeps as little.
+
+    Args:
+        input: (N, C, L), or with more dimensions at the end.
+        running_mean, running_var, weight, bias: (C,), or None.
+        use_input_stats: normalise each image by its own statistics; the gradient then reads `input`, which is kept.
+        momentum: weight of the new statistics in the running ones.
+        eps: added to the variance.
+
+    Raises:
+        ValueError, RuntimeError: as torch's.
+
+    >>> import torch, freezekit as fk
+    >>> mean, var = torch.zeros(1), torch.full((1,), 0.25)
+    >>> fk.functional.instance_norm(torch.ones(1, 1, 2), mean, var, use_input_stats=False, eps=0.0)
+    tensor([[[2., 2.]]])
+    """
+    if use_input_stats or not isinstance(input, Tensor) or input.dim() < 3:
+        return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    return batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
 
 
 @as_torch(F.layer_norm)
@@ -84,11 +114,7 @@ def layer_norm(
     >>> fk.functional.layer_norm(torch.tensor([[0.0, 2.0]]), (2,), eps=0.0)
     tensor([[-1.,  1.]])
     """
-    if has_torch_function_variadic(input, weight, bias):
-        return handle_torch_function(
-            layer_norm, (input, weight, bias), input, normalized_shape, weight=weight, bias=bias, eps=eps
-        )
-    if not _bias_alone(input, weight, bias):
+    if not _bias_alone(input, weight, bias) or not _are_sizes(normalized_shape) or not are_numbers(eps):
         return F.layer_norm(input, normalized_shape, weight, bias, eps)
     return _layer_norm(input, normalized_shape, weight, bias, eps)
 
@@ -112,16 +138,18 @@ def group_norm(
     >>> fk.functional.group_norm(torch.tensor([[[0.0, 2.0]]]), 1, eps=0.0)
     tensor([[[-1.,  1.]]])
     """
-    if has_torch_function_variadic(input, weight, bias):
-        return handle_torch_function(
-            group_norm, (input, weight, bias), input, num_groups, weight=weight, bias=bias, eps=eps
-        )
+    if not _bias_alone(input, weight, bias) or not is_integer(num_groups) or not are_numbers(eps):
+        return F.group_norm(input, num_groups, weight, bias, eps)
     one_value = input.dim() == 2 and input.size(0) * input.size(1) == num_groups
-    if not _bias_alone(input, weight, bias) or input.dim() < 2 or one_value:  # the last two are torch's errors
+    if input.dim() < 2 or one_value:  # torch's errors
         return F.group_norm(input, num_groups, weight, bias, eps)
     return _group_norm(input, num_groups, weight, bias, eps)
 
 
 def _bias_alone(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
-    learns = [t is not None and t.requires_grad for t in (input, weight, bias)]
-    return learns == [False, False, True]
+    learns = [isinstance(t, Tensor) and t.requires_grad for t in (input, weight, bias)]
+    return learns == [False, False, True] and isinstance(input, Tensor) and are_tensors(weight)
+
+
+def _are_sizes(value: object) -> bool:
+    return isinstance(value, tuple | list) and all(map(is_integer, value))

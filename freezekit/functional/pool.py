@@ -1,17 +1,16 @@
-"""Pooling and padding: max pooling keeps a byte an output element, what is linear in its input keeps sizes alone."""
+"""Pooling and padding: max pooling keeps a byte per output element, what is linear in its input keeps sizes alone."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from freezekit import backends
-from freezekit.functional._torch import as_torch
+from freezekit.functional._torch import as_torch, is_integer, sizes
 
 # torch's own functions, which give torch's own errors: their types know fewer sequences than they take.
 F: Any = torch.nn.functional
@@ -29,6 +28,26 @@ _PADS = {
 }
 
 
+@as_torch(F.max_pool1d)
+def max_pool1d(
+    input: Tensor,
+    kernel_size: SizeN,
+    stride: SizeN | None = None,
+    padding: SizeN = 0,
+    dilation: SizeN = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`torch.nn.functional.max_pool1d`, keeping what :func:`max_pool2d` keeps. Arguments as there.
+
+    >>> import torch, freezekit as fk
+    >>> fk.functional.max_pool1d(torch.tensor([[[1.0, 3.0, 2.0, 0.0]]]), 2)
+    tensor([[[3., 2.]]])
+    """
+    settings = (kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+    return _maximum(1, F.max_pool1d, input, *settings)
+
+
 @as_torch(F.max_pool2d)
 def max_pool2d(
     input: Tensor,
@@ -41,7 +60,7 @@ def max_pool2d(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`torch.nn.functional.max_pool2d`, keeping each output's place in its window instead of input and int64 indices.
 
-    That is one byte an output element for windows of up to 256, two for larger ones.
+    That is one byte per output element for windows of up to 256, two for larger ones.
 
     Args:
         input: (N, C, H, W), or (C, H, W) unbatched.
@@ -65,16 +84,7 @@ def max_pool2d(
             [0., 1., 0., 1.]])
     """
     settings = (kernel_size, stride, padding, dilation, ceil_mode, return_indices)
-    if has_torch_function_unary(input):
-        return handle_torch_function(max_pool2d, (input,), input, *settings)
-    if input.dim() != 4:
-        if input.dim() != 3:
-            return F.max_pool2d(input, *settings)
-        result = max_pool2d(input.unsqueeze(0), *settings)
-        return result.squeeze(0) if isinstance(result, Tensor) else (result[0].squeeze(0), result[1].squeeze(0))
-    op = _max_pool2d_with_indices if return_indices else _max_pool2d
-    sizes = [_pair(size) for size in (kernel_size, [] if stride is None else stride, padding, dilation)]
-    return op(input, *sizes, ceil_mode, backend=backends._current)
+    return _maximum(2, F.max_pool2d, input, *settings)
 
 
 @as_torch(F.avg_pool1d)
@@ -92,15 +102,7 @@ def avg_pool1d(
     >>> fk.functional.avg_pool1d(torch.tensor([[[1.0, 3.0, 5.0]]]), 2, 1)
     tensor([[[2., 4.]]])
     """
-    if has_torch_function_unary(input):
-        arguments = (input, kernel_size, stride, padding, ceil_mode, count_include_pad)
-        return handle_torch_function(avg_pool1d, (input,), *arguments)
-    window, step, edge = _ints(kernel_size, 1), _ints(_step(stride, kernel_size), 1), _ints(padding, 1)
-    if input.dim() not in (2, 3) or {len(window), len(step), len(edge)} != {1}:
-        return F.avg_pool1d(input, window, stride, padding, ceil_mode, count_include_pad)
-    return _avg_pool(input.unsqueeze(-2), (1, *window), (1, *step), (0, *edge), ceil_mode, count_include_pad).squeeze(
-        -2
-    )
+    return _average(1, F.avg_pool1d, input, kernel_size, stride, padding, ceil_mode, count_include_pad)
 
 
 @as_torch(F.avg_pool2d)
@@ -119,10 +121,9 @@ def avg_pool2d(
     >>> fk.functional.avg_pool2d(torch.ones(1, 1, 2, 2), 2, divisor_override=1)
     tensor([[[[4.]]]])
     """
-    arguments = (input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
-    if has_torch_function_unary(input):
-        return handle_torch_function(avg_pool2d, (input,), *arguments)
-    return _avg_pool_nd(2, *arguments)
+    return _average(
+        2, F.avg_pool2d, input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
+    )
 
 
 @as_torch(F.avg_pool3d)
@@ -141,10 +142,9 @@ def avg_pool3d(
     >>> fk.functional.avg_pool3d(torch.ones(1, 2, 2, 2), 2)
     tensor([[[[1.]]]])
     """
-    arguments = (input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
-    if has_torch_function_unary(input):
-        return handle_torch_function(avg_pool3d, (input,), *arguments)
-    return _avg_pool_nd(3, *arguments)
+    return _average(
+        3, F.avg_pool3d, input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
+    )
 
 
 @as_torch(F.adaptive_avg_pool1d)
@@ -155,11 +155,7 @@ def adaptive_avg_pool1d(input: Tensor, output_size: SizeN) -> Tensor:
     >>> fk.functional.adaptive_avg_pool1d(torch.tensor([[[1.0, 3.0, 5.0, 7.0]]]), 2)
     tensor([[[2., 6.]]])
     """
-    if has_torch_function_unary(input):
-        return handle_torch_function(adaptive_avg_pool1d, (input,), input, output_size)
-    if input.dim() not in (2, 3):
-        return F.adaptive_avg_pool1d(input, output_size)
-    return _adaptive_avg_pool(input.unsqueeze(-2), [1, *_ints(output_size, 1)]).squeeze(-2)
+    return _adaptive_average(1, F.adaptive_avg_pool1d, input, output_size)
 
 
 @as_torch(F.adaptive_avg_pool2d)
@@ -170,9 +166,7 @@ def adaptive_avg_pool2d(input: Tensor, output_size: MaybeSizeN) -> Tensor:
     >>> fk.functional.adaptive_avg_pool2d(torch.ones(1, 4, 6), (2, None)).shape
     torch.Size([1, 2, 6])
     """
-    if has_torch_function_unary(input):
-        return handle_torch_function(adaptive_avg_pool2d, (input,), input, output_size)
-    return _adaptive_avg_pool_nd(2, input, output_size)
+    return _adaptive_average(2, F.adaptive_avg_pool2d, input, output_size)
 
 
 @as_torch(F.adaptive_avg_pool3d)
@@ -183,9 +177,7 @@ def adaptive_avg_pool3d(input: Tensor, output_size: MaybeSizeN) -> Tensor:
     >>> fk.functional.adaptive_avg_pool3d(torch.ones(1, 4, 6, 6), 2).shape
     torch.Size([1, 2, 2, 2])
     """
-    if has_torch_function_unary(input):
-        return handle_torch_function(adaptive_avg_pool3d, (input,), input, output_size)
-    return _adaptive_avg_pool_nd(3, input, output_size)
+    return _adaptive_average(3, F.adaptive_avg_pool3d, input, output_size)
 
 
 @as_torch(F.pad)
@@ -196,46 +188,87 @@ def pad(input: Tensor, pad: Sequence[int], mode: str = "constant", value: float 
     >>> fk.functional.pad(torch.tensor([[1.0, 2.0, 3.0]]), (1, 1), "reflect")
     tensor([[2., 1., 2., 3., 2.]])
     """
-    if has_torch_function_unary(input):
-        return handle_torch_function(globals()["pad"], (input,), input, pad, mode=mode, value=value)
-    axes = len(pad) // 2
-    fits = mode in _PADS and value is None and len(pad) in (2, 4, 6) and input.dim() in (axes + 1, axes + 2)
+    axes = len(pad) // 2 if isinstance(pad, Sequence) else 0
+    fits = isinstance(input, Tensor) and mode in _PADS and value is None and input.dim() in (axes + 1, axes + 2)
+    fits = fits and len(pad) in (2, 4, 6) and all(map(is_integer, pad))
     # torch has a slower gradient of its own for deterministic replication on a GPU.
     if not fits or (mode == "replicate" and input.is_cuda and torch.are_deterministic_algorithms_enabled()):
-        return F.pad(input, list(pad), mode, value)
+        return F.pad(input, pad, mode, value)
     return _PADS[mode](input, pad)
 
 
-def _pair(value: SizeN) -> Sequence[int]:
-    """As operators take it: torch's lists of symbols are no single numbers."""
-    return value if isinstance(value, tuple | list) else (value, value)
+def _windows(
+    axes: int, input: object, kernel_size: object, stride: object, padding: object, dilation: object = 1
+) -> tuple[tuple[int, ...], ...] | None:
+    """Kernel, stride, padding and dilation, one number for each of `axes`; None where the call is torch's."""
+    kernel = sizes(kernel_size, axes)
+    # As in torch, windows stand side by side where no stride is given, or an empty one.
+    default = stride is None or (isinstance(stride, tuple | list) and not stride)
+    found = (kernel, kernel if default else sizes(stride, axes), sizes(padding, axes), sizes(dilation, axes))
+    if None in found or not isinstance(input, Tensor) or input.dim() not in (axes + 1, axes + 2):
+        return None
+    return cast(tuple[tuple[int, ...], ...], found)
 
 
-def _ints(value: SizeN, count: int) -> tuple[int, ...]:
-    """One number for each of `count` axes."""
-    if isinstance(value, int):
-        return (value,) * count
-    return tuple(value) * (count if len(value) == 1 else 1)
+def _maximum(
+    axes: int,
+    torch_s: Callable[..., Any],
+    input: Tensor,
+    kernel_size: SizeN,
+    stride: SizeN | None,
+    padding: SizeN,
+    dilation: SizeN,
+    ceil_mode: bool,
+    return_indices: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    windows = _windows(axes, input, kernel_size, stride, padding, dilation)
+    if windows is None or not isinstance(ceil_mode, bool):
+        return torch_s(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+    batched = input if input.dim() == axes + 2 else input.unsqueeze(0)
+    if axes == 1:  # a row of an image
+        batched = batched.unsqueeze(-2)
+        windows = tuple((neutral, *own) for neutral, own in zip((1, 1, 0, 1), windows))
+    op = _max_pool2d_with_indices if return_indices else _max_pool2d
+    result: Any = op(batched, *windows, ceil_mode, backend=backends._current)
+
+    def unfold(tensor: Tensor) -> Tensor:
+        tensor = tensor.squeeze(-2) if axes == 1 else tensor
+        return tensor if input.dim() == axes + 2 else tensor.squeeze(0)
+
+    return (unfold(result[0]), unfold(result[1])) if return_indices else unfold(result)
 
 
-def _step(stride: SizeN | None, kernel_size: SizeN) -> SizeN:
-    """As in torch, windows lie side by side where no stride is given, or an empty one."""
-    return kernel_size if stride is None or (isinstance(stride, Sequence) and not stride) else stride
-
-
-def _avg_pool_nd(
-    axes: int, input: Tensor, kernel_size: SizeN, stride: SizeN | None, padding: SizeN, *rest: object
+def _average(
+    axes: int,
+    torch_s: Callable[..., Tensor],
+    input: Tensor,
+    kernel_size: SizeN,
+    stride: SizeN | None,
+    padding: SizeN,
+    ceil_mode: bool,
+    count_include_pad: bool,
+    *divisor: int | None,
 ) -> Tensor:
-    kernel, step, edge = _ints(kernel_size, axes), _ints(_step(stride, kernel_size), axes), _ints(padding, axes)
-    if {len(kernel), len(step), len(edge)} != {axes}:
-        torch_s = F.avg_pool2d if axes == 2 else F.avg_pool3d
-        return torch_s(input, kernel_size, stride, padding, *rest)
-    return _avg_pool(input, kernel, step, edge, *rest)
+    windows = _windows(axes, input, kernel_size, stride, padding)
+    flags = isinstance(ceil_mode, bool) and isinstance(count_include_pad, bool)
+    if windows is None or not flags or not all(d is None or is_integer(d) for d in divisor):
+        return torch_s(input, kernel_size, stride, padding, ceil_mode, count_include_pad, *divisor)
+    kernel, step, edge, _ = windows
+    if axes > 1:
+        return _avg_pool(input, kernel, step, edge, ceil_mode, count_include_pad, *divisor)
+    row = _avg_pool(input.unsqueeze(-2), (1, *kernel), (1, *step), (0, *edge), ceil_mode, count_include_pad)
+    return row.squeeze(-2)
 
 
-def _adaptive_avg_pool_nd(axes: int, input: Tensor, output_size: MaybeSizeN) -> Tensor:
-    wanted = tuple(output_size) if isinstance(output_size, Sequence) else (output_size,) * axes
-    if output_size is None or len(wanted) != axes or input.dim() <= axes or set(wanted) == {1}:  # errors, and means
-        torch_s = F.adaptive_avg_pool2d if axes == 2 else F.adaptive_avg_pool3d
+def _adaptive_average(axes: int, torch_s: Callable[..., Tensor], input: Tensor, output_size: MaybeSizeN) -> Tensor:
+    wanted = tuple(output_size) if isinstance(output_size, tuple | list) else (output_size,) * axes
+    fits = isinstance(input, Tensor) and input.dim() in (axes + 1, axes + 2) and len(wanted) == axes
+    # Means are torch's, and so is None in one dimension, where it means nothing.
+    if not fits or set(wanted) == {1} or not all(n is None or is_integer(n) for n in wanted) or output_size is None:
         return torch_s(input, output_size)
-    return _adaptive_avg_pool(input, [own if new is None else new for own, new in zip(input.shape[-axes:], wanted)])
+    whole = [own if new is None else new for own, new in zip(input.shape[-axes:], wanted)]
+    return (
+        _adaptive_avg_pool(input, whole)
+        if axes > 1
+        else _adaptive_avg_pool(input.unsqueeze(-2), [1, *whole]).squeeze(-2)
+    )

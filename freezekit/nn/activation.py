@@ -1,4 +1,4 @@
-"""Activations and dropout that keep one bit an element."""
+"""Activations and dropout that keep one bit per element."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from freezekit.nn._tracers import as_leaf
 
 
 class ReLU(nn.ReLU):
-    """An `nn.ReLU` that keeps one bit an element instead of its output. In place where asked.
+    """An `nn.ReLU` that keeps one bit per element instead of its output. In place where asked.
 
     >>> import torch, freezekit as fk
     >>> fk.nn.ReLU(inplace=True)(torch.tensor([-1.0, 2.0]))
@@ -21,7 +21,7 @@ class ReLU(nn.ReLU):
 
 
 class ReLU6(nn.ReLU6):
-    """An `nn.ReLU6` that keeps one bit an element instead of its input.
+    """An `nn.ReLU6` that keeps one bit per element instead of its input.
 
     >>> import torch, freezekit as fk
     >>> fk.nn.ReLU6()(torch.tensor([-1.0, 2.0, 7.0]))
@@ -33,7 +33,7 @@ class ReLU6(nn.ReLU6):
 
 
 class LeakyReLU(nn.LeakyReLU):
-    """An `nn.LeakyReLU` that keeps one bit an element instead of its input.
+    """An `nn.LeakyReLU` that keeps one bit per element instead of its input.
 
     >>> import torch, freezekit as fk
     >>> fk.nn.LeakyReLU(0.5)(torch.tensor([-1.0, 2.0]))
@@ -45,7 +45,7 @@ class LeakyReLU(nn.LeakyReLU):
 
 
 class Hardtanh(nn.Hardtanh):
-    """An `nn.Hardtanh` that keeps one bit an element instead of its input.
+    """An `nn.Hardtanh` that keeps one bit per element instead of its input.
 
     >>> import torch, freezekit as fk
     >>> fk.nn.Hardtanh(-1.0, 3.0)(torch.tensor([-2.0, 2.0, 7.0]))
@@ -57,7 +57,7 @@ class Hardtanh(nn.Hardtanh):
 
 
 class Dropout(nn.Dropout):
-    """An `nn.Dropout` that keeps one bit an element instead of a mask of the input's dtype.
+    """An `nn.Dropout` that keeps one bit per element instead of a mask of the input's dtype.
 
     The same seed drops the same elements as `nn.Dropout`.
 

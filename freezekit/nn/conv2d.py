@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from freezekit import functional
+
+
+def padded(conv: nn.modules.conv._ConvNd, input: Tensor) -> tuple[Tensor, Any]:
+    """`input` with the padding that is no zeros, and the padding that is left to the convolution."""
+    if conv.padding_mode == "zeros":
+        return input, conv.padding
+    return functional.pad(input, conv._reversed_padding_repeated_twice, conv.padding_mode), 0
 
 
 class FreezableConv2d(nn.Conv2d):
@@ -23,10 +32,8 @@ class FreezableConv2d(nn.Conv2d):
     """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self.padding_mode != "zeros":
-            padded = functional.pad(input, self._reversed_padding_repeated_twice, self.padding_mode)
-            return functional.conv2d(padded, weight, bias, self.stride, 0, self.dilation, self.groups)
-        return functional.conv2d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        input, padding = padded(self, input)
+        return functional.conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
 
     @classmethod
     def from_conv2d(cls, conv: nn.Conv2d) -> FreezableConv2d:

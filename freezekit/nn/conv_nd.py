@@ -8,6 +8,7 @@ from torch import Tensor, fx, nn
 
 from freezekit import functional
 from freezekit.nn._tracers import as_leaf
+from freezekit.nn.conv2d import padded
 
 
 class FreezableConv1d(nn.Conv1d):
@@ -19,10 +20,7 @@ class FreezableConv1d(nn.Conv1d):
     """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        padding: Any = self.padding
-        if self.padding_mode != "zeros":
-            input = functional.pad(input, self._reversed_padding_repeated_twice, self.padding_mode)
-            padding = 0
+        input, padding = padded(self, input)
         return functional.conv1d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
 
 
@@ -35,10 +33,7 @@ class FreezableConv3d(nn.Conv3d):
     """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        padding: Any = self.padding
-        if self.padding_mode != "zeros":
-            input = functional.pad(input, self._reversed_padding_repeated_twice, self.padding_mode)
-            padding = 0
+        input, padding = padded(self, input)
         return functional.conv3d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
 
 

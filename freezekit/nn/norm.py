@@ -52,6 +52,49 @@ class FreezableBatchNorm3d(_FreezableBatchNorm, nn.BatchNorm3d):
     """
 
 
+class _FreezableInstanceNorm(nn.modules.instancenorm._InstanceNorm):
+    def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, fx.Proxy) and (leaf := as_leaf(self, input)) is not None:
+            return leaf
+        return super().forward(input)
+
+    def _apply_instance_norm(self, input: Tensor) -> Tensor:
+        own = self.training or not self.track_running_stats
+        momentum = 0.0 if self.momentum is None else self.momentum
+        tensors = (self.running_mean, self.running_var, self.weight, self.bias)
+        return functional.instance_norm(input, *tensors, own, momentum, self.eps)
+
+
+class FreezableInstanceNorm1d(_FreezableInstanceNorm, nn.InstanceNorm1d):
+    """An `nn.InstanceNorm1d` that, by running statistics and with a frozen weight, keeps nothing of its input.
+
+    >>> import torch, freezekit as fk
+    >>> norm = fk.nn.FreezableInstanceNorm1d(4, track_running_stats=True).eval()
+    >>> norm(torch.ones(2, 4, 3, requires_grad=True)).grad_fn.name()
+    'FreezekitBatchNormBackward'
+    """
+
+
+class FreezableInstanceNorm2d(_FreezableInstanceNorm, nn.InstanceNorm2d):
+    """An `nn.InstanceNorm2d` that, by running statistics and with a frozen weight, keeps nothing of its input.
+
+    >>> import torch, freezekit as fk
+    >>> norm = fk.nn.FreezableInstanceNorm2d(4, track_running_stats=True).eval()
+    >>> norm(torch.ones(2, 4, 3, 3, requires_grad=True)).grad_fn.name()
+    'FreezekitBatchNormBackward'
+    """
+
+
+class FreezableInstanceNorm3d(_FreezableInstanceNorm, nn.InstanceNorm3d):
+    """An `nn.InstanceNorm3d` that, by running statistics and with a frozen weight, keeps nothing of its input.
+
+    >>> import torch, freezekit as fk
+    >>> norm = fk.nn.FreezableInstanceNorm3d(4, track_running_stats=True).eval()
+    >>> norm(torch.ones(2, 4, 3, 3, 3, requires_grad=True)).grad_fn.name()
+    'FreezekitBatchNormBackward'
+    """
+
+
 class FreezableLayerNorm(nn.LayerNorm):
     """An `nn.LayerNorm` that keeps nothing where its bias alone learns; elsewhere what torch keeps, which it reads.
 

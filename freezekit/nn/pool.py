@@ -1,14 +1,41 @@
-"""Pools and pads that keep a byte an output element, or sizes alone."""
+"""Pools and pads that keep a byte per output element, or sizes alone."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import Tensor, nn
 
 from freezekit import functional
 
 
-class MaxPool2d(nn.MaxPool2d):
-    """An `nn.MaxPool2d` that keeps one byte an output element (two for windows over 256) instead of input and indices.
+class _MaxPool:
+    kernel_size: Any
+    stride: Any
+    padding: Any
+    dilation: Any
+    ceil_mode: bool
+    return_indices: bool
+
+    def _pool(self, function: Any, input: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        settings = (self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode, self.return_indices)
+        return function(input, *settings)
+
+
+class MaxPool1d(_MaxPool, nn.MaxPool1d):
+    """An `nn.MaxPool1d` that keeps one byte per output element (two for windows over 256) instead of input and indices.
+
+    >>> import torch, freezekit as fk
+    >>> fk.nn.MaxPool1d(2)(torch.arange(4.0).view(1, 1, 4))
+    tensor([[[1., 3.]]])
+    """
+
+    def forward(self, input: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        return self._pool(functional.max_pool1d, input)
+
+
+class MaxPool2d(_MaxPool, nn.MaxPool2d):
+    """An `nn.MaxPool2d` that keeps one byte per output element (two for windows over 256) instead of input and indices.
 
     >>> import torch, freezekit as fk
     >>> fk.nn.MaxPool2d(2)(torch.arange(4.0).view(1, 1, 2, 2))
@@ -16,8 +43,7 @@ class MaxPool2d(nn.MaxPool2d):
     """
 
     def forward(self, input: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        settings = (self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode, self.return_indices)
-        return functional.max_pool2d(input, *settings)
+        return self._pool(functional.max_pool2d, input)
 
 
 class AvgPool1d(nn.AvgPool1d):

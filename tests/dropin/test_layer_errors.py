@@ -34,12 +34,15 @@ def arguments() -> dict[str, list[tuple[str, Any, list[Any]]]]:
     found["hardtanh"] += [("min_val", -1.0, FLOATS), ("max_val", 1.0, FLOATS)]
     found["leaky_relu"] += [("negative_slope", 0.1, FLOATS)]
     found["dropout"] += [("p", 0.5, FLOATS), ("training", True, ["a"])]
-    found["max_pool2d"] = [("input", X[2], TENSORS), ("kernel_size", 2, SIZES), ("stride", 2, SIZES)]
-    found["max_pool2d"] += [("padding", 0, SIZES), ("dilation", 1, SIZES), ("ceil_mode", False, ["a"])]
+    for d in (1, 2):
+        found[f"max_pool{d}d"] = [("input", X[d], TENSORS), ("kernel_size", 2, SIZES), ("stride", 2, SIZES)]
+        found[f"max_pool{d}d"] += [("padding", 0, SIZES), ("dilation", 1, SIZES), ("ceil_mode", False, ["a"])]
     affine = [("weight", torch.ones(3), [*TENSORS, torch.ones(5)]), ("bias", torch.ones(3), [*TENSORS, torch.ones(5)])]
     eps = ("eps", 1e-5, [NAN, "a", None, -1.0])
     running = [(f"running_{what}", torch.ones(3), [*TENSORS, torch.ones(5)]) for what in ("mean", "var")]
     found["batch_norm"] = [("input", X[2], TENSORS), *running, *affine, eps]
+    instance = [("input", X[2], TENSORS), *running, *affine, eps, ("use_input_stats", False, [])]
+    found["instance_norm"] = instance
     shape = [None, 4, NAN, [], [7], [4, 4, 4, 4, 4], [-1], "a", [2**62]]
     found["layer_norm"] = [("input", X[2], TENSORS), ("normalized_shape", [4], shape), eps]
     found["layer_norm"] += [(name, torch.ones(4), TENSORS) for name in ("weight", "bias")]

@@ -23,7 +23,8 @@ ARGUMENTS: dict[str, tuple[object, ...]] = {
     **{f"{kind}Pad{i}d": (1,) for i in (1, 2, 3) for kind in ("Reflection", "Replication")},
     **{f"AdaptiveAvgPool{i}d": (1,) for i in (1, 2, 3)},
     **{f"AvgPool{i}d": (2,) for i in (1, 2, 3)},
-    "MaxPool2d": (2,),
+    **{f"MaxPool{i}d": (2,) for i in (1, 2)},
+    **{f"InstanceNorm{i}d": (4,) for i in (1, 2, 3)},
     "LayerNorm": (4,),
     "GroupNorm": (2, 4),
 }

@@ -65,6 +65,24 @@ def test_batch_norm_is_torch_s(axes: int, state: tuple[bool, bool, bool], traini
     assert norm(torch.randn(SIZES[axes])).requires_grad == (state[0] or state[1])
 
 
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("statistics", [False, True])
+@pytest.mark.parametrize("axes", BATCH_NORMS)
+def test_instance_norm_is_torch_s(axes: int, statistics: bool, training: bool) -> None:
+    kind = getattr(layers, f"FreezableInstanceNorm{axes}d")
+    norm = settled(kind(6, affine=True, track_running_stats=statistics)).train(training)
+    for state in STATES:
+        norm.weight.requires_grad_(state[0])
+        norm.bias.requires_grad_(state[1])
+        check(norm, torch.randn(SIZES[axes]).requires_grad_(state[2]))
+    norm.requires_grad_(False)
+    x = torch.randn(SIZES[axes], requires_grad=True)
+    own = training or not statistics
+    assert (bytes_kept(norm, x) == 0) == (not own)
+    unbatched = x.detach()[0]
+    torch.testing.assert_close(norm(unbatched), twin(norm)(unbatched))
+
+
 @pytest.mark.parametrize(
     "kind", ["no affine", "no statistics", "cumulative", "channels_last", "float64", "bfloat16", "mixed"]
 )

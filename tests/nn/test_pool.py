@@ -99,6 +99,27 @@ def test_max_pool_of_no_batch_unbatched_and_windows_outside() -> None:
     assert not grad(y.sum(), narrow)[0].any()
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"kernel_size": 3, "stride": 2, "padding": 1}, {"kernel_size": 2, "dilation": 3, "ceil_mode": True}],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_max_pool_of_one_dimension(dtype: torch.dtype, settings: dict[str, Any]) -> None:
+    x = torch.randint(-9, 9, (2, 3, 9)).to(dtype)
+    x[0, 0, 3:5], x[1, 1] = float("nan"), -float("inf")
+    for given in (x, x[0], x.transpose(0, 1).contiguous().transpose(0, 1)):
+        leaves = [given.clone().requires_grad_() for _ in range(2)]
+        pools = (ff.max_pool1d, F.max_pool1d)
+        results = [pool(leaf, **settings, return_indices=True) for pool, leaf in zip(pools, leaves)]
+        assert equal(results[0][0], results[1][0])
+        assert torch.equal(results[0][1], results[1][1])
+        g = torch.randint(-2, 3, results[0][0].shape).to(dtype)
+        assert torch.equal(*(grad(y, leaf, g)[0] for (y, _), leaf in zip(results, leaves)))
+    learns = torch.randn(2, 3, 40, requires_grad=True)
+    assert bytes_kept(lambda t: ff.max_pool1d(t, 3, 2), learns) == 2 * 3 * 19
+
+
 def test_max_pool_errors_are_torch_s() -> None:
     x = torch.randn(1, 1, 4, 4, requires_grad=True)
     for arguments in ((5,), (2, 1, 2), (0,), ((1, 2, 3),)):
