@@ -6,7 +6,7 @@ looks at: layers of blocks that would run fused get none, and their operator is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,12 @@ OPERATORS = (torch.ops.freezekit.frozen_conv2d.default, torch.ops.freezekit.froz
 
 
 class FusedBlocks:
-    """The blocks of a model that would run fused in a call made now."""
+    """The blocks of models that would run fused in a call made now."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, models: Iterable[nn.Module]) -> None:
         self.labels: dict[int, list[str]] = {}
         self.unwatched: set[int] = set()
-        for module in model.modules():
+        for module in (part for model in models for part in model.modules()):
             plan = plan_of(module)
             if plan is None or id(module) in self.unwatched:
                 continue
@@ -58,9 +58,9 @@ def label(names: BlockNames) -> str:
     return " + ".join(part for part in parts if part)
 
 
-def constants(model: nn.Module) -> Iterator[Tensor]:
-    """Folded weights and biases that are kept for a model: there anyway between steps, like parameters."""
-    for form in folding.kept(model):
+def constants(models: Iterable[nn.Module]) -> Iterator[Tensor]:
+    """Folded weights and biases that are kept for models: there anyway between steps, like parameters."""
+    for form in (form for model in models for form in folding.kept(model)):
         yield form.weight
         if form.bias is not None:
             yield form.bias
