@@ -138,7 +138,7 @@ def _profile(options: argparse.Namespace) -> int:
         print(recorded.to_json() if options.json else recorded.kernels())
     else:
         difference = recorded.diff(_record(options.against))
-        print(json.dumps(difference.to_dict(), indent=2) if options.json else difference)
+        print(difference.to_json() if options.json else difference)
     if options.trace:
         recorded.to_chrome_trace(options.trace)
     return 0

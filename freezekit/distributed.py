@@ -25,7 +25,7 @@ from freezekit._ranks import check_ranks
 from freezekit._rewrap import retired, rewrap, sync_buffers
 
 __all__ = ["StaleWrapperError", "check", "check_ranks", "mismatch", "note_freeze", "rewrap", "sync_buffers",
-           "watch", "wrappers"]  # fmt: skip
+           "unwrapped", "watch", "wrappers"]  # fmt: skip
 
 
 class StaleWrapperError(RuntimeError):
@@ -55,6 +55,20 @@ def wrappers(model: nn.Module) -> Iterator[tuple[str, DDP]]:
     for name, module in model.named_modules():
         if isinstance(module, DDP):
             yield name, module
+
+
+def unwrapped(model: Any) -> Any:
+    """What is inside DDP and torch.compile; anything else, a module or not, is returned as it is.
+
+    >>> net = nn.Linear(2, 2)
+    >>> unwrapped(net) is net
+    True
+    """
+    while True:
+        inner = model.module if isinstance(model, DDP) else getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
 
 
 def _candidates(ddp: DDP) -> dict[str, nn.Parameter]:
@@ -174,11 +188,13 @@ class _Watch:
         # Not as a decorator: it imports all of torch._dynamo, a second that `import freezekit` would take.
         self.look = torch.compiler.disable(self._look)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Watch:
+        return _Watch()
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__()  # type: ignore[misc]
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A model's pickle holds plain Python only, so that it loads without freezekit: this hook returns the arguments
+        # as they came. The next freeze() in the process that loads it places a new watch.
+        return getattr, ({}, "get")
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         if isinstance(module, DDP):

@@ -21,7 +21,9 @@ from torch.optim import LBFGS, Optimizer
 from freezekit.freezing.bits import checksums, local, same_bits
 from freezekit.freezing.causes import causes, describe
 from freezekit.freezing.held import AtRisk, Record, copy_state, frozen_tensors, put_state, record_all, write
-from freezekit.freezing.norm import is_held
+from freezekit.freezing.norm import is_held, statistics_of
+from freezekit.freezing.patterns import Patterns, select
+from freezekit.freezing.wrapping import innermost
 
 
 class FrozenMoved(RuntimeError):
@@ -32,6 +34,26 @@ class FrozenMoved(RuntimeError):
         more = [f"  and {len(lines) - 5} more"] if len(lines) > 5 else []
         super().__init__("\n".join([f"guard: {title}", *shown, *more]))
         self.names = tuple(lines)
+
+
+class Allowance:
+    """The handle that `Guard.allow` returns; as a context manager it ends in `end`."""
+
+    def __init__(self, guard: Guard, tensors: frozenset[int]) -> None:
+        self._guard = guard
+        self.tensors = tensors
+
+    def end(self) -> None:
+        """Hold the tensors again, at their present values; a second time does nothing."""
+        self._guard._end(self)
+
+    def __enter__(self) -> Allowance:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end()
 
 
 class Guard:
@@ -45,8 +67,7 @@ class Guard:
     def __init__(self, model: nn.Module, optimizer: Optimizer, every: int, mode: str) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        optimizer = innermost(optimizer)
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
             raise ValueError(f"every: expected a number of steps from 1 on, got {every!r}")
         if mode not in ("raise", "restore"):
@@ -57,6 +78,7 @@ class Guard:
         self.mode = mode
         self.steps = 0
         self.undone: dict[str, int] = {}
+        self._allowances: list[Allowance] = []
         self._records: dict[str, Record] = {}
         self._frozen: dict[str, torch.Tensor] = {}
         self._at_risk: list[AtRisk] = []
@@ -87,13 +109,47 @@ class Guard:
         self._settle(self._moved(self._frozen), "since the last check")
 
     def accept(self) -> None:
-        """Hold the present values from now on: after a ``load_state_dict`` that was meant, say."""
+        """Hold the present values from now on: after a ``load_state_dict`` that was meant, say. See also `allow`."""
         self._records.clear()
         self._refresh()
 
+    def allow(self, *patterns: Patterns) -> Allowance:
+        """Let frozen tensors be written to by those who mean it: EMA and teacher updates, merged adapters.
+
+        Args:
+            patterns: which, as for `freeze`, with the statistics of the norms that they cover; none means all.
+
+        Returns:
+            an `Allowance`. As a context manager it ends with the block; without ``with`` it lasts until its ``end()``.
+            What was written then counts as the value to hold. Other frozen tensors are held all along.
+
+        Raises:
+            FrozenMoved: one of them has moved before.
+            PatternError, TypeError: as `freeze`.
+
+        >>> model = nn.ModuleDict({"student": nn.Linear(2, 2), "teacher": nn.Linear(2, 2).requires_grad_(False)})
+        >>> held = guard(model, torch.optim.SGD(model["student"].parameters(), lr=0.1))
+        >>> with held.allow("teacher"):
+        ...     _ = model["teacher"].weight.data.mul_(0.9)
+        >>> held.check()
+        """
+        self.check()
+        selection = select(self.model, patterns)
+        tensors = {id(param) for param in selection.params.values()}
+        tensors |= {id(t) for norm in selection.norms.values() for t in statistics_of(norm).values()}
+        self._allowances.append(Allowance(self, frozenset(tensors)))
+        self._refresh()
+        return self._allowances[-1]
+
+    def _end(self, allowance: Allowance) -> None:
+        if allowance in self._allowances:
+            self._allowances.remove(allowance)
+            self._refresh()
+
     def _refresh(self) -> None:
-        """Read what is frozen now; forget what is no longer, record what newly is."""
-        self._frozen = frozen_tensors(self.model)
+        """Read what is frozen now; forget what is no longer or may be written to, record what newly is."""
+        allowed = {tensor for allowance in self._allowances for tensor in allowance.tensors}
+        self._frozen = {name: t for name, t in frozen_tensors(self.model).items() if id(t) not in allowed}
         for name in self._records.keys() - self._frozen.keys():
             del self._records[name]
         new = {name: tensor for name, tensor in self._frozen.items() if name not in self._records}
@@ -186,7 +242,7 @@ class Guard:
 
     def _explain(self, name: str) -> str:
         now, record = self._frozen[name], self._records[name]
-        accept = "or, if it was meant, call accept() on the guard"
+        accept = "or, if it was meant (an EMA update, a merged adapter), do it within guard.allow()"
         if not record.same_form(now):
             then = f"{record.dtype} {tuple(record.shape)}"
             return f"it was {then} and is {now.dtype} {tuple(now.shape)}. Cure: convert before freezing, {accept}"
@@ -211,18 +267,21 @@ def guard(
 
     Args:
         model: the model; frozen are its parameters with ``requires_grad=False`` and the statistics of held norms.
-        optimizer: the optimizer whose steps are watched. Its copies and pickles do not carry the hooks.
+        optimizer: the optimizer whose steps are watched; of one that wraps another, as Lookahead and accelerate's do,
+            the one inside. Its copies and pickles do not carry the hooks.
         every: steps between checksums of all frozen tensors. Those find writes that leave address and version alone.
         mode: "raise": a step that would move a frozen parameter raises before anything moved, with name, cause and
             cure; what is found afterwards raises too. "restore": values and optimizer state are put back instead, and
             counted in ``.undone``. It keeps a copy of every frozen tensor.
 
     Returns:
-        a `Guard`: ``remove()``, ``check()`` (all checksums, now), ``accept()``; usable in a ``with`` statement.
+        a `Guard`: ``remove()``, ``check()`` (all checksums, now), ``accept()``, and ``allow("teacher")`` for updates
+        that are meant; usable in a ``with`` statement.
 
     Raises:
         FrozenMoved: (a RuntimeError) from ``optimizer.step()`` and ``check()``.
-        TypeError, ValueError: an argument of the wrong type, or out of range.
+        TypeError, ValueError: an argument of the wrong type, or out of range; an optimizer that wraps none that can be
+            seen, or several.
 
     >>> layer = nn.Linear(2, 2)
     >>> opt = torch.optim.SGD(layer.parameters(), lr=0.1, weight_decay=0.1)

@@ -44,7 +44,7 @@ TORCH_HEADER = re.compile(r"^(ATen|c10|torch|caffe2|pybind11|Python\.h)(/|$)")
 
 # Python modules by layer: one may import its own layer and those before it.
 LAYERS = [
-    {"_extension", "_C", "_arguments", "_inputs", "backends", "tuning"},
+    {"_extension", "_C", "_arguments", "_inputs", "_twin", "backends", "tuning"},
     {"functional"},
     {"nn"},
     {"conversion", "freezing", "guarding", "schedules", "distributed", "fusion", "_ranks", "_rewrap"},

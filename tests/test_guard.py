@@ -175,3 +175,40 @@ def test_a_write_of_equal_values_and_a_move_to_other_memory_pass() -> None:
         model[1].weight.data = model[1].weight.detach().t().contiguous().t()
         learn(model, optimizer)
         held.check()
+
+
+def test_updates_that_are_meant_are_allowed_by_name() -> None:
+    model = nn.ModuleDict({"student": nn.Linear(2, 2), "teacher": nn.Linear(2, 2), "backbone": nn.Linear(2, 2)})
+    model["teacher"].requires_grad_(False)
+    model["backbone"].requires_grad_(False)
+    optimizer = torch.optim.SGD(model["student"].parameters(), lr=0.1)
+    held = guard(model, optimizer, every=1)
+    for _ in range(3):  # a mean teacher
+        model["student"](torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        with held.allow("teacher"):
+            for kept, new in zip(model["teacher"].parameters(), model["student"].parameters(), strict=True):
+                kept.data.mul_(0.9).add_(new.data, alpha=0.1)
+    held.check()
+    allowance = held.allow("teacher")  # where the update is out of reach, in a library's own step
+    model["teacher"].weight.data.mul_(0.5)
+    optimizer.step()
+    held.check()
+    allowance.end()
+    allowance.end()
+    model["teacher"].weight.data.mul_(0.5)
+    with pytest.raises(FrozenMoved, match=r"'teacher\.weight'[\s\S]*guard\.allow\(\)") as moved:
+        held.check()
+    assert moved.value.names == ("teacher.weight",)
+    held.accept()
+    with held.allow("teacher"):
+        model["backbone"].weight.data.add_(1)  # not what was allowed
+        with pytest.raises(FrozenMoved, match=r"'backbone\.weight'"):
+            held.check()
+    held.accept()
+    with held.allow():  # an adapter that is merged
+        model["backbone"].weight.data.add_(1)
+    held.check()
+    with pytest.raises(ValueError, match="'techer' matches no module"):
+        held.allow("techer")
+    held.remove()

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import nn
 
 from freezekit._arguments import check_module
 from freezekit._inputs import arguments
+from freezekit.freezing.wrapping import layers
 
 from . import attributes, forward, optim, tensors, wrappers
 from .report import SEVERITIES, AuditError, Finding, Report
@@ -31,6 +32,8 @@ _ALWAYS: tuple[_Check, ...] = (
     tensors.check_tied,
     tensors.check_shared_storage,
     tensors.check_statistics,
+    tensors.check_held,
+    tensors.check_dropout,
     optim.check_stray_grads,
     wrappers.check_ddp,
     wrappers.check_fsdp1,
@@ -44,38 +47,52 @@ _OPTIMIZER: tuple[_Check, ...] = (
     optim.check_state,
     optim.check_duplicates,
     optim.check_scheduled,
+    optim.check_idle,
+    optim.check_masked,
 )
 
 
+_FORWARD = "moving tensors and lost gradients in a forward pass"
+
+
 def _optimizers(given: Any) -> tuple[torch.optim.Optimizer, ...]:
-    given = () if given is None else given
-    several = given if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
-    wrong = [o for o in several if not isinstance(o, torch.optim.Optimizer)]
-    if wrong:
-        shown = reprlib.repr(wrong[0])  # not all of a tensor
+    """One optimizer, several or none as a tuple; of one that wraps another the inner one, if it has all parameters."""
+    several = given.values() if isinstance(given, Mapping) else given
+    if not isinstance(several, Iterable) or isinstance(several, str):
+        several = () if given is None else (given,)
+    return tuple(_plainest(one) for one in several)
+
+
+def _plainest(given: Any) -> torch.optim.Optimizer:
+    optimizers = [one for one in layers(given) if isinstance(one, torch.optim.Optimizer)]
+    if not optimizers:
+        shown = reprlib.repr(given)  # not all of a tensor
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, a sequence of them, or None, got {shown}")
-    return tuple(several)
+    members = [{id(p) for group in one.param_groups for p in group["params"]} for one in optimizers]
+    # A shard of ZeroRedundancyOptimizer has some of the parameters only.
+    return [one for one, ids in zip(optimizers, members) if ids == members[0]][-1]
 
 
 def audit(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
+    optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None = None,
     inputs: Any = None,
     *,
     schedule: Any = None,
 ) -> Report:
-    """Look for the pitfalls of freezing in a model and its optimizer. Nothing is changed.
+    """Look for the pitfalls of freezing in a model and its optimizer. Nothing is changed: what runs are copies.
 
     Args:
         model: the model, wrapped (DDP, FSDP, torch.compile) or not.
-        optimizer: the optimizer that steps it, or all of them when there are several.
+        optimizer: the optimizer that steps it, or all of them when there are several, also in a mapping. Of one that
+            wraps another (Lookahead, ZeroRedundancyOptimizer, accelerate's) the inner one is asked.
         inputs: arguments of one forward pass: a tensor, a tuple or list of positional arguments, or a mapping of
-            keyword arguments. Given, the pass is run once in the model's present mode (buffers and random state are
-            put back; no backward pass), which shows buffers that move and layers that lose their gradient.
+            keyword arguments. Given, a copy of the model runs the pass once in the model's present mode (no backward
+            pass), which shows tensors that move and layers that lose their gradient.
         schedule: a freezing schedule (`freezekit.schedules`), to count recompilations against torch.compile's limit.
 
     Returns:
-        A `Report`: iterate it, ``print()`` it, ``to_json()`` it, or ``raise_for_errors()``. Checks that could not run
+        A `Report`: iterate it, ``print()`` it, ``to_dict()`` it, or ``raise_for_errors()``. Checks that could not run
         are in ``report.skipped``. Call `audit` inside ``torch.autocast`` to see what autocast casts.
 
     Raises:
@@ -93,15 +110,18 @@ def audit(
     given = None if inputs is None else arguments(inputs)
     subject = Subject(model, _optimizers(optimizer), given, schedule)
     checks = [*_ALWAYS]
-    skipped = {}
+    skipped: dict[str, str] = {}
     if subject.optimizers:
         checks += _OPTIMIZER
+        skipped.update(optim.not_stepped(subject))
     else:
         skipped["what the optimizer would move, keep or miss"] = "no optimizer given"
-    if subject.inputs is not None:
-        checks.append(forward.check_forward)
-    else:
-        skipped["moving buffers and lost gradients in a forward pass"] = "no inputs given"
     findings = [f for check in checks for f in check(subject)]
+    try:
+        if given is None:
+            raise forward.CannotCopy("no inputs given")
+        findings += forward.check_forward(subject)
+    except forward.CannotCopy as error:
+        skipped[_FORWARD] = str(error)
     findings.sort(key=lambda f: SEVERITIES.index(f.severity))
     return Report(type(model).__name__, tuple(findings), skipped)

@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {e}", file=sys.stderr)
         return UNUSABLE
     if options.json:
-        print(json.dumps(report.to_json(), indent=2))
+        print(json.dumps(report.to_dict(), indent=2))
     else:
         report.print()
     failed = report.errors or (options.strict and report.warnings)

@@ -1,7 +1,7 @@
-"""Checks that need a forward pass: buffers that move under frozen layers, trainable layers that lose their gradient.
+"""Checks that need a forward pass: tensors that move under frozen layers, trainable layers that lose their gradient.
 
-The pass runs in the model's present mode on the given inputs, under a fork of the random state, and its buffers are put
-back. There is no backward pass, so no gradient, hook of a parameter or communication of DDP is touched.
+The pass runs on a copy of the model, in its present mode. There is no backward pass, so no gradient, hook of a
+parameter or communication of DDP is touched.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils._pytree import tree_leaves
-from torch.utils.hooks import RemovableHandle
 
+from freezekit._twin import Twin
+from freezekit.distributed import unwrapped
 from freezekit.freezing.bits import same_bits
 
 from .report import Finding, brief
@@ -26,14 +26,18 @@ from .tensors import moves_statistics
 _LOST = "None of the inputs have requires_grad=True"
 
 
+class CannotCopy(Exception):
+    """A forward pass was to run on a copy of the model, and there is none."""
+
+
 @dataclass
 class Probe:
     """What one forward pass showed.
 
-    moved: buffers that the pass changed; reached: ``id`` of each parameter that backward from the outputs would reach;
-    nodes: class names of the graph's nodes; unrecorded: trainable modules that ran with gradients switched off;
-    recorded: whether any output requires grad; lost: whether reentrant checkpointing said that it found no gradient;
-    called: modules that ran.
+    moved: buffers and parameters that the pass changed; reached: ``id`` of each parameter that backward from the
+    outputs would reach; nodes: class names of the graph's nodes; unrecorded: trainable modules that ran with gradients
+    switched off; recorded: whether any output requires grad; lost: whether reentrant checkpointing said that it found
+    no gradient.
     """
 
     moved: list[str] = field(default_factory=list)
@@ -42,16 +46,6 @@ class Probe:
     unrecorded: list[str] = field(default_factory=list)
     recorded: bool = False
     lost: bool = False
-    called: set[int] = field(default_factory=set)
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DDP and torch.compile, whose forward has no side effects of theirs."""
-    while True:
-        inner = model.module if isinstance(model, DDP) else getattr(model, "_orig_mod", None)
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
 
 
 def _walk(outputs: list[torch.Tensor], probe: Probe) -> None:
@@ -75,57 +69,77 @@ def _walk(outputs: list[torch.Tensor], probe: Probe) -> None:
         stack.extend(n for n, _ in node.next_functions if n is not None)
 
 
-def _watch(model: nn.Module, names: dict[int, str], probe: Probe) -> list[RemovableHandle]:
+def run(subject: Subject) -> Probe:
+    """One forward pass of a copy of the unwrapped model; whatever it raises is the caller's to see.
+
+    Raises:
+        CannotCopy: the model has no copy to run.
+    """
+    assert subject.inputs is not None
+    model = unwrapped(subject.model)
+    probe = Probe()
+    try:
+        twin = Twin(model, subject.inputs, data=True)
+    except (TypeError, ValueError) as error:
+        raise CannotCopy(str(error)) from error
+    copied = twin.roots[""]
+    names = {id(module): name for name, module in subject.modules()}
+    names = {id(twin): names[id(source)] for source, twin in zip(model.modules(), copied.modules(), strict=True)}
+
     def before(module: nn.Module, args: Any) -> None:
-        probe.called.add(id(module))
         own = any(p.requires_grad for p in module.parameters(recurse=False))
         if own and not torch.is_grad_enabled():
             probe.unrecorded.append(names[id(module)])
 
-    return [m.register_forward_pre_hook(before) for m in model.modules()]
-
-
-def run(subject: Subject) -> Probe:
-    """One forward pass of the unwrapped model on ``subject.inputs``; whatever it raises is the caller's to see."""
-    assert subject.inputs is not None
-    model = unwrapped(subject.model)
-    probe = Probe()
-    names = {id(m): n for n, m in subject.modules()}
-    before = {n: b.detach().clone() for n, b in model.named_buffers()}
-    handles = _watch(model, names, probe)
-    try:
-        with torch.random.fork_rng(), torch.enable_grad(), warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            outputs = subject.inputs.call(model)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for name, buffer in model.named_buffers():
-            if name in before and not same_bits(buffer, before[name]):
-                probe.moved.append(name)
-                with torch.no_grad():
-                    buffer.copy_(before[name])
+    for module in copied.modules():
+        module.register_forward_pre_hook(before)
+    with twin.undisturbed(), torch.enable_grad(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        outputs = twin.run()
     probe.lost = any(_LOST in str(w.message) for w in caught)
     _walk([t for t in tree_leaves(outputs) if isinstance(t, torch.Tensor)], probe)
+    for (name, source), now in zip(_tensors(model), dict(_tensors(copied)).values(), strict=True):
+        if not same_bits(now, source):
+            probe.moved.append(name)
+    parameters = zip(model.parameters(), copied.parameters(), strict=True)
+    probe.reached = {id(source) for source, copy in parameters if id(copy) in probe.reached}
     return probe
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_buffers()
+    yield from model.named_parameters()
 
 
 def check_forward(subject: Subject) -> Iterator[Finding]:
     """Run the probe and report what it showed."""
     probe = run(subject)
-    yield from _buffers(subject, probe)
+    yield from _moved(subject, probe)
     yield from _gradients(subject, probe)
 
 
-def _buffers(subject: Subject, probe: Probe) -> Iterator[Finding]:
+def _moved(subject: Subject, probe: Probe) -> Iterator[Finding]:
     model = unwrapped(subject.model)
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    parameters = [name for name in probe.moved if name in frozen]
+    if parameters:
+        yield Finding(
+            "moving-parameter",
+            "error",
+            brief(parameters),
+            f"{len(parameters)} frozen parameter(s) were written to in one forward pass, as nn.Embedding(max_norm=...) "
+            "does",
+            "keep the forward from writing to them, or unfreeze them",
+            tuple(parameters),
+        )
+    buffers = dict(model.named_buffers())
     values: list[str] = []
     counters: list[str] = []
     for name in probe.moved:
         path, _, _ = name.rpartition(".")
         # Running statistics have a check of their own, which needs no inputs.
-        if is_in_frozen_block(model, path) and not moves_statistics(model.get_submodule(path)):
-            (values if can_train(model.get_buffer(name)) else counters).append(name)
+        if name in buffers and is_in_frozen_block(model, path) and not moves_statistics(model.get_submodule(path)):
+            (values if can_train(buffers[name]) else counters).append(name)
     # An integer buffer is most often a counter that the output does not depend on.
     for names, severity in ((values, "error"), (counters, "info")):
         if names:

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from freezekit.freezing.causes import causes
 
 from .report import Finding, brief
-from .steps import remembers, would_move
+from .steps import moves_at_zero, remembers, why_not_stepped, would_move
 from .subject import Subject
 
 
@@ -20,6 +20,14 @@ def _groups(subject: Subject) -> Iterator[tuple[torch.optim.Optimizer, int, dict
     for optimizer in subject.optimizers:
         for i, group in enumerate(optimizer.param_groups):
             yield optimizer, i, group
+
+
+def not_stepped(subject: Subject) -> Iterator[tuple[str, str]]:
+    """What the optimizers would do was read from their options, and not asked of them: which, and why."""
+    for optimizer in subject.optimizers:
+        if why := why_not_stepped(optimizer):
+            kind = type(optimizer).__name__
+            yield f"a step of {kind} on copies", f"{why}; momentum, decay and gradients were looked at instead"
 
 
 def check_moves(subject: Subject) -> Iterator[Finding]:
@@ -196,4 +204,43 @@ def check_duplicates(subject: Subject) -> Iterator[Finding]:
             f"{len(twice)} parameter(s) are listed more than once in the optimizers, and move more than once a step",
             "list each parameter once",
             tuple(twice),
+        )
+
+
+def check_idle(subject: Subject) -> Iterator[Finding]:
+    """Optimizers all of whose parameters are frozen, in a model that trains."""
+    for optimizer in subject.optimizers if subject.trainable else ():
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        if params and not any(p.requires_grad for p in params):
+            names = tuple(subject.names[id(p)] for p in params if id(p) in subject.names)
+            yield Finding(
+                "nothing-to-step",
+                "warning",
+                brief(names),
+                f"all {len(params)} parameter(s) of {type(optimizer).__name__} are frozen: its step does nothing, and "
+                "GradScaler.step() fails on an optimizer without gradients",
+                "leave the optimizer out of the step while its parameters are frozen",
+                names,
+            )
+
+
+def check_masked(subject: Subject) -> Iterator[Finding]:
+    """Parameters whose gradient a hook masks: momentum and decay move the masked part all the same."""
+    found: list[str] = []
+    for optimizer, _, group in _groups(subject):
+        for p in group["params"]:
+            name = subject.names.get(id(p))
+            if name is not None and p.requires_grad and p._backward_hooks:
+                moved = moves_at_zero(optimizer, group, p)
+                if moved or (moved is None and group.get("weight_decay")):
+                    found.append(name)
+    if found:
+        yield Finding(
+            "masked-gradient",
+            "warning",
+            brief(found),
+            f"{len(found)} parameter(s) have a hook on their gradient, and their optimizer moves elements whose "
+            "gradient is zero, by weight decay or momentum: a hook that sets part of it to zero freezes nothing",
+            "freeze part of a tensor by a parametrization (see docs/two_step.md), or set weight_decay=0 and momentum=0",
+            tuple(found),
         )

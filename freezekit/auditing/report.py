@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -129,7 +130,7 @@ class Report:
         for check, why in self.skipped.items():
             console.print(f"not checked: {check} ({why})", markup=False, highlight=False)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The report as plain data, ready for `json.dumps`.
 
         The shape is stable within ``"version"``::
@@ -146,6 +147,10 @@ class Report:
             "findings": findings,
             "skipped": dict(self.skipped),
         }
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON text."""
+        return json.dumps(self.to_dict())
 
     def raise_for_errors(self) -> None:
         """Raise `AuditError` when there is a finding of severity ``"error"``, naming each with its cure."""

@@ -1,7 +1,8 @@
 """What would the next ``optimizer.step()`` do to a frozen tensor? Asked of the optimizer itself, on copies.
 
 A rule such as "momentum and zero gradients move" would have to be written for every optimizer and every option. So a
-copy of the frozen tensor, its gradient and its state goes through the optimizer's own ``step``, and is compared.
+copy of the frozen tensor, its gradient and its state goes through the optimizer's own ``step``, and is compared. Only
+where the step cannot reach anything but copies; other optimizers are looked at.
 """
 
 from __future__ import annotations
@@ -14,31 +15,63 @@ import torch
 
 from freezekit.freezing.bits import local, same_bits
 from freezekit.freezing.causes import any_nonzero
+from freezekit.freezing.optim import ATTRIBUTE
 
 
 def _clone(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value)
 
 
-def would_move(optimizer: torch.optim.Optimizer, group: dict[str, Any], p: torch.Tensor) -> float | None:
-    """Largest absolute change that one step would make to ``p``, found by stepping a copy of it.
+def why_not_stepped(optimizer: torch.optim.Optimizer) -> str:
+    """Why a copy of this optimizer may reach real tensors, so that it is looked at and not stepped; "" if none can.
+
+    What ``step`` works on are groups and state, which are copied. An optimizer that keeps tensors, other optimizers or
+    objects of any class in attributes of its own may work on those too.
+    """
+    for name, value in vars(optimizer).items():
+        if not _is_replaced(name) and name != "defaults" and not _is_plain(value):
+            return f"{type(optimizer).__name__} keeps a {type(value).__name__} of its own ({name})"
+    return ""
+
+
+_PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, type, type(None))
+
+
+def _is_replaced(name: str) -> bool:
+    """Whether a copy gets this attribute anew, or does without it: hooks, and what freezekit notes."""
+    return name in ("param_groups", "state", "step", ATTRIBUTE) or name.startswith("_optimizer_")
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a tensor cannot be reached through ``value``."""
+    if isinstance(value, dict):
+        return all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
+    if isinstance(value, list | tuple | set | frozenset):
+        return all(map(_is_plain, value))
+    return isinstance(value, _PLAIN)
+
+
+def step_of_copy(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], p: torch.Tensor, grad: torch.Tensor | None
+) -> torch.Tensor | None:
+    """``p`` after one step of a copy of the optimizer on a copy of ``p`` whose gradient is ``grad``.
 
     Args:
         optimizer: the optimizer; neither it nor its state changes.
         group: the group of ``optimizer.param_groups`` that holds ``p``.
-        p: a tensor with a gradient.
 
     Returns:
-        The change (0.0 when ``p`` stays bit for bit as it is; of a distributed tensor, that of this rank's part), or
-        None when the optimizer's step cannot run on one tensor alone (L-BFGS needs a closure, for instance).
+        The stepped copy, or None when the optimizer cannot be asked: a copy is not safe (`why_not_stepped`), or its
+        step cannot run on one tensor alone (L-BFGS needs a closure, for instance).
     """
+    if why_not_stepped(optimizer):
+        return None
     twin = p.detach().clone()
-    twin.grad = None if p.grad is None else p.grad.detach().clone()
+    twin.grad = None if grad is None else grad.detach().clone()
     # Not copy.copy: Optimizer.__getstate__ drops the attributes that subclasses keep. Hooks stay behind, and so does
     # the wrapper around step that a learning-rate scheduler leaves on the instance.
     shadow = object.__new__(type(optimizer))
-    shadow.__dict__.update(vars(optimizer))
-    shadow.__dict__.pop("step", None)
+    shadow.__dict__.update({name: copy.deepcopy(v) for name, v in vars(optimizer).items() if not _is_replaced(name)})
     shadow.__dict__["_optimizer_step_pre_hooks"] = OrderedDict()
     shadow.__dict__["_optimizer_step_post_hooks"] = OrderedDict()
     shadow.param_groups = [{**{k: _clone(v) for k, v in group.items() if k != "params"}, "params": [twin]}]
@@ -50,9 +83,26 @@ def would_move(optimizer: torch.optim.Optimizer, group: dict[str, Any], p: torch
         type(optimizer).step(shadow)
     except Exception:  # an optimizer of any make, on a copy: whatever it raises means only that it cannot be asked
         return None
-    if same_bits(twin, p):
-        return 0.0
-    return float((local(twin) - local(p.detach())).abs().max())
+    return twin
+
+
+def would_move(optimizer: torch.optim.Optimizer, group: dict[str, Any], p: torch.Tensor) -> float | None:
+    """Largest absolute change that the next step would make to ``p``, found by stepping a copy of it.
+
+    Returns:
+        The change (0.0 when ``p`` stays bit for bit as it is; of a distributed tensor, that of this rank's part), or
+        None when the optimizer cannot be asked; see `step_of_copy`.
+    """
+    twin = step_of_copy(optimizer, group, p, p.grad)
+    if twin is None:
+        return None
+    return 0.0 if same_bits(twin, p) else float((local(twin) - local(p.detach())).abs().max())
+
+
+def moves_at_zero(optimizer: torch.optim.Optimizer, group: dict[str, Any], p: torch.Tensor) -> bool | None:
+    """Whether a step moves elements of ``p`` whose gradient is zero: by momentum or weight decay. None: unknown."""
+    twin = step_of_copy(optimizer, group, p, torch.zeros_like(p))
+    return None if twin is None else not same_bits(twin, p)
 
 
 def remembers(state: dict[str, Any]) -> bool:

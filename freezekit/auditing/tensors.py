@@ -8,9 +8,12 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from freezekit.freezing.norm import holds_unasked
 
 from .report import Finding, brief
 from .subject import Subject, is_in_frozen_block
@@ -104,4 +107,44 @@ def check_statistics(subject: Subject) -> Iterator[Finding]:
             "iteration, which changes the weight that the layer uses",
             "call .eval() on the layer after every model.train()",
             tuple(spectral),
+        )
+
+
+def check_held(subject: Subject) -> Iterator[Finding]:
+    """Norms that `freeze` holds in eval mode, while their parameters were made trainable by hand."""
+    held = []
+    for path, module in subject.modules():
+        parameters = list(module.parameters(recurse=False))
+        if holds_unasked(module) and parameters and all(p.requires_grad for p in parameters):
+            held.append(path)
+    if held:
+        yield Finding(
+            "held-statistics",
+            "warning",
+            brief(held),
+            f"{len(held)} norm(s) train their parameters, and freeze() still holds their statistics: they stay in eval "
+            "mode whatever train() says",
+            "call freezekit.unfreeze(model, ...) instead of setting requires_grad by hand",
+            tuple(held),
+        )
+
+
+def check_dropout(subject: Subject) -> Iterator[Finding]:
+    """Dropout in train mode in a frozen part: its output is random, however frozen it is."""
+    active = [
+        path
+        for path, module in subject.model.named_modules()
+        if isinstance(module, _DropoutNd)
+        and module.training
+        and module.p > 0
+        and is_in_frozen_block(subject.model, path)
+    ]
+    if active and subject.trainable:
+        yield Finding(
+            "active-dropout",
+            "info",
+            brief(active),
+            f"{len(active)} dropout layer(s) of frozen parts are in train mode: what these parts put out is random",
+            "nothing, where that is wanted; else call .eval() on the frozen part after every model.train()",
+            tuple(active),
         )

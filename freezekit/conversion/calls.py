@@ -7,8 +7,8 @@ are seen by a `TorchFunctionMode`; those that a layer of torch.nn makes in its o
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import sysconfig
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -21,9 +21,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from freezekit._inputs import Arguments
+from freezekit._twin import Twin, on_twin
 
 _C_NN = torch._C._nn
-_OWN = (str(Path(torch.__file__).parent), str(Path(__file__).resolve().parents[1]))
+# Code whose calls are not the reader's to replace: torch's, freezekit's, and whatever is installed.
+_INSTALLED = {sysconfig.get_paths()[key] for key in ("stdlib", "platstdlib", "purelib", "platlib")}
+_OWN = (str(Path(torch.__file__).parent), str(Path(__file__).resolve().parents[1]), *_INSTALLED)
+# Functions whose formulas read what torch keeps for them.
+_KEEP_THE_SAME = tuple(f"freezekit.functional.{name}" for name in ("layer_norm", "group_norm"))
 
 
 _NAMES = (
@@ -128,43 +133,26 @@ def _kept(result: Any, stop: set[Any], own: set[int]) -> int:
     return sum(storages.values())
 
 
-@contextmanager
-def _named(model: nn.Module, seen: _Seen) -> Iterator[None]:
-    """Keeps the name of the module whose forward runs on top of `seen.modules`."""
-    handles = []
-    for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(lambda *_, name=name: seen.modules.append(name)))
-        handles.append(module.register_forward_hook(lambda *_: seen.modules.pop() and None, always_call=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _undone(model: nn.Module) -> Iterator[None]:
-    """Puts buffers and random state back."""
-    before = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in before:
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
-
-
 def functional_calls(model: nn.Module, inputs: Arguments) -> list[FunctionCall]:
-    """Runs `model` once, in its present mode and with gradients, and lists the calls in the order of the first ones.
+    """The calls that keep more than freezekit's would, in the order of the first ones.
+
+    A copy of `model` runs once, in its present mode and with gradients. Calls in installed packages are left out: they
+    are nobody's to replace.
 
     Args:
         model: any module.
         inputs: of its forward.
     """
-    seen = _Seen()
-    seen.own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
-    with _undone(model), _named(model, seen), torch.enable_grad(), seen:
-        inputs.call(model)
-    return list(seen.calls.values())
+
+    def run(twin: Twin) -> _Seen:
+        seen = _Seen()
+        seen.own = {t.untyped_storage()._cdata for t in twin.tensors()}
+        for name, module in twin.named_modules():
+            module.register_forward_pre_hook(lambda *_, name=name: seen.modules.append(name))
+            module.register_forward_hook(lambda *_: seen.modules.pop() and None, always_call=True)
+        with twin.undisturbed(), torch.enable_grad(), seen:
+            twin.run()
+        return seen
+
+    calls = on_twin(model, inputs, run).calls.values()
+    return [call for call in calls if call.bytes_kept and call.instead not in _KEEP_THE_SAME]

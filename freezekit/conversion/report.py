@@ -44,8 +44,7 @@ def conversion_report(model: nn.Module, inputs: Any = None) -> list[LayerReport]
     Args:
         model: any module.
         inputs: None, or the arguments of one forward: a tensor, a tuple or list of positional arguments, or a mapping
-            of keyword arguments. It runs in the model's present mode with gradients recorded; buffers and random state
-            are put back.
+            of keyword arguments. A copy of the model runs it, in the model's present mode and with gradients recorded.
 
     >>> from torch import nn
     >>> import freezekit as fk

@@ -1,61 +1,167 @@
-"""What converting, freezing or fusing a layer would take away."""
+"""What converting, freezing or fusing a layer would take away: only what saves, with how much.
+
+How much is not worked out from the classes of layers but seen: the model is traced again, converted, and converted and
+frozen, on copies.
+"""
 
 from __future__ import annotations
+
+import math
+import sys
+import sysconfig
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
 
 from torch import nn
 
 from freezekit import conversion
 from freezekit.explanation.fused import block_layers
-from freezekit.explanation.record import Call
+from freezekit.explanation.record import Call, Trace
 from freezekit.explanation.units import bytes_text, flops_text
+from freezekit.freezing import freeze
+from freezekit.freezing.norm import has_statistics
 from freezekit.fusion.classes import original_class, plan_of
 from freezekit.fusion.layers import why_unfused
 from freezekit.fusion.plan import make_plan
 
-OURS = frozenset(conversion.SWAPS.values())
-# Functions that keep less by the same name in freezekit.functional, whatever learns.
-FUNCTIONS = ("relu", "relu6", "leaky_relu", "hardtanh", "dropout", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d")
+Key = tuple[str, str, int]  # a call by module, function, and how many like it came before
+Again = Callable[[Callable[[str, nn.Module], object], bool], Trace]
+
+# Functions that keep less by the same name in freezekit.functional, whatever learns: bytes per element of the result.
+FUNCTIONS = {
+    **dict.fromkeys(("relu", "relu6", "leaky_relu", "hardtanh", "dropout"), 1 / 8),
+    "max_pool2d": 1,
+    **dict.fromkeys(("avg_pool2d", "adaptive_avg_pool2d"), 0),
+}
+# Code that is not the reader's to edit.
+_LIBRARIES = tuple({sysconfig.get_paths()[key] for key in ("stdlib", "platstdlib", "purelib", "platlib")})
+
+
+class Held(NamedTuple):
+    """Bytes that a call holds.
+
+    first: those that no earlier call holds. shared: the others. alone: those that nobody else holds.
+    """
+
+    first: int = 0
+    shared: int = 0
+    alone: int = 0
+
+    @property
+    def all(self) -> int:
+        return self.first + self.shared
+
+
+def held_by_call(traced: Trace) -> list[Held]:
+    """What each call of a trace holds."""
+    first, shared, alone = ([0] * len(traced.calls) for _ in range(3))
+    for kept in traced.kept:
+        first[kept.holders[0]] += kept.nbytes
+        for holder in kept.holders[1:]:
+            shared[holder] += kept.nbytes
+        if len(kept.holders) == 1:
+            alone[kept.holders[0]] += kept.nbytes
+    return [Held(*found) for found in zip(first, shared, alone)]
 
 
 class Advisor:
-    """Knows which blocks of a model could be fused as it stands."""
+    """Knows what each call of a trace would hold with the model converted, and with all of it frozen as well.
 
-    def __init__(self, model: nn.Module) -> None:
-        self._fusible = _fusible(model)
+    Args:
+        traced: the model as it is.
+        again: traces the model once more: on copies that its first argument has changed, and, if the second is True,
+            with inputs that need a gradient.
+    """
 
-    def advise(self, call: Call, weight_learns: bool, held: int, alone: int) -> str:
-        """A sentence on one call; "" where nothing would change. What is shared is freed when the last holder lets go.
+    def __init__(self, traced: Trace, again: Again) -> None:
+        self._fusible = _fusible(traced.modules.values())
+        self._converted: dict[Key, Held] = {}
+        self._frozen: dict[Key, Held] = {}
+        if any(call.module is not None and not call.function for call in traced.calls):
+            self._converted = _by_key(again(_convert, False))
+            self._frozen = _by_key(again(_convert_and_freeze, True))
+        self._free = self._held_by_itself(traced)
 
-        Args:
-            weight_learns: whether the layer has a weight that trains.
-            held: bytes that it keeps, with others or alone.
-            alone: bytes that nobody else keeps: what is certain to be freed.
-        """
+    def _held_by_itself(self, traced: Trace) -> dict[Key, int]:
+        """Bytes that each call holds now and that no other would hold any more if the model were converted."""
+        keys, held = _keys(traced), held_by_call(traced)
+        lets_go = [self._converted.get(key, now).all < now.all for key, now in zip(keys, held)]
+        found: dict[Key, int] = defaultdict(int)
+        for kept in traced.kept:
+            for holder in kept.holders:
+                if all(lets_go[other] for other in kept.holders if other != holder):
+                    found[keys[holder]] += kept.nbytes
+        return found
+
+    def advise(self, call: Call, key: Key, held: Held) -> str:
+        """A sentence on one call; "" where nothing would be saved."""
         if call.function:
             name = call.function.rstrip("_")
-            return f"call fk.functional.{name}: {_saved(held, alone)}" if name in FUNCTIONS and held else ""
-        kind = type(call.module)
-        swap = conversion.SWAPS.get(kind) if call.module is not None else None  # type: ignore[arg-type]
-        if weight_learns and call.output_needs_grad:
-            # A norm that learns, converted or not, keeps its input.
-            frees = kind in OURS or (swap is None and isinstance(call.module, nn.Linear))
+            each = FUNCTIONS.get(name)
+            if each is None or _is_a_librarys(call.module):
+                return ""
+            saved = _saved(held, self._free[key], math.ceil(each * math.prod(call.outputs)))
+            return f"call fk.functional.{name}: {saved}" if saved else ""
+        swap = conversion.SWAPS.get(type(call.module)) if call.module is not None else None
+        if call.learns("weight") and call.output_needs_grad:
+            after = self._frozen.get(key, Held()).all if call.input_needs_grad else 0
             parts = [f"-{flops_text(call.flops)}"] if call.flops else []
-            parts += [_saved(held, alone)] if held and frees else []
-            text = f"freeze: {', '.join(parts)}" if parts else ""
-            return f"convert and {text or 'freeze'}, {_saved(held, alone)}" if swap is not None and held else text
-        if swap is not None and held:
-            return f"convert to {swap.__name__}: {_saved(held, alone)}"
+            parts += [saved] if (saved := _saved(held, held.all, after)) else []
+            return f"{'convert and ' if swap else ''}freeze: {', '.join(parts)}" if parts else ""
+        saved = _saved(held, self._free[key], self._converted.get(key, held).all)
+        if swap is not None and saved:
+            return f"convert to {swap.__name__}: {saved}"
         return self._fusible.get(id(call.module), "")
 
 
-def _saved(held: int, alone: int) -> str:
-    return f"-{bytes_text(held)}" if alone == held else f"up to -{bytes_text(held)} (shared)"
+def _keys(traced: Trace) -> list[Key]:
+    seen: Counter[tuple[str, str]] = Counter()
+    keys = []
+    for call in traced.calls:
+        keys.append((call.name, call.function, seen[call.name, call.function]))
+        seen[call.name, call.function] += 1
+    return keys
 
 
-def _fusible(model: nn.Module) -> dict[int, str]:
+def _by_key(traced: Trace) -> dict[Key, Held]:
+    return dict(zip(_keys(traced), held_by_call(traced)))
+
+
+def keyed(traced: Trace) -> Iterable[tuple[Call, Key, Held]]:
+    """Each call with its key and with what it holds."""
+    return zip(traced.calls, _keys(traced), held_by_call(traced))
+
+
+def _convert(name: str, module: nn.Module) -> None:
+    conversion.convert(module)
+
+
+def _convert_and_freeze(name: str, module: nn.Module) -> None:
+    conversion.convert(module)
+    if next(module.parameters(), None) is not None or any(map(has_statistics, module.modules())):
+        freeze(module, norm="freeze")
+
+
+def _is_a_librarys(module: nn.Module | None) -> bool:
+    """Whether the forward that makes a call was installed, and not written by the reader."""
+    source = getattr(sys.modules.get(type(module).__module__), "__file__", None)
+    return source is not None and any(Path(source).is_relative_to(folder) for folder in _LIBRARIES)
+
+
+def _saved(held: Held, most: int, after: int) -> str:
+    """What goes when ``after`` bytes are held instead. What is shared goes when its last holder lets go of it."""
+    if most <= after:
+        return ""
+    text = f"-{bytes_text(most - after)}"
+    return text if held.alone == held.all else f"up to {text} (shared)"
+
+
+def _fusible(modules: Iterable[nn.Module]) -> dict[int, str]:
     """By convolution: what `fuse` would make of it and the layers behind it, in blocks that are frozen now."""
     found: dict[int, str] = {}
-    for module in model.modules():
+    for module in modules:
         if plan_of(module) is not None or "forward" in module.__dict__ or next(module.children(), None) is None:
             continue
         if not any(isinstance(child, nn.Conv2d) for child in module.children()):

@@ -6,6 +6,8 @@ looks at: layers of blocks that would run fused get none, and their operator is 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
@@ -17,12 +19,12 @@ OPERATORS = (torch.ops.freezekit.frozen_conv2d.default, torch.ops.freezekit.froz
 
 
 class FusedBlocks:
-    """The blocks of a model that would run fused in a call made now."""
+    """The blocks of models that would run fused in a call made now."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, models: Iterable[nn.Module]) -> None:
         self.labels: dict[int, list[str]] = {}
         self.unwatched: set[int] = set()
-        for module in model.modules():
+        for module in (part for model in models for part in model.modules()):
             plan = plan_of(module)
             if plan is None or id(module) in self.unwatched:
                 continue

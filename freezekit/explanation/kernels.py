@@ -22,10 +22,11 @@ NATIVE_DTYPES = {
 }
 
 
-def kernels_of(call: Call) -> str:
+def kernels_of(call: Call, has_device: bool) -> str:
     """What computes the call's operators under the current backend; "" for what freezekit has no kernels for.
 
-    Under "auto" that is "aten" where nothing was measured, else each operator with what was taken and why.
+    Under "auto" that is "aten" where nothing was measured, else each operator with what was taken and why. A model that
+    is on no device is answered for as on `_C.select`'s own default, a GPU.
     """
     if call.fallback:
         return f"torch's own, {call.fallback}"
@@ -35,7 +36,7 @@ def kernels_of(call: Call) -> str:
     backend = current_backend()
     if backend == "aten":
         return "aten, as demanded"
-    choices = _choices(call, conv)
+    choices = _choices(call, conv, conv.weight.device if has_device else torch.device("meta"))
     if not choices:
         return "aten" if backend == "auto" else f"{backend}, as demanded"
     if backend != "auto":
@@ -48,7 +49,7 @@ def kernels_of(call: Call) -> str:
     )
 
 
-def _choices(call: Call, conv: nn.Conv2d) -> dict[str, dict[str, Any]]:
+def _choices(call: Call, conv: nn.Conv2d, device: torch.device) -> dict[str, dict[str, Any]]:
     """`_C.select`'s answer for each operator; empty where it cannot be asked."""
     dtype = NATIVE_DTYPES.get(conv.weight.dtype)
     if dtype is None or isinstance(conv.padding, str) or len(call.inputs) != 4:
@@ -59,12 +60,12 @@ def _choices(call: Call, conv: nn.Conv2d) -> dict[str, dict[str, Any]]:
         size, padding = (*size[:2], size[2] + top + bottom, size[3] + left + right), (0, 0)
     settings = (conv.stride, padding, conv.dilation, conv.groups)
     channels_last = call.channels_last or suggest_memory_format(conv.weight) == torch.channels_last
-    target = {**_target(conv.weight.device), "channels_last": channels_last}
+    target = {**_target(device), "channels_last": channels_last}
     return {op: _C.select(op, dtype, size, tuple(conv.weight.shape), *settings, **target) for op in OPERATORS}
 
 
 def _target(device: torch.device) -> dict[str, Any]:
-    """The device as `_C.select` wants it; a GPU that is not here is taken for select's own default."""
+    """The device as `_C.select` wants it; of a GPU that is not here it takes its own default."""
     known: dict[str, Any] = {
         "device": "cpu" if device.type == "cpu" else "cuda",
         "allow_tf32": torch.backends.cudnn.allow_tf32,

@@ -1,8 +1,8 @@
-"""What listens while a model runs without data: the functions that it calls, and the operators that these run."""
+"""What listens while a model runs: the functions that it calls, and the operators that these run."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,30 +15,39 @@ from torch.utils.flop_counter import conv_flop_count, flop_registry
 from freezekit.explanation import fused
 from freezekit.explanation.record import Call
 
-if TYPE_CHECKING:
-    from freezekit.explanation.trace import Recorder
-
-BATCH_NORMS = (torch.ops.aten.native_batch_norm, torch.ops.aten._native_batch_norm_legit)
 FREEZEKIT_CONVS = (torch.ops.freezekit.conv2d.default, *fused.OPERATORS)
+# Their results include a workspace, which backward reads and whose size is known to the library alone.
+OPAQUE = (torch.ops.aten.mkldnn_rnn_layer, torch.ops.aten._cudnn_rnn, torch.ops.aten.miopen_rnn)
+
+
+class Recorder(Protocol):
+    """Who is told what runs; see `freezekit.explanation.trace`."""
+
+    has_data: bool
+
+    def current(self) -> Call | None: ...
+    def note_function(self, arguments: Any, result: Any) -> None: ...
+    def start_block(self) -> None: ...
 
 
 class Functions(TorchFunctionMode):
-    """Keeps the name of the torch function that is running, outermost first."""
+    """Knows the torch function that the model called, without those that it calls in turn."""
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
         self.recorder = recorder
-        self.stack: list[str] = []
+        self.outermost: str | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.stack.append(getattr(func, "__name__", str(func)))
+        if self.outermost is not None:
+            return func(*args, **(kwargs or {}))
+        self.outermost = getattr(func, "__name__", str(func))
         try:
             result = func(*args, **(kwargs or {}))
-            if len(self.stack) == 1:
-                self.recorder.note_function((args, kwargs), result)
+            self.recorder.note_function((args, kwargs), result)
             return result
         finally:
-            self.stack.pop()
+            self.outermost = None
 
 
 class Operators(TorchDispatchMode):
@@ -51,11 +60,11 @@ class Operators(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         kind, block = func.overloadpacket, func in fused.OPERATORS
+        if kind in OPAQUE and not self.recorder.has_data:
+            raise NotImplementedError(f"what {func} keeps is known to its library alone, when it runs")
         if block:
             self.recorder.start_block()
         result = func(*args, **kwargs)
-        if kind in BATCH_NORMS and self.recorder.on_cpu and not args[5]:
-            self.recorder.leave_out(result[1:])  # A CPU kernel leaves these empty in eval mode; Meta does not say so.
         call = self.recorder.current()
         if call is None:
             return result

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from freezekit.explanation.report import Explanation
+from typing import Any
 
 BLUE, ORANGE = "#0072B2", "#D55E00"  # of the Okabe-Ito palette: told apart by colour-blind readers, and in grey
 
@@ -23,14 +21,13 @@ def figure(width: float, height: float) -> Any:
     return made
 
 
-def plot_explanation(explanation: Explanation, path: Path) -> None:
-    """Bars of the bytes that each row keeps first, in MiB, forward order from top to bottom."""
-    rows = [row for row in explanation if row.bytes_kept]
+def plot_bytes(rows: Sequence[tuple[str, int]], path: Path) -> None:
+    """Bars of the bytes that each row, given by its name, keeps: in MiB, from top to bottom."""
     made = figure(8, max(2.0, 0.22 * len(rows) + 1))
     axes = made.subplots()
-    axes.barh(range(len(rows)), [row.bytes_kept / 2**20 for row in rows], color=BLUE)
-    axes.set_yticks(range(len(rows)), [f"{row.name} ({row.layer})" for row in rows], fontsize=7)
+    axes.barh(range(len(rows)), [count / 2**20 for _, count in rows], color=BLUE)
+    axes.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=7)
     axes.invert_yaxis()
     axes.set_xlabel("kept for backward [MiB]")
-    axes.set_title(f"{explanation.bytes_kept / 2**20:.1f} MiB kept between forward and backward")
+    axes.set_title(f"{sum(count for _, count in rows) / 2**20:.1f} MiB kept between forward and backward")
     made.savefig(path, dpi=150)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass
@@ -21,6 +21,7 @@ class Call:
         input_needs_grad, output_needs_grad: what autograd sees.
         channels_last: whether the first tensor in is.
         fallback: why torch's own code runs in place of a layer of freezekit's; "" where it does not.
+        module: the copy of the layer that ran.
     """
 
     name: str
@@ -36,6 +37,11 @@ class Call:
     fallback: str = ""
     module: nn.Module | None = field(default=None, repr=False)
 
+    def learns(self, name: str) -> bool:
+        """Whether the layer has a parameter of that name that trains."""
+        parameter = None if self.function or self.module is None else getattr(self.module, name, None)
+        return isinstance(parameter, Tensor) and parameter.requires_grad
+
 
 @dataclass
 class Kept:
@@ -47,10 +53,18 @@ class Kept:
 
 @dataclass
 class Trace:
-    """All calls of a forward pass in order, and all that is kept; parameters and buffers are not counted."""
+    """All calls of a forward pass in order, and all that is kept; parameters and buffers are not counted.
+
+    modules: the copies that ran, by their names in the model.
+    measured: whether they ran on data.
+    has_device: whether the model is on a device, and not on meta alone.
+    """
 
     calls: list[Call]
     kept: list[Kept]
+    modules: dict[str, nn.Module]
+    measured: bool
+    has_device: bool
 
     @property
     def bytes_kept(self) -> int:

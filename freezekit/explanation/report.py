@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 import freezekit._C as _C
-from freezekit._arguments import check_module
-from freezekit._inputs import arguments
-from freezekit.explanation.advice import Advisor
+from freezekit._arguments import check_flag
+from freezekit._inputs import Arguments, arguments
+from freezekit.distributed import unwrapped
+from freezekit.explanation.advice import Advisor, Held, Key, keyed
 from freezekit.explanation.kernels import kernels_of
+from freezekit.explanation.plot import plot_bytes
 from freezekit.explanation.record import Call, Trace
 from freezekit.explanation.trace import trace
 from freezekit.explanation.units import bytes_text, flops_text
@@ -61,10 +64,16 @@ class Row:
 
 
 class Explanation:
-    """What `explain` found: rows, totals, and ways to show them. Iterates over its rows."""
+    """What `explain` found: rows, totals, and ways to show them. Iterates over its rows.
 
-    def __init__(self, rows: list[Row]) -> None:
+    Attributes:
+        rows: in forward order.
+        measured: whether a copy ran on data; else none did.
+    """
+
+    def __init__(self, rows: list[Row], measured: bool = False) -> None:
         self.rows = rows
+        self.measured = measured
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -94,9 +103,13 @@ class Explanation:
         """Sums over the rows; bytes and floating-point operations."""
         return {"bytes_kept": self.bytes_kept, "flops": self.flops, "backward_flops": self.backward_flops}
 
+    def to_dict(self) -> dict[str, Any]:
+        """`{"rows": [...], "totals": {...}, "measured": bool}`, as plain data; a row has the attributes of `Row`."""
+        return {"rows": [asdict(row) for row in self.rows], "totals": self.totals(), "measured": self.measured}
+
     def to_json(self) -> str:
-        """`{"rows": [...], "totals": {...}}`; a row's keys are the attributes of `Row`, bytes and FLOPs as integers."""
-        return json.dumps({"rows": [asdict(row) for row in self.rows], "totals": self.totals()})
+        """`to_dict` as JSON text."""
+        return json.dumps(self.to_dict())
 
     def print(self, console: Console | None = None) -> None:
         """A table on the terminal, with the totals last."""
@@ -126,29 +139,34 @@ class Explanation:
         Raises:
             ImportError: if matplotlib is not installed.
         """
-        from freezekit.explanation.plot import plot_explanation
-
-        plot_explanation(self, Path(path))
+        plot_bytes([(f"{row.name} ({row.layer})", row.bytes_kept) for row in self if row.bytes_kept], Path(path))
 
 
-def explain(model: nn.Module, inputs: Any) -> Explanation:
+def explain(model: Callable[..., Any], inputs: Any, *, measure: bool | None = None) -> Explanation:
     """What a training step of `model` computes and keeps now, layer by layer.
 
-    Runs one forward pass on the meta device: nothing is allocated, no running statistics move, and a model too big for
-    the machine can be explained. Bytes are those that autograd keeps between forward and backward; parameters and
-    buffers are not counted, since they are there anyway.
+    A copy of the model runs one forward pass, in the mode that the model is in; nothing of the model itself changes.
+    Where it can be told so the copy holds no data: then nothing is computed, and a model too big for the machine can be
+    explained. Bytes are those that autograd keeps between forward and backward; parameters and buffers are not counted,
+    since they are there anyway.
 
     Args:
-        model: in the mode, and with the parameters frozen, that you want explained.
+        model: an nn.Module, or a callable over some, such as ``model.decode`` or ``lambda x: vae.decode(x)``; in the
+            mode, and with the parameters frozen, that you want explained.
         inputs: a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments of its forward.
-            Only shapes, dtypes and `requires_grad` matter: tensors on the meta device do.
+            Without data only shapes, dtypes and `requires_grad` matter: tensors on the meta device do.
+        measure: True runs the copy on data and measures; the copy takes as much memory as the model, the step what a
+            training step takes. False never does. None does it where it cannot be told without data, if the inputs
+            have some: for a forward that reads the values of its tensors (``.item()``), and for LSTMs, whose
+            workspace is known to their library alone.
 
     Returns:
-        Explanation: iterate over it, `.print()`, `.to_json()`, `.plot("kept.png")`, `.bytes_kept`, `.flops`.
+        Explanation: iterate over it, `.print()`, `.to_dict()`, `.plot("kept.png")`, `.bytes_kept`, `.flops`.
 
     Raises:
-        TypeError: if `model` is no nn.Module, or `inputs` none of those.
-        RuntimeError: if its forward pass needs the values of tensors.
+        TypeError: if `model` runs no nn.Module or cannot be copied, or `inputs` is none of those.
+        RuntimeError: if its forward pass fails, or needs data that is not there.
+        ValueError: if it is to be measured, and there is no data.
 
     >>> import torch, freezekit as fk
     >>> from torch import nn
@@ -160,26 +178,32 @@ def explain(model: nn.Module, inputs: Any) -> Explanation:
     >>> explain(net, torch.empty(1, 3, 12, 12, device="meta")).bytes_kept == 3 * 12 * 12 * 4
     True
     """
-    check_module(model)
-    return _explain(trace(model, arguments(inputs)), Advisor(model))
+    if measure is not None:
+        check_flag("measure", measure)
+    model, given = unwrapped(model), arguments(inputs)
+    traced = trace(model, given, measure)
+
+    def again(prepare: Callable[[str, nn.Module], object], learns: bool) -> Trace:
+        return trace(model, learning(given) if learns else given, traced.measured, prepare)
+
+    advisor = Advisor(traced, again)
+    rows = [_row(advisor, traced, *found) for found in keyed(traced)]
+    shown = [row for row in rows if row.flops or row.bytes_kept or row.bytes_shared or row.fprop]
+    return Explanation(shown, traced.measured)
 
 
-def _explain(traced: Trace, advisor: Advisor) -> Explanation:
-    first = [0] * len(traced.calls)
-    shared = [0] * len(traced.calls)
-    alone = [0] * len(traced.calls)
-    for kept in traced.kept:
-        first[kept.holders[0]] += kept.nbytes
-        for holder in kept.holders[1:]:
-            shared[holder] += kept.nbytes
-        if len(kept.holders) == 1:
-            alone[kept.holders[0]] += kept.nbytes
-    rows = [_row(advisor, call, *held) for call, *held in zip(traced.calls, first, shared, alone)]
-    return Explanation([row for row in rows if row.flops or row.bytes_kept or row.bytes_shared or row.fprop])
+def learning(inputs: Arguments) -> Arguments:
+    """The same inputs, of which all that can need a gradient do."""
+
+    def learns(value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex()):
+            return value.detach().requires_grad_()
+        return value
+
+    return tree_map(learns, inputs)
 
 
-def _row(advisor: Advisor, call: Call, kept: int, shared: int, alone: int) -> Row:
-    weight, bias = _learns(call, "weight"), _learns(call, "bias")
+def _row(advisor: Advisor, traced: Trace, call: Call, key: Key, held: Held) -> Row:
     return Row(
         name=call.name,
         layer=f"{call.layer}: {call.function}" if call.function else call.layer,
@@ -188,18 +212,13 @@ def _row(advisor: Advisor, call: Call, kept: int, shared: int, alone: int) -> Ro
         flops=call.flops,
         fprop=call.moved > 0,
         dgrad=call.input_needs_grad and call.output_needs_grad,
-        wgrad=weight,
-        db=bias,
-        bytes_kept=kept,
-        bytes_shared=shared,
-        kernel=kernels_of(call),
-        advice=advisor.advise(call, weight, kept + shared, alone),
+        wgrad=call.learns("weight"),
+        db=call.learns("bias"),
+        bytes_kept=held.first,
+        bytes_shared=held.shared,
+        kernel=kernels_of(call, traced.has_device),
+        advice=advisor.advise(call, key, held),
     )
-
-
-def _learns(call: Call, name: str) -> bool:
-    parameter = None if call.function or call.module is None else getattr(call.module, name, None)
-    return isinstance(parameter, torch.Tensor) and parameter.requires_grad
 
 
 def default_console() -> Console:

@@ -1,9 +1,18 @@
 """Freezing in one call: autograd's flag, the stale gradient, the running statistics and the optimizer."""
 
-from freezekit.freezing.api import freeze, unfreeze
+from freezekit.freezing.api import NormWarning, freeze, unfreeze
 from freezekit.freezing.checkpoint import freeze_state, load_freeze_state
 from freezekit.freezing.norm import is_held
 from freezekit.freezing.patterns import PatternError
 from freezekit.freezing.result import Frozen
 
-__all__ = ["Frozen", "PatternError", "freeze", "freeze_state", "is_held", "load_freeze_state", "unfreeze"]
+__all__ = [
+    "Frozen",
+    "NormWarning",
+    "PatternError",
+    "freeze",
+    "freeze_state",
+    "is_held",
+    "load_freeze_state",
+    "unfreeze",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from freezekit.freezing import norm as statistics
 from freezekit.freezing import optim
 from freezekit.freezing.arguments import check_lbfgs, check_norm, check_optimizers
 from freezekit.freezing.flags import announce
-from freezekit.freezing.patterns import Pattern, Selection, select
+from freezekit.freezing.patterns import Patterns, Selection, select
 from freezekit.freezing.result import Frozen
 
 NormPolicy = Literal["freeze", "batch"]
@@ -23,11 +24,11 @@ NormPolicy = Literal["freeze", "batch"]
 
 def freeze(
     model: nn.Module,
-    *patterns: Pattern,
+    *patterns: Patterns,
     optimizer: Optimizer | Sequence[Optimizer] | None = None,
     remove: bool = False,
     state: optim.StatePolicy = "keep",
-    norm: NormPolicy = "freeze",
+    norm: NormPolicy | None = None,
     until: str | None = None,
     inputs: Any = None,
 ) -> Frozen:
@@ -36,9 +37,9 @@ def freeze(
     Args:
         model: any ``nn.Module``.
         patterns: what to freeze; their union. A module or parameter name (``"layer1"``), a glob over dotted names
-            (``"layer*.bn?"``; ``*`` crosses dots), a subclass of ``nn.Module``, a module or parameter of the model, or
-            a predicate ``f(name, parameter) -> bool``. A module stands for all it contains. None of them, and no
-            ``until``, means the whole model.
+            (``"layer*.bn?"``; ``*`` crosses dots), a subclass of ``nn.Module``, a module or parameter of the model, a
+            predicate ``f(name, parameter) -> bool``, or a list of these (``layer.parameters()`` too). A module stands
+            for all it contains. None of them, and no ``until``, means the whole model.
         optimizer: the optimizer that trains ``model``, or several. It may be None when nothing of it needs to change:
             a frozen parameter is skipped anyway, since its ``.grad`` is None.
         remove: take the parameters out of the optimizer's groups and state as well; `unfreeze` with the same optimizer
@@ -47,13 +48,16 @@ def freeze(
         state: "keep" leaves the optimizer's state (momentum, Adam's moments) for the day the parameters are unfrozen;
             "reset" drops it.
         norm: "freeze": normalisation layers that are covered use and keep their running statistics, and ``.train()``
-            does not undo it. "batch": they go on with batch statistics, and their running statistics move. A layer is
-            covered when a pattern meets it or a module around it, or when all parameters it owns are selected. The
-            singular vectors of spectral norm count as running statistics.
+            does not undo it: what fine-tuning wants. "batch": they are left as ``requires_grad_(False)`` leaves them:
+            in train mode they go on with batch statistics, and their running statistics move; what a GAN wants whose
+            discriminator is frozen for the generator's step. None is "freeze", with a `NormWarning` where that changes
+            what the model computes, because a covered layer was in train mode. A layer is covered when a pattern meets
+            it or a module around it, or when all parameters it owns are selected. The singular vectors of spectral
+            norm count as running statistics.
         until: also freeze all that comes before this module or parameter, which itself stays trainable: in the order
             of registration, or of the calls in one forward when ``inputs`` is given.
         inputs: arguments for that forward: a tensor, a tuple or list of positional arguments, or a mapping of keyword
-            arguments. It runs in eval mode, without gradients, and leaves random state and running statistics alone.
+            arguments. A copy of the model runs it, in eval mode and without gradients.
 
     Returns:
         what changed; in a ``with`` statement it is undone at the end of the block.
@@ -66,18 +70,22 @@ def freeze(
     A tied parameter is one parameter: freezing it under one name freezes it under all (see ``Frozen.shared``).
 
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
-    >>> freeze(model, until="2")
+    >>> freeze(model, until="2", norm="freeze")
     freeze: 4 parameters (0.weight, 0.bias, 1.weight, 1.bias)
       statistics: 1
     >>> model.train()[1].training
     False
     """
     optimizers = check_optimizers(optimizer, remove, state)
-    check_norm(norm)
+    if norm is not None:
+        check_norm(norm)
     selection = select(model, patterns, until, inputs)
     params = list(selection.params.values())
     for one in optimizers:
         check_lbfgs(one, params, "freeze", ready=remove and state == "reset")
+    if norm is None:
+        norm = "freeze"
+        _tell_of_norms([name for name, module in selection.norms.items() if module.training])
     result = Frozen("freeze", shared=selection.shared)
     result.on_restore(partial(announce, model, params))  # runs last, when the flags are what they were
     names = all_names(model)
@@ -85,7 +93,7 @@ def freeze(
     _drop_grads(result, selection, names)
     for name, module in selection.norms.items():
         if statistics.is_held(module) != (norm == "freeze"):
-            set_statistics(result, name, module, held=norm == "freeze")
+            set_statistics(result, model, name, module, held=norm == "freeze")
     for one in optimizers:
         _keep_way_back(result, one, params, names, state)
         leaving = params if remove else optim.orphans(one, params)
@@ -97,7 +105,7 @@ def freeze(
 
 def unfreeze(
     model: nn.Module,
-    *patterns: Pattern,
+    *patterns: Patterns,
     optimizer: Optimizer | Sequence[Optimizer] | None = None,
     state: optim.StatePolicy = "keep",
     norm: NormPolicy = "batch",
@@ -146,7 +154,10 @@ def unfreeze(
     _set_requires_grad(result, selection, names, True)
     for name, module in selection.norms.items():
         if statistics.is_held(module) != (norm == "freeze"):
-            set_statistics(result, name, module, held=norm == "freeze")
+            set_statistics(result, model, name, module, held=norm == "freeze")
+    if norm == "freeze":
+        for module in selection.norms.values():
+            statistics.train_parameters(module)
     for one in optimizers:
         _keep_way_back(result, one, params, names, state)
         optim.learn_names(one, selection.params)
@@ -155,6 +166,23 @@ def unfreeze(
     announce(model, params)
     note_freeze(model)
     return result
+
+
+class NormWarning(UserWarning):
+    """`freeze` was not told what is to become of norms in train mode, and changed what they compute."""
+
+
+def _tell_of_norms(names: list[str]) -> None:
+    """Warn the caller of `freeze` that these layers were in train mode until now."""
+    if names:
+        layers = f"{names[0] or 'the model'!r}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+        warnings.warn(
+            f"freeze: {layers} went from train mode to running statistics that hold still, which changes what the "
+            'model computes. Say norm="freeze" if that is meant (fine-tuning), norm="batch" to leave norms as '
+            "requires_grad_(False) does (a discriminator that is frozen for the generator's step)",
+            NormWarning,
+            stacklevel=3,
+        )
 
 
 def all_names(model: nn.Module) -> dict[int, tuple[str, ...]]:
@@ -218,8 +246,10 @@ def _drop_grads(result: Frozen, selection: Selection, names: dict[int, tuple[str
     result.grads = names_of(with_grad, names)
 
 
-def set_statistics(result: Frozen, name: str, module: nn.Module, held: bool) -> None:
-    """Hold or release one layer, and note it in ``result``."""
-    (statistics.hold if held else statistics.release)(module)
-    result.on_restore(partial(statistics.release if held else statistics.hold, module))
+def set_statistics(result: Frozen, model: nn.Module, name: str, module: nn.Module, held: bool) -> None:
+    """Hold or release one layer of ``model``, and note it in ``result``."""
+    parent = model.get_submodule(name.rpartition(".")[0]) if name else None
+    do, undo = (statistics.hold, statistics.release) if held else (statistics.release, statistics.hold)
+    do(module, parent)
+    result.on_restore(partial(undo, module, parent))
     result.norms = (*result.norms, name)

@@ -9,18 +9,26 @@ before the class's own method, so that ``model.train()`` reaches it and leaves t
   compiled graph would have to replay the write;
 * a patched ``nn.Module.train``: that is everybody's.
 
-The attribute lies in the instance's ``__dict__``: no entry in ``state_dict``, ``type`` and ``isinstance`` as before,
-copied by ``deepcopy`` and ``pickle`` with its module, and read by no forward, so nothing recompiles. What builds a new
-module loses it: convert to SyncBatchNorm first, then freeze. What writes to the buffers themselves is not stopped by
-it but seen by `guard`: ``torch.optim.swa_utils.update_bn`` resets the statistics of every batch norm, held or not.
+The attribute is in the instance's ``__dict__``: no entry in ``state_dict``, ``type`` and ``isinstance`` as before, and
+read by no forward, so nothing recompiles. ``deepcopy`` copies it with its module. A pickle holds a stand-in made of the
+standard library alone, which holds the layer just as well: a frozen stock model loads where freezekit is not installed
+(``del layer.train`` releases the layer there), and stays frozen in a process that it was sent to.
+
+What builds a new module loses it: convert to SyncBatchNorm first, then freeze. What writes to the buffers themselves
+is not stopped by it but seen by `guard`: ``torch.optim.swa_utils.update_bn`` resets the statistics of every batch norm,
+held or not.
 
 Spectral norm has running statistics too: its singular vectors move at each forward in training, and with them the
 weight that the layer uses, however frozen the parameter is. In eval they hold still, so they are held the same way.
 
-Whether a layer is held is asked of `is_held` and of nothing else.
+Only `is_held` answers whether a layer is held.
 """
 
 from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,21 +42,40 @@ class Hold:
 
     Args:
         module: the layer, with running statistics.
-
-    ``mode`` is the last mode that was asked for; `release` gives it back to the layer.
+        parent: the module that it is registered in, whose mode it is to follow when it is released; None where there
+            is none.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, parent: nn.Module | None) -> None:
         self.module = module
-        self.mode = module.training
         self.before = module.__dict__.get("train")
+        self.asked = module.training
+        # A layer that was put into another mode than its surroundings by hand returns to that mode.
+        self.follows = parent is not None and parent.training == module.training
+        self.parameters_train = False
 
     def __call__(self, mode: bool = True) -> nn.Module:
         if not isinstance(mode, bool):
             raise ValueError(f"mode: expected a bool, got {mode!r}")
-        self.mode = mode
+        self.asked = mode
         type(self.module).train(self.module, False)
         return self.module
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hold:
+        twin = memo[id(self)] = object.__new__(Hold)
+        twin.__dict__.update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
+        return twin
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial, _stand_in(self.module)
+
+
+def _stand_in(module: nn.Module) -> tuple[Any, ...]:
+    """What a `partial` is made of that takes a mode, or nothing, leaves ``module`` as it is, and returns it.
+
+    ``getattr(module.eval, "__self__", mode)`` is ``module``: the mode is a default that is never needed.
+    """
+    return getattr, module.eval, "__self__"
 
 
 def statistics_of(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -84,31 +111,57 @@ def is_held(module: nn.Module) -> bool:
 
     >>> import freezekit as fk
     >>> norm = nn.BatchNorm2d(4)
-    >>> _ = fk.freeze(norm)
+    >>> _ = fk.freeze(norm, norm="freeze")
     >>> fk.freezing.is_held(norm), norm.train().training
     (True, False)
     """
     check_module(module, "module")
-    return isinstance(module.__dict__.get("train"), Hold)
+    train = module.__dict__.get("train")
+    from_pickle = isinstance(train, partial) and (train.func, *train.args) == _stand_in(module)
+    return isinstance(train, Hold) or from_pickle
 
 
-def hold(module: nn.Module) -> None:
-    """Freeze the running statistics of ``module``; no effect on one that is held already."""
+def hold(module: nn.Module, parent: nn.Module | None = None) -> None:
+    """Freeze the running statistics of ``module``; no effect on one that is held already.
+
+    Args:
+        parent: the module that it is registered in; see `Hold`.
+    """
     if is_held(module):
         return
-    holder = Hold(module)
+    holder = Hold(module, parent)
     type(module).train(module, False)
     module.__dict__["train"] = holder
 
 
-def release(module: nn.Module) -> None:
-    """Undo `hold`: the layer takes the mode that was asked for last. No effect on one that is not held."""
+def release(module: nn.Module, parent: nn.Module | None = None) -> None:
+    """Undo `hold`: the layer follows the mode of ``parent`` again. No effect on one that is not held.
+
+    Not the mode that was last asked of the layer: a trainer that records every module's ``training`` and restores it
+    asks a held layer for eval, which nobody meant. That mode counts where there is no parent, and for a layer whose
+    mode differed from its parent's when it was held.
+    """
     if not is_held(module):
         return
-    holder: Hold = module.__dict__.pop("train")
-    if holder.before is not None:
-        module.__dict__["train"] = holder.before
-    module.train(holder.mode)
+    holder = module.__dict__.pop("train")
+    mode = module.training if parent is None else parent.training
+    if isinstance(holder, Hold):
+        if holder.before is not None:
+            module.__dict__["train"] = holder.before
+        if parent is None or not holder.follows:
+            mode = holder.asked
+    module.train(mode)
+
+
+def train_parameters(module: nn.Module) -> None:
+    """Note of a held layer that its parameters are meant to train while its statistics hold still."""
+    if isinstance(holder := module.__dict__.get("train"), Hold):
+        holder.parameters_train = True
+
+
+def holds_unasked(module: nn.Module) -> bool:
+    """Whether ``module`` is held, and nobody said that its parameters are to train all the same."""
+    return is_held(module) and not getattr(module.__dict__["train"], "parameters_train", False)
 
 
 def held_buffers(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -20,7 +20,7 @@ from torch.optim import LBFGS, SGD, Adagrad, Optimizer
 
 StatePolicy = Literal["keep", "reset"]
 State = dict[torch.Tensor, dict[str, Any]]
-_ATTRIBUTE = "_freezekit_removed"
+ATTRIBUTE = "_freezekit_removed"
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Removed:
 
 def removed_from(optimizer: Optimizer) -> Removed:
     """The record of ``optimizer``: made at the first call, then always the same."""
-    record: Removed = optimizer.__dict__.setdefault(_ATTRIBUTE, Removed())
+    record: Removed = optimizer.__dict__.setdefault(ATTRIBUTE, Removed())
     return record
 
 

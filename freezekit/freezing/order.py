@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from freezekit._inputs import Arguments, arguments
+from freezekit._twin import Twin, on_twin
 from freezekit.freezing.norm import has_statistics
 
 
@@ -95,27 +96,20 @@ def _calls_inside(module: nn.Module, first_call: dict[int, int]) -> list[int]:
 
 
 def _trace(model: nn.Module, inputs: Arguments) -> dict[int, int]:
-    """Run one forward and number the modules by their first call.
+    """Run one forward of a copy, in eval mode and without gradients, and number the modules by their first call."""
 
-    In eval mode, without gradients and with the random state put back, so that neither running statistics nor dropout
-    notice; the modes are written directly, for ``train()`` may be held.
-    """
-    first_call: dict[int, int] = {}
+    def run(twin: Twin) -> dict[str, int]:
+        first_call: dict[str, int] = {}
+        names = {id(module): name for name, module in twin.named_modules()}
 
-    def note(module: nn.Module, args: Any) -> None:
-        first_call.setdefault(id(module), len(first_call))
+        def note(module: nn.Module, args: Any) -> None:
+            first_call.setdefault(names[id(module)], len(first_call))
 
-    modules = list(model.modules())
-    modes = [module.training for module in modules]
-    handles = [module.register_forward_pre_hook(note) for module in modules]
-    try:
-        for module in modules:
-            module.training = False
-        with torch.no_grad(), torch.random.fork_rng():
-            inputs.call(model)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
-    return first_call
+        for _, module in twin.named_modules():
+            module.register_forward_pre_hook(note)
+            module.training = False  # not by train(), which a module may hold or override
+        with twin.undisturbed(), torch.no_grad():
+            twin.run()
+        return first_call
+
+    return {id(model.get_submodule(name)): position for name, position in on_twin(model, inputs, run).items()}

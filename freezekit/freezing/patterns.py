@@ -1,20 +1,29 @@
-"""From what a caller writes (names, globs, types, predicates, ``until``) to the parameters and norm layers it means."""
+"""From what a caller writes (names, globs, types, predicates, ``until``) to the modules and parameters it means.
+
+One language for all that takes patterns: `freeze` and `unfreeze` (`select`), ``convert(only=)`` and the ``layers=`` of
+schedules (`named_modules`).
+"""
 
 from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Iterable
+import reprlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from freezekit.freezing.norm import has_statistics
 from freezekit.freezing.order import before
 
 Predicate = Callable[[str, nn.Parameter], bool]
 Pattern = str | type[nn.Module] | nn.Module | nn.Parameter | Predicate
+Patterns = Pattern | Iterable[Pattern]
+
+_MODULES = "names of modules, globs over them, subclasses of nn.Module or modules of the model"
+_PARAMETERS = f"{_MODULES}, names of parameters, parameters, or predicates(name, parameter)"
 
 
 class PatternError(ValueError):
@@ -56,48 +65,27 @@ class _Index:
         params = {id(p) for p in module.parameters() if id(p) in self.names}
         return params, {id(m) for m in module.modules() if has_statistics(m)}
 
-    def text(self, pattern: str) -> tuple[set[int], set[int]]:
-        params: set[int] = set()
-        norms: set[int] = set()
-        exact = pattern in self.modules or pattern in self.params
-        for name in self.modules:
-            if name and (name == pattern if exact else fnmatch.fnmatchcase(name, pattern)):
-                more_params, more_norms = self.under(name)
-                params |= more_params
-                norms |= more_norms
-        for name, param in self.params.items():
-            if name == pattern if exact else fnmatch.fnmatchcase(name, pattern):
-                params.add(id(param))
-        return params, norms
-
-    def instances(self, wanted: Callable[[nn.Module], bool]) -> tuple[set[int], set[int]]:
-        params: set[int] = set()
-        norms: set[int] = set()
-        for name, module in self.modules.items():
-            if wanted(module):
-                more_params, more_norms = self.under(name)
-                params |= more_params
-                norms |= more_norms
-        return params, norms
-
     def one(self, pattern: Any) -> tuple[set[int], set[int]]:
-        if isinstance(pattern, str):
-            return self.text(pattern)
-        if isinstance(pattern, type):
-            if not issubclass(pattern, nn.Module):
-                raise TypeError(f"patterns: expected a subclass of nn.Module, got the type {pattern.__name__}")
-            kind = pattern
-            return self.instances(lambda module: isinstance(module, kind))
-        if isinstance(pattern, nn.Module):
-            return self.instances(lambda module: module is pattern)
+        """Ids of the parameters and of the norm layers that one pattern means."""
+        params: set[int] = set()
+        norms: set[int] = set()
         if isinstance(pattern, nn.Parameter):
-            return ({id(pattern)} if id(pattern) in self.names else set()), set()
-        if callable(pattern):
-            return {id(p) for name, p in self.params.items() if pattern(name, p)}, set()
-        raise TypeError(
-            "patterns: expected a module or parameter name, a glob, a subclass of nn.Module, a module or parameter of "
-            f"the model, or a predicate(name, parameter), got {pattern!r}"
-        )
+            return {id(pattern)} & self.names.keys(), norms
+        if isinstance(pattern, str):
+            params = {id(p) for name, p in self.params.items() if self._is_meant(name, pattern)}
+            if pattern in self.params:
+                return params, norms
+        elif not isinstance(pattern, nn.Module | type) and callable(pattern):
+            return {id(p) for name, p in self.params.items() if pattern(name, p)}, norms
+        for name in meeting(self.modules, pattern, "patterns", _PARAMETERS):
+            more_params, more_norms = self.under(name)
+            params |= more_params
+            norms |= more_norms
+        return params, norms
+
+    def _is_meant(self, name: str, pattern: str) -> bool:
+        exact = pattern in self.modules or pattern in self.params
+        return name == pattern if exact else fnmatch.fnmatchcase(name, pattern)
 
     def near(self, pattern: str) -> list[str]:
         """Up to five names that ``pattern`` may have meant: alike as a whole, or alike in their last part."""
@@ -141,6 +129,71 @@ class _Index:
         return (children or list(self.params))[:8]
 
 
+def meeting(modules: dict[str, nn.Module], pattern: Any, argument: str, expected: str = _MODULES) -> list[str]:
+    """Names of those of a model's ``modules`` that one pattern means, without what they contain.
+
+    Raises:
+        TypeError: the pattern is no name, glob, subclass of nn.Module or module; says that ``argument`` takes
+            ``expected``.
+    """
+    if isinstance(pattern, str):
+        if pattern in modules:
+            return [pattern] if pattern else []
+        return [name for name in modules if name and fnmatch.fnmatchcase(name, pattern)]
+    if isinstance(pattern, nn.Module):
+        return [name for name, module in modules.items() if module is pattern]
+    if isinstance(pattern, type) and issubclass(pattern, nn.Module):
+        return [name for name, module in modules.items() if isinstance(module, pattern)]
+    raise TypeError(f"{argument}: expected {expected};\ngot {_shown(pattern)}")
+
+
+def named_modules(model: nn.Module, patterns: Iterable[Any], argument: str) -> dict[str, nn.Module]:
+    """Name -> each module that one of ``patterns`` means, in the order of the patterns, without what it contains.
+
+    Args:
+        argument: the name under which the caller took the patterns, for errors.
+
+    Raises:
+        PatternError: a pattern that no module meets, with names near to it.
+        TypeError: something that is no name, glob, subclass of nn.Module or module.
+
+    >>> list(named_modules(nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU()), ["1", nn.Conv2d], "only"))
+    ['1', '0']
+    """
+    index = _Index(model)
+    found: dict[str, nn.Module] = {}
+    for pattern in flat(patterns):
+        names = meeting(index.modules, pattern, argument)
+        if not names:
+            said = index.unknown(pattern) if isinstance(pattern, str) else f"no module meets {_shown(pattern)}"
+            raise PatternError(f"{argument}: {said}")
+        found.update((name, index.modules[name]) for name in names)
+    return found
+
+
+def flat(patterns: Iterable[Any]) -> Iterator[Any]:
+    """The patterns in ``patterns``, and in lists, sets and iterators among them, such as ``layer.parameters()``.
+
+    Raises:
+        PatternError: a list that holds nothing: it selects nothing, and must not pass for "everything".
+    """
+    for pattern in patterns:
+        if isinstance(pattern, list | tuple | set | frozenset | Iterator):
+            inside = list(flat(pattern))
+            if not inside:
+                raise PatternError(f"patterns: an empty {type(pattern).__name__} selects nothing")
+            yield from inside
+        else:
+            yield pattern
+
+
+def _shown(pattern: object) -> str:
+    """A wrong pattern on one line: of a tensor its shape, not its elements."""
+    if isinstance(pattern, Tensor):
+        return f"a {type(pattern).__name__} of shape {tuple(pattern.shape)} that is no parameter"
+    return " ".join(reprlib.repr(pattern).split())
+
+
 def select(model: nn.Module, patterns: Iterable[Any], until: str | None = None, inputs: Any = None) -> Selection:
     """Resolve ``patterns`` and ``until`` (their union) in ``model``; neither given means the whole model.
 
@@ -153,7 +206,7 @@ def select(model: nn.Module, patterns: Iterable[Any], until: str | None = None, 
     if inputs is not None and until is None:
         raise ValueError("inputs: only read to find the forward order for until=; pass until= too, or drop it")
     index = _Index(model)
-    patterns = list(patterns)
+    patterns = list(flat(patterns))
     params: set[int] = set()
     norms: set[int] = set()
     if not patterns and until is None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import freezekit._C as _C
 from freezekit import backends
+from freezekit._twin import is_plain
 from freezekit.fusion.layers import ACTIVATIONS, CONVS, NORMS, activation_kind, norm_tensors, sources, why_unfused
 
 _frozen = torch.ops.freezekit.frozen_conv2d.default
@@ -72,7 +73,7 @@ def _fused(
 
 def inner_layout(x: Tensor) -> bool | None:
     """The layout of results that only blocks read: channels_last where kernels compute in it, else torch's rule."""
-    if type(x) is Tensor and x.device.type == "cpu" and x.dtype is not torch.float64:
+    if is_plain(x) and x.device.type == "cpu" and x.dtype is not torch.float64:
         return True
     return True if backends._current in ("native", "emulated") else None
 
@@ -83,7 +84,7 @@ def outer_layout(before: Tensor | bool | None, conv: nn.Conv2d) -> bool | None:
     `before` is what goes into the convolution, or this function's word on it.
     """
     if isinstance(before, Tensor):
-        if type(before) is not Tensor or before.dim() != 4 or _is_transformed(before):
+        if not is_plain(before) or before.dim() != 4 or _is_transformed(before):
             return None
         before = _is_channels_last(before)
     if before is None:
@@ -124,8 +125,7 @@ def _is_transformed(tensor: Tensor) -> bool:
 
 
 def _is_plain(x: Tensor, weight: Tensor) -> bool:
-    plain = type(x) is Tensor or type(x) is nn.Parameter
-    return plain and x.dim() == 4 and x.device == weight.device and x.is_floating_point()
+    return is_plain(x) and x.dim() == 4 and x.device == weight.device and x.is_floating_point()
 
 
 def _fits(x: Tensor, conv: nn.Conv2d) -> bool:
@@ -143,9 +143,8 @@ def _output_size(x: Tensor, conv: nn.Conv2d) -> tuple[int, int]:
 
 def _adds(x: Tensor, conv: nn.Conv2d, residual: Tensor) -> bool:
     """Whether a residual is added element by element; one that is broadcast is left to the layers."""
-    plain = type(residual) is Tensor or type(residual) is nn.Parameter
     return (
-        plain
+        is_plain(residual)
         and residual.device == x.device
         and tuple(residual.shape) == (x.shape[0], conv.out_channels, *_output_size(x, conv))
     )

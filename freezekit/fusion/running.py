@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from freezekit._twin import is_plain
 from freezekit.fusion import block
 from freezekit.fusion.block import inner_layout, outer_layout
 from freezekit.fusion.layers import ACTIVATION_CALLS, CONVS, is_watched
@@ -68,7 +69,7 @@ def _parts(conv: Any, norm: Any, activation: Any, residual: Any, owns: bool) -> 
     """Norm, activation and residual as the operator takes them; None where what is there is not what was expected."""
     if norm is None or activation is None or residual is None or type(conv) not in CONVS:
         return None
-    if residual is not ABSENT and type(residual) not in (Tensor, nn.Parameter):
+    if residual is not ABSENT and not is_plain(residual):
         return None
     if norm is not ABSENT and has_activation(norm) is not owns:
         return None

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from freezekit.explanation.report import default_console
 from freezekit.planning.machine import Machine
@@ -23,7 +23,7 @@ class Option:
     Attributes:
         name: "depth 3" freezes the first three layers with parameters, in forward order; else a named regime.
         frozen: names of the parameters that it freezes.
-        bytes_kept: between forward and backward, parameters and buffers aside; exact.
+        bytes_kept: between forward and backward, parameters and buffers aside.
         backward_flops: of dgrad and wgrad.
         backward_seconds: predicted: for each layer the larger of its operations over the machine's rate and its bytes
             over the machine's bandwidth.
@@ -76,13 +76,19 @@ class Plan:
             return None
         return statistics.correlation(*(_ranks(list(values)) for values in zip(*pairs)))
 
-    def to_json(self) -> str:
-        """`{"options": [...], "choice": name or null, "machine": {...}, "rank_correlation": number or null}`; bytes,
-        FLOPs, seconds."""
+    def to_dict(self) -> dict[str, Any]:
+        """`{"options": [...], "choice": name or None, "machine": {...}, "rank_correlation": number or None}`.
+
+        Plain data: bytes, FLOPs, seconds.
+        """
         choice = self.choice.name if self.choice else None
-        options = [asdict(option) for option in self.options]
+        options = [{**asdict(option), "frozen": list(option.frozen)} for option in self.options]
         found = {"options": options, "choice": choice, "machine": asdict(self.machine)}
-        return json.dumps({**found, "rank_correlation": self.rank_correlation})
+        return {**found, "rank_correlation": self.rank_correlation}
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON text."""
+        return json.dumps(self.to_dict())
 
     def print(self, console: Console | None = None) -> None:
         """A table of the options; the choice is marked."""

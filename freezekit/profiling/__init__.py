@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -100,13 +101,17 @@ class profile:
             raise TypeError(f"after must be a profile, got {type(after).__name__}")
         return compare(self.kernels(), self.counts(), after.kernels(), after.counts())
 
-    def to_json(self) -> str:
-        """``{"counts": {phase: int}, "kernels": [row, ...]}``; a row has :class:`KernelRow`'s fields.
+    def to_dict(self) -> dict[str, Any]:
+        """``{"counts": {phase: int}, "kernels": [row, ...]}``, plain data; a row has :class:`KernelRow`'s fields.
 
         Raises:
             RuntimeError: if the block has not ended.
         """
-        return json.dumps({"counts": self.counts(), "kernels": self.kernels().to_dicts()}, indent=2)
+        return {"counts": self.counts(), "kernels": self.kernels().to_dicts()}
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
 
     def to_chrome_trace(self, path: str | Path) -> None:
         """Writes a trace for chrome://tracing or ui.perfetto.dev to `path` (JSON, or gzip if it ends in .gz).

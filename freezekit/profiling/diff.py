@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,10 @@ class ProfileDiff:
         widths = [max(len(row[i]) for row in [head, *rows]) for i in range(2)]
         lines += ["  ".join([row[0].rjust(widths[0]), row[1].rjust(widths[1]), row[2]]) for row in [head, *rows]]
         return "\n".join(lines)
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON text."""
+        return json.dumps(self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""

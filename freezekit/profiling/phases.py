@@ -34,7 +34,7 @@ _IN_NODE = {
 }
 _BACKWARD = "aten::convolution_backward"
 _IN_KERNEL_NAME = re.compile("dgrad|wgrad|fprop")
-_MASK_KERNEL = re.compile("mask_(pack|apply)_kernel")
+_GATE_KERNEL = re.compile("gate_kernel")
 
 
 def phases_of_operator(event: Event) -> tuple[str, ...]:
@@ -77,7 +77,7 @@ def phases_of_kernel(event: Event) -> tuple[str, ...]:
     for outer in event.ancestors():
         if not outer.on_device:
             found = phases_of_operator(outer) or found
-    if "epilogue" in found and _MASK_KERNEL.search(event.name):
+    if "epilogue" in found and _GATE_KERNEL.search(event.name):
         return ("epilogue",)
     named = set(_IN_KERNEL_NAME.findall(event.name.lower())) & set(found)
     if len(named) == 1:

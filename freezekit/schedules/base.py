@@ -11,11 +11,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from freezekit._arguments import check_module
-from freezekit.distributed import rewrap, sync_buffers
+from freezekit.distributed import rewrap, sync_buffers, unwrapped
 from freezekit.freezing import freeze, unfreeze
 from freezekit.freezing.arguments import check_optimizers
 
-from .layers import Layer, layers_of, unwrapped
+from .layers import Layer, layers_of
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Schedule:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer | None,
-        layers: Sequence[str] | None,
+        layers: Sequence[Any] | None,
         remove: bool,
         state: Literal["keep", "reset"],
     ) -> None:
@@ -104,7 +104,7 @@ class Schedule:
             sync_buffers(self.model)
         if new:
             freeze(inner, *(p for layer in new for p in layer.patterns), optimizer=self.optimizer, remove=self.remove,
-                   state=self.state)  # fmt: skip
+                   state=self.state, norm="freeze")  # fmt: skip
         if old:
             unfreeze(inner, *(p for layer in old for p in layer.patterns), optimizer=self.optimizer, state=self.state)
         self._frozen = wanted

@@ -20,9 +20,10 @@ import torch
 from torch import nn
 
 from freezekit._arguments import check_count, check_module, check_real
+from freezekit.distributed import unwrapped
 
 from .base import Change, Schedule, compile_entries
-from .layers import layers_of, tensors, unwrapped
+from .layers import layers_of, tensors
 from .timetable import Timetable
 
 How = Literal["linear", "cubic"]
@@ -53,7 +54,7 @@ class FreezeOut(Schedule):
         stages: how many times something is frozen; None for once a layer. Each costs torch.compile a recompilation:
             three, with a validation pass under no_grad, just fit its limit of 8 versions.
         optimizer: needed for ``remove``, ``state`` and ``anneal``.
-        layers: names of the modules to treat as layers, in forward order; by default see `layers_of`.
+        layers: the modules to treat as layers, in forward order: names, globs, classes; by default see `layers_of`.
         anneal: set the learning rate of each layer as above. Every group of the optimizer must then hold parameters of
             one layer only (`FreezeOut.param_groups` makes such groups), and no other scheduler may set them.
         scale_lr: with ``anneal``, start layer i at lr / t_i.
@@ -79,7 +80,7 @@ class FreezeOut(Schedule):
         stages: int | None = 3,
         *,
         optimizer: torch.optim.Optimizer | None = None,
-        layers: Sequence[str] | None = None,
+        layers: Sequence[Any] | None = None,
         anneal: bool = False,
         scale_lr: bool = False,
         remove: bool = False,
@@ -98,7 +99,7 @@ class FreezeOut(Schedule):
         self._set_rates()
 
     @staticmethod
-    def param_groups(model: nn.Module, lr: float, layers: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    def param_groups(model: nn.Module, lr: float, layers: Sequence[Any] | None = None) -> list[dict[str, Any]]:
         """Optimizer groups of one layer each, for ``anneal=True``."""
         check_module(model)
         inner = unwrapped(model)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.parallel import DistributedDataParallel as DDP
+
+from freezekit.freezing.norm import has_statistics
+from freezekit.freezing.patterns import named_modules
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.RMSNorm)
 
@@ -34,19 +36,6 @@ class Layer:
         return self.parameters + self.modules
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The module whose parameter names a schedule uses: inside DDP and torch.compile."""
-    while True:
-        inner = model.module if isinstance(model, DDP) else getattr(model, "_orig_mod", None)
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
-
-
-def _has_statistics(module: nn.Module) -> bool:
-    return isinstance(module, _NormBase) and module.running_mean is not None
-
-
 def _units(model: nn.Module) -> Iterator[tuple[str, list[str], list[str]]]:
     """Modules with parameters of their own in registration order, each with the norms after it."""
     unit: tuple[str, list[str], list[str]] | None = None
@@ -54,7 +43,7 @@ def _units(model: nn.Module) -> Iterator[tuple[str, list[str], list[str]]]:
         own = [f"{name}.{n}" if name else n for n, _ in module.named_parameters(recurse=False)]
         if unit is not None and isinstance(module, _NORMS):
             unit[1].extend(own)
-            if _has_statistics(module) and not own:
+            if has_statistics(module) and not own:
                 unit[2].append(name)
         elif own:
             if unit is not None:
@@ -64,49 +53,45 @@ def _units(model: nn.Module) -> Iterator[tuple[str, list[str], list[str]]]:
         yield unit
 
 
-def _named_units(model: nn.Module, names: Sequence[str]) -> Iterator[tuple[str, list[str], list[str]]]:
-    modules = dict(model.named_modules())
-    for name in names:
-        if name not in modules:
-            near = get_close_matches(name, modules, 3) or list(modules)[1:4]
-            raise ValueError(f"layers: the model has no module {name!r}; near names: {', '.join(near)}")
-        inside = [f"{name}.{n}" for n, _ in modules[name].named_parameters()]
-        bare = [f"{name}.{n}" if n else name for n, m in modules[name].named_modules()
-                if _has_statistics(m) and next(m.parameters(recurse=False), None) is None]  # fmt: skip
+def _named_units(model: nn.Module, patterns: Sequence[Any]) -> Iterator[tuple[str, list[str], list[str]]]:
+    found = named_modules(model, patterns, "layers")
+    for name, module in found.items():
+        other = next((n for n in found if n != name and n.startswith(f"{name}.")), None)
+        if other is not None:
+            raise ValueError(f"layers: {other!r} is inside {name!r}, which is a layer too")
+        inside = [f"{name}.{n}" for n, _ in module.named_parameters()]
+        bare = [f"{name}.{n}" if n else name for n, m in module.named_modules()
+                if has_statistics(m) and next(m.parameters(recurse=False), None) is None]  # fmt: skip
         if not inside:
             raise ValueError(f"layers: {name!r} has no parameters")
         yield name, inside, bare
 
 
-def layers_of(model: nn.Module, names: Sequence[str] | None = None) -> tuple[Layer, ...]:
+def layers_of(model: nn.Module, patterns: Sequence[Any] | None = None) -> tuple[Layer, ...]:
     """The layers of a model, first to last.
 
     Args:
         model: the model, unwrapped. Parameters that are frozen already are left out.
-        names: names of modules that are each to be one layer, in forward order. By default every module with parameters
-            of its own is a layer, in order of registration, together with the norms that follow it directly.
+        patterns: modules that are each to be one layer, in forward order: names, globs, classes or modules, as for
+            `freezekit.freeze`. By default every module with parameters of its own is a layer, in order of
+            registration, together with the norms that follow it directly.
 
     Returns:
         Layers with at least one trainable parameter. A tied parameter belongs to the last layer that has it, so that
         it is never frozen too early.
 
     Raises:
-        ValueError: a name that is no module, or has no parameters, or lies in another; or no layer is trainable.
-        TypeError: `names` is no sequence of names.
+        ValueError: a pattern that no module meets, a module without parameters, or one inside another; or no layer is
+            trainable.
+        TypeError: `patterns` is no sequence of patterns.
 
     Example:
         >>> [l.name for l in layers_of(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 1)))]
         ['0', '2']
     """
-    if names is not None and (isinstance(names, str) or not isinstance(names, Sequence)):
-        raise TypeError(f"layers: expected a sequence of module names, got {names!r}")
-    for i, name in enumerate(names or ()):
-        if not isinstance(name, str):
-            raise TypeError(f"layers: expected names of modules, got {name!r}")
-        other = next((n for j, n in enumerate(names or ()) if j != i and (n == name or n.startswith(f"{name}."))), None)
-        if other is not None:
-            raise ValueError(f"layers: {other!r} is given twice, or lies in {name!r}")
-    units = list(_units(model) if names is None else _named_units(model, names))
+    if patterns is not None and (isinstance(patterns, str) or not isinstance(patterns, Sequence)):
+        raise TypeError(f"layers: expected a sequence of names of modules or other patterns, got {patterns!r}")
+    units = list(_units(model) if patterns is None else _named_units(model, patterns))
     everything = dict(model.named_parameters(remove_duplicate=False))
     last = {id(everything[p]): name for name, inside, _ in units for p in inside}
     found = []

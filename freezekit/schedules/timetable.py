@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
@@ -78,11 +79,15 @@ class Timetable:
         console.print(f"torch.compile: {plain} versions in training, {full} with a no_grad validation pass in each "
                       f"stage; {verdict} its limit of {limit}", highlight=False)  # fmt: skip
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The plan as plain data: ``title``, ``total_steps``, ``stages`` and ``compile_entries``."""
         stages = [{"step": s, "frozen": list(held), "trainable": self.trainable(held)} for s, held in self.stages]
         entries = {"training": self.compile_entries(validation=False), "with_validation": self.compile_entries()}
         return {"title": self.title, "total_steps": self.total_steps, "stages": stages, "compile_entries": entries}
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON text."""
+        return json.dumps(self.to_dict())
 
     def plot(self, path: str | PathLike[str]) -> None:
         """Draw the plan to an image file (its suffix gives the format).

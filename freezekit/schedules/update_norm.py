@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from freezekit._arguments import check_count, check_real
+from freezekit.distributed import unwrapped
 
 from .base import Change, Schedule, compile_entries
-from .layers import Layer, as_float, tensors, unwrapped
+from .layers import Layer, as_float, tensors
 from .timetable import Timetable
 
 
@@ -38,7 +39,7 @@ class UpdateNorm(Schedule):
             never thaws.
         max_changes: how many times the set of frozen layers may change; None for any. Each change costs torch.compile a
             recompilation: three, with a validation pass under no_grad, just fit its limit of 8 versions.
-        layers: names of the modules to treat as layers; by default see `layers_of`.
+        layers: the modules to treat as layers: names, globs, classes; by default see `layers_of`.
         dry_run: measure and decide, and freeze nothing; `plan` then shows what would have been done.
         remove, state: as for `freezekit.freezing.freeze`.
 
@@ -66,7 +67,7 @@ class UpdateNorm(Schedule):
         patience: int = 1,
         thaw_after: int | None = None,
         max_changes: int | None = 3,
-        layers: Sequence[str] | None = None,
+        layers: Sequence[Any] | None = None,
         dry_run: bool = False,
         remove: bool = False,
         state: Literal["keep", "reset"] = "keep",

@@ -220,7 +220,8 @@ def test_report_as_table_and_as_data() -> None:
     text = console.export_text()
     assert "requires_brad" in text
     assert "no optimizer given" in text
-    data = json.loads(json.dumps(report.to_json()))
+    data = json.loads(report.to_json())
+    assert data == report.to_dict()
     assert data["version"] == 1
     assert data["summary"] == {"error": 1, "warning": 0, "info": 0}
     assert set(data["findings"][0]) == {"code", "severity", "where", "why", "mend", "names"}

@@ -139,8 +139,8 @@ def test_the_report_of_calls_names_places_and_bytes() -> None:
     assert torch.equal(state, torch.random.get_rng_state())
     assert all(torch.equal(a, b) for a, b in zip(statistics, model.buffers(), strict=True))
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
-    frozen = [row.bytes_kept for row in conversion_report(model.requires_grad_(False), (x,)) if row.status == "call"]
-    assert frozen == [0] * 6
+    frozen = conversion_report(model.requires_grad_(False), (x,))
+    assert not [row for row in frozen if row.status == "call"], "what keeps nothing needs no advice"
 
 
 def test_top_level_names() -> None:

@@ -107,7 +107,7 @@ def test_dgrad_as_a_transposed_convolution_is_a_dgrad() -> None:
     [
         ("void freezekit::conv2d_implicit_gemm_kernel<...>", ("dgrad", "epilogue")),
         ("void freezekit::depthwise_dgrad_stride2_kernel<...>", ("dgrad", "epilogue")),
-        ("void freezekit::mask_apply_kernel<float>", ("epilogue",)),
+        ("void freezekit::gate_kernel<float>", ("epilogue",)),
     ],
 )
 def test_kernels_of_a_fused_block(name: str, phases: tuple[str, ...]) -> None:

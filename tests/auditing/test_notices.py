@@ -1,0 +1,79 @@
+"""What `audit` tells of a model that runs without an error and does not do what was meant."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from freezekit.auditing import audit
+from freezekit.freezing import freeze, unfreeze
+from tests.auditing.helpers import found, images, net, the
+
+
+def test_a_norm_that_is_held_while_its_parameters_train_by_hand() -> None:
+    model = net()
+    freeze(model, norm="freeze")
+    assert not found(audit(model), "held-statistics")
+    model.requires_grad_(True)
+    model.train()
+    assert the(audit(model), "held-statistics").names == ("1",)
+    unfreeze(model)
+    assert model[1].training
+    assert not found(audit(model), "held-statistics")
+    freeze(model, norm="freeze")
+    unfreeze(model, norm="freeze")  # said so: its parameters train by statistics that hold still
+    assert not found(audit(model), "held-statistics")
+
+
+def test_dropout_that_stays_active_in_a_frozen_part() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5), nn.Dropout(0.0)), nn.Linear(3, 1))
+    assert not found(audit(model), "active-dropout")
+    freeze(model, "0")
+    assert the(audit(model), "active-dropout").names == ("0.1",)
+    model[0].eval()
+    assert not found(audit(model), "active-dropout")
+
+
+def test_an_optimizer_left_with_nothing_to_step() -> None:
+    model = net()
+    body, head = (torch.optim.SGD(part.parameters(), lr=0.1) for part in (model[0], model[4]))
+    freeze(model, "0", "1", norm="freeze")
+    assert the(audit(model, [body, head]), "nothing-to-step").names == ("0.weight", "0.bias")
+    assert not found(audit(model, head), "nothing-to-step")
+
+
+def test_part_of_a_tensor_is_not_frozen_by_a_hook_under_decay_or_momentum() -> None:
+    for options, trap in (({}, False), ({"weight_decay": 0.1}, True), ({"momentum": 0.9}, True)):
+        model = net().eval()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, **options)
+        model(images()).square().mean().backward()
+        optimizer.step()
+        mask = torch.ones_like(model[0].weight)
+        mask[:2] = 0
+        model[0].weight.register_hook(mask.mul)
+        assert [f.names for f in found(audit(model, optimizer), "masked-gradient")] == [("0.weight",)] * trap
+        optimizer.zero_grad()
+        before = model[0].weight.detach().clone()
+        model(images()).square().mean().backward()
+        optimizer.step()
+        assert torch.equal(before[:2], model[0].weight[:2]) is not trap, "what audit said is so"
+
+
+class Renormed(nn.Embedding):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.long().clamp(0, 3))
+
+
+def test_a_frozen_parameter_that_the_forward_writes_to() -> None:
+    model = nn.Sequential(Renormed(4, 4, max_norm=0.1), nn.Linear(4, 1))
+    model[0].requires_grad_(False)
+    before = model[0].weight.detach().clone()
+    assert the(audit(model, inputs=torch.rand(6)), "moving-parameter").names == ("0.weight",)
+    assert torch.equal(before, model[0].weight)
+
+
+def test_a_model_that_cannot_be_copied_says_so() -> None:
+    model = net()
+    model.stream = (number for number in range(3))
+    report = audit(model, inputs=images())
+    assert "cannot be copied" in report.skipped["moving tensors and lost gradients in a forward pass"]

@@ -1,0 +1,170 @@
+"""`audit` of optimizers that wrap another: nothing real is stepped, and what was not asked is said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+from torch.distributed.optim import PostLocalSGDOptimizer, ZeroRedundancyOptimizer
+from torch.optim import SGD, Optimizer
+
+from freezekit.auditing import audit
+from freezekit.guarding import FrozenMoved, guard
+from tests.auditing.helpers import found, images, net, the
+
+
+class Lookahead(Optimizer):
+    """As timm's and others': it steps the optimizer inside, and pulls the weights back every other step."""
+
+    def __init__(self, base: Optimizer) -> None:
+        super().__init__(base.param_groups, {})
+        self._base_optimizer, self.param_groups, self.steps = base, base.param_groups, 0
+        self.slow = {p: p.detach().clone() for group in self.param_groups for p in group["params"]}
+
+    def step(self, closure: Any = None) -> None:
+        self._base_optimizer.step(closure)
+        self.steps += 1
+        if self.steps % 2 == 0:
+            with torch.no_grad():
+                for p, slow in self.slow.items():
+                    p.copy_(slow.add_(p - slow, alpha=0.5))
+
+
+class Accelerated(Optimizer):
+    """As accelerate's: no constructor of Optimizer's, everything handed on."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+
+    state = property(lambda self: self.optimizer.state)
+    param_groups = property(
+        lambda self: self.optimizer.param_groups, lambda self, groups: setattr(self.optimizer, "param_groups", groups)
+    )
+
+    def step(self, closure: Any = None) -> None:
+        self.optimizer.step(closure)
+
+
+class Wrapper:
+    """As Lightning's: no optimizer itself."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+
+    def step(self) -> None:
+        self._optimizer.step()
+
+
+def sgd(model: nn.Module) -> SGD:
+    return SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+WRAPPERS: dict[str, Callable[[nn.Module], Any]] = {
+    "Lookahead": lambda m: Lookahead(sgd(m)),
+    "Accelerated": lambda m: Accelerated(sgd(m)),
+    "Wrapper": lambda m: Wrapper(sgd(m)),
+    "Accelerated Lookahead": lambda m: Accelerated(Lookahead(sgd(m))),
+    "ZeroRedundancyOptimizer": lambda m: ZeroRedundancyOptimizer(m.parameters(), SGD, lr=0.1, momentum=0.9),
+    "PostLocalSGDOptimizer": lambda m: PostLocalSGDOptimizer(sgd(m), PeriodicModelAverager(4)),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_process(tmp_path: Path) -> Any:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def prepared(make: Callable[[nn.Module], Any]) -> tuple[nn.Module, Any]:
+    """A net after a step, whose first layer is frozen with its gradient left."""
+    model = net()
+    optimizer = make(model)
+    for _ in range(2):
+        model(images()).square().mean().backward()
+        optimizer.step()
+    model[0].requires_grad_(False)
+    return model, optimizer
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_nothing_moves_and_the_move_is_seen(name: str) -> None:
+    model, optimizer = prepared(WRAPPERS[name])
+    before = [p.detach().clone() for p in model.parameters()]
+    inner = optimizer
+    while not isinstance(inner, SGD):
+        inner = next(v for v in vars(inner).values() if isinstance(v, Optimizer))
+    momenta = [state["momentum_buffer"].clone() for state in inner.state.values()]
+    report = audit(model, optimizer, images())
+    assert the(report, "would-move").names == ("0.weight", "0.bias")
+    assert "probably" not in the(report, "would-move").why, "the optimizer inside is asked"
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert all(torch.equal(a, s["momentum_buffer"]) for a, s in zip(momenta, inner.state.values(), strict=True))
+    assert sum(len(group["params"]) for group in inner.param_groups) == len(before)
+    optimizer.step()
+    assert not torch.equal(before[0], model[0].weight), "what audit said is so"
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_guard_watches_the_optimizer_inside(name: str) -> None:
+    model, optimizer = prepared(WRAPPERS[name])
+    before = model[0].weight.detach().clone()
+    with guard(model, optimizer) as held:
+        with pytest.raises(FrozenMoved, match=r"nothing has moved yet[\s\S]*0\.weight"):
+            optimizer.step()
+        assert torch.equal(before, model[0].weight)
+        for p in model[0].parameters():
+            p.grad = None
+        optimizer.step()
+    assert held.steps == 1
+
+
+def test_guard_says_what_to_pass() -> None:
+    model = net()
+    with pytest.raises(TypeError, match=r"optimizer: expected a torch\.optim\.Optimizer, got Module.*that it wraps"):
+        guard(model, nn.Module())
+    both = Wrapper(sgd(model))
+    both.other = sgd(model)
+    with pytest.raises(ValueError, match=r"Wrapper has several inside it \(SGD, SGD\); pass the one that is meant"):
+        guard(model, both)
+
+
+class OwnTensors(SGD):
+    """An optimizer that reaches its parameters by a list of its own."""
+
+    def __init__(self, params: Any) -> None:
+        self.mine = list(params)
+        super().__init__(self.mine, lr=0.1)
+
+    def step(self, closure: Any = None) -> None:
+        with torch.no_grad():
+            for p in self.mine:
+                p.sub_(1)
+
+
+def test_what_cannot_be_copied_is_looked_at_and_not_stepped() -> None:
+    model, optimizer = prepared(lambda m: OwnTensors(m.parameters()))
+    before = [p.detach().clone() for p in model.parameters()]
+    report = audit(model, optimizer)
+    assert "probably" in the(report, "would-move").why
+    assert "keeps a list of its own (mine)" in report.skipped["a step of OwnTensors on copies"]
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert not audit(model, sgd(model)).skipped.keys() & {"a step of SGD on copies"}
+
+
+def test_several_at_once() -> None:
+    generator, discriminator = nn.Conv2d(3, 3, 1), net()
+    both = nn.ModuleDict({"g": generator, "d": discriminator})
+    optimizers = {"g": Wrapper(sgd(generator)), "d": sgd(discriminator)}
+    assert not len(audit(both, optimizers))
+    assert not len(audit(both, list(optimizers.values())))
+    discriminator.eval().requires_grad_(False)
+    report = audit(both, optimizers)
+    assert the(report, "nothing-to-step").names == tuple(f"d.{name}" for name, _ in discriminator.named_parameters())
+    assert not found(report, "nothing-trainable")
