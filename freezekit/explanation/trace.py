@@ -108,7 +108,7 @@ class Recorder:
         running = self._functions.outermost
         if module is None or running is None or next(module.children(), None) is None:
             return
-        index = self._index.get((id(module), running.name, self._active[-1][1]))
+        index = self._index.get((id(module), running, self._active[-1][1]))
         if index is not None:
             note(self.calls[index], arguments, result)
 
