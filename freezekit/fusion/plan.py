@@ -104,7 +104,10 @@ def _plan_of(written: Mapping[str, _Written], reason: str = "") -> Plan:
     methods = {name: (one.source.function, define(one.source, one.tree, one.values)) for name, one in good.items()}
     blocks = tuple(block for one in good.values() for block in one.blocks)
     sequences = tuple(path for one in good.values() for path in one.sequences)
-    key = tuple((name, one.source.function, ast.unparse(one.tree), *one.values.items()) for name, one in good.items())
+    key = tuple(
+        (name, one.source.function, ast.unparse(one.tree), one.blocks, *one.values.items())
+        for name, one in good.items()
+    )
     return Plan(methods, blocks, sequences, reason, key)
 
 
