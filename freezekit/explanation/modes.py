@@ -76,7 +76,7 @@ class Operators(TorchDispatchMode):
         elif func in FREEZEKIT_CONVS:
             y = result if isinstance(result, Tensor) else result[0]
             call.flops += conv_flop_count(args[0].shape, args[1].shape, list(y.shape), transposed=False)
-        if not func.is_view:
+        if not func.is_view and func.namespace != "prim":  # Those ask a tensor what it is.
             tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor)]
             call.moved += sum(t.numel() * t.element_size() for t in tensors)
         return result
