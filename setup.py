@@ -121,6 +121,7 @@ class Build(build_ext):
         self.build_emulator(build, kernels)
         self.beside(INFO).write_text(json.dumps(info))
         extension.extra_objects += map(str, self.build_torch_layer(build))
+        extension.depends += extension.extra_objects  # else setuptools links once, and never again
         super().build_extensions()
 
     def build_torch_layer(self, build: Path) -> list[Path]:

@@ -176,7 +176,8 @@ def _measure(case: Case, sides: Sequence[str], settings: Settings, peaks: Peaks,
     work = case.work or count(contestants["stock"].step)
     steps = {name: contestant.step_for(case.part) for name, contestant in contestants.items()}
     rounds = _rounds(steps, settings, clock)
-    timed = interleave(steps, clock=clock, rounds=rounds, seed=settings.seed)
+    within = {name: contestant.side.switch for name, contestant in contestants.items()}
+    timed = interleave(steps, clock=clock, rounds=rounds, seed=settings.seed, within=within)
     rows = []
     for name in sides:
         if name in failures:

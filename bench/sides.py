@@ -6,6 +6,7 @@ import contextlib
 import copy
 import importlib.util
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,7 @@ class Side:
         backend: freezekit's backend during the forward pass, where it is not the automatic one.
         hopper: whether that backend may run the kernels for sm_90a. Such a side has a process of its own (bench.child):
             these kernels have not run on hardware yet, and one that hangs must not take the other sides with it.
+        enabled: whether freezekit's kernels stand in for torch's operators in the forward pass.
         sections: where it takes part; () is everywhere.
         slow: preparing it takes seconds, so a run of everything leaves it out of the hundreds of layers.
     """
@@ -47,6 +49,7 @@ class Side:
     channels_last: bool = False
     backend: Backend | None = None
     hopper: bool = False
+    enabled: bool = False
     sections: tuple[str, ...] = ()
     slow: bool = False
 
@@ -83,8 +86,14 @@ class Side:
         layout = torch.channels_last if self.channels_last else torch.preserve_format
         return x.detach().clone(memory_format=layout).requires_grad_(x.requires_grad)
 
+    def switch(self) -> AbstractContextManager[object]:
+        """What to enter around many calls: switching takes longer than a small layer."""
+        return fk.enabled() if self.enabled else contextlib.nullcontext()
+
     def forward(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
         """The module's call, on this side's backend."""
+        if self.enabled:
+            return fk.enabled()(module.__call__)
         if self.backend is None:
             return module
         name = self.backend
@@ -115,6 +124,7 @@ SIDES = {
     for side in (
         Side("stock", lambda module: module),
         Side("freezekit", fk.convert),
+        Side("freezekit_enabled", lambda module: module, enabled=True),
         Side("freezekit_aten", fk.convert, backend="aten"),
         Side("freezekit_native", fk.convert, backend="native"),
         Side("stock_channels_last", lambda module: module, channels_last=True),

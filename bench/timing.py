@@ -11,8 +11,9 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -162,7 +163,14 @@ def _no_collector() -> Iterator[None]:
 
 
 def interleave(
-    steps: Mapping[str, Step], *, clock: Clock, rounds: int, calls: int = 1, warmup: int = 2, seed: int = 0
+    steps: Mapping[str, Step],
+    *,
+    clock: Clock,
+    rounds: int,
+    calls: int = 1,
+    warmup: int = 2,
+    seed: int = 0,
+    within: Mapping[str, Callable[[], AbstractContextManager[object]]] = MappingProxyType({}),
 ) -> Interleaved:
     """Times `steps` in `rounds` interleaved rounds.
 
@@ -173,6 +181,7 @@ def interleave(
         calls: calls that one timing averages over; more for steps of a few microseconds.
         warmup: untimed calls of each step first (libraries choose algorithms, caches fill).
         seed: of the order within rounds.
+        within: by a step's name, what to enter for it; entering is not timed.
 
     Raises:
         ValueError: if `rounds` or `calls` is below 1, or `steps` is empty.
@@ -186,9 +195,11 @@ def interleave(
     order = random.Random(seed)
     with _no_collector():
         for name in names:
-            for _ in range(warmup):
-                steps[name]()
+            with within.get(name, nullcontext)():
+                for _ in range(warmup):
+                    steps[name]()
         for _ in range(rounds):
             for name in order.sample(names, len(names)):
-                seconds[name].append(clock(steps[name], calls))
+                with within.get(name, nullcontext)():
+                    seconds[name].append(clock(steps[name], calls))
     return Interleaved(seconds)

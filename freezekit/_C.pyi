@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 def has_cuda_kernels() -> bool: ...
@@ -78,3 +78,13 @@ class tiles:
         config: int,
         split_k: int,
     ) -> bool: ...
+
+class enable:
+    @staticmethod
+    def on(is_compiled: Callable[[Any], bool]) -> list[str]: ...
+    @staticmethod
+    def off() -> None: ...
+    @staticmethod
+    def set_watched(watched: bool) -> None: ...
+    @staticmethod
+    def operators() -> list[str]: ...

@@ -9,10 +9,11 @@ from freezekit import _extension
 
 _extension.load()
 
-from freezekit import distributed, functional, nn, schedules, tuning  # noqa: E402, F401
+from freezekit import distributed, flops, functional, nn, schedules, tuning  # noqa: E402, F401
 from freezekit.auditing import audit  # noqa: E402
 from freezekit.backends import backend  # noqa: E402
 from freezekit.conversion import convert, revert  # noqa: E402
+from freezekit.enabling import disable, enable, enabled, is_enabled  # noqa: E402
 from freezekit.explanation import explain  # noqa: E402
 from freezekit.freezing import freeze, freeze_state, unfreeze  # noqa: E402
 from freezekit.fusion import fuse, unfuse  # noqa: E402
@@ -50,11 +51,15 @@ __all__ = [
     "audit",
     "backend",
     "convert",
+    "disable",
+    "enable",
+    "enabled",
     "explain",
     "freeze",
     "freeze_state",
     "fuse",
     "guard",
+    "is_enabled",
     "plan",
     "profile",
     "revert",

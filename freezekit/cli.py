@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from torch.utils._pytree import tree_leaves
 
 from freezekit._inputs import Arguments, arguments
 from freezekit.auditing.__main__ import FactoryError, build
+from freezekit.enabling import enabled
 from freezekit.profiling import profile
 
 EPILOG = """examples:
   freezekit info
   freezekit explain mymodels:resnet --json > kept.json
+  freezekit explain mymodels:detector --enabled
   freezekit plan mymodels:resnet --memory 500M --plot plan.png
   freezekit profile mymodels:resnet --against mymodels:frozen_resnet
   freezekit audit mymodels:training_setup
@@ -96,7 +99,8 @@ def _info(options: argparse.Namespace) -> int:
 def _explain(options: argparse.Namespace) -> int:
     from freezekit.explanation import explain
 
-    explanation = explain(*load_model(options.model))
+    with _switch(options):
+        explanation = explain(*load_model(options.model))
     _show(explanation, options)
     return 0
 
@@ -104,10 +108,15 @@ def _explain(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     from freezekit.planning import plan
 
-    made = plan(*load_model(options.model), memory=options.memory, time=options.time, measure=options.measure)
+    with _switch(options):
+        made = plan(*load_model(options.model), memory=options.memory, time=options.time, measure=options.measure)
     _show(made, options)
     budget = options.memory is not None or options.time is not None
     return int(budget and made.choice is None)
+
+
+def _switch(options: argparse.Namespace) -> AbstractContextManager[object]:
+    return enabled() if options.enabled else nullcontext()
 
 
 def _show(report: Any, options: argparse.Namespace) -> None:
@@ -133,11 +142,13 @@ def _selftest(options: argparse.Namespace) -> int:
 
 
 def _profile(options: argparse.Namespace) -> int:
-    recorded = _record(options.model)
+    with _switch(options):
+        recorded = _record(options.model)
     if options.against is None:
         print(recorded.to_json() if options.json else recorded.kernels())
     else:
-        difference = recorded.diff(_record(options.against))
+        with _switch(options):
+            difference = recorded.diff(_record(options.against))
         print(difference.to_json() if options.json else difference)
     if options.trace:
         recorded.to_chrome_trace(options.trace)
@@ -177,6 +188,8 @@ def parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         if model:
             sub.add_argument("model", metavar="module:factory", help="a callable that returns (model, inputs)")
+        if name in ("explain", "plan", "profile"):
+            sub.add_argument("--enabled", action="store_true", help="with freezekit's kernels on torch's operators")
         if name != "selftest":
             sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
         return sub

@@ -32,7 +32,7 @@ SHARED = {
     "backends": {"common", "backends", "bits"},
 }
 # Operators that are made of another one's parts.
-MADE_OF = {"frozen_conv2d": {"bits"}, "max_pool2d": {"bits"}}
+MADE_OF = {"frozen_conv2d": {"bits"}, "max_pool2d": {"bits"}, "enable": {"conv2d", "conv_nd", "norm"}}
 # csrc/kernels: a family uses what all share, in the folder above, and its own; Hopper's tiles end as sm_80's do.
 KERNELS_OF = {"hopper": {"gemm_sm80"}}
 # A CUDA graph captures whatever a kernel's launcher does: none of this is allowed while it does.
@@ -44,7 +44,7 @@ TORCH_HEADER = re.compile(r"^(ATen|c10|torch|caffe2|pybind11|Python\.h)(/|$)")
 
 # Python modules by layer: one may import its own layer and those before it.
 LAYERS = [
-    {"_extension", "_C", "_arguments", "_inputs", "_twin", "backends", "tuning"},
+    {"_extension", "_C", "_arguments", "_inputs", "_twin", "backends", "enabling", "flops", "tuning"},
     {"functional"},
     {"nn"},
     {"conversion", "freezing", "guarding", "schedules", "distributed", "fusion", "_ranks", "_rewrap"},
@@ -175,6 +175,7 @@ PUBLIC = {
     *(f"FreezableBatchNorm{rank}d" for rank in (1, 2, 3)),
     *("FreezableGroupNorm", "FreezableLayerNorm", "convert", "revert", "fuse", "unfuse", "freeze", "unfreeze"),
     *("freeze_state", "guard", "audit", "explain", "plan", "profile", "schedules", "backend"),
+    *("enable", "disable", "enabled", "is_enabled"),
 }
 
 

@@ -9,6 +9,7 @@ namespace freezekit {
 
 void bind_blocks(py::module_& parent);
 void bind_choices(py::module_& parent);
+void bind_enable(py::module_& parent);
 void bind_quick(py::module_& parent);
 void bind_tiles(py::module_& parent);
 

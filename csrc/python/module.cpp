@@ -113,6 +113,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("device") = "cuda", py::arg("channels_last") = false);
   bind_blocks(m);
   bind_choices(m);
+  bind_enable(m);
   bind_quick(m);
   bind_tiles(m);
 }

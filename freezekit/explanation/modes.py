@@ -10,12 +10,11 @@ from torch._prims_common import suggest_memory_format
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import conv_flop_count, flop_registry
+from torch.utils.flop_counter import flop_registry
 
 from freezekit.explanation import fused
 from freezekit.explanation.record import Call
 
-FREEZEKIT_CONVS = (torch.ops.freezekit.conv2d.default, *fused.OPERATORS)
 # Their results include a workspace, which backward reads and whose size is known to the library alone.
 OPAQUE = (torch.ops.aten.mkldnn_rnn_layer, torch.ops.aten._cudnn_rnn, torch.ops.aten.miopen_rnn)
 
@@ -73,9 +72,6 @@ class Operators(TorchDispatchMode):
             call.output_needs_grad = call.input_needs_grad  # Here, below autograd, the result does not know yet.
         if kind in flop_registry:
             call.flops += flop_registry[kind](*args, **kwargs, out_val=result)
-        elif func in FREEZEKIT_CONVS:
-            y = result if isinstance(result, Tensor) else result[0]
-            call.flops += conv_flop_count(args[0].shape, args[1].shape, list(y.shape), transposed=False)
         if not func.is_view and func.namespace != "prim":  # Those ask a tensor what it is.
             tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor)]
             call.moved += sum(t.numel() * t.element_size() for t in tensors)

@@ -18,6 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from freezekit._inputs import Arguments
 from freezekit._twin import Twin, on_twin
 from freezekit.conversion import SWAPS
+from freezekit.enabling import watched
 from freezekit.explanation.fused import FusedBlocks
 from freezekit.explanation.modes import Functions, Operators, fallback, note
 from freezekit.explanation.record import Call, Kept, Trace
@@ -158,4 +159,5 @@ class Recorder:
             stack.enter_context(saved_tensors_hooks(self._pack, lambda tensor: tensor))
             stack.enter_context(self._functions)
             stack.enter_context(Operators(self))
+            stack.enter_context(watched())
             yield

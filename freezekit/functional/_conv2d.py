@@ -13,6 +13,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from freezekit import _C, backends
 from freezekit._arguments import Size2, number, numbers, plain
 from freezekit.backends import Backend, check_backend
+from freezekit.functional._torch import records_torch_s
 
 # A call of plain tensors and numbers; None of any other.
 _quick = _C.quick.conv2d
@@ -78,6 +79,8 @@ def conv2d(
     _check_tensor("weight", weight)
     if bias is not None:
         _check_tensor("bias", bias)
+    if backend is None and backends._current in ("auto", "aten") and records_torch_s(input, weight, bias):
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     if not plain(stride, padding, dilation, groups):
         stride, dilation, groups = numbers("stride", stride), numbers("dilation", dilation), number("groups", groups)
         if not isinstance(padding, str):
@@ -247,7 +250,9 @@ def _resolve_padding(
         raise RuntimeError(f"padding='same' needs stride 1, got stride {stride}")
     if weight.dim() != 4:
         raise RuntimeError(f"weight must have 4 dimensions, got {weight.dim()}: {list(weight.shape)}")
-    total = [d * (k - 1) for d, k in zip(_pair("dilation", dilation), weight.shape[2:])]
+    # A trace records sizes as tensors, which the operator takes for no number; a kernel's are constants.
+    kernel = [int(k) if isinstance(k, Tensor) else k for k in weight.shape[2:]]
+    total = [d * (k - 1) for d, k in zip(_pair("dilation", dilation), kernel)]
     if min(total) < 0:
         raise RuntimeError(f"dilation must be positive and the kernel not empty, got {dilation}, {list(weight.shape)}")
     start = (total[0] // 2, total[1] // 2)

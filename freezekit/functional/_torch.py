@@ -21,7 +21,7 @@ def as_torch(torch_s: Callable[..., Any], *, shortcut: bool = True) -> Callable[
 
     Where no gradient is needed nothing is kept, and torch's own function is the shortest way; without `shortcut` the
     stand-in runs there too, for what it refuses and torch would take. Tensors with a `__torch_function__` are asked
-    first, as torch's functions ask them.
+    first, as torch's functions ask them. An export without gradients records torch's operator.
     """
 
     def decorate(function: Function) -> Function:
@@ -34,6 +34,8 @@ def as_torch(torch_s: Callable[..., Any], *, shortcut: bool = True) -> Callable[
             given = (*args, *kwargs.values())
             if has_torch_function(given):
                 return handle_torch_function(stand_in, given, *args, **kwargs)
+            if backends._current in ("auto", "aten") and records_torch_s(*given):
+                return torch_s(*args, **kwargs)
             return function(*args, **kwargs)
 
         return cast(Function, stand_in)
@@ -42,6 +44,11 @@ def as_torch(torch_s: Callable[..., Any], *, shortcut: bool = True) -> Callable[
 
 
 _tracing = torch._C._get_tracing_state  # a name that torch.compile knows
+
+
+def records_torch_s(*arguments: Any) -> bool:
+    """Whether a call is being exported that needs no gradient: the archive then loads without freezekit."""
+    return torch.compiler.is_exporting() and not _learns(arguments)
 
 
 def _learns(arguments: Iterable[Any]) -> bool:

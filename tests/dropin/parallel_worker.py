@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn.parallel import DistributedDataParallel
 
 from freezekit.functional import conv2d
-from tests.dropin.twins import nets
+from tests.dropin.twins import turns
 
 
 def train(net: nn.Module, frozen: bool) -> list[Tensor]:
@@ -36,28 +36,28 @@ def same(ours: list[Tensor], stock: list[Tensor]) -> None:
         torch.testing.assert_close(a, b)
 
 
-def ddp() -> None:
+def ddp(way: str) -> None:
     for frozen in (False, True):
         results = []
-        for net in nets():
+        for net in turns(way):
             net[2].requires_grad_(not frozen)
             results.append(train(DistributedDataParallel(net), frozen))
         same(*results)
-    print("ddp")
+    print(f"ddp-{way}")
 
 
-def fsdp2() -> None:
+def fsdp2(way: str) -> None:
     mesh = init_device_mesh("cpu", (2,))  # the default is the accelerator's, which gloo and one GPU do not serve
     for frozen in (False, True):
         results = []
-        for net in nets():
+        for net in turns(way):
             net[2].requires_grad_(not frozen)
             for layer in (net[0], net[2]):
                 fully_shard(layer, mesh=mesh)
             fully_shard(net, mesh=mesh)
             results.append(train(net, frozen))
         same(*results)
-    print("fsdp2")
+    print(f"fsdp2-{way}")
 
 
 def dtensor() -> None:
@@ -83,9 +83,11 @@ def dtensor() -> None:
 def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    for part in (ddp, fsdp2, dtensor):
-        torch.manual_seed(0)
-        part()
+    for part in (ddp, fsdp2):
+        for way in ("converted", "enabled"):
+            torch.manual_seed(0)
+            part(way)
+    dtensor()
     dist.destroy_process_group()
 
 

@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import freezekit as fk
 from freezekit.freezing import load_freeze_state
 from freezekit.functional import conv2d_dgrad, conv2d_wgrad
-from tests.dropin.twins import assert_same, gradients, nets
+from tests.dropin.twins import assert_same, gradients, nets, turns
 
 
 @pytest.fixture(autouse=True)
@@ -69,10 +69,10 @@ def test_a_flag_set_by_hand_is_seen(backend: str) -> None:
         assert counter.frame_count == min(step + 1, 2)
 
 
-def test_a_flag_set_by_hand_is_seen_as_in_stock() -> None:
+def test_a_flag_set_by_hand_is_seen_as_in_stock(way: str) -> None:
     """Under torch 2.11 that is: not at all."""
     counts = []
-    for net in nets():
+    for net in turns(way):
         torch._dynamo.reset()
         counter = CompileCounterWithBackend("aot_eager")
         compiled = torch.compile(net, backend=counter, fullgraph=True)

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import freezekit as fk
-from tests.dropin.twins import assert_same, gradients, nets
+from tests.dropin.twins import assert_same, gradients, kinds, nets, turns
 from tests.observe import Calls, bytes_kept
 
 X = torch.linspace(-1, 1, 2 * 3 * 8 * 8).view(2, 3, 8, 8)
@@ -69,9 +69,9 @@ def test_half_of_a_parametrization_frozen() -> None:
 
 
 @pytest.mark.parametrize("average", [None, get_ema_multi_avg_fn(0.9)], ids=["SWA", "EMA"])
-def test_averaged_models(average: Any) -> None:
+def test_averaged_models(average: Any, way: str) -> None:
     averaged = []
-    for net in nets():
+    for net in turns(way):
         model = AveragedModel(net, multi_avg_fn=average)
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
         for _ in range(3):
@@ -172,7 +172,7 @@ def test_hooks_of_every_kind() -> None:
     assert len(seen[KINDS[0]]) == 11 - 1
 
 
-def test_conv_forward_overridden_or_called() -> None:
+def test_conv_forward_overridden_or_called(way: str) -> None:
     def subclass(base: type[nn.Conv2d]) -> type[nn.Conv2d]:
         class Standardized(base):  # type: ignore[valid-type, misc]
             def forward(self, x: Tensor) -> Tensor:
@@ -184,7 +184,7 @@ def test_conv_forward_overridden_or_called() -> None:
         return Standardized
 
     results = []
-    for kind in KINDS:
+    for kind in kinds(way):
         torch.manual_seed(0)
         results.append(gradients(subclass(kind)(3, 4, 3, padding=1, padding_mode="circular"), X))
     assert_same(*results)
@@ -196,9 +196,9 @@ EDITS: dict[str, Any] = dict(
 
 
 @pytest.mark.parametrize("attribute", EDITS)
-def test_attributes_edited_after_construction(attribute: str) -> None:
+def test_attributes_edited_after_construction(attribute: str, way: str) -> None:
     outputs = []
-    for kind in KINDS:
+    for kind in kinds(way):
         torch.manual_seed(0)
         conv = kind(3, 4, 3, padding=1)
         setattr(conv, attribute.replace("_name", ""), EDITS[attribute])
@@ -206,9 +206,9 @@ def test_attributes_edited_after_construction(attribute: str) -> None:
     assert_same(*outputs)
 
 
-def test_parameters_replaced_after_construction() -> None:
+def test_parameters_replaced_after_construction(way: str) -> None:
     outputs = []
-    for kind in KINDS:
+    for kind in kinds(way):
         torch.manual_seed(0)
         conv = kind(3, 4, 3)
         conv.weight = nn.Parameter(torch.ones(5, 3, 1, 1), requires_grad=False)
@@ -218,9 +218,9 @@ def test_parameters_replaced_after_construction() -> None:
     assert outputs[0]["y"].shape[1] == 5
 
 
-def test_a_shared_module_gathers_both_gradients() -> None:
+def test_a_shared_module_gathers_both_gradients(way: str) -> None:
     results = []
-    for kind in KINDS:
+    for kind in kinds(way):
         torch.manual_seed(0)
         conv = kind(3, 3, 3, padding=1)
         results.append(gradients(nn.Sequential(conv, nn.ReLU(), conv), X))

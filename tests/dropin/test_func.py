@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 import freezekit as fk
 from freezekit.functional import conv2d, conv2d_dgrad, conv2d_wgrad
 from tests.dropin.twins import net as make_net
-from tests.dropin.twins import nets
+from tests.dropin.twins import turns
 from tests.observe import Calls
 
 X = torch.linspace(-1, 1, 2 * 3 * 6 * 6).view(2, 3, 6, 6)
@@ -109,9 +109,9 @@ TRANSFORMS: dict[str, Callable[[nn.Module], Any]] = {
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_transforms(name: str, frozen: bool, channels_last: bool) -> None:
+def test_transforms(name: str, frozen: bool, channels_last: bool, way: str) -> None:
     results = []
-    for net in nets():
+    for net in turns(way):
         net[2].requires_grad_(not frozen or name == "batched gradients")
         if channels_last:
             net.to(memory_format=torch.channels_last)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules import module as global_hooks
 
 import freezekit as fk
-from tests.dropin.twins import assert_same, gradients, nets
+from tests.dropin.twins import assert_same, gradients, turns
 
 X = torch.linspace(-1, 1, 2 * 3 * 8 * 8).view(2, 3, 8, 8)
 
@@ -18,10 +18,10 @@ def name_of(module: nn.Module) -> str:
     return type(module).__name__.replace("Freezable", "")
 
 
-def test_global_module_hooks() -> None:
+def test_global_module_hooks(way: str) -> None:
     seen: list[list[tuple[str, str]]] = []
     results = []
-    for net in nets():
+    for net in turns(way):
         seen.append([])
 
         def note(kind: str, change: float | None = None, log: list[tuple[str, str]] = seen[-1]) -> Any:

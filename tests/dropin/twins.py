@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -26,6 +26,25 @@ def nets() -> tuple[nn.Sequential, nn.Sequential]:
     ours, stock = net(fk.FreezableConv2d), net(nn.Conv2d)
     ours.load_state_dict(stock.state_dict())
     return ours, stock
+
+
+def kinds(way: str) -> Iterator[type[nn.Conv2d]]:
+    """freezekit's layer and stock's, in turn: a class of its own, or stock's while freezekit is enabled."""
+    if way == "converted":
+        yield fk.FreezableConv2d
+    else:
+        with fk.enabled():
+            yield nn.Conv2d
+    yield nn.Conv2d
+
+
+def turns(way: str) -> Iterator[nn.Sequential]:
+    """The nets of `nets()`, in turn; "enabled" runs stock's twice, the first time with freezekit enabled."""
+    stock = net(nn.Conv2d).state_dict()
+    for kind in kinds(way):
+        made = net(kind)
+        made.load_state_dict(stock)
+        yield made
 
 
 def gradients(call: Callable[[Tensor], Tensor], x: Tensor, module: nn.Module | None = None) -> dict[str, Tensor | None]:

@@ -11,6 +11,7 @@
 #include "torch/common/layout.h"
 #include "torch/common/operators.h"
 #include "torch/common/route.h"
+#include "torch/conv2d/autograd.h"
 
 namespace freezekit {
 namespace {
@@ -81,6 +82,17 @@ Tensor record(const char* name, TrilinearGradients formula, const Tensor& first,
   return recorded(node, compute);
 }
 
+}  // namespace
+
+Tensor record_conv2d(const Tensor& input, const Tensor& weight, const Tensor& bias, const Geometry& g,
+                     c10::function_ref<Tensor()> compute) {
+  return record("FreezekitConv2dBackward",
+                {g, sizes_of(input.sym_sizes()), sizes_of(weight.sym_sizes()), Role::output, Role::input, Role::weight},
+                input, weight, compute, bias);
+}
+
+namespace {
+
 Tensor conv2d_entry(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Geometry& g) {
   check_same(input, "input", weight, "weight");
   const Tensor b = bias.value_or(Tensor());
@@ -88,9 +100,7 @@ Tensor conv2d_entry(const Tensor& input, const Tensor& weight, const std::option
     check_conv2d(input, weight, bias, g);
     return aten::conv2d(input, weight, bias, g);
   }
-  return record("FreezekitConv2dBackward",
-                {g, sizes_of(input.sym_sizes()), sizes_of(weight.sym_sizes()), Role::output, Role::input, Role::weight},
-                input, weight, [&] { return conv2d(input, weight, bias, g); }, b);
+  return record_conv2d(input, weight, b, g, [&] { return conv2d(input, weight, bias, g); });
 }
 
 Tensor dgrad_entry(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size, const Geometry& g) {

@@ -9,44 +9,16 @@
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/library.h>
 
-#include "torch/common/checks.h"
 #include "torch/autograd/formula.h"
+#include "torch/common/checks.h"
 #include "torch/common/route.h"
 #include "torch/common/shape_only.h"
+#include "torch/conv_nd/conv_nd.h"
 
 namespace freezekit {
 namespace {
 
 using OptionalTensor = std::optional<Tensor>;
-
-using Numbers = std::vector<c10::SymInt>;
-
-struct ConvNdGeometry {
-  using Flat = Arguments<SymIntArrayRef, SymIntArrayRef, SymIntArrayRef, bool, SymIntArrayRef, c10::SymInt>;
-
-  ConvNdGeometry() = default;
-  ConvNdGeometry(SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation, bool transposed,
-                 SymIntArrayRef output_padding, c10::SymInt groups)
-      : stride(owned(stride)),
-        padding(owned(padding)),
-        dilation(owned(dilation)),
-        output_padding(owned(output_padding)),
-        transposed(transposed),
-        groups(std::move(groups)) {}
-
-  template <class F>
-  auto apply(const F& f) const {
-    return f(stride, padding, dilation, transposed, output_padding, groups);
-  }
-
-  Tensor convolution(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) const {
-    return at::convolution_symint(input, weight, bias, stride, padding, dilation, transposed, output_padding, groups);
-  }
-
-  Numbers stride, padding, dilation, output_padding;
-  bool transposed = false;
-  c10::SymInt groups = 1;
-};
 
 using ConvNdOperator = SettingsOperator<ConvNdGeometry, Tensor(const Tensor& input, const Tensor& weight,
                                                                const OptionalTensor& bias)>;
@@ -127,6 +99,18 @@ struct ConvNdGradients {
   }
 };
 
+}  // namespace
+
+Tensor record_convolution(const Tensor& input, const Tensor& weight, const Tensor& bias, const ConvNdGeometry& g,
+                          c10::function_ref<Tensor()> compute) {
+  const auto node = formula_node("FreezekitConvolutionBackward",
+                                 ConvNdGradients{g, owned(input.sym_sizes()), owned(weight.sym_sizes())}, input, weight, bias);
+  node->keep(weight.requires_grad() ? input : Tensor(), input.requires_grad() ? weight : Tensor());
+  return recorded(node, compute);
+}
+
+namespace {
+
 Tensor convolution_autograd(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                             const ConvNdGeometry& g) {
   check_convolution(input, weight, bias, g);
@@ -134,10 +118,7 @@ Tensor convolution_autograd(const Tensor& input, const Tensor& weight, const Opt
   if (route(Op::convolution, Backend::automatic, input, weight, b).computer == Computer::formula) {
     return g.convolution(input, weight, bias);
   }
-  const auto node = formula_node("FreezekitConvolutionBackward",
-                                 ConvNdGradients{g, owned(input.sym_sizes()), owned(weight.sym_sizes())}, input, weight, b);
-  node->keep(weight.requires_grad() ? input : Tensor(), input.requires_grad() ? weight : Tensor());
-  return recorded(node, [&] { return g.convolution(input, weight, bias); });
+  return record_convolution(input, weight, b, g, [&] { return g.convolution(input, weight, bias); });
 }
 
 Tensor convolution_aten(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const ConvNdGeometry& g) {

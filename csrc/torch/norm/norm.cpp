@@ -20,6 +20,7 @@
 
 #include "torch/autograd/formula.h"
 #include "torch/common/route.h"
+#include "torch/norm/norm.h"
 
 namespace freezekit {
 namespace {
@@ -70,6 +71,20 @@ struct BatchNormGradients {
   }
 };
 
+}  // namespace
+
+AnyNodePtr batch_norm_node(const Tensor& input, const Tensor& weight, const Tensor& bias, const Tensor& var, double eps) {
+  const at::ScalarType bias_dtype = bias.defined() ? bias.scalar_type() : input.scalar_type();
+  const auto node = formula_node("FreezekitBatchNormBackward", BatchNormGradients{eps, weight.defined(), bias_dtype},
+                                 input, bias);
+  if (input.requires_grad()) {
+    weight.defined() ? node->keep(var, weight) : node->keep(var);
+  }
+  return node;
+}
+
+namespace {
+
 Tensor batch_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean,
                   const Tensor& var, double eps) {
   const Tensor w = or_undefined(weight), b = or_undefined(bias);
@@ -79,13 +94,8 @@ Tensor batch_norm(const Tensor& input, const OptionalTensor& weight, const Optio
       route(Op::batch_norm, Backend::automatic, input, w, b, mean, var).computer == Computer::formula) {
     return by_statistics(input, weight, bias, mean, var, eps);
   }
-  const at::ScalarType bias_dtype = b.defined() ? b.scalar_type() : input.scalar_type();
-  const auto node =
-      formula_node("FreezekitBatchNormBackward", BatchNormGradients{eps, w.defined(), bias_dtype}, input, b);
-  if (input.requires_grad()) {
-    w.defined() ? node->keep(var, w) : node->keep(var);
-  }
-  return recorded(node, [&] { return by_statistics(input, weight, bias, mean, var, eps); });
+  return recorded(batch_norm_node(input, w, b, var, eps),
+                  [&] { return by_statistics(input, weight, bias, mean, var, eps); });
 }
 
 Tensor layer_norm_aten(const Tensor& input, SymIntArrayRef shape, const OptionalTensor& weight,
@@ -127,20 +137,31 @@ struct GroupNormBiasGradient {
   }
 };
 
+}  // namespace
+
+AnyNodePtr layer_norm_bias_node(const Tensor& bias) {
+  return formula_node("FreezekitLayerNormBackward",
+                      LayerNormBiasGradient{bias.scalar_type(), owned(bias.sym_sizes())}, bias);
+}
+
+AnyNodePtr group_norm_bias_node(const Tensor& bias) {
+  return formula_node("FreezekitGroupNormBackward", GroupNormBiasGradient{bias.scalar_type()}, bias);
+}
+
+namespace {
+
 Tensor layer_norm(const Tensor& input, SymIntArrayRef shape, const OptionalTensor& weight, const OptionalTensor& bias,
                   double eps) {
   const auto compute = [&] { return layer_norm_aten(input, shape, weight, bias, eps); };
   if (!is_for_bias_alone(Op::layer_norm, input, or_undefined(weight), or_undefined(bias))) return compute();
-  const LayerNormBiasGradient formula{bias->scalar_type(), owned(bias->sym_sizes())};
-  return recorded(formula_node("FreezekitLayerNormBackward", formula, *bias), compute);
+  return recorded(layer_norm_bias_node(*bias), compute);
 }
 
 Tensor group_norm(const Tensor& input, int64_t groups, const OptionalTensor& weight, const OptionalTensor& bias,
                   double eps) {
   const auto compute = [&] { return group_norm_aten(input, groups, weight, bias, eps); };
   if (!is_for_bias_alone(Op::group_norm, input, or_undefined(weight), or_undefined(bias))) return compute();
-  const GroupNormBiasGradient formula{bias->scalar_type()};
-  return recorded(formula_node("FreezekitGroupNormBackward", formula, *bias), compute);
+  return recorded(group_norm_bias_node(*bias), compute);
 }
 
 }  // namespace

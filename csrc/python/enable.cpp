@@ -1,0 +1,39 @@
+// freezekit._C.enable: the switch that puts freezekit's kernels on torch's own operators.
+#include "torch/enable/enable.h"
+
+#include <pybind11/stl.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include "python/bindings.h"
+
+namespace freezekit {
+namespace {
+
+// The Python function that tells; held for good, as autograd's threads may ask while the interpreter ends.
+PyObject* is_compiled = nullptr;
+
+bool ask_python(const at::Tensor& tensor) {
+  const py::gil_scoped_acquire gil;
+  return py::cast<bool>(py::handle(is_compiled)(tensor));
+}
+
+std::vector<std::string> switch_on(const py::object& predicate) {
+  if (!is_compiled) is_compiled = py::object(predicate).release().ptr();
+  return enable::enable(ask_python);
+}
+
+}  // namespace
+
+void bind_enable(py::module_& parent) {
+  py::module_ m = parent.def_submodule("enable", "The switch that puts freezekit's kernels on torch's own operators.");
+  m.def("on", switch_on, py::arg("is_compiled"),
+        "Registers the kernels; the operators that another library has taken. is_compiled(tensor): of a class of torch's "
+        "that stands for other tensors in what torch.compile is tracing.");
+  m.def("off", enable::disable, "Takes the kernels out again.");
+  m.def("set_watched", enable::set_watched, py::arg("watched"),
+        "Whether this thread's dispatch modes are freezekit's own, which want to see what freezekit does.");
+  m.def("operators", enable::operators, "The operators of aten that have a stand-in.");
+}
+
+}  // namespace freezekit

@@ -1,0 +1,125 @@
+// Activations that are linear in pieces, and dropout: one bit per element instead of a tensor.
+#include <ATen/core/Tensor.h>
+
+#include "torch/enable/call.h"
+#include "torch/enable/operator.h"
+
+namespace freezekit::enable {
+namespace {
+
+using at::Scalar;
+
+extern Operator<Tensor(const Tensor&)> torch_relu;
+extern Operator<Tensor&(Tensor&)> torch_relu_inplace;
+extern Operator<Tensor(const Tensor&, const Scalar&, const Scalar&)> torch_threshold, torch_hardtanh;
+extern Operator<Tensor&(Tensor&, const Scalar&, const Scalar&)> torch_threshold_inplace, torch_hardtanh_inplace;
+extern Operator<Tensor(const Tensor&, const Scalar&)> torch_leaky_relu;
+extern Operator<Tensor&(Tensor&, const Scalar&)> torch_leaky_relu_inplace;
+extern Operator<Tensor(const Tensor&, double, bool)> torch_dropout;
+extern Operator<Tensor&(Tensor&, double, bool)> torch_dropout_inplace;
+
+Tensor activation(DispatchKeySet keys, const Tensor& x, const char* kind, double a, double b) {
+  static const auto op =
+      find_operator<Tensor(const Tensor&, std::string_view, double, double, std::string_view)>("freezekit::activation");
+  return op.redispatch(keys, x, kind, a, b, "auto");
+}
+
+Tensor& activation_inplace(DispatchKeySet keys, Tensor& x, const char* kind, double a, double b) {
+  static const auto op =
+      find_operator<void(Tensor&, std::string_view, double, double, std::string_view)>("freezekit::activation_");
+  op.redispatch(keys, x, kind, a, b, "auto");
+  return x;
+}
+
+bool has_bits(const Tensor& x) { return gains(Op::activation, x); }
+
+bool is_number(const Scalar& scalar) {
+  return !scalar.isSymbolic() && (scalar.isFloatingPoint() || scalar.isIntegral(/*includeBool=*/false));
+}
+bool is_zero(const Scalar& scalar) { return is_number(scalar) && scalar.toDouble() == 0; }
+
+Tensor relu(DispatchKeySet keys, const Tensor& x) {
+  if (is_unrecorded(x)) return torch_relu.unrecorded(keys, x);
+  return has_bits(x) ? activation(keys, x, "relu", 0, 0) : torch_relu.stock(keys, x);
+}
+
+Tensor& relu_(DispatchKeySet keys, Tensor& x) {
+  if (is_unrecorded(x)) return torch_relu_inplace.unrecorded(keys, x);
+  return has_bits(x) ? activation_inplace(keys, x, "relu", 0, 0) : torch_relu_inplace.stock(keys, x);
+}
+
+// threshold(x, 0, 0) is relu; others are rare, and torch's.
+Tensor threshold(DispatchKeySet keys, const Tensor& x, const Scalar& threshold, const Scalar& value) {
+  if (is_unrecorded(x)) return torch_threshold.unrecorded(keys, x, threshold, value);
+  if (!is_zero(threshold) || !is_zero(value) || !has_bits(x)) return torch_threshold.stock(keys, x, threshold, value);
+  return activation(keys, x, "relu", 0, 0);
+}
+
+Tensor& threshold_(DispatchKeySet keys, Tensor& x, const Scalar& threshold, const Scalar& value) {
+  if (is_unrecorded(x)) return torch_threshold_inplace.unrecorded(keys, x, threshold, value);
+  if (!is_zero(threshold) || !is_zero(value) || !has_bits(x)) return torch_threshold_inplace.stock(keys, x, threshold, value);
+  return activation_inplace(keys, x, "relu", 0, 0);
+}
+
+// Crossed ends and NaN have rules of their own in torch.
+bool are_ends(const Scalar& lowest, const Scalar& highest) {
+  return is_number(lowest) && is_number(highest) && lowest.toDouble() <= highest.toDouble();
+}
+
+Tensor hardtanh(DispatchKeySet keys, const Tensor& x, const Scalar& lowest, const Scalar& highest) {
+  if (is_unrecorded(x)) return torch_hardtanh.unrecorded(keys, x, lowest, highest);
+  if (!are_ends(lowest, highest) || !has_bits(x)) return torch_hardtanh.stock(keys, x, lowest, highest);
+  return activation(keys, x, "hardtanh", lowest.toDouble(), highest.toDouble());
+}
+
+Tensor& hardtanh_(DispatchKeySet keys, Tensor& x, const Scalar& lowest, const Scalar& highest) {
+  if (is_unrecorded(x)) return torch_hardtanh_inplace.unrecorded(keys, x, lowest, highest);
+  if (!are_ends(lowest, highest) || !has_bits(x)) return torch_hardtanh_inplace.stock(keys, x, lowest, highest);
+  return activation_inplace(keys, x, "hardtanh", lowest.toDouble(), highest.toDouble());
+}
+
+// Torch refuses the gradient of an in-place call with a negative slope: its own kernel says so.
+bool is_slope(const Scalar& slope) { return is_number(slope) && slope.toDouble() >= 0; }
+
+Tensor leaky_relu(DispatchKeySet keys, const Tensor& x, const Scalar& slope) {
+  if (is_unrecorded(x)) return torch_leaky_relu.unrecorded(keys, x, slope);
+  if (!is_slope(slope) || !has_bits(x)) return torch_leaky_relu.stock(keys, x, slope);
+  return activation(keys, x, "leaky_relu", slope.toDouble(), 0);
+}
+
+Tensor& leaky_relu_(DispatchKeySet keys, Tensor& x, const Scalar& slope) {
+  if (is_unrecorded(x)) return torch_leaky_relu_inplace.unrecorded(keys, x, slope);
+  if (!is_slope(slope) || !has_bits(x)) return torch_leaky_relu_inplace.stock(keys, x, slope);
+  return activation_inplace(keys, x, "leaky_relu", slope.toDouble(), 0);
+}
+
+bool drops(const Tensor& x, double p, bool train) {
+  return train && p > 0 && p < 1 && !is_unrecorded(x) && gains(Op::dropout, x) && x.numel() > 0;
+}
+
+Tensor dropout(DispatchKeySet keys, const Tensor& x, double p, bool train) {
+  if (!drops(x, p, train)) return torch_dropout.stock(keys, x, p, train);
+  static const auto op = find_operator<Tensor(const Tensor&, double, bool, std::string_view)>("freezekit::dropout");
+  return op.redispatch(keys, x, p, train, "auto");
+}
+
+Tensor& dropout_(DispatchKeySet keys, Tensor& x, double p, bool train) {
+  if (!drops(x, p, train)) return torch_dropout_inplace.stock(keys, x, p, train);
+  static const auto op = find_operator<void(Tensor&, double, bool, std::string_view)>("freezekit::dropout_");
+  op.redispatch(keys, x, p, train, "auto");
+  return x;
+}
+
+Operator<Tensor(const Tensor&)> torch_relu("relu", TORCH_FN(relu));
+Operator<Tensor&(Tensor&)> torch_relu_inplace("relu_", TORCH_FN(relu_));
+Operator<Tensor(const Tensor&, const Scalar&, const Scalar&)> torch_threshold("threshold", TORCH_FN(threshold));
+Operator<Tensor&(Tensor&, const Scalar&, const Scalar&)> torch_threshold_inplace("threshold_", TORCH_FN(threshold_));
+Operator<Tensor(const Tensor&, const Scalar&, const Scalar&)> torch_hardtanh("hardtanh", TORCH_FN(hardtanh));
+Operator<Tensor&(Tensor&, const Scalar&, const Scalar&)> torch_hardtanh_inplace("hardtanh_", TORCH_FN(hardtanh_));
+Operator<Tensor(const Tensor&, const Scalar&)> torch_leaky_relu("leaky_relu", TORCH_FN(leaky_relu));
+Operator<Tensor&(Tensor&, const Scalar&)> torch_leaky_relu_inplace("leaky_relu_", TORCH_FN(leaky_relu_));
+Operator<Tensor(const Tensor&, double, bool)> torch_dropout("dropout", TORCH_FN(dropout));
+Operator<Tensor&(Tensor&, double, bool)> torch_dropout_inplace("dropout_", TORCH_FN(dropout_));
+
+}  // namespace
+}  // namespace freezekit::enable

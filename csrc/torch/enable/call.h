@@ -1,0 +1,47 @@
+// Which calls a stand-in serves. A list of what it serves, not of what it does not: what is unknown is torch's.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
+#include <torch/csrc/autograd/functions/utils.h>
+
+#include "torch/common/route.h"
+#include "torch/enable/enable.h"
+
+namespace freezekit::enable {
+
+using at::Tensor;
+
+// Whether freezekit computes the value too, or torch's operator below autograd does, as in stock.
+enum class Value { torch_s, ours };
+
+void set_is_compiled(IsCompiled);
+
+namespace detail {
+bool is_plain(const Tensor&);
+bool is_compiled(const Tensor&);
+bool has_modes();
+}  // namespace detail
+
+// Whether torch's kernel would do no more than call the one below: nothing requires a gradient, of either kind.
+template <class... Tensors>
+bool is_unrecorded(const Tensors&... tensors) {
+  return !torch::autograd::compute_requires_grad(tensors...) && (!torch::autograd::isFwGradDefined(tensors) && ...);
+}
+
+// Whether freezekit's node can stand for torch's. Undefined tensors are served. Dispatch modes and tracers are to see in
+// both passes what they see in stock. torch.compile alone is served among them: what it makes of the node is compiled,
+// and the forward operator is torch's own.
+template <class... Tensors>
+bool serves(Value value, const Tensor& input, const Tensors&... others) {
+  if (!detail::has_modes()) return detail::is_plain(input) && (detail::is_plain(others) && ...);
+  return value == Value::torch_s && detail::is_compiled(input) &&
+         ((detail::is_plain(others) || detail::is_compiled(others)) && ...);
+}
+
+// Whether freezekit serves the call and its entry would not hand it back to torch's operator.
+inline bool gains(Op op, const Tensor& input) {
+  return serves(Value::ours, input) && route(op, Backend::automatic, input).computer != Computer::formula;
+}
+
+}  // namespace freezekit::enable

@@ -1,0 +1,56 @@
+// Convolutions of one to three dimensions, transposed ones too, with a frozen weight: the input is not kept.
+#include <ATen/core/Tensor.h>
+
+#include "torch/conv2d/autograd.h"
+#include "torch/conv_nd/conv_nd.h"
+#include "torch/enable/call.h"
+#include "torch/enable/operator.h"
+
+namespace freezekit::enable {
+namespace {
+
+using c10::SymInt;
+using c10::SymIntArrayRef;
+using OptionalTensor = std::optional<Tensor>;
+
+extern Operator<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, SymIntArrayRef, SymIntArrayRef,
+                             SymIntArrayRef, bool, SymIntArrayRef, SymInt)>
+    torch_convolution;
+
+Tensor convolution(DispatchKeySet keys, const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                   SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation, bool transposed,
+                   SymIntArrayRef output_padding, SymInt groups) {
+  const Tensor b = bias.value_or(Tensor());
+  if (is_unrecorded(input, weight, b)) {
+    return torch_convolution.unrecorded(keys, input, weight, bias, stride, padding, dilation, transposed, output_padding,
+                                   groups);
+  }
+  const size_t axes = input.dim() - 2;
+  const auto fits = [axes](SymIntArrayRef numbers) { return numbers.size() == 1 || numbers.size() == axes; };
+  const bool gains = !weight.requires_grad() && weight.dim() == input.dim() && axes >= 1 && axes <= 3 && fits(stride) &&
+                     fits(padding) && fits(dilation) && fits(output_padding);
+  if (!gains || !serves(Value::torch_s, input, weight, b)) {
+    return torch_convolution.stock(keys, input, weight, bias, stride, padding, dilation, transposed, output_padding, groups);
+  }
+  const auto compute = [&] {
+    return torch_convolution.forward(keys, input, weight, bias, stride, padding, dilation, transposed, output_padding,
+                                groups);
+  };
+  if (axes == 2 && !transposed) {
+    return record_conv2d(input, weight, b, Geometry(stride, padding, dilation, groups, "auto"), compute);
+  }
+  const auto each_axis = [&](SymIntArrayRef numbers) {
+    return numbers.size() == 1 ? std::vector<SymInt>(axes, numbers[0]) : numbers.vec();
+  };
+  return record_convolution(
+      input, weight, b,
+      {each_axis(stride), each_axis(padding), each_axis(dilation), transposed, each_axis(output_padding), groups},
+      compute);
+}
+
+Operator<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, SymIntArrayRef, SymIntArrayRef,
+                      SymIntArrayRef, bool, SymIntArrayRef, SymInt)>
+    torch_convolution("convolution", TORCH_FN(convolution));
+
+}  // namespace
+}  // namespace freezekit::enable

@@ -1,0 +1,114 @@
+// Batch norm by given statistics and with a frozen weight keeps nothing of the input's size; layer and group norm keep
+// nothing where the bias alone learns.
+#include <ATen/core/Tensor.h>
+
+#include "torch/enable/call.h"
+#include "torch/enable/operator.h"
+#include "torch/norm/norm.h"
+
+namespace freezekit::enable {
+namespace {
+
+using c10::SymInt;
+using c10::SymIntArrayRef;
+using OptionalTensor = std::optional<Tensor>;
+using Three = std::tuple<Tensor, Tensor, Tensor>;
+using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+using BatchNorm = Operator<Three(const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                                 const OptionalTensor&, bool, double, double)>;
+using CudnnBatchNorm = Operator<Four(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                                     const OptionalTensor&, bool, double, double)>;
+using FixedBatchNorm = Operator<Three(const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&,
+                                      const Tensor&, double, double)>;
+using LayerNorm = Operator<Three(const Tensor&, SymIntArrayRef, const OptionalTensor&, const OptionalTensor&, double)>;
+using GroupNorm = Operator<Three(const Tensor&, const OptionalTensor&, const OptionalTensor&, SymInt, SymInt, SymInt,
+                                 int64_t, double)>;
+extern BatchNorm torch_batch_norm;
+extern CudnnBatchNorm torch_cudnn_batch_norm;
+extern FixedBatchNorm torch_fixed_batch_norm;
+extern LayerNorm torch_layer_norm;
+extern GroupNorm torch_group_norm;
+
+bool learns(const Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); }
+
+Tensor tensor_of(const OptionalTensor& tensor) { return tensor.value_or(Tensor()); }
+
+// `rest`: what else torch's operator takes, behind the statistics.
+template <class Op, class Weight, class Statistic, class... Rest>
+auto batch_norm_by(const Op& op, DispatchKeySet keys, bool training, double eps, const Tensor& input,
+                   const Weight& weight, const OptionalTensor& bias, const Statistic& running_mean,
+                   const Statistic& running_var, Rest... rest) {
+  const Tensor w = tensor_of(weight), b = tensor_of(bias), mean = tensor_of(running_mean), var = tensor_of(running_var);
+  if (is_unrecorded(input, w, b, mean, var)) {
+    return op.unrecorded(keys, input, weight, bias, running_mean, running_var, rest...);
+  }
+  const bool gains = !training && mean.defined() && var.defined() && input.dim() >= 2 && !learns(w) && !learns(mean) &&
+                     !learns(var);
+  if (!gains || !serves(Value::torch_s, input, w, b, mean, var)) {
+    return op.stock(keys, input, weight, bias, running_mean, running_var, rest...);
+  }
+  auto results = op.forward(keys, input, weight, bias, running_mean, running_var, rest...);
+  torch::autograd::set_history(std::get<0>(results), batch_norm_node(input, w, b, var, eps));
+  return results;
+}
+
+Three native_batch_norm(DispatchKeySet keys, const Tensor& input, const OptionalTensor& weight,
+                        const OptionalTensor& bias, const OptionalTensor& running_mean,
+                        const OptionalTensor& running_var, bool training, double momentum, double eps) {
+  return batch_norm_by(torch_batch_norm, keys, training, eps, input, weight, bias, running_mean, running_var, training,
+                       momentum, eps);
+}
+
+// What torch.compile makes of batch norm in eval mode.
+Three fixed_batch_norm(DispatchKeySet keys, const Tensor& input, const OptionalTensor& weight,
+                       const OptionalTensor& bias, const Tensor& running_mean, const Tensor& running_var,
+                       double momentum, double eps) {
+  return batch_norm_by(torch_fixed_batch_norm, keys, /*training=*/false, eps, input, weight, bias, running_mean,
+                       running_var, momentum, eps);
+}
+
+Four cudnn_batch_norm(DispatchKeySet keys, const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                      const OptionalTensor& running_mean, const OptionalTensor& running_var, bool training,
+                      double momentum, double eps) {
+  return batch_norm_by(torch_cudnn_batch_norm, keys, training, eps, input, weight, bias, running_mean, running_var,
+                       training, momentum, eps);
+}
+
+bool is_for_bias_alone(const Tensor& input, const Tensor& weight, const Tensor& bias) {
+  return learns(bias) && !input.requires_grad() && !learns(weight) && serves(Value::torch_s, input, weight, bias);
+}
+
+Three native_layer_norm(DispatchKeySet keys, const Tensor& input, SymIntArrayRef shape, const OptionalTensor& weight,
+                        const OptionalTensor& bias, double eps) {
+  const Tensor w = weight.value_or(Tensor()), b = bias.value_or(Tensor());
+  if (is_unrecorded(input, w, b)) return torch_layer_norm.unrecorded(keys, input, shape, weight, bias, eps);
+  if (!is_for_bias_alone(input, w, b)) return torch_layer_norm.stock(keys, input, shape, weight, bias, eps);
+  auto results = torch_layer_norm.forward(keys, input, shape, weight, bias, eps);
+  torch::autograd::set_history(std::get<0>(results), layer_norm_bias_node(b));
+  return results;
+}
+
+Three native_group_norm(DispatchKeySet keys, const Tensor& input, const OptionalTensor& weight,
+                        const OptionalTensor& bias, SymInt n, SymInt c, SymInt hw, int64_t groups, double eps) {
+  const Tensor w = weight.value_or(Tensor()), b = bias.value_or(Tensor());
+  if (is_unrecorded(input, w, b)) return torch_group_norm.unrecorded(keys, input, weight, bias, n, c, hw, groups, eps);
+  const bool is_batch = input.dim() >= 2 && input.sym_size(0) == n && input.sym_size(1) == c;
+  if (!is_batch || !is_for_bias_alone(input, w, b)) {
+    return torch_group_norm.stock(keys, input, weight, bias, n, c, hw, groups, eps);
+  }
+  auto results = torch_group_norm.forward(keys, input, weight, bias, n, c, hw, groups, eps);
+  // Torch lets all three require a gradient here, and gives the bias none of the statistics'.
+  auto& [y, mean, rstd] = results;
+  torch::autograd::set_history(torch::autograd::variable_list{y, mean, rstd}, group_norm_bias_node(b));
+  return results;
+}
+
+BatchNorm torch_batch_norm("native_batch_norm", TORCH_FN(native_batch_norm));
+CudnnBatchNorm torch_cudnn_batch_norm("cudnn_batch_norm", TORCH_FN(cudnn_batch_norm));
+FixedBatchNorm torch_fixed_batch_norm("_native_batch_norm_legit_no_training", TORCH_FN(fixed_batch_norm));
+LayerNorm torch_layer_norm("native_layer_norm", TORCH_FN(native_layer_norm));
+GroupNorm torch_group_norm("native_group_norm", TORCH_FN(native_group_norm));
+
+}  // namespace
+}  // namespace freezekit::enable

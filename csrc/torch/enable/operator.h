@@ -1,0 +1,80 @@
+// Torch's operators with a stand-in: while freezekit is enabled, a kernel of freezekit's answers on their autograd keys
+// of CPU, CUDA and Meta, and hands every call that it gains nothing from to the kernel that torch has there.
+//
+//   Tensor relu(DispatchKeySet keys, const Tensor& x) { ... torch_relu.stock(keys, x) ... }
+//   Operator<Tensor(const Tensor&)> torch_relu("relu", TORCH_FN(relu));
+#pragma once
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+namespace freezekit::enable {
+
+using c10::DispatchKeySet;
+
+class AnyOperator {
+ public:
+  AnyOperator(const AnyOperator&) = delete;
+
+  // The stand-ins are registered with `library`, those apart that another library has taken on its `key`: their names
+  // are returned.
+  static std::vector<std::string> take_over(torch::Library& library, c10::DispatchKey key);
+  static std::vector<std::string> names();
+
+ protected:
+  AnyOperator(const char* name, torch::CppFunction (*stand_in)());
+  ~AnyOperator() = default;
+
+  c10::KernelFunction stock_;
+
+ private:
+  virtual void bind(const c10::OperatorHandle&) = 0;
+  bool find_stock(c10::DispatchKey key);
+
+  const char* name_;
+  torch::CppFunction (*stand_in_)();
+};
+
+template <class Signature>
+class Operator;
+
+template <class Result, class... Args>
+class Operator<Result(Args...)> final : public AnyOperator {
+ public:
+  // Kernels are functions known at compile time: a kernel without state can be called while it is being replaced.
+  template <class StandIn>
+  Operator(const char* name, StandIn) : AnyOperator(name, [] { return torch::CppFunction(StandIn()); }) {}
+
+  // What torch has for the call.
+  Result stock(DispatchKeySet keys, Args... args) const {
+    return stock_.call<Result, Args...>(*handle_, keys, std::forward<Args>(args)...);
+  }
+
+  // What torch's kernel does where no gradient is recorded, reverse or forward: it calls the one below.
+  Result unrecorded(DispatchKeySet keys, Args... args) const {
+    // In-place operators count up the version on the way.
+    using Guard = std::conditional_t<std::is_reference_v<Result>, at::AutoDispatchBelowAutograd,
+                                     at::AutoDispatchBelowADInplaceOrView>;
+    const Guard guard;
+    return handle_->redispatch(keys & c10::after_autograd_keyset, std::forward<Args>(args)...);
+  }
+
+  // The operator below autograd, for a result that freezekit's node is put behind.
+  Result forward(DispatchKeySet keys, Args... args) const {
+    static_assert(!std::is_reference_v<Result>);
+    return unrecorded(keys, std::forward<Args>(args)...);
+  }
+
+ private:
+  void bind(const c10::OperatorHandle& handle) override { handle_ = handle.typed<Result(Args...)>(); }
+
+  std::optional<c10::TypedOperatorHandle<Result(Args...)>> handle_;
+};
+
+}  // namespace freezekit::enable

@@ -1,0 +1,154 @@
+// Max pools keep a byte per output element; average pools, reflection and replication pads keep sizes alone.
+#include <ATen/core/Tensor.h>
+
+#include "torch/common/checks.h"
+#include "torch/enable/call.h"
+#include "torch/enable/operator.h"
+
+namespace freezekit::enable {
+namespace {
+
+using MaxPool2d = Operator<Tensor(const Tensor&, IntArrayRef, IntArrayRef, IntArrayRef, IntArrayRef, bool)>;
+using MaxPool2dWithIndices =
+    Operator<std::tuple<Tensor, Tensor>(const Tensor&, IntArrayRef, IntArrayRef, IntArrayRef, IntArrayRef, bool)>;
+using AvgPool =
+    Operator<Tensor(const Tensor&, IntArrayRef, IntArrayRef, IntArrayRef, bool, bool, std::optional<int64_t>)>;
+using Linear = Operator<Tensor(const Tensor&, SymIntArrayRef)>;
+
+extern MaxPool2d torch_max_pool2d;
+extern MaxPool2dWithIndices torch_max_pool2d_with_indices;
+extern AvgPool torch_avg_pool2d, torch_avg_pool3d;
+extern Linear torch_adaptive_avg_pool2d, torch_adaptive_avg_pool3d, torch_reflection_pad1d, torch_reflection_pad2d, torch_reflection_pad3d,
+    torch_replication_pad1d, torch_replication_pad2d, torch_replication_pad3d;
+
+// freezekit's max pools.
+template <class Result>
+using OwnMaxPool2d = Result(const Tensor&, SymIntArrayRef, SymIntArrayRef, SymIntArrayRef, SymIntArrayRef, bool,
+                            std::string_view);
+
+SymIntArrayRef symbols(IntArrayRef numbers) { return c10::fromIntArrayRefSlow(numbers); }
+
+bool is_in_range(IntArrayRef numbers) {
+  return std::all_of(numbers.begin(), numbers.end(),
+                     [](int64_t number) { return number > -kExtentLimit && number < kExtentLimit; });
+}
+
+bool has_taps(const Tensor& x, IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation) {
+  for (const auto numbers : {kernel_size, stride, padding, dilation}) {
+    if (numbers.size() > 2 || !is_in_range(numbers)) return false;
+  }
+  return x.dim() == 4 && !kernel_size.empty() && !padding.empty() && !dilation.empty() && !is_unrecorded(x) &&
+         gains(Op::max_pool2d, x);
+}
+
+Tensor max_pool2d(DispatchKeySet keys, const Tensor& x, IntArrayRef kernel_size, IntArrayRef stride,
+                  IntArrayRef padding, IntArrayRef dilation, bool ceil_mode) {
+  if (!has_taps(x, kernel_size, stride, padding, dilation)) {
+    return torch_max_pool2d.stock(keys, x, kernel_size, stride, padding, dilation, ceil_mode);
+  }
+  static const auto op = find_operator<OwnMaxPool2d<Tensor>>("freezekit::max_pool2d");
+  return op.redispatch(keys, x, symbols(kernel_size), symbols(stride), symbols(padding), symbols(dilation), ceil_mode, "auto");
+}
+
+std::tuple<Tensor, Tensor> max_pool2d_with_indices(DispatchKeySet keys, const Tensor& x, IntArrayRef kernel_size,
+                                                   IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+                                                   bool ceil_mode) {
+  if (!has_taps(x, kernel_size, stride, padding, dilation)) {
+    return torch_max_pool2d_with_indices.stock(keys, x, kernel_size, stride, padding, dilation, ceil_mode);
+  }
+  static const auto op = find_operator<OwnMaxPool2d<std::tuple<Tensor, Tensor>>>("freezekit::max_pool2d_with_indices");
+  return op.redispatch(keys, x, symbols(kernel_size), symbols(stride), symbols(padding), symbols(dilation), ceil_mode, "auto");
+}
+
+Tensor avg_pool(const AvgPool& op, size_t axes, DispatchKeySet keys, const Tensor& x, IntArrayRef kernel_size,
+                IntArrayRef stride, IntArrayRef padding, bool ceil_mode, bool count_include_pad,
+                std::optional<int64_t> divisor_override) {
+  if (is_unrecorded(x)) {
+    return op.unrecorded(keys, x, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override);
+  }
+  if (kernel_size.size() != axes || !serves(Value::torch_s, x)) {
+    return op.stock(keys, x, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override);
+  }
+  static const auto own = find_operator<Tensor(const Tensor&, SymIntArrayRef, SymIntArrayRef, SymIntArrayRef, bool, bool,
+                                               std::optional<c10::SymInt>)>("freezekit::avg_pool");
+  return own.redispatch(keys, x, symbols(kernel_size), symbols(stride), symbols(padding), ceil_mode, count_include_pad,
+                        divisor_override ? std::make_optional(c10::SymInt(*divisor_override)) : std::nullopt);
+}
+
+Tensor avg_pool2d(DispatchKeySet keys, const Tensor& x, IntArrayRef kernel_size, IntArrayRef stride,
+                  IntArrayRef padding, bool ceil_mode, bool count_include_pad,
+                  std::optional<int64_t> divisor_override) {
+  return avg_pool(torch_avg_pool2d, 2, keys, x, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override);
+}
+
+Tensor avg_pool3d(DispatchKeySet keys, const Tensor& x, IntArrayRef kernel_size, IntArrayRef stride,
+                  IntArrayRef padding, bool ceil_mode, bool count_include_pad,
+                  std::optional<int64_t> divisor_override) {
+  return avg_pool(torch_avg_pool3d, 3, keys, x, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override);
+}
+
+bool is_in_range(SymIntArrayRef numbers) {
+  return std::all_of(numbers.begin(), numbers.end(), [](const c10::SymInt& number) {
+    const auto known = number.maybe_as_int();
+    return !known || (*known > -kExtentLimit && *known < kExtentLimit);
+  });
+}
+
+// freezekit's operator `name` tells the number of axes from the count of `numbers`.
+template <Linear* kOperator, size_t kCount>
+Tensor linear(const char* name, DispatchKeySet keys, const Tensor& x, SymIntArrayRef numbers) {
+  if (is_unrecorded(x)) return kOperator->unrecorded(keys, x, numbers);
+  if (numbers.size() != kCount || !is_in_range(numbers) || !serves(Value::torch_s, x)) {
+    return kOperator->stock(keys, x, numbers);
+  }
+  static const auto own = find_operator<Tensor(const Tensor&, SymIntArrayRef)>(name);
+  return own.redispatch(keys, x, numbers);
+}
+
+// To one place it is a mean, elsewhere computed: who calls the operator below for that wants this very operator.
+bool is_mean(SymIntArrayRef output_size) {
+  return std::all_of(output_size.begin(), output_size.end(), [](const auto& size) { return size.maybe_as_int() == 1; });
+}
+
+Tensor adaptive_avg_pool2d(DispatchKeySet keys, const Tensor& x, SymIntArrayRef output_size) {
+  if (is_mean(output_size)) return torch_adaptive_avg_pool2d.stock(keys, x, output_size);
+  return linear<&torch_adaptive_avg_pool2d, 2>("freezekit::adaptive_avg_pool", keys, x, output_size);
+}
+Tensor adaptive_avg_pool3d(DispatchKeySet keys, const Tensor& x, SymIntArrayRef output_size) {
+  if (is_mean(output_size)) return torch_adaptive_avg_pool3d.stock(keys, x, output_size);
+  return linear<&torch_adaptive_avg_pool3d, 3>("freezekit::adaptive_avg_pool", keys, x, output_size);
+}
+Tensor reflection_pad1d(DispatchKeySet keys, const Tensor& x, SymIntArrayRef padding) {
+  return linear<&torch_reflection_pad1d, 2>("freezekit::reflection_pad", keys, x, padding);
+}
+Tensor reflection_pad2d(DispatchKeySet keys, const Tensor& x, SymIntArrayRef padding) {
+  return linear<&torch_reflection_pad2d, 4>("freezekit::reflection_pad", keys, x, padding);
+}
+Tensor reflection_pad3d(DispatchKeySet keys, const Tensor& x, SymIntArrayRef padding) {
+  return linear<&torch_reflection_pad3d, 6>("freezekit::reflection_pad", keys, x, padding);
+}
+Tensor replication_pad1d(DispatchKeySet keys, const Tensor& x, SymIntArrayRef padding) {
+  return linear<&torch_replication_pad1d, 2>("freezekit::replication_pad", keys, x, padding);
+}
+Tensor replication_pad2d(DispatchKeySet keys, const Tensor& x, SymIntArrayRef padding) {
+  return linear<&torch_replication_pad2d, 4>("freezekit::replication_pad", keys, x, padding);
+}
+Tensor replication_pad3d(DispatchKeySet keys, const Tensor& x, SymIntArrayRef padding) {
+  return linear<&torch_replication_pad3d, 6>("freezekit::replication_pad", keys, x, padding);
+}
+
+MaxPool2d torch_max_pool2d("max_pool2d", TORCH_FN(max_pool2d));
+MaxPool2dWithIndices torch_max_pool2d_with_indices("max_pool2d_with_indices", TORCH_FN(max_pool2d_with_indices));
+AvgPool torch_avg_pool2d("avg_pool2d", TORCH_FN(avg_pool2d));
+AvgPool torch_avg_pool3d("avg_pool3d", TORCH_FN(avg_pool3d));
+Linear torch_adaptive_avg_pool2d("_adaptive_avg_pool2d", TORCH_FN(adaptive_avg_pool2d));
+Linear torch_adaptive_avg_pool3d("_adaptive_avg_pool3d", TORCH_FN(adaptive_avg_pool3d));
+Linear torch_reflection_pad1d("reflection_pad1d", TORCH_FN(reflection_pad1d));
+Linear torch_reflection_pad2d("reflection_pad2d", TORCH_FN(reflection_pad2d));
+Linear torch_reflection_pad3d("reflection_pad3d", TORCH_FN(reflection_pad3d));
+Linear torch_replication_pad1d("replication_pad1d", TORCH_FN(replication_pad1d));
+Linear torch_replication_pad2d("replication_pad2d", TORCH_FN(replication_pad2d));
+Linear torch_replication_pad3d("replication_pad3d", TORCH_FN(replication_pad3d));
+
+}  // namespace
+}  // namespace freezekit::enable

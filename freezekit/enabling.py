@@ -1,0 +1,154 @@
+"""The savings without touching the model: freezekit's kernels on torch's own operators, for the process or a block."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ContextDecorator, contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch._C import DispatchKey
+from torch._guards import TracingContext
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.compiler import config as compiler
+
+from freezekit import _C
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_TAG = "+freezekit"
+_AUTOGRAD = (DispatchKey.AutogradCPU, DispatchKey.AutogradCUDA, DispatchKey.AutogradMeta)
+
+_lock = threading.RLock()
+_depth = 0
+_warned: set[str] = set()
+
+
+def enable() -> None:
+    """From here on, torch's own operators keep for backward what the gradients asked for read, in the whole process.
+
+    The model stays as it is: classes, names, pickles and graphs are torch's. Every call that freezekit gains nothing
+    from goes to torch's kernel as before. The switch is the process's: it holds in all threads. Each `enable` wants a
+    `disable`; calls may be nested. A backward pass needs no switch, unless a checkpoint recomputes its forward.
+
+    Warns:
+        UserWarning: once for each operator that another library has overridden: its kernels stay in place there.
+
+    >>> import torch, freezekit as fk
+    >>> fk.enable()
+    >>> fk.is_enabled()
+    True
+    >>> fk.disable()
+    """
+    global _depth
+    with _lock:
+        if not _depth:
+            others = [name for name in _C.enable.on(_is_compiled) if name not in _warned]
+            _switched(True)
+            if others:
+                _warned.update(others)
+                warnings.warn(
+                    f"another library has overridden {', '.join(others)} of torch's operators: its kernels stay in "
+                    "place, and freezekit saves nothing there",
+                    stacklevel=2,
+                )
+        _depth += 1
+
+
+def disable() -> None:
+    """Ends one `enable`; with the last, torch's operators are what they were.
+
+    Raises:
+        RuntimeError: if freezekit is not enabled.
+    """
+    global _depth
+    with _lock:
+        if not _depth:
+            raise RuntimeError("freezekit is not enabled: disable() wants an enable() before it")
+        _depth -= 1
+        if not _depth:
+            _C.enable.off()
+            _switched(False)
+
+
+def is_enabled() -> bool:
+    """Whether freezekit's kernels stand in for torch's own operators.
+
+    >>> import freezekit as fk
+    >>> with fk.enabled():
+    ...     fk.is_enabled()
+    True
+    """
+    return _depth > 0
+
+
+class enabled(ContextDecorator):
+    """`enable` for a block, or, as a decorator, for the calls of a function.
+
+    Raises:
+        TypeError: as a decorator of a generator or coroutine function, whose body runs after the call has ended.
+
+    >>> import torch, freezekit as fk
+    >>> conv = torch.nn.Conv2d(3, 8, 3).requires_grad_(False)
+    >>> x = torch.ones(1, 3, 8, 8, requires_grad=True)
+    >>> with fk.enabled():
+    ...     y = conv(x)
+    >>> y.sum().backward()
+    """
+
+    def __enter__(self) -> enabled:
+        enable()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        disable()
+
+    def __call__(self, function: Function) -> Function:
+        runs_later = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
+        if any(kind(function) for kind in runs_later):
+            raise TypeError(f"enabled() decorates functions, got the generator or coroutine {function.__qualname__}")
+        return super().__call__(function)
+
+
+@contextmanager
+def watched() -> Iterator[None]:
+    """For freezekit's own dispatch modes: with others, operators are called as torch calls them, for them to see."""
+    _C.enable.set_watched(True)
+    try:
+        yield
+    finally:
+        _C.enable.set_watched(False)
+
+
+def _is_compiled(tensor: torch.Tensor) -> bool:
+    """Whether a tensor of a Python class is one that stands for others in what torch.compile is tracing.
+
+    An export is a trace too, but of what torch's own operators would do.
+    """
+    if TracingContext.try_get() is None or torch.compiler.is_exporting():
+        return False
+    return type(tensor) is FakeTensor or type(tensor) is FunctionalTensor
+
+
+def _switched(on: bool) -> None:
+    """What torch has derived from the operators' kernels is derived again, as after torch.library's registrations.
+
+    Where torch has a kernel in Python for its tracers, that one still comes first: a registration in C++ on the very
+    key would hide it. What is compiled while enabled is cached under a tag: a process without freezekit must not find
+    it.
+    """
+    for name in _C.enable.operators():
+        op = getattr(torch.ops.aten, name).default
+        in_python = op.py_kernels.get(DispatchKey.Autograd)
+        for key in _AUTOGRAD if in_python else ():
+            if on:
+                op.py_kernels[key] = in_python
+            else:
+                del op.py_kernels[key]
+        op._dispatch_cache.clear()
+    tag = compiler.cache_key_tag.removesuffix(_TAG)
+    compiler.cache_key_tag = tag + _TAG if on else tag

@@ -1,0 +1,56 @@
+"""A converted model, exported without gradients, is an archive of torch's operators alone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import freezekit as fk
+
+LOAD = """
+import sys, torch
+path, x = sys.argv[1], torch.linspace(-1, 1, 2 * 3 * 16 * 16).view(2, 3, 16, 16)
+y = torch.export.load(path).module()(x)
+assert not any(name.startswith("freezekit") for name in sys.modules)
+print(y.sum(dtype=torch.float64).item())
+"""
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    layers = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect"),
+        nn.BatchNorm2d(8),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(2),
+        nn.ConvTranspose2d(8, 4, 2, 2),
+        nn.GroupNorm(2, 4),
+        nn.ReLU6(),
+        nn.Dropout(0.1),
+        nn.AvgPool2d(2),
+        nn.AdaptiveAvgPool2d(3),
+        nn.Flatten(2),
+        nn.Conv1d(4, 2, 3),
+        nn.LayerNorm(7),
+        nn.LeakyReLU(),
+    )
+    return fk.convert(layers).eval()
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_it_loads_without_freezekit(frozen: bool, tmp_path: Path) -> None:
+    """Frozen weights and an input that does not learn need no gradient; elsewhere `no_grad` says so."""
+    net, x = model().requires_grad_(not frozen), torch.linspace(-1, 1, 2 * 3 * 16 * 16).view(2, 3, 16, 16)
+    path = str(tmp_path / "archive.pt2")
+    with torch.set_grad_enabled(frozen):
+        program = torch.export.export(net, (x,))
+    assert "freezekit" not in str(program.graph)
+    torch.export.save(program, path)
+    run = subprocess.run([sys.executable, "-c", LOAD, path], capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert float(run.stdout) == pytest.approx(net(x).sum(dtype=torch.float64).item(), rel=1e-5)
