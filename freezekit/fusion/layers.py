@@ -82,8 +82,8 @@ def why_unfused(conv: nn.Module, norm: nn.Module | None, activation: nn.Module |
         return "the convolution is trainable"
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return f"padding {conv.padding!r} with mode {conv.padding_mode!r} is not by numbers of zeros"
-    own = [conv._parameters] + ([] if norm is None else [norm._parameters | norm._buffers])
-    if not all(name in tensors for tensors in own for name in ("weight", "bias")):
+    own = [set(conv._parameters)] + ([] if norm is None else [{*norm._parameters, *norm._buffers}])
+    if not all(name in names for names in own for name in ("weight", "bias")):
         return "a layer in it has no weight of its own: it is a replica, or its weight is made at each call"
     if norm is not None and (reason := _why_norm_is_live(norm)):
         return reason

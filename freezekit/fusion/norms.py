@@ -11,6 +11,7 @@ layer of it was seen to give these values.
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +71,7 @@ def has_activation(module: nn.Module | None) -> bool:
 
 def _computes_it(module: nn.Module) -> bool:
     """Whether a copy of a layer gives a batch norm's values, on tensors that would show it if not."""
-    norm = copy.deepcopy(module).to_empty(device="cpu").double().eval()
+    norm: Any = copy.deepcopy(module).to_empty(device="cpu").double().eval()
     tensors = [getattr(norm, name, None) for name in _TENSORS]
     if any(tensor is not None and not isinstance(tensor, Tensor) for tensor in tensors):
         return False

@@ -135,7 +135,9 @@ def _rewrite(module: nn.Module, source: Source) -> _Written:
 
 
 def _names(block: Block) -> BlockNames:
-    conv, norm, activation = block.conv.call, block.norm and block.norm.call, block.activation and block.activation.call
+    conv = block.conv.call
+    norm = block.norm.call if block.norm is not None else None
+    activation = block.activation.call if block.activation is not None else None
     assert conv is not None
     calls_function = activation is not None and activation.module is None
     path = activation.path if activation is not None else None
@@ -175,5 +177,6 @@ def _sequence_source(module: nn.Module) -> Source:
     assert isinstance(tree, ast.FunctionDef)
     for node in ast.walk(tree):
         if hasattr(node, "lineno"):
-            node.lineno = node.end_lineno = function.__code__.co_firstlineno
+            placed: Any = node
+            placed.lineno = placed.end_lineno = function.__code__.co_firstlineno
     return Source(function, tree)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from freezekit.fusion.layers import has_global_hooks, is_watched
@@ -21,7 +23,7 @@ def is_plain_sequence(module: nn.Module | None) -> bool:
     """Whether calling a module is calling its children one after the other, and nothing else."""
     if not isinstance(module, nn.Sequential):
         return False
-    kind = original_class(module)
+    kind: Any = original_class(module)
     return (
         kind.forward is nn.Sequential.forward
         and kind.__iter__ is nn.Sequential.__iter__
@@ -36,7 +38,7 @@ def is_iterated_plainly(module: nn.Module | None) -> bool:
     """Whether a loop over a module is one over its children."""
     if not isinstance(module, nn.Sequential | nn.ModuleList):
         return False
-    kind = original_class(module)
+    kind: Any = original_class(module)
     return kind.__iter__ is (nn.Sequential if issubclass(kind, nn.Sequential) else nn.ModuleList).__iter__
 
 

@@ -10,7 +10,7 @@ import ast
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -244,12 +244,13 @@ def _replaced(node: Node, new: dict[int, ast.expr]) -> Node:
     """A copy of a piece of source with other parts."""
 
     class Replace(ast.NodeTransformer):
-        def visit(self, one: ast.AST) -> ast.AST:
+        def visit(self, one: ast.AST) -> Any:
             if id(one) in new:
                 return new[id(one)]
             return self.generic_visit(_shallow(one))
 
-    return Replace().visit(node)
+    result: Any = Replace().visit(node)
+    return result
 
 
 def _shallow(node: ast.AST) -> ast.AST:

@@ -43,12 +43,14 @@ def test_resnet50_runs_one_convolution_kernel_a_layer_and_nothing_between() -> N
             with Calls() as forward:
                 y = model(x)
             launched = Counter(row["operator"] for row in _C.take_launch_log())
-            assert launched == {"conv2d": layers}
+            # A norm becomes a scale and a shift in a launch over its channels.
+            assert launched == {"conv2d": layers, "norm_affine": layers}
             with Calls() as backward:
                 torch.autograd.grad(y, x, torch.ones_like(y))
             launched = Counter(row["operator"] for row in _C.take_launch_log())
             assert launched.pop("gate") <= 2
-            assert launched == {"conv2d_dgrad": layers}
+            # W' is made at each call, with the scale in it.
+            assert launched == {"conv2d_dgrad": layers, "norm_affine": layers, "filter_transform": layers}
     finally:
         _C.set_launch_log(False)
     # The rest is the pooling and the classifier; two masks stand where the blocks end: at the pools.
