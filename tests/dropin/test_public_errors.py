@@ -49,7 +49,8 @@ ELSEWHERE = {
 def test_all_that_is_public_is_among_them() -> None:
     layers = {kind.__name__ for kind in SWAPS.values()}
     convolutions = {"conv2d", "conv2d_dgrad", "conv2d_wgrad"}  # test_bad_input.py
-    assert {call.public for call in CALLS} == set(fk.__all__) - layers - {"schedules"} | ELSEWHERE
+    switch = {"enable", "disable", "enabled", "is_enabled"}  # without arguments; tests/enabled/test_switch.py
+    assert {call.public for call in CALLS} == set(fk.__all__) - layers - switch - {"schedules"} | ELSEWHERE
     assert set(fk.functional.__all__) == set(test_layer_errors.ARGUMENTS) | convolutions | {"conv2d_bias_grad"}
     assert len(test_bad_input.TABLE) + len(test_bad_input.PUBLIC) >= 60
     assert len(CALLS) >= 60
