@@ -81,8 +81,8 @@ class Recorder:
         index = self._current_index()
         return None if index is None else self.calls[index]
 
-    def _current_index(self) -> int | None:
-        """The running call: a layer, or a function that a module with children calls itself."""
+    def _current_index(self, otherwise: str | None = None) -> int | None:
+        """The running call: a layer, or a function that a module with children calls itself; else `otherwise`."""
         if not self._active:
             return None
         module, entry = self._active[-1]
@@ -92,10 +92,8 @@ class Recorder:
             block = self._fused.label_of(module, self._blocks_run[entry])
             if block and (running is None or running.startswith("frozen_conv2d")):
                 function = block  # Called from Python or, where it was called alike before, from C++.
-            elif running is None:
+            elif (function := running or otherwise or "") == "":
                 return None
-            else:
-                function = running
         key = (id(module), function, entry)
         if key not in self._index:
             self._index[key] = len(self.calls)
@@ -134,7 +132,8 @@ class Recorder:
     def _pack(self, tensor: Tensor) -> Tensor:
         if isinstance(tensor, nn.Parameter):  # one that the twin does not have: of a module made in the forward
             return tensor
-        index, storage = self._current_index(), tensor.untyped_storage()
+        # An autograd function keeps its tensors once its forward is done, and is no torch function itself.
+        index, storage = self._current_index("autograd function"), tensor.untyped_storage()
         key = storage._cdata
         if index is not None and key not in self._not_counted:
             if key not in self.kept:

@@ -70,16 +70,15 @@ def has_activation(module: nn.Module | None) -> bool:
 
 
 def _computes_it(module: nn.Module) -> bool:
-    """Whether a copy of a layer gives a batch norm's values, on tensors that would show it if not."""
-    norm: Any = copy.deepcopy(module).to_empty(device="cpu").double().eval()
-    tensors = [getattr(norm, name, None) for name in _TENSORS]
-    if any(tensor is not None and not isinstance(tensor, Tensor) for tensor in tensors):
-        return False
+    """Whether a layer of the same settings gives a batch norm's values, on tensors that would show it if not."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad(), torch.device("cpu"):
-        for tensor in tensors:
-            if tensor is not None:
-                tensor.copy_(torch.rand(tensor.shape, generator=generator, dtype=torch.float64) + 0.5)
+        # All its tensors are drawn anew, and none is copied: those of a layer that `explain` looks at hold no data.
+        drawn = {id(tensor): _drawn(tensor, generator) for tensor in (*module.parameters(), *module.buffers())}
+        norm: Any = copy.deepcopy(module, drawn).eval()
+        tensors = [getattr(norm, name, None) for name in _TENSORS]
+        if any(tensor is not None and not isinstance(tensor, Tensor) for tensor in tensors):
+            return False
         weight, bias, mean, var = tensors
         if mean is None or var is None:
             return False
@@ -88,3 +87,9 @@ def _computes_it(module: nn.Module) -> bool:
         if has_activation(norm):
             expected = norm.act(norm.drop(expected.clone()))
         return torch.allclose(norm(x), expected, rtol=1e-9, atol=1e-9)
+
+
+def _drawn(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Positive values for a tensor of this kind and shape."""
+    made = torch.rand(tensor.shape, generator=generator, dtype=torch.float64) + 0.5
+    return nn.Parameter(made) if isinstance(tensor, nn.Parameter) else made

@@ -81,6 +81,33 @@ def test_bytes_of_fused_blocks_are_those_of_a_real_step(regime, needs_dx: bool) 
     assert explain(model, x).bytes_kept == kept_on_data(model, x)
 
 
+def test_what_an_autograd_function_keeps_is_counted() -> None:
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            y = 2 * x
+            ctx.save_for_backward(x, y)
+            return y
+
+        @staticmethod
+        def backward(ctx, dy):
+            return 2 * dy
+
+    class Calling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x):
+            return Doubled.apply(self.conv(x))
+
+    model, x = Calling(), torch.randn(1, 3, 8, 8)
+    explained = explain(model, x)
+    assert explained.bytes_kept == kept_on_data(model, x)
+    (row,) = (row for row in explained if row.layer == "Calling: autograd function")
+    assert row.bytes_kept == 2 * x.nbytes
+
+
 def test_a_fused_block_is_a_row() -> None:
     model = fk.fuse(fk.convert(net())).eval()
     model[1].requires_grad_(False)

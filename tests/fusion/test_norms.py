@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from freezekit.explanation import explain
 from freezekit.fusion import fuse, fusion_report, norms
 from freezekit.fusion.layers import NORMS
 from tests.fusion.alike import assert_alike, kept
@@ -87,6 +88,13 @@ def test_a_frozen_batch_norm_is_taken_in() -> None:
 
 def test_a_name_is_not_enough() -> None:
     check(net(DoublingNorm2d(4), nn.ReLU()), "0: fused, but 1 behind it runs on its own", "3: fused")
+
+
+@pytest.mark.parametrize("norm", [FrozenBatchNorm2d, BatchNormAct2d])
+def test_a_norm_is_first_met_where_there_is_no_data(norm: type[nn.Module]) -> None:
+    model = net(norm(4), *[nn.ReLU()] * (norm is FrozenBatchNorm2d))
+    explain(model, image())
+    check(model, "0 + 1 + relu: fused", f"{len(model) - 1}: fused")
 
 
 @pytest.mark.parametrize("act", [nn.ReLU, nn.SiLU, nn.Hardswish, nn.Identity])
