@@ -178,9 +178,10 @@ def test_every_write_is_seen_at_the_next_call(edit: str, way: str, autocast: boo
         assert not torch.equal(now, then)
 
 
-def tensors_alive() -> dict[int, tuple[int, ...]]:
+def tensors_alive() -> dict[int, int]:
+    """Elements of each tensor, by its id. Other modules' tests hold nested ones, which have no shape."""
     gc.collect()
-    return {id(o): tuple(o.shape) for o in gc.get_objects() if isinstance(o, Tensor)}
+    return {id(o): o.numel() for o in gc.get_objects() if isinstance(o, Tensor)}
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
@@ -209,8 +210,8 @@ def test_a_step_leaves_no_tensor_of_a_weights_size(way: str, backend: str, autoc
     net.zero_grad()
     x.grad = None
     del y
-    left = {key: shape for key, shape in tensors_alive().items() if key not in there}
-    assert not [shape for shape in left.values() if torch.Size(shape).numel() >= net[0].weight.numel()]
+    left = [elements for key, elements in tensors_alive().items() if key not in there]
+    assert all(elements < net[0].weight.numel() for elements in left)
     assert {id(p) for p in net.parameters()} == before
 
 
