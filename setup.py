@@ -127,7 +127,7 @@ class Build(build_ext):
     def build_torch_layer(self, build: Path) -> list[Path]:
         """All that includes torch. Its headers are more than half of the work in each file: they are compiled once."""
         macros = [f"-D{name}" for name, _ in self.extensions[0].define_macros]
-        includes = [f"-I{path}" for path in (CSRC, *include_paths(), sysconfig.get_paths()["include"])]
+        includes = [f"-I{CSRC}", *(f"-isystem {path}" for path in (*include_paths(), sysconfig.get_paths()["include"]))]
         flags = " ".join(["-std=c++20 -O2 -fPIC -fvisibility=hidden -Wall", *OPENMP, *macros, *includes])
         sources = [path for part in ("kernels", "torch", "python") for path in sorted((CSRC / part).rglob("*.cpp"))]
         command = f"{CXX} {flags} -MD -MF $out.d -c $in -o $out"
