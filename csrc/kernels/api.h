@@ -111,17 +111,6 @@ struct FilterTransform {
 };
 Status launch_filter_transform(const Conv2dProblem&, const FilterTransform&, const void* filter, void* out, Stream);
 
-// Dense NCHW <-> dense NHWC.
-enum class LayoutChange : int { nchw_to_nhwc, nhwc_to_nchw };
-struct ActivationSize {
-  int64_t n = 0, c = 0, h = 0, w = 0;
-};
-Status launch_layout_change(LayoutChange, const ActivationSize&, DType, const void* from, void* to, Stream);
-
-// Masks as in Epilogue, of a tensor in memory order. pack: bit = !(x <= 0). apply: out = bit ? x : 0, in place or not.
-Status launch_mask_pack(const void* x, uint32_t* mask, int64_t numel, DType, Stream);
-Status launch_mask_apply(const void* x, const uint32_t* mask, void* out, int64_t numel, DType, Stream);
-
 // Activations that are linear in pieces: y, and the bit of each element that lay where the slope is 1. In place or not.
 //   relu: max(x, 0), x > 0 or NaN    hardtanh: min(max(x, a), b), a < x < b    leaky_relu: x > 0 ? x : a * x, x > 0
 enum class ActivationKind : int { relu, hardtanh, leaky_relu };
@@ -161,9 +150,6 @@ struct KernelTable {
   decltype(&launch_bias_grad) bias_grad;
   decltype(&launch_filter_transform) filter_transform;
   decltype(&launch_norm_affine) norm_affine;
-  decltype(&launch_layout_change) layout_change;
-  decltype(&launch_mask_pack) mask_pack;
-  decltype(&launch_mask_apply) mask_apply;
   decltype(&launch_activation) activation;
   decltype(&launch_gate) gate;
   decltype(&launch_pack_bytes) pack_bytes;

@@ -82,8 +82,7 @@ Status launch_conv2d(Operator op, const Selection& selection, const Conv2dProble
 extern "C" FK_EXPORT const freezekit::KernelTable* freezekit_kernel_table() {
   static const freezekit::KernelTable table = {freezekit::launch_conv2d, freezekit::bias_grad_workspace,
                                                freezekit::launch_bias_grad, freezekit::launch_filter_transform,
-                                               freezekit::launch_norm_affine, freezekit::launch_layout_change, freezekit::launch_mask_pack,
-                                               freezekit::launch_mask_apply, freezekit::launch_activation,
+                                               freezekit::launch_norm_affine, freezekit::launch_activation,
                                                freezekit::launch_gate, freezekit::launch_pack_bytes,
                                                freezekit::launch_max_pool, freezekit::launch_max_pool_scatter,
                                                freezekit::launch_max_pool_gather, freezekit::current_target,

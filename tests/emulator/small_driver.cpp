@@ -1,8 +1,7 @@
 // Runs the kernels around the convolutions and compares every bit with loops.
 //
 //   small_driver SEED SCHEDULE JOB...     SEED, SCHEDULE: as conv_driver's
-//     JOB: bias:ROWS,K or layout:N,C,H,W or mask:NUMEL or filter:K,C,TAPS or norm:K or
-//          activation:NUMEL or bytes:NUMEL or pool:N,C,H,W,KERNEL,STRIDE,PADDING,DILATION
+//     JOB: bias:ROWS,K or filter:K,C,TAPS or norm:K or activation:NUMEL or bytes:NUMEL or pool:N,C,H,W,KERNEL,STRIDE,PADDING,DILATION
 //
 // Every job runs in all dtypes.
 #include <string>
@@ -29,46 +28,6 @@ int run_bias(DType dtype, const Sizes& sizes) {
   const Status status = table->bias_grad(of_dy.data(), db.data(), rows, k, dtype, workspace.data(), nullptr);
   if (const int failed = check_status("bias", status)) return failed;
   return compare("bias", db, expected);
-}
-
-// There and back again.
-template <class T>
-int run_layout(DType dtype, const Sizes& sizes) {
-  const ActivationSize size{sizes[0], sizes[1], sizes[2], sizes[3]};
-  const int64_t plane = size.h * size.w;
-  const std::vector<double> nchw = random_integers(size.n * size.c * plane);
-  std::vector<double> nhwc(nchw.size());
-  for (int64_t i = 0; i < static_cast<int64_t>(nchw.size()); i++) {
-    const int64_t n = i / (size.c * plane), c = i / plane % size.c, position = i % plane;
-    nhwc[static_cast<size_t>((n * plane + position) * size.c + c)] = nchw[static_cast<size_t>(i)];
-  }
-  const Array<T> from(nchw), there(nchw.size()), back(nchw.size());
-  const auto change = freezekit_kernel_table()->layout_change;
-  Status status = change(LayoutChange::nchw_to_nhwc, size, dtype, from.data(), there.data(), nullptr);
-  if (const int failed = check_status("layout", status)) return failed;
-  if (const int wrong = compare("nchw_to_nhwc", there, nhwc)) return wrong;
-  status = change(LayoutChange::nhwc_to_nchw, size, dtype, there.data(), back.data(), nullptr);
-  if (const int failed = check_status("layout", status)) return failed;
-  return compare("nhwc_to_nchw", back, nchw);
-}
-
-template <class T>
-int run_mask(DType dtype, const Sizes& sizes) {
-  const KernelTable* table = freezekit_kernel_table();
-  std::vector<double> values = random_integers(sizes[0]);
-  std::vector<uint32_t> expected((values.size() + 31) / 32, 0);
-  for (size_t i = 0; i < values.size(); i++) {
-    if (values[i] > 0) expected[i / 32] |= 1u << i % 32;
-  }
-  const Array<T> x(values), out(values.size());
-  const Array<uint32_t> mask(expected.size());
-  Status status = table->mask_pack(x.data(), mask.data(), sizes[0], dtype, nullptr);
-  if (const int failed = check_status("mask pack", status)) return failed;
-  if (const int wrong = compare_mask("mask pack", mask, expected)) return wrong;
-  status = table->mask_apply(x.data(), mask.data(), out.data(), sizes[0], dtype, nullptr);
-  if (const int failed = check_status("mask apply", status)) return failed;
-  for (double& value : values) value = value > 0 ? value : 0;
-  return compare("mask apply", out, values);
 }
 
 // CRSK from KRSC, with a factor for each k.
@@ -138,8 +97,6 @@ Job parse(const char* text) {
 template <class T>
 int run_job(DType dtype, const Job& job) {
   if (job.kind == "bias" && job.sizes.size() == 2) return run_bias<T>(dtype, job.sizes);
-  if (job.kind == "layout" && job.sizes.size() == 4) return run_layout<T>(dtype, job.sizes);
-  if (job.kind == "mask" && job.sizes.size() == 1) return run_mask<T>(dtype, job.sizes);
   if (job.kind == "filter" && job.sizes.size() == 3) return run_filter<T>(dtype, job.sizes);
   if (job.kind == "norm" && job.sizes.size() == 1) return run_norm<T>(dtype, job.sizes);
   if (job.kind == "activation" && job.sizes.size() == 1) return layer_jobs::run_activation<T>(dtype, job.sizes);

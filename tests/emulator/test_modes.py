@@ -42,8 +42,6 @@ FULL = [(mode, seed, cp) for mode in MODES for seed in (0, 1, 5, 6) for cp in ("
 CASES = {"direct": DIRECT, "depthwise": DEPTHWISE, "hopper": HOPPER, **GEMM}
 SMALL_JOBS = [
     *("bias:1,1", "bias:7,33", "bias:300,40", "bias:0,5"),
-    *("layout:1,1,1,1", "layout:2,33,5,7", "layout:1,40,8,9"),
-    *("mask:1", "mask:31", "mask:64", "mask:1000"),
     *("filter:1,1,1", "filter:33,40,3", "filter:8,5,9"),
     *("norm:1", "norm:128", "norm:300"),
     *("activation:1", "activation:31", "activation:64", "activation:3001", "bytes:1", "bytes:64", "bytes:999"),

@@ -111,21 +111,6 @@ EXPORT int driver_norm_affine(void* const* norm, int norm_dtype, double eps, int
       freezekit_kernel_table()->norm_affine(parts, channels, static_cast<DType>(dtype), scale, shift, nullptr));
 }
 
-EXPORT int driver_layout_change(int change, const int64_t* size, int dtype, const void* from, void* to) {
-  return static_cast<int>(freezekit_kernel_table()->layout_change(static_cast<LayoutChange>(change),
-                                                                  {size[0], size[1], size[2], size[3]},
-                                                                  static_cast<DType>(dtype), from, to, nullptr));
-}
-
-EXPORT int driver_mask_pack(const void* x, uint32_t* mask, int64_t numel, int dtype) {
-  return static_cast<int>(freezekit_kernel_table()->mask_pack(x, mask, numel, static_cast<DType>(dtype), nullptr));
-}
-
-EXPORT int driver_mask_apply(const void* x, const uint32_t* mask, void* out, int64_t numel, int dtype) {
-  return static_cast<int>(
-      freezekit_kernel_table()->mask_apply(x, mask, out, numel, static_cast<DType>(dtype), nullptr));
-}
-
 // kind, and its numbers a and b, as in api.h.
 EXPORT int driver_activation(int kind, double a, double b, const void* x, void* y, uint32_t* bits, int64_t numel,
                              int dtype) {

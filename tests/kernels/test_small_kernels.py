@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from .emulated import DTYPES, KernelError, Problem, check, library, pointer
-from .reference import pack_mask
 
 SIZES = [Problem(c=3, k=5), Problem(c=34, k=65, r=1, s=2), Problem(c=12, k=8, groups=4), Problem(c=6, k=6, groups=6)]
 SAME = [(dtype, dtype) for dtype in DTYPES]
@@ -123,43 +122,3 @@ def test_what_a_filter_transform_cannot_do_is_refused() -> None:
     weight = torch.ones(SIZES[0].sizes["filter"])
     with pytest.raises(KernelError, match="unsupported"):
         transform(SIZES[0], weight, torch.float64, False)
-
-
-@pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
-@pytest.mark.parametrize("size", [(2, 3, 5, 7), (1, 33, 4, 16), (3, 64, 1, 1), (0, 4, 2, 2), (1, 1, 40, 40)], ids=str)
-def test_layout_change(size: tuple[int, ...], dtype: torch.dtype) -> None:
-    nchw = torch.randn(size, dtype=torch.float64).to(dtype)
-    nhwc = nchw.permute(0, 2, 3, 1).contiguous()
-    for change, source, expected in ((0, nchw, nhwc), (1, nhwc, nchw)):
-        out = torch.full(expected.shape, float("nan"), dtype=dtype)
-        check(
-            library().driver_layout_change(
-                change,
-                (ctypes.c_int64 * 4)(*size),
-                DTYPES[dtype],
-                ctypes.c_void_p(pointer(source)),
-                ctypes.c_void_p(pointer(out)),
-            )
-        )
-        assert torch.equal(out, expected)
-
-
-@pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
-@pytest.mark.parametrize("numel", [0, 1, 31, 32, 33, 255, 257, 1000])
-def test_mask_pack_and_apply(numel: int, dtype: torch.dtype) -> None:
-    values = torch.randn(numel, dtype=torch.float64).to(dtype)
-    values[::7] = 0.0
-    values[3::11] = float("nan")
-    words = torch.full(((numel + 31) // 32,), -1, dtype=torch.int32)
-    x, mask = ctypes.c_void_p(pointer(values)), ctypes.c_void_p(pointer(words))
-    check(library().driver_mask_pack(x, mask, ctypes.c_int64(numel), DTYPES[dtype]))
-    keep = ~(values <= 0)
-    if numel:
-        assert torch.equal(words, pack_mask(keep.view(1, numel, 1, 1)))
-    out = torch.full_like(values, float("nan"))
-    to = ctypes.c_void_p(pointer(out))
-    check(library().driver_mask_apply(x, mask, to, ctypes.c_int64(numel), DTYPES[dtype]))
-    expected = values.where(keep, torch.zeros((), dtype=dtype))
-    assert torch.equal(out.nan_to_num(nan=9.0), expected.nan_to_num(nan=9.0))
-    check(library().driver_mask_apply(x, mask, x, ctypes.c_int64(numel), DTYPES[dtype]))
-    assert torch.equal(values.nan_to_num(nan=9.0), expected.nan_to_num(nan=9.0)), "in place"

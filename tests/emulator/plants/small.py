@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .plant import FILTER, MASK, NORM_AFFINE, OVERFLOW, RACE, REDUCE, bug
+from .plant import FILTER, NORM_AFFINE, OVERFLOW, RACE, REDUCE, bug
 
 PLANTS = [
     bug(
@@ -11,15 +11,6 @@ PLANTS = [
         "sums[threadIdx.y][threadIdx.x] = sum;\n  __syncthreads();",
         "sums[threadIdx.y][threadIdx.x] = sum;",
         case="bias:300,40",
-        mode="tsan",
-        expect=RACE,
-    ),
-    bug(
-        "a transposed tile is read before it is whole",
-        "csrc/kernels/small/layout.cu",
-        "    }\n    __syncthreads();\n    for (int i = y; i < kTile; i += kRowLanes) {",
-        "    }\n    for (int i = y; i < kTile; i += kRowLanes) {",
-        case="layout:2,33,5,7",
         mode="tsan",
         expect=RACE,
     ),
@@ -45,22 +36,5 @@ PLANTS = [
         case="norm:300",
         mode="asan",
         expect=OVERFLOW,
-    ),
-    bug(
-        "a mask is packed from beyond the tensor",
-        MASK,
-        "i < numel && !(cast",
-        "!(cast",
-        case="mask:31",
-        mode="asan",
-        expect=OVERFLOW,
-    ),
-    bug(
-        "lanes that hold a mask's last elements miss the ballot",
-        MASK,
-        "const uint32_t word = __ballot_sync(0xffffffffu, keep);",
-        "if (i >= numel) { __syncwarp(); continue; }\n    const uint32_t word = __ballot_sync(0xffffffffu, keep);",
-        case="mask:1000",
-        expect="launch failed.*lanes of a warp meet at different collectives: .*__ballot_sync",
     ),
 ]
