@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-import freezekit as fk
 from freezekit.functional import conv2d
 from tests.fuzz import calls, sequences
 from tests.fuzz.__main__ import main
@@ -67,7 +66,7 @@ def test_a_wrong_result_is_found_and_repeated(
         y = right(*args, **kwargs)
         return torch.where(y == 2, torch.full_like(y, 3), y)
 
-    monkeypatch.setattr(fk, "conv2d", wrong)
+    monkeypatch.setattr(calls, "conv2d", wrong)
     assert main(["--seed", "5", "--cases", "40"]) == 1
     text = capsys.readouterr().err
     command = text.split("repeat it with: python -m tests.fuzz ")[1].split()
