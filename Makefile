@@ -16,7 +16,7 @@ endif
 # Tests run on all cores if pytest-xdist is installed; it need not be.
 WORKERS = $(shell $(PY) -c "import xdist" 2>/dev/null && echo "-n auto --dist loadfile")
 
-.PHONY: build compare bench test test-torch format lint sass emulate-all gpu-check fuzz clean help
+.PHONY: build compare bench test clients test-torch format lint sass emulate-all gpu-check fuzz clean help
 
 help:  ## list what there is to make
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -39,6 +39,18 @@ $(CUTLASS): requirements-dev.txt | $(READY)
 
 test: build $(CUTLASS)  ## the test suite, on the CPU and, if there is one, on a GPU
 	$(PY) -m pytest $(WORKERS) $(TESTS)
+
+# The libraries of tests/clients, beside the environment as well. One process, since its table has times in it.
+CLIENTS := build/clients
+$(CLIENTS): requirements-clients.txt | $(READY)
+	rm -rf $@
+	$(PY) -m pip install -q --no-deps --no-compile --target $@ -r $<
+	touch $@
+
+clients: export PYTHONPATH := $(PYTHONPATH):$(CURDIR)/$(CLIENTS)
+clients: build $(CLIENTS)  ## networks of a dozen libraries against stock, and the table in docs/clients.md
+	$(PY) -m pytest -m full tests/clients
+	$(PY) -m tests.clients docs/clients.md
 
 # A build belongs to one minor version of torch, so another version has a copy of the sources and an environment of its own.
 V ?= 2.11.0
