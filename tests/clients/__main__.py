@@ -27,8 +27,8 @@ PAGE = """\
 # Networks of other libraries
 
 What freezekit does for networks of a dozen libraries as their users run them: small, with random weights, frozen but
-for what the table says. Written by `make clients`, once the tests of `tests/clients` have passed, on {device},
-{threads} thread, torch {torch}, freezekit commit {commit}, {date}.
+for what the table says. Written by `python -m tests.clients docs/clients.md`, which `make clients` runs after the tests
+of `tests/clients`, on {device}, {threads} thread, torch {torch}, freezekit commit {commit}, {date}.
 
 - **stock keeps**: bytes for the backward pass after a forward pass, parameters not counted.
 - **converted** (`fk.convert`), **enabled** (`fk.enabled()`), **fused** (`fk.fuse` of the converted network): bytes
