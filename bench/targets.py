@@ -5,6 +5,7 @@
 - A call's own cost beside nn.Conv2d, 1x1x8x8: at most 1.3 frozen and 1.65 trainable (one thread; bench/overhead.py).
 - A frozen layer's step, geometric mean over ResNet-50's layers: at most 1.03 of stock's.
 - The backward pass of a layer whose bias alone learns: at most 0.6 of stock's, geometric mean over the same layers.
+- The backward pass of a frozen layer: at most 1.03 of stock's at every point of a sweep (bench/dgrad.py).
 
 Exit code 0; with --check 1 if a promise does not hold. A machine that is busy with something else proves nothing.
 """
@@ -23,7 +24,7 @@ if __package__ in (None, ""):
 
 import torch
 
-from bench import overhead
+from bench import dgrad, overhead
 from bench.environment import describe
 from bench.layer_lists import layers_of
 from bench.measure import measure
@@ -90,6 +91,8 @@ def main(arguments: list[str] | None = None) -> int:
         ):
             print(title, flush=True)
             targets.append(layer_target(title, part, regime, bound, settings, args.layers))
+        for point, ratio in dgrad.measured(dgrad.points(), args.repeat, args.seed):
+            targets.append(Target(f"dgrad {point.name}", dgrad.BOUND, ratio))
     for target in targets:
         print(f"{'holds' if target.holds else 'FAILS':6} {target.measured:.3f} <= {target.bound:.2f}  {target.name}")
     return 1 if args.check and not all(target.holds for target in targets) else 0

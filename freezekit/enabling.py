@@ -26,6 +26,7 @@ _AUTOGRAD = (DispatchKey.AutogradCPU, DispatchKey.AutogradCUDA, DispatchKey.Auto
 _lock = threading.RLock()
 _depth = 0
 _warned: set[str] = set()
+_watching = threading.local()
 
 
 def enable() -> None:
@@ -118,17 +119,21 @@ class enabled(ContextDecorator):
 def watched() -> Iterator[None]:
     """For freezekit's own dispatch modes: with others, operators are called as torch calls them, for them to see."""
     _C.enable.set_watched(True)
+    _watching.on = True
     try:
         yield
     finally:
+        _watching.on = False
         _C.enable.set_watched(False)
 
 
 def _is_compiled(tensor: torch.Tensor) -> bool:
-    """Whether a tensor of a Python class is one that stands for others in what torch.compile is tracing.
+    """Whether a tensor of a Python class is one that stands for others in what torch.compile, or freezekit, is tracing.
 
     An export is a trace too, but of what torch's own operators would do.
     """
+    if getattr(_watching, "on", False):
+        return type(tensor) is FakeTensor
     if TracingContext.try_get() is None or torch.compiler.is_exporting():
         return False
     return type(tensor) is FakeTensor or type(tensor) is FunctionalTensor

@@ -32,7 +32,11 @@ SHARED = {
     "backends": {"common", "backends", "bits"},
 }
 # Operators that are made of another one's parts.
-MADE_OF = {"frozen_conv2d": {"bits"}, "max_pool2d": {"bits"}, "enable": {"conv2d", "conv_nd", "norm"}}
+MADE_OF = {
+    "frozen_conv2d": {"bits"},
+    "max_pool2d": {"bits"},
+    "enable": {"bits", "conv2d", "conv_nd", "max_pool3d", "norm"},
+}
 # csrc/kernels: a family uses what all share, in the folder above, and its own; Hopper's tiles end as sm_80's do.
 KERNELS_OF = {"hopper": {"gemm_sm80"}}
 # A CUDA graph captures whatever a kernel's launcher does: none of this is allowed while it does.

@@ -91,6 +91,36 @@ PyObject* quick_activation(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
+bool read(PyObject* object, std::optional<Tensor>* tensor) {
+  if (object == Py_None) return true;
+  if (!THPVariable_CheckExact(object)) return false;
+  *tensor = THPVariable_Unpack(object);
+  return true;
+}
+
+// batch_norm(input, weight, bias, mean, var, eps): y, or None where this way does not serve.
+PyObject* quick_batch_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 6, "batch_norm takes 6 arguments, got ", count);
+  std::optional<Tensor> weight, bias;
+  if (!THPVariable_CheckExact(args[0]) || !read(args[1], &weight) || !read(args[2], &bias) ||
+      !THPVariable_CheckExact(args[3]) || !THPVariable_CheckExact(args[4]) || !PyFloat_CheckExact(args[5]) ||
+      at::impl::torch_function_mode_enabled()) {
+    Py_RETURN_NONE;
+  }
+  static const auto op = find<Tensor(const Tensor&, const std::optional<Tensor>&, const std::optional<Tensor>&,
+                                     const Tensor&, const Tensor&, double)>("freezekit::batch_norm");
+  const Tensor x = THPVariable_Unpack(args[0]), mean = THPVariable_Unpack(args[3]), var = THPVariable_Unpack(args[4]);
+  const double eps = PyFloat_AS_DOUBLE(args[5]);
+  Tensor y;
+  {
+    const pybind11::gil_scoped_release no_gil;
+    y = op.call(x, weight, bias, mean, var, eps);
+  }
+  return THPVariable_Wrap(std::move(y));
+  END_HANDLE_TH_ERRORS
+}
+
 template <PyObject* (*kRun)(PyObject*, PyObject* const*, Py_ssize_t)>
 py::object function(const char* name, const char* doc) {
   static PyMethodDef method = {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(kRun)), METH_FASTCALL, doc};
@@ -102,6 +132,7 @@ py::object function(const char* name, const char* doc) {
 void bind_quick(py::module_& parent) {
   py::module_ m = parent.def_submodule("quick", "Operators on a shorter way than through torch.ops.");
   m.attr("activation") = function<quick_activation>("activation", "The activation of a plain tensor; None of others.");
+  m.attr("batch_norm") = function<quick_batch_norm>("batch_norm", "batch_norm of plain tensors; None of others.");
   m.attr("conv2d") = function<quick_conv2d>("conv2d", "conv2d of plain arguments; None of others.");
 }
 

@@ -22,19 +22,17 @@ from torch.utils._pytree import tree_leaves
 
 from freezekit._inputs import Arguments
 from freezekit._twin import Twin, on_twin
+from freezekit.enabling import enabled, watched
 
 _C_NN = torch._C._nn
 # Code whose calls are not the reader's to replace: torch's, freezekit's, and whatever is installed.
 _INSTALLED = {sysconfig.get_paths()[key] for key in ("stdlib", "platstdlib", "purelib", "platlib")}
 _OWN = (str(Path(torch.__file__).parent), str(Path(__file__).resolve().parents[1]), *_INSTALLED)
-# Functions whose formulas read what torch keeps for them.
-_KEEP_THE_SAME = tuple(f"freezekit.functional.{name}" for name in ("layer_norm", "group_norm"))
-
 
 _NAMES = (
     *("relu", "relu6", "leaky_relu", "hardtanh", "dropout", "avg_pool1d", "avg_pool2d", "avg_pool3d"),
     *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "pad", "batch_norm", "layer_norm"),
-    *("max_pool1d", "max_pool2d", "instance_norm"),
+    *("max_pool1d", "max_pool2d", "max_pool3d", "instance_norm", "prelu"),
     *("group_norm", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
 )
 
@@ -48,7 +46,7 @@ def _table() -> dict[Callable[..., Any], tuple[str, str]]:
             for prefix, place in places:
                 if hasattr(place, spelling):
                     found.setdefault(getattr(place, spelling), (f"{prefix}.{spelling}", name))
-    for name in ("max_pool1d", "max_pool2d"):
+    for name in ("max_pool1d", "max_pool2d", "max_pool3d"):
         found[getattr(F, f"{name}_with_indices")] = (f"F.{name}", name)
     for name in ("avg_pool2d", "avg_pool3d"):
         found.setdefault(getattr(_C_NN, name), (f"F.{name}", name))
@@ -63,7 +61,8 @@ class FunctionCall:
     """Calls of one function from one line, in the forward of one module.
 
     module: the module's name; function: as it is written; where: "file:line"; instead: what keeps less; count: calls in
-    one forward; bytes_kept: what autograd kept for them, parameters and buffers aside.
+    one forward; bytes_kept: what autograd kept for them, parameters and buffers aside; bytes_needed: what it keeps of
+    them with freezekit enabled.
     """
 
     module: str
@@ -72,6 +71,7 @@ class FunctionCall:
     instead: str
     count: int = 0
     bytes_kept: int = 0
+    bytes_needed: int = 0
 
 
 @dataclass
@@ -86,15 +86,27 @@ class _Seen(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         known = _FUNCTIONS.get(func) if callable(func) and func.__hash__ else None
         frame = _caller(sys._getframe(1)) if known else None
-        before = {node for t in tree_leaves((args, kwargs)) if (node := _node(t)) is not None} if frame else set()
-        result = func(*args, **(kwargs or {}))
-        if known and frame:
+        if not known or not frame:
+            return func(*args, **(kwargs or {}))
+        result, kept = self._kept_by(func, args, kwargs or {})
+        if kept:
+            # A call in place is made again on a copy.
+            again = (result.clone(), *args[1:]) if args and result is args[0] else args
+            with enabled():
+                _, needed = self._kept_by(func, again, kwargs or {})
             where = f"{frame.f_code.co_filename}:{frame.f_lineno}"
             key = (self.modules[-1], known[0], where)
             call = self.calls.setdefault(key, FunctionCall(*key, instead=f"freezekit.functional.{known[1]}"))
             call.count += 1
-            call.bytes_kept += _kept(result, before, self.own)
+            call.bytes_kept += kept
+            call.bytes_needed += needed
         return result
+
+    def _kept_by(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> tuple[Any, int]:
+        """The call's result, and the bytes that autograd keeps for it."""
+        before = {node for t in tree_leaves((args, kwargs)) if (node := _node(t)) is not None}
+        result = func(*args, **kwargs)
+        return result, _kept(result, before, self.own)
 
 
 def _node(value: object) -> Any:
@@ -150,9 +162,9 @@ def functional_calls(model: nn.Module, inputs: Arguments) -> list[FunctionCall]:
         for name, module in twin.named_modules():
             module.register_forward_pre_hook(lambda *_, name=name: seen.modules.append(name))
             module.register_forward_hook(lambda *_: seen.modules.pop() and None, always_call=True)
-        with twin.undisturbed(), torch.enable_grad(), seen:
+        with twin.undisturbed(), torch.enable_grad(), watched(), seen:
             twin.run()
         return seen
 
     calls = on_twin(model, inputs, run).calls.values()
-    return [call for call in calls if call.bytes_kept and call.instead not in _KEEP_THE_SAME]
+    return [call for call in calls if call.bytes_needed < call.bytes_kept]

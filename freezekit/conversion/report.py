@@ -12,6 +12,9 @@ from freezekit._inputs import arguments
 from freezekit.conversion.calls import functional_calls
 from freezekit.conversion.swap import SWAPS, reason_to_leave, stock_base
 
+_ENABLE = "freezekit.enable() reaches the operators that it calls"
+_INDEXED = (nn.modules.pooling._AdaptiveMaxPoolNd, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -37,9 +40,9 @@ class LayerReport:
 def conversion_report(model: nn.Module, inputs: Any = None) -> list[LayerReport]:
     """What of `model` is freezekit's, what `convert` would swap, and what it leaves alone, and why.
 
-    Lists layers of the kinds that freezekit replaces, subclasses included, a shared one once. Calls of functions cannot
-    be swapped: with `inputs`, the model runs once and the report also names those of `torch.nn.functional` and alike
-    that keep more than freezekit's would, where they stand and what they kept.
+    Lists layers of the kinds that freezekit replaces, with subclasses and other layers that do the same, a shared one
+    once. Calls of functions cannot be swapped: with `inputs`, the model runs once and the report also names those of
+    `torch.nn.functional` and alike that keep more than freezekit's would, where they stand and what they kept.
 
     Args:
         model: any module.
@@ -55,14 +58,16 @@ def conversion_report(model: nn.Module, inputs: Any = None) -> list[LayerReport]
     rows = []
     for name, module in model.named_modules():
         base = stock_base(module)
-        if base is None:
-            continue
         layer = type(module).__name__
-        if isinstance(module, SWAPS[base]):
+        if base is None:
+            if reason := _reason_of_a_relative(module):
+                rows.append(LayerReport(name, layer, "left alone", reason))
+        elif isinstance(module, SWAPS[base]):
             rows.append(LayerReport(name, layer, "freezekit", _what_it_still_keeps(module)))
+        elif reason := reason_to_leave(module, base):
+            rows.append(LayerReport(name, layer, "left alone", f"{reason}; {_ENABLE}"))
         else:
-            reason = reason_to_leave(module, base)
-            rows.append(LayerReport(name, layer, "left alone" if reason else "stock", reason))
+            rows.append(LayerReport(name, layer, "stock"))
     if inputs is not None:
         for call in functional_calls(model, arguments(inputs)):
             times = f" ({call.count} times)" if call.count > 1 else ""
@@ -71,9 +76,23 @@ def conversion_report(model: nn.Module, inputs: Any = None) -> list[LayerReport]
     return rows
 
 
+def _reason_of_a_relative(module: nn.Module) -> str:
+    """Of a layer that keeps what a kind of freezekit's would not, though it is of none of them; "" of any other."""
+    kind = f"freezekit has no layer for {type(module).__module__}.{type(module).__qualname__}"
+    relu = isinstance(module, nn.Threshold) and module.threshold == module.value == 0
+    leaky_relu = isinstance(module, nn.RReLU) and not module.training
+    if relu or leaky_relu or isinstance(module, nn.modules.batchnorm._NormBase):
+        return f"{kind}; {_ENABLE}"
+    if isinstance(module, _INDEXED):
+        return f"{kind}: it keeps its input and int64 indices, of which max pools over equal windows keep a byte"
+    return ""
+
+
 def _what_it_still_keeps(module: nn.Module) -> str:
     """A word on frozen layers whose formula reads their input all the same."""
     parameters = list(module.parameters(recurse=False))
+    if isinstance(module, nn.PReLU) and module.weight.requires_grad:
+        return "its slope learns: the gradient reads its input, which is kept"
     if any(p.requires_grad for p in parameters):
         return ""
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):

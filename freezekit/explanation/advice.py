@@ -1,7 +1,7 @@
-"""What converting, freezing or fusing a layer would take away: only what saves, with how much.
+"""What converting, freezing, fusing or enabling would take away of a layer: only what saves, with how much.
 
-How much is not worked out from the classes of layers but seen: the model is traced again, converted, and converted and
-frozen, on copies.
+How much is not worked out from the classes of layers but seen: the model is traced again, converted, converted and
+frozen, and with freezekit enabled, on copies.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import sys
 import sysconfig
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import nn
 
 from freezekit import conversion
+from freezekit.enabling import enabled, is_enabled
 from freezekit.explanation.fused import block_layers
 from freezekit.explanation.record import Call, Trace
 from freezekit.explanation.units import bytes_text, flops_text
@@ -67,7 +69,7 @@ def held_by_call(traced: Trace) -> list[Held]:
 
 
 class Advisor:
-    """Knows what each call of a trace would hold with the model converted, and with all of it frozen as well.
+    """Knows what each call of a trace would hold with the model converted, with all of it frozen as well, or enabled.
 
     Args:
         traced: the model as it is.
@@ -76,24 +78,21 @@ class Advisor:
     """
 
     def __init__(self, traced: Trace, again: Again) -> None:
+        self._traced, self._again = traced, again
         self._fusible = _fusible(traced.modules.values())
         self._converted: dict[Key, Held] = {}
         self._frozen: dict[Key, Held] = {}
         if any(call.module is not None and not call.function for call in traced.calls):
             self._converted = _by_key(again(_convert, False))
             self._frozen = _by_key(again(_convert_and_freeze, True))
-        self._free = self._held_by_itself(traced)
+        self._free = _held_by_itself(traced, self._converted)
 
-    def _held_by_itself(self, traced: Trace) -> dict[Key, int]:
-        """Bytes that each call holds now and that no other would hold any more if the model were converted."""
-        keys, held = _keys(traced), held_by_call(traced)
-        lets_go = [self._converted.get(key, now).all < now.all for key, now in zip(keys, held)]
-        found: dict[Key, int] = defaultdict(int)
-        for kept in traced.kept:
-            for holder in kept.holders:
-                if all(lets_go[other] for other in kept.holders if other != holder):
-                    found[keys[holder]] += kept.nbytes
-        return found
+    @cached_property
+    def _enabled(self) -> tuple[dict[Key, int], dict[Key, Held]]:
+        """Of each call what it alone would let go of with freezekit enabled, and what it would hold then."""
+        with enabled():
+            then = _by_key(self._again(lambda name, module: None, False))
+        return _held_by_itself(self._traced, then), then
 
     def advise(self, call: Call, key: Key, held: Held) -> str:
         """A sentence on one call; "" where nothing would be saved."""
@@ -101,7 +100,7 @@ class Advisor:
             name = call.function.rstrip("_")
             each = FUNCTIONS.get(name)
             if each is None or _is_a_librarys(call.module):
-                return ""
+                return self._advise_enabling(key, held)
             saved = _saved(held, self._free[key], math.ceil(each * math.prod(call.outputs)))
             return f"call fk.functional.{name}: {saved}" if saved else ""
         swap = conversion.SWAPS.get(type(call.module)) if call.module is not None else None
@@ -113,7 +112,27 @@ class Advisor:
         saved = _saved(held, self._free[key], self._converted.get(key, held).all)
         if swap is not None and saved:
             return f"convert to {swap.__name__}: {saved}"
-        return self._fusible.get(id(call.module), "")
+        return self._fusible.get(id(call.module), "") or self._advise_enabling(key, held)
+
+    def _advise_enabling(self, key: Key, held: Held) -> str:
+        """Of layers whose class freezekit has none for, and of calls in code that is not the reader's."""
+        if not held.all or is_enabled():
+            return ""
+        free, then = self._enabled
+        saved = _saved(held, free[key], then.get(key, held).all)
+        return f"fk.enable(): {saved}" if saved else ""
+
+
+def _held_by_itself(traced: Trace, after: dict[Key, Held]) -> dict[Key, int]:
+    """Bytes that each call holds now and that no other would hold any more if each held what it does `after`."""
+    keys, held = _keys(traced), held_by_call(traced)
+    lets_go = [after.get(key, now).all < now.all for key, now in zip(keys, held)]
+    found: dict[Key, int] = defaultdict(int)
+    for kept in traced.kept:
+        for holder in kept.holders:
+            if all(lets_go[other] for other in kept.holders if other != holder):
+                found[keys[holder]] += kept.nbytes
+    return found
 
 
 def _keys(traced: Trace) -> list[Key]:

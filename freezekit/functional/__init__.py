@@ -1,7 +1,7 @@
 """Layers as functions: as in `torch.nn.functional`, keeping for backward what the gradients asked for read."""
 
 from freezekit.functional._conv2d import conv2d, conv2d_bias_grad, conv2d_dgrad, conv2d_wgrad
-from freezekit.functional.activation import dropout, hardtanh, leaky_relu, relu, relu6
+from freezekit.functional.activation import dropout, hardtanh, leaky_relu, prelu, relu, relu6
 from freezekit.functional.conv_nd import (
     conv1d,
     conv3d,
@@ -19,6 +19,7 @@ from freezekit.functional.pool import (
     avg_pool3d,
     max_pool1d,
     max_pool2d,
+    max_pool3d,
     pad,
 )
 
@@ -47,7 +48,9 @@ __all__ = [
     "leaky_relu",
     "max_pool1d",
     "max_pool2d",
+    "max_pool3d",
     "pad",
+    "prelu",
     "relu",
     "relu6",
 ]

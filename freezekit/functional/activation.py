@@ -13,6 +13,7 @@ from freezekit.functional._torch import are_numbers, as_torch
 _quick = _C.quick.activation
 _activation = torch.ops.freezekit.activation.default
 _activation_ = torch.ops.freezekit.activation_.default
+_prelu = torch.ops.freezekit.prelu.default
 _dropout = torch.ops.freezekit.dropout.default
 _dropout_ = torch.ops.freezekit.dropout_.default
 
@@ -90,6 +91,28 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
     if not isinstance(input, Tensor) or not are_numbers(negative_slope):
         return F.leaky_relu(input, negative_slope, inplace)
     return _apply(input, inplace, "leaky_relu", float(negative_slope), 0.0)
+
+
+@as_torch(F.prelu)
+def prelu(input: Tensor, weight: Tensor) -> Tensor:
+    """`torch.nn.functional.prelu`; while the slope is frozen it keeps one bit per element instead of its input.
+
+    The gradient of a slope that learns reads the input: the call is torch's own then, and keeps it.
+
+    Args:
+        input: (N, C, ...), as for :func:`relu`.
+        weight: the factor below 0, and at 0: (1,) for all, or (C,) for each channel.
+
+    Raises:
+        TypeError, RuntimeError: as torch's.
+
+    >>> import torch, freezekit as fk
+    >>> fk.functional.prelu(torch.tensor([-1.0, 2.0]), torch.tensor([0.5]))
+    tensor([-0.5000,  2.0000])
+    """
+    if not isinstance(input, Tensor) or not isinstance(weight, Tensor):
+        return F.prelu(input, weight)
+    return _prelu(input, weight, backend=backends._current)
 
 
 @as_torch(F.dropout)

@@ -8,8 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from freezekit import _C
 from freezekit.functional._torch import are_numbers, are_tensors, as_torch, is_integer
 
+# A call of plain tensors; None of any other.
+_quick = _C.quick.batch_norm
 _batch_norm = torch.ops.freezekit.batch_norm.default
 _layer_norm = torch.ops.freezekit.layer_norm.default
 _group_norm = torch.ops.freezekit.group_norm.default
@@ -52,6 +55,10 @@ def batch_norm(
     fits = isinstance(input, Tensor) and isinstance(running_mean, Tensor) and isinstance(running_var, Tensor)
     if training or not fits or not are_tensors(weight, bias) or not are_numbers(eps) or eps < 0.0:
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    if not torch.compiler.is_compiling():
+        y = _quick(input, weight, bias, running_mean, running_var, eps)
+        if y is not None:
+            return y
     return _batch_norm(input, weight, bias, running_mean, running_var, eps)
 
 

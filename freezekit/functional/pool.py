@@ -20,6 +20,8 @@ MaybeSizeN = int | Sequence[int | None] | None
 
 _max_pool2d = torch.ops.freezekit.max_pool2d.default
 _max_pool2d_with_indices = torch.ops.freezekit.max_pool2d_with_indices.default
+_max_pool3d = torch.ops.freezekit.max_pool3d.default
+_max_pool3d_with_indices = torch.ops.freezekit.max_pool3d_with_indices.default
 _avg_pool = torch.ops.freezekit.avg_pool.default
 _adaptive_avg_pool = torch.ops.freezekit.adaptive_avg_pool.default
 _PADS = {
@@ -85,6 +87,28 @@ def max_pool2d(
     """
     settings = (kernel_size, stride, padding, dilation, ceil_mode, return_indices)
     return _maximum(2, F.max_pool2d, input, *settings)
+
+
+@as_torch(F.max_pool3d)
+def max_pool3d(
+    input: Tensor,
+    kernel_size: SizeN,
+    stride: SizeN | None = None,
+    padding: SizeN = 0,
+    dilation: SizeN = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`torch.nn.functional.max_pool3d`, keeping what :func:`max_pool2d` keeps. Arguments as there.
+
+    No kernel of freezekit's computes it: value and gradient are ATen's, under every backend.
+
+    >>> import torch, freezekit as fk
+    >>> fk.functional.max_pool3d(torch.arange(8.0).view(1, 1, 2, 2, 2), 2).item()
+    7.0
+    """
+    settings = (kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+    return _maximum(3, F.max_pool3d, input, *settings)
 
 
 @as_torch(F.avg_pool1d)
@@ -224,6 +248,8 @@ def _maximum(
     windows = _windows(axes, input, kernel_size, stride, padding, dilation)
     if windows is None or not isinstance(ceil_mode, bool):
         return torch_s(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+    if axes == 3:
+        return (_max_pool3d_with_indices if return_indices else _max_pool3d)(input, *windows, ceil_mode)
     batched = input if input.dim() == axes + 2 else input.unsqueeze(0)
     if axes == 1:  # a row of an image
         batched = batched.unsqueeze(-2)

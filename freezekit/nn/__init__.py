@@ -5,7 +5,7 @@ errors.
 """
 
 from freezekit.nn._tracers import refuse_script
-from freezekit.nn.activation import Dropout, Hardtanh, LeakyReLU, ReLU, ReLU6
+from freezekit.nn.activation import Dropout, Hardtanh, LeakyReLU, PReLU, ReLU, ReLU6
 from freezekit.nn.conv2d import FreezableConv2d
 from freezekit.nn.conv_nd import (
     FreezableConv1d,
@@ -33,6 +33,7 @@ from freezekit.nn.pool import (
     AvgPool3d,
     MaxPool1d,
     MaxPool2d,
+    MaxPool3d,
     ReflectionPad1d,
     ReflectionPad2d,
     ReflectionPad3d,
@@ -67,6 +68,8 @@ __all__ = [
     "LeakyReLU",
     "MaxPool1d",
     "MaxPool2d",
+    "MaxPool3d",
+    "PReLU",
     "ReLU",
     "ReLU6",
     "ReflectionPad1d",

@@ -44,6 +44,18 @@ class LeakyReLU(nn.LeakyReLU):
         return functional.leaky_relu(input, self.negative_slope, self.inplace)
 
 
+class PReLU(nn.PReLU):
+    """An `nn.PReLU` that, while its slope is frozen, keeps one bit per element instead of its input.
+
+    >>> import torch, freezekit as fk
+    >>> fk.nn.PReLU(init=0.5).requires_grad_(False)(torch.tensor([-1.0, 2.0]))
+    tensor([-0.5000,  2.0000])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.prelu(input, self.weight)
+
+
 class Hardtanh(nn.Hardtanh):
     """An `nn.Hardtanh` that keeps one bit per element instead of its input.
 

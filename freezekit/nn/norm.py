@@ -19,7 +19,8 @@ class _FreezableBatchNorm(nn.modules.batchnorm._BatchNorm):
         if self.training or self.running_mean is None or self.running_var is None:
             return super().forward(input)  # batch statistics: the formula reads the input
         self._check_input_dim(input)
-        return functional.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        tensors = (self.running_mean, self.running_var, self.weight, self.bias)
+        return functional.batch_norm(input, *tensors, False, 0.0, self.eps)
 
 
 class FreezableBatchNorm1d(_FreezableBatchNorm, nn.BatchNorm1d):

@@ -46,6 +46,18 @@ class MaxPool2d(_MaxPool, nn.MaxPool2d):
         return self._pool(functional.max_pool2d, input)
 
 
+class MaxPool3d(_MaxPool, nn.MaxPool3d):
+    """An `nn.MaxPool3d` that keeps one byte per output element (two for windows over 256) instead of input and indices.
+
+    >>> import torch, freezekit as fk
+    >>> fk.nn.MaxPool3d(2)(torch.arange(8.0).view(1, 1, 2, 2, 2)).item()
+    7.0
+    """
+
+    def forward(self, input: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        return self._pool(functional.max_pool3d, input)
+
+
 class AvgPool1d(nn.AvgPool1d):
     """An `nn.AvgPool1d` that keeps sizes instead of its input.
 

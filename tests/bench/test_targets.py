@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import overhead, targets
+from bench import dgrad, overhead, targets
 
 ONE = [replace(overhead.CASES[0], bound=1e9)]
 
@@ -44,7 +44,32 @@ def test_targets_check(
         return targets.Target(name, 1.5, measured)
 
     monkeypatch.setattr(targets, "layer_target", scripted)
+    monkeypatch.setattr(dgrad, "points", lambda: iter([]))
     assert targets.main(["--layers", "tiny", "--repeat", "1", "--threads", "1", "--check"]) == code
     assert [target.bound for target in asked] == [1.03, 0.6]
     assert all(target.measured > 0 for target in asked)
     assert ("FAILS" in capsys.readouterr().out) == bool(code)
+
+
+@pytest.mark.parametrize(("ratio", "code"), [(1.0, 0), (1.04, 1)])
+def test_every_point_of_the_sweep_counts_and_is_measured_twice_before_it_fails(
+    ratio: float, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slow = dgrad.Point(64, 3, 3, 64, 1, 1)
+    rounds: list[int] = []
+
+    def scripted(point: dgrad.Point, count: int, seed: int) -> float:
+        rounds.append(count)
+        return ratio if point == slow else 0.5
+
+    monkeypatch.setattr(dgrad.Point, "ratio", scripted)
+    assert slow in dgrad.points()
+    assert dgrad.main(["--rounds", "3", "--check"]) == code
+    said = capsys.readouterr().out
+    assert slow.name in said
+    assert ("1 above" in said) == bool(code)
+    assert rounds.count(24) == code
+
+
+def test_a_point_is_timed() -> None:
+    assert dgrad.Point(2, 3, 3, 4, 1, 1).ratio(1, 0) > 0

@@ -18,6 +18,7 @@ X, W, B = torch.ones(2, 4, 8, 8), torch.ones(6, 4, 3, 3), torch.ones(6)
 G = torch.ones(2, 6, 6, 6)
 POOLED, TAPS = torch.ones(2, 4, 4, 4), torch.zeros(2, 4, 4, 4, dtype=torch.uint8)
 ONES = torch.ones(4)
+VOLUME = torch.ones(1, 2, 4, 4, 4)
 WORDS = torch.zeros(2 * 4 * 8 * 8 // 32, dtype=torch.int32)
 
 # One call of each operator that is right.
@@ -55,6 +56,9 @@ RIGHT: dict[str, dict[str, Any]] = {
     "max_pool2d_gather": dict(
         input=X, taps=TAPS, input_size=[2, 4, 8, 8], kernel_size=[2, 2], stride=[2, 2], padding=[0, 0]
     ),
+    "prelu": dict(input=X, weight=ONES),
+    "max_pool3d": dict(input=VOLUME, kernel_size=[2, 2, 2], stride=[2, 2, 2], padding=[0, 0, 0], dilation=[1, 1, 1]),
+    "max_pool3d_with_indices": dict(input=VOLUME, kernel_size=[2, 2, 2], stride=[2, 2, 2], padding=[0, 0, 0]),
     "batch_norm": dict(input=X, weight=ONES, bias=ONES, running_mean=ONES, running_var=ONES, eps=1e-5),
     "layer_norm": dict(input=X, normalized_shape=[8, 8], weight=torch.ones(8, 8), bias=torch.ones(8, 8), eps=1e-5),
     "group_norm": dict(input=X, num_groups=2, weight=ONES, bias=ONES, eps=1e-5),

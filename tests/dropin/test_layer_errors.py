@@ -34,7 +34,8 @@ def arguments() -> dict[str, list[tuple[str, Any, list[Any]]]]:
     found["hardtanh"] += [("min_val", -1.0, FLOATS), ("max_val", 1.0, FLOATS)]
     found["leaky_relu"] += [("negative_slope", 0.1, FLOATS)]
     found["dropout"] += [("p", 0.5, FLOATS), ("training", True, ["a"])]
-    for d in (1, 2):
+    found["prelu"] = [("input", X[2], TENSORS), ("weight", torch.ones(3), [*TENSORS, torch.ones(5)])]
+    for d in (1, 2, 3):
         # torch's own max_pool1d never comes back from a window of 2**62.
         sizes = SIZES if d > 1 else SIZES[:-1]
         found[f"max_pool{d}d"] = [("input", X[d], TENSORS), ("kernel_size", 2, sizes), ("stride", 2, sizes)]

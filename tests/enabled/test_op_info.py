@@ -26,7 +26,7 @@ NAMES = {
     *(f"nn.functional.adaptive_avg_pool{axes}d" for axes in (1, 2, 3)),
     *(f"nn.functional.max_pool{axes}d" for axes in (1, 2, 3)),
     *(f"nn.functional.{name}" for name in ("batch_norm", "instance_norm", "layer_norm", "group_norm")),
-    *(f"nn.functional.{name}" for name in ("relu", "relu6", "threshold", "hardtanh", "leaky_relu", "rrelu")),
+    *(f"nn.functional.{name}" for name in ("relu", "relu6", "threshold", "hardtanh", "leaky_relu", "prelu", "rrelu")),
     *(f"nn.functional.{name}" for name in ("dropout", "dropout2d", "feature_alpha_dropout", "pad")),
     "native_batch_norm",
     "native_layer_norm",

@@ -157,7 +157,8 @@ def test_advice_comes_true() -> None:
     x = torch.empty(2, 3, 8, 8, device="meta", requires_grad=True)
     convs = {row.name: row.advice for row in explain(model, x) if row.layer == "Conv2d"}
     assert {name for name, advice in convs.items() if "convert to FreezableConv2d" in advice} == {"0", "1.conv"}
-    assert convs["2.conv"] == ""  # what it keeps F.relu keeps too
+    # What it keeps F.relu keeps too, which no conversion reaches.
+    assert convs["2.conv"].startswith("fk.enable(): up to -")
     fk.convert(model)
     assert not any("Conv2d" in row.advice for row in explain(model, x))
     model[0].requires_grad_(True)
@@ -196,6 +197,31 @@ def test_functions_that_keep_memory_have_a_cure() -> None:
     saved = 2 * 8 * 36 * 4 - 2 * 8 * 36 // 8
     assert advice == f"call fk.functional.relu: -{saved / 1024:.1f} KiB"
     assert before.bytes_kept - after.bytes_kept == saved
+
+
+def test_enabling_saves_what_the_advice_says() -> None:
+    class NormAct(nn.BatchNorm2d):
+        """As timm's: a norm with a forward of its own, and an activation inside."""
+
+        def __init__(self, channels: int) -> None:
+            super().__init__(channels)
+            self.act = nn.Sigmoid()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias))
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), NormAct(8), nn.SyncBatchNorm(8), nn.Sigmoid())
+    model = fk.convert(model.eval()).requires_grad_(False)
+    x = torch.empty(2, 3, 8, 8, device="meta", requires_grad=True)
+    before = explain(model, x)
+    advice = {row.layer: row.advice for row in before}
+    saved = 2 * 8 * 36 * 4
+    assert advice["NormAct: batch_norm"] == f"fk.enable(): -{saved / 1024:.1f} KiB"
+    assert advice["SyncBatchNorm"] == ""  # the sigmoid before it keeps the same tensor
+    with fk.enabled():
+        after = explain(model, x)
+    assert before.bytes_kept - after.bytes_kept == saved
+    assert not any("enable" in row.advice for row in after)
 
 
 def test_what_could_be_fused_is_told_and_then_is() -> None:

@@ -98,6 +98,96 @@ def test_one_bit_an_element_is_kept(name: str, inplace: bool) -> None:
     assert bytes_kept(lambda t: ours(t, *arguments, inplace=inplace), x.detach()) == 0
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("slopes", ["one", "one per channel"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_prelu_with_a_frozen_slope_is_torch_s_to_the_bit(dtype: torch.dtype, slopes: str, layout: str) -> None:
+    x = torch.randn(4, 6, 8, 10).to(dtype)
+    x[0, 0, 0, :8] = torch.tensor(SPECIAL)
+    x = LAYOUTS[layout](x)
+    slope = torch.linspace(-0.25, 0.5, x.shape[1] if slopes != "one" else 1).to(dtype)
+    actual, expected = results(ff.prelu, x, slope), results(F.prelu, x, slope)  # type: ignore[arg-type]
+    for ours, stock in zip(actual, expected, strict=True):
+        assert equal(ours, stock)
+        assert ours.stride() == stock.stride()
+
+
+@pytest.mark.parametrize("slope", [[0.3], [0.1, -0.2, 0.3], [float("inf"), float("nan"), 0.0]], ids=str)
+def test_prelu_of_every_shape_order_and_slope(slope: list[float]) -> None:
+    weight = torch.tensor(slope, dtype=torch.float64)
+    for size in ((2, 3), (2, 3, 5), (2, 3, 1, 2, 70)):
+        x = torch.randn(size, dtype=torch.float64)
+        for ours, stock in zip(results_of(ff.prelu, x, weight), results_of(F.prelu, x, weight), strict=True):
+            assert equal(ours, stock)
+    if weight.isfinite().all():
+        small = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+        assert gradcheck(lambda t: ff.prelu(t * t * t, weight), small)
+        assert gradgradcheck(lambda t: ff.prelu(t * t * t, weight), small)
+    if len(slope) == 1:
+        for scalar in (torch.tensor(-2.0), torch.tensor([-2.0, 1.0])):
+            learns = scalar.double().requires_grad_()
+            assert torch.equal(ff.prelu(learns, weight), F.prelu(learns, weight))
+
+
+def results_of(function: Function, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    leaf = x.clone().requires_grad_()
+    y = function(leaf, weight)
+    return y.detach(), grad(y, leaf, torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape))[0]
+
+
+def test_prelu_keeps_one_bit_per_element_while_its_slope_is_frozen() -> None:
+    x, slope = torch.randn(8, 3, 16, 16, requires_grad=True), torch.full((3,), 0.25)
+    there_anyway = slope.untyped_storage().nbytes()
+    for frozen in (slope, slope[:1]):
+        assert bytes_kept(lambda t, s=frozen: ff.prelu(t, s), x) == x.numel() // 8 + there_anyway
+        assert ff.prelu(x, frozen).grad_fn.name() == "FreezekitPReLUBackward"
+    assert bytes_kept(lambda t: ff.prelu(t, slope), x.detach()) == there_anyway
+    learns = slope.clone().requires_grad_()
+    assert ff.prelu(x, learns).grad_fn.name() == F.prelu(x, learns).grad_fn.name()
+
+
+def test_prelu_leaves_to_torch_what_it_refuses_and_sees_writes_to_its_slope() -> None:
+    x, slope = torch.randn(2, 3, 4, requires_grad=True), torch.tensor([0.5])
+    for wrong in (torch.ones(2), torch.ones(3, dtype=torch.float64), torch.ones(1, 1)):
+        with pytest.raises(RuntimeError) as theirs:
+            F.prelu(x, wrong)
+        with pytest.raises(RuntimeError) as ours:
+            ff.prelu(x, wrong)
+        assert str(ours.value) == str(theirs.value)
+    y = ff.prelu(x, slope)
+    slope.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    assert torch.equal(ff.prelu(x, slope), F.prelu(x, slope))
+
+
+def test_prelu_under_autocast_transforms_and_on_meta() -> None:
+    x, t, slope = torch.randn(3, 2, 8), torch.randn(3, 2, 8), torch.tensor([0.5, -0.5])
+    leaf = x.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        ys = [f(leaf, slope) for f in (ff.prelu, F.prelu)]
+    assert ys[0].dtype == ys[1].dtype
+    assert torch.equal(*ys)
+    assert torch.equal(*(grad(y.float().sum(), leaf)[0] for y in ys))
+    jvps = [torch.func.jvp(lambda v, f=f: f(v, slope), (x,), (t,))[1] for f in (ff.prelu, F.prelu)]
+    assert torch.equal(*jvps)
+    mapped = [torch.func.vmap(lambda v, f=f: f(v, slope))(x.view(3, 1, 2, 8)) for f in (ff.prelu, F.prelu)]
+    assert torch.equal(*mapped)
+    cotangents = torch.randn(5, 3, 2, 8)
+    batched = [grad(f(leaf, slope), leaf, cotangents, is_grads_batched=True)[0] for f in (ff.prelu, F.prelu)]
+    assert torch.equal(*batched)
+    meta = torch.empty(2, 3, device="meta", requires_grad=True)
+    y = ff.prelu(meta, torch.empty(1, device="meta"))
+    assert grad(y.sum(), meta)[0].shape == (2, 3)
+
+
+@pytest.mark.parametrize("slopes", [1, 3])
+@pytest.mark.parametrize("learns", [False, True])
+def test_prelu_opcheck(learns: bool, slopes: int) -> None:
+    x = torch.randn(2, 3, 4, 5, requires_grad=learns)
+    torch.library.opcheck(torch.ops.freezekit.prelu, (x, torch.full((slopes,), 0.25)))
+
+
 def test_the_gradient_at_zero_is_zero() -> None:
     x = torch.tensor([0.0, -0.0], requires_grad=True)
     assert grad(ff.relu(x).sum(), x)[0].tolist() == [0.0, 0.0]

@@ -23,7 +23,7 @@ ARGUMENTS: dict[str, tuple[object, ...]] = {
     **{f"{kind}Pad{i}d": (1,) for i in (1, 2, 3) for kind in ("Reflection", "Replication")},
     **{f"AdaptiveAvgPool{i}d": (1,) for i in (1, 2, 3)},
     **{f"AvgPool{i}d": (2,) for i in (1, 2, 3)},
-    **{f"MaxPool{i}d": (2,) for i in (1, 2)},
+    **{f"MaxPool{i}d": (2,) for i in (1, 2, 3)},
     **{f"InstanceNorm{i}d": (4,) for i in (1, 2, 3)},
     "LayerNorm": (4,),
     "GroupNorm": (2, 4),
@@ -141,6 +141,57 @@ def test_the_report_of_calls_names_places_and_bytes() -> None:
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
     frozen = conversion_report(model.requires_grad_(False), (x,))
     assert not [row for row in frozen if row.status == "call"], "what keeps nothing needs no advice"
+
+
+class NormAct(nn.BatchNorm2d):
+    """As timm's: a norm with a forward of its own, and an activation inside."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training))
+
+
+def test_the_report_names_every_layer_that_keeps_what_a_kind_of_freezekit_s_would_not() -> None:
+    model = nn.Sequential(
+        nn.PReLU(), nn.PReLU().requires_grad_(False), NormAct(3), nn.SyncBatchNorm(3), nn.AdaptiveMaxPool2d(2),
+        nn.InstanceNorm2d(3, track_running_stats=True).eval(), nn.InstanceNorm2d(3), nn.Threshold(0, 0),
+        nn.Threshold(1, 0), nn.MaxPool3d(2), nn.MaxPool1d(2), nn.RReLU(), nn.RReLU().eval(), nn.Sigmoid(),
+    )  # fmt: skip
+    rows = {int(row.name.split(".")[0]): row for row in conversion_report(convert(model)) if row.name != "2.act"}
+    left = {i: row.reason for i, row in rows.items() if row.status == "left alone"}
+    kept = {i: row.reason for i, row in rows.items() if row.status == "freezekit"}
+    assert kept == {
+        0: "its slope learns: the gradient reads its input, which is kept",
+        1: "",
+        5: "",
+        6: "normalises by its input: the gradient reads it, so it is kept, frozen or not",
+        9: "",
+        10: "",
+    }
+    assert left.keys() == {2, 3, 4, 7, 12}
+    assert all(("freezekit.enable() reaches" in reason) == (i != 4) for i, reason in left.items())
+    assert "NormAct is a subclass of BatchNorm2d" in left[2]
+    assert "int64 indices" in left[4]
+
+
+def test_the_report_names_no_call_that_would_keep_the_same() -> None:
+    slope, weight = torch.ones(3, requires_grad=True), torch.ones(4, 3, 1, 1, requires_grad=True)
+
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.prelu(F.relu_(x * 1), slope)
+            x = F.prelu(x, slope.detach())
+            x = F.group_norm(F.batch_norm(x, None, None, training=True), 1)
+            return F.conv2d(F.conv2d(x, weight.detach()), torch.cat([weight, weight], 1)[:, :4])
+
+    rows = conversion_report(Net(), torch.randn(2, 3, 8, 8, requires_grad=True))
+    lines = [line_of("slope.detach())"), line_of("F.relu_(x * 1)"), line_of("weight.detach())")]
+    assert [(row.layer, int(row.where.rsplit(":", 1)[1])) for row in rows] == [
+        ("F.relu_", lines[1]), ("F.prelu", lines[0]), ("F.conv2d", lines[2]),
+    ]  # fmt: skip
 
 
 def test_top_level_names() -> None:

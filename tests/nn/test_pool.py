@@ -1,4 +1,4 @@
-"""Pools and pads: torch's values, indices, layouts and gradients; a byte an output element kept, or sizes alone."""
+"""Pools and pads: torch's values, indices, layouts and gradients; a byte per output element kept, or sizes alone."""
 
 from __future__ import annotations
 
@@ -118,6 +118,138 @@ def test_max_pool_of_one_dimension(dtype: torch.dtype, settings: dict[str, Any])
         assert torch.equal(*(grad(y, leaf, g)[0] for (y, _), leaf in zip(results, leaves)))
     learns = torch.randn(2, 3, 40, requires_grad=True)
     assert bytes_kept(lambda t: ff.max_pool1d(t, 3, 2), learns) == 2 * 3 * 19
+
+
+POOLS_3D: list[dict[str, Any]] = [
+    {"kernel_size": 2},
+    {"kernel_size": (1, 2, 3), "stride": (1, 2, 1), "padding": (0, 1, 1), "ceil_mode": True},
+    {"kernel_size": 3, "stride": 2, "padding": 1},
+    {"kernel_size": (2, 3, 2), "dilation": (2, 1, 3), "padding": 1},
+    {"kernel_size": 2, "dilation": 2, "padding": 1, "stride": 1},
+    {"kernel_size": 7, "stride": 1},
+]
+
+
+@pytest.mark.parametrize("settings", POOLS_3D, ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_max_pool_of_three_dimensions(dtype: torch.dtype, channels_last: bool, settings: dict[str, Any]) -> None:
+    x = torch.randint(-9, 9, (2, 3, 9, 8, 10)).to(dtype)
+    x[0, 0, 3:5] = float("nan")
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last_3d)
+    for given in (x, x[0], x[..., ::2], x.transpose(0, 1)):
+        if given.dim() == 5 and settings["kernel_size"] == 7 and given.shape[-1] < 7:
+            continue
+        leaves = [given.clone(memory_format=torch.preserve_format).requires_grad_() for _ in range(2)]
+        pools = (ff.max_pool3d, F.max_pool3d)
+        results = [pool(leaf, **settings, return_indices=True) for pool, leaf in zip(pools, leaves)]
+        for ours, stock in zip(*results):
+            assert equal(ours, stock)
+            assert ours.stride() == stock.stride()
+        g = torch.randint(-2, 3, results[0][0].shape).to(dtype)
+        gradients = [grad(y, leaf, g)[0] for (y, _), leaf in zip(results, leaves)]
+        assert torch.equal(*gradients)
+        assert gradients[0].stride() == gradients[1].stride()
+        assert results[0][0].grad_fn.name() == "FreezekitMaxPool3dBackward"
+
+
+@pytest.mark.parametrize("settings", POOLS_3D, ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_windows_of_nothing_but_minus_infinity_give_their_first_place_the_gradient(
+    channels_last: bool, settings: dict[str, Any]
+) -> None:
+    """As torch does where it lays tensors out as NCDHW; its other kernel forgets the plane (and so do its indices)."""
+    ours = torch.full((2, 3, 9, 8, 10), -float("inf"))
+    stock = ours.clone().requires_grad_()
+    if channels_last:
+        ours = ours.to(memory_format=torch.channels_last_3d)
+    y, expected = ff.max_pool3d(ours.requires_grad_(), **settings), F.max_pool3d(stock, **settings)
+    g = torch.randint(-2, 3, y.shape).float()
+    assert torch.equal(grad(y, ours, g)[0], grad(expected, stock, g)[0])
+
+
+@pytest.mark.parametrize(("kernel", "size"), [(2, 1), (6, 1), (7, 2), ((32, 32, 33), 4)])
+def test_max_pool3d_keeps_the_place_in_the_window(kernel: Any, size: int) -> None:
+    x = torch.randn(2, 3, *((9, 10, 8) if isinstance(kernel, int) else (33, 32, 34)), requires_grad=True)
+    out = F.max_pool3d(x, kernel, 1).numel()
+    assert bytes_kept(lambda t: ff.max_pool3d(t, kernel, 1), x) == out * size
+    assert bytes_kept(lambda t: ff.max_pool3d(t, kernel, 1), x.detach()) == 0
+    ours, stock = (grad(pool(x, kernel, 1).sum(), x)[0] for pool in (ff.max_pool3d, F.max_pool3d))
+    assert torch.equal(ours, stock)
+
+
+def test_max_pool3d_of_no_batch_and_windows_outside() -> None:
+    empty = torch.randn(0, 3, 4, 4, 4, requires_grad=True)
+    y = ff.max_pool3d(empty, 2)
+    assert y.shape == (0, 3, 2, 2, 2)
+    assert grad(y.sum(), empty)[0].shape == empty.shape
+    # Both taps of the dilated window miss the one column: nothing is taken, and nothing gets the gradient.
+    for memory_format in (torch.contiguous_format, torch.channels_last_3d):
+        narrow = torch.randn(1, 2, 3, 4, 1).to(memory_format=memory_format).requires_grad_()
+        y = ff.max_pool3d(narrow, (1, 1, 2), 1, (0, 0, 1), (1, 1, 2))
+        assert y.isneginf().all()
+        assert not grad(y.sum(), narrow)[0].any()
+
+
+@pytest.mark.parametrize("settings", POOLS_3D[:4], ids=str)
+def test_max_pool3d_derivatives_of_every_order(settings: dict[str, Any]) -> None:
+    x = torch.randperm(2 * 6 * 5 * 7).double().view(1, 2, 6, 5, 7).requires_grad_()
+
+    def f(t: Tensor) -> Tensor:
+        return ff.max_pool3d(t * t / 50, **settings)
+
+    assert gradcheck(f, x, fast_mode=True)
+    assert gradgradcheck(f, x, fast_mode=True)
+
+
+def test_max_pool3d_transforms_traces_and_errors() -> None:
+    x, t = torch.randn(3, 2, 4, 4, 4), torch.randn(3, 2, 4, 4, 4)
+
+    def ours(v: Tensor) -> Tensor:
+        return ff.max_pool3d(v, 3, 2, 1)
+
+    def stock(v: Tensor) -> Tensor:
+        return F.max_pool3d(v, 3, 2, 1)
+
+    assert torch.equal(torch.func.vmap(ours)(x), torch.func.vmap(stock)(x))
+    assert torch.equal(torch.func.jvp(ours, (x,), (t,))[1], torch.func.jvp(stock, (x,), (t,))[1])
+    leaf = x.requires_grad_()
+    cotangents = torch.randn(4, 3, 2, 2, 2, 2)
+    a, b = (grad(f(leaf), leaf, cotangents, is_grads_batched=True)[0] for f in (ours, stock))
+    torch.testing.assert_close(a, b)
+    meta = torch.empty(2, 3, 4, 4, 4, device="meta", requires_grad=True)
+    assert grad(ff.max_pool3d(meta, 2).sum(), meta)[0].shape == meta.shape
+    for arguments in ((5,), (2, 1, 2), (0,), ((1, 2),), (2, -1), (2, 1, -1), (2, 1, 1, 0)):
+        with pytest.raises(RuntimeError):
+            F.max_pool3d(leaf, *arguments)
+        with pytest.raises(RuntimeError):
+            ff.max_pool3d(leaf, *arguments)
+    with pytest.raises(RuntimeError, match="kernel_size must be one number or three"):
+        torch.ops.freezekit.max_pool3d(leaf, [2, 2])
+
+
+@pytest.mark.parametrize("settings", [{"kernel_size": 2}, POOLS_3D[1], POOLS_3D[3]], ids=str)
+def test_what_traces_record_of_max_pool3d_computes_the_same(settings: dict[str, Any]) -> None:
+    """Traces see ATen's operators where tensors with data have a loop."""
+    x = torch.randint(-9, 9, (2, 3, 9, 8, 10)).float()
+
+    def gradient(t: Tensor, g: Tensor) -> Tensor:
+        leaf = t.detach().requires_grad_()
+        return grad(ff.max_pool3d(leaf, **settings), leaf, g)[0]
+
+    g = torch.randint(-2, 3, F.max_pool3d(x, **settings).shape).float()
+    traced = torch.fx.experimental.proxy_tensor.make_fx(gradient)(x, g)
+    assert torch.equal(traced(x, g), gradient(x, g))
+    other = x.flip(2, 3).contiguous()
+    assert torch.equal(traced(other, g), gradient(other, g))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d], ids=["ncdhw", "ndhwc"])
+def test_max_pool3d_opcheck(memory_format: torch.memory_format) -> None:
+    x = torch.randn(2, 3, 6, 8, 8).to(memory_format=memory_format).requires_grad_()
+    torch.library.opcheck(torch.ops.freezekit.max_pool3d, (x, [3], [2], [1]))
+    torch.library.opcheck(torch.ops.freezekit.max_pool3d_with_indices, (x, [3, 2, 3], [2], [1], [1, 2, 1]))
 
 
 def test_max_pool_errors_are_torch_s() -> None:

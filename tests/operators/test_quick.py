@@ -1,4 +1,4 @@
-"""The short way into conv2d and activations: the same operator, and only for calls that have nothing unusual."""
+"""The short way into conv2d, norms and activations: the same operator, and only for calls that have nothing unusual."""
 
 from __future__ import annotations
 
@@ -42,7 +42,12 @@ def test_plain_calls_are_the_operator() -> None:
     assert y.grad_fn.name() == expected.grad_fn.name()
     assert calls.count["freezekit::conv2d"] == 1
     assert torch.equal(conv2d(bias=None), torch.ops.freezekit.conv2d(X, W, None, (1, 2), (1,), (1, 1), 2))
-    x = X.clone().requires_grad_()
+    x, one = X.clone().requires_grad_(), torch.full((4,), 1.5)
+    for weight in (None, one):
+        norm = (x, weight, None, one, one, 1e-3)
+        y, expected = _C.quick.batch_norm(*norm), torch.ops.freezekit.batch_norm(*norm)
+        assert torch.equal(y, expected)
+        assert y.grad_fn.name() == "FreezekitBatchNormBackward"
     y = _C.quick.activation(x, "leaky_relu", 0.5, 0.0, False, "auto")
     assert torch.equal(y, torch.where(X > 0, X, X / 2))
     assert y.grad_fn.name() == "FreezekitActivationBackward"
@@ -67,6 +72,14 @@ def test_unusual_calls_are_left_to_python(changes: dict[str, Any]) -> None:
 def test_unusual_activations_are_left_to_python() -> None:
     for input, a, inplace in ((None, 0.0, False), (X.as_subclass(Sub), 0.0, False), (X, 0, False), (X, 0.0, 1)):
         assert _C.quick.activation(input, "relu", a, 0.0, inplace, "auto") is None
+
+
+def test_unusual_norms_are_left_to_python() -> None:
+    one = torch.ones(4)
+    for place, value in ((0, None), (0, X.as_subclass(Sub)), (1, 2.0), (2, one.as_subclass(Sub)), (4, None), (5, 1)):
+        arguments: list[Any] = [X, one, one, one, one, 1e-5]
+        arguments[place] = value
+        assert _C.quick.batch_norm(*arguments) is None
 
 
 def test_errors_are_the_operator_s() -> None:

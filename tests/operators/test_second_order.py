@@ -60,6 +60,8 @@ LAYERS: dict[str, tuple[Call, Call, Sequence[tuple[int, ...]]]] = {
         lambda x: F.leaky_relu(x * 1, 0.1, True),
         [IMAGES],
     ),
+    "prelu": (ff.prelu, F.prelu, [IMAGES, (3,)]),
+    "prelu with one slope": (ff.prelu, F.prelu, [IMAGES, (1,)]),
     "dropout": (seeded(ff.dropout), seeded(F.dropout), [IMAGES]),
     "max_pool2d": (lambda x: ff.max_pool2d(x, 3, 2, 1), lambda x: F.max_pool2d(x, 3, 2, 1), [IMAGES]),
     "max_pool2d with indices": (
@@ -67,6 +69,7 @@ LAYERS: dict[str, tuple[Call, Call, Sequence[tuple[int, ...]]]] = {
         lambda x: F.max_pool2d(x, 2, return_indices=True)[0],
         [IMAGES],
     ),
+    "max_pool3d": (lambda x: ff.max_pool3d(x, 2, 1), lambda x: F.max_pool3d(x, 2, 1), [(1, 2, 3, 4, 3)]),
     "avg_pool1d": (lambda x: ff.avg_pool1d(x, 2), lambda x: F.avg_pool1d(x, 2), [(2, 3, 6)]),
     "avg_pool2d": (lambda x: ff.avg_pool2d(x, 2), lambda x: F.avg_pool2d(x, 2), [IMAGES]),
     "avg_pool3d": (lambda x: ff.avg_pool3d(x, 2), lambda x: F.avg_pool3d(x, 2), [(1, 2, 4, 4, 4)]),

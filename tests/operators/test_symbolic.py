@@ -25,6 +25,7 @@ CALLS: dict[str, Callable[..., Tensor]] = {
     "conv1d, groups": lambda f, x, n: f.conv1d(x.flatten(2), W[..., 0], B, groups=x.shape[1] // 2),
     "conv_transpose2d, stride": lambda f, x, n: f.conv_transpose2d(x, W, stride=n - 7),
     "max_pool2d, kernel_size": lambda f, x, n: f.max_pool2d(x, n // 3, n // 4, n // 8),
+    "max_pool3d, kernel_size": lambda f, x, n: f.max_pool3d(x.unsqueeze(2), (1, n // 3, 2), n // 4),
     "avg_pool2d, kernel_size": lambda f, x, n: f.avg_pool2d(x, n // 3, n // 4),
     "avg_pool2d, divisor": lambda f, x, n: f.avg_pool2d(x, 2, divisor_override=n),
     "adaptive_avg_pool2d": lambda f, x, n: f.adaptive_avg_pool2d(x, (n // 2, 3)),

@@ -236,6 +236,10 @@ Tensor positive_bits(const Tensor& input, Backend backend) {
   return activation_bits_(scratch, Piecewise("relu", 0, 0, to_string(backend)));
 }
 
+std::tuple<Tensor, Tensor> leaky_relu_bits(const Tensor& input, double slope, Backend backend) {
+  return activation_bits(input, Piecewise("leaky_relu", slope, 0, to_string(backend)));
+}
+
 TORCH_LIBRARY_FRAGMENT(freezekit, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
   const std::string settings = "str kind, float a=0.0, float b=0.0, *, str backend=\"auto\") -> ";

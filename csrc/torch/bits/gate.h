@@ -9,6 +9,7 @@
 
 #include <optional>
 #include <string_view>
+#include <tuple>
 
 #include "torch/autograd/formula.h"
 #include "torch/common/operators.h"
@@ -65,6 +66,9 @@ std::vector<c10::SymInt> dense_strides(const Tensor& input);
 
 // Bit = (input > 0) of a dense tensor without NaN.
 Tensor positive_bits(const Tensor& input, Backend);
+
+// The value of a leaky ReLU, and bit = (input > 0) in the value's memory order.
+std::tuple<Tensor, Tensor> leaky_relu_bits(const Tensor& input, double slope, Backend);
 
 // gate() on the storage of a dense tensor, whose memory order is that of bits.
 void gate_inplace(const Tensor& dense, const Tensor& bits, const GateRule&, Backend);

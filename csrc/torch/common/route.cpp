@@ -12,7 +12,7 @@ namespace {
 constexpr std::array<const char*, kOps> kNames = {
     "conv2d",     "conv2d_dgrad", "conv2d_wgrad",       "conv2d_bias_grad",  "frozen_conv2d", "activation",
     "gate",       "dropout",      "max_pool2d",         "max_pool2d_scatter", "max_pool2d_gather", "convolution",
-    "batch_norm", "layer_norm",   "group_norm",         "avg_pool",          "adaptive_avg_pool", "reflection_pad",
+    "batch_norm", "layer_norm",   "group_norm",         "max_pool3d", "avg_pool",          "adaptive_avg_pool", "reflection_pad",
     "replication_pad"};
 constexpr std::array<const char*, 4> kComputers = {"torch's own formula", "ATen", "freezekit's CPU kernels",
                                                    "freezekit's kernels"};

@@ -41,6 +41,7 @@ enum class Op : int8_t {
   batch_norm,
   layer_norm,
   group_norm,
+  max_pool3d,
   avg_pool,
   adaptive_avg_pool,
   reflection_pad,

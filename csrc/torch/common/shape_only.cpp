@@ -42,12 +42,13 @@ constexpr c10::DispatchKeySet watchers({c10::DispatchKey::FuncTorchBatched, c10:
 }  // namespace
 
 bool is_plain_on_cpu(const Tensor& tensor) {
-  return tensor.is_cpu() && tensor.layout() == at::kStrided && !tensor.key_set().has_any(watchers);
+  return tensor.is_cpu() && tensor.layout() == at::kStrided && !tensor.key_set().has_any(watchers) &&
+         !c10::impl::TorchDispatchModeTLS::any_modes_set();
 }
 
 Tensor shape_only(SymIntArrayRef size, const Tensor& like, at::MemoryFormat format) {
   const auto numbers = c10::asIntArrayRefSlowOpt(size);
-  if (numbers && is_plain_on_cpu(like) && !c10::impl::TorchDispatchModeTLS::any_modes_set()) {
+  if (numbers && is_plain_on_cpu(like)) {
     const int64_t numel = c10::multiply_integers(*numbers);
     void* const zeros = numel > 0 ? readable_zeros(numel * like.element_size()) : nullptr;
     if (zeros) {

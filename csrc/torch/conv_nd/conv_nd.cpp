@@ -1,7 +1,6 @@
 // Convolutions of any number of dimensions, and transposed ones, by ATen; conv2d has operators of its own.
 //
 // What the node keeps is what conv2d's keeps: x only for wgrad, w only for dgrad, nothing for the gradient of the bias.
-// dgrad of a convolution is the transposed one and the other way round, so it needs no x, not even for its size's sake.
 #include <ATen/autocast_mode.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/convolution.h>
@@ -23,10 +22,17 @@ using OptionalTensor = std::optional<Tensor>;
 using ConvNdOperator = SettingsOperator<ConvNdGeometry, Tensor(const Tensor& input, const Tensor& weight,
                                                                const OptionalTensor& bias)>;
 
-// dx of y = conv(x, w). The transposed convolution ends where the last window does: output_padding restores what lies
-// beyond. A transposed convolution's own output_padding can make its dgrad longer than x: what is past its end is cut,
-// and the rest is copied, since torch's gradient is dense.
+// dx of y = conv(x, w): as in backends/aten.cpp, ATen's own gradient where a stand-in for x takes no memory, else the
+// transposed convolution, or the plain one of a transposed one. The transposed convolution ends where the last window
+// does: output_padding restores what lies beyond. A transposed convolution's own output_padding can make its dgrad longer
+// than x: what is past its end is cut, and the rest is copied, since torch's gradient is dense.
 Tensor dgrad(const Tensor& dy, const Tensor& weight, SymIntArrayRef input_size, ConvNdGeometry g) {
+  if (is_plain_on_cpu(dy) && is_plain_on_cpu(weight)) {
+    const Tensor x = shape_only(input_size, dy, dy.suggest_memory_format());
+    return std::get<0>(at::convolution_backward_symint(dy, x, weight, /*bias_sizes=*/std::nullopt, g.stride, g.padding,
+                                                       g.dilation, g.transposed, g.output_padding, g.groups,
+                                                       {true, false, false}));
+  }
   const int64_t axes = dy.dim() - 2;
   for (int64_t i = 0; i < axes; ++i) {
     const auto reached = (dy.sym_size(2 + i) - 1) * g.stride[i] - g.padding[i] * 2 +

@@ -1,6 +1,7 @@
 // Activations that are linear in pieces, and dropout: one bit per element instead of a tensor.
 #include <ATen/core/Tensor.h>
 
+#include "torch/bits/prelu.h"
 #include "torch/enable/call.h"
 #include "torch/enable/operator.h"
 
@@ -15,6 +16,7 @@ extern Operator<Tensor(const Tensor&, const Scalar&, const Scalar&)> torch_thres
 extern Operator<Tensor&(Tensor&, const Scalar&, const Scalar&)> torch_threshold_inplace, torch_hardtanh_inplace;
 extern Operator<Tensor(const Tensor&, const Scalar&)> torch_leaky_relu;
 extern Operator<Tensor&(Tensor&, const Scalar&)> torch_leaky_relu_inplace;
+extern Operator<Tensor(const Tensor&, const Tensor&)> torch_prelu;
 extern Operator<Tensor(const Tensor&, double, bool)> torch_dropout;
 extern Operator<Tensor&(Tensor&, double, bool)> torch_dropout_inplace;
 
@@ -93,6 +95,14 @@ Tensor& leaky_relu_(DispatchKeySet keys, Tensor& x, const Scalar& slope) {
   return activation_inplace(keys, x, "leaky_relu", slope.toDouble(), 0);
 }
 
+// What prelu is made of, with the slope as it broadcasts.
+Tensor prelu(DispatchKeySet keys, const Tensor& x, const Tensor& slope) {
+  if (is_unrecorded(x, slope)) return torch_prelu.unrecorded(keys, x, slope);
+  const bool has_slope = !slope.requires_grad() && is_slope_of(x, slope);
+  if (!has_slope || !serves(Value::ours, slope) || !has_bits(x)) return torch_prelu.stock(keys, x, slope);
+  return record_prelu(x, slope, Backend::automatic);
+}
+
 bool drops(const Tensor& x, double p, bool train) {
   return train && p > 0 && p < 1 && !is_unrecorded(x) && gains(Op::dropout, x) && x.numel() > 0;
 }
@@ -118,6 +128,7 @@ Operator<Tensor(const Tensor&, const Scalar&, const Scalar&)> torch_hardtanh("ha
 Operator<Tensor&(Tensor&, const Scalar&, const Scalar&)> torch_hardtanh_inplace("hardtanh_", TORCH_FN(hardtanh_));
 Operator<Tensor(const Tensor&, const Scalar&)> torch_leaky_relu("leaky_relu", TORCH_FN(leaky_relu));
 Operator<Tensor&(Tensor&, const Scalar&)> torch_leaky_relu_inplace("leaky_relu_", TORCH_FN(leaky_relu_));
+Operator<Tensor(const Tensor&, const Tensor&)> torch_prelu("_prelu_kernel", TORCH_FN(prelu));
 Operator<Tensor(const Tensor&, double, bool)> torch_dropout("dropout", TORCH_FN(dropout));
 Operator<Tensor&(Tensor&, double, bool)> torch_dropout_inplace("dropout_", TORCH_FN(dropout_));
 

@@ -38,7 +38,8 @@ void set_watched(bool watched) { is_watched = watched; }
 namespace detail {
 
 bool is_plain(const Tensor& tensor) {
-  return !tensor.defined() || (is_only(tensor, kPlain) && has_kernels(tensor));
+  if (!tensor.defined() || (is_only(tensor, kPlain) && has_kernels(tensor))) return true;
+  return is_watched && is_compiled(tensor);  // freezekit runs models on stand-ins for tensors
 }
 
 bool is_compiled(const Tensor& tensor) {

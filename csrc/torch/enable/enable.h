@@ -8,7 +8,7 @@
 
 namespace freezekit::enable {
 
-// Whether a tensor of a Python class is one that stands for others in what torch.compile is tracing.
+// Whether a tensor of a Python class is one that stands for others in what torch.compile, or freezekit, is tracing.
 using IsCompiled = bool (*)(const at::Tensor&);
 
 // Registers the kernels; returns the operators that another library has taken, which are left to it.

@@ -4,19 +4,20 @@
 #include "torch/common/checks.h"
 #include "torch/enable/call.h"
 #include "torch/enable/operator.h"
+#include "torch/max_pool3d/max_pool3d.h"
 
 namespace freezekit::enable {
 namespace {
 
 using MaxPool2d = Operator<Tensor(const Tensor&, IntArrayRef, IntArrayRef, IntArrayRef, IntArrayRef, bool)>;
-using MaxPool2dWithIndices =
+using MaxPoolWithIndices =
     Operator<std::tuple<Tensor, Tensor>(const Tensor&, IntArrayRef, IntArrayRef, IntArrayRef, IntArrayRef, bool)>;
 using AvgPool =
     Operator<Tensor(const Tensor&, IntArrayRef, IntArrayRef, IntArrayRef, bool, bool, std::optional<int64_t>)>;
 using Linear = Operator<Tensor(const Tensor&, SymIntArrayRef)>;
 
 extern MaxPool2d torch_max_pool2d;
-extern MaxPool2dWithIndices torch_max_pool2d_with_indices;
+extern MaxPoolWithIndices torch_max_pool2d_with_indices, torch_max_pool3d_with_indices;
 extern AvgPool torch_avg_pool2d, torch_avg_pool3d;
 extern Linear torch_adaptive_avg_pool2d, torch_adaptive_avg_pool3d, torch_reflection_pad1d, torch_reflection_pad2d, torch_reflection_pad3d,
     torch_replication_pad1d, torch_replication_pad2d, torch_replication_pad3d;
@@ -33,11 +34,16 @@ bool is_in_range(IntArrayRef numbers) {
                      [](int64_t number) { return number > -kExtentLimit && number < kExtentLimit; });
 }
 
+// Whether a pooling over so many axes has settings that freezekit's takes; a list of one number stands for all of them.
+bool are_windows(size_t axes, IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation) {
+  const auto fits = [axes](IntArrayRef numbers) {
+    return (numbers.size() == 1 || numbers.size() == axes) && is_in_range(numbers);
+  };
+  return fits(kernel_size) && (stride.empty() || fits(stride)) && fits(padding) && fits(dilation);
+}
+
 bool has_taps(const Tensor& x, IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation) {
-  for (const auto numbers : {kernel_size, stride, padding, dilation}) {
-    if (numbers.size() > 2 || !is_in_range(numbers)) return false;
-  }
-  return x.dim() == 4 && !kernel_size.empty() && !padding.empty() && !dilation.empty() && !is_unrecorded(x) &&
+  return x.dim() == 4 && are_windows(2, kernel_size, stride, padding, dilation) && !is_unrecorded(x) &&
          gains(Op::max_pool2d, x);
 }
 
@@ -58,6 +64,21 @@ std::tuple<Tensor, Tensor> max_pool2d_with_indices(DispatchKeySet keys, const Te
   }
   static const auto op = find_operator<OwnMaxPool2d<std::tuple<Tensor, Tensor>>>("freezekit::max_pool2d_with_indices");
   return op.redispatch(keys, x, symbols(kernel_size), symbols(stride), symbols(padding), symbols(dilation), ceil_mode, "auto");
+}
+
+std::tuple<Tensor, Tensor> max_pool3d_with_indices(DispatchKeySet keys, const Tensor& x, IntArrayRef kernel_size,
+                                                   IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+                                                   bool ceil_mode) {
+  const auto& op = torch_max_pool3d_with_indices;
+  if (is_unrecorded(x)) return op.unrecorded(keys, x, kernel_size, stride, padding, dilation, ceil_mode);
+  if ((x.dim() == 4 || x.dim() == 5) && are_windows(3, kernel_size, stride, padding, dilation) && serves(Value::torch_s, x)) {
+    const Windows3d windows(symbols(kernel_size), symbols(stride), symbols(padding), symbols(dilation), ceil_mode);
+    if (windows.has_taps()) {
+      return record_max_pool3d(
+          x, windows, [&] { return op.forward(keys, x, kernel_size, stride, padding, dilation, ceil_mode); });
+    }
+  }
+  return op.stock(keys, x, kernel_size, stride, padding, dilation, ceil_mode);
 }
 
 Tensor avg_pool(const AvgPool& op, size_t axes, DispatchKeySet keys, const Tensor& x, IntArrayRef kernel_size,
@@ -138,7 +159,8 @@ Tensor replication_pad3d(DispatchKeySet keys, const Tensor& x, SymIntArrayRef pa
 }
 
 MaxPool2d torch_max_pool2d("max_pool2d", TORCH_FN(max_pool2d));
-MaxPool2dWithIndices torch_max_pool2d_with_indices("max_pool2d_with_indices", TORCH_FN(max_pool2d_with_indices));
+MaxPoolWithIndices torch_max_pool2d_with_indices("max_pool2d_with_indices", TORCH_FN(max_pool2d_with_indices));
+MaxPoolWithIndices torch_max_pool3d_with_indices("max_pool3d_with_indices", TORCH_FN(max_pool3d_with_indices));
 AvgPool torch_avg_pool2d("avg_pool2d", TORCH_FN(avg_pool2d));
 AvgPool torch_avg_pool3d("avg_pool3d", TORCH_FN(avg_pool3d));
 Linear torch_adaptive_avg_pool2d("_adaptive_avg_pool2d", TORCH_FN(adaptive_avg_pool2d));

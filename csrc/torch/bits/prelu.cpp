@@ -1,0 +1,117 @@
+// PReLU with a frozen slope: y = x where x > 0, else slope * x.
+//
+//   prelu(input, weight)   torch's value; its node keeps one bit per element, and the slope, where torch keeps the input
+//
+// dx is dy where x > 0, else slope * dy. The gradient of a slope reads x: where the slope learns, the call is torch's own.
+#include "torch/bits/prelu.h"
+
+#include <ATen/autocast_mode.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/_prelu_kernel.h>
+#include <ATen/ops/add.h>
+#include <ATen/ops/bitwise_not.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/prelu.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
+#include <torch/library.h>
+
+#include "torch/bits/gate.h"
+#include "torch/common/route.h"
+#include "torch/common/shape_only.h"
+
+namespace freezekit {
+namespace {
+
+using PreluOperator = Tensor(const Tensor& input, const Tensor& weight, std::string_view backend);
+
+bool is_alike(const Tensor& slope, const Tensor& x) {
+  return slope.scalar_type() == x.scalar_type() && slope.device() == x.device();
+}
+
+// Whether it can be read as a number without waiting for a device.
+bool is_number(const Tensor& slope) { return slope.sym_numel() == 1 && is_plain_on_cpu(slope); }
+
+struct PreluGradient {
+  std::vector<c10::SymInt> stride;
+  Backend backend = Backend::automatic;
+
+  auto fields() { return std::tie(stride, backend); }
+  Link link() const { return {Link::To::operands, /*count=*/1, /*zeros=*/true}; }
+
+  variable_list gradients(const Tensor& grad, Kept kept, const std::vector<bool>& wanted) const {
+    if (!wanted[0]) return {Tensor()};
+    const Tensor bits = kept(0), slope = kept(1);
+    if (is_number(slope)) return {gate(grad, bits, {stride, {1, slope.item<double>()}, backend})};
+    const Tensor above = gate(grad, bits, {stride, {}, backend});
+    return {above.add(gate(grad.mul(slope), bits.bitwise_not(), {stride, {}, backend}))};
+  }
+};
+
+// `weight` as it broadcasts against the input; undefined where torch has an error to give.
+Tensor slope_of(const Tensor& input, const Tensor& weight) {
+  if (weight.dim() > 1 || !is_alike(weight, input)) return {};
+  const bool one = weight.sym_numel() == 1;
+  if (!one && (input.dim() < 2 || weight.sym_numel() != input.sym_size(1))) return {};
+  std::vector<c10::SymInt> size(input.dim(), 1);
+  if (!one) size[1] = weight.sym_numel();
+  return weight.view_symint(size);
+}
+
+Tensor prelu_entry(const Tensor& input, const Tensor& weight, std::string_view backend_name) {
+  const Backend backend = parse_backend(backend_name);
+  if (weight.requires_grad() || route(Op::activation, backend, input, weight).computer == Computer::formula) {
+    return at::prelu(input, weight);
+  }
+  const Tensor slope = slope_of(input, weight);
+  const bool records = torch::autograd::compute_requires_grad(input);
+  return slope.defined() && records ? record_prelu(input, slope, backend) : at::prelu(input, weight);
+}
+
+Tensor prelu_plain(const Tensor& input, const Tensor& weight, std::string_view) { return at::prelu(input, weight); }
+
+template <c10::DeviceType kDevice, c10::DispatchKey kKey>
+Tensor prelu_autocast(const Tensor& input, const Tensor& weight, std::string_view backend) {
+  static const auto op = find_operator<PreluOperator>("freezekit::prelu");
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKeySet{kKey});
+  const auto dtype = at::autocast::get_lower_precision_fp_from_device_type(kDevice);
+  return op.call(at::autocast::cached_cast(dtype, input, kDevice), at::autocast::cached_cast(dtype, weight, kDevice),
+                 backend);
+}
+
+}  // namespace
+
+bool is_slope_of(const Tensor& x, const Tensor& slope) {
+  if (slope.dim() != x.dim() || !is_alike(slope, x)) return false;
+  const auto numel = slope.sym_numel();
+  return numel == 1 || (x.dim() > 1 && numel == x.sym_size(1) && slope.sym_size(1) == numel);
+}
+
+Tensor record_prelu(const Tensor& x, const Tensor& slope, Backend backend) {
+  Tensor y, bits;
+  std::vector<c10::SymInt> stride;
+  {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    std::tie(y, bits) = leaky_relu_bits(x, is_number(slope) ? slope.item<double>() : 0, backend);
+    stride = owned(y.sym_strides());
+    if (!is_number(slope)) y = at::_prelu_kernel(x, slope);
+  }
+  const auto node = formula_node("FreezekitPReLUBackward", PreluGradient{std::move(stride), backend}, x);
+  node->keep(bits, slope);
+  torch::autograd::set_history(y, node);
+  return y;
+}
+
+TORCH_LIBRARY_FRAGMENT(freezekit, m) {
+  m.def("prelu(Tensor input, Tensor weight, *, str backend=\"auto\") -> Tensor", {at::Tag::pt2_compliant_tag});
+}
+TORCH_LIBRARY_IMPL(freezekit, CompositeExplicitAutograd, m) { m.impl("prelu", prelu_plain); }
+TORCH_LIBRARY_IMPL(freezekit, Autograd, m) { m.impl("prelu", prelu_entry); }
+TORCH_LIBRARY_IMPL(freezekit, FuncTorchBatched, m) { m.impl("prelu", prelu_entry); }
+TORCH_LIBRARY_IMPL(freezekit, AutocastCPU, m) {
+  m.impl("prelu", prelu_autocast<c10::DeviceType::CPU, c10::DispatchKey::AutocastCPU>);
+}
+TORCH_LIBRARY_IMPL(freezekit, AutocastCUDA, m) {
+  m.impl("prelu", prelu_autocast<c10::DeviceType::CUDA, c10::DispatchKey::AutocastCUDA>);
+}
+
+}  // namespace freezekit
