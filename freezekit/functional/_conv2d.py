@@ -13,7 +13,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from freezekit import _C, backends
 from freezekit._arguments import Size2, number, numbers, plain
 from freezekit.backends import Backend, check_backend
-from freezekit.functional._torch import records_torch_s
+from freezekit.functional._torch import jit_trace, records_torch_s
 
 # A call of plain tensors and numbers; None of any other.
 _quick = _C.quick.conv2d
@@ -67,7 +67,7 @@ def conv2d(
     torch.Size([2, 4, 8, 8])
     >>> y.sum().backward()  # runs dgrad alone; x was not kept
     """
-    if backend is None and not torch.compiler.is_compiling():
+    if backend is None and not torch.compiler.is_compiling() and jit_trace() is None:
         y = _quick(input, weight, bias, stride, padding, dilation, groups, backends._current)
         if y is not None:
             return y

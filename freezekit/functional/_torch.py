@@ -21,15 +21,15 @@ def as_torch(torch_s: Callable[..., Any], *, shortcut: bool = True) -> Callable[
 
     Where no gradient is needed nothing is kept, and torch's own function is the shortest way; without `shortcut` the
     stand-in runs there too, for what it refuses and torch would take. Tensors with a `__torch_function__` are asked
-    first, as torch's functions ask them. An export without gradients records torch's operator.
+    first, as torch's functions ask them. A trace, and an export without gradients, records torch's operator.
     """
 
     def decorate(function: Function) -> Function:
         @functools.wraps(function)
         def stand_in(*args: Any, **kwargs: Any) -> Any:
-            # Subclasses and fx's proxies are to see the stand-in, and a trace is to be one with gradients and without.
+            # Subclasses and fx's proxies are to see the stand-in; a trace compares lines too, and takes one way always.
             free = shortcut and backends._current in ("auto", "aten") and args and type(args[0]) is Tensor
-            if free and not _learns(args) and not (kwargs and _learns(kwargs.values())) and _tracing() is None:
+            if free and not _learns(args) and not (kwargs and _learns(kwargs.values())) and jit_trace() is None:
                 return torch_s(*args, **kwargs)
             given = (*args, *kwargs.values())
             if has_torch_function(given):
@@ -43,12 +43,15 @@ def as_torch(torch_s: Callable[..., Any], *, shortcut: bool = True) -> Callable[
     return decorate
 
 
-_tracing = torch._C._get_tracing_state  # a name that torch.compile knows
+jit_trace = torch._C._get_tracing_state  # a name that torch.compile knows
 
 
 def records_torch_s(*arguments: Any) -> bool:
-    """Whether a call is being exported that needs no gradient: the archive then loads without freezekit."""
-    return torch.compiler.is_exporting() and not _learns(arguments)
+    """Whether a call goes into an archive that loads without freezekit: a trace, or an export that needs no gradient.
+
+    `torch.jit.trace` traces twice, the second time without gradients, and wants the same graph.
+    """
+    return jit_trace() is not None or (torch.compiler.is_exporting() and not _learns(arguments))
 
 
 def _learns(arguments: Iterable[Any]) -> bool:

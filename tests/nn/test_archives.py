@@ -1,4 +1,4 @@
-"""A converted model, exported without gradients, is an archive of torch's operators alone."""
+"""A converted model, traced or exported without gradients, is an archive of torch's operators alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import freezekit as fk
 LOAD = """
 import sys, torch
 path, x = sys.argv[1], torch.linspace(-1, 1, 2 * 3 * 16 * 16).view(2, 3, 16, 16)
-y = torch.export.load(path).module()(x)
+y = (torch.export.load(path).module() if path.endswith("pt2") else torch.jit.load(path))(x)
 assert not any(name.startswith("freezekit") for name in sys.modules)
 print(y.sum(dtype=torch.float64).item())
 """
@@ -43,14 +43,16 @@ def model() -> nn.Module:
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_it_loads_without_freezekit(frozen: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["export", "trace"])
+def test_it_loads_without_freezekit(way: str, frozen: bool, tmp_path: Path) -> None:
     """Frozen weights and an input that does not learn need no gradient; elsewhere `no_grad` says so."""
     net, x = model().requires_grad_(not frozen), torch.linspace(-1, 1, 2 * 3 * 16 * 16).view(2, 3, 16, 16)
-    path = str(tmp_path / "archive.pt2")
-    with torch.set_grad_enabled(frozen):
-        program = torch.export.export(net, (x,))
-    assert "freezekit" not in str(program.graph)
-    torch.export.save(program, path)
+    path = str(tmp_path / ("archive.pt2" if way == "export" else "archive.pt"))
+    with torch.set_grad_enabled(frozen or way == "trace"):
+        if way == "export":
+            torch.export.save(torch.export.export(net, (x,)), path)
+        else:
+            torch.jit.save(torch.jit.trace(net, x), path)
     run = subprocess.run([sys.executable, "-c", LOAD, path], capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert float(run.stdout) == pytest.approx(net(x).sum(dtype=torch.float64).item(), rel=1e-5)
