@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from freezekit.profiling import profile
 
 EPILOG = """examples:
   freezekit info
+  freezekit info --choices mymodels:resnet
   freezekit explain mymodels:resnet --json > kept.json
   freezekit explain mymodels:detector --enabled
   freezekit plan mymodels:resnet --memory 500M --plot plan.png
@@ -41,7 +43,10 @@ or a model that does not run."""
 
 # What each command's own --help says beyond its one line.
 _MORE = {
-    "info": "Says whether CUDA kernels were compiled in, for which architectures, and which devices torch sees.",
+    "info": """Says whether CUDA kernels were compiled in, for which architectures, and which devices torch sees.
+With --choices it runs a training step of the model twice and lists what backend "auto" has decided for it on this GPU:
+which kernels were equal to torch's operators and not slower, with the times, and what differed where they were not.
+Nothing is decided on a CPU.""",
     "explain": """One row a layer, from a forward pass without data: nothing is computed, and a model too big for the
 machine can be explained.
 
@@ -91,8 +96,19 @@ def parse_bytes(text: str) -> float:
 
 def _info(options: argparse.Namespace) -> int:
     from freezekit.info import describe, info
+    from freezekit.tuning import choices
 
-    print(json.dumps(info(), indent=2) if options.json else describe())
+    if options.choices is None:
+        print(json.dumps(info(), indent=2) if options.json else describe())
+        return 0
+    model, inputs = load_model(options.choices)
+    for _ in range(2):  # The second meets what the first has made, such as gradients.
+        _step(model, arguments(inputs))
+    made = choices()
+    if options.json:
+        print(json.dumps([{**asdict(choice), "backend": choice.backend} for choice in made], indent=2))
+    else:
+        print("\n".join(map(str, made)) or "nothing was decided: freezekit's kernels met no GPU here")
     return 0
 
 
@@ -194,7 +210,8 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
         return sub
 
-    command("info", _info, "versions, kernels and devices", model=False)
+    about = command("info", _info, "versions, kernels and devices", model=False)
+    about.add_argument("--choices", metavar="module:factory", help="what 'auto' decides for this model, and why")
     explain = command("explain", _explain, "what a training step computes and keeps, layer by layer", model=True)
     explain.add_argument("--plot", type=Path, metavar="PNG", help="draw the kept bytes")
     plan = command("plan", _plan, "what freezing would buy, for every depth", model=True)

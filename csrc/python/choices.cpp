@@ -1,4 +1,4 @@
-// freezekit._C.choices: measured choices between ATen and freezekit's kernels, seen from Python.
+// freezekit._C.choices: what `auto` has decided between torch's operators and freezekit's kernels, seen from Python.
 #include "torch/backends/choices.h"
 
 #include <pybind11/stl.h>
@@ -8,17 +8,19 @@
 namespace freezekit {
 
 void bind_choices(py::module_& parent) {
-  py::module_ m = parent.def_submodule("choices", "What backend 'auto' has measured.");
+  py::module_ m = parent.def_submodule("choices", "What backend 'auto' has decided on the device at hand.");
   m.attr("rule") = choices::kRule;
-  m.def("tune", [](const std::string& candidate) { choices::set_tuning(parse_backend(candidate)); });
-  m.def("stop", [] { choices::set_tuning(std::nullopt); });
+  m.def("emulate", &choices::emulate, py::arg("handicap"),
+        "For tests: a CPU stands for a GPU, the times of the emulated kernels are multiplied; None ends it.");
   m.def("clear", &choices::clear);
-  m.def("set", [](const std::string& key, double aten_seconds, double native_seconds, bool agree) {
-    choices::set(key, {aten_seconds, native_seconds, agree});
-  });
+  m.def("load",
+        [](const std::string& key, double aten_seconds, double native_seconds, bool agree, const std::string& note) {
+          choices::set(key, {aten_seconds, native_seconds, agree, note, /*loaded=*/true});
+        });
   m.def("all", [] {
-    std::vector<std::tuple<std::string, double, double, bool>> rows;
-    for (const auto& [key, m] : choices::all()) rows.emplace_back(key, m.aten_seconds, m.native_seconds, m.agree);
+    std::vector<std::tuple<std::string, double, double, bool, std::string>> rows;
+    for (const auto& [key, m] : choices::all())
+      rows.emplace_back(key, m.aten_seconds, m.native_seconds, m.agree, m.note);
     return rows;
   });
 }

@@ -64,10 +64,10 @@ py::dict choose(const std::string& op, const std::string& dtype, const std::arra
   const int type = index_of(kDTypes, dtype, "dtype");
   const Conv2dProblem problem = make_problem(input, weight, stride, padding, dilation, groups);
   const Selection chosen = select(computes, problem, static_cast<DType>(type), target);
-  const Foreseen taken = foreseen(
-      computes, problem,
-      {kScalarTypes[type], channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous,
-       index_of(kDevices, device, "device") == 0 ? c10::DeviceType::CPU : c10::DeviceType::CUDA, target});
+  const choices::Setting setting = {
+      kScalarTypes[type], channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous,
+      index_of(kDevices, device, "device") == 0 ? c10::DeviceType::CPU : c10::DeviceType::CUDA, target};
+  const Foreseen taken = foreseen(computes, problem, setting, chosen.kernel);
   py::dict result;
   result["family"] = kFamilies[static_cast<size_t>(chosen.family)];
   result["kernel"] = chosen.kernel;
@@ -75,6 +75,7 @@ py::dict choose(const std::string& op, const std::string& dtype, const std::arra
   result["split_k"] = chosen.split_k;
   result["workspace_bytes"] = chosen.workspace_bytes;
   result["reason"] = chosen.reason;
+  result["class"] = choices::class_of(computes, problem, setting, chosen.kernel);
   result["auto"] = std::string(to_string(taken.backend));
   result["auto_reason"] = taken.why;
   return result;
@@ -87,6 +88,7 @@ py::list take_launch_log() {
     row["operator"] = record.op;
     row["kernel"] = record.kernel;
     row["backend"] = std::string(to_string(record.backend));
+    if (record.bytes) row["bytes"] = record.bytes;
     for (const auto& [name, size] : record.sizes) row[name] = py::tuple(py::cast(size));
     result.append(row);
   }

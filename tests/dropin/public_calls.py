@@ -19,7 +19,7 @@ from freezekit.fusion import fusion_report
 from freezekit.guarding import Guard
 from freezekit.planning import Machine
 from freezekit.schedules import FreezeOut, UpdateNorm
-from freezekit.tuning import autotune, clear_choices, load_choices
+from freezekit.tuning import choices, clear_choices, dump_choices, load_choices
 
 X, G = torch.ones(2, 4, 8, 8), torch.ones(2, 6, 6, 6)
 MACHINE = Machine(flops=1e11, bandwidth=1e10)
@@ -75,17 +75,14 @@ rows(
     ("input of rank 2", lambda m, o: fk.audit(m, inputs=torch.ones(2, 3)), RuntimeError, ("input", r"[2, 3]")),
 )
 rows(
-    "autotune",
-    ("no candidate", lambda m, o: autotune("aten"), ValueError, ("candidate", "native", "'aten'")),
-    ("a number", lambda m, o: autotune(3), ValueError, ("candidate", "emulated", "3")),
-)
-rows(
     "backend",
     ("no backend", lambda m, o: fk.backend("cuda"), ValueError, ("backend", "aten", "'cuda'")),
     ("None", lambda m, o: fk.backend(None), ValueError, ("backend", "aten", "None")),
     ("hopper of text", lambda m, o: fk.backend("native", hopper="yes"), TypeError, ("hopper", "True", "'yes'")),
     ("hopper for aten", lambda m, o: fk.backend("aten", hopper=True), ValueError, ("hopper", "native", "'aten'")),
 )
+rows("choices", ("an argument", lambda m, o: choices(1), TypeError, ("choices", "1 was given")))
+rows("dump_choices", ("an argument", lambda m, o: dump_choices(1), TypeError, ("dump_choices", "1 was given")))
 rows("clear_choices", ("an argument", lambda m, o: clear_choices(1), TypeError, ("clear_choices", "1 was given")))
 rows(
     "current_backend",
@@ -189,14 +186,14 @@ rows(
     "load_choices",
     ("a number", lambda m, o: load_choices(3), TypeError, ("text", "str", "int")),
     ("bytes", lambda m, o: load_choices(b"{}"), TypeError, ("text", "str", "bytes")),
-    ("no JSON", lambda m, o: load_choices("no json"), ValueError, ("text", "to_json", "no json")),
-    ("a list", lambda m, o: load_choices("[]"), ValueError, ("text", "to_json", "[]")),
-    ("half", lambda m, o: load_choices('{"choices": []}'), ValueError, ("text", "to_json", "measured_with")),
+    ("no JSON", lambda m, o: load_choices("no json"), ValueError, ("text", "dump_choices", "no json")),
+    ("a list", lambda m, o: load_choices("[]"), ValueError, ("text", "dump_choices", "[]")),
+    ("half", lambda m, o: load_choices('{"choices": []}'), ValueError, ("text", "dump_choices", "measured_with")),
     (
         "choices of another kind",
         lambda m, o: load_choices('{"measured_with": {}, "choices": [3]}'),
         ValueError,
-        ("text", "to_json", "[3]"),
+        ("text", "dump_choices", "[3]"),
     ),
 )
 first(fk.plan, more=lambda m, o: (X,))

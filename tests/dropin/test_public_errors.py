@@ -41,8 +41,8 @@ def test_public_functions(bad: Call, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 # What is public beside the package's own names, the operators and the layers.
 ELSEWHERE = {
-    "FreezeOut", "Guard", "UpdateNorm", "autotune", "clear_choices", "conv2d_bias_grad", "conversion_report",
-    "current_backend", "fusion_report", "is_held", "load_choices", "load_freeze_state", "rewrap",
+    "FreezeOut", "Guard", "UpdateNorm", "choices", "clear_choices", "conv2d_bias_grad", "conversion_report",
+    "current_backend", "dump_choices", "fusion_report", "is_held", "load_choices", "load_freeze_state", "rewrap",
 }  # fmt: skip
 
 

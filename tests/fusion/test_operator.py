@@ -12,8 +12,9 @@ from torch import Tensor
 
 from freezekit import _C
 from freezekit.functional import conv2d_dgrad
-from freezekit.tuning import autotune, clear_choices, load_choices
+from freezekit.tuning import choices, dump_choices, load_choices
 from tests.observe import Calls, bytes_kept
+from tests.proof.stand_in import SLOWER, stand_in
 
 frozen = torch.ops.freezekit.frozen_conv2d.default
 ACTIVATIONS = {"none": lambda y: y, "relu": F.relu, "relu6": F.relu6}
@@ -248,31 +249,60 @@ def test_a_float32_bias_is_not_rounded_to_the_tensors_dtype(place: tuple[str, st
     assert frozen(x, w, b, backend=backend)[0].item() == 258
 
 
-def test_measured_choices_are_taken() -> None:
+def launches_of(*arguments: object) -> tuple[Tensor, list[str]]:
+    """As `step`, without a mode that watches: under one a layer with kernels is torch's own."""
+    x = arguments[0].detach().requires_grad_()
+    _C.set_launch_log(True)
+    try:
+        y, _ = frozen(x, *arguments[1:])
+        y.backward(cotangent(y))
+        return x.grad, [row["operator"] for row in _C.take_launch_log()]
+    finally:
+        _C.set_launch_log(False)
+
+
+def test_what_was_decided_is_taken() -> None:
     x, w, b, r = tensors(torch.float32, {"padding": [1]}, "cpu", True)
     arguments = (x, w, b, r, "relu6", [1], [1])
-    expected, nothing, _ = step(*arguments)
+    expected, nothing = launches_of(*arguments)
     assert nothing == []
-    clear_choices()
-    try:
-        with autotune(candidate="emulated") as tuned:
-            step(*arguments)
-            assert [m.problem.split()[0] for m in tuned.measurements] == [
-                "conv2d+frozen+bias+residual+relu6+mask",
-                "conv2d_dgrad+frozen",
-            ]
-            for seconds, launched in ((1e-6, ["conv2d", "conv2d_dgrad"]), (1.0, [])):
-                document = json.loads(tuned.to_json())
-                for row in document["choices"]:
+    with stand_in():
+        launches_of(*arguments)
+        assert [c.problem.split()[0] for c in choices()] == [
+            "activation",
+            "conv2d+frozen+bias+residual+relu6+mask",
+            "conv2d_dgrad+frozen",
+        ]
+        for seconds, launched in ((1e-6, ["conv2d", "gate", "conv2d_dgrad"]), (1.0, ["activation_bits", "gate"])):
+            document = json.loads(dump_choices())
+            for row in document["choices"]:
+                if row["problem"].startswith("conv2d"):
                     row.update(native_seconds=seconds, aten_seconds=1e-3)
-                load_choices(json.dumps(document))
-                gradient, found, _ = step(*arguments)
-                assert found == launched
-                assert torch.equal(gradient, expected)
-            # In NCHW the bits of both would lie in another order.
-            assert step(*(t.contiguous() if isinstance(t, Tensor) else t for t in arguments))[1] == []
-    finally:
-        clear_choices()
+            load_choices(json.dumps(document))
+            gradient, found = launches_of(*arguments)
+            assert sorted(set(found) - {"activation_bits"}) == sorted(set(launched) - {"activation_bits"})
+            assert torch.equal(gradient, expected)
+        # In NCHW the bits of both would lie in another order.
+        laid_out = (t.contiguous() if isinstance(t, Tensor) else t for t in arguments)
+        assert "conv2d" not in launches_of(*laid_out)[1]
+
+
+def test_without_kernels_for_bits_a_block_is_stock_s() -> None:
+    """It keeps what stock keeps, and the layout is the one that was asked for."""
+    for channels_last in (False, True):
+        x, w, b, r = tensors(torch.float32, {"padding": [1]}, "cpu", channels_last)
+        expected, _ = launches_of(x, w, b, r, "relu", [1], [1])
+        with stand_in(SLOWER):
+            launches_of(x, w, b, r, "relu", [1], [1])
+            gradient, launched = launches_of(x, w, b, r, "relu", [1], [1])
+            assert launched == []
+            torch.testing.assert_close(gradient, expected)
+            y, bits = frozen(x.requires_grad_(), w, b, r, "relu", padding=[1], channels_last=not channels_last)
+            assert type(y.grad_fn.next_functions[0][0] if channels_last else y.grad_fn).__name__.startswith(
+                ("Relu", "Clone")
+            )
+            assert bits.numel() == 0
+            assert y.is_contiguous(memory_format=torch.contiguous_format if channels_last else torch.channels_last)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

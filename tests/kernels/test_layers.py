@@ -62,7 +62,7 @@ def test_activation(name: str, dtype: torch.dtype, offset: int) -> None:
         else:
             expected, keep = (
                 values.clamp(low.to(dtype).to(wide), high.to(dtype).to(wide)),
-                (values > low) & (values < high),
+                ~((values <= low) | (values >= high)),
             )
         for in_place in (False, True):
             given = shifted(x, offset)

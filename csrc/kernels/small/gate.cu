@@ -48,7 +48,7 @@ FK_DEVICE void store_run(T* p, int count, bool aligned, const T (&values)[kRun])
   }
 }
 
-// Comparisons send NaN where torch's kernels for GPUs do: through relu, into leaky_relu's slope, and not through hardtanh.
+// Comparisons send NaN where torch's kernels for GPUs do: through relu, into leaky_relu's slope, and through hardtanh's.
 template <class A>
 struct Relu {
   FK_DEVICE bool bit(A x) const { return !(x <= A(0)); }
@@ -67,7 +67,7 @@ template <class A>
 struct Hardtanh {
   A lowest, highest;
   A below, above;
-  FK_DEVICE bool bit(A x) const { return x > below && x < above; }
+  FK_DEVICE bool bit(A x) const { return !(x <= below || x >= above); }
   FK_DEVICE A value(A x) const {
     const A raised = x < lowest ? lowest : x;
     return raised > highest ? highest : raised;

@@ -1,53 +1,66 @@
 #include "torch/backends/choices.h"
 
-#include <c10/core/impl/VirtualGuardImpl.h>
-
 #include <atomic>
-#include <chrono>
+#include <bit>
 #include <map>
 #include <mutex>
+#include <set>
 #include <sstream>
-#include <tuple>
 
-#include "core/medians.h"
+#include "torch/backends/kernel_library.h"
 
 namespace freezekit::choices {
 namespace {
 
-constexpr int kRuns = 5;
-
 std::mutex mutex;
 std::map<std::string, Measurement> measured;
-std::optional<Backend> tuning;
-std::atomic<bool> known{false};  // whether either of them says anything
+std::set<std::string> claimed;
+std::atomic<uint64_t> changes{0};
+std::atomic<double> emulated_handicap{-1};  // negative: no CPU stands for a GPU
 
-void synchronize(const Tensor& on) {
-  if (on.is_cuda()) c10::impl::VirtualGuardImpl(on.device().type()).getStream(on.device()).synchronize();
+const char* layout_name(at::MemoryFormat layout) {
+  return layout == at::MemoryFormat::ChannelsLast ? "channels_last" : "contiguous";
 }
 
-// Both results carry one rounding to their dtype and their own order of summation: half the digits must agree.
-bool agree(const Tensor& a, const Tensor& b) {
-  if (a.numel() == 0) return true;
-  const Tensor exact = a.to(at::kDouble);
-  const double scale = exact.abs().max().item<double>();
-  const double tolerance = a.scalar_type() == at::kDouble ? 1e-10 : a.scalar_type() == at::kFloat ? 2e-3 : 2e-2;
-  return exact.sub(b.to(at::kDouble)).abs().max().item<double>() <= tolerance * scale;
+bool computes_in_tf32(const Setting& s) {
+  return s.dtype == at::kFloat && s.device == c10::DeviceType::CUDA && s.target.allow_tf32;
+}
+
+std::string device_name(const Setting& s) {
+  std::string name = std::string(" on ") + c10::DeviceTypeName(s.device, /*lower_case=*/true);
+  if (s.device != c10::DeviceType::CUDA) return name;
+  return name + " sm_" + std::to_string(s.target.sm) + " of " + std::to_string(s.target.sm_count);
+}
+
+std::string operator_name(Operator op, const Setting& s) {
+  return std::string(name_of(op)) + (s.variant.empty() ? "" : "+") + std::string(s.variant) + ' ' +
+         c10::toString(s.dtype) + (computes_in_tf32(s) ? "(tf32)" : "");
 }
 
 }  // namespace
 
 std::string key_of(Operator op, const Conv2dProblem& p, const Setting& s) {
   std::ostringstream key;
-  key << name_of(op) << (s.variant.empty() ? "" : "+") << s.variant << ' ' << c10::toString(s.dtype);
-  const bool cuda = s.device == c10::DeviceType::CUDA;
-  if (s.dtype == at::kFloat && cuda && s.target.allow_tf32) key << "(tf32)";
-  key << " x=" << p.n << ',' << p.c << ',' << p.h << ',' << p.w << " w=" << p.k << ',' << p.c_per_group() << ',' << p.r
-      << ',' << p.s << " stride=" << p.stride_h << ',' << p.stride_w << " padding=" << p.pad_h << ',' << p.pad_w
-      << " dilation=" << p.dilation_h << ',' << p.dilation_w << " groups=" << p.groups
-      << (s.layout == at::MemoryFormat::ChannelsLast ? " channels_last" : " contiguous") << " on "
-      << c10::DeviceTypeName(s.device, /*lower_case=*/true);
-  if (cuda) key << " sm_" << s.target.sm << " of " << s.target.sm_count;
+  key << operator_name(op, s) << " x=" << p.n << ',' << p.c << ',' << p.h << ',' << p.w << " w=" << p.k << ','
+      << p.c_per_group() << ',' << p.r << ',' << p.s << " stride=" << p.stride_h << ',' << p.stride_w
+      << " padding=" << p.pad_h << ',' << p.pad_w << " dilation=" << p.dilation_h << ',' << p.dilation_w
+      << " groups=" << p.groups << ' ' << layout_name(s.layout) << device_name(s);
   return key.str();
+}
+
+std::string class_of(Operator op, const Conv2dProblem& p, const Setting& s, const char* kernel) {
+  const uint64_t operations = p.y_numel() * p.c_per_group() * p.r * p.s;
+  const int power = (std::bit_width(operations) - 1) / 2 * 2;
+  std::ostringstream key;
+  key << operator_name(op, s) << " by " << kernel << " w=" << p.r << ',' << p.s << " stride=" << p.stride_h << ','
+      << p.stride_w << " dilation=" << p.dilation_h << ',' << p.dilation_w << " 2^" << power << " to 2^" << power + 2
+      << " products " << layout_name(s.layout) << device_name(s);
+  return key.str();
+}
+
+std::string key_of(const char* layer, bool large, const char* layout, const Setting& s) {
+  return std::string(layer) + ' ' + c10::toString(s.dtype) + (large ? " large" : " small") + (*layout ? " " : "") +
+         layout + device_name(s);
 }
 
 std::optional<Measurement> find(const std::string& key) {
@@ -56,16 +69,22 @@ std::optional<Measurement> find(const std::string& key) {
   return found == measured.end() ? std::nullopt : std::make_optional(found->second);
 }
 
+bool claim(const std::string& key) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  return !measured.contains(key) && claimed.insert(key).second;
+}
+
 void set(const std::string& key, const Measurement& measurement) {
   const std::lock_guard<std::mutex> lock(mutex);
   measured[key] = measurement;
-  known = true;
+  claimed.erase(key);
+  ++changes;
 }
 
 void clear() {
   const std::lock_guard<std::mutex> lock(mutex);
   measured.clear();
-  known = tuning.has_value();
+  ++changes;
 }
 
 std::vector<std::pair<std::string, Measurement>> all() {
@@ -73,33 +92,19 @@ std::vector<std::pair<std::string, Measurement>> all() {
   return {measured.begin(), measured.end()};
 }
 
-void set_tuning(std::optional<Backend> candidate) {
-  const std::lock_guard<std::mutex> lock(mutex);
-  tuning = candidate;
-  known = tuning.has_value() || !measured.empty();
+uint64_t generation() { return changes.load(std::memory_order_acquire); }
+
+std::optional<Backend> candidate_on(c10::DeviceType device) {
+  if (device == c10::DeviceType::CUDA && has_cuda_kernels()) return Backend::native;
+  if (device == c10::DeviceType::CPU && handicap() >= 0) return Backend::emulated;
+  return std::nullopt;
 }
 
-bool are_known() { return known.load(std::memory_order_relaxed); }
-
-std::optional<Backend> tuned() {
-  const std::lock_guard<std::mutex> lock(mutex);
-  return tuning;
+void emulate(std::optional<double> handicap) {
+  emulated_handicap = handicap.value_or(-1);
+  ++changes;
 }
 
-Measurement measure(Backend candidate, const Tensor& on, const std::function<Tensor(Backend)>& run) {
-  using Clock = std::chrono::steady_clock;
-  const auto seconds = [&](Backend backend) {
-    synchronize(on);
-    const auto start = Clock::now();
-    run(backend);
-    synchronize(on);
-    return std::chrono::duration<double>(Clock::now() - start).count();
-  };
-  Measurement result;
-  result.agree = agree(run(Backend::aten), run(candidate));  // also warms both up
-  std::tie(result.aten_seconds, result.native_seconds) =
-      interleaved_medians(kRuns, seconds, Backend::aten, candidate);
-  return result;
-}
+double handicap() { return emulated_handicap.load(std::memory_order_relaxed); }
 
 }  // namespace freezekit::choices

@@ -1,11 +1,9 @@
-// Measured choices between ATen and freezekit's kernels: what `auto` knows of a convolution on this device.
-//
-// Measuring is asked for (freezekit.tuning.autotune); until then nothing is known of a problem, and ATen is the rule.
+// What `auto` knows of the device at hand: where torch's way and freezekit's kernels were held against each other (see
+// proof.h), whether they agreed, and which was faster. Choices are kept by a text, which is what they are exported by.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
-#include <functional>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -17,15 +15,17 @@
 
 namespace freezekit::choices {
 
-// The rule of `auto` in words, for a problem that was not measured.
+// The rule of `auto` in words, for a convolution of which nothing is known.
 constexpr const char* kRule =
-    "ATen, until freezekit.tuning.autotune measures this problem: no own kernel has been timed on a GPU yet";
+    "ATen, until an own kernel has been held against it on this device, was equal and not slower";
 
 struct Measurement {
-  double aten_seconds = 0, native_seconds = 0;  // medians of interleaved runs
-  bool agree = true;                            // the results are equal within rounding
+  double aten_seconds = 0, native_seconds = 0;  // medians of interleaved runs; both 0 where nothing was timed
+  bool agree = false;                           // the results are equal, sums within their bound
+  std::string note;                             // why they do not agree
+  bool loaded = false;                          // from an export, not measured in this process
 
-  bool native_wins() const { return agree && native_seconds < aten_seconds; }
+  bool native_wins() const { return agree && native_seconds <= aten_seconds; }
 };
 
 // What a problem's time depends on beside its sizes.
@@ -37,23 +37,29 @@ struct Setting {
   std::string_view variant = {};  // what is computed beside the operator; nothing for the plain one
 };
 
-// A problem in words: what choices are kept and exported by.
+// A problem in words.
 std::string key_of(Operator, const Conv2dProblem&, const Setting&);
+// The class that it belongs to: what is computed by this kernel of a filter's extent and stride, to a power of four of its
+// operations. Another batch or image size meets a handful of classes at most.
+std::string class_of(Operator, const Conv2dProblem&, const Setting&, const char* kernel);
+// A layer around convolutions in words; `layout` is nothing where kernels do not know one.
+std::string key_of(const char* layer, bool large, const char* layout, const Setting&);
 
 std::optional<Measurement> find(const std::string& key);
+// True for one caller, who then measures and calls set(): nothing is known of the key, and nobody is at it.
+bool claim(const std::string& key);
 void set(const std::string& key, const Measurement&);
 void clear();
 std::vector<std::pair<std::string, Measurement>> all();
+// Another number whenever anything else is known than before.
+uint64_t generation();
 
-// The backend whose kernels are measured against ATen's from now on; none ends it.
-void set_tuning(std::optional<Backend> candidate);
+// The kernels that compete with torch's operators on such a device; none where this build or device has none.
+std::optional<Backend> candidate_on(c10::DeviceType);
 
-std::optional<Backend> tuned();
-
-// Whether anything is known or to be measured: false, and cheap, as long as nobody has asked for a measurement.
-bool are_known();
-
-// Runs both, compares their results and times them. `on` is an operand, for its device.
-Measurement measure(Backend candidate, const Tensor& on, const std::function<Tensor(Backend)>& run);
+// For tests: while this is set a CPU stands for a GPU, the emulated kernels for its kernels, and their times are
+// multiplied by it, so that which is faster depends on no machine.
+void emulate(std::optional<double> handicap);
+double handicap();
 
 }  // namespace freezekit::choices

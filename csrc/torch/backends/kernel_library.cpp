@@ -57,6 +57,7 @@ const KernelLibrary& kernel_library(Backend backend) {
 void set_emulator_path(const std::string& path) {
   const std::lock_guard<std::mutex> lock(mutex);
   emulator_path = path;
+  emulator = {};
 }
 
 bool has_cuda_kernels() {

@@ -14,6 +14,7 @@ struct Record {
   const char* kernel;
   Backend backend;
   std::vector<std::pair<const char*, std::vector<int64_t>>> sizes;  // of the operator's tensors, by name
+  int64_t bytes = 0;  // of the tensors that a layer's kernel reads and writes; 0 for a convolution's
 };
 
 bool is_enabled();

@@ -104,14 +104,8 @@ Target target_on(const KernelLibrary& library, Backend backend) {
   return target;
 }
 
-bool supports(Operator op, const Conv2dProblem& problem, const Tensor& on, Backend backend) {
-  const auto dtype = dtype_of(on.scalar_type());
-  return dtype && on.layout() == at::kStrided &&
-         select(op, problem, *dtype, target_on(kernel_library(backend), backend)).family != Family::none;
-}
-
-bool is_capturing(const Tensor& on) {
-  return on.is_cuda() && kernel_library(Backend::native).table->capturing(stream_of(on));
+bool is_capturing(const Tensor& on, Backend backend) {
+  return kernel_library(backend).table->capturing(stream_of(on));
 }
 
 DType kernel_dtype(const Tensor& tensor) {

@@ -33,11 +33,8 @@ Target target_on(const KernelLibrary&, Backend);
 std::optional<DType> dtype_of(at::ScalarType);
 Stream stream_of(const Tensor& on);
 // Whether a CUDA graph is being captured there.
-bool is_capturing(const Tensor& on);
+bool is_capturing(const Tensor& on, Backend);
 void check_status(Status, const char* kernel, const KernelLibrary&);
-
-// Whether some kernel of `backend` computes this problem.
-bool supports(Operator, const Conv2dProblem&, const Tensor& on, Backend backend);
 
 // The same; throws for dtypes that kernels do not compute with.
 DType kernel_dtype(const Tensor&);

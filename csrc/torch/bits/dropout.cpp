@@ -3,8 +3,8 @@
 //   y[i] = bit[i] ? x[i] / (1 - p) : 0 * x[i],   bit[i] = 1 with probability 1 - p
 //
 // The random numbers come from the very calls that torch makes, so a seed gives the result of torch's dropout: on a CPU
-// bernoulli_ of a tensor of noise, which is freed at once, elsewhere native_dropout, whose mask of bytes is packed and
-// freed. So a GPU's bits come from torch's own Philox stream.
+// and in place bernoulli_ of a tensor of noise, which is freed at once, elsewhere native_dropout, whose mask of bytes is
+// packed and freed. So a GPU's bits come from torch's own Philox stream.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/dropout.h>
 #include <ATen/ops/empty_like.h>
@@ -24,23 +24,32 @@ void check(const Tensor& input, double p) {
   TORCH_CHECK(at::isFloatingType(input.scalar_type()), "input must be of a floating dtype, got ", input.scalar_type());
 }
 
-// What torch multiplies the survivors by: 1 / (1 - p), on a CPU as its division of the noise rounds it.
-GateRule rule_of(const Tensor& input, double p) {
-  if (!input.is_cpu() || input.scalar_type() == at::kDouble) return {1 / (1 - p), 0.0};
+// Whether torch draws noise of the input's dtype, and not a mask of bytes.
+bool draws_noise(const Tensor& input, bool inplace) { return inplace || input.is_cpu(); }
+
+// What torch multiplies the survivors by: 1 / (1 - p), with noise as its division of the noise rounds it.
+GateRule rule_of(const Tensor& input, double p, bool inplace) {
+  if (!draws_noise(input, inplace) || input.scalar_type() == at::kDouble) return {1 / (1 - p), 0.0};
   const float scale = 1.0f / static_cast<float>(1 - p);
   if (input.scalar_type() == at::kHalf) return {static_cast<c10::Half>(scale), 0.0};
   if (input.scalar_type() == at::kBFloat16) return {static_cast<c10::BFloat16>(scale), 0.0};
   return {scale, 0.0};
 }
 
-Tensor draw_on_cpu(const Tensor& x, double p, Backend backend) {
+Tensor draw_noise(const Tensor& x, double p, Backend backend) {
   const Tensor noise = at::empty_like(x).bernoulli_(1 - p);
   return positive_bits(noise, backend);
 }
 
+// Dropout's kernels are proven together, so who computes one step computes all.
+Backend settled(const Tensor& x, Backend backend) {
+  if (route_step(Op::dropout, backend, x).computer != Computer::kernels) return backend;
+  return x.is_cpu() ? Backend::emulated : Backend::native;
+}
+
 // Of the dense bool tensor that was drawn for x on a GPU.
-Tensor pack_drawn(const Tensor& x, const Tensor& mask, Backend backend) {
-  if (route_step(Op::dropout, backend, x).computer != Computer::kernels) return pack_bits(mask);
+Tensor pack_drawn(const Tensor& mask, Backend backend) {
+  if (!is_own(backend)) return pack_bits(mask);
   const Tensor bits = empty_bits(mask);
   native::pack_bytes(mask, bits);
   return bits;
@@ -48,33 +57,29 @@ Tensor pack_drawn(const Tensor& x, const Tensor& mask, Backend backend) {
 
 std::tuple<Tensor, Tensor> bits_kernel(const Tensor& input, double p, std::string_view name) {
   check(input, p);
-  const Backend backend = parse_backend(name);
   const at::AutoDispatchBelowADInplaceOrView below;
   const Tensor x = dense(input);
-  if (x.is_cpu()) {
-    const Tensor bits = draw_on_cpu(x, p, backend);
-    return {gate(x, bits, {x.sym_strides(), rule_of(x, p), backend}), bits};
+  const Backend backend = settled(x, parse_backend(name));
+  if (draws_noise(x, /*inplace=*/false)) {
+    const Tensor bits = draw_noise(x, p, backend);
+    return {gate(x, bits, {x.sym_strides(), rule_of(x, p, false), backend}), bits};
   }
   const auto [y, mask] = at::native_dropout(x, p, true);
-  return {y, pack_drawn(x, dense(mask), backend)};
+  return {y, pack_drawn(dense(mask), backend)};
 }
 
 Tensor bits_inplace_kernel(Tensor& input, double p, std::string_view name) {
   check(input, p);
-  const Backend backend = parse_backend(name);
   const at::AutoDispatchBelowADInplaceOrView below;
-  if (input.is_cpu()) {
-    const Tensor x = dense(input);
-    const Tensor bits = draw_on_cpu(x, p, backend);
-    if (x.is_same(input)) {
-      gate_inplace(x, bits, rule_of(x, p), backend);
-    } else {
-      input.copy_(gate(x, bits, {x.sym_strides(), rule_of(x, p), backend}));
-    }
-    return bits;
+  const Tensor x = dense(input);
+  const Backend backend = settled(x, parse_backend(name));
+  const Tensor bits = draw_noise(x, p, backend);
+  const GateRule rule = rule_of(x, p, /*inplace=*/true);
+  if (x.is_same(input)) {
+    gate_inplace(x, bits, rule, backend);
+  } else {
+    input.copy_(gate(x, bits, {x.sym_strides(), rule, backend}));
   }
-  const auto [y, bits] = bits_kernel(input, p, name);
-  input.copy_(y);
   return bits;
 }
 
@@ -96,12 +101,14 @@ void dropout_inplace_aten(Tensor& input, double p, bool train, std::string_view)
 
 // Whether torch's own dropout takes the call: nothing is drawn, or nothing kept. All that kernels do is to pack the bits.
 bool is_torch_s(const Tensor& input, double p, bool train, std::string_view backend) {
-  return route(Op::dropout, parse_backend(backend), input).computer == Computer::formula || !train ||
-         !(p > 0 && p < 1) || !torch::autograd::compute_requires_grad(input) || input.sym_numel() == 0;
+  const bool nothing = !train || !(p > 0 && p < 1) || !torch::autograd::compute_requires_grad(input);
+  if (nothing && !is_own(parse_backend(backend))) return true;
+  return route(Op::dropout, parse_backend(backend), input).computer == Computer::formula || nothing ||
+         input.sym_numel() == 0;
 }
 
-GateGradient gradient(const Tensor& input, SymIntArrayRef stride, double p, std::string_view backend) {
-  return {{stride, rule_of(input, p), parse_backend(backend)}, {}};
+GateGradient gradient(const Tensor& input, SymIntArrayRef stride, double p, bool inplace, std::string_view backend) {
+  return {{stride, rule_of(input, p, inplace), parse_backend(backend)}, {}};
 }
 
 Tensor dropout_entry(const Tensor& input, double p, bool train, std::string_view backend) {
@@ -112,7 +119,7 @@ Tensor dropout_entry(const Tensor& input, double p, bool train, std::string_view
     return op.call(input, p, backend);
   }();
   const auto node =
-      formula_node("FreezekitDropoutBackward", gradient(input, result.sym_strides(), p, backend), input);
+      formula_node("FreezekitDropoutBackward", gradient(input, result.sym_strides(), p, /*inplace=*/false, backend), input);
   node->keep(bits);
   torch::autograd::set_history(result, node);
   return result;
@@ -126,7 +133,7 @@ void dropout_inplace_entry(Tensor& input, double p, bool train, std::string_view
   static const auto op = find_operator<decltype(bits_inplace_kernel)>("freezekit::dropout_bits_");
   torch::autograd::check_inplace(input, /*requires_grad=*/true);
   const auto node =
-      formula_node("FreezekitDropoutBackward", gradient(input, dense_strides(input), p, backend), input);
+      formula_node("FreezekitDropoutBackward", gradient(input, dense_strides(input), p, /*inplace=*/true, backend), input);
   const Tensor bits = [&] {
     const at::AutoDispatchBelowADInplaceOrView below;
     return op.call(input, p, backend);

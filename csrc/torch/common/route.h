@@ -6,8 +6,8 @@
 //   computed(step, backend, run)     a convolution on data, whose sizes are known too
 //   foreseen(op, problem, setting)   the same as things stand, for those who only want to know
 //
-// What `auto` means is said twice: by `automatic` for layers, by the measured choices for convolutions. Whatever lets the
-// device at hand decide takes the place of these two.
+// What `auto` means on a GPU the device at hand decides: a kernel is taken where proof.h found it equal to torch's operator
+// and not slower. Until then, and where it did not, the call is torch's own, with torch's formula for its gradient.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -75,6 +75,8 @@ struct Facts {
   at::ScalarType dtype = at::kFloat;
   const char* obstacle = nullptr;  // why torch's formula alone serves; null where nothing stands in the way
   bool records = true;             // a gradient is recorded
+  const Tensor* on = nullptr;      // what is computed on
+  bool is_step = false;            // below autograd: what is to be computed is settled, only by whom is not
 };
 
 // Why a call with such a tensor is left to torch's formula; null where it need not be.
@@ -86,7 +88,7 @@ Route route(Op, Backend, const Facts&);
 template <class... Tensors>
 Route route(Op op, Backend backend, const Tensor& first, const Tensors&... others) {
   Facts facts{first.device().type(), first.scalar_type(), nullptr,
-              torch::autograd::compute_requires_grad(first, others...)};
+              torch::autograd::compute_requires_grad(first, others...), &first};
   const auto look = [&](const Tensor& tensor) {
     if (facts.obstacle || !tensor.defined()) return;
     facts.obstacle = obstacle_in(tensor);
@@ -98,7 +100,7 @@ Route route(Op op, Backend backend, const Tensor& first, const Tensors&... other
 }
 
 inline Route route_step(Op op, Backend backend, const Tensor& on) {
-  return route(op, backend, Facts{on.device().type(), on.scalar_type()});
+  return route(op, backend, Facts{on.device().type(), on.scalar_type(), nullptr, true, &on, /*is_step=*/true});
 }
 
 // Throws: `backend` demands what cannot be, for the reason given.
@@ -112,17 +114,21 @@ struct Conv2dStep {
   const Tensor& on;
   at::MemoryFormat layout;
   std::string_view variant = {};
+  // What is wrong beside the result of freezekit's kernel, which is given; nothing if all is right. May be empty.
+  std::function<std::string(const Tensor&)> faults = {};
 };
 
 using Run = std::function<Tensor(Backend)>;
 
-// What `run` gives with the backend that computes under `backend`: as demanded, or as was measured, which may call it
-// for both.
+// What `run` gives with the backend that computes under `backend`: as demanded, or as was proven, which may call it for
+// both.
 Tensor computed_by_choice(const Conv2dStep&, Backend, const Run& run);
 
 template <class F>
 Tensor computed(const Conv2dStep& step, Backend backend, const F& run) {
-  if (backend == Backend::aten || (backend == Backend::automatic && !choices::are_known())) return run(Backend::aten);
+  if (backend == Backend::aten || (backend == Backend::automatic && !choices::candidate_on(step.on.device().type()))) {
+    return run(Backend::aten);
+  }
   return computed_by_choice(step, backend, run);
 }
 
@@ -131,6 +137,7 @@ struct Foreseen {
   Backend backend;
   std::string why;
 };
-Foreseen foreseen(Operator, const Conv2dProblem&, const choices::Setting&);
+// `kernel` is the own one that select() names for it.
+Foreseen foreseen(Operator, const Conv2dProblem&, const choices::Setting&, const char* kernel);
 
 }  // namespace freezekit

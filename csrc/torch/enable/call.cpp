@@ -4,6 +4,8 @@
 
 #include <atomic>
 
+#include "torch/backends/proof.h"
+
 namespace freezekit::enable {
 namespace {
 
@@ -13,11 +15,7 @@ using c10::DispatchKeySet;
 std::atomic<IsCompiled> is_compiled_ = nullptr;
 thread_local bool is_watched = false;
 
-// Dense tensors of CPU, CUDA and Meta; views, autograd and autocast are what every tensor has.
-const DispatchKeySet kPlain =
-    DispatchKeySet({DispatchKey::CPU, DispatchKey::CUDA, DispatchKey::Meta, DispatchKey::AutogradCPU,
-                    DispatchKey::AutogradCUDA, DispatchKey::AutogradMeta, DispatchKey::ADInplaceOrView}) |
-    c10::autocast_dispatch_keyset;
+const DispatchKeySet kPlain = proof::kPlain;
 // A tensor with __torch_dispatch__.
 const DispatchKeySet kPython = DispatchKeySet({DispatchKey::Python, DispatchKey::PythonTLSSnapshot});
 

@@ -81,6 +81,12 @@ Result record(const FrozenOperands& o, const FrozenConv2d& f, bool keep_mask, bo
   const bool with_residual = o.residual.defined();
   const bool needed = with_residual ? torch::autograd::compute_requires_grad(o.input, o.residual)
                                     : torch::autograd::compute_requires_grad(o.input);
+  if (needed && !keep_mask && f.has_mask() && !f.own_kernels() &&
+      route(Op::frozen_conv2d, f.geometry.backend, o.input, o.residual).computer == Computer::formula) {
+    const Tensor y = by_aten(o, f);  // bits that no kernel packs cost more passes than they save bytes
+    const auto layout = f.channels_last.value_or(false) ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+    return {f.channels_last ? y.contiguous(layout) : y, no_bits(o.input), o.input};
+  }
   NodePtr<FrozenConv2dBackward> node;
   if (needed) {
     node = make_node<FrozenConv2dBackward>(f, o);

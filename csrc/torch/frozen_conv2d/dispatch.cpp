@@ -12,6 +12,8 @@
 #include "torch/backends/aten.h"
 #include "torch/backends/few_positions.h"
 #include "torch/backends/native.h"
+#include "torch/backends/native_layers.h"
+#include "torch/backends/proof.h"
 #include "torch/bits/gate.h"
 #include "torch/common/checks.h"
 #include "torch/common/computing.h"
@@ -93,10 +95,15 @@ Tensor activate_(Tensor& y, Activation activation, bool keep_mask) {
   return no_bits(y);
 }
 
-// What is done besides the convolution, as measured choices tell problems apart; nothing while there are none.
-std::string variant_of(std::initializer_list<std::pair<bool, const char*>> parts) {
+PiecewiseActivation piecewise(Activation activation) {
+  if (activation == Activation::relu) return {};
+  return {ActivationKind::hardtanh, 0, kRelu6End};
+}
+
+// What is done besides the convolution, as choices tell problems apart; no more than that where there is no choice.
+std::string variant_of(const Tensor& on, std::initializer_list<std::pair<bool, const char*>> parts) {
   std::string text = "frozen";
-  if (!choices::are_known()) return text;
+  if (!choices::candidate_on(on.device().type())) return text;
   for (const auto& [present, name] : parts) {
     if (present) text += std::string("+") + name;
   }
@@ -166,13 +173,20 @@ std::tuple<Tensor, Tensor> frozen_kernel(const FrozenOperands& o, const FrozenCo
     bits = at::empty({wanted ? mask_words(problem.y_numel()) : 0}, o.input.options().dtype(at::kInt));
     return frozen_by_kernels(problem, o, f, bits, on).contiguous(format(last));
   };
-  const std::string variant = variant_of({{o.bias.defined(), "bias"},
-                                          {o.norm.defined(), "norm"},
-                                          {o.residual.defined(), "residual"},
-                                          {f.has_mask(), to_string(f.activation)},
-                                          {wanted, "mask"}});
-  const Tensor y = computed({Operator::fprop, problem, o.input, format(last), variant},
-                                    choosable(g.backend, last), run);
+  const std::string variant = variant_of(o.input, {{o.bias.defined(), "bias"},
+                                                   {o.norm.defined(), "norm"},
+                                                   {o.residual.defined(), "residual"},
+                                                   {f.has_mask(), to_string(f.activation)},
+                                                   {wanted, "mask"}});
+  // Near the ends of the activation the two ways may round to different sides: bits belong to the result beside them.
+  const auto faults = [&](const Tensor& own) {
+    if (!wanted) return std::string();
+    const Tensor expected = at::empty_like(bits), same = at::empty_like(own);
+    native::activation(piecewise(f.activation), own, same, expected);
+    return proof::difference(expected, bits, 0);
+  };
+  const Tensor y = computed({Operator::fprop, problem, o.input, format(last), variant, faults},
+                            choosable(g.backend, last), run);
   return {y, bits};
 }
 
@@ -231,12 +245,12 @@ Tensor frozen_dgrad_kernel(const FrozenGrad& o, const Geometry& g) {
     if (on == Backend::aten) return dgrad_by_aten(problem, o, scale, g);
     return dgrad_by_kernels(problem, o, scale, g.with(on)).contiguous(format(o.channels_last));
   };
-  const std::string variant = variant_of({{o.norm.defined(), "norm"},
-                                          {o.residual.defined(), "residual"},
-                                          {o.mask.defined(), "mask"},
-                                          {o.grad_mask.defined(), "grad_mask"}});
+  const std::string variant = variant_of(o.grad_output, {{o.norm.defined(), "norm"},
+                                                         {o.residual.defined(), "residual"},
+                                                         {o.mask.defined(), "mask"},
+                                                         {o.grad_mask.defined(), "grad_mask"}});
   return computed({Operator::dgrad, problem, o.grad_output, format(o.channels_last), variant},
-                          choosable(g.backend, o.channels_last), run);
+                  choosable(g.backend, o.channels_last), run);
 }
 
 std::tuple<Tensor, Tensor> frozen_meta(const FrozenOperands& o, const FrozenConv2d& f, bool keep_mask) {

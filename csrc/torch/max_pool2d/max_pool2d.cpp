@@ -35,6 +35,7 @@ std::array<int64_t, 2> pair(SymIntArrayRef values, const char* name) {
 Computer computer_of(Op op, const MaxPool& m, const Tensor& values, const PoolGeometry& g) {
   const Computer computer = route_step(op, g.backend, values).computer;
   if (computer == Computer::kernels && !fits_int32(m)) {
+    if (!is_own(g.backend)) return Computer::aten;
     refuse(to_string(op), g.backend, "an image of it, or a window, has more than 2^30 places");
   }
   return computer;

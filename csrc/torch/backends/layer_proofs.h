@@ -1,0 +1,20 @@
+// What is held against torch's operators before `auto` takes freezekit's kernels for the layers around convolutions: a
+// layer's kernels of both passes, on the tensor that the layer is called with or, of a large one, on a part of it.
+#pragma once
+
+#include "torch/backends/proof.h"
+
+namespace freezekit::proof {
+
+// Whether kernels could read such a tensor as it lies.
+bool is_dense(const Tensor& x);
+bool is_image_batch(const Tensor& x);
+
+// Activations with one bit per element, and the gate that is their gradient.
+Contest activations(const Tensor& x, Backend candidate);
+// Dropout's mask as bits, and the gate. Nothing is drawn: where x is positive stands for what would be kept.
+Contest dropout(const Tensor& x);
+// Max pooling by taps, and both maps by them.
+Contest max_pool2d(const Tensor& x);
+
+}  // namespace freezekit::proof

@@ -1,0 +1,163 @@
+#include "torch/backends/proof.h"
+
+#include <ATen/Context.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/maximum.h>
+#include <ATen/ops/zeros.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <new>
+#include <tuple>
+
+#include "core/medians.h"
+#include "torch/backends/native.h"
+#include "torch/common/computing.h"
+
+namespace freezekit::proof {
+namespace {
+
+using c10::DispatchKeySet;
+using choices::Measurement;
+
+constexpr int kRuns = 3;
+constexpr double kPlainly = 2;          // times apart by this factor need no second look
+constexpr int64_t kPiece = 1 << 21;     // elements compared at once
+
+void synchronize(const Tensor& on) {
+  if (on.is_cuda()) c10::impl::VirtualGuardImpl(on.device().type()).getStream(on.device()).synchronize();
+}
+
+void time(const Contest& contest, Backend candidate, const Tensor& on, Measurement& result) {
+  using Clock = std::chrono::steady_clock;
+  const auto seconds = [&](Backend backend) {
+    synchronize(on);
+    const auto start = Clock::now();
+    contest.run(backend);
+    synchronize(on);
+    const double passed = std::chrono::duration<double>(Clock::now() - start).count();
+    return candidate == Backend::emulated && backend == candidate ? passed * choices::handicap() : passed;
+  };
+  const auto look = [&](int runs) {
+    std::tie(result.aten_seconds, result.native_seconds) = interleaved_medians(runs, seconds, Backend::aten, candidate);
+  };
+  look(1);
+  if (std::max(result.aten_seconds, result.native_seconds) <
+      kPlainly * std::min(result.aten_seconds, result.native_seconds)) {
+    look(kRuns);
+  }
+}
+
+std::string fault_in(const Contest& contest, Backend candidate) {
+  const auto expected = contest.run(Backend::aten), found = contest.run(candidate);
+  for (size_t i = 0; i < expected.size(); ++i) {
+    const std::string text = difference(expected[i], found[i], contest.tolerance);
+    if (!text.empty()) return text;
+  }
+  return contest.faults ? contest.faults(found) : std::string();
+}
+
+constexpr const char* kNoMemory = "no memory was left to compare them";
+
+Measurement held(const Tensor& on, Backend candidate, const std::function<Contest()>& make) {
+  Measurement result;
+  try {
+    const BelowAutogradAndAutocast below;
+    const c10::DeviceGuard guard(on.device());
+    const native::WithoutHopper without_hopper;  // what is chosen never leads there
+    const Contest contest = make();
+    result.note = fault_in(contest, candidate);
+    if (!result.note.empty()) return result;
+    time(contest, candidate, on, result);
+    result.agree = true;
+  } catch (const c10::OutOfMemoryError&) {
+    result.note = kNoMemory;
+  } catch (const std::bad_alloc&) {
+    result.note = kNoMemory;
+  } catch (const c10::Error& error) {
+    result.note = std::string("it failed: ") + error.what_without_backtrace();
+  } catch (const std::exception& error) {
+    result.note = std::string("it failed: ") + error.what();
+  } catch (...) {
+    result.note = "it failed";
+  }
+  return result;
+}
+
+bool is_fault(const Measurement& m) { return !m.agree && m.note != kNoMemory; }
+
+// Once for each operator: other sizes and dtypes of one fault are found by whoever mends it.
+void warn(const std::string& key, const std::string& note) {
+  const std::string op = key.substr(0, key.find(' ') + 1);
+  for (const auto& [other, known] : choices::all()) {
+    if (other != key && other.compare(0, op.size(), op) == 0 && is_fault(known)) return;
+  }
+  TORCH_WARN("freezekit's kernel for [", key, "] is not used in this process, torch's operator is: held against it, ",
+             note,
+             ". Results are right all the same. Please report this to freezekit's authors, with the output of "
+             "`freezekit info` and of freezekit.tuning.dump_choices()");
+}
+
+bool is_possible(const Tensor& on, Backend candidate) {
+  return on.numel() > 0 && !must_be_repeatable() && is_plain(on) && !is_watched() &&
+         !native::is_capturing(on, candidate);
+}
+
+}  // namespace
+
+std::string difference(const Tensor& torch_s, const Tensor& own, double tolerance) {
+  if (torch_s.numel() == 0) return {};
+  if (!torch_s.is_floating_point()) {
+    const int64_t count = torch_s.ne(own).sum().item<int64_t>();
+    return count == 0 ? "" : std::to_string(count) + " of " + std::to_string(torch_s.numel()) + " words differ";
+  }
+  const auto wide = torch_s.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto sizes = torch_s.sizes();
+  const int64_t axis = sizes.empty() ? 0 : std::max_element(sizes.begin(), sizes.end()) - sizes.begin();
+  const Tensor a = sizes.empty() ? torch_s.unsqueeze(0) : torch_s, b = sizes.empty() ? own.unsqueeze(0) : own;
+  const int64_t extent = a.size(axis), step = std::max<int64_t>(1, kPiece / (a.numel() / extent));
+  Tensor largest = at::zeros({}, a.options().dtype(wide)), excess = at::zeros({}, a.options().dtype(wide));
+  for (int64_t i = 0; i < extent; i += step) {
+    const int64_t count = std::min(step, extent - i);
+    const Tensor x = a.narrow(axis, i, count).to(wide), y = b.narrow(axis, i, count).to(wide);
+    Tensor size = x.abs(), apart = (x - y).abs_().sub_(size, 2 * tolerance);
+    apart.masked_fill_(x.eq(y).logical_or_(x.isnan().logical_and_(y.isnan())), 0);  // infinities are equal too
+    size.masked_fill_(size.isfinite().logical_not_(), 0);
+    excess = at::maximum(excess, apart.max()), largest = at::maximum(largest, size.max());  // NaN stays NaN
+  }
+  const double by = excess.item<double>(), bound = tolerance * largest.item<double>();
+  if (by <= bound) return {};
+  char text[96];
+  std::snprintf(text, sizeof text, "a value differs by %.3g where %.3g is allowed", by, bound);
+  return text;
+}
+
+bool is_watched() {
+  // What every eager call includes.
+  constexpr DispatchKeySet eager = c10::default_included_set | c10::autocast_dispatch_keyset;
+  const DispatchKeySet included = c10::impl::tls_local_dispatch_key_set().included_;
+  return (included | eager) != eager || c10::impl::TorchDispatchModeTLS::any_modes_set();
+}
+
+bool must_be_repeatable() {
+  const auto& context = at::globalContext();
+  return context.deterministicAlgorithms() || context.deterministicCuDNN();
+}
+
+std::optional<Measurement> verdict(const std::string& key, const Tensor& on, const std::function<Contest()>& contest) {
+  const auto found = choices::find(key);
+  if (found) return !must_be_repeatable() || found->loaded ? found : std::nullopt;
+  const auto candidate = choices::candidate_on(on.device().type());
+  if (!candidate || !is_possible(on, *candidate) || !choices::claim(key)) return std::nullopt;
+  const Measurement result = held(on, *candidate, contest);
+  choices::set(key, result);
+  if (is_fault(result)) warn(key, result.note);
+  return result;
+}
+
+}  // namespace freezekit::proof
