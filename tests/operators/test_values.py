@@ -121,3 +121,18 @@ def test_meta() -> None:
     (dx,) = grad(y.sum(), x)
     assert dx.is_meta
     assert dx.shape == x.shape
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"stride": 2, "padding": 1}, {"dilation": 2}, {"groups": 2}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_dgrad_on_a_cpu_is_aten_s_to_the_bit(dtype: torch.dtype, settings: dict[str, int], channels_last: bool) -> None:
+    """It is the same call, with a stand-in for the input that takes no memory."""
+    x, w = torch.randn(1, 4, 9, 9).to(dtype), torch.randn(6, 4 // settings.get("groups", 1), 3, 3).to(dtype)
+    if channels_last:
+        x, w = x.to(memory_format=torch.channels_last), w.to(memory_format=torch.channels_last)
+    leaves = [x.clone(memory_format=torch.preserve_format).requires_grad_() for _ in range(2)]
+    ys = [conv(leaf, w, **settings) for conv, leaf in zip((conv2d, F.conv2d), leaves)]
+    dy = torch.randn_like(ys[1])
+    ours, stock = (grad(y, leaf, dy)[0] for y, leaf in zip(ys, leaves))
+    assert torch.equal(ours, stock)
