@@ -71,6 +71,7 @@ Status launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t dynam
   }
   if (error == cudaSuccess) return Status::success;
   set_last_error(cudaGetErrorString(error));
+  static_cast<void>(cudaGetLastError());  // else the next launch, torch's perhaps, would be blamed for it
   return Status::launch_failed;
 }
 

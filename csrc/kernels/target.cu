@@ -11,6 +11,7 @@ Status current_target(Target* target) {
       cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
       cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess ||
       cudaDeviceGetAttribute(&target->sm_count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
+    set_last_error(cudaGetErrorString(cudaGetLastError()));
     return Status::launch_failed;
   }
   target->sm = major * 10 + minor;
@@ -25,7 +26,10 @@ bool is_capturing([[maybe_unused]] Stream stream) {
 #ifdef __CUDACC__
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   // A stream that cannot be asked is treated as captured: callers then allocate nothing that outlives the call.
-  if (cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status) != cudaSuccess) return true;
+  if (cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status) != cudaSuccess) {
+    static_cast<void>(cudaGetLastError());  // as in launch()
+    return true;
+  }
   return status != cudaStreamCaptureStatusNone;
 #else
   return false;

@@ -65,7 +65,7 @@ bool launch(int op, const at::Tensor& x, const at::Tensor& w, const at::Tensor& 
                                               {x.data_ptr(), w.data_ptr(), y.data_ptr()}, {},
                                               workspace.mutable_data_ptr(), stream);
   if (status == Status::invalid_argument || status == Status::unsupported) return false;
-  TORCH_CHECK(status == Status::success, to_string(status), library.last_error());
+  TORCH_CHECK(status == Status::success, to_string(status), status == Status::launch_failed ? library.last_error() : "");
   return true;
 }
 

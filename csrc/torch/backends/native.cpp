@@ -31,7 +31,7 @@ Stream stream_of(const Tensor& on) {
 
 void check_status(Status status, const char* kernel, const KernelLibrary& library) {
   TORCH_CHECK(status == Status::success, "freezekit kernel ", kernel, " failed: ", to_string(status),
-              library.last_error());
+              status == Status::launch_failed ? library.last_error() : "");
 }
 
 namespace {

@@ -59,7 +59,10 @@ Tensor slope_of(const Tensor& input, const Tensor& weight) {
 
 Tensor prelu_entry(const Tensor& input, const Tensor& weight, std::string_view backend_name) {
   const Backend backend = parse_backend(backend_name);
-  if (weight.requires_grad() || route(Op::activation, backend, input, weight).computer == Computer::formula) {
+  // On a GPU a slope takes more passes than the activations that are proven there: `auto` leaves it to torch.
+  const bool is_unproven = input.is_cuda() && backend == Backend::automatic;
+  if (weight.requires_grad() || is_unproven ||
+      route(Op::activation, backend, input, weight).computer == Computer::formula) {
     return at::prelu(input, weight);
   }
   const Tensor slope = slope_of(input, weight);

@@ -99,7 +99,10 @@ Tensor& leaky_relu_(DispatchKeySet keys, Tensor& x, const Scalar& slope) {
 Tensor prelu(DispatchKeySet keys, const Tensor& x, const Tensor& slope) {
   if (is_unrecorded(x, slope)) return torch_prelu.unrecorded(keys, x, slope);
   const bool has_slope = !slope.requires_grad() && is_slope_of(x, slope);
-  if (!has_slope || !serves(Value::ours, slope) || !has_bits(x)) return torch_prelu.stock(keys, x, slope);
+  // On a GPU it is torch's, as in bits/prelu.cpp.
+  if (!has_slope || x.is_cuda() || !serves(Value::ours, slope) || !has_bits(x)) {
+    return torch_prelu.stock(keys, x, slope);
+  }
   return record_prelu(x, slope, Backend::automatic);
 }
 

@@ -71,7 +71,9 @@ std::tuple<Tensor, Tensor> max_pool3d_with_indices(DispatchKeySet keys, const Te
                                                    bool ceil_mode) {
   const auto& op = torch_max_pool3d_with_indices;
   if (is_unrecorded(x)) return op.unrecorded(keys, x, kernel_size, stride, padding, dilation, ceil_mode);
-  if ((x.dim() == 4 || x.dim() == 5) && are_windows(3, kernel_size, stride, padding, dilation) && serves(Value::torch_s, x)) {
+  // On a GPU it is torch's, as in max_pool3d.cpp.
+  if (!x.is_cuda() && (x.dim() == 4 || x.dim() == 5) && are_windows(3, kernel_size, stride, padding, dilation) &&
+      serves(Value::torch_s, x)) {
     const Windows3d windows(symbols(kernel_size), symbols(stride), symbols(padding), symbols(dilation), ceil_mode);
     if (windows.has_taps()) {
       return record_max_pool3d(

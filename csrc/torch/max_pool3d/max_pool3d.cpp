@@ -198,7 +198,9 @@ struct PoolGradient3d {
 };
 
 Pair indices_entry(const Tensor& input, const Windows3d& g) {
-  const bool is_torch_s = route(Op::max_pool3d, Backend::automatic, input).computer == Computer::formula;
+  // On a GPU taps would take ten passes over the indices that torch keeps.
+  const bool is_torch_s =
+      input.is_cuda() || route(Op::max_pool3d, Backend::automatic, input).computer == Computer::formula;
   if (is_torch_s || input.dim() < 4 || input.dim() > 5 || !g.has_taps()) return by_aten(input, g);
   return record_max_pool3d(input, g, [&] { return by_aten(input, g); });
 }
