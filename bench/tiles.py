@@ -4,7 +4,8 @@
     python -m bench.tiles --device cpu --layers tiny --batch 1  emulated: shows that it runs, says nothing about any GPU
 
 Each line is one layer and operator: the time of `select`'s choice, of the fastest kernel, and of ATen. All candidates
-are timed interleaved. A candidate that computes something else than ATen is a failure: exit code 1.
+are timed interleaved. A candidate that computes something else than ATen, or fails, is a line of its own and is not
+timed; the exit code is then 1. With `--json` the file is whole after each line.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -127,21 +129,26 @@ class TiledProblem:
                         yield candidate
 
 
-class Wrong(Exception):
-    """A candidate computed something else than ATen; the text says which, where and by how much."""
+def fault(problem: TiledProblem, candidate: Candidate, expected: Tensor, out: Tensor) -> str:
+    """What is wrong with what a candidate computes into `out`; nothing if it is right."""
+    try:
+        problem.run(candidate, out)
+        error = ((out.double() - expected).abs().max() / expected.abs().max()).item()
+    except RuntimeError as failed:
+        return str(failed).partition("\n")[0]
+    return "" if error <= CLOSE[out.dtype] else f"relative error {error:.2g}"
 
 
-def measure(problem: TiledProblem, rounds: int, cold: bool) -> list[Timed]:
-    """All candidates and ATen, interleaved; each held against ATen first."""
+def measure(problem: TiledProblem, rounds: int, cold: bool, wrong: list[str]) -> list[Timed]:
+    """All candidates that are right and ATen, interleaved; the others are added to `wrong` in words."""
     expected, found = problem.aten().double(), list(problem.candidates())
     steps: dict[str, Callable[[], object]] = {"aten": problem.aten}
     for candidate in found:
         out = torch.full_like(problem.outputs[problem.number], float("nan"))
-        problem.run(candidate, out)
-        error = ((out.double() - expected).abs().max() / expected.abs().max()).item()
-        if not error <= CLOSE[out.dtype]:
-            raise Wrong(f"{candidate.name} on {problem.layer.name}, {problem.operator}: relative error {error:.2g}")
-        steps[candidate.name] = partial(problem.run, candidate, out)
+        if text := fault(problem, candidate, expected, out):
+            wrong.append(f"{candidate.name} on {problem.layer.name}, {problem.operator}: {text}")
+        else:
+            steps[candidate.name] = partial(problem.run, candidate, out)
     times = interleave(steps, clock=clock_for(problem.x.device, cold), rounds=rounds)
     first = problem.chosen().name
     return [
@@ -154,7 +161,10 @@ def measure(problem: TiledProblem, rounds: int, cold: bool) -> list[Timed]:
 def line(rows: Sequence[Timed]) -> str:
     """One problem: what is chosen, the fastest own kernel, ATen."""
     own = [row for row in rows if row.candidate != "aten"]
-    best, aten = min(own, key=lambda row: row.seconds), next(row for row in rows if row.candidate == "aten")
+    aten = next(row for row in rows if row.candidate == "aten")
+    if not own:
+        return f"{aten.shape:32} {aten.operator:13} no kernel is right, aten {aten.seconds * 1e6:.1f} us"
+    best = min(own, key=lambda row: row.seconds)
     chosen = next((row for row in own if row.chosen), best)
     facts = f"{chosen.candidate} {chosen.seconds * 1e6:.1f} us, best {best.candidate} {best.seconds * 1e6:.1f} us"
     return f"{rows[0].shape:32} {rows[0].operator:13} {facts}, aten {aten.seconds * 1e6:.1f} us"
@@ -185,6 +195,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--warm", action="store_true", help="on a GPU, leave the L2 cache warm")
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help="begin no problem later than this")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     device, dtype = torch.device(options.device), DTYPES[options.dtype]
@@ -193,27 +204,28 @@ def main(arguments: list[str] | None = None) -> int:
     print("\n".join(environment.lines()))
     if options.device == "cpu":
         print("emulated on a CPU: these times say nothing of any GPU")
+    problems = [(layer, operator) for layer in layer_lists.layers_of(options.layers) for operator in OPERATORS]
+    wrong, end = list[str](), math.inf if options.limit is None else time.monotonic() + options.limit
     with cudnn_benchmark():
-        try:
-            for layer in layer_lists.layers_of(options.layers):
-                for operator in OPERATORS:
-                    found = measure(
-                        TiledProblem(layer, operator, options.batch, device, dtype), options.rounds, not options.warm
-                    )
-                    rows += found
-                    print(line(found), flush=True)
-        except Wrong as wrong:
-            print(f"WRONG RESULT: {wrong}")
-            return 1
+        for done, (layer, operator) in enumerate(problems):
+            if time.monotonic() >= end:
+                print(f"out of time: {len(problems) - done} of {len(problems)} problems are left out")
+                break
+            told = len(wrong)
+            problem = TiledProblem(layer, operator, options.batch, device, dtype)
+            found = measure(problem, options.rounds, not options.warm, wrong)
+            rows += found
+            print(*(f"WRONG RESULT: {text}" for text in wrong[told:]), line(found), sep="\n", flush=True)
+            if options.json:
+                content = {
+                    "environment": environment.to_dict(),
+                    "emulated": options.device == "cpu",
+                    "rows": list(map(asdict, rows)),
+                    "wrong": wrong,
+                }
+                options.json.write_text(json.dumps(content, indent=1) + "\n")
     print(summary(rows))
-    if options.json:
-        content = {
-            "environment": environment.to_dict(),
-            "emulated": options.device == "cpu",
-            "rows": list(map(asdict, rows)),
-        }
-        options.json.write_text(json.dumps(content, indent=1) + "\n")
-    return 0
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

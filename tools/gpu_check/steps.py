@@ -70,7 +70,7 @@ def plan(folder: Path, emulated: bool, about: str, arch: str = "") -> list[Step]
         Step("gpu tests", pytest("-m", "gpu and not full", *gpu_files(), dist="load"), 60, device),
         Step("sanitizer", python("-m", "tools.gpu_check.sanitizer"), 50, device),
         Step("layers", (*compare, *layers, *sides, "--time-limit", "60", *to["layers"]), 75, device),
-        Step("tiles", python("-m", "bench.tiles", *to["tiles"]), 35, device),
+        Step("tiles", python("-m", "bench.tiles", "--limit", "25", *to["tiles"]), 35, device),
         Step("compare", (*compare, "--time-limit", "30", *to["compare"]), 50),
         Step("other tests", pytest("-m", "not gpu and not full", *test_folders(), dist="loadfile"), 400),
     ]
