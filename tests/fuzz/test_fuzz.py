@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 from typing import Any
 
 import pytest
@@ -51,6 +53,14 @@ def test_the_cases_reach_what_they_should() -> None:
 
 def test_lives_reach_fused_steps() -> None:
     assert sum(sequences.check(random.Random(f"fused/{index}")).fused for index in range(16)) >= 5
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_a_child_that_dies_is_noticed_and_one_that_raises_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = next(call for call in (calls.draw(random.Random(i)) for i in range(99)) if call.device == "cpu")
+    assert not calls._torch_crashes([], call), "the child raises: there are no tensors"
+    monkeypatch.setattr(calls, "_run_stock", lambda made, call: os.kill(os.getpid(), signal.SIGKILL))
+    assert calls._torch_crashes([], call)
 
 
 def test_a_case_follows_from_its_numbers() -> None:
