@@ -181,6 +181,23 @@ _NETWORKS: dict[str, Callable[[], Iterator[LayerShape]]] = {
     "mobilenet_v3": _mobilenet_v3,
     "efficientnet_b0": _efficientnet_b0,
     "convnext_tiny": _convnext_tiny,
+    # Twelve for a first quarter of an hour on a GPU: each stands for a kind or a size of those networks.
+    "dozen": lambda: iter(
+        (
+            LayerShape("stem 7x7", 3, 64, 7, 224, stride=2, padding=3),
+            LayerShape("3x3, large image", 64, 64, 3, 56, padding=1),
+            LayerShape("3x3, strided", 128, 128, 3, 56, stride=2, padding=1),
+            LayerShape("3x3, small image", 512, 512, 3, 7, padding=1),
+            LayerShape("1x1, wide out", 64, 256, 1, 56),
+            LayerShape("1x1, wide in", 1024, 256, 1, 14),
+            LayerShape("1x1, strided", 1024, 2048, 1, 14, stride=2),
+            LayerShape("3x3, 32 groups", 128, 128, 3, 56, padding=1, groups=32),
+            LayerShape("depthwise 3x3", 72, 72, 3, 56, padding=1, groups=72),
+            LayerShape("depthwise 5x5, strided", 672, 672, 5, 14, stride=2, padding=2, groups=672),
+            LayerShape("depthwise 7x7", 384, 384, 7, 14, padding=3, groups=384, bias=True),
+            LayerShape("2x2, strided", 192, 384, 2, 28, stride=2, bias=True),
+        )
+    ),
     # Four shapes that a test or a first look can afford.
     "tiny": lambda: iter(
         (
@@ -193,7 +210,7 @@ _NETWORKS: dict[str, Callable[[], Iterator[LayerShape]]] = {
 }
 
 NAMES = tuple(_NETWORKS)
-NETWORKS = tuple(name for name in NAMES if name != "tiny")
+NETWORKS = tuple(name for name in NAMES if name not in ("dozen", "tiny"))
 
 
 def layers_of(network: str) -> list[LayerShape]:

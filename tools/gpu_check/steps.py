@@ -10,7 +10,6 @@ from pathlib import Path
 from .step import ROOT, Step
 
 NO_DEVICE = "no CUDA device"
-NETWORKS = "resnet50,mobilenet_v3,efficientnet_b0,convnext_tiny"
 # They prove the emulator, and never touch a GPU: last, so that what is left out for want of time is theirs.
 MARKED = re.compile(r"\b(gpu|place)\b")
 LAST = ("kernels", "emulator")
@@ -56,7 +55,7 @@ def plan(folder: Path, emulated: bool, about: str, arch: str = "") -> list[Step]
     where, own, device = ("emulated", "emulated", NO_DEVICE) if emulated else ("cuda", "native", "")
     golden = ("--golden", str(folder / "golden.npz"), "--about", about)
     compare = python("bench/compare.py", "--device", "cpu" if emulated else "cuda")
-    layers = ("--section", "layers", "--layers", NETWORKS, "--parts", "dgrad,wgrad,fprop", "--dtype", "bfloat16")
+    layers = ("--section", "layers", "--layers", "dozen", "--parts", "dgrad,wgrad,fprop", "--dtype", "bfloat16")
     sides = ("--batch", "128", "--sides", "stock_channels_last,freezekit_native_channels_last")
     # Waits of Hopper's kernels then end in a trap, so that a hang is a fault; NVCC_APPEND_FLAGS is nvcc's own variable.
     build = ("NVCC_APPEND_FLAGS=-DFK_BOUNDED_WAITS", *((f"FREEZEKIT_CUDA_ARCHS={arch}",) if arch else ()))
@@ -70,7 +69,7 @@ def plan(folder: Path, emulated: bool, about: str, arch: str = "") -> list[Step]
         Step("gpu tests", pytest("-m", "gpu and not full", *gpu_files(), dist="load"), 60, device),
         Step("sanitizer", python("-m", "tools.gpu_check.sanitizer"), 50, device),
         Step("layers", (*compare, *layers, *sides, "--time-limit", "60", *to["layers"]), 75, device),
-        Step("tiles", python("-m", "bench.tiles", "--limit", "25", *to["tiles"]), 35, device),
+        Step("tiles", python("-m", "bench.tiles", "--layers", "dozen", "--limit", "25", *to["tiles"]), 35, device),
         Step("compare", (*compare, "--time-limit", "30", *to["compare"]), 50),
         Step("other tests", pytest("-m", "not gpu and not full", *test_folders(), dist="loadfile"), 400),
     ]
