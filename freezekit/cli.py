@@ -154,7 +154,8 @@ def _audit(options: argparse.Namespace) -> int:
 def _selftest(options: argparse.Namespace) -> int:
     from freezekit.selftest import main
 
-    return min(main(["--backend", options.backend] if options.backend else []), 1)
+    backend = ["--backend", options.backend] if options.backend else []
+    return min(main([*backend, *(["--hopper"] if options.hopper else [])]), 1)
 
 
 def _profile(options: argparse.Namespace) -> int:
@@ -223,6 +224,7 @@ def parser() -> argparse.ArgumentParser:
     audit.add_argument("--strict", action="store_true", help="exit with 1 for a warning too")
     selftest = command("selftest", _selftest, "every kernel against float64, on the device that is here", model=False)
     selftest.add_argument("--backend", choices=("native", "emulated", "aten"))
+    selftest.add_argument("--hopper", action="store_true", help="the kernels for sm_90a alone")
     step = command("profile", _profile, "the kernels of one forward and backward pass", model=True)
     step.add_argument("--trace", type=Path, metavar="JSON", help="write a Chrome trace")
     step.add_argument("--against", metavar="module:factory", help="another model: show what changes to it")

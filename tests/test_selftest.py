@@ -104,3 +104,26 @@ def test_the_exit_code_counts_failures(monkeypatch: pytest.MonkeyPatch) -> None:
     assert selftest.main(["--backend", "aten"]) == 125
     monkeypatch.setattr(selftest, "selftest", lambda *_: iter([bad, bad]))
     assert selftest.main(["--backend", "aten"]) == 2
+
+
+@pytest.mark.parametrize(("body", "said"), [("sleep 60", "ended after"), ("kill -9 $$", "by signal 9"), ("exit 3", "")])
+def test_what_the_kernels_of_sm_90a_do_to_their_process_is_a_result(
+    body: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They run in a child: it may hang, die or count failures."""
+    child = tmp_path / "python"
+    child.write_text(f"#!/bin/sh\n{body}\n")
+    child.chmod(0o755)
+    monkeypatch.setattr(selftest.sys, "executable", str(child))
+    monkeypatch.setattr(selftest, "HOPPER_SECONDS", 2)
+    assert selftest._hopper_in_a_child() == (3 if body == "exit 3" else 1)
+    assert said in capsys.readouterr().out
+
+
+def test_hopper_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert selftest.main(["--backend", "emulated", "--hopper"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.endswith("pass")]
+    assert len(rows) == len(selftest.HOPPER_PROBLEMS) * 8
+    assert all(" hopper_" in row for row in rows)
+    with pytest.raises(SystemExit):
+        selftest.main(["--backend", "aten", "--hopper"])
