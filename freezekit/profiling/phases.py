@@ -33,7 +33,12 @@ _IN_NODE = {
     "FreezekitFrozenConv2dBackward": {"freezekit::gate": ("epilogue",)},
 }
 _BACKWARD = "aten::convolution_backward"
-_IN_KERNEL_NAME = re.compile("dgrad|wgrad|fprop")
+# As cuDNN, CUTLASS and freezekit name kernels, and as torch names its own depthwise ones.
+_IN_KERNEL_NAME = {
+    "fprop": re.compile("fprop"),
+    "dgrad": re.compile("dgrad|depthwise2d_backward|backward_input"),
+    "wgrad": re.compile("wgrad|grad_weight|backward_weight"),
+}
 _GATE_KERNEL = re.compile("gate_kernel")
 
 
@@ -79,7 +84,8 @@ def phases_of_kernel(event: Event) -> tuple[str, ...]:
             found = phases_of_operator(outer) or found
     if "epilogue" in found and _GATE_KERNEL.search(event.name):
         return ("epilogue",)
-    named = set(_IN_KERNEL_NAME.findall(event.name.lower())) & set(found)
+    name = event.name.lower()
+    named = {phase for phase, pattern in _IN_KERNEL_NAME.items() if phase in found and pattern.search(name)}
     if len(named) == 1:
         return tuple(phase for phase in found if phase in named or phase == "epilogue")
     return found

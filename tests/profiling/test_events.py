@@ -78,6 +78,10 @@ def test_a_sum_is_a_bias_gradient_only_inside_the_convolutions_node() -> None:
     [
         ("sm90_xmma_dgrad_implicit_gemm_bf16", [True, True, False], ("dgrad",)),
         ("void cudnn::cnn::wgrad2d_grouped_direct_kernel", [True, True, False], ("wgrad",)),
+        ("conv_depthwise2d_backward_kernel<3, 1, float>", [True, True, False], ("dgrad",)),
+        ("conv_depthwise2d_grad_weight_kernel<float>", [True, True, False], ("wgrad",)),
+        ("conv_depthwise3d_cuda_backward_input_kernel<float>", [True, True, False], ("dgrad",)),
+        ("conv_depthwise3d_cuda_backward_weight_kernel<float>", [True, True, False], ("wgrad",)),
         ("nchwToNhwcKernel", [True, True, False], ("dgrad", "wgrad")),
         # A dgrad that a library runs with its fprop kernel: what was asked for decides.
         ("sm90_xmma_fprop_implicit_gemm_bf16", [True, False, False], ("dgrad",)),
