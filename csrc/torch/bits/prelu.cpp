@@ -57,7 +57,14 @@ Tensor slope_of(const Tensor& input, const Tensor& weight) {
   return weight.view_symint(size);
 }
 
+// ATen's own check of a weight that is missing asks for a bug report.
+void check_defined(const Tensor& input, const Tensor& weight) {
+  TORCH_CHECK(input.defined(), "input must be a tensor, got an undefined one");
+  TORCH_CHECK(weight.defined(), "weight must be a tensor, got an undefined one");
+}
+
 Tensor prelu_entry(const Tensor& input, const Tensor& weight, std::string_view backend_name) {
+  check_defined(input, weight);
   const Backend backend = parse_backend(backend_name);
   // On a GPU a slope takes more passes than the activations that are proven there: `auto` leaves it to torch.
   const bool is_unproven = input.is_cuda() && backend == Backend::automatic;
@@ -70,7 +77,10 @@ Tensor prelu_entry(const Tensor& input, const Tensor& weight, std::string_view b
   return slope.defined() && records ? record_prelu(input, slope, backend) : at::prelu(input, weight);
 }
 
-Tensor prelu_plain(const Tensor& input, const Tensor& weight, std::string_view) { return at::prelu(input, weight); }
+Tensor prelu_plain(const Tensor& input, const Tensor& weight, std::string_view) {
+  check_defined(input, weight);
+  return at::prelu(input, weight);
+}
 
 template <c10::DeviceType kDevice, c10::DispatchKey kKey>
 Tensor prelu_autocast(const Tensor& input, const Tensor& weight, std::string_view backend) {
