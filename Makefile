@@ -35,7 +35,7 @@ bench: build  ## all sections of the comparison, with plots, in under twenty min
 # those tests are skipped.
 CUTLASS := build/cutlass
 $(CUTLASS): requirements-dev.txt | $(READY)
-	-$(PY) -m pip install -q --no-deps --no-compile --upgrade --retries 1 --target $@ $$(grep -o 'nvidia-cutlass==[0-9.]*' $<) && touch $@
+	-$(PY) -m pip install -q --no-deps --no-compile --upgrade --retries 1 --target $@ $$(grep -o 'nvidia-cutlass==[0-9.]*' $<) && touch $@ || rm -rf $@
 
 test: build $(CUTLASS)  ## the test suite, on the CPU and, if there is one, on a GPU
 	$(PY) -m pytest $(WORKERS) $(TESTS)

@@ -173,6 +173,11 @@ void pixel_boxes() {
     large.*field = 256;
     REQUIRE(!fits_map(large), "256 does not fit");
   }
+  PixelBox far = box;
+  far.max_offset = 254;
+  REQUIRE(fits_map(far), "a tap 254 away fits");
+  far.max_offset = 255;
+  REQUIRE(!fits_map(far), "CUTLASS stops at 254, and so does this");
   box.lower = -129;
   REQUIRE(!fits_map(box), "a corner of -129 does not fit");
 }

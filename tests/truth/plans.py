@@ -176,6 +176,8 @@ def by_the_driver(of: Map, f32: bool) -> Map:
 
 
 CONSTANTS = ("swizzle", "interleave", "fill")
+# What the emulator's map of a matrix or a filter, by which rows are compared, has in common with the driver's.
+TILED = ("rank", "sizes", "strides", "box")
 # As the driver numbers types. CUTLASS copies 16-bit values as integers, freezekit as what they are: the same bits.
 TYPES = {1: "16 bits", 6: "16 bits", 9: "16 bits", 11: "tf32"}
 
@@ -192,7 +194,11 @@ def differing(problem: Problem, theirs: Plan, mine: Plan) -> Iterator[tuple[int,
     if mine.gathered_map.im2col:
         arguments = asked.differing(theirs.gathered_map, "upper", "type")
         yield len(arguments) + (pixels_along(asked) != pixels_along(theirs.gathered_map)), len(Map._fields_)
-    for a, b in ((asked, theirs.gathered_map), (by_the_driver(mine.other_map, problem.f32), theirs.other_map)):
+    asked_for_other = by_the_driver(mine.other_map, problem.f32)
+    for driver_s, emulator_s in ((asked, mine.gathered_map), (asked_for_other, mine.other_map)):
+        if not emulator_s.im2col:
+            yield len({*driver_s.differing(emulator_s)} & {*TILED}), len(TILED)
+    for a, b in ((asked, theirs.gathered_map), (asked_for_other, theirs.other_map)):
         constants = sum(getattr(a, name) != getattr(b, name) for name in CONSTANTS)
         yield constants + (TYPES[a.type] != TYPES[b.type]), len(CONSTANTS) + 1
 

@@ -68,6 +68,7 @@ WGMMA(wgmma_bf16_64, 32, (multiply<SM90::GMMA::MMA_64x64x16_F32BF16BF16_SS<kK, k
 WGMMA(wgmma_bf16_128, 64, (multiply<SM90::GMMA::MMA_64x128x16_F32BF16BF16_SS<kK, kK>>(d, a, b)))
 WGMMA(wgmma_bf16_256, 128, (multiply<SM90::GMMA::MMA_64x256x16_F32BF16BF16_SS<kK, kK>>(d, a, b)))
 WGMMA(wgmma_bf16_64_mn_major, 32, (multiply<SM90::GMMA::MMA_64x64x16_F32BF16BF16_SS<kMN, kMN>>(d, a, b)))
+WGMMA(wgmma_f16_64, 32, (multiply<SM90::GMMA::MMA_64x64x16_F32F16F16_SS<kK, kK>>(d, a, b)))
 WGMMA(wgmma_f16_128_mn_major, 64, (multiply<SM90::GMMA::MMA_64x128x16_F32F16F16_SS<kMN, kMN>>(d, a, b)))
 WGMMA(wgmma_f16_256, 128, (multiply<SM90::GMMA::MMA_64x256x16_F32F16F16_SS<kK, kK>>(d, a, b)))
 WGMMA(wgmma_tf32_64, 32, (multiply<SM90::GMMA::MMA_64x64x8_F32TF32TF32_SS_TN<>>(d, a, b)))
