@@ -37,6 +37,7 @@ __global__ void __launch_bounds__(kTile* kRowLanes)
   const int32_t x = static_cast<int32_t>(threadIdx.x), y = static_cast<int32_t>(threadIdx.y);
 
   const int64_t at_tap = tap / source.width * source.stride_r + tap % source.width * source.stride_s;
+#pragma unroll 2  // four at once spill in double
   for (int32_t i = y; i < kTile; i += kRowLanes) {
     const int32_t k = k0 + i, c = c0 + x;
     if (k >= size.k || c >= size.c) continue;
@@ -45,6 +46,7 @@ __global__ void __launch_bounds__(kTile* kRowLanes)
     tile[i][x] = cast<Wide>(value) * (scale ? load_global(scale + k_all) : Wide(1));
   }
   __syncthreads();
+#pragma unroll 2
   for (int32_t i = y; i < kTile; i += kRowLanes) {
     const int32_t k = k0 + (transposed ? x : i), c = c0 + (transposed ? i : x);
     if (k >= size.k || c >= size.c) continue;
