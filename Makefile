@@ -70,6 +70,7 @@ format: $(READY)  ## lay out all sources: Python, C++ and CUDA
 lint: $(READY)  ## style and types
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(CLANG_FORMAT) --dry-run -Werror $(CXX_SOURCES)
 	$(PY) -m mypy
 
 sass: build  ## registers, spills and instructions of every CUDA kernel

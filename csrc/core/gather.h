@@ -108,7 +108,7 @@ struct GatherCursor {
 
 // The input positions of one output row at tap (0, 0).
 struct GatherOrigin {
-  int32_t image = 0;  // n * in_h * in_w
+  int32_t image = 0;                   // n * in_h * in_w
   int32_t ih = INT32_MIN / 2, iw = 0;  // by default outside, at every tap
 };
 
@@ -117,11 +117,11 @@ struct GatherOrigin {
 struct Gather {
   ConvAxis h, w;
   int32_t batch = 0, groups = 1;
-  int32_t in_h = 0, in_w = 0, in_c = 0;     // in_c, out_c: of one group
+  int32_t in_h = 0, in_w = 0, in_c = 0;  // in_c, out_c: of one group
   int32_t out_h = 0, out_w = 0, out_c = 0;
   int32_t phases_h = 1, phases_w = 1;
-  int32_t transposed = 0;       // 1: dgrad
-  GatherAxis only_h, only_w;    // where there is a single phase
+  int32_t transposed = 0;     // 1: dgrad
+  GatherAxis only_h, only_w;  // where there is a single phase
   // By the number of rows and columns of a phase; phases below `wider` have one more than those from it on.
   FastDivide divide_h[2], divide_w[2];
   int32_t wider_h = 0, wider_w = 0;
@@ -160,9 +160,7 @@ struct Gather {
   }
 
   // Rows of the largest phase, (0, 0).
-  int64_t max_rows() const {
-    return static_cast<int64_t>(batch) * axis_h(0).count * axis_w(0).count;
-  }
+  int64_t max_rows() const { return static_cast<int64_t>(batch) * axis_h(0).count * axis_w(0).count; }
 };
 
 // Host only. `op` is fprop or dgrad; the problem has passed fits_int32.
@@ -198,9 +196,9 @@ inline bool fits_int32(const Conv2dProblem& p) {
            size + 2 * pad + dilation * taps + stride < limit;
   };
   return p.n < limit && p.c < limit && p.k < limit && reach(p.h, p.pad_h, p.r, p.stride_h, p.dilation_h) &&
-         reach(p.w, p.pad_w, p.s, p.stride_w, p.dilation_w) && p.p < limit && p.q < limit &&
-         p.h * p.w < limit && p.p * p.q < limit && p.n * p.h * p.w < limit && p.n * p.p * p.q < limit &&
-         p.r * p.s < limit && p.c_per_group() * p.r * p.s < limit && p.k_per_group() * p.r * p.s < limit;
+         reach(p.w, p.pad_w, p.s, p.stride_w, p.dilation_w) && p.p < limit && p.q < limit && p.h * p.w < limit &&
+         p.p * p.q < limit && p.n * p.h * p.w < limit && p.n * p.p * p.q < limit && p.r * p.s < limit &&
+         p.c_per_group() * p.r * p.s < limit && p.k_per_group() * p.r * p.s < limit;
 }
 
 }  // namespace freezekit

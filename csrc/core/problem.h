@@ -16,9 +16,7 @@ enum class Operator : int { fprop, dgrad, wgrad };
 
 enum class DType : int { f32, f64, f16, bf16 };
 
-FK_HOST_DEVICE constexpr int64_t size_of(DType dtype) {
-  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
-}
+FK_HOST_DEVICE constexpr int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
 struct Conv2dProblem {
   int64_t n = 0, c = 0, h = 0, w = 0;  // activation x: N x C x H x W

@@ -14,9 +14,9 @@
 
 namespace freezekit {
 
-constexpr uint32_t kTileRow = 128;             // bytes
+constexpr uint32_t kTileRow = 128;  // bytes
 constexpr uint32_t kSwizzleAtom = 8 * kTileRow;
-constexpr uint32_t kWgmmaDepthBytes = 32;      // of one wgmma along the reduction
+constexpr uint32_t kWgmmaDepthBytes = 32;  // of one wgmma along the reduction
 
 // The shared address that a bulk copy gives the byte at linear address `at`.
 FK_HOST_DEVICE constexpr uint32_t swizzled(uint32_t at) { return at ^ ((at >> 7 & 7) << 4); }

@@ -32,7 +32,7 @@ struct WgradPosition {
 
 struct Wgrad {
   ConvAxis h, w;
-  int32_t positions = 0;             // n * p * q
+  int32_t positions = 0;  // n * p * q
   int32_t positions_per_slice = 0;
   int32_t groups = 1, c = 0, k = 0;  // c, k: of one group
   FastDivide divide_q, divide_p, divide_c, divide_s;

@@ -163,8 +163,8 @@ void max_pool_scatter(const T* dy, const Tap* taps, C* dx, const Pooling& g, con
 
 // y[output] = x[position of tap], the transpose of the scatter; 0 where the window has no tap.
 template <class T, class Tap>
-void max_pool_gather(const T* x, const Tap* taps, T* y, const Pooling& g, const TapPositions& position,
-                     int64_t count, int64_t step) {
+void max_pool_gather(const T* x, const Tap* taps, T* y, const Pooling& g, const TapPositions& position, int64_t count,
+                     int64_t step) {
   for (int64_t p = 0; p < g.p; ++p) {
     for (int64_t q = 0; q < g.q; ++q) {
       const int64_t out = (p * g.q + q) * step;

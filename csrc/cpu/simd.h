@@ -8,10 +8,9 @@
 #pragma once
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-#define FK_SIMD_CLONES \
+#define FK_SIMD_CLONES                                                         \
   __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"), \
-                 optimize("O3", "no-math-errno", "no-trapping-math"), \
-                 flatten))
+                 optimize("O3", "no-math-errno", "no-trapping-math"), flatten))
 #else
 #define FK_SIMD_CLONES
 #endif

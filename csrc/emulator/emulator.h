@@ -27,11 +27,11 @@ struct Settings {
 };
 
 struct Counters {
-  uint64_t launches = 0, blocks = 0, switches = 0;   // switches from one fiber to another
-  uint64_t cp_async = 0, mma = 0;                    // copies (a thread's), mma instructions (a warp's)
-  uint64_t tensor_copies = 0, wgmma = 0;             // bulk copies, wgmma instructions (a warp's)
-  uint64_t ldmatrix_phases = 0;                      // 8 rows of 16 bytes read at once
-  uint64_t ldmatrix_conflicts = 0;                   // phases whose rows are not in 8 different groups of 4 banks
+  uint64_t launches = 0, blocks = 0, switches = 0;         // switches from one fiber to another
+  uint64_t cp_async = 0, mma = 0;                          // copies (a thread's), mma instructions (a warp's)
+  uint64_t tensor_copies = 0, wgmma = 0;                   // bulk copies, wgmma instructions (a warp's)
+  uint64_t ldmatrix_phases = 0;                            // 8 rows of 16 bytes read at once
+  uint64_t ldmatrix_conflicts = 0;                         // phases whose rows are not in 8 different groups of 4 banks
   uint64_t global_read_bytes = 0, global_write_bytes = 0;  // by load_global, store_global and copies
 };
 

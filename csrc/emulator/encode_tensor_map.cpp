@@ -1,10 +1,9 @@
-#include "emulator/tensor_map.h"
-
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
 
 #include "emulator/tensor_copy.h"
+#include "emulator/tensor_map.h"
 #include "kernels/last_error.h"
 
 namespace freezekit::emulator {

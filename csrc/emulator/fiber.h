@@ -24,7 +24,7 @@ namespace freezekit::emulator {
 
 class Fiber {
  public:
-  Fiber() = default;               // the fiber that the operating system's thread is, once it switches away
+  Fiber() = default;                // the fiber that the operating system's thread is, once it switches away
   explicit Fiber(void (*entry)());  // entry never returns
   ~Fiber();
   Fiber(const Fiber&) = delete;

@@ -25,7 +25,7 @@ struct Mbarrier {
 
 namespace {
 
-std::vector<std::unique_ptr<Mbarrier>> barriers;          // of the running block
+std::vector<std::unique_ptr<Mbarrier>> barriers;           // of the running block
 std::vector<std::unique_ptr<Mbarrier>> of_earlier_blocks;  // TSan: tags must not be used again within a launch
 
 Mbarrier& find(uint64_t* address) {

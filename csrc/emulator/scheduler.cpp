@@ -106,8 +106,8 @@ void go_on_with(Thread& t) {
 }
 
 int count_threads(State state) {
-  return static_cast<int>(std::count_if(block.threads.begin(), block.threads.end(),
-                                        [=](const Thread& t) { return t.state == state; }));
+  return static_cast<int>(
+      std::count_if(block.threads.begin(), block.threads.end(), [=](const Thread& t) { return t.state == state; }));
 }
 
 [[noreturn]] void fail_deadlocked() {

@@ -100,7 +100,8 @@ uint32_t shared_address(const void* p) {
 void* shared_pointer(uint32_t address, size_t bytes) {
   const size_t i = address / kWindowOfArray;
   if (i < arrays.size()) {
-    char* const at = arrays[i].memory + (address % kWindowOfArray) - reinterpret_cast<uintptr_t>(arrays[i].memory) % 1024;
+    char* const at =
+        arrays[i].memory + (address % kWindowOfArray) - reinterpret_cast<uintptr_t>(arrays[i].memory) % 1024;
     if (at >= arrays[i].memory && at + bytes <= arrays[i].memory + arrays[i].bytes) return at;
   }
   fail("%zu bytes at shared address %u are outside of the block's arrays", bytes, address);

@@ -54,7 +54,8 @@ void land_tiled(const TensorCopy& copy) {
   const TensorMap& map = copy.map;
   for (size_t row = 0; row < copy.rows(); row++) {
     bool exists = true;
-    const char* from = map.address + copy.at[0] * static_cast<int64_t>(element_bytes(static_cast<TensorType>(map.type)));
+    const char* from =
+        map.address + copy.at[0] * static_cast<int64_t>(element_bytes(static_cast<TensorType>(map.type)));
     size_t rest = row;
     for (int i = 1; i < map.rank; i++) {
       const int64_t at = copy.at[i] + static_cast<int64_t>(rest % map.box[i]);
@@ -72,7 +73,8 @@ void land_im2col(const TensorCopy& copy) {
   for (size_t row = 0; row < copy.rows(); row++) {
     const int64_t x = w + copy.offset[0], y = h + copy.offset[1];
     const bool exists = inside(x, map.sizes[1]) && inside(y, map.sizes[2]) && inside(n, map.sizes[3]);
-    const char* from = map.address + copy.at[0] * static_cast<int64_t>(element_bytes(static_cast<TensorType>(map.type))) +
+    const char* from = map.address +
+                       copy.at[0] * static_cast<int64_t>(element_bytes(static_cast<TensorType>(map.type))) +
                        x * static_cast<int64_t>(map.strides[0]) + y * static_cast<int64_t>(map.strides[1]) +
                        n * static_cast<int64_t>(map.strides[2]);
     land_row(copy, row, exists ? from : nullptr, copy.at[0]);
@@ -92,7 +94,8 @@ void issue(TensorCopy& copy, void* shared, const TensorMap* map, uint64_t* barri
   copy.map = *map;
   copy.to = shared_address(shared);
   if (copy.to % 128) fail("a bulk copy writes to a shared address that is no multiple of 128");
-  if (!is_shared(shared, copy.bytes())) fail("a bulk copy of %zu bytes does not write inside shared memory", copy.bytes());
+  if (!is_shared(shared, copy.bytes()))
+    fail("a bulk copy of %zu bytes does not write inside shared memory", copy.bytes());
   counters.tensor_copies++;
   if (on_tensor_copy) on_tensor_copy(copy);
   tsan_write(shared, copy.bytes());

@@ -18,11 +18,11 @@ constexpr uint32_t swizzle(uint32_t address) { return address ^ (address >> 7 & 
 
 struct TensorCopy {
   TensorMap map;
-  uint32_t to;             // address in the window of shared memory
-  int32_t at[kMaxRank];    // coordinates of the first element
-  uint16_t offset[2];      // im2col: of w and h
+  uint32_t to;           // address in the window of shared memory
+  int32_t at[kMaxRank];  // coordinates of the first element
+  uint16_t offset[2];    // im2col: of w and h
 
-  size_t rows() const;     // of kSwizzleBytes
+  size_t rows() const;  // of kSwizzleBytes
   size_t bytes() const { return rows() * kSwizzleBytes; }
 };
 

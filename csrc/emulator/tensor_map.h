@@ -19,7 +19,7 @@ struct alignas(64) TensorMap {
   int8_t lower[2], upper[2];          // im2col: corners of the pixel box along dimensions 1 (w) and 2 (h)
   uint16_t channels, pixels;          // im2col: of one copy
   uint8_t rank, type, im2col;
-  uint8_t magic;                      // tells a map from other bytes
+  uint8_t magic;  // tells a map from other bytes
 };
 static_assert(sizeof(TensorMap) == 128, "as CUtensorMap");
 

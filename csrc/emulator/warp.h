@@ -9,8 +9,8 @@ constexpr unsigned kFullMask = 0xffffffffu;
 
 struct CollectiveKind {
   const char* name;
-  bool whole_warp;      // needs all 32 lanes; else those that have ended are counted out
-  bool orders_memory;   // among its lanes
+  bool whole_warp;     // needs all 32 lanes; else those that have ended are counted out
+  bool orders_memory;  // among its lanes
   // What it does with the operands of its lanes, null where a lane takes no part.
   void (*combine)(void* const (&operands)[kWarpSize]);
 };

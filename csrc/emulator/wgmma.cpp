@@ -42,10 +42,10 @@ struct Products {
   size_t retired = 0;            // of them; the rest is in flight
   int committed = 0;
   bool fenced = false;
-  float* d[kWarpSize] = {};                // the accumulators of each lane,
-  float values[kRows][kMaxColumns] = {};   // and what they hold in truth
+  float* d[kWarpSize] = {};               // the accumulators of each lane,
+  float values[kRows][kMaxColumns] = {};  // and what they hold in truth
   int columns = 0;
-  uint64_t digest = 0, issued = 0;         // warps of a group must issue the same
+  uint64_t digest = 0, issued = 0;  // warps of a group must issue the same
 };
 
 Products of_warps[kMaxThreads / kWarpSize];
@@ -99,8 +99,8 @@ void for_each_chunk(uint64_t descriptor, const Product& product, bool mn_major, 
 
 // Element (first + mn, k) to out[k][mn].
 template <int kCount>
-void load_operand(float (&out)[kMaxDepth][kCount], uint64_t descriptor, const Product& product, bool mn_major, int first,
-                  int count) {
+void load_operand(float (&out)[kMaxDepth][kCount], uint64_t descriptor, const Product& product, bool mn_major,
+                  int first, int count) {
   const auto size = static_cast<int>(size_of(product.type));
   for_each_chunk(descriptor, product, mn_major, first, count, [&](const unsigned char* from, int mn, int k) {
     for (int e = 0; e < 16 / size; e++) {
@@ -118,7 +118,8 @@ void check(const Product& product) {
     if (at.mode != 1) fail("wgmma: a descriptor without the 128-byte swizzle is not emulated");
     if (at.base_offset) fail("wgmma: a descriptor with a base offset is not emulated");
     if (at.start / kSwizzleBytes % 8) fail("wgmma: a descriptor without a base offset begins inside a swizzle atom");
-    if (at.stride % 1024 || at.stride == 0) fail("wgmma: a stride of %u bytes between swizzle atoms of 1024", at.stride);
+    if (at.stride % 1024 || at.stride == 0)
+      fail("wgmma: a stride of %u bytes between swizzle atoms of 1024", at.stride);
   }
 }
 

@@ -16,20 +16,20 @@ namespace freezekit {
 
 enum class Status : int {
   success,
-  unsupported,          // select() found no kernel: see Selection::reason
-  invalid_argument,     // a null pointer or a misaligned one, a size that does not fit the kernel
-  launch_failed,        // the driver refused; error() of the device holds the cause
+  unsupported,       // select() found no kernel: see Selection::reason
+  invalid_argument,  // a null pointer or a misaligned one, a size that does not fit the kernel
+  launch_failed,     // the driver refused; error() of the device holds the cause
 };
 
 const char* to_string(Status);
 
 // What is known of the device and of the caller's settings; everything that a choice may depend on.
 struct Target {
-  int sm = 0;                   // compute capability, 80 for sm_80; the emulator is 80
-  int sm_count = 0;             // multiprocessors
-  bool allow_tf32 = false;      // fp32 inputs may be rounded to tf32
-  bool deterministic = false;   // results must repeat bit for bit
-  bool hopper = false;          // on sm_90 the Hopper family may be chosen: on request, since it has not run on one yet
+  int sm = 0;                  // compute capability, 80 for sm_80; the emulator is 80
+  int sm_count = 0;            // multiprocessors
+  bool allow_tf32 = false;     // fp32 inputs may be rounded to tf32
+  bool deterministic = false;  // results must repeat bit for bit
+  bool hopper = false;         // on sm_90 the Hopper family may be chosen: on request, since it has not run on one yet
 };
 
 enum class Family : int { none, direct, implicit_gemm, depthwise, hopper };
@@ -40,8 +40,8 @@ struct Selection {
   int config = 0;
   int split_k = 1;
   size_t workspace_bytes = 0;
-  const char* kernel = "";      // static storage
-  const char* reason = "";      // static storage
+  const char* kernel = "";  // static storage
+  const char* reason = "";  // static storage
 };
 
 // A pure host function: same arguments, same answer, no device needed.
@@ -54,13 +54,13 @@ Selection select(Operator, const Conv2dProblem&, DType, const Target&);
 // value before ReLU rounded to the tensors' dtype: both ends give 0 and a NaN gives 1, as torch's own gradient. Under
 // mask_in, bit 0 stores 0.
 struct Epilogue {
-  const void* scale = nullptr;      // K (fprop) or C (dgrad) elements of the accumulators' type: f32, f64 for f64
-  const void* bias = nullptr;       // K (fprop) or C (dgrad) elements of the tensors' dtype
-  bool wide_bias = false;           // or of the accumulators'
-  const void* residual = nullptr;   // as the output
+  const void* scale = nullptr;     // K (fprop) or C (dgrad) elements of the accumulators' type: f32, f64 for f64
+  const void* bias = nullptr;      // K (fprop) or C (dgrad) elements of the tensors' dtype
+  bool wide_bias = false;          // or of the accumulators'
+  const void* residual = nullptr;  // as the output
   bool relu = false;
   float relu_end = std::numeric_limits<float>::infinity();  // above 0; 6 is ReLU6
-  uint32_t* mask_out = nullptr;     // needs relu
+  uint32_t* mask_out = nullptr;                             // needs relu
   const uint32_t* mask_in = nullptr;
 };
 
@@ -107,7 +107,7 @@ struct FilterTransform {
   DType from = DType::f32, to = DType::f32;
   bool transposed = false;
   int64_t stride_k = 0, stride_c = 0, stride_r = 0, stride_s = 0;  // of the filter, in elements
-  const void* scale = nullptr;  // K elements of what `from` accumulates in; null: 1
+  const void* scale = nullptr;                                     // K elements of what `from` accumulates in; null: 1
 };
 Status launch_filter_transform(const Conv2dProblem&, const FilterTransform&, const void* filter, void* out, Stream);
 

@@ -25,8 +25,7 @@ bool epilogue_is_valid(Operator op, const Epilogue& e) {
 Status launch_depthwise(Operator op, const Selection& selection, const Conv2dProblem& p, DType dtype,
                         const Conv2dTensors& tensors, const Epilogue& epilogue, void* workspace, Stream stream) {
   const bool tiled = selection.config == kDepthwiseTiled && is_aligned_16(tensors.x) && is_aligned_16(tensors.y) &&
-                     is_aligned_16(epilogue.scale) && is_aligned_16(epilogue.bias) &&
-                     is_aligned_16(epilogue.residual);
+                     is_aligned_16(epilogue.scale) && is_aligned_16(epilogue.bias) && is_aligned_16(epilogue.residual);
   if (op == Operator::wgrad) {
     return tiled ? launch_depthwise_wgrad(selection.split_k, p, dtype, tensors, workspace, stream)
                  : launch_depthwise_generic_wgrad(selection.split_k, p, dtype, tensors, workspace, stream);
@@ -80,12 +79,18 @@ Status launch_conv2d(Operator op, const Selection& selection, const Conv2dProble
 }  // namespace freezekit
 
 extern "C" FK_EXPORT const freezekit::KernelTable* freezekit_kernel_table() {
-  static const freezekit::KernelTable table = {freezekit::launch_conv2d, freezekit::bias_grad_workspace,
-                                               freezekit::launch_bias_grad, freezekit::launch_filter_transform,
-                                               freezekit::launch_norm_affine, freezekit::launch_activation,
-                                               freezekit::launch_gate, freezekit::launch_pack_bytes,
-                                               freezekit::launch_max_pool, freezekit::launch_max_pool_scatter,
-                                               freezekit::launch_max_pool_gather, freezekit::current_target,
+  static const freezekit::KernelTable table = {freezekit::launch_conv2d,
+                                               freezekit::bias_grad_workspace,
+                                               freezekit::launch_bias_grad,
+                                               freezekit::launch_filter_transform,
+                                               freezekit::launch_norm_affine,
+                                               freezekit::launch_activation,
+                                               freezekit::launch_gate,
+                                               freezekit::launch_pack_bytes,
+                                               freezekit::launch_max_pool,
+                                               freezekit::launch_max_pool_scatter,
+                                               freezekit::launch_max_pool_gather,
+                                               freezekit::current_target,
                                                freezekit::is_capturing};
   return &table;
 }

@@ -32,11 +32,11 @@
 #include "emulator/cuda.h"
 
 #define FK_DEVICE inline
-#define FK_SHARED(type, name, ...)                       \
-  static char name##_key;                                \
-  using name##_array = type __VA_ARGS__;                 \
-  name##_array& name = *static_cast<name##_array*>(      \
-      ::freezekit::emulator::static_shared(&name##_key, sizeof(name##_array)))
+#define FK_SHARED(type, name, ...)       \
+  static char name##_key;                \
+  using name##_array = type __VA_ARGS__; \
+  name##_array& name =                   \
+      *static_cast<name##_array*>(::freezekit::emulator::static_shared(&name##_key, sizeof(name##_array)))
 #define FK_DYNAMIC_SHARED(name) \
   unsigned char* name = static_cast<unsigned char*>(::freezekit::emulator::dynamic_shared())
 

@@ -67,8 +67,8 @@ Status launch_hopper_gemm(Operator, int config, const Conv2dProblem&, DType, con
                           void* workspace, Stream);
 Status launch_hopper_gemm_bf16(int config, const Gather&, const void* in, const void* filter, void* out,
                                const Epilogue&, Stream);
-Status launch_hopper_gemm_f16(int config, const Gather&, const void* in, const void* filter, void* out,
-                              const Epilogue&, Stream);
+Status launch_hopper_gemm_f16(int config, const Gather&, const void* in, const void* filter, void* out, const Epilogue&,
+                              Stream);
 Status launch_hopper_gemm_tf32(int config, const Gather&, const void* in, const void* filter, void* out,
                                const Epilogue&, Stream);
 

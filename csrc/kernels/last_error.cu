@@ -1,6 +1,6 @@
-#include "kernels/last_error.h"
-
 #include <cstdio>
+
+#include "kernels/last_error.h"
 
 namespace {
 

@@ -68,19 +68,29 @@ FK_DEVICE void ldmatrix_any(uint32_t (&fragment)[N], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];\n" : "=r"(fragment[0]) : "r"(at) : "memory");
   } else if constexpr (N == 1) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];\n"
-                 : "=r"(fragment[0]) : "r"(at) : "memory");
+                 : "=r"(fragment[0])
+                 : "r"(at)
+                 : "memory");
   } else if constexpr (N == 2 && !Transposed) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];\n"
-                 : "=r"(fragment[0]), "=r"(fragment[1]) : "r"(at) : "memory");
+                 : "=r"(fragment[0]), "=r"(fragment[1])
+                 : "r"(at)
+                 : "memory");
   } else if constexpr (N == 2) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];\n"
-                 : "=r"(fragment[0]), "=r"(fragment[1]) : "r"(at) : "memory");
+                 : "=r"(fragment[0]), "=r"(fragment[1])
+                 : "r"(at)
+                 : "memory");
   } else if constexpr (!Transposed) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
-                 : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3]) : "r"(at) : "memory");
+                 : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
+                 : "r"(at)
+                 : "memory");
   } else {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
-                 : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3]) : "r"(at) : "memory");
+                 : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
+                 : "r"(at)
+                 : "memory");
   }
 #else
   uint4 values{};

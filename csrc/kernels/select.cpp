@@ -78,7 +78,7 @@ Selection select_implicit_gemm(Operator op, const Conv2dProblem& p, DType dtype,
   selection.family = Family::implicit_gemm;
   selection.config = whole_chunks ? fastest_gather_tile(kImplicitGemmTiles, kShares, g, target) : kImplicitGemmElements;
   selection.kernel = names[op == Operator::dgrad][selection.config];
-  selection.reason = !whole_chunks       ? "input channels that are not whole 16-byte chunks"
+  selection.reason = !whole_chunks      ? "input channels that are not whole 16-byte chunks"
                      : g.is_pointwise() ? "1x1, stride 1: a plain matrix product"
                                         : "tensor cores, 16-byte chunks of input channels";
   if (op == Operator::dgrad) selection.workspace_bytes = static_cast<size_t>(p.filter_numel() * size_of(dtype));

@@ -46,8 +46,7 @@ Selection select_wgrad_gemm(const Conv2dProblem& p, DType dtype, const Target& t
   static const char* const names[] = {"implicit_gemm_wgrad_128x128", "implicit_gemm_wgrad_64x128",
                                       "implicit_gemm_wgrad_64x64"};
   constexpr double kShares[] = {1.0, 0.85, 0.7};
-  const bool whole_chunks =
-      p.c_per_group() * size_of(dtype) % 16 == 0 && p.k_per_group() * size_of(dtype) % 16 == 0;
+  const bool whole_chunks = p.c_per_group() * size_of(dtype) % 16 == 0 && p.k_per_group() * size_of(dtype) % 16 == 0;
   Selection selection;
   selection.family = Family::implicit_gemm;
   const auto blocks_of = [&](const Tile& tile) { return wgrad_blocks(p, tile); };
@@ -58,8 +57,8 @@ Selection select_wgrad_gemm(const Conv2dProblem& p, DType dtype, const Target& t
   const Tile tile = kWgradGemmTiles[selection.config];
   const double products_per_byte = dtype == DType::f32 ? kProductsPerByteTf32 : kProductsPerByte16;
   split(&selection, p, target,
-        {blocks_of(tile), tile.rows * tile.columns / products_per_byte,
-         p.filter_numel() * accumulator_bytes(dtype), kMinPositionsPerSlice, kResidentGemm});
+        {blocks_of(tile), tile.rows * tile.columns / products_per_byte, p.filter_numel() * accumulator_bytes(dtype),
+         kMinPositionsPerSlice, kResidentGemm});
   return selection;
 }
 

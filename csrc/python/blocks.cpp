@@ -51,7 +51,8 @@ PyObject* type_of(PyObject* object) { return reinterpret_cast<PyObject*>(Py_TYPE
 // A layer's attributes: what its dictionary holds, borrowed.
 class Layer {
  public:
-  explicit Layer(PyObject* module) : dict_(py::reinterpret_steal<py::object>(PyObject_GenericGetDict(module, nullptr))) {
+  explicit Layer(PyObject* module)
+      : dict_(py::reinterpret_steal<py::object>(PyObject_GenericGetDict(module, nullptr))) {
     if (!dict_) throw py::error_already_set();
   }
 
@@ -59,8 +60,8 @@ class Layer {
 
   // Whether calling it does no more than its class's forward says.
   bool is_unwatched() const {
-    static const auto& names = *new std::array<Name, 4>{"_forward_hooks", "_forward_pre_hooks", "_backward_hooks",
-                                                        "_backward_pre_hooks"};
+    static const auto& names =
+        *new std::array<Name, 4>{"_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"};
     static const auto& forward = *new Name("forward");
     if (attribute(forward)) return false;
     for (const Name& name : names) {
@@ -79,8 +80,8 @@ class Layer {
     if (found == Py_None) return true;
     if (!found || !THPVariable_CheckExact(found)) return false;
     *result = THPVariable_Unpack(found);
-    constexpr c10::DispatchKeySet transforms({c10::DispatchKey::FuncTorchBatched,
-                                              c10::DispatchKey::FuncTorchGradWrapper});
+    constexpr c10::DispatchKeySet transforms(
+        {c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper});
     return !result->requires_grad() && !result->key_set().has_any(transforms);
   }
 
@@ -129,9 +130,8 @@ bool read_conv(PyObject* module, FrozenOperands* o, Geometry* g) {
   if (PyUnicode_CompareWithASCIIString(padded, "zeros") != 0) return false;
   g->groups = c10::SymInt(PyLong_AsLongLong(grouping));
   return pair_of(layer.attribute(stride), &g->stride) && pair_of(layer.attribute(padding), &g->padding) &&
-         pair_of(layer.attribute(dilation), &g->dilation) && layer.is_unwatched() &&
-         layer.tensor(weight, &o->weight) && o->weight.defined() && o->weight.dim() == 4 &&
-         layer.tensor(bias, &o->bias);
+         pair_of(layer.attribute(dilation), &g->dilation) && layer.is_unwatched() && layer.tensor(weight, &o->weight) &&
+         o->weight.defined() && o->weight.dim() == 4 && layer.tensor(bias, &o->bias);
 }
 
 bool read_norm(PyObject* module, FixedNormTensors* norm) {
@@ -180,8 +180,7 @@ bool fits(const FrozenOperands& o, const Geometry& g) {
   if (autocast && (x.scalar_type() == at::kDouble || w.scalar_type() == at::kDouble)) return false;
   if (!autocast && x.scalar_type() != w.scalar_type()) return false;
   const Tensor& r = o.residual;
-  return !r.defined() ||
-         (r.scalar_type() == dtype && r.device() == x.device() && r.sizes() == at::IntArrayRef(output));
+  return !r.defined() || (r.scalar_type() == dtype && r.device() == x.device() && r.sizes() == at::IntArrayRef(output));
 }
 
 // run(x, conv, norm, activation, residual, channels_last, backend, shared): y, or (y, x) if shared; or None. It is called

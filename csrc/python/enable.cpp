@@ -27,9 +27,10 @@ std::vector<std::string> switch_on(const py::object& predicate) {
 
 void bind_enable(py::module_& parent) {
   py::module_ m = parent.def_submodule("enable", "The switch that puts freezekit's kernels on torch's own operators.");
-  m.def("on", switch_on, py::arg("is_compiled"),
-        "Registers the kernels; the operators that another library has taken. is_compiled(tensor): of a class of torch's "
-        "that stands for other tensors in what torch.compile is tracing.");
+  m.def(
+      "on", switch_on, py::arg("is_compiled"),
+      "Registers the kernels; the operators that another library has taken. is_compiled(tensor): of a class of torch's "
+      "that stands for other tensors in what torch.compile is tracing.");
   m.def("off", enable::disable, "Takes the kernels out again.");
   m.def("set_watched", enable::set_watched, py::arg("watched"),
         "Whether this thread's dispatch modes are freezekit's own, which want to see what freezekit does.");

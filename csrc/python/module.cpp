@@ -33,8 +33,8 @@ int index_of(const std::array<const char*, N>& names, const std::string& name, c
 
 using Pair = std::array<int64_t, 2>;
 
-Conv2dProblem make_problem(const std::array<int64_t, 4>& input, const std::array<int64_t, 4>& weight, const Pair& stride,
-                           const Pair& padding, const Pair& dilation, int64_t groups) {
+Conv2dProblem make_problem(const std::array<int64_t, 4>& input, const std::array<int64_t, 4>& weight,
+                           const Pair& stride, const Pair& padding, const Pair& dilation, int64_t groups) {
   if (stride[0] < 1 || stride[1] < 1 || dilation[0] < 1 || dilation[1] < 1 || groups < 1) {
     throw py::value_error("stride, dilation and groups must be positive");
   }

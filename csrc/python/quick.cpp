@@ -30,7 +30,9 @@ bool read(PyObject* object, std::array<int64_t, 2>* pair) {
   return read(object, &(*pair)[0]) && read(object, &(*pair)[1]);
 }
 
-bool is_image_batch(PyObject* object) { return THPVariable_CheckExact(object) && THPVariable_Unpack(object).dim() == 4; }
+bool is_image_batch(PyObject* object) {
+  return THPVariable_CheckExact(object) && THPVariable_Unpack(object).dim() == 4;
+}
 
 // conv2d(input, weight, bias, stride, padding, dilation, groups, backend): y, or None where this way does not serve.
 PyObject* quick_conv2d(PyObject*, PyObject* const* args, Py_ssize_t count) {
@@ -78,7 +80,8 @@ PyObject* quick_activation(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const double a = PyFloat_AS_DOUBLE(args[2]), b = PyFloat_AS_DOUBLE(args[3]);
   Tensor x = THPVariable_Unpack(args[0]), y;
   if (args[4] == Py_True) {
-    static const auto op = find<void(Tensor&, std::string_view, double, double, std::string_view)>("freezekit::activation_");
+    static const auto op =
+        find<void(Tensor&, std::string_view, double, double, std::string_view)>("freezekit::activation_");
     const pybind11::gil_scoped_release no_gil;
     op.call(x, kind, a, b, backend);
   } else {
@@ -123,7 +126,8 @@ PyObject* quick_batch_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 template <PyObject* (*kRun)(PyObject*, PyObject* const*, Py_ssize_t)>
 py::object function(const char* name, const char* doc) {
-  static PyMethodDef method = {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(kRun)), METH_FASTCALL, doc};
+  static PyMethodDef method = {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(kRun)), METH_FASTCALL,
+                               doc};
   return py::reinterpret_steal<py::object>(PyCFunction_New(&method, nullptr));
 }
 

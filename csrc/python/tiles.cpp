@@ -17,11 +17,16 @@ using Pair = std::array<int64_t, 2>;
 
 DType dtype_of(const at::Tensor& tensor) {
   switch (tensor.scalar_type()) {
-    case at::kFloat: return DType::f32;
-    case at::kDouble: return DType::f64;
-    case at::kHalf: return DType::f16;
-    case at::kBFloat16: return DType::bf16;
-    default: throw py::value_error("tensors must be float32, float64, float16 or bfloat16");
+    case at::kFloat:
+      return DType::f32;
+    case at::kDouble:
+      return DType::f64;
+    case at::kHalf:
+      return DType::f16;
+    case at::kBFloat16:
+      return DType::bf16;
+    default:
+      throw py::value_error("tensors must be float32, float64, float16 or bfloat16");
   }
 }
 
@@ -61,11 +66,12 @@ bool launch(int op, const at::Tensor& x, const at::Tensor& w, const at::Tensor& 
       at::empty({static_cast<int64_t>(selection.workspace_bytes)}, x.options().dtype(at::kByte));
   const Stream stream =
       x.is_cuda() ? c10::impl::VirtualGuardImpl(x.device().type()).getStream(x.device()).native_handle() : nullptr;
-  const Status status = library.table->conv2d(static_cast<Operator>(op), selection, p, dtype_of(x),
-                                              {x.data_ptr(), w.data_ptr(), y.data_ptr()}, {},
-                                              workspace.mutable_data_ptr(), stream);
+  const Status status =
+      library.table->conv2d(static_cast<Operator>(op), selection, p, dtype_of(x),
+                            {x.data_ptr(), w.data_ptr(), y.data_ptr()}, {}, workspace.mutable_data_ptr(), stream);
   if (status == Status::invalid_argument || status == Status::unsupported) return false;
-  TORCH_CHECK(status == Status::success, to_string(status), status == Status::launch_failed ? library.last_error() : "");
+  TORCH_CHECK(status == Status::success, to_string(status),
+              status == Status::launch_failed ? library.last_error() : "");
   return true;
 }
 

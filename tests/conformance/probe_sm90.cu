@@ -75,7 +75,8 @@ __global__ void copy_kernel(const __grid_constant__ ptx::TensorMap map, CopyAt a
 // A is 64 rows of 128 bytes, B as many as there are columns: K-major. MN-major, both are panels of 64 rows, a row per value
 // of the reduction. d: 128 threads x Columns / 2 accumulators.
 template <class T, bool MnMajor, int Columns>
-__global__ void wgmma_kernel(const __grid_constant__ ptx::TensorMap a, const __grid_constant__ ptx::TensorMap b, float* d) {
+__global__ void wgmma_kernel(const __grid_constant__ ptx::TensorMap a, const __grid_constant__ ptx::TensorMap b,
+                             float* d) {
   FK_DYNAMIC_SHARED(shared);
   FK_SHARED(uint64_t, full, [1]);
   constexpr uint32_t kPanel = 64 * kTileRow, kSteps = kTileRow / kWgmmaDepthBytes;
@@ -148,8 +149,8 @@ EXPORT int probe_mbarrier(int rounds, int* seen) {
 }
 
 // A dense tensor of `rank` 2 or 3, sizes from the innermost; a box of 128 bytes x `rows` x 1.
-EXPORT int probe_copy_tile(int dtype, const void* data, int rank, int size_x, int size_y, int size_z, int rows, int x, int y,
-                           int z, unsigned char* out) {
+EXPORT int probe_copy_tile(int dtype, const void* data, int rank, int size_x, int size_y, int size_z, int rows, int x,
+                           int y, int z, unsigned char* out) {
   TiledTensor tensor = matrix(static_cast<DType>(dtype), data, size_x, size_y);
   tensor.rank = rank, tensor.box[1] = rows, tensor.box[2] = 1;
   tensor.size[2] = size_z, tensor.stride[1] = int64_t{size_x} * size_y;
@@ -166,7 +167,8 @@ EXPORT int probe_copy_im2col(int dtype, const void* data, int n, int h, int w, i
   PixelTensor tensor;
   tensor.dtype = static_cast<DType>(dtype), tensor.data = data;
   tensor.n = n, tensor.h = h, tensor.w = w, tensor.c = c, tensor.pixels = pixels;
-  for (PixelBox* box : {&tensor.boxes.h, &tensor.boxes.w}) box->lower = lower, box->upper[0] = upper, box->stride = stride;
+  for (PixelBox* box : {&tensor.boxes.h, &tensor.boxes.w})
+    box->lower = lower, box->upper[0] = upper, box->stride = stride;
   ptx::TensorMap map;
   const Status status = make_tensor_map(tensor, &map);
   if (status != Status::success) return static_cast<int>(status);

@@ -39,7 +39,8 @@ void run(Kind kind, const void* from, void* to, uint32_t* bits, int64_t numel, d
   const auto low = static_cast<Compute<T>>(a), high = static_cast<Compute<T>>(b);
   if (kind == kRelu) make_bits(x, y, bits, numel, 0, words, Relu<T>{});
   if (kind == kLeakyRelu) make_bits(x, y, bits, numel, 0, words, LeakyRelu<T>{low});
-  if (kind == kHardtanh) make_bits(x, y, bits, numel, 0, words, Hardtanh<T>{up(down<T>(low)), up(down<T>(high)), low, high});
+  if (kind == kHardtanh)
+    make_bits(x, y, bits, numel, 0, words, Hardtanh<T>{up(down<T>(low)), up(down<T>(high)), low, high});
   if (kind == kSelect) apply_bits(x, y, bits, numel, 0, words, Select<T>{});
   if (kind == kScale) apply_bits(x, y, bits, numel, 0, words, Scale<T>{low, high});
 }
@@ -49,15 +50,16 @@ void pool(const void* x, void* y, uint8_t* taps, const Pooling& g, int64_t chann
   std::vector<Compute<T>> best(static_cast<size_t>(channels));
   std::vector<int32_t> tap(static_cast<size_t>(channels));
   for (int64_t p = 0; p < g.p; ++p) {
-    max_pool_pixels<T, Compute<T>>(static_cast<const T*>(x), static_cast<T*>(y) + p * g.q * channels, taps + p * g.q * channels, g, p,
-                    channels, best.data(), tap.data());
+    max_pool_pixels<T, Compute<T>>(static_cast<const T*>(x), static_cast<T*>(y) + p * g.q * channels,
+                                   taps + p * g.q * channels, g, p, channels, best.data(), tap.data());
   }
 }
 
 }  // namespace
 
 // dtype as in csrc/core/problem.h: f32, f64, f16, bf16.
-EXPORT void driver_gate(int dtype, int kind, const void* x, void* y, uint32_t* bits, int64_t numel, double a, double b) {
+EXPORT void driver_gate(int dtype, int kind, const void* x, void* y, uint32_t* bits, int64_t numel, double a,
+                        double b) {
   const auto f = dtype == 0 ? run<float> : dtype == 1 ? run<double> : dtype == 2 ? run<Float16> : run<BFloat16>;
   f(static_cast<Kind>(kind), x, y, bits, numel, a, b);
 }

@@ -13,7 +13,17 @@ using namespace driver;
 
 namespace {
 
-enum EpilogueBits { kBias = 1, kResidual = 2, kRelu = 4, kMaskOut = 8, kMaskIn = 16, kRelu6 = 32, kWideBias = 64, kScale = 128, kFilterScale = 256 };
+enum EpilogueBits {
+  kBias = 1,
+  kResidual = 2,
+  kRelu = 4,
+  kMaskOut = 8,
+  kMaskIn = 16,
+  kRelu6 = 32,
+  kWideBias = 64,
+  kScale = 128,
+  kFilterScale = 256
+};
 
 struct Case {
   const char* text;
@@ -28,8 +38,15 @@ Case parse(const char* text) {
   for (char* at = const_cast<char*>(text); *at; at += *at == ',') v.push_back(std::strtoll(at, &at, 10));
   if (v.size() != 23) std::fprintf(stderr, "a case has 23 numbers, got %zu\n", v.size()), std::exit(kUsage);
   const auto number = [&](int i) { return static_cast<int>(v[static_cast<size_t>(i)]); };
-  Case c{text, static_cast<Operator>(v[0]), static_cast<DType>(v[1]), number(2), number(3), number(4), number(5),
-         number(6), {}};
+  Case c{text,
+         static_cast<Operator>(v[0]),
+         static_cast<DType>(v[1]),
+         number(2),
+         number(3),
+         number(4),
+         number(5),
+         number(6),
+         {}};
   Conv2dProblem& p = c.problem;
   p.n = v[7], p.c = v[8], p.h = v[9], p.w = v[10], p.k = v[11], p.r = v[12], p.s = v[13], p.p = v[14], p.q = v[15];
   p.pad_h = v[16], p.pad_w = v[17], p.stride_h = v[18], p.stride_w = v[19], p.dilation_h = v[20], p.dilation_w = v[21];
@@ -59,7 +76,8 @@ Selection selection_of(const Case& c) {
 
 // Applies the epilogue to `expected` and returns the mask that the kernel must write.
 std::vector<uint32_t> finish(const Case& c, std::vector<double>& expected, const std::vector<double>& scale,
-                             const std::vector<double>& bias, const std::vector<double>& residual, const std::vector<uint32_t>& mask_in) {
+                             const std::vector<double>& bias, const std::vector<double>& residual,
+                             const std::vector<uint32_t>& mask_in) {
   std::vector<uint32_t> mask(mask_in.size(), 0);
   for (size_t i = 0; i < expected.size(); i++) {
     if (c.epilogue & kScale) expected[i] *= scale[i % scale.size()];
@@ -123,8 +141,8 @@ int run_case(const Case& c, bool integers) {
   if (c.epilogue & kMaskOut) epilogue.mask_out = mask_out.data();
   if (c.epilogue & kMaskIn) epilogue.mask_in = of_mask_in.data();
 
-  const Status status = freezekit_kernel_table()->conv2d(c.op, selection, p, c.dtype, tensors, epilogue,
-                                                         workspace.data(), nullptr);
+  const Status status =
+      freezekit_kernel_table()->conv2d(c.op, selection, p, c.dtype, tensors, epilogue, workspace.data(), nullptr);
   if (const int failed = check_status(c.text, status)) return failed;
   if (!integers) return print_checksum(c.text, out);
   if (const int wrong = compare(c.text, out, expected)) return wrong;
@@ -138,7 +156,8 @@ int main(int argc, char** argv) {
   const bool integers = std::strcmp(argv[3], "integers") == 0;
   for (int i = 4; i < argc; i++) {
     const Case c = parse(argv[i]);
-    if (const int code = with_type(c.dtype, [&](auto zero) { return run_case<decltype(zero)>(c, integers); })) return code;
+    if (const int code = with_type(c.dtype, [&](auto zero) { return run_case<decltype(zero)>(c, integers); }))
+      return code;
   }
   const unsigned long long conflicts = bank_conflicts();
   if (conflicts) std::printf("bank conflicts in %llu phases of ldmatrix\n", conflicts);

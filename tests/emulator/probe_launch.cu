@@ -58,9 +58,23 @@ __global__ void poison_kernel(float* out) {
 }
 
 enum class Fault : int {
-  divergent_barrier, missed_barrier, divergent_shuffle, missed_shuffle, lane_outside_mask, shuffle_from_ended_lane,
-  partial_mma, different_collectives, in_flight, misaligned_copy, copy_outside_shared, ldmatrix_outside_shared,
-  misaligned_ldmatrix, no_dynamic_shared, too_much_static_shared, misaligned_load, misaligned_store,
+  divergent_barrier,
+  missed_barrier,
+  divergent_shuffle,
+  missed_shuffle,
+  lane_outside_mask,
+  shuffle_from_ended_lane,
+  partial_mma,
+  different_collectives,
+  in_flight,
+  misaligned_copy,
+  copy_outside_shared,
+  ldmatrix_outside_shared,
+  misaligned_ldmatrix,
+  no_dynamic_shared,
+  too_much_static_shared,
+  misaligned_load,
+  misaligned_store,
 };
 
 __global__ void fault_kernel(Fault fault, unsigned char* global) {

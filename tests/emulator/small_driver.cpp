@@ -112,7 +112,8 @@ int main(int argc, char** argv) {
   for (int i = 3; i < argc; i++) {
     const Job job = parse(argv[i]);
     for (const DType dtype : {DType::f32, DType::f64, DType::f16, DType::bf16}) {
-      if (const int code = with_type(dtype, [&](auto zero) { return run_job<decltype(zero)>(dtype, job); })) return code;
+      if (const int code = with_type(dtype, [&](auto zero) { return run_job<decltype(zero)>(dtype, job); }))
+        return code;
     }
   }
   return kRight;

@@ -44,8 +44,8 @@ Target target_of(const int* settings) {
 // sizes and settings as below; numbers: family, config, split_k, workspace bytes.
 EXPORT void driver_select(int op, int dtype, const int64_t* sizes, const int* settings, int64_t* numbers,
                           const char** kernel, const char** reason) {
-  const Selection selection = select(static_cast<Operator>(op), problem_of(sizes), static_cast<DType>(dtype),
-                                     target_of(settings));
+  const Selection selection =
+      select(static_cast<Operator>(op), problem_of(sizes), static_cast<DType>(dtype), target_of(settings));
   numbers[0] = static_cast<int64_t>(selection.family), numbers[1] = selection.config;
   numbers[2] = selection.split_k, numbers[3] = static_cast<int64_t>(selection.workspace_bytes);
   *kernel = selection.kernel, *reason = selection.reason;
@@ -53,11 +53,9 @@ EXPORT void driver_select(int op, int dtype, const int64_t* sizes, const int* se
 
 // settings: sm, sm_count, allow_tf32, deterministic, hopper, then family, config and split_k to force, or -1.
 EXPORT int driver_conv2d(int op, int dtype, const int64_t* sizes, const int* settings, void* const* tensors,
-                         void* const* epilogue_pointers, int wide_bias, int relu, float relu_end,
-                         const char** kernel) {
+                         void* const* epilogue_pointers, int wide_bias, int relu, float relu_end, const char** kernel) {
   const Conv2dProblem problem = problem_of(sizes);
-  Selection selection =
-      select(static_cast<Operator>(op), problem, static_cast<DType>(dtype), target_of(settings));
+  Selection selection = select(static_cast<Operator>(op), problem, static_cast<DType>(dtype), target_of(settings));
   if (settings[5] >= 0 && selection.family != static_cast<Family>(settings[5])) {
     selection = Selection();
     selection.family = static_cast<Family>(settings[5]);
@@ -76,10 +74,9 @@ EXPORT int driver_conv2d(int op, int dtype, const int64_t* sizes, const int* set
   epilogue.mask_in = static_cast<const uint32_t*>(epilogue_pointers[3]);
   epilogue.scale = epilogue_pointers[4];
   const Workspace workspace(selection.workspace_bytes);
-  return static_cast<int>(freezekit_kernel_table()->conv2d(static_cast<Operator>(op), selection, problem,
-                                                           static_cast<DType>(dtype),
-                                                           {tensors[0], tensors[1], tensors[2], epilogue_pointers[5]}, epilogue,
-                                                           workspace.data(), nullptr));
+  return static_cast<int>(freezekit_kernel_table()->conv2d(
+      static_cast<Operator>(op), selection, problem, static_cast<DType>(dtype),
+      {tensors[0], tensors[1], tensors[2], epilogue_pointers[5]}, epilogue, workspace.data(), nullptr));
 }
 
 EXPORT int driver_bias_grad(const void* dy, void* db, int64_t rows, int64_t k, int dtype) {
@@ -120,8 +117,8 @@ EXPORT int driver_activation(int kind, double a, double b, const void* x, void* 
 
 EXPORT int driver_gate(int select, double on, double off, const void* x, const uint32_t* bits, void* out, int64_t numel,
                        int dtype) {
-  return static_cast<int>(freezekit_kernel_table()->gate({select != 0, on, off}, x, bits, out, numel,
-                                                         static_cast<DType>(dtype), nullptr));
+  return static_cast<int>(
+      freezekit_kernel_table()->gate({select != 0, on, off}, x, bits, out, numel, static_cast<DType>(dtype), nullptr));
 }
 
 EXPORT int driver_pack_bytes(const void* keep, uint32_t* bits, int64_t numel) {

@@ -12,14 +12,14 @@
 
 using namespace freezekit;
 
-#define REQUIRE(condition, ...)                       \
-  do {                                                \
-    if (!(condition)) {                               \
-      std::printf("%s: ", #condition);                \
-      std::printf(__VA_ARGS__);                       \
-      std::printf("\n");                              \
-      std::exit(1);                                   \
-    }                                                 \
+#define REQUIRE(condition, ...)        \
+  do {                                 \
+    if (!(condition)) {                \
+      std::printf("%s: ", #condition); \
+      std::printf(__VA_ARGS__);        \
+      std::printf("\n");               \
+      std::exit(1);                    \
+    }                                  \
   } while (0)
 
 namespace {
@@ -124,8 +124,8 @@ void gather_rows() {
                 const int32_t n = g.decode_row(m, a, b, &i, &j);
                 REQUIRE((n * axis_h.count + i) * axis_w.count + j == m && i < axis_h.count && j < axis_w.count,
                         "row %d of phase (%d, %d) decoded to %d, %d, %d", m, a, b, n, i, j);
-                offsets.insert(g.out_offset(n, axis_h.out_first + i * axis_h.out_step,
-                                            axis_w.out_first + j * axis_w.out_step));
+                offsets.insert(
+                    g.out_offset(n, axis_h.out_first + i * axis_h.out_step, axis_w.out_first + j * axis_w.out_step));
               }
             }
           const int64_t channels = static_cast<int64_t>(g.out_c) * g.groups;
@@ -168,7 +168,7 @@ void pixel_boxes() {
           }
   PixelBox box;
   REQUIRE(fits_map(box), "the smallest box fits");
-  for (int32_t PixelBox::*field : {&PixelBox::lower, &PixelBox::stride, &PixelBox::max_offset}) {
+  for (int32_t PixelBox::* field : {&PixelBox::lower, &PixelBox::stride, &PixelBox::max_offset}) {
     PixelBox large = box;
     large.*field = 256;
     REQUIRE(!fits_map(large), "256 does not fit");
@@ -240,7 +240,7 @@ void limits() {
   Conv2dProblem p;
   p.n = p.c = p.h = p.w = p.k = p.r = p.s = p.p = p.q = 1;
   REQUIRE(fits_int32(p), "the smallest problem fits");
-  for (int64_t Conv2dProblem::*size :
+  for (int64_t Conv2dProblem::* size :
        {&Conv2dProblem::n, &Conv2dProblem::c, &Conv2dProblem::h, &Conv2dProblem::w, &Conv2dProblem::k,
         &Conv2dProblem::r, &Conv2dProblem::s, &Conv2dProblem::p, &Conv2dProblem::q, &Conv2dProblem::pad_h,
         &Conv2dProblem::pad_w, &Conv2dProblem::stride_h, &Conv2dProblem::stride_w, &Conv2dProblem::dilation_h,

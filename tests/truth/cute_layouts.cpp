@@ -2,12 +2,13 @@
 // the 128-byte swizzle, and the matrix descriptors of a tile's steps.
 #include "tests/truth/host.h"
 //
+#include <cutlass/numeric_types.h>
+
 #include <cute/atom/copy_traits_sm75.hpp>
 #include <cute/atom/mma_atom.hpp>
 #include <cute/atom/mma_traits_sm80.hpp>
 #include <cute/atom/mma_traits_sm90_gmma.hpp>
 #include <cute/tensor.hpp>
-#include <cutlass/numeric_types.h>
 
 using namespace cute;
 
@@ -48,7 +49,8 @@ int ldmatrix_table(int matrices, int transposed, bool rows, int* out) {
 template <class Element, GMMA::Major kMajor, int Rows>
 auto tile() {
   constexpr int kDepth = 128 / sizeof(Element);
-  return tile_to_shape(GMMA::Layout_SW128_Atom<Element, kMajor>{}, make_shape(Int<Rows>{}, Int<kDepth>{}), Step<_2, _1>{});
+  return tile_to_shape(GMMA::Layout_SW128_Atom<Element, kMajor>{}, make_shape(Int<Rows>{}, Int<kDepth>{}),
+                       Step<_2, _1>{});
 }
 
 // addresses[row * depth + l]: the byte of element (row, l).
@@ -57,7 +59,8 @@ int tile_addresses(int* addresses) {
   const auto layout = as_position_independent_swizzle_layout(tile<Element, kMajor, Rows>());
   constexpr int kDepth = 128 / sizeof(Element);
   for (int row = 0; row < Rows; ++row) {
-    for (int l = 0; l < kDepth; ++l) addresses[row * kDepth + l] = static_cast<int>(layout(row, l)) * int(sizeof(Element));
+    for (int l = 0; l < kDepth; ++l)
+      addresses[row * kDepth + l] = static_cast<int>(layout(row, l)) * int(sizeof(Element));
   }
   return Rows * kDepth;
 }
@@ -88,23 +91,35 @@ template <class F>
 int for_wgmma(int type, int mn_major, int columns, const F& f) {
   const int key = (type * 2 + mn_major) * 1000 + columns;
   switch (key) {
-    case 64: return f.template operator()<SM90_64x64x16_F32BF16BF16_SS<kK, kK>, bfloat16_t, kK, 64>();
-    case 128: return f.template operator()<SM90_64x128x16_F32BF16BF16_SS<kK, kK>, bfloat16_t, kK, 128>();
-    case 256: return f.template operator()<SM90_64x256x16_F32BF16BF16_SS<kK, kK>, bfloat16_t, kK, 256>();
-    case 1064: return f.template operator()<SM90_64x64x16_F32BF16BF16_SS<kMN, kMN>, bfloat16_t, kMN, 64>();
-    case 1128: return f.template operator()<SM90_64x128x16_F32BF16BF16_SS<kMN, kMN>, bfloat16_t, kMN, 128>();
-    case 2128: return f.template operator()<SM90_64x128x16_F32F16F16_SS<kK, kK>, half_t, kK, 128>();
-    case 3256: return f.template operator()<SM90_64x256x16_F32F16F16_SS<kMN, kMN>, half_t, kMN, 256>();
-    case 4064: return f.template operator()<SM90_64x64x8_F32TF32TF32_SS_TN<>, tfloat32_t, kK, 64>();
-    case 4256: return f.template operator()<SM90_64x256x8_F32TF32TF32_SS_TN<>, tfloat32_t, kK, 256>();
-    default: return 0;
+    case 64:
+      return f.template operator()<SM90_64x64x16_F32BF16BF16_SS<kK, kK>, bfloat16_t, kK, 64>();
+    case 128:
+      return f.template operator()<SM90_64x128x16_F32BF16BF16_SS<kK, kK>, bfloat16_t, kK, 128>();
+    case 256:
+      return f.template operator()<SM90_64x256x16_F32BF16BF16_SS<kK, kK>, bfloat16_t, kK, 256>();
+    case 1064:
+      return f.template operator()<SM90_64x64x16_F32BF16BF16_SS<kMN, kMN>, bfloat16_t, kMN, 64>();
+    case 1128:
+      return f.template operator()<SM90_64x128x16_F32BF16BF16_SS<kMN, kMN>, bfloat16_t, kMN, 128>();
+    case 2128:
+      return f.template operator()<SM90_64x128x16_F32F16F16_SS<kK, kK>, half_t, kK, 128>();
+    case 3256:
+      return f.template operator()<SM90_64x256x16_F32F16F16_SS<kMN, kMN>, half_t, kMN, 256>();
+    case 4064:
+      return f.template operator()<SM90_64x64x8_F32TF32TF32_SS_TN<>, tfloat32_t, kK, 64>();
+    case 4256:
+      return f.template operator()<SM90_64x256x8_F32TF32TF32_SS_TN<>, tfloat32_t, kK, 256>();
+    default:
+      return 0;
   }
 }
 
 struct Descriptors {
   uint64_t* out;
   template <class Op, class Element, GMMA::Major kMajor, int Columns>
-  int operator()() const { return step_descriptors<Op, Element, kMajor, Columns>(out); }
+  int operator()() const {
+    return step_descriptors<Op, Element, kMajor, Columns>(out);
+  }
 };
 
 struct Addresses {

@@ -34,7 +34,8 @@ int note_copies(const Slice& slice, const Gathered& gathered, const Shared& shar
         copy = {0, tile, step};
         copy.to = static_cast<int>(reinterpret_cast<size_t>(raw_pointer_cast(to(at, row, column, 0).data())));
         int values[6] = {}, n = 0;
-        for_each(flatten(from(at, row, column, step)(Int<0>{})), [&](auto value) { values[n++] = static_cast<int>(value); });
+        for_each(flatten(from(at, row, column, step)(Int<0>{})),
+                 [&](auto value) { values[n++] = static_cast<int>(value); });
         for (int j = 0; j < 4; ++j) copy.at[j] = values[j];
         for (int j = 0; j < 2; ++j) copy.offset[j] = values[4 + j];
       }
@@ -54,21 +55,22 @@ template <ConvOperator kOp, class Element, class Columns>
 bool plan(const truth::Problem& p, const Out& out) {
   constexpr int kDepth = 128 / sizeof(Element), kAlignment = 16 / sizeof(Element);
   using Collective = typename cutlass::conv::collective::CollectiveBuilder<
-      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, kOp, Element, cutlass::layout::TensorNHWC, kAlignment, Element,
-      cutlass::layout::TensorNHWC, kAlignment, float, Shape<_128, Columns, Shape<Int<kDepth>>>, Shape<_1, _1, _1>,
-      cutlass::conv::collective::StageCount<4>, cutlass::conv::KernelImplicitTmaWarpSpecializedSm90>::CollectiveOp;
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, kOp, Element, cutlass::layout::TensorNHWC, kAlignment,
+      Element, cutlass::layout::TensorNHWC, kAlignment, float, Shape<_128, Columns, Shape<Int<kDepth>>>,
+      Shape<_1, _1, _1>, cutlass::conv::collective::StageCount<4>,
+      cutlass::conv::KernelImplicitTmaWarpSpecializedSm90>::CollectiveOp;
   const cutlass::conv::ConvProblemShape<kOp, 2> shape(
       cutlass::conv::Mode::kCrossCorrelation, {p.n, p.h, p.w, p.c}, {p.k, p.r, p.s, p.c}, {p.pad_h, p.pad_w},
       {p.far_pad_h, p.far_pad_w}, {p.stride_h, p.stride_w}, {p.dilation_h, p.dilation_w}, 1);
   // One map after the other, so that whose notes they are is known.
-  const auto tensor_a = make_tensor(
-      make_gmem_ptr(static_cast<const typename Collective::InternalElementA*>(nullptr)),
-      make_layout(shape.get_shape_A(),
-                  cutlass::make_cute_packed_stride(typename Collective::StrideA{}, shape.stride_A, kOp)));
-  const auto tensor_b = make_tensor(
-      make_gmem_ptr(static_cast<const typename Collective::InternalElementB*>(nullptr)),
-      make_layout(shape.get_shape_B(),
-                  cutlass::make_cute_packed_stride(typename Collective::StrideB{}, shape.stride_B, kOp)));
+  const auto tensor_a =
+      make_tensor(make_gmem_ptr(static_cast<const typename Collective::InternalElementA*>(nullptr)),
+                  make_layout(shape.get_shape_A(),
+                              cutlass::make_cute_packed_stride(typename Collective::StrideA{}, shape.stride_A, kOp)));
+  const auto tensor_b =
+      make_tensor(make_gmem_ptr(static_cast<const typename Collective::InternalElementB*>(nullptr)),
+                  make_layout(shape.get_shape_B(),
+                              cutlass::make_cute_packed_stride(typename Collective::StrideB{}, shape.stride_B, kOp)));
   typename Collective::Params params{Collective::get_tma_load_a_instance(tensor_a, shape), {}, 0};
   out.maps[0] = truth::noted;
   params.tma_load_b = Collective::get_tma_load_b_instance(tensor_b, shape);
@@ -76,8 +78,9 @@ bool plan(const truth::Problem& p, const Out& out) {
   const auto loads = Collective{}.load_init(Collective::get_problem_shape_MNKL(shape), params);
   typename Collective::InternalElementA* const shared_a = nullptr;
   typename Collective::InternalElementB* const shared_b = nullptr;
-  out.counts[0] = note_copies(params.tma_load_a.get_slice(0), get<0>(loads),
-                              make_tensor(make_smem_ptr(shared_a), typename Collective::SmemLayoutA{}), out.copies, out.room);
+  out.counts[0] =
+      note_copies(params.tma_load_a.get_slice(0), get<0>(loads),
+                  make_tensor(make_smem_ptr(shared_a), typename Collective::SmemLayoutA{}), out.copies, out.room);
   if (out.counts[0] < 0) return false;
   out.counts[1] = note_copies(params.tma_load_b.get_slice(0), get<1>(loads),
                               make_tensor(make_smem_ptr(shared_b), typename Collective::SmemLayoutB{}),

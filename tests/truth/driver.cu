@@ -11,10 +11,11 @@ using namespace freezekit;
 
 // tensor_map.cu asks the runtime for the driver's functions.
 extern "C" cudaError_t CUDARTAPI cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned,
-                                                                 unsigned long long,
-                                                                 cudaDriverEntryPointQueryResult* found) {
+                                                                  unsigned long long,
+                                                                  cudaDriverEntryPointQueryResult* found) {
   const bool tiled = std::strcmp(name, "cuTensorMapEncodeTiled") == 0;
-  *function = tiled ? reinterpret_cast<void*>(cuTensorMapEncodeTiled) : reinterpret_cast<void*>(cuTensorMapEncodeIm2col);
+  *function =
+      tiled ? reinterpret_cast<void*>(cuTensorMapEncodeTiled) : reinterpret_cast<void*>(cuTensorMapEncodeIm2col);
   *found = cudaDriverEntryPointSuccess;
   return cudaSuccess;
 }

@@ -38,11 +38,11 @@ extern "C" CUresult CUDAAPI cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMap
 }
 
 extern "C" CUresult CUDAAPI cuTensorMapEncodeIm2col(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void*,
-                                                    const cuuint64_t* sizes, const cuuint64_t* strides, const int* lower,
-                                                    const int* upper, cuuint32_t channels, cuuint32_t pixels,
-                                                    const cuuint32_t* traversal, CUtensorMapInterleave interleave,
-                                                    CUtensorMapSwizzle swizzle, CUtensorMapL2promotion,
-                                                    CUtensorMapFloatOOBfill fill) {
+                                                    const cuuint64_t* sizes, const cuuint64_t* strides,
+                                                    const int* lower, const int* upper, cuuint32_t channels,
+                                                    cuuint32_t pixels, const cuuint32_t* traversal,
+                                                    CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
+                                                    CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill) {
   const CUresult result = truth::note(true, map, type, rank, sizes, strides, traversal, interleave, swizzle, fill);
   for (int i = 0; i < 2; ++i) truth::noted.lower[i] = lower[i], truth::noted.upper[i] = upper[i];
   truth::noted.channels = channels, truth::noted.pixels = pixels;

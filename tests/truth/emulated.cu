@@ -65,7 +65,8 @@ Status run_wgmma_of(int mn_major, int columns, const WgmmaOperands& of) {
   return run_wgmma_columns<T, false>(columns, of);
 }
 
-__global__ void im2col_kernel(const __grid_constant__ ptx::TensorMap map, truth::Copy copy, int bytes, unsigned char* out) {
+__global__ void im2col_kernel(const __grid_constant__ ptx::TensorMap map, truth::Copy copy, int bytes,
+                              unsigned char* out) {
   FK_DYNAMIC_SHARED(shared);
   FK_SHARED(uint64_t, full, [1]);
   unsigned char* const tile = first_atom(shared);
@@ -73,7 +74,8 @@ __global__ void im2col_kernel(const __grid_constant__ ptx::TensorMap map, truth:
     ptx::mbarrier_init(full, 1);
     ptx::fence_mbarrier_init();
     ptx::mbarrier_arrive_expect(full, static_cast<uint32_t>(bytes));
-    ptx::copy_im2col(tile, &map, full, {copy.at[0], copy.at[1], copy.at[2], copy.at[3]}, copy.offset[0], copy.offset[1]);
+    ptx::copy_im2col(tile, &map, full, {copy.at[0], copy.at[1], copy.at[2], copy.at[3]}, copy.offset[0],
+                     copy.offset[1]);
   }
   __syncthreads();
   ptx::mbarrier_wait(full, 0);

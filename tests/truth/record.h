@@ -8,9 +8,9 @@ namespace truth {
 // The arguments of cuTensorMapEncodeTiled or cuTensorMapEncodeIm2col; dimension 0 is the innermost, corners are w and h.
 struct Map {
   int64_t im2col = 0, type = 0, rank = 0;
-  int64_t sizes[4] = {}, strides[3] = {}, traversal[4] = {};           // strides in bytes
-  int64_t box[4] = {};                                                 // tiled
-  int64_t lower[2] = {}, upper[2] = {}, channels = 0, pixels = 0;      // im2col
+  int64_t sizes[4] = {}, strides[3] = {}, traversal[4] = {};       // strides in bytes
+  int64_t box[4] = {};                                             // tiled
+  int64_t lower[2] = {}, upper[2] = {}, channels = 0, pixels = 0;  // im2col
   int64_t swizzle = 0, interleave = 0, fill = 0;
 };
 

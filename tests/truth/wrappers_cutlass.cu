@@ -40,7 +40,7 @@ ON_BARRIER(mbarrier_init, Barrier::init(barrier, 8))
 PLAIN(fence_mbarrier_init, (cutlass::arch::fence_barrier_init(), cutlass::arch::fence_view_async_shared()))
 ON_BARRIER(mbarrier_arrive, Barrier::arrive(barrier))
 ON_BARRIER(mbarrier_arrive_expect, CountingBarrier::arrive_and_expect_tx(barrier, number))
-ON_BARRIER(mbarrier_wait, while (!Barrier::try_wait(barrier, number)) {})
+ON_BARRIER(mbarrier_wait, while (!Barrier::try_wait(barrier, number)){})
 
 constexpr auto kHint = static_cast<uint64_t>(TMA::CacheHintSm90::EVICT_NORMAL);
 TENSOR(copy_tile_2d, SM90_TMA_LOAD_2D::copy(&map, barrier, kHint, shared, at.x, at.y))

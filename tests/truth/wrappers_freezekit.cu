@@ -1,6 +1,5 @@
 // The kernels of wrappers_cutlass.cu by freezekit's wrappers.
 #include "kernels/hopper/ptx_sm90.h"
-
 #include "tests/truth/kernel_shapes.h"
 
 using namespace freezekit;

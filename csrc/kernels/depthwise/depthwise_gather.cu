@@ -193,8 +193,8 @@ Status launch(const Arguments& a, const EpilogueParameters<T>& epilogue) {
   if constexpr (kStride == 2) {
     if (a.dgrad) {
       using Tile = BackwardTile<T, kSize>;
-      const int64_t blocks = blocks_of(a.shape, Tile::kRows, Tile::kColumns, Tile::Patch::kChannels, a.shape.pad_h & 1,
-                                       a.shape.pad_w & 1);
+      const int64_t blocks =
+          blocks_of(a.shape, Tile::kRows, Tile::kColumns, Tile::Patch::kChannels, a.shape.pad_h & 1, a.shape.pad_w & 1);
       if (blocks > kMaxGridX) return Status::invalid_argument;
       return FK_LAUNCH(depthwise_dgrad_stride2_kernel<T, kSize>, dim3(static_cast<unsigned>(blocks)),
                        dim3(Tile::kThreads), Tile::kSharedBytes, a.stream, a.shape, in, filter, epilogue);

@@ -43,8 +43,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     const int32_t ih = ih0 + tap_h * h.in_step, iw = iw0 + tap_w * w.in_step;
     if (ih < 0 || ih >= g.in_h || iw < 0 || iw >= g.in_w) continue;
     const T* const from = in + g.in_offset(n, ih, iw);
-    const int32_t tap =
-        (h.filter_first + tap_h * h.filter_step) * g.w.taps + w.filter_first + tap_w * w.filter_step;
+    const int32_t tap = (h.filter_first + tap_h * h.filter_step) * g.w.taps + w.filter_first + tap_w * w.filter_step;
 #pragma unroll
     for (int32_t e = 0; e < 8; ++e) {
       if (e >= count) continue;
@@ -52,8 +51,8 @@ __global__ void __launch_bounds__(kThreads, 4)
       const int32_t group = (channel + e) / g.out_c;
       for (int32_t j = 0; j < g.in_c; ++j) {
         const int32_t c = group * g.in_c + j, k = g.transposed ? c : channel + e;
-        acc[e] += cast<Acc>(load_global(from + c)) *
-                  cast<Acc>(load_global(filter + static_cast<int64_t>(k) * taps + tap));
+        acc[e] +=
+            cast<Acc>(load_global(from + c)) * cast<Acc>(load_global(filter + static_cast<int64_t>(k) * taps + tap));
       }
     }
   }

@@ -126,8 +126,8 @@ Status launch_depthwise_wgrad(int split_k, const Conv2dProblem& p, DType dtype, 
     return Status::invalid_argument;
   }
   const auto narrow = [](int64_t value) { return static_cast<int32_t>(value); };
-  const DepthwiseShape shape = {narrow(p.n), narrow(p.c), narrow(p.h), narrow(p.w), narrow(p.p), narrow(p.q),
-                                narrow(p.pad_h), narrow(p.pad_w)};
+  const DepthwiseShape shape = {narrow(p.n), narrow(p.c), narrow(p.h),     narrow(p.w),
+                                narrow(p.p), narrow(p.q), narrow(p.pad_h), narrow(p.pad_w)};
   const Status status = dispatch_dtype(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     if constexpr (std::is_same_v<T, double>) {

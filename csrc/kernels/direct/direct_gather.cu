@@ -42,8 +42,8 @@ FK_DEVICE void load_in(Accumulator<T> (&tile)[kStep][kRows + 4], const Gather& g
 // One step of the tile of the filter, KRSC, whose roles of k and c dgrad exchanges.
 template <class T, int kColumns>
 FK_DEVICE void load_filter(Accumulator<T> (&tile)[kStep][kColumns + 4], const Gather& g, const GatherAxis& h,
-                           const GatherAxis& w, const GatherCursor& at, const T* filter, int32_t group,
-                           int32_t column0, int32_t lane_l, int32_t lane_m) {
+                           const GatherAxis& w, const GatherCursor& at, const T* filter, int32_t group, int32_t column0,
+                           int32_t lane_l, int32_t lane_m) {
   const int32_t r = h.filter_first + at.tap_h * h.filter_step, s = w.filter_first + at.tap_w * w.filter_step;
   const int64_t taps = static_cast<int64_t>(g.h.taps) * g.w.taps, tap = r * g.w.taps + s;
 #pragma unroll
@@ -53,8 +53,8 @@ FK_DEVICE void load_filter(Accumulator<T> (&tile)[kStep][kColumns + 4], const Ga
     if (at.tap_h < h.taps && j < g.out_c) {
       const int64_t in_channel = static_cast<int64_t>(group) * g.in_c + at.channel;
       const int64_t out_channel = static_cast<int64_t>(group) * g.out_c + j;
-      const int64_t offset = g.transposed ? (in_channel * taps + tap) * g.out_c + j
-                                          : (out_channel * taps + tap) * g.in_c + at.channel;
+      const int64_t offset =
+          g.transposed ? (in_channel * taps + tap) * g.out_c + j : (out_channel * taps + tap) * g.in_c + at.channel;
       value = cast<Accumulator<T>>(load_global(filter + offset));
     }
     tile[lane_l][column] = value;

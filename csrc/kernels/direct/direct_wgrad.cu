@@ -19,8 +19,8 @@ constexpr int kStep = 8;  // along the reduction
 // Four blocks per multiprocessor: left to itself ptxas aims for nine of the small tile, and spills for it.
 template <class T, int kRows, int kColumns>
 __global__ void __launch_bounds__(kThreads, 4)
-    conv2d_direct_wgrad_kernel(const Wgrad p, const T* __restrict__ dy, const T* __restrict__ x,
-                               T* __restrict__ dw, Accumulator<T>* __restrict__ partial) {
+    conv2d_direct_wgrad_kernel(const Wgrad p, const T* __restrict__ dy, const T* __restrict__ x, T* __restrict__ dw,
+                               Accumulator<T>* __restrict__ partial) {
   using Acc = Accumulator<T>;
   constexpr int kThreadRows = kRows * kColumns / (kThreads * 8);
   FK_SHARED(Acc, dy_tile, [kStep][kRows + 4]);

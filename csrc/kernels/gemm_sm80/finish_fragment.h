@@ -45,7 +45,7 @@ FK_DEVICE void for_each_run(const float (&acc)[kFragmentColumns / 8][4], float* 
 template <int kFlags, class T>
 FK_DEVICE void finish_fragment(const float (&acc)[kFragmentColumns / 8][4], const Gather& g, const FragmentPlace& at,
                                const EpilogueParameters<T>& epilogue, float* patch, int32_t lane) {
-  for_each_run(acc, patch, lane, [&](int32_t row, int32_t run_column, float(&run)[8]) {
+  for_each_run(acc, patch, lane, [&](int32_t row, int32_t run_column, float (&run)[8]) {
     const int32_t m = at.row0 + row, column = at.column0 + run_column;
     const int32_t count = g.out_c - column < 8 ? g.out_c - column : 8;
     if (m >= at.rows || count <= 0) return;

@@ -61,8 +61,8 @@ struct Loader {
   static constexpr int kInRows = Tile::kRows / Tile::kLoadRows;
   static constexpr int kFilterRows = Tile::kColumns / Tile::kLoadRows;
 
-  const T* in;      // at the first channel of the group
-  const T* filter;  // at the first row of the tile
+  const T* in;                   // at the first channel of the group
+  const T* filter;               // at the first row of the tile
   GatherOrigin origin[kInRows];  // where pointwise, `ih` alone: the position
   GatherCursor at;
   int32_t filter_rows;  // of the tile that exist
@@ -182,10 +182,10 @@ FK_DEVICE void multiply_tile(float (&acc)[Tile::kWarpTileRows / 16][kWarpColumns
     // columns 0-7, then of columns 8-15.
     multiply_step<T>(
         acc,
-        [&](uint32_t(&a)[4], int i) {
+        [&](uint32_t (&a)[4], int i) {
           ptx::ldmatrix(a, stage + chunk_offset(warp_row + 16 * i + lane % 16, 2 * step + lane / 16));
         },
-        [&](uint32_t(&b)[4], int j) {
+        [&](uint32_t (&b)[4], int j) {
           const int32_t column = warp_column + 16 * j + lane / 16 * 8 + lane % 8;
           ptx::ldmatrix(b, filter_stage + chunk_offset(column, 2 * step + lane / 8 % 2));
         });
@@ -223,8 +223,14 @@ __global__ void __launch_bounds__(Tile::kThreads)
   __syncthreads();  // the ring becomes the warps' patches
 
   float* const patch = reinterpret_cast<float*>(shared + warp * kPatchBytes);
-  FragmentPlace at{static_cast<int32_t>(blockIdx.y), static_cast<int32_t>(blockIdx.z), h, w, rows, group,
-                   row0 + warp_row, column0 + warp_column};
+  FragmentPlace at{static_cast<int32_t>(blockIdx.y),
+                   static_cast<int32_t>(blockIdx.z),
+                   h,
+                   w,
+                   rows,
+                   group,
+                   row0 + warp_row,
+                   column0 + warp_column};
 #pragma unroll
   for (int i = 0; i < Tile::kWarpTileRows / 16; ++i, at.row0 += 16) {
     finish_fragment<kFlags>(acc[i], g, at, epilogue, patch, lane);

@@ -13,13 +13,13 @@ Status launch_implicit_gemm_tile(const Gather& g, const T* in, const T* filter, 
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(g.phases_h), static_cast<unsigned>(g.phases_w));
   const bool affine_alone = !epilogue.residual && !epilogue.relu && !epilogue.mask_in;
   const auto kernel = affine_alone ? conv2d_implicit_gemm_kernel<T, Tile, kAccess, kEpilogueAffine>
-                                 : conv2d_implicit_gemm_kernel<T, Tile, kAccess, kEpilogueAll>;
+                                   : conv2d_implicit_gemm_kernel<T, Tile, kAccess, kEpilogueAll>;
   return FK_LAUNCH(kernel, grid, dim3(Tile::kThreads), Tile::kSharedBytes, stream, g, in, filter, epilogue);
 }
 
 template <class T, class Tile>
-Status launch_implicit_gemm_chunks(const Gather& g, const T* in, const T* filter,
-                                   const EpilogueParameters<T>& epilogue, Stream stream) {
+Status launch_implicit_gemm_chunks(const Gather& g, const T* in, const T* filter, const EpilogueParameters<T>& epilogue,
+                                   Stream stream) {
   if (g.is_pointwise()) return launch_implicit_gemm_tile<T, Tile, Access::pointwise>(g, in, filter, epilogue, stream);
   return launch_implicit_gemm_tile<T, Tile, Access::chunks>(g, in, filter, epilogue, stream);
 }

@@ -20,9 +20,9 @@
 
 #include "core/wgrad.h"
 #include "kernels/families.h"
-#include "kernels/numeric.h"
 #include "kernels/gemm_sm80/ring.h"
 #include "kernels/gemm_sm80/tensor_core.h"
+#include "kernels/numeric.h"
 
 namespace freezekit {
 
@@ -93,11 +93,11 @@ struct WgradLoader {
   using X = WgradOperand<T, Tile::kColumns, Tile::kThreads>;
   static constexpr int kStageBytes = Dy::kBytes + X::kBytes;
 
-  const T* dy;  // at this thread's first output channel
-  const T* x;   // at the first channel of the group
-  int32_t dy_columns, x_columns;          // that exist from this thread's first one on; may be negative
+  const T* dy;                    // at this thread's first output channel
+  const T* x;                     // at the first channel of the group
+  int32_t dy_columns, x_columns;  // that exist from this thread's first one on; may be negative
   WgradColumn column[kChunksOfX ? 1 : X::kChunk];
-  int32_t l, end;                         // the next k-tile, the end of the slice
+  int32_t l, end;  // the next k-tile, the end of the slice
 
   FK_DEVICE void start(const Wgrad& p, const T* dy_all, const T* x_all, int32_t row0, int32_t column0, int32_t group) {
     dy = dy_all + static_cast<int64_t>(group) * p.k + row0 + Dy::column();
@@ -226,8 +226,8 @@ __global__ void __launch_bounds__(Tile::kThreads)
 #pragma unroll
     for (int step = 0; step < Dy::kDepth; step += kMmaDepth<T>) {
       multiply_step<T>(
-          acc, [&](uint32_t(&a)[4], int i) { Dy::load_a(a, dy_stage, step, warp_row + 16 * i, lane); },
-          [&](uint32_t(&b)[4], int j) { X::load_b(b, dy_stage + Dy::kBytes, step, warp_column + 16 * j, lane); });
+          acc, [&](uint32_t (&a)[4], int i) { Dy::load_a(a, dy_stage, step, warp_row + 16 * i, lane); },
+          [&](uint32_t (&b)[4], int j) { X::load_b(b, dy_stage + Dy::kBytes, step, warp_column + 16 * j, lane); });
     }
   };
   run_ring<kWgradStages>(

@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
       multiply_stages<T, false>(acc, at.h.taps * at.w.taps * blocks_of_channels, warp / 4, lane, ring, cursor);
       at.row0 += kFragmentRows * warp;
       const int32_t column0 = at.column0;
-      for_each_fragment(acc, [&](int block, const float(&fragment)[kFragmentColumns / 8][4]) {
+      for_each_fragment(acc, [&](int block, const float (&fragment)[kFragmentColumns / 8][4]) {
         at.column0 = column0 + kFragmentColumns * block;
         if (at.column0 >= g.out_c) return false;
         finish_fragment<kFlags>(fragment, g, at, epilogue, ring.patch(warp), lane);

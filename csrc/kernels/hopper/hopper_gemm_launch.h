@@ -55,7 +55,7 @@ Status launch_hopper_gemm_tile(const Gather& g, DType dtype, const void* in, con
   if (status != Status::success) return status;
   const bool affine_alone = !epilogue.residual && !epilogue.relu && !epilogue.mask_in;
   const auto kernel = affine_alone ? conv2d_hopper_gemm_kernel<T, Tile, kEpilogueAffine>
-                                 : conv2d_hopper_gemm_kernel<T, Tile, kEpilogueAll>;
+                                   : conv2d_hopper_gemm_kernel<T, Tile, kEpilogueAll>;
   const auto blocks = static_cast<unsigned>(std::min<int64_t>(tiles, target.sm_count));  // persistent
   return FK_LAUNCH(kernel, dim3(blocks), dim3(kHopperThreads), Tile::kSharedBytes, stream, g, grid, maps, epilogue);
 }

@@ -1,7 +1,7 @@
 // Picks the instantiation of conv2d_wgrad_hopper_gemm_kernel.
-#include "kernels/hopper/hopper_wgrad.h"
-
 #include <algorithm>
+
+#include "kernels/hopper/hopper_wgrad.h"
 
 namespace freezekit {
 namespace {

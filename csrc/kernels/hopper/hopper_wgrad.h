@@ -86,13 +86,13 @@ template <class Tile, class Out>
 FK_DEVICE void store_wgrad_rows(Out* out, const float (&acc)[Tile::kColumns / 2], const Wgrad& p,
                                 const HopperWgradGrid& grid, const HopperWgradPlace& at, int32_t warp, float* patch,
                                 int32_t lane) {
-  for_each_fragment(acc, [&](int block, const float(&fragment)[kFragmentColumns / 8][4]) {
+  for_each_fragment(acc, [&](int block, const float (&fragment)[kFragmentColumns / 8][4]) {
     constexpr int kBlocks = kPanel / kFragmentColumns;  // of a panel
     const int32_t panel = at.panel0 + block / kBlocks;
     if (panel >= grid.panels) return false;
     const int32_t tap = panel / grid.panels_per_tap;
     const int32_t channel0 = panel % grid.panels_per_tap * kPanel + block % kBlocks * kFragmentColumns;
-    for_each_run(fragment, patch, lane, [&](int32_t row, int32_t column, float(&run)[8]) {
+    for_each_run(fragment, patch, lane, [&](int32_t row, int32_t column, float (&run)[8]) {
       const int32_t m = at.row0 + kFragmentRows * warp + row, channel = channel0 + column;
       const int32_t count = min(p.c - channel, 8);
       if (m >= p.k || count <= 0) return;

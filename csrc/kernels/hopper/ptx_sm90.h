@@ -75,11 +75,10 @@ FK_DEVICE void mbarrier_wait([[maybe_unused]] uint64_t* barrier, [[maybe_unused]
 #ifdef FK_BOUNDED_WAITS
     if (clock64() - start > 1ll << 34) __trap();
 #endif
-    asm volatile(
-        "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}\n"
-        : "=r"(done)
-        : "r"(at), "r"(parity)
-        : "memory");
+    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}\n"
+                 : "=r"(done)
+                 : "r"(at), "r"(parity)
+                 : "memory");
   }
 #elif !defined(__CUDACC__)
   emulator::mbarrier_wait(barrier, parity);
@@ -92,8 +91,8 @@ FK_DEVICE void copy_tile([[maybe_unused]] void* shared, [[maybe_unused]] const T
                          [[maybe_unused]] uint64_t* barrier, [[maybe_unused]] int32_t x, [[maybe_unused]] int32_t y) {
 #ifdef FK_SM90A
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];\n" ::"r"(
-          shared_address(shared)),
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];\n" ::
+          "r"(shared_address(shared)),
       "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y)
       : "memory");
 #elif !defined(__CUDACC__)
@@ -189,39 +188,40 @@ FK_DEVICE void wgmma_wait() {
 #ifdef FK_SM90A
 
 // The N / 2 accumulators of a thread, as text and as operands.
-#define FK_REGISTERS_32 \
+#define FK_REGISTERS_32                                                    \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define FK_REGISTERS_64 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+#define FK_REGISTERS_64                                                              \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define FK_REGISTERS_128 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
-  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
-  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
+#define FK_REGISTERS_128                                                                         \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                       \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "             \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "             \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "             \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "             \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "             \
   "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
   "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-#define FK_OPERANDS_8(i) \
-  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define FK_OPERANDS_8(i)                                                                                      \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
+      "+f"(d[i + 7])
 #define FK_OPERANDS_32(i) FK_OPERANDS_8(i), FK_OPERANDS_8(i + 8), FK_OPERANDS_8(i + 16), FK_OPERANDS_8(i + 24)
 #define FK_OPERANDS_64(i) FK_OPERANDS_32(i), FK_OPERANDS_32(i + 32)
 #define FK_OPERANDS_128(i) FK_OPERANDS_64(i), FK_OPERANDS_64(i + 64)
 // After the accumulators come the descriptors of A and B, scale-d (a predicate: add to D), and the signs of A and B.
-#define FK_WGMMA_16(shape, type, count, a_at, b_at, a_major_at, b_major_at)                                         \
-  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, 1, 0;\nwgmma.mma_async.sync.aligned." shape "k16.f32." type "." \
-               type " {" FK_REGISTERS_##count "}, %" a_at ", %" b_at ", add, 1, 1, %" a_major_at ", %" b_major_at    \
-               ";\n}\n"                                                                                              \
-               : FK_OPERANDS_##count(0)                                                                             \
+#define FK_WGMMA_16(shape, type, count, a_at, b_at, a_major_at, b_major_at)                                           \
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, 1, 0;\nwgmma.mma_async.sync.aligned." shape "k16.f32." type      \
+               "." type " {" FK_REGISTERS_##count "}, %" a_at ", %" b_at ", add, 1, 1, %" a_major_at ", %" b_major_at \
+                                                  ";\n}\n"                                                            \
+               : FK_OPERANDS_##count(0)                                                                               \
                : "l"(a), "l"(b), "n"(MnMajorA), "n"(MnMajorB))
-#define FK_WGMMA_TF32(shape, count, a_at, b_at)                                                                     \
-  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, 1, 0;\nwgmma.mma_async.sync.aligned." shape                     \
-               "k8.f32.tf32.tf32 {" FK_REGISTERS_##count "}, %" a_at ", %" b_at ", add, 1, 1;\n}\n"                  \
-               : FK_OPERANDS_##count(0)                                                                             \
+#define FK_WGMMA_TF32(shape, count, a_at, b_at)                                                     \
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, 1, 0;\nwgmma.mma_async.sync.aligned." shape    \
+               "k8.f32.tf32.tf32 {" FK_REGISTERS_##count "}, %" a_at ", %" b_at ", add, 1, 1;\n}\n" \
+               : FK_OPERANDS_##count(0)                                                             \
                : "l"(a), "l"(b))
 
 #endif

@@ -2,9 +2,9 @@
 //
 // Drivers before 13.2 set bit 85 of a map for tensors below 128 KiB as well, and CUTLASS clears it after 4.2. Blackwell reads
 // it; Hopper, the only place where these maps are used, does not (CUTLASS's comment beside it), so it stays as it is.
-#include "kernels/hopper/tensor_map.h"
-
 #include <cstdio>
+
+#include "kernels/hopper/tensor_map.h"
 
 namespace freezekit {
 namespace {
@@ -37,7 +37,8 @@ void* find_in_driver(const char* name) {
 Status report(const char* name, CUresult result) {
   if (result == CUDA_SUCCESS) return Status::success;
   char text[120];
-  std::snprintf(text, sizeof text, "the driver refuses a tensor map: %s gives error %d", name, static_cast<int>(result));
+  std::snprintf(text, sizeof text, "the driver refuses a tensor map: %s gives error %d", name,
+                static_cast<int>(result));
   set_last_error(text);
   return Status::launch_failed;
 }
@@ -73,10 +74,10 @@ Status make_tensor_map(const TiledTensor& tensor, ptx::TensorMap* map) {
   constexpr const char* kName = "cuTensorMapEncodeTiled";
   static const auto encode = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(find_in_driver(kName));
   if (!encode) return report_missing(kName);
-  return report(kName, encode(map, type_of(tensor.dtype), static_cast<uint32_t>(tensor.rank),
-                              const_cast<void*>(tensor.data), of.sizes, of.strides, box, of.ones,
-                              CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
+  return report(kName,
+                encode(map, type_of(tensor.dtype), static_cast<uint32_t>(tensor.rank), const_cast<void*>(tensor.data),
+                       of.sizes, of.strides, box, of.ones, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                       CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
 #else
   return report(emulator::encode_tiled(map, type_of(tensor.dtype), static_cast<uint32_t>(tensor.rank), tensor.data,
                                        of.sizes, of.strides, box, of.ones));
@@ -87,8 +88,9 @@ Status make_tensor_map(const PixelTensor& tensor, ptx::TensorMap* map) {
   const PixelBox &h = tensor.boxes.h, &w = tensor.boxes.w;
   const int64_t size = size_of(tensor.dtype);
   const auto bytes = [](int64_t value) { return static_cast<uint64_t>(value); };
-  const Sizes of{{bytes(tensor.c), bytes(tensor.w), bytes(tensor.h), bytes(tensor.n)},
-                 {bytes(tensor.c * size), bytes(tensor.w * tensor.c * size), bytes(tensor.h * tensor.w * tensor.c * size)}};
+  const Sizes of{
+      {bytes(tensor.c), bytes(tensor.w), bytes(tensor.h), bytes(tensor.n)},
+      {bytes(tensor.c * size), bytes(tensor.w * tensor.c * size), bytes(tensor.h * tensor.w * tensor.c * size)}};
   // Corners are w before h, as sizes are. cuda.h words them as "{D, H, W}", and CUTLASS, which runs, passes w first.
   const int lower[2] = {w.lower, h.lower}, upper[2] = {w.upper[tensor.box_w], h.upper[tensor.box_h]};
   const uint32_t traversal[4] = {1, static_cast<uint32_t>(w.stride), static_cast<uint32_t>(h.stride), 1};
@@ -97,10 +99,10 @@ Status make_tensor_map(const PixelTensor& tensor, ptx::TensorMap* map) {
   constexpr const char* kName = "cuTensorMapEncodeIm2col";
   static const auto encode = reinterpret_cast<decltype(&cuTensorMapEncodeIm2col)>(find_in_driver(kName));
   if (!encode) return report_missing(kName);
-  return report(kName, encode(map, type_of(tensor.dtype), 4, const_cast<void*>(tensor.data), of.sizes, of.strides, lower,
-                              upper, channels, pixels, traversal, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                              CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
+  return report(
+      kName, encode(map, type_of(tensor.dtype), 4, const_cast<void*>(tensor.data), of.sizes, of.strides, lower, upper,
+                    channels, pixels, traversal, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                    CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
 #else
   return report(emulator::encode_im2col(map, type_of(tensor.dtype), 4, tensor.data, of.sizes, of.strides, lower, upper,
                                         channels, pixels, traversal));

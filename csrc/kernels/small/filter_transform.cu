@@ -64,8 +64,7 @@ Status launch(const Conv2dProblem& p, const FilterTransform& t, const void* filt
   source.width = narrow(p.s);
   source.stride_k = t.stride_k, source.stride_c = t.stride_c;
   source.stride_r = t.stride_r, source.stride_s = t.stride_s;
-  const int64_t blocks =
-      ceil_div(p.c_per_group(), kTile) * ceil_div(p.k_per_group(), kTile) * p.r * p.s * p.groups;
+  const int64_t blocks = ceil_div(p.c_per_group(), kTile) * ceil_div(p.k_per_group(), kTile) * p.r * p.s * p.groups;
   if (blocks > kMaxGridX) return Status::invalid_argument;
   return FK_LAUNCH(filter_transform_kernel<From, To>, dim3(static_cast<unsigned>(blocks)), dim3(kTile, kRowLanes), 0,
                    stream, source, t.transposed, static_cast<const From*>(filter),

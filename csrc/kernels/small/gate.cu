@@ -95,8 +95,8 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class T, bool kSelect>
 __global__ void __launch_bounds__(kThreads)
-    gate_kernel(const T* x, const uint8_t* bits, T* out, int64_t numel, int64_t runs, bool aligned,
-                Accumulator<T> on, Accumulator<T> off) {
+    gate_kernel(const T* x, const uint8_t* bits, T* out, int64_t numel, int64_t runs, bool aligned, Accumulator<T> on,
+                Accumulator<T> off) {
   for (int64_t run = first_run(); run < runs; run += run_count()) {
     const int count = count_of(run, numel);
     const unsigned byte = load_global(bits + run);
@@ -141,8 +141,8 @@ Status launch_rule(const Rule& rule, const void* x, void* y, uint32_t* bits, int
 
 }  // namespace
 
-Status launch_activation(const PiecewiseActivation& f, const void* x, void* y, uint32_t* bits, int64_t numel, DType dtype,
-                         Stream stream) {
+Status launch_activation(const PiecewiseActivation& f, const void* x, void* y, uint32_t* bits, int64_t numel,
+                         DType dtype, Stream stream) {
   if (numel == 0) return Status::success;
   if (numel < 0 || !x || !y || !bits) return Status::invalid_argument;
   return dispatch_dtype(dtype, [&](auto tag) {

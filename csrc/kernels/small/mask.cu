@@ -1,8 +1,7 @@
 // Bit masks that an epilogue adds its bits to, element by element: the words are zero before.
-#include "core/mask.h"
-
 #include <algorithm>
 
+#include "core/mask.h"
 #include "kernels/families.h"
 #include "kernels/numeric.h"
 

@@ -32,14 +32,9 @@ struct Image {
   int64_t count;
 
   Image(int64_t c, int64_t h, int64_t w, bool nhwc)
-      : inner(static_cast<int32_t>(nhwc ? c : w)),
-        middle(static_cast<int32_t>(nhwc ? w : h)),
-        nhwc(nhwc),
-        h(static_cast<int32_t>(h)),
-        w(static_cast<int32_t>(w)),
-        step_c(static_cast<int32_t>(nhwc ? 1 : h * w)),
-        step_row(static_cast<int32_t>(nhwc ? w * c : w)),
-        step_column(static_cast<int32_t>(nhwc ? c : 1)),
+      : inner(static_cast<int32_t>(nhwc ? c : w)), middle(static_cast<int32_t>(nhwc ? w : h)), nhwc(nhwc),
+        h(static_cast<int32_t>(h)), w(static_cast<int32_t>(w)), step_c(static_cast<int32_t>(nhwc ? 1 : h * w)),
+        step_row(static_cast<int32_t>(nhwc ? w * c : w)), step_column(static_cast<int32_t>(nhwc ? c : 1)),
         count(c * h * w) {}
 
   FK_DEVICE Place place(int32_t index) const {
@@ -47,9 +42,7 @@ struct Image {
     const int32_t outer = middle.divide(inner.divide(index, &fast), &slow);
     return nhwc ? Place{fast, outer, slow} : Place{outer, slow, fast};
   }
-  FK_DEVICE int32_t index(const Place& at) const {
-    return at.c * step_c + at.row * step_row + at.column * step_column;
-  }
+  FK_DEVICE int32_t index(const Place& at) const { return at.c * step_c + at.row * step_row + at.column * step_column; }
 };
 
 // One axis of the windows.
@@ -58,11 +51,8 @@ struct Axis {
   int32_t step, kernel, pad, dilation;
 
   Axis(int64_t stride, int64_t kernel, int64_t pad, int64_t dilation)
-      : stride(static_cast<int32_t>(stride)),
-        step(static_cast<int32_t>(stride)),
-        kernel(static_cast<int32_t>(kernel)),
-        pad(static_cast<int32_t>(pad)),
-        dilation(static_cast<int32_t>(dilation)) {}
+      : stride(static_cast<int32_t>(stride)), step(static_cast<int32_t>(stride)), kernel(static_cast<int32_t>(kernel)),
+        pad(static_cast<int32_t>(pad)), dilation(static_cast<int32_t>(dilation)) {}
 
   FK_DEVICE int32_t origin(int32_t output) const { return output * step - pad; }
   // The output whose tap is at `input`; -1 where there is none.
@@ -178,8 +168,7 @@ Status dispatch(const MaxPool& m, bool over_input, DType dtype, const F& f) {
   const Windows windows = windows_of(m);
   const int64_t count = over_input ? windows.in.count : windows.out.count;
   if (m.n * count == 0) return Status::success;
-  const dim3 grid(static_cast<unsigned>(ceil_div(count, kThreads)),
-                  static_cast<unsigned>(std::min(m.n, kMaxGridYZ)));
+  const dim3 grid(static_cast<unsigned>(ceil_div(count, kThreads)), static_cast<unsigned>(std::min(m.n, kMaxGridYZ)));
   return dispatch_dtype(dtype, [&](auto element) {
     if (m.tap_bytes == 1) return f(element, TypeTag<uint8_t>(), windows, grid);
     if (m.tap_bytes == 2) return f(element, TypeTag<int16_t>(), windows, grid);

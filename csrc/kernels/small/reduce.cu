@@ -13,7 +13,7 @@ namespace freezekit {
 namespace {
 
 constexpr int kReduceThreads = 256;
-constexpr int kColumns = 32;   // a warp reads 32 neighbouring channels of a row
+constexpr int kColumns = 32;  // a warp reads 32 neighbouring channels of a row
 constexpr int kRowLanes = 8;
 constexpr int64_t kRowsPerSlice = 128;
 constexpr int64_t kMaxSlices = 512;
@@ -52,9 +52,7 @@ __global__ void __launch_bounds__(kColumns* kRowLanes)
   store_global(partial + blockIdx.y * k + column, sum);
 }
 
-int64_t bias_grad_slices(int64_t rows) {
-  return std::clamp<int64_t>(ceil_div(rows, kRowsPerSlice), 1, kMaxSlices);
-}
+int64_t bias_grad_slices(int64_t rows) { return std::clamp<int64_t>(ceil_div(rows, kRowsPerSlice), 1, kMaxSlices); }
 
 }  // namespace
 

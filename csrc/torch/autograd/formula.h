@@ -83,7 +83,8 @@ namespace formula {
 // next, and settings of the layer, which do not. Both may be symbolic while a forward pass is traced; compiled autograd
 // meets nodes of calls on data, where settings are known.
 template <class T>
-constexpr bool is_sizes = std::is_same_v<T, std::vector<c10::SymInt>> || std::is_same_v<T, c10::SmallVector<c10::SymInt, 4>>;
+constexpr bool is_sizes =
+    std::is_same_v<T, std::vector<c10::SymInt>> || std::is_same_v<T, c10::SmallVector<c10::SymInt, 4>>;
 template <class T>
 constexpr bool is_setting = std::is_same_v<T, std::array<c10::SymInt, 2>>;
 

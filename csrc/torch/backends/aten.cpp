@@ -20,8 +20,7 @@ Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Ten
 // rounding differ from torch's. Elsewhere dgrad is the transposed convolution, which needs none; output_padding restores
 // the rows and columns at the end that no window reached.
 Tensor dgrad(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size, const Geometry& g) {
-  TORCH_CHECK(!grad_output.is_complex(), "conv2d_dgrad takes no complex grad_output, got ",
-              grad_output.scalar_type());
+  TORCH_CHECK(!grad_output.is_complex(), "conv2d_dgrad takes no complex grad_output, got ", grad_output.scalar_type());
   if (is_plain_on_cpu(grad_output) && is_plain_on_cpu(weight)) {
     const Tensor input = shape_only(input_size, grad_output, layout_of(grad_output, weight));
     return std::get<0>(at::convolution_backward_symint(
@@ -40,8 +39,7 @@ Tensor dgrad(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef inp
 
 // ATen's interface wants a weight for its size and layout.
 Tensor wgrad(const Tensor& grad_output, const Tensor& input, SymIntArrayRef weight_size, const Geometry& g) {
-  TORCH_CHECK(!grad_output.is_complex(), "conv2d_wgrad takes no complex grad_output, got ",
-              grad_output.scalar_type());
+  TORCH_CHECK(!grad_output.is_complex(), "conv2d_wgrad takes no complex grad_output, got ", grad_output.scalar_type());
   const Tensor weight = shape_only(weight_size, grad_output, layout_of(grad_output, input));
   return std::get<1>(at::convolution_backward_symint(
       grad_output, input, weight, /*bias_sizes=*/std::nullopt, g.stride, g.padding, g.dilation,

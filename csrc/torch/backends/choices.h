@@ -31,9 +31,9 @@ struct Measurement {
 // What a problem's time depends on beside its sizes.
 struct Setting {
   at::ScalarType dtype;
-  at::MemoryFormat layout;    // of the result
+  at::MemoryFormat layout;  // of the result
   c10::DeviceType device;
-  Target target;              // of the own kernels there
+  Target target;                  // of the own kernels there
   std::string_view variant = {};  // what is computed beside the operator; nothing for the plain one
 };
 

@@ -19,8 +19,8 @@ FK_SIMD_CLONES void run_products(const cpu::FewRows& size, const float* a, const
   cpu::products(size, a, w, y, first, last);
 }
 
-FK_SIMD_CLONES void run_combinations(const cpu::FewRows& size, const float* dy, const float* w, float* d,
-                                     int64_t first, int64_t last) {
+FK_SIMD_CLONES void run_combinations(const cpu::FewRows& size, const float* dy, const float* w, float* d, int64_t first,
+                                     int64_t last) {
   cpu::combinations(size, dy, w, d, first, last);
 }
 
@@ -98,9 +98,8 @@ Tensor dgrad(const Conv2dProblem& p, const Tensor& grad_output, const Tensor& we
   const float *const dy = rows.const_data_ptr<float>(), *const w = weight.const_data_ptr<float>();
   float* const d = columns.mutable_data_ptr<float>();
   const int64_t grain = std::max<int64_t>(128, at::internal::GRAIN_SIZE / std::max<int64_t>(size.channels, 1));
-  at::parallel_for(0, size.length, grain, [&](int64_t first, int64_t last) {
-    run_combinations(size, dy, w, d, first, last);
-  });
+  at::parallel_for(0, size.length, grain,
+                   [&](int64_t first, int64_t last) { run_combinations(size, dy, w, d, first, last); });
   if (!is_plain(p)) {
     float* const to = dx.mutable_data_ptr<float>();
     const Order order = order_of(p, weight);

@@ -26,8 +26,9 @@ Function symbol(void* handle, const char* name) {
 const KernelLibrary& load_emulator() {
   const std::lock_guard<std::mutex> lock(mutex);
   if (emulator.table) return emulator;
-  TORCH_CHECK(!emulator_path.empty(), "backend='emulated' needs the emulated kernels, which this build lacks; rebuild "
-                                      "freezekit from its sources");
+  TORCH_CHECK(!emulator_path.empty(),
+              "backend='emulated' needs the emulated kernels, which this build lacks; rebuild "
+              "freezekit from its sources");
   // RTLD_LOCAL: the CUDA build of the same functions may be in this process too.
   void* handle = dlopen(emulator_path.c_str(), RTLD_NOW | RTLD_LOCAL);
   TORCH_CHECK(handle, "backend='emulated' cannot load its kernels: ", dlerror());
@@ -49,8 +50,9 @@ const KernelLibrary& kernel_library(Backend backend) {
   static const KernelLibrary cuda{freezekit_kernel_table(), freezekit_last_error};
   return cuda;
 #else
-  TORCH_CHECK(false, "backend='native' needs freezekit's CUDA kernels, but this build has none: rebuild it where nvcc "
-                     "is on PATH or CUDA_HOME is set");
+  TORCH_CHECK(false,
+              "backend='native' needs freezekit's CUDA kernels, but this build has none: rebuild it where nvcc "
+              "is on PATH or CUDA_HOME is set");
 #endif
 }
 

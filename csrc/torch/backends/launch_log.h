@@ -10,7 +10,7 @@
 namespace freezekit::launch_log {
 
 struct Record {
-  const char* op;      // static storage, as is `kernel`
+  const char* op;  // static storage, as is `kernel`
   const char* kernel;
   Backend backend;
   std::vector<std::pair<const char*, std::vector<int64_t>>> sizes;  // of the operator's tensors, by name

@@ -83,9 +83,7 @@ MaxPool problem_of(const Tensor& x, const Window& window) {
 class Pool {
  public:
   Pool(const Tensor& x, const Window& window)
-      : x_(x),
-        window_(window),
-        format_(x.suggest_memory_format()),
+      : x_(x), window_(window), format_(x.suggest_memory_format()),
         size_({x.size(0), x.size(1), window.output(x.size(2)), window.output(x.size(3))}) {
     // Small integers: sums of them are exact in every order and dtype.
     dy_ = at::empty(size_, x.options(), format_);

@@ -7,8 +7,8 @@
 
 #include <atomic>
 
-#include "torch/common/checks.h"
 #include "torch/backends/launch_log.h"
+#include "torch/common/checks.h"
 #include "torch/common/layout.h"
 #include "torch/common/route.h"
 
@@ -16,11 +16,16 @@ namespace freezekit::native {
 
 std::optional<DType> dtype_of(at::ScalarType type) {
   switch (type) {
-    case at::kFloat: return DType::f32;
-    case at::kDouble: return DType::f64;
-    case at::kHalf: return DType::f16;
-    case at::kBFloat16: return DType::bf16;
-    default: return std::nullopt;
+    case at::kFloat:
+      return DType::f32;
+    case at::kDouble:
+      return DType::f64;
+    case at::kHalf:
+      return DType::f16;
+    case at::kBFloat16:
+      return DType::bf16;
+    default:
+      return std::nullopt;
   }
 }
 
@@ -66,13 +71,15 @@ Tensor workspace_of(size_t bytes, const Tensor& on) {
 
 void launch(const Choice& choice, const Tensor& on, const Conv2dTensors& tensors, const Epilogue& epilogue) {
   const Tensor workspace = workspace_of(choice.selection.workspace_bytes, on);
-  check_status(choice.library.table->conv2d(choice.op, choice.selection, choice.problem, choice.dtype, tensors,
-                                            epilogue, workspace.defined() ? workspace.mutable_data_ptr() : nullptr,
-                                            stream_of(on)),
-               choice.selection.kernel, choice.library);
+  check_status(
+      choice.library.table->conv2d(choice.op, choice.selection, choice.problem, choice.dtype, tensors, epilogue,
+                                   workspace.defined() ? workspace.mutable_data_ptr() : nullptr, stream_of(on)),
+      choice.selection.kernel, choice.library);
   if (!launch_log::is_enabled()) return;
   const Conv2dProblem& p = choice.problem;
-  launch_log::add({name_of(choice.op), choice.selection.kernel, choice.backend,
+  launch_log::add({name_of(choice.op),
+                   choice.selection.kernel,
+                   choice.backend,
                    {{"input_size", {p.n, p.c, p.h, p.w}}, {"weight_size", {p.k, p.c_per_group(), p.r, p.s}}}});
 }
 
@@ -104,9 +111,7 @@ Target target_on(const KernelLibrary& library, Backend backend) {
   return target;
 }
 
-bool is_capturing(const Tensor& on, Backend backend) {
-  return kernel_library(backend).table->capturing(stream_of(on));
-}
+bool is_capturing(const Tensor& on, Backend backend) { return kernel_library(backend).table->capturing(stream_of(on)); }
 
 DType kernel_dtype(const Tensor& tensor) {
   const auto dtype = dtype_of(tensor.scalar_type());
@@ -180,7 +185,8 @@ Tensor dgrad_epilogue(const Conv2dProblem& problem, const Tensor& grad_output, c
   const c10::DeviceGuard guard(grad_output.device());
   const Choice choice = choose(Operator::dgrad, problem, grad_output, g.backend);
   // Kernels on tensor cores make a filter of their own anyway, and multiply it there.
-  const bool makes_filter = choice.selection.family == Family::implicit_gemm || choice.selection.family == Family::hopper;
+  const bool makes_filter =
+      choice.selection.family == Family::implicit_gemm || choice.selection.family == Family::hopper;
   const Tensor w = scale.defined() && !makes_filter ? scaled_filter(weight, scale, problem.groups, g.backend)
                                                     : dense_channels_last(weight);
   const Tensor dy = dense_channels_last(grad_output);

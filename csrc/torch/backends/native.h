@@ -63,8 +63,7 @@ struct Finish {
 
 // With the kernels' epilogue, results as the kernels write them: channels_last; masks lie in NHWC order. dgrad multiplies
 // the filter by `scale` (K) first, where that is defined, adds `residual`, then applies `mask_in`.
-Tensor conv2d_epilogue(const Conv2dProblem&, const Tensor& input, const Tensor& weight, const Finish&,
-                       const Geometry&);
+Tensor conv2d_epilogue(const Conv2dProblem&, const Tensor& input, const Tensor& weight, const Finish&, const Geometry&);
 Tensor dgrad_epilogue(const Conv2dProblem&, const Tensor& grad_output, const Tensor& weight, const Tensor& scale,
                       const Tensor& residual, const Tensor& mask_in, const Geometry&);
 

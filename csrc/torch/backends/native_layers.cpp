@@ -29,18 +29,20 @@ uint32_t* words_of(const Tensor& bits) { return static_cast<uint32_t*>(bits.muta
 
 void activation(const PiecewiseActivation& f, const Tensor& x, const Tensor& y, const Tensor& bits) {
   static constexpr const char* kernels[] = {"activation_relu", "activation_hardtanh", "activation_leaky_relu"};
-  run("activation_bits", kernels[static_cast<int>(f.kind)], x, {&y, &bits}, [&](const KernelTable& table, Stream stream) {
-    return table.activation(f, x.const_data_ptr(), y.mutable_data_ptr(), words_of(bits), x.numel(), kernel_dtype(x),
-                            stream);
-  });
+  run("activation_bits", kernels[static_cast<int>(f.kind)], x, {&y, &bits},
+      [&](const KernelTable& table, Stream stream) {
+        return table.activation(f, x.const_data_ptr(), y.mutable_data_ptr(), words_of(bits), x.numel(), kernel_dtype(x),
+                                stream);
+      });
 }
 
 void gate(const GateRule& rule, const Tensor& x, const Tensor& bits, const Tensor& out) {
   const Gate gate{!rule.off, rule.on, rule.off.value_or(0)};
-  run("gate", gate.select ? "gate_select" : "gate_scale", x, {&bits, &out}, [&](const KernelTable& table, Stream stream) {
-    return table.gate(gate, x.const_data_ptr(), static_cast<const uint32_t*>(bits.const_data_ptr()),
-                      out.mutable_data_ptr(), x.numel(), kernel_dtype(x), stream);
-  });
+  run("gate", gate.select ? "gate_select" : "gate_scale", x, {&bits, &out},
+      [&](const KernelTable& table, Stream stream) {
+        return table.gate(gate, x.const_data_ptr(), static_cast<const uint32_t*>(bits.const_data_ptr()),
+                          out.mutable_data_ptr(), x.numel(), kernel_dtype(x), stream);
+      });
 }
 
 void pack_bytes(const Tensor& keep, const Tensor& bits) {
@@ -51,14 +53,15 @@ void pack_bytes(const Tensor& keep, const Tensor& bits) {
 
 void max_pool(const MaxPool& m, const Tensor& x, const Tensor& y, const Tensor& taps) {
   run("max_pool2d_taps", "max_pool", x, {&y, &taps}, [&](const KernelTable& table, Stream stream) {
-    return table.max_pool(m, kernel_dtype(x), x.const_data_ptr(), y.mutable_data_ptr(), taps.mutable_data_ptr(), stream);
+    return table.max_pool(m, kernel_dtype(x), x.const_data_ptr(), y.mutable_data_ptr(), taps.mutable_data_ptr(),
+                          stream);
   });
 }
 
 void max_pool_scatter(const MaxPool& m, const Tensor& dy, const Tensor& taps, const Tensor& dx) {
   run("max_pool2d_scatter", "max_pool_scatter", dy, {&taps, &dx}, [&](const KernelTable& table, Stream stream) {
-    return table.max_pool_scatter(m, kernel_dtype(dy), dy.const_data_ptr(), taps.const_data_ptr(), dx.mutable_data_ptr(),
-                                  stream);
+    return table.max_pool_scatter(m, kernel_dtype(dy), dy.const_data_ptr(), taps.const_data_ptr(),
+                                  dx.mutable_data_ptr(), stream);
   });
 }
 

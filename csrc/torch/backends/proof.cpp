@@ -26,8 +26,8 @@ using c10::DispatchKeySet;
 using choices::Measurement;
 
 constexpr int kRuns = 3;
-constexpr double kPlainly = 2;          // times apart by this factor need no second look
-constexpr int64_t kPiece = 1 << 21;     // elements compared at once
+constexpr double kPlainly = 2;       // times apart by this factor need no second look
+constexpr int64_t kPiece = 1 << 21;  // elements compared at once
 
 void synchronize(const Tensor& on) {
   if (on.is_cuda()) c10::impl::VirtualGuardImpl(on.device().type()).getStream(on.device()).synchronize();

@@ -118,8 +118,8 @@ Tensor dropout_entry(const Tensor& input, double p, bool train, std::string_view
     const at::AutoDispatchBelowADInplaceOrView below;
     return op.call(input, p, backend);
   }();
-  const auto node =
-      formula_node("FreezekitDropoutBackward", gradient(input, result.sym_strides(), p, /*inplace=*/false, backend), input);
+  const auto node = formula_node("FreezekitDropoutBackward",
+                                 gradient(input, result.sym_strides(), p, /*inplace=*/false, backend), input);
   node->keep(bits);
   torch::autograd::set_history(result, node);
   return result;
@@ -132,8 +132,8 @@ void dropout_inplace_entry(Tensor& input, double p, bool train, std::string_view
   }
   static const auto op = find_operator<decltype(bits_inplace_kernel)>("freezekit::dropout_bits_");
   torch::autograd::check_inplace(input, /*requires_grad=*/true);
-  const auto node =
-      formula_node("FreezekitDropoutBackward", gradient(input, dense_strides(input), p, /*inplace=*/true, backend), input);
+  const auto node = formula_node("FreezekitDropoutBackward",
+                                 gradient(input, dense_strides(input), p, /*inplace=*/true, backend), input);
   const Tensor bits = [&] {
     const at::AutoDispatchBelowADInplaceOrView below;
     return op.call(input, p, backend);

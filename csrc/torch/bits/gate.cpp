@@ -191,8 +191,9 @@ void gate_inplace(const Tensor& dense, const Tensor& bits, const GateRule& rule,
 }
 
 TORCH_LIBRARY_FRAGMENT(freezekit, m) {
-  m.def("gate(Tensor input, Tensor bits, SymInt[] stride, float on=1.0, float? off=None, *, str backend=\"auto\") -> Tensor",
-        {at::Tag::pt2_compliant_tag});
+  m.def(
+      "gate(Tensor input, Tensor bits, SymInt[] stride, float on=1.0, float? off=None, *, str backend=\"auto\") -> Tensor",
+      {at::Tag::pt2_compliant_tag});
 }
 TORCH_LIBRARY_IMPL(freezekit, CompositeExplicitAutograd, m) { m.impl("gate", GateOperator::kernel<gate_kernel>); }
 TORCH_LIBRARY_IMPL(freezekit, Meta, m) { m.impl("gate", GateOperator::kernel<gate_meta>); }

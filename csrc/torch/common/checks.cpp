@@ -56,7 +56,8 @@ SizeVector checked_output_size(SymIntArrayRef input, SymIntArrayRef weight, cons
     const c10::SymInt reach = g.dilation[i] * (weight[2 + i] - 1) + 1;
     TORCH_CHECK(input[2 + i] >= 1 && padded >= reach, "the dilated kernel must fit into the padded input along ",
                 i == 0 ? "height" : "width", ": it spans ", reach, ", the padded input ", padded, " (input ",
-                input[2 + i], ", padding ", g.padding[i], ", kernel ", weight[2 + i], ", dilation ", g.dilation[i], ")");
+                input[2 + i], ", padding ", g.padding[i], ", kernel ", weight[2 + i], ", dilation ", g.dilation[i],
+                ")");
     output[2 + i] = (padded - reach) / g.stride[i] + 1;
   }
   return output;

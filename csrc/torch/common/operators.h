@@ -61,14 +61,13 @@ struct Geometry {
   Backend backend = Backend::automatic;
 };
 
-
 // Of a call on data, where all numbers are known.
 inline std::array<int64_t, 2> ints(const Geometry::Pair& pair) { return {pair[0].expect_int(), pair[1].expect_int()}; }
 
-using Conv2dOperator = SettingsOperator<Geometry, Tensor(const Tensor& input, const Tensor& weight,
-                                                         const std::optional<Tensor>& bias)>;
-using Conv2dGradOperator = SettingsOperator<Geometry, Tensor(const Tensor& grad_output, const Tensor& other,
-                                                             SymIntArrayRef size)>;
+using Conv2dOperator =
+    SettingsOperator<Geometry, Tensor(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias)>;
+using Conv2dGradOperator =
+    SettingsOperator<Geometry, Tensor(const Tensor& grad_output, const Tensor& other, SymIntArrayRef size)>;
 
 Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Geometry&);
 Tensor conv2d_dgrad(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size, const Geometry&);

@@ -17,10 +17,10 @@ namespace freezekit {
 namespace {
 
 constexpr std::array<const char*, kOps> kNames = {
-    "conv2d",     "conv2d_dgrad", "conv2d_wgrad",       "conv2d_bias_grad",  "frozen_conv2d", "activation",
-    "gate",       "dropout",      "max_pool2d",         "max_pool2d_scatter", "max_pool2d_gather", "convolution",
-    "batch_norm", "layer_norm",   "group_norm",         "max_pool3d", "avg_pool",          "adaptive_avg_pool", "reflection_pad",
-    "replication_pad"};
+    "conv2d",         "conv2d_dgrad",   "conv2d_wgrad", "conv2d_bias_grad",   "frozen_conv2d",     "activation",
+    "gate",           "dropout",        "max_pool2d",   "max_pool2d_scatter", "max_pool2d_gather", "convolution",
+    "batch_norm",     "layer_norm",     "group_norm",   "max_pool3d",         "avg_pool",          "adaptive_avg_pool",
+    "reflection_pad", "replication_pad"};
 constexpr std::array<const char*, 4> kComputers = {"torch's own formula", "ATen", "freezekit's CPU kernels",
                                                    "freezekit's kernels"};
 
@@ -60,7 +60,8 @@ bool remembered(const std::string& question, const std::function<std::optional<b
 template <class... Numbers>
 std::string question_of(const Tensor& on, Numbers... numbers) {
   const std::array<int64_t, sizeof...(numbers) + 3> all = {on.device().index(), static_cast<int64_t>(on.scalar_type()),
-                                                           proof::must_be_repeatable(), static_cast<int64_t>(numbers)...};
+                                                           proof::must_be_repeatable(),
+                                                           static_cast<int64_t>(numbers)...};
   return {reinterpret_cast<const char*>(all.data()), sizeof all};
 }
 
@@ -73,9 +74,9 @@ choices::Setting setting_on(const Tensor& on, at::MemoryFormat layout, std::stri
 }
 
 std::string layer_key(Op layer, const Tensor& on, bool large, at::MemoryFormat layout) {
-  const char* const name = layer != Op::max_pool2d                        ? ""
+  const char* const name = layer != Op::max_pool2d                    ? ""
                            : layout == at::MemoryFormat::ChannelsLast ? "channels_last"
-                                                                          : "contiguous";
+                                                                      : "contiguous";
   return choices::key_of(to_string(layer), large, name, setting_on(on, layout));
 }
 
@@ -114,7 +115,8 @@ bool won(Op op, const Tensor& on) {
     const c10::DeviceGuard guard(on.device());
     const auto found = proof::verdict(layer_key(layer, on, large, layout), on, [&] {
       if (layer == Op::max_pool2d) return proof::max_pool2d(on);
-      return layer == Op::dropout ? proof::dropout(on) : proof::activations(on, *choices::candidate_on(on.device().type()));
+      return layer == Op::dropout ? proof::dropout(on)
+                                  : proof::activations(on, *choices::candidate_on(on.device().type()));
     });
     return found ? std::make_optional(found->native_wins()) : std::nullopt;
   });
@@ -122,7 +124,8 @@ bool won(Op op, const Tensor& on) {
 
 // What `auto` means for a layer on a device where freezekit's kernels compete with torch's operators.
 Route by_proof(Op op, const Facts& facts) {
-  constexpr Route unproven = {Computer::formula, "torch's own operator serves until a kernel has been equal and not slower here"};
+  constexpr Route unproven = {Computer::formula,
+                              "torch's own operator serves until a kernel has been equal and not slower here"};
   if (!native::dtype_of(facts.dtype)) return unproven;
   const Tensor& on = *facts.on;
   const bool is_entry = op == Op::activation || op == Op::dropout || op == Op::max_pool2d || op == Op::frozen_conv2d;
@@ -152,8 +155,9 @@ void check_demand(Op op, Backend backend, const Facts& facts) {
   if (facts.device == c10::DeviceType::Meta) return;
   const auto wanted = backend == Backend::native ? c10::DeviceType::CUDA : c10::DeviceType::CPU;
   if (facts.device != wanted) {
-    refuse(to_string(op), backend, "it needs " + c10::DeviceTypeName(wanted) + " tensors, got one on " +
-                                       c10::DeviceTypeName(facts.device, /*lower_case=*/true));
+    refuse(to_string(op), backend,
+           "it needs " + c10::DeviceTypeName(wanted) + " tensors, got one on " +
+               c10::DeviceTypeName(facts.device, /*lower_case=*/true));
   }
   if (!native::dtype_of(facts.dtype)) {
     refuse(to_string(op), backend,
@@ -177,7 +181,8 @@ double tolerance_of(const Conv2dStep& step, const Target& target) {
                         : step.op == Operator::dgrad ? p.k_per_group() * p.r * p.s
                                                      : p.n * p.p * p.q;
   const auto type = step.on.scalar_type();
-  const double epsilon = type == at::kDouble ? std::numeric_limits<double>::epsilon() : std::numeric_limits<float>::epsilon();
+  const double epsilon =
+      type == at::kDouble ? std::numeric_limits<double>::epsilon() : std::numeric_limits<float>::epsilon();
   const double of_sums = 16 * epsilon * (8 + std::sqrt(static_cast<double>(terms)));
   constexpr double tf32 = 0x1p-10, half = 0x1p-10, bfloat16 = 0x1p-7;
   const bool rounds_to_tf32 = type == at::kFloat && step.on.is_cuda() && target.allow_tf32;
@@ -228,7 +233,8 @@ const char* to_string(Computer computer) { return kComputers[static_cast<size_t>
 
 const char* obstacle_in(const Tensor& tensor) {
   // Transforms and forward-mode AD want formulas that a node in C++ cannot give, and torch has.
-  constexpr c10::DispatchKeySet transforms({c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper});
+  constexpr c10::DispatchKeySet transforms(
+      {c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper});
   if (tensor.key_set().has_any(transforms)) return "a tensor belongs to a torch.func transform";
   if (torch::autograd::isFwGradDefined(tensor)) return "a tensor has a forward-mode gradient";
   if (tensor.layout() != at::kStrided || tensor.is_nested()) return "a tensor is not a dense, strided one";
@@ -241,7 +247,8 @@ Route route(Op op, Backend backend, const Facts& facts) {
   if (facts.obstacle) {
     if (demanded) {
       const bool of_dtype = facts.obstacle == kNotFloating;
-      refuse(to_string(op), backend, facts.obstacle + (of_dtype ? std::string(", got ") + c10::toString(facts.dtype) : ""));
+      refuse(to_string(op), backend,
+             facts.obstacle + (of_dtype ? std::string(", got ") + c10::toString(facts.dtype) : ""));
     }
     return {Computer::formula, facts.obstacle};
   }
@@ -276,7 +283,8 @@ Foreseen foreseen(Operator op, const Conv2dProblem& problem, const choices::Sett
   if (!found) return {Backend::aten, choices::kRule};
   if (!found->agree) return {Backend::aten, "held against ATen, " + found->note};
   return {found->native_wins() ? *candidate : Backend::aten, "measured: ATen " + in_microseconds(found->aten_seconds) +
-                                                                 ", own kernel " + in_microseconds(found->native_seconds)};
+                                                                 ", own kernel " +
+                                                                 in_microseconds(found->native_seconds)};
 }
 
 }  // namespace freezekit

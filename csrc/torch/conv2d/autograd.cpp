@@ -2,6 +2,8 @@
 //
 // What a node keeps is what the other gradients read and nothing else: an operand is kept only if some *other* operand
 // needs a gradient. So a frozen weight keeps no input, and a layer that only its bias learns in keeps nothing at all.
+#include "torch/conv2d/autograd.h"
+
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
@@ -11,7 +13,6 @@
 #include "torch/common/layout.h"
 #include "torch/common/operators.h"
 #include "torch/common/route.h"
-#include "torch/conv2d/autograd.h"
 
 namespace freezekit {
 namespace {
@@ -33,9 +34,7 @@ struct TrilinearGradients {
   }
 
   // Of the layer, not of the operators that its gradients are.
-  Link link() const {
-    return computes == Role::output ? Link{Link::To::operands, /*count=*/2} : Link{};
-  }
+  Link link() const { return computes == Role::output ? Link{Link::To::operands, /*count=*/2} : Link{}; }
 
   variable_list gradients(const Tensor& dy, Kept kept, const std::vector<bool>& wanted) const {
     constexpr size_t bias = 2;

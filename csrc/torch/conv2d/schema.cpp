@@ -28,11 +28,8 @@ std::string_view to_string(Backend backend) { return kBackendNames[static_cast<s
 
 Geometry::Geometry(SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation, c10::SymInt groups,
                    std::string_view backend)
-    : stride(pair(stride, "stride")),
-      padding(pair(padding, "padding")),
-      dilation(pair(dilation, "dilation")),
-      groups(std::move(groups)),
-      backend(parse_backend(backend)) {}
+    : stride(pair(stride, "stride")), padding(pair(padding, "padding")), dilation(pair(dilation, "dilation")),
+      groups(std::move(groups)), backend(parse_backend(backend)) {}
 
 Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Geometry& g) {
   static const Conv2dOperator op("freezekit::conv2d");

@@ -1,6 +1,8 @@
 // Convolutions of any number of dimensions, and transposed ones, by ATen; conv2d has operators of its own.
 //
 // What the node keeps is what conv2d's keeps: x only for wgrad, w only for dgrad, nothing for the gradient of the bias.
+#include "torch/conv_nd/conv_nd.h"
+
 #include <ATen/autocast_mode.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/convolution.h>
@@ -12,15 +14,14 @@
 #include "torch/common/checks.h"
 #include "torch/common/route.h"
 #include "torch/common/shape_only.h"
-#include "torch/conv_nd/conv_nd.h"
 
 namespace freezekit {
 namespace {
 
 using OptionalTensor = std::optional<Tensor>;
 
-using ConvNdOperator = SettingsOperator<ConvNdGeometry, Tensor(const Tensor& input, const Tensor& weight,
-                                                               const OptionalTensor& bias)>;
+using ConvNdOperator =
+    SettingsOperator<ConvNdGeometry, Tensor(const Tensor& input, const Tensor& weight, const OptionalTensor& bias)>;
 
 // dx of y = conv(x, w): as in backends/aten.cpp, ATen's own gradient where a stand-in for x takes no memory, else the
 // transposed convolution, or the plain one of a transposed one. The transposed convolution ends where the last window
@@ -35,8 +36,8 @@ Tensor dgrad(const Tensor& dy, const Tensor& weight, SymIntArrayRef input_size, 
   }
   const int64_t axes = dy.dim() - 2;
   for (int64_t i = 0; i < axes; ++i) {
-    const auto reached = (dy.sym_size(2 + i) - 1) * g.stride[i] - g.padding[i] * 2 +
-                         g.dilation[i] * (weight.sym_size(2 + i) - 1) + 1;
+    const auto reached =
+        (dy.sym_size(2 + i) - 1) * g.stride[i] - g.padding[i] * 2 + g.dilation[i] * (weight.sym_size(2 + i) - 1) + 1;
     g.output_padding[i] = g.transposed ? c10::SymInt(0) : input_size[2 + i] - reached;
   }
   g.transposed = !g.transposed;
@@ -50,9 +51,8 @@ Tensor dgrad(const Tensor& dy, const Tensor& weight, SymIntArrayRef input_size, 
 // ATen's interface wants a weight for its size and layout.
 Tensor wgrad(const Tensor& dy, const Tensor& input, SymIntArrayRef weight_size, const ConvNdGeometry& g) {
   const Tensor weight = shape_only(weight_size, dy, at::MemoryFormat::Contiguous);
-  return std::get<1>(at::convolution_backward_symint(dy, input, weight, std::nullopt, g.stride, g.padding,
-                                                     g.dilation, g.transposed, g.output_padding, g.groups,
-                                                     {false, true, false}));
+  return std::get<1>(at::convolution_backward_symint(dy, input, weight, std::nullopt, g.stride, g.padding, g.dilation,
+                                                     g.transposed, g.output_padding, g.groups, {false, true, false}));
 }
 
 Tensor bias_gradient(const Tensor& dy) {
@@ -68,8 +68,7 @@ void check_device(const Tensor& input, const Tensor& other, const char* name) {
 
 // ATen reads what lies on the meta device as if it had data, and forms products of sizes unchecked. at::conv1d and
 // at::conv3d refuse a bias of another dtype; at::convolution, below them and used here, does not.
-void check_convolution(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                       const ConvNdGeometry& g) {
+void check_convolution(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const ConvNdGeometry& g) {
   check_device(input, weight, "weight");
   if (bias && bias->defined()) {
     check_device(input, *bias, "bias");
@@ -109,8 +108,9 @@ struct ConvNdGradients {
 
 Tensor record_convolution(const Tensor& input, const Tensor& weight, const Tensor& bias, const ConvNdGeometry& g,
                           c10::function_ref<Tensor()> compute) {
-  const auto node = formula_node("FreezekitConvolutionBackward",
-                                 ConvNdGradients{g, owned(input.sym_sizes()), owned(weight.sym_sizes())}, input, weight, bias);
+  const auto node =
+      formula_node("FreezekitConvolutionBackward",
+                   ConvNdGradients{g, owned(input.sym_sizes()), owned(weight.sym_sizes())}, input, weight, bias);
   node->keep(weight.requires_grad() ? input : Tensor(), input.requires_grad() ? weight : Tensor());
   return recorded(node, compute);
 }
@@ -127,7 +127,8 @@ Tensor convolution_autograd(const Tensor& input, const Tensor& weight, const Opt
   return record_convolution(input, weight, b, g, [&] { return g.convolution(input, weight, bias); });
 }
 
-Tensor convolution_aten(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const ConvNdGeometry& g) {
+Tensor convolution_aten(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                        const ConvNdGeometry& g) {
   check_convolution(input, weight, bias, g);
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   return g.convolution(input, weight, bias);

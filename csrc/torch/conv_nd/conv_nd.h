@@ -22,12 +22,8 @@ struct ConvNdGeometry {
   ConvNdGeometry() = default;
   ConvNdGeometry(SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation, bool transposed,
                  SymIntArrayRef output_padding, c10::SymInt groups)
-      : stride(owned(stride)),
-        padding(owned(padding)),
-        dilation(owned(dilation)),
-        output_padding(owned(output_padding)),
-        transposed(transposed),
-        groups(std::move(groups)) {}
+      : stride(owned(stride)), padding(owned(padding)), dilation(owned(dilation)),
+        output_padding(owned(output_padding)), transposed(transposed), groups(std::move(groups)) {}
 
   template <class F>
   auto apply(const F& f) const {

@@ -59,7 +59,8 @@ Tensor threshold(DispatchKeySet keys, const Tensor& x, const Scalar& threshold, 
 
 Tensor& threshold_(DispatchKeySet keys, Tensor& x, const Scalar& threshold, const Scalar& value) {
   if (is_unrecorded(x)) return torch_threshold_inplace.unrecorded(keys, x, threshold, value);
-  if (!is_zero(threshold) || !is_zero(value) || !has_bits(x)) return torch_threshold_inplace.stock(keys, x, threshold, value);
+  if (!is_zero(threshold) || !is_zero(value) || !has_bits(x))
+    return torch_threshold_inplace.stock(keys, x, threshold, value);
   return activation_inplace(keys, x, "relu", 0, 0);
 }
 

@@ -14,7 +14,7 @@ using c10::SymIntArrayRef;
 using OptionalTensor = std::optional<Tensor>;
 
 extern Operator<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, SymIntArrayRef, SymIntArrayRef,
-                             SymIntArrayRef, bool, SymIntArrayRef, SymInt)>
+                       SymIntArrayRef, bool, SymIntArrayRef, SymInt)>
     torch_convolution;
 
 Tensor convolution(DispatchKeySet keys, const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
@@ -22,19 +22,20 @@ Tensor convolution(DispatchKeySet keys, const Tensor& input, const Tensor& weigh
                    SymIntArrayRef output_padding, SymInt groups) {
   const Tensor b = bias.value_or(Tensor());
   if (is_unrecorded(input, weight, b)) {
-    return torch_convolution.unrecorded(keys, input, weight, bias, stride, padding, dilation, transposed, output_padding,
-                                   groups);
+    return torch_convolution.unrecorded(keys, input, weight, bias, stride, padding, dilation, transposed,
+                                        output_padding, groups);
   }
   const size_t axes = input.dim() - 2;
   const auto fits = [axes](SymIntArrayRef numbers) { return numbers.size() == 1 || numbers.size() == axes; };
   const bool gains = !weight.requires_grad() && weight.dim() == input.dim() && axes >= 1 && axes <= 3 && fits(stride) &&
                      fits(padding) && fits(dilation) && fits(output_padding);
   if (!gains || !serves(Value::torch_s, input, weight, b)) {
-    return torch_convolution.stock(keys, input, weight, bias, stride, padding, dilation, transposed, output_padding, groups);
+    return torch_convolution.stock(keys, input, weight, bias, stride, padding, dilation, transposed, output_padding,
+                                   groups);
   }
   const auto compute = [&] {
     return torch_convolution.forward(keys, input, weight, bias, stride, padding, dilation, transposed, output_padding,
-                                groups);
+                                     groups);
   };
   if (axes == 2 && !transposed) {
     return record_conv2d(input, weight, b, Geometry(stride, padding, dilation, groups, "auto"), compute);
@@ -48,8 +49,8 @@ Tensor convolution(DispatchKeySet keys, const Tensor& input, const Tensor& weigh
       compute);
 }
 
-Operator<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, SymIntArrayRef, SymIntArrayRef,
-                      SymIntArrayRef, bool, SymIntArrayRef, SymInt)>
+Operator<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, SymIntArrayRef, SymIntArrayRef, SymIntArrayRef,
+                bool, SymIntArrayRef, SymInt)>
     torch_convolution("convolution", TORCH_FN(convolution));
 
 }  // namespace

@@ -1,10 +1,11 @@
 // Batch norm by given statistics and with a frozen weight keeps nothing of the input's size; layer and group norm keep
 // nothing where the bias alone learns.
+#include "torch/norm/norm.h"
+
 #include <ATen/core/Tensor.h>
 
 #include "torch/enable/call.h"
 #include "torch/enable/operator.h"
-#include "torch/norm/norm.h"
 
 namespace freezekit::enable {
 namespace {
@@ -43,8 +44,8 @@ auto batch_norm_by(const Op& op, DispatchKeySet keys, bool training, double eps,
   if (is_unrecorded(input, w, b, mean, var)) {
     return op.unrecorded(keys, input, weight, bias, running_mean, running_var, rest...);
   }
-  const bool gains = !training && mean.defined() && var.defined() && input.dim() >= 2 && !learns(w) && !learns(mean) &&
-                     !learns(var);
+  const bool gains =
+      !training && mean.defined() && var.defined() && input.dim() >= 2 && !learns(w) && !learns(mean) && !learns(var);
   if (!gains || !serves(Value::torch_s, input, w, b, mean, var)) {
     return op.stock(keys, input, weight, bias, running_mean, running_var, rest...);
   }

@@ -19,8 +19,8 @@ using Linear = Operator<Tensor(const Tensor&, SymIntArrayRef)>;
 extern MaxPool2d torch_max_pool2d;
 extern MaxPoolWithIndices torch_max_pool2d_with_indices, torch_max_pool3d_with_indices;
 extern AvgPool torch_avg_pool2d, torch_avg_pool3d;
-extern Linear torch_adaptive_avg_pool2d, torch_adaptive_avg_pool3d, torch_reflection_pad1d, torch_reflection_pad2d, torch_reflection_pad3d,
-    torch_replication_pad1d, torch_replication_pad2d, torch_replication_pad3d;
+extern Linear torch_adaptive_avg_pool2d, torch_adaptive_avg_pool3d, torch_reflection_pad1d, torch_reflection_pad2d,
+    torch_reflection_pad3d, torch_replication_pad1d, torch_replication_pad2d, torch_replication_pad3d;
 
 // freezekit's max pools.
 template <class Result>
@@ -53,7 +53,8 @@ Tensor max_pool2d(DispatchKeySet keys, const Tensor& x, IntArrayRef kernel_size,
     return torch_max_pool2d.stock(keys, x, kernel_size, stride, padding, dilation, ceil_mode);
   }
   static const auto op = find_operator<OwnMaxPool2d<Tensor>>("freezekit::max_pool2d");
-  return op.redispatch(keys, x, symbols(kernel_size), symbols(stride), symbols(padding), symbols(dilation), ceil_mode, "auto");
+  return op.redispatch(keys, x, symbols(kernel_size), symbols(stride), symbols(padding), symbols(dilation), ceil_mode,
+                       "auto");
 }
 
 std::tuple<Tensor, Tensor> max_pool2d_with_indices(DispatchKeySet keys, const Tensor& x, IntArrayRef kernel_size,
@@ -63,7 +64,8 @@ std::tuple<Tensor, Tensor> max_pool2d_with_indices(DispatchKeySet keys, const Te
     return torch_max_pool2d_with_indices.stock(keys, x, kernel_size, stride, padding, dilation, ceil_mode);
   }
   static const auto op = find_operator<OwnMaxPool2d<std::tuple<Tensor, Tensor>>>("freezekit::max_pool2d_with_indices");
-  return op.redispatch(keys, x, symbols(kernel_size), symbols(stride), symbols(padding), symbols(dilation), ceil_mode, "auto");
+  return op.redispatch(keys, x, symbols(kernel_size), symbols(stride), symbols(padding), symbols(dilation), ceil_mode,
+                       "auto");
 }
 
 std::tuple<Tensor, Tensor> max_pool3d_with_indices(DispatchKeySet keys, const Tensor& x, IntArrayRef kernel_size,
@@ -76,8 +78,8 @@ std::tuple<Tensor, Tensor> max_pool3d_with_indices(DispatchKeySet keys, const Te
       serves(Value::torch_s, x)) {
     const Windows3d windows(symbols(kernel_size), symbols(stride), symbols(padding), symbols(dilation), ceil_mode);
     if (windows.has_taps()) {
-      return record_max_pool3d(
-          x, windows, [&] { return op.forward(keys, x, kernel_size, stride, padding, dilation, ceil_mode); });
+      return record_max_pool3d(x, windows,
+                               [&] { return op.forward(keys, x, kernel_size, stride, padding, dilation, ceil_mode); });
     }
   }
   return op.stock(keys, x, kernel_size, stride, padding, dilation, ceil_mode);
@@ -92,8 +94,8 @@ Tensor avg_pool(const AvgPool& op, size_t axes, DispatchKeySet keys, const Tenso
   if (kernel_size.size() != axes || !serves(Value::torch_s, x)) {
     return op.stock(keys, x, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override);
   }
-  static const auto own = find_operator<Tensor(const Tensor&, SymIntArrayRef, SymIntArrayRef, SymIntArrayRef, bool, bool,
-                                               std::optional<c10::SymInt>)>("freezekit::avg_pool");
+  static const auto own = find_operator<Tensor(const Tensor&, SymIntArrayRef, SymIntArrayRef, SymIntArrayRef, bool,
+                                               bool, std::optional<c10::SymInt>)>("freezekit::avg_pool");
   return own.redispatch(keys, x, symbols(kernel_size), symbols(stride), symbols(padding), ceil_mode, count_include_pad,
                         divisor_override ? std::make_optional(c10::SymInt(*divisor_override)) : std::nullopt);
 }
@@ -101,13 +103,15 @@ Tensor avg_pool(const AvgPool& op, size_t axes, DispatchKeySet keys, const Tenso
 Tensor avg_pool2d(DispatchKeySet keys, const Tensor& x, IntArrayRef kernel_size, IntArrayRef stride,
                   IntArrayRef padding, bool ceil_mode, bool count_include_pad,
                   std::optional<int64_t> divisor_override) {
-  return avg_pool(torch_avg_pool2d, 2, keys, x, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override);
+  return avg_pool(torch_avg_pool2d, 2, keys, x, kernel_size, stride, padding, ceil_mode, count_include_pad,
+                  divisor_override);
 }
 
 Tensor avg_pool3d(DispatchKeySet keys, const Tensor& x, IntArrayRef kernel_size, IntArrayRef stride,
                   IntArrayRef padding, bool ceil_mode, bool count_include_pad,
                   std::optional<int64_t> divisor_override) {
-  return avg_pool(torch_avg_pool3d, 3, keys, x, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override);
+  return avg_pool(torch_avg_pool3d, 3, keys, x, kernel_size, stride, padding, ceil_mode, count_include_pad,
+                  divisor_override);
 }
 
 bool is_in_range(SymIntArrayRef numbers) {

@@ -6,14 +6,14 @@
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
-#include "torch/backends/aten.h"
-#include "torch/common/checks.h"
 #include "torch/autograd/formula.h"
+#include "torch/autograd/node.h"
+#include "torch/backends/aten.h"
+#include "torch/bits/gate.h"
+#include "torch/common/checks.h"
+#include "torch/common/route.h"
 #include "torch/frozen_conv2d/frozen_conv2d.h"
 #include "torch/frozen_conv2d/node.h"
-#include "torch/bits/gate.h"
-#include "torch/common/route.h"
-#include "torch/autograd/node.h"
 
 namespace freezekit {
 namespace {
@@ -144,11 +144,13 @@ std::tuple<Tensor, Tensor> frozen_shared(const FrozenOperands& o, const FrozenCo
   return {result.y, share ? result.input : o.input};
 }
 
-std::tuple<Tensor, Tensor> frozen_shared_entry(
-    const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
-    std::string_view activation, SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation, c10::SymInt groups,
-    const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, const OptionalTensor& running_mean,
-    const OptionalTensor& running_var, double eps, std::optional<bool> channels_last, std::string_view backend) {
+std::tuple<Tensor, Tensor> frozen_shared_entry(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                                               const OptionalTensor& residual, std::string_view activation,
+                                               SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
+                                               c10::SymInt groups, const OptionalTensor& norm_weight,
+                                               const OptionalTensor& norm_bias, const OptionalTensor& running_mean,
+                                               const OptionalTensor& running_var, double eps,
+                                               std::optional<bool> channels_last, std::string_view backend) {
   return frozen_entry<frozen_shared>(input, weight, bias, residual, activation, stride, padding, dilation, groups,
                                      norm_weight, norm_bias, running_mean, running_var, eps, channels_last,
                                      /*keep_mask=*/false, backend);

@@ -1,6 +1,6 @@
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/Context.h>
 #include <ATen/TensorOperators.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/batch_norm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/hardtanh.h>
@@ -63,8 +63,7 @@ SizeVector check_operands(const FrozenOperands& o, const Geometry& g) {
   check_bias(o.bias.sym_sizes(), o.weight.sym_sizes());
   const bool shorter = o.input.scalar_type() == at::kBFloat16 || o.input.scalar_type() == at::kHalf;
   if (!shorter || o.bias.scalar_type() != at::kFloat) check_same(o.input, "input", o.bias, "bias");
-  TORCH_CHECK(o.bias.device() == o.input.device(), "bias is on ", o.bias.device(), ", input is on ",
-              o.input.device());
+  TORCH_CHECK(o.bias.device() == o.input.device(), "bias is on ", o.bias.device(), ", input is on ", o.input.device());
   return output;
 }
 
@@ -123,8 +122,8 @@ Tensor frozen_by_kernels(const Conv2dProblem& problem, const FrozenOperands& o, 
 }
 
 // (y, bits) by ATen's convolution, in the wanted layout. On a CPU one pass does what is left; elsewhere torch's operators.
-std::tuple<Tensor, Tensor> frozen_by_aten(const Conv2dProblem& problem, const FrozenOperands& o,
-                                          const FrozenConv2d& f, bool channels_last, bool keep_mask) {
+std::tuple<Tensor, Tensor> frozen_by_aten(const Conv2dProblem& problem, const FrozenOperands& o, const FrozenConv2d& f,
+                                          bool channels_last, bool keep_mask) {
   const Geometry& g = f.geometry;
   const Tensor x = channels_last ? o.input.contiguous(at::MemoryFormat::ChannelsLast) : o.input;
   const Tensor r = o.residual.defined() ? o.residual.contiguous(format(channels_last)) : o.residual;
@@ -185,8 +184,8 @@ std::tuple<Tensor, Tensor> frozen_kernel(const FrozenOperands& o, const FrozenCo
     native::activation(piecewise(f.activation), own, same, expected);
     return proof::difference(expected, bits, 0);
   };
-  const Tensor y = computed({Operator::fprop, problem, o.input, format(last), variant, faults},
-                            choosable(g.backend, last), run);
+  const Tensor y =
+      computed({Operator::fprop, problem, o.input, format(last), variant, faults}, choosable(g.backend, last), run);
   return {y, bits};
 }
 
@@ -208,8 +207,8 @@ Tensor dgrad_by_aten(const Conv2dProblem& problem, const FrozenGrad& o, const Te
     if (o.grad_mask.defined()) dy = gate(dy, o.grad_mask, {dy.sym_strides(), GateRule(), Backend::automatic});
     if (scale.defined()) dy = by_channel(dy, scale, 1);
   }
-  Tensor dx = few_positions::takes(problem, dy, w) ? few_positions::dgrad(problem, dy, w)
-                                                   : aten::dgrad(dy, w, o.input_size, g);
+  Tensor dx =
+      few_positions::takes(problem, dy, w) ? few_positions::dgrad(problem, dy, w) : aten::dgrad(dy, w, o.input_size, g);
   dx = dx.contiguous(format(o.channels_last));
   if (o.residual.defined()) dx.add_(o.residual);
   if (o.mask.defined()) gate_inplace(dx, o.mask, {}, Backend::automatic);
@@ -217,16 +216,17 @@ Tensor dgrad_by_aten(const Conv2dProblem& problem, const FrozenGrad& o, const Te
 }
 
 Tensor dgrad_by_kernels(const Conv2dProblem& problem, const FrozenGrad& o, const Tensor& scale, const Geometry& g) {
-  const Tensor dy =
-      o.grad_mask.defined() ? gate(o.grad_output, o.grad_mask, {o.grad_output.sym_strides(), GateRule(), g.backend})
-                            : o.grad_output;
+  const Tensor dy = o.grad_mask.defined()
+                        ? gate(o.grad_output, o.grad_mask, {o.grad_output.sym_strides(), GateRule(), g.backend})
+                        : o.grad_output;
   return native::dgrad_epilogue(problem, dy, o.weight, scale, o.residual, o.mask, g);
 }
 
 void check_mask(const Tensor& mask, int64_t numel, const char* name) {
-  TORCH_CHECK(!mask.defined() || (mask.scalar_type() == at::kInt && mask.dim() == 1 && mask.numel() == mask_words(numel)),
-              name, " must be one row of ", mask_words(numel), " int32 words, got ",
-              mask.defined() ? mask.scalar_type() : at::kInt, " of size ", mask.defined() ? mask.sizes() : IntArrayRef());
+  TORCH_CHECK(
+      !mask.defined() || (mask.scalar_type() == at::kInt && mask.dim() == 1 && mask.numel() == mask_words(numel)), name,
+      " must be one row of ", mask_words(numel), " int32 words, got ", mask.defined() ? mask.scalar_type() : at::kInt,
+      " of size ", mask.defined() ? mask.sizes() : IntArrayRef());
 }
 
 Tensor frozen_dgrad_kernel(const FrozenGrad& o, const Geometry& g) {

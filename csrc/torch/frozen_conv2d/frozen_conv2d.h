@@ -68,15 +68,16 @@ inline OptionalTensor optional_of(const Tensor& tensor) {
 
 using FrozenConv2dSignature = std::tuple<Tensor, Tensor>(
     const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
-    std::string_view activation, SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation, c10::SymInt groups,
-    const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, const OptionalTensor& running_mean,
-    const OptionalTensor& running_var, double eps, std::optional<bool> channels_last, bool keep_mask,
-    std::string_view backend);
+    std::string_view activation, SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
+    c10::SymInt groups, const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
+    const OptionalTensor& running_mean, const OptionalTensor& running_var, double eps,
+    std::optional<bool> channels_last, bool keep_mask, std::string_view backend);
 using FrozenSharedSignature = std::tuple<Tensor, Tensor>(
     const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
-    std::string_view activation, SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation, c10::SymInt groups,
-    const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, const OptionalTensor& running_mean,
-    const OptionalTensor& running_var, double eps, std::optional<bool> channels_last, std::string_view backend);
+    std::string_view activation, SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
+    c10::SymInt groups, const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
+    const OptionalTensor& running_mean, const OptionalTensor& running_var, double eps,
+    std::optional<bool> channels_last, std::string_view backend);
 using FrozenDgradSignature = Tensor(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size,
                                     const OptionalTensor& residual, const OptionalTensor& mask, SymIntArrayRef stride,
                                     SymIntArrayRef padding, SymIntArrayRef dilation, c10::SymInt groups,
@@ -88,13 +89,16 @@ using FrozenDgradSignature = Tensor(const Tensor& grad_output, const Tensor& wei
 template <auto kBody>
 std::tuple<Tensor, Tensor> frozen_entry(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                                         const OptionalTensor& residual, std::string_view activation,
-                                        SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation, c10::SymInt groups,
-                                        const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
-                                        const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                                        double eps, std::optional<bool> channels_last, bool keep_mask,
-                                        std::string_view backend) {
+                                        SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
+                                        c10::SymInt groups, const OptionalTensor& norm_weight,
+                                        const OptionalTensor& norm_bias, const OptionalTensor& running_mean,
+                                        const OptionalTensor& running_var, double eps,
+                                        std::optional<bool> channels_last, bool keep_mask, std::string_view backend) {
   const auto of = [](const OptionalTensor& tensor) { return tensor.value_or(Tensor()); };
-  return kBody(FrozenOperands{input, weight, of(bias), of(residual),
+  return kBody(FrozenOperands{input,
+                              weight,
+                              of(bias),
+                              of(residual),
                               {of(norm_weight), of(norm_bias), of(running_mean), of(running_var), eps}},
                FrozenConv2d(activation, channels_last, Geometry(stride, padding, dilation, groups, backend)),
                keep_mask);
@@ -103,12 +107,18 @@ std::tuple<Tensor, Tensor> frozen_entry(const Tensor& input, const Tensor& weigh
 template <auto kBody>
 Tensor frozen_dgrad_entry(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size,
                           const OptionalTensor& residual, const OptionalTensor& mask, SymIntArrayRef stride,
-                          SymIntArrayRef padding, SymIntArrayRef dilation, c10::SymInt groups, const OptionalTensor& grad_mask,
-                          const OptionalTensor& norm_weight, const OptionalTensor& running_var, double eps,
-                          bool channels_last, std::string_view backend) {
+                          SymIntArrayRef padding, SymIntArrayRef dilation, c10::SymInt groups,
+                          const OptionalTensor& grad_mask, const OptionalTensor& norm_weight,
+                          const OptionalTensor& running_var, double eps, bool channels_last, std::string_view backend) {
   const auto of = [](const OptionalTensor& tensor) { return tensor.value_or(Tensor()); };
-  return kBody(FrozenGrad{grad_output, weight, input_size, of(residual), of(mask), of(grad_mask),
-                          {of(norm_weight), Tensor(), Tensor(), of(running_var), eps}, channels_last},
+  return kBody(FrozenGrad{grad_output,
+                          weight,
+                          input_size,
+                          of(residual),
+                          of(mask),
+                          of(grad_mask),
+                          {of(norm_weight), Tensor(), Tensor(), of(running_var), eps},
+                          channels_last},
                Geometry(stride, padding, dilation, groups, backend));
 }
 

@@ -45,7 +45,8 @@ variable_list backward_of_values(const variable_list& grads, const std::vector<c
     if (wanted[kInput]) result[kInput] = passed_on(grads);
     return result;
   }
-  const Tensor dy = bits_stride.empty() ? grads[0] : gate(grads[0], bits, {bits_stride, GateRule(), parse_backend(backend)});
+  const Tensor dy =
+      bits_stride.empty() ? grads[0] : gate(grads[0], bits, {bits_stride, GateRule(), parse_backend(backend)});
   if (wanted.size() > kResidual && wanted[kResidual]) result[kResidual] = dy;
   if (wanted[kInput]) {
     const Geometry g(stride, padding, dilation, groups, backend);
@@ -58,14 +59,10 @@ variable_list backward_of_values(const variable_list& grads, const std::vector<c
 
 // On a CPU a mask is a pass of its own wherever it is applied, and the one that scales dy can do it too.
 FrozenConv2dBackward::FrozenConv2dBackward(FrozenConv2d f, const FrozenOperands& o)
-    : f_(std::move(f)),
-      input_size_(owned(o.input.sym_sizes())),
-      input_is_channels_last_(o.input.suggest_memory_format() == at::MemoryFormat::ChannelsLast),
-      eps_(o.norm.eps),
-      has_norm_(o.norm.defined()),
-      masks_in_dgrad_(o.input.is_cpu() && !f_.own_kernels()),
-      weight_(o.weight, /*is_output=*/false),
-      gamma_(o.norm.gamma, /*is_output=*/false),
+    : f_(std::move(f)), input_size_(owned(o.input.sym_sizes())),
+      input_is_channels_last_(o.input.suggest_memory_format() == at::MemoryFormat::ChannelsLast), eps_(o.norm.eps),
+      has_norm_(o.norm.defined()), masks_in_dgrad_(o.input.is_cpu() && !f_.own_kernels()),
+      weight_(o.weight, /*is_output=*/false), gamma_(o.norm.gamma, /*is_output=*/false),
       var_(o.norm.var, /*is_output=*/false) {}
 
 void FrozenConv2dBackward::keep(const Tensor& y, const Tensor& bits) {

@@ -52,11 +52,8 @@ struct AvgPool {
   AvgPool() = default;
   AvgPool(SymIntArrayRef kernel_size, SymIntArrayRef stride, SymIntArrayRef padding, bool ceil_mode,
           bool count_include_pad, std::optional<c10::SymInt> divisor_override)
-      : kernel_size(guarded(kernel_size)),
-        stride(guarded(stride.empty() ? kernel_size : stride)),
-        padding(guarded(padding)),
-        ceil_mode(ceil_mode),
-        count_include_pad(count_include_pad) {
+      : kernel_size(guarded(kernel_size)), stride(guarded(stride.empty() ? kernel_size : stride)),
+        padding(guarded(padding)), ceil_mode(ceil_mode), count_include_pad(count_include_pad) {
     check_count(kernel_size.size(), {2, 3}, "kernel_size");
     if (divisor_override) divisor = divisor_override->guard_int(__FILE__, __LINE__);
   }
@@ -103,7 +100,8 @@ struct AdaptiveAvgPool : OneList {
   }
 
   Tensor value(const Tensor& x) const {
-    return numbers.size() == 3 ? at::adaptive_avg_pool3d_symint(x, numbers) : at::adaptive_avg_pool2d_symint(x, numbers);
+    return numbers.size() == 3 ? at::adaptive_avg_pool3d_symint(x, numbers)
+                               : at::adaptive_avg_pool2d_symint(x, numbers);
   }
   Tensor gradient(const Tensor& dy, const Tensor& x) const {
     return numbers.size() == 3 ? at::_adaptive_avg_pool3d_backward(dy, x) : at::_adaptive_avg_pool2d_backward(dy, x);
@@ -198,10 +196,10 @@ TORCH_LIBRARY_FRAGMENT(freezekit, m) {
   m.def("replication_pad(Tensor input, SymInt[] padding) -> Tensor", tags);
 }
 
-#define FREEZEKIT_LINEAR_LAYERS(m, f)                                              \
-  m.impl("avg_pool", LinearOperator<AvgPool>::kernel<f<AvgPool>>);                 \
+#define FREEZEKIT_LINEAR_LAYERS(m, f)                                                       \
+  m.impl("avg_pool", LinearOperator<AvgPool>::kernel<f<AvgPool>>);                          \
   m.impl("adaptive_avg_pool", LinearOperator<AdaptiveAvgPool>::kernel<f<AdaptiveAvgPool>>); \
-  m.impl("reflection_pad", LinearOperator<ReflectionPad>::kernel<f<ReflectionPad>>);  \
+  m.impl("reflection_pad", LinearOperator<ReflectionPad>::kernel<f<ReflectionPad>>);        \
   m.impl("replication_pad", LinearOperator<ReplicationPad>::kernel<f<ReplicationPad>>)
 
 TORCH_LIBRARY_IMPL(freezekit, CompositeExplicitAutograd, m) { FREEZEKIT_LINEAR_LAYERS(m, by_aten); }

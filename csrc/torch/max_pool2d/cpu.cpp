@@ -25,8 +25,8 @@ FK_SIMD_CLONES void pool_row(const T* x, T* y, Tap* taps, const Pooling& g, int6
 }
 
 template <class T, class C, class Tap>
-FK_SIMD_CLONES void pool_pixels(const T* x, T* y, Tap* taps, const Pooling& g, int64_t row, int64_t channels,
-                                C* best, int32_t* tap) {
+FK_SIMD_CLONES void pool_pixels(const T* x, T* y, Tap* taps, const Pooling& g, int64_t row, int64_t channels, C* best,
+                                int32_t* tap) {
   cpu::max_pool_pixels(x, y, taps, g, row, channels, best, tap);
 }
 
@@ -45,9 +45,8 @@ void for_tap_type(at::ScalarType type, const F& f) {
 // f(an element of the dtype, a tap of the type of taps)
 template <class F>
 void dispatch(const Tensor& values, const Tensor& taps, const F& f) {
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, values.scalar_type(), "freezekit::max_pool2d", [&] {
-    for_tap_type(taps.scalar_type(), [&](auto tap) { f(scalar_t(), tap); });
-  });
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, values.scalar_type(), "freezekit::max_pool2d",
+                                  [&] { for_tap_type(taps.scalar_type(), [&](auto tap) { f(scalar_t(), tap); }); });
 }
 
 template <class T, class Tap>

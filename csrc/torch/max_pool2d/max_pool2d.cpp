@@ -56,7 +56,8 @@ std::array<int64_t, 4> output_size(const Tensor& input, const PoolGeometry& g, a
 
 // The same for sizes that are symbols, with strides. torch computes it in Python, which loads a lot.
 Tensor output_like(const Tensor& input, const PoolGeometry& g) {
-  const Tensor shape = at::empty_strided_symint(input.sym_sizes(), input.sym_strides(), input.options().device(at::kMeta));
+  const Tensor shape =
+      at::empty_strided_symint(input.sym_sizes(), input.sym_strides(), input.options().device(at::kMeta));
   return std::get<0>(at::max_pool2d_with_indices(shape, g.kernel_size, g.stride, g.padding, g.dilation, g.ceil_mode));
 }
 
@@ -79,13 +80,13 @@ void check_taps(const Tensor& values, const Tensor& taps, SymIntArrayRef input_s
 std::tuple<Tensor, Tensor> taps_kernel(const Tensor& input, const PoolGeometry& g) {
   check_input(input);
   const at::AutoDispatchBelowADInplaceOrView below;
-  const auto format = input.suggest_memory_format();  // for all: tensors of size 1 suggest another than their neighbours
+  const auto format =
+      input.suggest_memory_format();  // for all: tensors of size 1 suggest another than their neighbours
   const auto size = output_size(input, g, format);
   const MaxPool m = g.problem(input.sizes(), size, format);
   const Computer computer = computer_of(Op::max_pool2d, m, input, g);
   if (!has_kernel(computer)) {
-    auto [y, indices] =
-        at::max_pool2d_with_indices(input, g.kernel_size, g.stride, g.padding, g.dilation, g.ceil_mode);
+    auto [y, indices] = at::max_pool2d_with_indices(input, g.kernel_size, g.stride, g.padding, g.dilation, g.ceil_mode);
     return {y, max_pool::taps_of_indices(indices, input, g)};
   }
   const Tensor y = at::empty(size, input.options(), format);
@@ -153,11 +154,8 @@ Tensor gather_meta(const Tensor& input, const Tensor& taps, SymIntArrayRef input
 PoolGeometry::PoolGeometry(SymIntArrayRef kernel_size, SymIntArrayRef stride, SymIntArrayRef padding,
                            SymIntArrayRef dilation, bool ceil_mode, std::string_view backend)
     : kernel_size(pair(kernel_size, "kernel_size")),
-      stride(stride.empty() ? this->kernel_size : pair(stride, "stride")),
-      padding(pair(padding, "padding")),
-      dilation(pair(dilation, "dilation")),
-      ceil_mode(ceil_mode),
-      backend(parse_backend(backend)) {}
+      stride(stride.empty() ? this->kernel_size : pair(stride, "stride")), padding(pair(padding, "padding")),
+      dilation(pair(dilation, "dilation")), ceil_mode(ceil_mode), backend(parse_backend(backend)) {}
 
 MaxPool PoolGeometry::problem(IntArrayRef input_size, IntArrayRef output_size, at::MemoryFormat format) const {
   const Pooling window = {input_size[2], input_size[3], output_size[2], output_size[3], kernel_size[0], kernel_size[1],
@@ -199,7 +197,8 @@ TORCH_LIBRARY_FRAGMENT(freezekit, m) {
   m.def(("max_pool2d(Tensor input, " + settings + "Tensor").c_str(), tags);
   m.def(("max_pool2d_with_indices(Tensor input, " + settings + "(Tensor, Tensor)").c_str(), tags);
   m.def(("max_pool2d_taps(Tensor input, " + settings + "(Tensor, Tensor)").c_str(), tags);
-  m.def(("max_pool2d_scatter(Tensor grad_output, Tensor taps, SymInt[] input_size, " + settings + "Tensor").c_str(), tags);
+  m.def(("max_pool2d_scatter(Tensor grad_output, Tensor taps, SymInt[] input_size, " + settings + "Tensor").c_str(),
+        tags);
   m.def(("max_pool2d_gather(Tensor input, Tensor taps, SymInt[] input_size, " + settings + "Tensor").c_str(), tags);
 }
 TORCH_LIBRARY_IMPL(freezekit, CompositeExplicitAutograd, m) {

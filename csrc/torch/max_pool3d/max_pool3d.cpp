@@ -175,8 +175,8 @@ Tensor in_batch(const Tensor& tensor, bool is_batch) { return is_batch ? tensor 
 
 struct PoolGradient3d {
   Windows3d windows;
-  bool is_batch = true;                  // else the input is one volume
-  std::vector<c10::SymInt> input_size;  // (N, C, D, H, W)
+  bool is_batch = true;                                    // else the input is one volume
+  std::vector<c10::SymInt> input_size;                     // (N, C, D, H, W)
   at::MemoryFormat format = at::MemoryFormat::Contiguous;  // of the input
 
   auto fields() {
@@ -190,9 +190,8 @@ struct PoolGradient3d {
     const Windows3d& g = windows;
     const auto [indices, inside] = indices_of(taps(0), input_size, g);
     const Tensor dy = at::where(inside, in_batch(grad, is_batch), 0);
-    const Tensor dx =
-        at::max_pool3d_with_indices_backward(dy, without_data(input_size, grad, format), g.kernel_size, g.stride,
-                                             g.padding, g.dilation, g.ceil_mode, indices);
+    const Tensor dx = at::max_pool3d_with_indices_backward(dy, without_data(input_size, grad, format), g.kernel_size,
+                                                           g.stride, g.padding, g.dilation, g.ceil_mode, indices);
     return {is_batch ? in_layout(dx, format) : dx.squeeze(0)};
   }
 };
@@ -221,13 +220,11 @@ void register_entries(torch::Library& m) {
 
 }  // namespace
 
-Windows3d::Windows3d(SymIntArrayRef kernel_size, SymIntArrayRef stride, SymIntArrayRef padding,
-                     SymIntArrayRef dilation, bool ceil_mode)
+Windows3d::Windows3d(SymIntArrayRef kernel_size, SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
+                     bool ceil_mode)
     : kernel_size(triple(kernel_size, "kernel_size")),
-      stride(stride.empty() ? this->kernel_size : triple(stride, "stride")),
-      padding(triple(padding, "padding")),
-      dilation(triple(dilation, "dilation")),
-      ceil_mode(ceil_mode) {}
+      stride(stride.empty() ? this->kernel_size : triple(stride, "stride")), padding(triple(padding, "padding")),
+      dilation(triple(dilation, "dilation")), ceil_mode(ceil_mode) {}
 
 bool Windows3d::has_taps() const {
   return static_cast<double>(kernel_size[0]) * kernel_size[1] * kernel_size[2] < kExtentLimit;

@@ -9,6 +9,8 @@
 //   bias                no         nothing             nothing
 //
 // "By name": parameters and buffers that are there anyway, not copies.
+#include "torch/norm/norm.h"
+
 #include <ATen/Context.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -24,7 +26,6 @@
 #include "torch/autograd/formula.h"
 #include "torch/common/route.h"
 #include "torch/common/shape_only.h"
-#include "torch/norm/norm.h"
 
 namespace freezekit {
 namespace {
@@ -99,10 +100,11 @@ struct BatchNormGradients {
 
 }  // namespace
 
-AnyNodePtr batch_norm_node(const Tensor& input, const Tensor& weight, const Tensor& bias, const Tensor& var, double eps) {
+AnyNodePtr batch_norm_node(const Tensor& input, const Tensor& weight, const Tensor& bias, const Tensor& var,
+                           double eps) {
   const at::ScalarType bias_dtype = bias.defined() ? bias.scalar_type() : input.scalar_type();
-  const auto node = formula_node("FreezekitBatchNormBackward", BatchNormGradients{eps, weight.defined(), bias_dtype},
-                                 input, bias);
+  const auto node =
+      formula_node("FreezekitBatchNormBackward", BatchNormGradients{eps, weight.defined(), bias_dtype}, input, bias);
   if (input.requires_grad()) {
     weight.defined() ? node->keep(var, weight) : node->keep(var);
   }
@@ -166,8 +168,8 @@ struct GroupNormBiasGradient {
 }  // namespace
 
 AnyNodePtr layer_norm_bias_node(const Tensor& bias) {
-  return formula_node("FreezekitLayerNormBackward",
-                      LayerNormBiasGradient{bias.scalar_type(), owned(bias.sym_sizes())}, bias);
+  return formula_node("FreezekitLayerNormBackward", LayerNormBiasGradient{bias.scalar_type(), owned(bias.sym_sizes())},
+                      bias);
 }
 
 AnyNodePtr group_norm_bias_node(const Tensor& bias) {
@@ -203,12 +205,11 @@ TORCH_LIBRARY_FRAGMENT(freezekit, m) {
       "layer_norm(Tensor input, SymInt[] normalized_shape, Tensor? weight=None, Tensor? bias=None, float eps=1e-5)"
       " -> Tensor",
       tags);
-  m.def(
-      "group_norm(Tensor input, int num_groups, Tensor? weight=None, Tensor? bias=None, float eps=1e-5) -> Tensor",
-      tags);
+  m.def("group_norm(Tensor input, int num_groups, Tensor? weight=None, Tensor? bias=None, float eps=1e-5) -> Tensor",
+        tags);
 }
-#define FREEZEKIT_ATEN_KERNELS(m)               \
-  m.impl("batch_norm", freezekit::by_statistics); \
+#define FREEZEKIT_ATEN_KERNELS(m)                   \
+  m.impl("batch_norm", freezekit::by_statistics);   \
   m.impl("layer_norm", freezekit::layer_norm_aten); \
   m.impl("group_norm", freezekit::group_norm_aten)
 

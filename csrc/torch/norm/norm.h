@@ -9,7 +9,8 @@ namespace freezekit {
 
 // By given statistics and with a weight that is frozen or undefined; the bias may be undefined. Input or bias requires
 // a gradient.
-AnyNodePtr batch_norm_node(const Tensor& input, const Tensor& weight, const Tensor& bias, const Tensor& var, double eps);
+AnyNodePtr batch_norm_node(const Tensor& input, const Tensor& weight, const Tensor& bias, const Tensor& var,
+                           double eps);
 
 // Where the bias alone requires a gradient.
 AnyNodePtr layer_norm_bias_node(const Tensor& bias);
