@@ -62,9 +62,6 @@ void block_barrier(const char* file, int line);
 // Warp collectives. Every thread of `mask` that has not ended takes part.
 int lane();
 void warp_barrier(unsigned mask);
-uint64_t shuffle(unsigned mask, uint64_t value, int source_lane);
-unsigned ballot(unsigned mask, bool predicate);
-void memory_fence();
 
 // Shared memory of the running block. A static array is known by the address of its `key`.
 void* dynamic_shared();

@@ -55,33 +55,9 @@ struct alignas(2) __half {
 struct alignas(2) __nv_bfloat16 {
   uint16_t bits;
 };
-struct alignas(4) __half2 {
-  __half x, y;
-};
-struct alignas(4) __nv_bfloat162 {
-  __nv_bfloat16 x, y;
-};
 
 inline __half __float2half_rn(float v) { return {freezekit::emulator::half_bits(v)}; }
-inline __half __float2half(float v) { return __float2half_rn(v); }
 inline float __half2float(__half v) { return freezekit::emulator::half_value(v.bits); }
-inline __half __ushort_as_half(unsigned short v) { return {v}; }
-inline unsigned short __half_as_ushort(__half v) { return v.bits; }
-inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }
-inline __half2 __halves2half2(__half x, __half y) { return {x, y}; }
-inline float2 __half22float2(__half2 v) { return {__half2float(v.x), __half2float(v.y)}; }
-inline __half __low2half(__half2 v) { return v.x; }
-inline __half __high2half(__half2 v) { return v.y; }
 
 inline __nv_bfloat16 __float2bfloat16_rn(float v) { return {freezekit::emulator::bfloat16_bits(v)}; }
-inline __nv_bfloat16 __float2bfloat16(float v) { return __float2bfloat16_rn(v); }
 inline float __bfloat162float(__nv_bfloat16 v) { return freezekit::emulator::bits_float(uint32_t{v.bits} << 16); }
-inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short v) { return {v}; }
-inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 v) { return v.bits; }
-inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
-  return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)};
-}
-inline __nv_bfloat162 __halves2bfloat162(__nv_bfloat16 x, __nv_bfloat16 y) { return {x, y}; }
-inline float2 __bfloat1622float2(__nv_bfloat162 v) { return {__bfloat162float(v.x), __bfloat162float(v.y)}; }
-inline __nv_bfloat16 __low2bfloat16(__nv_bfloat162 v) { return v.x; }
-inline __nv_bfloat16 __high2bfloat16(__nv_bfloat162 v) { return v.y; }

@@ -7,40 +7,7 @@
 namespace freezekit::emulator {
 namespace {
 
-char fence_tag;
-
-struct Shuffle {
-  uint64_t value, result;
-  int source;
-};
-
-void combine_shuffles(void* const (&operands)[kWarpSize]) {
-  for (int lane = 0; lane < kWarpSize; lane++) {
-    if (!operands[lane]) continue;
-    auto* mine = static_cast<Shuffle*>(operands[lane]);
-    if (!operands[mine->source]) fail("lane %d shuffles from lane %d, which takes no part", lane, mine->source);
-    mine->result = static_cast<Shuffle*>(operands[mine->source])->value;
-  }
-}
-
-struct Ballot {
-  bool predicate;
-  unsigned result;
-};
-
-void combine_ballots(void* const (&operands)[kWarpSize]) {
-  unsigned result = 0;
-  for (int lane = 0; lane < kWarpSize; lane++) {
-    if (operands[lane] && static_cast<Ballot*>(operands[lane])->predicate) result |= 1u << lane;
-  }
-  for (void* operand : operands) {
-    if (operand) static_cast<Ballot*>(operand)->result = result;
-  }
-}
-
 constexpr CollectiveKind kBarrier{"__syncwarp()", false, true, nullptr};
-constexpr CollectiveKind kShuffle{"a shuffle", false, false, combine_shuffles};
-constexpr CollectiveKind kBallot{"__ballot_sync()", false, false, combine_ballots};
 
 Thread& lane_of(int warp, int lane) { return block.threads[static_cast<size_t>(warp * kWarpSize + lane)]; }
 
@@ -103,23 +70,5 @@ void complete_collectives_after_exit(int thread) {
 int lane() { return index_of(*current) % kWarpSize; }
 
 void warp_barrier(unsigned mask) { collective(mask, kBarrier, nullptr); }
-
-uint64_t shuffle(unsigned mask, uint64_t value, int source_lane) {
-  Shuffle operand{value, 0, source_lane & (kWarpSize - 1)};
-  collective(mask, kShuffle, &operand);
-  return operand.result;
-}
-
-unsigned ballot(unsigned mask, bool predicate) {
-  Ballot operand{predicate, 0};
-  collective(mask, kBallot, &operand);
-  return operand.result;
-}
-
-// One tag for all: what is written before a fence is seen after any later fence.
-void memory_fence() {
-  tsan_acquire(&fence_tag);
-  tsan_release(&fence_tag);
-}
 
 }  // namespace freezekit::emulator

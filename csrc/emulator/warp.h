@@ -1,4 +1,4 @@
-// How a warp collective is made: shuffles, votes, ldmatrix and mma.
+// How a warp collective is made: barriers, ldmatrix and mma.
 #pragma once
 
 #include "emulator/block.h"

@@ -15,33 +15,24 @@ __global__ void order_kernel(int* order, int* tickets) {
   order[atomicAdd(tickets, 1)] = block * static_cast<int>(b.x * b.y * b.z) + thread;
 }
 
-// out[i] = in[i] + the sum of in over the other lanes of the warp that differ from i's in one bit, then reversed in the
-// block through shared memory.
+// out[i] = the sum of in over i's warp, in the order of the block reversed. Lanes of a warp meet twice; lanes that have
+// ended by then are counted out.
 __global__ void exchange_kernel(const float* in, float* out) {
   FK_SHARED(float, tile, [64]);
+  FK_SHARED(float, late, [64]);
   const int t = static_cast<int>(threadIdx.x);
-  float value = in[t];
-  for (int bit = 1; bit < 32; bit *= 2) value += __shfl_xor_sync(0xffffffffu, value, bit);
-  tile[t] = value + in[t];
+  tile[t] = in[t];
+  __syncwarp();
+  float sum = 0;
+  for (int lane = 0; lane < 32; lane++) sum += tile[t / 32 * 32 + lane];
+  __syncthreads();
+  tile[t] = sum;
   __syncthreads();
   out[t] = tile[63 - t];
-}
-
-// Four kinds of shuffle within segments of eight lanes, a ballot, any and all.
-__global__ void warp_kernel(int* out) {
-  const int lane = static_cast<int>(threadIdx.x);
-  int* mine = out + 8 * lane;
-  mine[0] = __shfl_sync(0xffffffffu, lane, 5);
-  mine[1] = __shfl_sync(0xffffffffu, lane, 3, 8);
-  mine[2] = __shfl_up_sync(0xffffffffu, lane, 2, 8);
-  mine[3] = __shfl_down_sync(0xffffffffu, lane, 2, 8);
-  mine[4] = __shfl_xor_sync(0xffffffffu, lane, 12, 8);
-  mine[5] = static_cast<int>(__ballot_sync(0xffffffffu, lane % 3 == 0));
-  mine[6] = __any_sync(0xffffffffu, lane == 31) + 2 * __all_sync(0xffffffffu, lane < 31);
-  mine[7] = 0;
-  if (lane < 8) mine[7] = __shfl_xor_sync(0x000000ffu, lane, 1);  // part of a warp
-  if (lane < 16) return;
-  mine[7] = static_cast<int>(__ballot_sync(0xffffffffu, 1));  // lanes that have ended are counted out
+  if (t % 32 < 8) return;
+  late[t] = out[t];
+  __syncwarp();
+  out[t] = late[t % 32 < 31 ? t + 1 : t];
 }
 
 __global__ void traffic_kernel(const uint4* in, uint4* out, float* sum) {
@@ -60,10 +51,9 @@ __global__ void poison_kernel(float* out) {
 enum class Fault : int {
   divergent_barrier,
   missed_barrier,
-  divergent_shuffle,
-  missed_shuffle,
+  divergent_masks,
+  missed_in_warp,
   lane_outside_mask,
-  shuffle_from_ended_lane,
   partial_mma,
   different_collectives,
   in_flight,
@@ -88,29 +78,26 @@ __global__ void fault_kernel(Fault fault, unsigned char* global) {
       else __syncthreads();
       break;
     case Fault::missed_barrier:
-      if (t == 0) __shfl_sync(0xffffffffu, t, 0);
+      if (t == 0) __syncwarp();
       else __syncthreads();
       break;
-    case Fault::divergent_shuffle:
-      if (t < 16) __shfl_sync(0xffffffffu, t, 0);
-      else __shfl_sync(0xffff0001u, t, 16);
+    case Fault::divergent_masks:
+      if (t < 16) __syncwarp();
+      else __syncwarp(0xffff0001u);
       break;
-    case Fault::missed_shuffle:
-      if (t != 7) __shfl_sync(0x0000ffffu << 16 * (t / 16), t, t);
+    case Fault::missed_in_warp:
+      if (t != 7) __syncwarp(0x0000ffffu << 16 * (t / 16));
       else __syncthreads();
       break;
     case Fault::lane_outside_mask:
-      __shfl_sync(0x0000ffffu, t, 0);
-      break;
-    case Fault::shuffle_from_ended_lane:
-      if (t != 3) __shfl_sync(0xffffffffu, t, 3);
+      __syncwarp(0x0000ffffu);
       break;
     case Fault::partial_mma:
       if (t < 31) ptx::mma_m16n8k16<bf16>(d, a, b);
       break;
     case Fault::different_collectives:
       if (t < 16) __syncwarp();
-      else __ballot_sync(0xffffffffu, 1);
+      else ptx::ldmatrix(a, tile);
       break;
     case Fault::in_flight:
       ptx::cp_async<16>(&tile[t], global);
@@ -161,7 +148,6 @@ EXPORT int probe_order(const int* grid, const int* block, int* order) {
 EXPORT int probe_exchange(const float* in, float* out) {
   return static_cast<int>(FK_LAUNCH(exchange_kernel, 1, 64, 0, nullptr, in, out));
 }
-EXPORT int probe_warp(int* out) { return static_cast<int>(FK_LAUNCH(warp_kernel, 1, 32, 0, nullptr, out)); }
 EXPORT int probe_traffic(const uint4* in, uint4* out, float* sum, int threads) {
   return static_cast<int>(FK_LAUNCH(traffic_kernel, 1, threads, 0, nullptr, in, out, sum));
 }

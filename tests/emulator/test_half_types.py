@@ -62,9 +62,3 @@ def test_random_floats_round_as_in_torch(name: str) -> None:
     bits = np.random.default_rng(0).integers(0, 1 << 32, 1 << 20, dtype=np.uint64).astype(np.uint32)
     special = np.array([0, -0.0, np.inf, -np.inf, np.nan, 65504, 65519.996, 65520, 3.4e38, 1e-45, -1e-45], np.float32)
     assert_rounds_as_torch(name, np.concatenate([bits.view(np.float32), special, -special]))
-
-
-def test_pairs_keep_their_order() -> None:
-    halves, bfloat16s = np.empty(2, np.float32), np.empty(2, np.float32)
-    library().probe_pairs(ctypes.c_float(1.5), ctypes.c_float(-3.0), pointer(halves), pointer(bfloat16s))
-    assert halves.tolist() == bfloat16s.tolist() == [1.5, -3.0]
