@@ -16,18 +16,21 @@ endif
 # Tests run on all cores if pytest-xdist is installed; it need not be.
 WORKERS = $(shell $(PY) -c "import xdist" 2>/dev/null && echo "-n auto --dist loadfile")
 
-.PHONY: build compare bench test clients test-torch format lint sass emulate-all gpu-check fuzz clean help
+.PHONY: extension build compare bench test clients test-torch format lint sass emulate-all gpu-check fuzz clean help
 
 help:  ## list what there is to make
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
-build: $(READY)  ## compile the extension in place
+extension: $(READY)  ## compile the extension in place
 	$(PY) setup.py -q build_ext --inplace
 
-compare: build  ## compare freezekit with stock PyTorch, in under two minutes
+build: $(READY)  ## compile the extension in place, and the emulated kernels that tests run
+	$(PY) setup.py -q build_ext --inplace --emulator
+
+compare: extension  ## compare freezekit with stock PyTorch, in under two minutes
 	$(PY) bench/compare.py
 
-bench: build  ## all sections of the comparison, with plots, in under twenty minutes
+bench: extension  ## all sections of the comparison, with plots, in under twenty minutes
 	mkdir -p bench/out
 	$(PY) bench/compare.py --all --plot bench/out --json bench/out/compare.json
 
@@ -73,7 +76,7 @@ lint: $(READY)  ## style and types
 	$(CLANG_FORMAT) --dry-run -Werror $(CXX_SOURCES)
 	$(PY) -m mypy
 
-sass: build  ## registers, spills and instructions of every CUDA kernel
+sass: extension  ## registers, spills and instructions of every CUDA kernel
 	$(PY) tools/sass.py
 
 emulate-all: build $(CUTLASS)  ## the emulator's whole matrix: every mode, every planted bug, every misreading

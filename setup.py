@@ -1,8 +1,9 @@
-"""Builds freezekit/_C (torch layer, and the CUDA kernels where nvcc is found) and freezekit/_emulated.so.
+"""Builds freezekit/_C: the torch layer, and the CUDA kernels where nvcc is found.
 
 The kernels know no torch, so nvcc compiles them without torch's flags and they link into one binary beside any build of
-torch, a CPU one too. Environment: FREEZEKIT_CUDA=0|1 forces CUDA off or on, FREEZEKIT_CUDA_ARCHS (for example "80;90a")
-overrides the architectures, MAX_JOBS bounds the compilers that run at once.
+torch, a CPU one too. `build_ext --inplace --emulator` also builds them for the CPU, for tests: freezekit/_emulated.so,
+which no package contains. Environment: FREEZEKIT_CUDA=0|1 forces CUDA off or on, FREEZEKIT_CUDA_ARCHS (for example
+"80;90a") overrides the architectures, MAX_JOBS bounds the compilers that run at once.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from setuptools import setup
@@ -23,7 +25,8 @@ from torch.utils.cpp_extension import CppExtension, include_paths
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
-EMULATED, INFO = "_emulated.so", "_build_info.json"
+KERNELS = sorted((CSRC / "kernels").rglob("*.cu"))
+INFO = "_build_info.json"
 DEFAULT_ARCHS = "80;90a"
 JOBS = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
 CXX = os.environ.get("CXX", "g++")
@@ -88,12 +91,18 @@ def ninja(build: Path, name: str, command: str, sources: list[Path], header: Pat
 
 
 class Build(build_ext):
-    """Compiles the kernels twice, with nvcc and with g++ for the emulator, then the torch layer around them."""
+    """Compiles the kernels with nvcc, then the torch layer around them."""
+
+    user_options: ClassVar = [*build_ext.user_options, ("emulator", None, "in place: the kernels for the CPU as well")]
+    boolean_options: ClassVar = [*build_ext.boolean_options, "emulator"]
+
+    def initialize_options(self) -> None:
+        super().initialize_options()
+        self.emulator = False
 
     def build_extensions(self) -> None:
         build = Path(self.build_temp).resolve()
         extension = self.extensions[0]
-        kernels = sorted((CSRC / "kernels").rglob("*.cu"))
         info = {"torch": torch.__version__, "cuda": None, "archs": [], "python": sys.version.split()[0]}
         nvcc = find_nvcc()
         without = "" if nvcc else ", without CUDA kernels since there is no nvcc"
@@ -109,7 +118,7 @@ class Build(build_ext):
             flags = f"-std=c++17 -O3 -I{CSRC} -Xcompiler -fPIC,-fvisibility=hidden {small} {hopper}"
             flags = f"{flags} {' '.join(arch_flags(archs))}"
             extension.extra_objects += map(
-                str, ninja(build, "nvcc", f"{nvcc} {flags} -MD -MF $out.d -c $in -o $out", kernels)
+                str, ninja(build, "nvcc", f"{nvcc} {flags} -MD -MF $out.d -c $in -o $out", KERNELS)
             )
             extension.define_macros += [("FREEZEKIT_WITH_CUDA", "1")]
             lib = cuda_home(nvcc)
@@ -118,7 +127,6 @@ class Build(build_ext):
             ]
             # Static, as nvcc links by default: the binary then loads where no CUDA is installed.
             extension.extra_link_args += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-        self.build_emulator(build, kernels)
         self.beside(INFO).write_text(json.dumps(info))
         extension.extra_objects += map(str, self.build_torch_layer(build))
         extension.depends += extension.extra_objects  # else setuptools links once, and never again
@@ -142,16 +150,17 @@ class Build(build_ext):
     def copy_extensions_to_source(self) -> None:
         """In place, what was made beside the extension goes with it."""
         super().copy_extensions_to_source()
-        for name in (EMULATED, INFO):
-            self.copy_file(str(self.beside(name)), str(ROOT / "freezekit" / name))
+        self.copy_file(str(self.beside(INFO)), str(ROOT / "freezekit" / INFO))
+        if self.emulator:
+            self.build_emulator(Path(self.build_temp).resolve())
 
-    def build_emulator(self, build: Path, kernels: list[Path]) -> None:
+    def build_emulator(self, build: Path) -> None:
         """The same kernels for the CPU, as a library of its own: its symbols are those of the CUDA build."""
         # Arguments of 64-byte alignment, which tensor maps are, are no news since GCC 4.6.
         flags = f"-std=c++17 -O2 -fPIC -fvisibility=hidden -Wno-psabi -I{CSRC}"
         sources = sorted((CSRC / "emulator").glob("*.cpp"))
-        objects = ninja(build, "emulated", f"{CXX} {flags} -x c++ -MD -MF $out.d -c $in -o $out", kernels + sources)
-        subprocess.run([*CXX.split(), "-shared", *objects, "-o", self.beside(EMULATED)], check=True)
+        objects = ninja(build, "emulated", f"{CXX} {flags} -x c++ -MD -MF $out.d -c $in -o $out", KERNELS + sources)
+        subprocess.run([*CXX.split(), "-shared", *objects, "-o", ROOT / "freezekit/_emulated.so"], check=True)
 
 
 # Torch's parallel_for is a header: it runs on one thread unless the code that calls it is compiled with OpenMP, as

@@ -15,7 +15,7 @@ from bench.measured import Measured
 from bench.memory import bytes_kept, trace
 from bench.settings import Settings
 from bench.sides import SIDES, Side
-from bench.timing import Clock, Step, interleave
+from bench.timing import Clock, Timeable, interleave
 from bench.verify import Tolerance, WrongResult, check
 from bench.work import Work, count
 from freezekit.profiling import profile
@@ -111,7 +111,7 @@ class Contestant:
             hook.remove()
         return moved
 
-    def step_for(self, part: str) -> Step:
+    def step_for(self, part: str) -> Timeable:
         """What is timed."""
         if part == "fprop":
             return lambda: self.forward(self.x)
@@ -222,7 +222,7 @@ def _count(case: Case, contestant: Contestant) -> dict[str, Any]:
     return counts
 
 
-def _rounds(steps: dict[str, Step], settings: Settings, clock: Clock) -> int:
+def _rounds(steps: dict[str, Timeable], settings: Settings, clock: Clock) -> int:
     """As many as fit the budget, between the least and the most that are allowed."""
     if settings.least_rounds >= settings.rounds:
         return settings.rounds

@@ -18,19 +18,19 @@ from typing import Protocol
 
 import torch
 
-Step = Callable[[], object]
+Timeable = Callable[[], object]
 
 
 class Clock(Protocol):
     """Runs a step `calls` times and returns the seconds that one call took on average."""
 
-    def __call__(self, step: Step, calls: int) -> float: ...
+    def __call__(self, step: Timeable, calls: int) -> float: ...
 
 
 class HostClock:
     """Wall time on the host, for steps that are done when they return (CPU tensors)."""
 
-    def __call__(self, step: Step, calls: int) -> float:
+    def __call__(self, step: Timeable, calls: int) -> float:
         start = time.perf_counter_ns()
         for _ in range(calls):
             step()
@@ -60,10 +60,10 @@ class CudaClock:
         self._between(lambda: torch.cuda._sleep(cycles))  # The first launch pays for loading the kernel.
         self._cycles_per_second = cycles / self._between(lambda: torch.cuda._sleep(cycles))[0]
 
-    def __call__(self, step: Step, calls: int) -> float:
+    def __call__(self, step: Timeable, calls: int) -> float:
         return sum(self._one(step) for _ in range(calls)) / calls
 
-    def _one(self, step: Step) -> float:
+    def _one(self, step: Timeable) -> float:
         while True:
             if self.cold:
                 self._flush.zero_()
@@ -75,7 +75,7 @@ class CudaClock:
                 return seconds
             self._wait *= 2
 
-    def _between(self, step: Step) -> tuple[float, bool]:
+    def _between(self, step: Timeable) -> tuple[float, bool]:
         """Seconds that the device took, and whether it had not begun when the host had queued everything."""
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
@@ -163,7 +163,7 @@ def _no_collector() -> Iterator[None]:
 
 
 def interleave(
-    steps: Mapping[str, Step],
+    steps: Mapping[str, Timeable],
     *,
     clock: Clock,
     rounds: int,

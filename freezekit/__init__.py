@@ -2,14 +2,15 @@
 
 What most programs need is here; the rest has a module for each concern. `freezekit.functional` and `freezekit.nn` hold
 the operators and all layers; `freezing`, `conversion`, `fusion`, `schedules` and `distributed` change a model;
-`auditing`, `explanation`, `planning` and `profiling` look at one; `backends` and `tuning` choose the kernels.
+`auditing`, `explanation`, `planning` and `profiling` look at one; `backends` and `tuning` choose the kernels, and
+`testing` emulates them.
 """
 
 from freezekit import _extension
 
 _extension.load()
 
-from freezekit import distributed, flops, functional, nn, schedules, tuning  # noqa: E402, F401
+from freezekit import distributed, flops, functional, nn, schedules, testing, tuning  # noqa: E402, F401
 from freezekit.auditing import audit  # noqa: E402
 from freezekit.backends import backend  # noqa: E402
 from freezekit.conversion import convert, revert  # noqa: E402

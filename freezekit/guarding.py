@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.optim import LBFGS, Optimizer
 
+from freezekit._arguments import check_module
 from freezekit.freezing.bits import checksums, local, same_bits
 from freezekit.freezing.causes import causes, describe
 from freezekit.freezing.held import AtRisk, Record, copy_state, frozen_tensors, put_state, record_all, write
@@ -65,13 +66,12 @@ class Guard:
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, every: int, mode: str) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+        check_module(model)
         optimizer = innermost(optimizer)
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-            raise ValueError(f"every: expected a number of steps from 1 on, got {every!r}")
+            raise ValueError(f"every must be a number of steps from 1 on, got {every!r}")
         if mode not in ("raise", "restore"):
-            raise ValueError(f'mode: expected "raise" or "restore", got {mode!r}')
+            raise ValueError(f'mode must be "raise" or "restore", got {mode!r}')
         self.model = model
         self.optimizer = optimizer
         self.every = every
@@ -114,7 +114,7 @@ class Guard:
         self._refresh()
 
     def allow(self, *patterns: Patterns) -> Allowance:
-        """Let frozen tensors be written to by those who mean it: EMA and teacher updates, merged adapters.
+        """Allow intended writes to frozen tensors: EMA and teacher updates, merged adapters.
 
         Args:
             patterns: which, as for `freeze`, with the statistics of the norms that they cover; none means all.

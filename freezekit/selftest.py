@@ -1,8 +1,8 @@
 """`python -m freezekit.selftest`: every kernel on the device that is here, against float64.
 
-What a person with a new GPU runs first. On a CPU the emulated kernels run: the same source, not the same hardware. Rows
-are printed as they are made. On a GPU of sm_90 its own kernels come last, in a process with a time limit.
-The exit code is the number of failures, at most 125.
+What a person with a new GPU runs first. On a CPU it is ATen's code that runs or, in a source folder, the source of the
+kernels, emulated: not the same hardware. Rows are printed as they are made. On a GPU of sm_90 its own kernels come
+last, in a process with a time limit. The exit code is the number of failures, at most 125.
 """
 
 from __future__ import annotations
@@ -15,15 +15,14 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from freezekit import _C, functional
-from freezekit.backends import Backend
-from freezekit.backends import backend as use_backend
+from freezekit import _C, _extension, functional
+from freezekit.backends import switched
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # Bits of the significand that a product's factors keep: what bounds the error of one term.
@@ -93,7 +92,7 @@ class Verdict:
         return not self.failure and self.error <= 1
 
 
-def selftest(backend: Backend, device: torch.device, problems: Iterable[Problem] = PROBLEMS) -> Iterator[Verdict]:
+def selftest(backend: str, device: torch.device, problems: Iterable[Problem] = PROBLEMS) -> Iterator[Verdict]:
     """Runs each operator of each problem in each dtype on `backend`, and float32 in tf32 too.
 
     >>> rows = list(selftest("aten", torch.device("cpu"), PROBLEMS[:1]))
@@ -103,16 +102,16 @@ def selftest(backend: Backend, device: torch.device, problems: Iterable[Problem]
     for problem in problems:
         for dtype, tf32 in [*((dtype, False) for dtype in DTYPES), (torch.float32, True)]:
             for operator in PRODUCTS if tf32 else (*PRODUCTS, "conv2d_bias_grad"):
-                with _tf32(tf32):
+                with _tf32(tf32), switched(backend):
                     yield _run(operator, problem, dtype, tf32, backend, device)
 
 
-def selftest_hopper(backend: Literal["native", "emulated"], device: torch.device) -> Iterator[Verdict]:
+def selftest_hopper(backend: str, device: torch.device) -> Iterator[Verdict]:
     """The kernels of sm_90a, which no other row runs: they are asked for, see `freezekit.backend`."""
     for problem in HOPPER_PROBLEMS:
         for dtype, tf32 in [(torch.float16, False), (torch.bfloat16, False), (torch.float32, True)]:
             for operator in ("conv2d", "conv2d_dgrad", *([] if tf32 else ["conv2d_wgrad"])):
-                with _tf32(tf32), use_backend(backend, hopper=True):
+                with _tf32(tf32), switched(backend, hopper=True):
                     row = _run(operator, problem, dtype, tf32, backend, device)
                 if not row.failure and not row.kernel.startswith("hopper"):
                     row = replace(row, failure=f"{row.kernel} ran instead")
@@ -120,16 +119,14 @@ def selftest_hopper(backend: Literal["native", "emulated"], device: torch.device
 
 
 def _run(
-    operator: str, problem: Problem, dtype: torch.dtype, tf32: bool, backend: Backend, device: torch.device
+    operator: str, problem: Problem, dtype: torch.dtype, tf32: bool, backend: str, device: torch.device
 ) -> Verdict:
     x, w, dy = _tensors(problem, dtype, device)
     call = {
-        "conv2d": lambda: functional.conv2d(x, w, **problem.settings, backend=backend),
-        "conv2d_dgrad": lambda: functional.conv2d_dgrad(dy, w, problem.input_size, **problem.settings, backend=backend),
-        "conv2d_wgrad": lambda: functional.conv2d_wgrad(
-            dy, x, problem.weight_size, **problem.settings, backend=backend
-        ),
-        "conv2d_bias_grad": lambda: functional.conv2d_bias_grad(dy, backend=backend),
+        "conv2d": lambda: functional.conv2d(x, w, **problem.settings),
+        "conv2d_dgrad": lambda: functional.conv2d_dgrad(dy, w, problem.input_size, **problem.settings),
+        "conv2d_wgrad": lambda: functional.conv2d_wgrad(dy, x, problem.weight_size, **problem.settings),
+        "conv2d_bias_grad": lambda: functional.conv2d_bias_grad(dy),
     }[operator]
     name = "tf32" if tf32 else str(dtype).removeprefix("torch.")
     try:
@@ -156,7 +153,7 @@ def _tensors(problem: Problem, dtype: torch.dtype, device: torch.device) -> tupl
     return x, w, random(*y_size)
 
 
-def _timed(call: Any, backend: Backend, device: torch.device) -> tuple[str, Tensor, float]:
+def _timed(call: Any, backend: str, device: torch.device) -> tuple[str, Tensor, float]:
     """The kernel that ran, its result, and seconds of a call; a GPU's first call also loads its code."""
     seconds = 0.0
     for _ in range(2 if device.type == "cuda" else 1):
@@ -236,22 +233,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m freezekit.selftest", description=__doc__)
     parser.add_argument(
         "--backend",
-        choices=("native", "emulated", "aten"),
-        help="native where CUDA kernels and a GPU are there, else emulated",
+        choices=("native", "aten"),
+        help="default: native where CUDA kernels and a GPU are there",
     )
     parser.add_argument("--hopper", action="store_true", help="the kernels for sm_90a alone")
     options = parser.parse_args(arguments)
     gpu = torch.cuda.is_available() and _C.has_cuda_kernels()
-    backend: Backend = options.backend or ("native" if gpu else "emulated")
+    on_cpu = "emulated" if _extension.emulated_kernels().exists() else "aten"
+    backend = options.backend or ("native" if gpu else on_cpu)
     device = torch.device("cuda" if backend == "native" or (backend == "aten" and gpu) else "cpu")
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
     if options.hopper and backend == "aten":
-        parser.error("--hopper needs --backend native or emulated, got aten")
+        parser.error("--hopper needs freezekit's kernels, not ATen's")
     print(f"freezekit selftest: {backend} on {where}")
     print(f"{'problem':24} {'operator':17} {'dtype':9} {'kernel':36} {'error / bound':>13} {'ms':>9}")
     parts = [] if options.hopper else [selftest(backend, device)]
     if backend == "emulated" or options.hopper:
-        parts.append(selftest_hopper(cast(Literal["native", "emulated"], backend), device))
+        parts.append(selftest_hopper(backend, device))
     rows = []
     for row in itertools.chain(*parts):
         rows.append(row)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -34,10 +36,18 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.write_line("\n".join(lines))
 
 
+def on(backend: Any) -> AbstractContextManager[object]:
+    """What to enter for a backend under test, of which "emulated" is none of the users' own."""
+    import freezekit as fk  # Here: some tests need no build of it.
+
+    return fk.testing.emulated() if backend == "emulated" else fk.backend(backend)
+
+
 @pytest.fixture(params=["aten", "emulated", gpu])
-def place(request: pytest.FixtureRequest) -> tuple[str, str]:
-    """(backend, device): ATen and the emulated kernels on the CPU, the CUDA kernels on a GPU."""
-    return request.param, "cuda" if request.param == "native" else "cpu"
+def place(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
+    """(backend, device): ATen and the emulated kernels on the CPU, the CUDA kernels on a GPU. The test runs on it."""
+    with on(request.param):
+        yield request.param, "cuda" if request.param == "native" else "cpu"
 
 
 @pytest.fixture(autouse=True)

@@ -48,11 +48,11 @@ TORCH_HEADER = re.compile(r"^(ATen|c10|torch|caffe2|pybind11|Python\.h)(/|$)")
 
 # Python modules by layer: one may import its own layer and those before it.
 LAYERS = [
-    {"_extension", "_C", "_arguments", "_inputs", "_twin", "backends", "enabling", "flops", "tuning"},
+    {"_extension", "_C", "_arguments", "_inputs", "_twin", "backends", "enabling", "flops", "testing", "tuning"},
     {"functional"},
     {"nn"},
     {"conversion", "freezing", "guarding", "schedules", "distributed", "fusion", "_ranks", "_rewrap"},
-    {"auditing", "explanation", "planning", "profiling", "info", "selftest", "cli"},
+    {"auditing", "explanation", "planning", "profiling", "info", "selftest", "cli", "_factory"},
 ]
 
 
@@ -198,6 +198,17 @@ def test_no_name_shadows_a_module() -> None:
         if parent and own != "__main__":
             module = importlib.import_module(name)
             assert getattr(sys.modules[parent], own) is module, name
+
+
+def test_no_two_classes_have_one_name() -> None:
+    """A name that is read in one module should not mean something else in the next."""
+    found: dict[str, list[str]] = {}
+    for path in (p for folder in ("freezekit", "bench", "tools") for p in sorted((ROOT / folder).rglob("*.py"))):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef):
+                found.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    assert len(found) > 100
+    assert not {name: paths for name, paths in found.items() if len(paths) > 1}
 
 
 def test_the_package_imports_neither_bench_nor_tests() -> None:

@@ -151,11 +151,11 @@ def test_the_handle_ends_it() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "says"),
     [
-        ({"every": 0}, ValueError, "every: expected a number of steps from 1 on, got 0"),
-        ({"every": True}, ValueError, "every: expected a number of steps from 1 on, got True"),
-        ({"mode": "warn"}, ValueError, 'mode: expected "raise" or "restore", got \'warn\''),
-        ({"model": 3}, TypeError, "model: expected an nn.Module, got int"),
-        ({"optimizer": 3}, TypeError, "optimizer: expected a torch.optim.Optimizer, got int"),
+        ({"every": 0}, ValueError, "every must be a number of steps from 1 on, got 0"),
+        ({"every": True}, ValueError, "every must be a number of steps from 1 on, got True"),
+        ({"mode": "warn"}, ValueError, 'mode must be "raise" or "restore", got \'warn\''),
+        ({"model": 3}, TypeError, "model must be an nn.Module, got int"),
+        ({"optimizer": 3}, TypeError, "optimizer must be a torch.optim.Optimizer, got int"),
     ],
 )
 def test_arguments_are_checked(arguments: dict, error: type[Exception], says: str) -> None:

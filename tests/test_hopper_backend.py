@@ -7,49 +7,52 @@ import torch
 
 import freezekit as fk
 from freezekit import _C, selftest
+from freezekit.backends import switched
 from freezekit.functional import conv2d, conv2d_dgrad, conv2d_wgrad
 from tests.proof.stand_in import stand_in
 
 
-def kernels_of_a_step(backend: fk.backends.Backend | None = None) -> list[str]:
+def kernels_of_a_step() -> list[str]:
     """What forward and both gradients of one convolution launched."""
     generator = torch.Generator().manual_seed(0)
     x, w = (torch.randint(-2, 3, size, generator=generator).bfloat16() for size in ((1, 64, 6, 6), (64, 64, 3, 3)))
     _C.set_launch_log(True)
     try:
-        conv2d(x, w, padding=1, **({"backend": backend} if backend else {}))
-        conv2d_dgrad(x, w, x.shape, padding=1, **({"backend": backend} if backend else {}))
-        conv2d_wgrad(x, x, w.shape, padding=1, **({"backend": backend} if backend else {}))
+        conv2d(x, w, padding=1)
+        conv2d_dgrad(x, w, x.shape, padding=1)
+        conv2d_wgrad(x, x, w.shape, padding=1)
         return [row["kernel"] for row in _C.take_launch_log()]
     finally:
         _C.set_launch_log(False)
 
 
 def test_a_context_asks_for_them() -> None:
-    with fk.backend("emulated", hopper=True):
+    with fk.testing.emulated(hopper=True):
         assert all(kernel.startswith("hopper_") for kernel in kernels_of_a_step())
-        with fk.backend("emulated"):
+        with fk.testing.emulated():
             assert all(kernel.startswith("implicit_gemm_") for kernel in kernels_of_a_step())
         assert all(kernel.startswith("hopper_") for kernel in kernels_of_a_step())
-    assert all(kernel.startswith("implicit_gemm_") for kernel in kernels_of_a_step("emulated"))
+    with fk.testing.emulated():
+        assert all(kernel.startswith("implicit_gemm_") for kernel in kernels_of_a_step())
 
 
 def test_they_give_what_the_others_give() -> None:
     x, w = torch.randn(1, 64, 7, 6).half(), torch.randn(40, 64, 3, 3).half()
-    expected = conv2d(x, w, stride=2, backend="emulated")
-    with fk.backend("emulated", hopper=True):
+    with fk.testing.emulated():
+        expected = conv2d(x, w, stride=2)
+    with fk.testing.emulated(hopper=True):
         torch.testing.assert_close(conv2d(x, w, stride=2), expected)
 
 
 def test_auto_never_runs_them() -> None:
     """Not even where it has found the kernels of sm_80 to be the fastest, within the context of another call."""
-    with stand_in(), fk.backend("emulated", hopper=True):
-        assert not any("hopper" in kernel for kernel in kernels_of_a_step("auto"))
+    with stand_in(), switched("auto", hopper=True):
+        assert not any("hopper" in kernel for kernel in kernels_of_a_step())
 
 
 @pytest.mark.parametrize("name", ["auto", "aten"])
 def test_other_backends_have_none(name: fk.backends.Backend) -> None:
-    with pytest.raises(ValueError, match=f"hopper=True needs backend 'native' or 'emulated', got '{name}'"):
+    with pytest.raises(ValueError, match=f"hopper=True needs backend 'native', got '{name}'"):
         fk.backend(name, hopper=True)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import freezekit as fk
+from tests.conftest import on
 from tests.fusion.nets import BasicBlock, plain, settled
 
 
@@ -162,7 +163,7 @@ def test_every_write_is_seen_at_the_next_call(edit: str, way: str, autocast: boo
     fk.freeze(ours)
     ours = WAYS[way](ours)
     x = torch.randn(2, 16, 6, 6)
-    with fk.backend(backend):
+    with on(backend):
         before = step(ours, x, autocast)
         for net in (stock, ours):
             with torch.no_grad():
@@ -196,7 +197,7 @@ def test_a_step_leaves_no_tensor_of_a_weights_size(way: str, backend: str, autoc
     WAYS[way](net)
     kept: list[Tensor] = []
     with (
-        fk.backend(backend),
+        on(backend),
         torch.autocast("cpu", torch.bfloat16, enabled=autocast),
         torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
     ):

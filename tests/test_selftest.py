@@ -121,7 +121,7 @@ def test_what_the_kernels_of_sm_90a_do_to_their_process_is_a_result(
 
 
 def test_hopper_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    assert selftest.main(["--backend", "emulated", "--hopper"]) == 0
+    assert selftest.main(["--hopper"]) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if line.endswith("pass")]
     assert len(rows) == len(selftest.HOPPER_PROBLEMS) * 8
     assert all(" hopper_" in row for row in rows)

@@ -1,4 +1,4 @@
-// The running block, for the emulator's own files: its threads, who waits for what, and how a thread gives way.
+// The running block, for the emulator's own files: its threads, which of them wait for what, and how a thread gives way.
 #pragma once
 
 #include <cstddef>

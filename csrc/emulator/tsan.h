@@ -25,7 +25,7 @@ void tsan_destroy_thread(void* thread);
 void* tsan_current_thread();
 void tsan_switch_thread(void* thread);  // without ordering the two
 
-// The host is who launches. What it has done is known to a thread that calls tsan_learn_from_host(), and what a thread
+// The host is the launching thread. What it has done is known to a thread that calls tsan_learn_from_host(), and what a thread
 // has done before tsan_tell_host() is known to the host after the launch. Nothing orders blocks among each other.
 void tsan_begin_block(int threads);
 void tsan_end_launch();

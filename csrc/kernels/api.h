@@ -132,7 +132,7 @@ Status launch_gate(const Gate&, const void* x, const uint32_t* bits, void* out, 
 Status launch_pack_bytes(const void* keep, uint32_t* bits, int64_t numel, Stream);
 
 // Max pooling by taps r * kernel_w + s of each output's window, for a MaxPool that fits_int32 holds for. scatter: dx = the
-// sums of dy where its taps lie, in the order of outputs; gather: y = what lies there, 0 for a tap outside.
+// sums of dy at its taps, in the order of outputs; gather: y = the value at the tap, 0 for a tap outside.
 Status launch_max_pool(const MaxPool&, DType, const void* x, void* y, void* taps, Stream);
 Status launch_max_pool_scatter(const MaxPool&, DType, const void* dy, const void* taps, void* dx, Stream);
 Status launch_max_pool_gather(const MaxPool&, DType, const void* x, const void* taps, void* y, Stream);

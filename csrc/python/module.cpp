@@ -100,7 +100,13 @@ py::list take_launch_log() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "freezekit's compiled half: operators register themselves with torch on import.";
   m.def("has_cuda_kernels", &has_cuda_kernels, "Whether CUDA kernels were compiled into this binary.");
-  m.def("set_emulator_path", &set_emulator_path, py::arg("path"), "Where the emulated kernels' library lies.");
+  m.def(
+      "refuse",
+      [](const std::string& what, const std::string& backend, const std::string& why) {
+        refuse(what, parse_backend(backend), why);
+      },
+      py::arg("what"), py::arg("backend"), py::arg("why"), "Raises: `backend` demands what cannot be.");
+  m.def("set_emulator_path", &set_emulator_path, py::arg("path"), "Where the emulated kernels' library is.");
   m.def("set_hopper", &native::set_hopper, py::arg("allowed"),
         "Whether calls that demand native or emulated kernels may run those of sm_90a.");
   m.def("set_launch_log", &launch_log::set_enabled, py::arg("enabled"), "Switches the log of kernel launches.");

@@ -2,7 +2,7 @@
 
 `audit` looks at a model, its optimizers and, when inputs are given, at one forward pass. From a shell::
 
-    python -m freezekit.auditing package.module:factory
+    freezekit audit package.module:factory
 """
 
 from __future__ import annotations

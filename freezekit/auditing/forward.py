@@ -170,7 +170,7 @@ def _gradients(subject: Subject, probe: Probe) -> Iterator[Finding]:
         )
         return
     if checkpointed:
-        return  # what lies inside a reentrant checkpoint is not in this graph
+        return  # the inside of a reentrant checkpoint is not in this graph
     if not probe.recorded:
         yield Finding(
             "no-gradient",

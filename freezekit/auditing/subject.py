@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from freezekit._inputs import Arguments
+from freezekit.freezing.api import all_names
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,7 @@ class Subject:
     @cached_property
     def all_names(self) -> dict[int, tuple[str, ...]]:
         """``id`` of a parameter -> every name it is reached by (more than one when weights are tied)."""
-        found: dict[int, tuple[str, ...]] = {}
-        for name, p in self.model.named_parameters(remove_duplicate=False):
-            found[id(p)] = (*found.get(id(p), ()), name)
-        return found
+        return all_names(self.model)
 
     @cached_property
     def frozen(self) -> dict[str, nn.Parameter]:

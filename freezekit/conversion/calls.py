@@ -25,9 +25,9 @@ from freezekit._twin import Twin, on_twin
 from freezekit.enabling import enabled, watched
 
 _C_NN = torch._C._nn
-# Code whose calls are not the reader's to replace: torch's, freezekit's, and whatever is installed.
-_INSTALLED = {sysconfig.get_paths()[key] for key in ("stdlib", "platstdlib", "purelib", "platlib")}
-_OWN = (str(Path(torch.__file__).parent), str(Path(__file__).resolve().parents[1]), *_INSTALLED)
+# Code whose calls are not the reader's to replace: whatever is installed, torch's and freezekit's.
+INSTALLED = tuple({sysconfig.get_paths()[key] for key in ("stdlib", "platstdlib", "purelib", "platlib")})
+_OWN = (str(Path(torch.__file__).parent), str(Path(__file__).resolve().parents[1]), *INSTALLED)
 
 _NAMES = (
     *("relu", "relu6", "leaky_relu", "hardtanh", "dropout", "avg_pool1d", "avg_pool2d", "avg_pool3d"),

@@ -89,7 +89,7 @@ def _reason_of_a_relative(module: nn.Module) -> str:
 
 
 def _what_it_still_keeps(module: nn.Module) -> str:
-    """A word on frozen layers whose formula reads their input all the same."""
+    """Why a frozen layer keeps its input all the same: its formula reads it."""
     parameters = list(module.parameters(recurse=False))
     if isinstance(module, nn.PReLU) and module.weight.requires_grad:
         return "its slope learns: the gradient reads its input, which is kept"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from fnmatch import fnmatchcase
 from typing import TypeVar
 
 from torch import nn
@@ -11,10 +10,11 @@ from torch.nn.utils import parametrize
 
 from freezekit import nn as layers
 from freezekit._arguments import check_module
+from freezekit.freezing.patterns import PatternError, flat, named_modules, shown
 from freezekit.fusion.classes import plan_of, unfuse_module
 
 Model = TypeVar("Model", bound=nn.Module)
-Only = str | type[nn.Module] | Iterable[str | type[nn.Module]]
+Only = str | type[nn.Module] | nn.Module | Iterable[str | type[nn.Module] | nn.Module]
 
 
 def _replaced(kind: type[nn.Module]) -> type[nn.Module]:
@@ -38,15 +38,16 @@ def convert(model: Model, *, only: Only | None = None) -> Model:
 
     Args:
         model: any module; a single layer too.
-        only: what to convert, instead of everything: a module's name (it stands for all it contains), a glob over
-            dotted names (``"layer1.*"``; ``*`` crosses dots), a stock class (``nn.ReLU``), or several of these.
+        only: what to convert, instead of everything, in the words of `freeze`: a module's name, a glob over dotted
+            names (``"layer1.*"``; ``*`` crosses dots), a class (``nn.ReLU``), a module of the model, or several of
+            these. A module stands for all it contains.
 
     Returns:
         The same object.
 
     Raises:
-        TypeError: if `model` is no nn.Module, or `only` holds something else than names and classes.
-        ValueError: if a part of `only` meets no layer that freezekit has.
+        TypeError: if `model` is no nn.Module, or `only` holds something else.
+        PatternError: (a ValueError) if a part of `only` meets no layer that freezekit has; with names near to it.
 
     >>> from torch import nn
     >>> import freezekit as fk
@@ -74,7 +75,7 @@ def revert(model: Model, *, only: Only | None = None) -> Model:
         The same object.
 
     Raises:
-        TypeError, ValueError: as `convert`.
+        TypeError, PatternError: as `convert`.
 
     >>> from torch import nn
     >>> import freezekit as fk
@@ -124,19 +125,11 @@ def _selected(model: nn.Module, only: Only | None) -> list[nn.Module]:
     check_module(model)
     if only is None:
         return list(model.modules())
-    parts = list(only) if isinstance(only, Iterable) and not isinstance(only, str | type) else [only]
+    several = isinstance(only, Iterable) and not isinstance(only, str | type | nn.Module)
     found: dict[int, nn.Module] = {}
-    for part in parts:
-        met = [m for name, m in model.named_modules(remove_duplicate=False) if _meets(part, name, m)]
-        if not any(stock_base(m) or plan_of(m) for m in met):
-            raise ValueError(f"only: {part!r} meets no layer of the model that freezekit has a layer for")
-        found.update((id(m), m) for m in met)
+    for part in flat([list(only) if several else only], "only"):  # type: ignore[arg-type]
+        met = {id(m): m for root in named_modules(model, [part], "only").values() for m in root.modules()}
+        if not any(stock_base(m) or plan_of(m) for m in met.values()):
+            raise PatternError(f"only: {shown(part)} meets no layer that freezekit has one for")
+        found.update(met)
     return list(found.values())
-
-
-def _meets(part: object, name: str, module: nn.Module) -> bool:
-    if isinstance(part, type) and issubclass(part, nn.Module):
-        return isinstance(module, part)
-    if isinstance(part, str):
-        return name == part or name.startswith(f"{part}.") or fnmatchcase(name, part)
-    raise TypeError(f"only must hold names and nn.Module classes, got {part!r}")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import sys
-import sysconfig
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from functools import cached_property
@@ -18,6 +17,7 @@ from typing import NamedTuple
 from torch import nn
 
 from freezekit import conversion
+from freezekit.conversion.calls import INSTALLED
 from freezekit.enabling import enabled, is_enabled
 from freezekit.explanation.fused import block_layers
 from freezekit.explanation.record import Call, Trace
@@ -37,8 +37,6 @@ FUNCTIONS = {
     "max_pool2d": 1,
     **dict.fromkeys(("avg_pool2d", "adaptive_avg_pool2d"), 0),
 }
-# Code that is not the reader's to edit.
-_LIBRARIES = tuple({sysconfig.get_paths()[key] for key in ("stdlib", "platstdlib", "purelib", "platlib")})
 
 
 class Held(NamedTuple):
@@ -166,7 +164,7 @@ def _convert_and_freeze(name: str, module: nn.Module) -> None:
 def _is_a_librarys(module: nn.Module | None) -> bool:
     """Whether the forward that makes a call was installed, and not written by the reader."""
     source = getattr(sys.modules.get(type(module).__module__), "__file__", None)
-    return source is not None and any(Path(source).is_relative_to(folder) for folder in _LIBRARIES)
+    return source is not None and any(Path(source).is_relative_to(folder) for folder in INSTALLED)
 
 
 def _saved(held: Held, most: int, after: int) -> str:

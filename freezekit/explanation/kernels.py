@@ -1,4 +1,4 @@
-"""The kernel column of `explain`: what computes a convolution's operators, and why, as `_C.select` tells it."""
+"""The kernel column of `explain`: what computes a layer, and why; of a convolution as `_C.select` tells it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ from torch import nn
 from torch._prims_common import suggest_memory_format
 
 import freezekit._C as _C
-from freezekit.backends import current_backend
+from freezekit import nn as layers
+from freezekit.backends import WITHOUT_KERNELS, current_backend, demands_kernels
+from freezekit.conversion import SWAPS
 from freezekit.explanation.record import Call
 from freezekit.nn import FreezableConv2d
+
+ALWAYS_ATEN = "aten, always"  # of a layer without kernels of its own
+_WITHOUT_KERNELS = tuple(getattr(layers, name) for names in WITHOUT_KERNELS.values() for name in names)
 
 OPERATORS = ("conv2d", "conv2d_dgrad", "conv2d_wgrad")
 NATIVE_DTYPES = {
@@ -23,17 +28,18 @@ NATIVE_DTYPES = {
 
 
 def kernels_of(call: Call, has_device: bool) -> str:
-    """What computes the call's operators under the current backend; "" for what freezekit has no kernels for.
+    """What computes the call's operators under the current backend; "" for what is no layer of freezekit's.
 
     Under "auto" that is "aten" where nothing was measured, else each operator with what was taken and why. A model that
     is on no device is answered for as on `_C.select`'s own default, a GPU.
     """
     if call.fallback:
         return f"torch's own, {call.fallback}"
-    conv = call.module
+    conv, backend = call.module, current_backend()
+    if isinstance(conv, _WITHOUT_KERNELS):
+        return ALWAYS_ATEN
     if not isinstance(conv, FreezableConv2d):
-        return ""
-    backend = current_backend()
+        return f"{backend}, as demanded" if isinstance(conv, tuple(SWAPS.values())) and demands_kernels() else ""
     if backend == "aten":
         return "aten, as demanded"
     choices = _choices(call, conv, conv.weight.device if has_device else torch.device("meta"))

@@ -19,7 +19,7 @@ from freezekit.explanation.record import Call
 OPAQUE = (torch.ops.aten.mkldnn_rnn_layer, torch.ops.aten._cudnn_rnn, torch.ops.aten.miopen_rnn)
 
 
-class Recorder(Protocol):
+class Listener(Protocol):
     """Who is told what runs; see `freezekit.explanation.trace`."""
 
     has_data: bool
@@ -32,7 +32,7 @@ class Recorder(Protocol):
 class Functions(TorchFunctionMode):
     """Knows the torch function that the model called, without those that it calls in turn."""
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, recorder: Listener) -> None:
         super().__init__()
         self.recorder = recorder
         self.outermost: str | None = None
@@ -52,7 +52,7 @@ class Functions(TorchFunctionMode):
 class Operators(TorchDispatchMode):
     """Adds up what the operators compute and move, for the call that is running."""
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, recorder: Listener) -> None:
         super().__init__()
         self.recorder = recorder
 

@@ -1,4 +1,4 @@
-"""`explain`: a row a layer, of what a training step computes and keeps now, and what would change it."""
+"""`explain`: a row for each layer, with what a training step computes and keeps now, and what would change it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from freezekit._arguments import check_flag
 from freezekit._inputs import Arguments, arguments
 from freezekit.distributed import unwrapped
 from freezekit.explanation.advice import Advisor, Held, Key, keyed
-from freezekit.explanation.kernels import kernels_of
+from freezekit.explanation.kernels import ALWAYS_ATEN, kernels_of
 from freezekit.explanation.plot import plot_bytes
 from freezekit.explanation.record import Call, Trace
 from freezekit.explanation.trace import trace
@@ -40,7 +40,7 @@ class Row:
         bytes_kept: for backward, by this row first.
         bytes_shared: kept by an earlier row, which this one holds too.
         kernel: what computes it, and why; of a layer of freezekit's that is torch's own in this call, what makes it so;
-            "" for what freezekit has no kernels for.
+            "aten, always" of one that has no kernels; "" for what is no layer of freezekit's.
         advice: what converting, freezing or fusing it would change; "" for nothing.
     """
 
@@ -115,8 +115,9 @@ class Explanation:
         """A table on the terminal, with the totals last."""
         from rich.table import Table
 
-        caption = f"kernel aten: {_C.choices.rule}" if any(row.kernel == "aten" for row in self) else None
-        table = Table(title="what a training step computes and keeps now", caption=caption)
+        meanings = {"aten": _C.choices.rule, ALWAYS_ATEN: "freezekit has no kernels of its own for such layers"}
+        said = [f"kernel {name}: {text}" for name, text in meanings.items() if any(row.kernel == name for row in self)]
+        table = Table(title="what a training step computes and keeps now", caption="\n".join(said) or None)
         for column in ("name", "layer", "output"):
             table.add_column(column, overflow="fold")
         for column in ("forward", "runs", "kept", "also held"):

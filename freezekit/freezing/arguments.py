@@ -11,13 +11,13 @@ from freezekit.freezing.optim import strangers
 def check_optimizers(optimizer: object, remove: bool, state: str, group: int | None = None) -> tuple[Optimizer, ...]:
     """One optimizer, several or none as a tuple; refuses arguments that contradict each other."""
     if state not in ("keep", "reset"):
-        raise ValueError(f'state: expected "keep" or "reset", got {state!r}')
+        raise ValueError(f'state must be "keep" or "reset", got {state!r}')
     if not isinstance(remove, bool):
-        raise TypeError(f"remove: expected a bool, got {remove!r}")
+        raise TypeError(f"remove must be a bool, got {remove!r}")
     given = tuple(optimizer) if isinstance(optimizer, list | tuple) else (optimizer,) if optimizer is not None else ()
     for one in given:
         if not isinstance(one, Optimizer):
-            raise TypeError(f"optimizer: expected a torch.optim.Optimizer or several, got {type(one).__name__}")
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer or several, got {type(one).__name__}")
     if not given:
         for name, used in (("remove=True", remove), ('state="reset"', state == "reset"), ("group", group is not None)):
             if used:
@@ -27,7 +27,7 @@ def check_optimizers(optimizer: object, remove: bool, state: str, group: int | N
             raise ValueError(f"group: an index into one of {len(given)} optimizers is ambiguous; pass the one it is of")
         groups = len(given[0].param_groups)
         if not isinstance(group, int) or not 0 <= group < groups:
-            raise ValueError(f"group: expected an index from 0 to {groups - 1}, got {group!r}")
+            raise ValueError(f"group must be an index from 0 to {groups - 1}, got {group!r}")
     return given
 
 
@@ -45,4 +45,4 @@ def check_lbfgs(optimizer: Optimizer, params: list[nn.Parameter], verb: str, rea
 
 def check_norm(norm: object) -> None:
     if norm not in ("freeze", "batch"):
-        raise ValueError(f'norm: expected "freeze" or "batch", got {norm!r}')
+        raise ValueError(f'norm must be "freeze" or "batch", got {norm!r}')

@@ -4,7 +4,7 @@ A normalisation layer with running statistics is *held* by an instance attribute
 before the class's own method, so that ``model.train()`` reaches it and leaves the layer in eval mode. Why this and not
 
 * a subclass put in by ``__class__``: ``type(m) is nn.BatchNorm2d`` would fail (tools key on it), and it fights with
-  the others who swap classes (parametrizations, FSDP2, `convert`) over the order of undoing;
+  others that swap classes (parametrizations, FSDP2, `convert`) over the order of undoing;
 * a forward pre-hook that resets the flag: ``m.training`` would say True between ``train()`` and the forward, and a
   compiled graph would have to replay the write;
 * a patched ``nn.Module.train``: that is everybody's.
@@ -56,7 +56,7 @@ class Hold:
 
     def __call__(self, mode: bool = True) -> nn.Module:
         if not isinstance(mode, bool):
-            raise ValueError(f"mode: expected a bool, got {mode!r}")
+            raise ValueError(f"mode must be a bool, got {mode!r}")
         self.asked = mode
         type(self.module).train(self.module, False)
         return self.module

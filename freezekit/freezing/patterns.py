@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from freezekit._arguments import check_module
 from freezekit.freezing.norm import has_statistics
 from freezekit.freezing.order import before
 
@@ -144,7 +145,7 @@ def meeting(modules: dict[str, nn.Module], pattern: Any, argument: str, expected
         return [name for name, module in modules.items() if module is pattern]
     if isinstance(pattern, type) and issubclass(pattern, nn.Module):
         return [name for name, module in modules.items() if isinstance(module, pattern)]
-    raise TypeError(f"{argument}: expected {expected};\ngot {_shown(pattern)}")
+    raise TypeError(f"{argument} must be {expected};\ngot {shown(pattern)}")
 
 
 def named_modules(model: nn.Module, patterns: Iterable[Any], argument: str) -> dict[str, nn.Module]:
@@ -162,16 +163,16 @@ def named_modules(model: nn.Module, patterns: Iterable[Any], argument: str) -> d
     """
     index = _Index(model)
     found: dict[str, nn.Module] = {}
-    for pattern in flat(patterns):
+    for pattern in flat(patterns, argument):
         names = meeting(index.modules, pattern, argument)
         if not names:
-            said = index.unknown(pattern) if isinstance(pattern, str) else f"no module meets {_shown(pattern)}"
+            said = index.unknown(pattern) if isinstance(pattern, str) else f"no module meets {shown(pattern)}"
             raise PatternError(f"{argument}: {said}")
         found.update((name, index.modules[name]) for name in names)
     return found
 
 
-def flat(patterns: Iterable[Any]) -> Iterator[Any]:
+def flat(patterns: Iterable[Any], argument: str = "patterns") -> Iterator[Any]:
     """The patterns in ``patterns``, and in lists, sets and iterators among them, such as ``layer.parameters()``.
 
     Raises:
@@ -179,16 +180,16 @@ def flat(patterns: Iterable[Any]) -> Iterator[Any]:
     """
     for pattern in patterns:
         if isinstance(pattern, list | tuple | set | frozenset | Iterator):
-            inside = list(flat(pattern))
+            inside = list(flat(pattern, argument))
             if not inside:
-                raise PatternError(f"patterns: an empty {type(pattern).__name__} selects nothing")
+                raise PatternError(f"{argument}: an empty {type(pattern).__name__} selects nothing")
             yield from inside
         else:
             yield pattern
 
 
-def _shown(pattern: object) -> str:
-    """A wrong pattern on one line: of a tensor its shape, not its elements."""
+def shown(pattern: object) -> str:
+    """A pattern on one line: of a tensor its shape, not its elements."""
     if isinstance(pattern, Tensor):
         return f"a {type(pattern).__name__} of shape {tuple(pattern.shape)} that is no parameter"
     return " ".join(reprlib.repr(pattern).split())
@@ -201,8 +202,7 @@ def select(model: nn.Module, patterns: Iterable[Any], until: str | None = None, 
         PatternError: a pattern or ``until`` that selects nothing, with names near to it.
         TypeError: ``model`` is not a module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    check_module(model)
     if inputs is not None and until is None:
         raise ValueError("inputs: only read to find the forward order for until=; pass until= too, or drop it")
     index = _Index(model)
@@ -221,7 +221,7 @@ def select(model: nn.Module, patterns: Iterable[Any], until: str | None = None, 
         norms |= more_norms
     if until is not None:
         if not isinstance(until, str):
-            raise TypeError(f"until: expected the name of a module or parameter, got {until!r}")
+            raise TypeError(f"until must be the name of a module or parameter, got {until!r}")
         if not until or (until not in index.modules and until not in index.params):
             raise PatternError(f"until: {index.unknown(until)}")
         more_params, more_norms = before(model, until, inputs)

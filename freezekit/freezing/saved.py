@@ -17,7 +17,7 @@ VERSION = 1
 def check_form(state: object) -> None:
     wanted = {"frozen": list, "trainable": list, "statistics": dict}
     if not isinstance(state, dict):
-        raise ValueError(f"state: expected the dict that freeze_state returns, got {type(state).__name__}")
+        raise ValueError(f"state must be the dict that freeze_state returns, got {type(state).__name__}")
     missing = [key for key in ("version", *wanted, "removed") if key not in state]
     if missing:
         raise ValueError(f"state: not from freeze_state, it has no {', '.join(map(repr, missing))}")

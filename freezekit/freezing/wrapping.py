@@ -51,7 +51,7 @@ def innermost(optimizer: Any) -> Optimizer:
     if not isinstance(last, Optimizer) or "_optimizer_step_pre_hooks" not in vars(last):
         # What is no optimizer, or a wrapper around one that cannot be seen, which never called Optimizer.__init__.
         raise TypeError(
-            f"optimizer: expected a torch.optim.Optimizer, got {type(last).__name__}, and found none inside it; "
+            f"optimizer must be a torch.optim.Optimizer, got {type(last).__name__}, and found none inside it; "
             "pass the optimizer that it wraps"
         )
     return last

@@ -94,8 +94,8 @@ def conv2d(
         input, padding = _resolve_padding(padding, input, weight, stride, dilation)
     name = _backend_name(backend)
     if type(input) is not Tensor and _is_dtensor(input):
-        if name in ("native", "emulated"):
-            raise RuntimeError(f"backend={name!r} does not take a DTensor; torch's own convolution does")
+        if name not in ("auto", "aten"):
+            _C.refuse("conv2d", name, "it does not take a DTensor")
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     settings = _pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation), groups
     if dim == 3:
@@ -205,7 +205,7 @@ def _check_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
 
 
-def _backend_name(backend: Backend | None) -> Backend:
+def _backend_name(backend: Backend | None) -> str:
     if backend is None:
         return backends._current
     check_backend(backend)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 from typing import Any, TypeVar, cast
 
@@ -11,9 +11,14 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from freezekit import backends
+from freezekit import _C, backends
 
+SizeN = int | Sequence[int]
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+# The operators take plain arguments. Whatever else an argument is, the call is torch's own, which knows more kinds of
+# numbers and whose exceptions are those that users expect.
+LEFT_TO_TORCH: Any = None
 
 
 def as_torch(torch_s: Callable[..., Any], *, shortcut: bool = True) -> Callable[[Function], Function]:
@@ -21,7 +26,8 @@ def as_torch(torch_s: Callable[..., Any], *, shortcut: bool = True) -> Callable[
 
     Where no gradient is needed nothing is kept, and torch's own function is the shortest way; without `shortcut` the
     stand-in runs there too, for what it refuses and torch would take. Tensors with a `__torch_function__` are asked
-    first, as torch's functions ask them. A trace, and an export without gradients, records torch's operator.
+    first, as torch's functions ask them. A trace, and an export without gradients, records torch's operator. So do
+    calls for which the stand-in returns `LEFT_TO_TORCH`, unless kernels are demanded that it has.
     """
 
     def decorate(function: Function) -> Function:
@@ -36,7 +42,12 @@ def as_torch(torch_s: Callable[..., Any], *, shortcut: bool = True) -> Callable[
                 return handle_torch_function(stand_in, given, *args, **kwargs)
             if backends._current in ("auto", "aten") and records_torch_s(*given):
                 return torch_s(*args, **kwargs)
-            return function(*args, **kwargs)
+            result = function(*args, **kwargs)
+            if result is not LEFT_TO_TORCH:
+                return result
+            if backends.demands_kernels() and function.__name__ not in backends.WITHOUT_KERNELS:
+                _C.refuse(function.__name__, backends._current, "torch's own function alone takes such arguments")
+            return torch_s(*args, **kwargs)
 
         return cast(Function, stand_in)
 
@@ -61,8 +72,6 @@ def _learns(arguments: Iterable[Any]) -> bool:
     return False
 
 
-# The operators take plain arguments. Whatever else an argument is, the call is torch's own, which knows more kinds of
-# numbers and whose exceptions are those that users expect.
 def are_tensors(*values: object) -> bool:
     """Whether each is a tensor, or None."""
     return all(value is None or isinstance(value, Tensor) for value in values)

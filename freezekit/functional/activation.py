@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from freezekit import _C, backends
-from freezekit.functional._torch import are_numbers, as_torch
+from freezekit.functional._torch import LEFT_TO_TORCH, are_numbers, as_torch
 
 # A call with a plain tensor; None of any other.
 _quick = _C.quick.activation
@@ -35,7 +35,7 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     tensor([0., 0., 1.])
     """
     if not isinstance(input, Tensor):
-        return F.relu(input, inplace)
+        return LEFT_TO_TORCH
     return _apply(input, inplace, "relu", 0.0, 0.0)
 
 
@@ -72,7 +72,7 @@ def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace
     """
     # Torch's error, and its own way with NaN.
     if not isinstance(input, Tensor) or not are_numbers(min_val, max_val) or not min_val <= max_val:
-        return F.hardtanh(input, min_val, max_val, inplace)
+        return LEFT_TO_TORCH
     return _apply(input, inplace, "hardtanh", float(min_val), float(max_val))
 
 
@@ -89,7 +89,7 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
     tensor([-0.5000,  2.0000])
     """
     if not isinstance(input, Tensor) or not are_numbers(negative_slope):
-        return F.leaky_relu(input, negative_slope, inplace)
+        return LEFT_TO_TORCH
     return _apply(input, inplace, "leaky_relu", float(negative_slope), 0.0)
 
 
@@ -111,7 +111,7 @@ def prelu(input: Tensor, weight: Tensor) -> Tensor:
     tensor([-0.5000,  2.0000])
     """
     if not isinstance(input, Tensor) or not isinstance(weight, Tensor):
-        return F.prelu(input, weight)
+        return LEFT_TO_TORCH
     return _prelu(input, weight, backend=backends._current)
 
 
@@ -137,7 +137,7 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
     [0.0, 2.0]
     """
     if not isinstance(input, Tensor) or not isinstance(training, bool) or not are_numbers(p) or not 0.0 <= p <= 1.0:
-        return F.dropout(input, p, training, inplace)
+        return LEFT_TO_TORCH
     if not inplace:
         return _dropout(input, float(p), training, backend=backends._current)
     _dropout_(input, float(p), training, backend=backends._current)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from freezekit.functional._torch import are_tensors, as_torch, is_integer, sizes
-
-SizeN = int | Sequence[int]
+from freezekit.functional._torch import LEFT_TO_TORCH, SizeN, are_tensors, as_torch, is_integer, sizes
 
 _conv_nd = torch.ops.freezekit.convolution.default
 
@@ -40,7 +37,7 @@ def conv1d(
     >>> fk.functional.conv1d(torch.ones(1, 1, 4), torch.ones(1, 1, 2))
     tensor([[[2., 2., 2.]]])
     """
-    return _convolve(F.conv1d, 1, input, weight, bias, groups, stride=stride, padding=padding, dilation=dilation)
+    return _convolve(1, input, weight, bias, groups, stride=stride, padding=padding, dilation=dilation)
 
 
 @as_torch(F.conv3d, shortcut=False)
@@ -67,7 +64,7 @@ def conv3d(
     >>> fk.functional.conv3d(torch.ones(1, 1, 2, 2, 2), torch.ones(1, 1, 2, 2, 2)).item()
     8.0
     """
-    return _convolve(F.conv3d, 3, input, weight, bias, groups, stride=stride, padding=padding, dilation=dilation)
+    return _convolve(3, input, weight, bias, groups, stride=stride, padding=padding, dilation=dilation)
 
 
 @as_torch(F.conv_transpose1d, shortcut=False)
@@ -96,7 +93,7 @@ def conv_transpose1d(
     tensor([[[1., 2., 1.]]])
     """
     settings = {"stride": stride, "padding": padding, "output_padding": output_padding, "dilation": dilation}
-    return _convolve(F.conv_transpose1d, 1, input, weight, bias, groups, **settings)
+    return _convolve(1, input, weight, bias, groups, **settings)
 
 
 @as_torch(F.conv_transpose2d, shortcut=False)
@@ -125,7 +122,7 @@ def conv_transpose2d(
     torch.Size([1, 1, 4, 4])
     """
     settings = {"stride": stride, "padding": padding, "output_padding": output_padding, "dilation": dilation}
-    return _convolve(F.conv_transpose2d, 2, input, weight, bias, groups, **settings)
+    return _convolve(2, input, weight, bias, groups, **settings)
 
 
 @as_torch(F.conv_transpose3d, shortcut=False)
@@ -154,11 +151,10 @@ def conv_transpose3d(
     8.0
     """
     settings = {"stride": stride, "padding": padding, "output_padding": output_padding, "dilation": dilation}
-    return _convolve(F.conv_transpose3d, 3, input, weight, bias, groups, **settings)
+    return _convolve(3, input, weight, bias, groups, **settings)
 
 
 def _convolve(
-    torch_s: Callable[..., Tensor],
     axes: int,
     input: Tensor,
     weight: Tensor,
@@ -166,7 +162,7 @@ def _convolve(
     groups: int,
     **settings: Any,
 ) -> Tensor:
-    """By freezekit's operator; by torch's own where it has to say what is wrong, or splits complex numbers."""
+    """By freezekit's operator; torch's own says what is wrong, and splits complex numbers."""
     numbers, whole = dict(settings), input
     fits = isinstance(input, Tensor) and isinstance(weight, Tensor) and are_tensors(bias) and is_integer(groups)
     fits = fits and weight.dim() == axes + 2 and input.dim() in (axes + 1, axes + 2) and not input.is_complex()
@@ -174,7 +170,7 @@ def _convolve(
         whole, numbers["padding"] = _resolve_padding(axes, whole, weight, **settings)
     found = {name: sizes(value, axes) for name, value in numbers.items()}
     if not fits or None in found.values():
-        return torch_s(input, weight, bias, groups=groups, **settings)
+        return LEFT_TO_TORCH
     transposed, more = "output_padding" in found, found.get("output_padding", (0,) * axes)
     batched = whole if input.dim() == axes + 2 else whole.unsqueeze(0)
     y = _conv_nd(batched, weight, bias, found["stride"], found["padding"], found["dilation"], transposed, more, groups)

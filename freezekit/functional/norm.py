@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from freezekit import _C
-from freezekit.functional._torch import are_numbers, are_tensors, as_torch, is_integer
+from freezekit.functional._torch import LEFT_TO_TORCH, are_numbers, are_tensors, as_torch, is_integer
 
 # A call of plain tensors; None of any other.
 _quick = _C.quick.batch_norm
@@ -54,7 +54,7 @@ def batch_norm(
     """
     fits = isinstance(input, Tensor) and isinstance(running_mean, Tensor) and isinstance(running_var, Tensor)
     if training or not fits or not are_tensors(weight, bias) or not are_numbers(eps) or eps < 0.0:
-        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        return LEFT_TO_TORCH
     if not torch.compiler.is_compiling():
         y = _quick(input, weight, bias, running_mean, running_var, eps)
         if y is not None:
@@ -93,7 +93,7 @@ def instance_norm(
     # Of an empty batch, and with an eps below 0, torch's two norms say different things.
     alike = isinstance(input, Tensor) and input.layout == torch.strided and input.dim() >= 3 and input.numel() > 0
     if use_input_stats or not alike or not are_numbers(eps) or eps < 0:
-        return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+        return LEFT_TO_TORCH
     return batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
 
 
@@ -124,7 +124,7 @@ def layer_norm(
     tensor([[-1.,  1.]])
     """
     if not _bias_alone(input, weight, bias) or not _are_sizes(normalized_shape) or not are_numbers(eps):
-        return F.layer_norm(input, normalized_shape, weight, bias, eps)
+        return LEFT_TO_TORCH
     return _layer_norm(input, normalized_shape, weight, bias, eps)
 
 
@@ -148,10 +148,10 @@ def group_norm(
     tensor([[[-1.,  1.]]])
     """
     if not _bias_alone(input, weight, bias) or not is_integer(num_groups) or not are_numbers(eps):
-        return F.group_norm(input, num_groups, weight, bias, eps)
+        return LEFT_TO_TORCH
     one_value = input.dim() == 2 and input.size(0) * input.size(1) == num_groups
-    if input.dim() < 2 or one_value:  # torch's errors
-        return F.group_norm(input, num_groups, weight, bias, eps)
+    if input.dim() < 2 or one_value:  # torch refuses them
+        return LEFT_TO_TORCH
     return _group_norm(input, num_groups, weight, bias, eps)
 
 

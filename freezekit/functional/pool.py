@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -10,12 +10,11 @@ import torch.nn.functional
 from torch import Tensor
 
 from freezekit import backends
-from freezekit.functional._torch import as_torch, is_integer, sizes
+from freezekit.functional._torch import LEFT_TO_TORCH, SizeN, as_torch, is_integer, sizes
 
 # torch's own functions, which give torch's own errors: their types know fewer sequences than they take.
 F: Any = torch.nn.functional
 
-SizeN = int | Sequence[int]
 MaybeSizeN = int | Sequence[int | None] | None
 
 _max_pool2d = torch.ops.freezekit.max_pool2d.default
@@ -47,7 +46,7 @@ def max_pool1d(
     tensor([[[3., 2.]]])
     """
     settings = (kernel_size, stride, padding, dilation, ceil_mode, return_indices)
-    return _maximum(1, F.max_pool1d, input, *settings)
+    return _maximum(1, input, *settings)
 
 
 @as_torch(F.max_pool2d)
@@ -86,7 +85,7 @@ def max_pool2d(
             [0., 1., 0., 1.]])
     """
     settings = (kernel_size, stride, padding, dilation, ceil_mode, return_indices)
-    return _maximum(2, F.max_pool2d, input, *settings)
+    return _maximum(2, input, *settings)
 
 
 @as_torch(F.max_pool3d)
@@ -108,7 +107,7 @@ def max_pool3d(
     7.0
     """
     settings = (kernel_size, stride, padding, dilation, ceil_mode, return_indices)
-    return _maximum(3, F.max_pool3d, input, *settings)
+    return _maximum(3, input, *settings)
 
 
 @as_torch(F.avg_pool1d)
@@ -126,7 +125,7 @@ def avg_pool1d(
     >>> fk.functional.avg_pool1d(torch.tensor([[[1.0, 3.0, 5.0]]]), 2, 1)
     tensor([[[2., 4.]]])
     """
-    return _average(1, F.avg_pool1d, input, kernel_size, stride, padding, ceil_mode, count_include_pad)
+    return _average(1, input, kernel_size, stride, padding, ceil_mode, count_include_pad)
 
 
 @as_torch(F.avg_pool2d)
@@ -145,9 +144,7 @@ def avg_pool2d(
     >>> fk.functional.avg_pool2d(torch.ones(1, 1, 2, 2), 2, divisor_override=1)
     tensor([[[[4.]]]])
     """
-    return _average(
-        2, F.avg_pool2d, input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
-    )
+    return _average(2, input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
 
 
 @as_torch(F.avg_pool3d)
@@ -166,9 +163,7 @@ def avg_pool3d(
     >>> fk.functional.avg_pool3d(torch.ones(1, 2, 2, 2), 2)
     tensor([[[[1.]]]])
     """
-    return _average(
-        3, F.avg_pool3d, input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
-    )
+    return _average(3, input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
 
 
 @as_torch(F.adaptive_avg_pool1d)
@@ -179,7 +174,7 @@ def adaptive_avg_pool1d(input: Tensor, output_size: SizeN) -> Tensor:
     >>> fk.functional.adaptive_avg_pool1d(torch.tensor([[[1.0, 3.0, 5.0, 7.0]]]), 2)
     tensor([[[2., 6.]]])
     """
-    return _adaptive_average(1, F.adaptive_avg_pool1d, input, output_size)
+    return _adaptive_average(1, input, output_size)
 
 
 @as_torch(F.adaptive_avg_pool2d)
@@ -190,7 +185,7 @@ def adaptive_avg_pool2d(input: Tensor, output_size: MaybeSizeN) -> Tensor:
     >>> fk.functional.adaptive_avg_pool2d(torch.ones(1, 4, 6), (2, None)).shape
     torch.Size([1, 2, 6])
     """
-    return _adaptive_average(2, F.adaptive_avg_pool2d, input, output_size)
+    return _adaptive_average(2, input, output_size)
 
 
 @as_torch(F.adaptive_avg_pool3d)
@@ -201,7 +196,7 @@ def adaptive_avg_pool3d(input: Tensor, output_size: MaybeSizeN) -> Tensor:
     >>> fk.functional.adaptive_avg_pool3d(torch.ones(1, 4, 6, 6), 2).shape
     torch.Size([1, 2, 2, 2])
     """
-    return _adaptive_average(3, F.adaptive_avg_pool3d, input, output_size)
+    return _adaptive_average(3, input, output_size)
 
 
 @as_torch(F.pad)
@@ -217,7 +212,7 @@ def pad(input: Tensor, pad: Sequence[int], mode: str = "constant", value: float 
     fits = fits and len(pad) in (2, 4, 6) and all(map(is_integer, pad))
     # torch has a slower gradient of its own for deterministic replication on a GPU.
     if not fits or (mode == "replicate" and input.is_cuda and torch.are_deterministic_algorithms_enabled()):
-        return F.pad(input, pad, mode, value)
+        return LEFT_TO_TORCH
     return _PADS[mode](input, pad)
 
 
@@ -236,7 +231,6 @@ def _windows(
 
 def _maximum(
     axes: int,
-    torch_s: Callable[..., Any],
     input: Tensor,
     kernel_size: SizeN,
     stride: SizeN | None,
@@ -247,7 +241,7 @@ def _maximum(
 ) -> Tensor | tuple[Tensor, Tensor]:
     windows = _windows(axes, input, kernel_size, stride, padding, dilation)
     if windows is None or not isinstance(ceil_mode, bool):
-        return torch_s(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+        return LEFT_TO_TORCH
     if axes == 3:
         return (_max_pool3d_with_indices if return_indices else _max_pool3d)(input, *windows, ceil_mode)
     batched = input if input.dim() == axes + 2 else input.unsqueeze(0)
@@ -266,7 +260,6 @@ def _maximum(
 
 def _average(
     axes: int,
-    torch_s: Callable[..., Tensor],
     input: Tensor,
     kernel_size: SizeN,
     stride: SizeN | None,
@@ -278,7 +271,7 @@ def _average(
     windows = _windows(axes, input, kernel_size, stride, padding)
     flags = isinstance(ceil_mode, bool) and isinstance(count_include_pad, bool)
     if windows is None or not flags or not all(d is None or is_integer(d) for d in divisor):
-        return torch_s(input, kernel_size, stride, padding, ceil_mode, count_include_pad, *divisor)
+        return LEFT_TO_TORCH
     kernel, step, edge, _ = windows
     if axes > 1:
         return _avg_pool(input, kernel, step, edge, ceil_mode, count_include_pad, *divisor)
@@ -286,12 +279,12 @@ def _average(
     return row.squeeze(-2)
 
 
-def _adaptive_average(axes: int, torch_s: Callable[..., Tensor], input: Tensor, output_size: MaybeSizeN) -> Tensor:
+def _adaptive_average(axes: int, input: Tensor, output_size: MaybeSizeN) -> Tensor:
     wanted = tuple(output_size) if isinstance(output_size, tuple | list) else (output_size,) * axes
     fits = isinstance(input, Tensor) and input.dim() in (axes + 1, axes + 2) and len(wanted) == axes
     # Means are torch's, and so is None in one dimension, where it means nothing.
     if not fits or set(wanted) == {1} or not all(n is None or is_integer(n) for n in wanted) or output_size is None:
-        return torch_s(input, output_size)
+        return LEFT_TO_TORCH
     whole = [own if new is None else new for own, new in zip(input.shape[-axes:], wanted)]
     return (
         _adaptive_avg_pool(input, whole)

@@ -23,7 +23,7 @@ def fuse(model: Model) -> Model:
     The source of each module's forward is read, and the layers of blocks in it are replaced by an attempt to run them
     as one operator; nothing else of it is touched. At each call a block looks whether its layers are frozen: weights
     and biases with ``requires_grad=False``, batch norms in eval mode, no hooks on any of them. If so it runs as one
-    operator that keeps one bit an element; if not the statements run that the forward has there. So `freeze` and
+    operator that keeps one bit per element; if not, the forward's own statements run. So `freeze` and
     `unfreeze` need no other call.
 
     Names, parameters, buffers, state_dict, hooks and isinstance stay as they are; only ``type(module)`` of the

@@ -35,7 +35,7 @@ def run(
         conv, norm, activation: the layers; norm and activation may be absent, activation may be a function's name.
         residual: of the size of the result, or None.
         channels_last: the layout of the result; None leaves it to torch's rule.
-        shares: gives x too, for those who read it after: their gradients are added inside this one's dgrad.
+        shares: returns x too, for its later readers: their gradients are added inside this one's dgrad.
     """
     if not torch.compiler.is_compiling():
         y = _run(x, conv, norm, activation, residual, channels_last, backends._current, shares)
@@ -75,11 +75,11 @@ def inner_layout(x: Tensor) -> bool | None:
     """The layout of results that only blocks read: channels_last where kernels compute in it, else torch's rule."""
     if is_plain(x) and x.device.type == "cpu" and x.dtype is not torch.float64:
         return True
-    return True if backends._current in ("native", "emulated") else None
+    return True if backends.demands_kernels() else None
 
 
 def outer_layout(before: Tensor | bool | None, conv: nn.Conv2d) -> bool | None:
-    """Whether torch's result would lie in channels_last, where its makers run in a layout of their own.
+    """Whether torch's result would be in channels_last, where the layers before it run in a layout of their own.
 
     `before` is what goes into the convolution, or this function's word on it.
     """

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from freezekit.fusion.plan import Plan
+from freezekit.fusion.plan import FusionPlan
 from freezekit.fusion.sequences import ORIGINAL, original_class
 
 _NEW_OBJECT = getattr(copyreg, "__newobj__")  # noqa: B009, the type stubs lack it
@@ -25,12 +25,12 @@ _PLAN = "_freezekit_plan"
 _known: dict[type[nn.Module], list[type[nn.Module]]] = {}
 
 
-def plan_of(module: nn.Module) -> Plan | None:
+def plan_of(module: nn.Module) -> FusionPlan | None:
     """The plan that a module runs; None if it is not fused."""
     return getattr(type(module), _PLAN, None)
 
 
-def fuse_module(module: nn.Module, plan: Plan) -> None:
+def fuse_module(module: nn.Module, plan: FusionPlan) -> None:
     """Gives a module the methods of a plan."""
     kind = original_class(module)
     for known in _known.setdefault(kind, []):
@@ -52,7 +52,7 @@ def is_ours(module: nn.Module) -> bool:
     return _PLAN in vars(type(module))
 
 
-def _subclass(kind: type[nn.Module], plan: Plan) -> type[nn.Module]:
+def _subclass(kind: type[nn.Module], plan: FusionPlan) -> type[nn.Module]:
     def reduce_as_stock(self: nn.Module, protocol: Any) -> Any:
         return _stock_reduce(self, kind, protocol)
 

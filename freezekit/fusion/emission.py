@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from freezekit.fusion.blocks import Block, Finder, Guard, Opened, Unit, names_read, names_set
+from freezekit.fusion.blocks import Block, Condition, Finder, Opened, Unit, names_read, names_set
 from freezekit.fusion.flow import Place, places
-from freezekit.fusion.steps import Step, Steps
+from freezekit.fusion.steps import Statement, Steps
 
 
 class Emitter:
@@ -45,7 +45,7 @@ class Emitter:
                 unit.outside = self._norm_of(unit.final, flat[i + 1 :])
         return self._written(units, places(flat, whole, self.steps.fresh), report=True)
 
-    def _norm_of(self, name: str, units: list[Block | Step]) -> str:
+    def _norm_of(self, name: str, units: list[Block | Statement]) -> str:
         """The path of the norm that a result goes into, for all that its name says."""
         for unit in units:
             for step in unit.steps if isinstance(unit, Block) else [unit]:
@@ -59,21 +59,21 @@ class Emitter:
                     return ""
         return ""
 
-    def _units(self, items: list[Step], far: bool, previous: Block | None = None) -> list[Unit]:
+    def _units(self, items: list[Statement], far: bool, previous: Block | None = None) -> list[Unit]:
         units = Finder(items, self.uses, self.captured, self.steps.unfold if far else None).units(previous)
         for before, unit in zip([previous, *units], units, strict=False):
             if isinstance(unit, Opened):
                 unit.units = self._units(unit.steps, far, before if isinstance(before, Block) else None)
         return units
 
-    def _near(self, items: list[Step]) -> list[ast.stmt]:
+    def _near(self, items: list[Statement]) -> list[ast.stmt]:
         """Items without a look into sequences or over tests."""
         return self._written(self._units(items, far=False), {}, report=False)
 
     def _written(self, units: list[Unit], found: dict[Block, Place], report: bool) -> list[ast.stmt]:
         result: list[ast.stmt] = []
         for unit in units:
-            if isinstance(unit, Step):
+            if isinstance(unit, Statement):
                 result += self._statement(unit, report)
             elif isinstance(unit, Opened):
                 result.append(self._opened(unit, found))
@@ -83,7 +83,7 @@ class Emitter:
                 result += self._block(unit, found.get(unit) or Place(unit.conv.value, unit.residual))
         return result
 
-    def _statement(self, step: Step, report: bool) -> list[ast.stmt]:
+    def _statement(self, step: Statement, report: bool) -> list[ast.stmt]:
         """A statement that is of no block; lists of statements in it are rewritten on their own."""
         node = step.node
         if report and isinstance(node, (ast.If, ast.For, ast.While, ast.With)):
@@ -108,12 +108,12 @@ class Emitter:
         restore = [pair for place in inside for pair in place.restore if pair[1] not in layouts]
         otherwise = self._text([*self._restoring(restore), *(f"{layout} = None" for layout in layouts)], where)
         otherwise += self._near(unit.items)
-        return self._if(self._all(unit.guards), self._written(unit.units, found, report=True), otherwise, where)
+        return self._if(self._all(unit.conditions), self._written(unit.units, found, report=True), otherwise, where)
 
     def _block(self, block: Block, place: Place) -> list[ast.stmt]:
         where, result = block.conv.node, next(self.steps.fresh)
         call = f"{result} = {self._call(block, place)}"
-        conditions = self._all(block.guards, block.into.flag if block.into is not None else "")
+        conditions = self._all(block.conditions, block.into.flag if block.into is not None else "")
         lines = [f"{result} = None", f"if {conditions}:\n    {call}"] if conditions else [call]
         fails = [f"{place.hands_on} = {block.conv.value}"] if place.hands_on else []
         fails += [f"{variable} = {name}" for variable, name in place.reset]
@@ -130,7 +130,7 @@ class Emitter:
             works.append(f"{result} = {_callee(block.norm)}.act({result})")
         works += ["return " + result] if block.final is None else [f"{block.final} = {result}", f"{result} = None"]
         layers = self._text([*fails, *self._restoring(place.restore)], where)
-        if block.into is not None or any(guard.kind == "test" for guard in block.guards):
+        if block.into is not None or any(condition.kind == "test" for condition in block.conditions):
             layers += self._near(block.items)
         else:
             for step in block.steps:
@@ -165,22 +165,22 @@ class Emitter:
             parts.pop()
         return f"{self._own('shared' if place.hands_on else 'fused')}({', '.join(parts)})"
 
-    def _all(self, guards: list[Guard], flag: str = "") -> str:
+    def _all(self, conditions: list[Condition], flag: str = "") -> str:
         terms = [flag] if flag else []
-        for guard in guards:
-            text = ast.unparse(guard.node)
-            if guard.kind == "test":
-                terms.append(f"({text})" if guard.taken else f"not ({text})")
-            elif guard.kind == "identity":
+        for condition in conditions:
+            text = ast.unparse(condition.node)
+            if condition.kind == "test":
+                terms.append(f"({text})" if condition.taken else f"not ({text})")
+            elif condition.kind == "identity":
                 terms.append(f"{self._own('is_identity')}({text})")
-            elif guard.kind == "drops nothing":
+            elif condition.kind == "drops nothing":
                 terms.append(f"{self._own('drops_nothing')}({text})")
-            elif guard.kind == "torch.add":
+            elif condition.kind == "torch.add":
                 terms.append(f"{text} is {self._own('torch_add')}")
             else:
                 name = next(self.steps.fresh)
-                self.values[name] = guard.shape
-                asked = "is_still" if guard.kind == "still" else "is_list_of"
+                self.values[name] = condition.shape
+                asked = "is_still" if condition.kind == "still" else "is_list_of"
                 terms.append(f"{self._own(asked)}({text}, {name})")
         return " and ".join(terms)
 
@@ -206,16 +206,16 @@ class Emitter:
         return made
 
 
-def _callee(step: Step) -> str:
+def _callee(step: Statement) -> str:
     assert step.call is not None
     return ast.unparse(step.call.callee) if step.call.callee is not None else ""
 
 
-def _flat(units: list[Unit]) -> Iterator[Block | Step]:
+def _flat(units: list[Unit]) -> Iterator[Block | Statement]:
     """Blocks and other steps in order; behind what a sequence was opened for, a step that stands for other ways."""
     for unit in units:
         if isinstance(unit, Opened):
             yield from _flat(unit.units)
-            yield Step(ast.Pass())
+            yield Statement(ast.Pass())
         else:
             yield unit

@@ -1,6 +1,6 @@
 """Who reads what in a list of blocks, so that blocks hand values to each other that nobody else gets to see.
 
-Two things are worth it. A result that only blocks read may lie in the layout that kernels like. And of several blocks
+Two things are worth it. A result that only blocks read may have the layout that kernels prefer. And of several blocks
 that read one value, the first hands it on to the next, whose gradient it then adds inside its own dgrad; between them
 there may be blocks only, so that nothing can write to the value.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from freezekit.fusion.blocks import Block, Step, names_read, names_set
+from freezekit.fusion.blocks import Block, Statement, names_read, names_set
 
 
 @dataclass
@@ -46,7 +46,7 @@ class _Value:
     open: bool = False
 
 
-def places(units: list[Block | Step], whole: bool, fresh: Iterator[str]) -> dict[Block, Place]:
+def places(units: list[Block | Statement], whole: bool, fresh: Iterator[str]) -> dict[Block, Place]:
     """A place for each block of a list; `whole`: nothing is read of the list once it has run."""
     held: dict[str, _Value] = {}  # by name
     names: list[dict[str, _Value]] = []  # `held` as each unit finds it
@@ -89,7 +89,7 @@ def places(units: list[Block | Step], whole: bool, fresh: Iterator[str]) -> dict
 
 
 def _assigned(
-    units: list[Block | Step], values: list[_Value], names: list[dict[str, _Value]], fresh: Iterator[str]
+    units: list[Block | Statement], values: list[_Value], names: list[dict[str, _Value]], fresh: Iterator[str]
 ) -> dict[Block, Place]:
     order = {unit: i for i, unit in enumerate(units) if isinstance(unit, Block)}
     found = {unit: Place(unit.conv.value, unit.residual) for unit in order}

@@ -39,7 +39,7 @@ class Unknown(Exception):
 
 
 @dataclass(frozen=True)
-class Call:
+class LayerCall:
     """A call of one value that means something to a block.
 
     Attributes:
@@ -82,28 +82,28 @@ class Lookup:
         names = list(found[1]._modules)
         return _child(*found, names[index], direct=True) if -len(names) <= index < len(names) else None
 
-    def call(self, node: ast.expr) -> Call | None:
+    def call(self, node: ast.expr) -> LayerCall | None:
         """What a call of a child, of an activation function or of an activation method does."""
         if not isinstance(node, ast.Call) or any(isinstance(a, ast.Starred) for a in node.args):
             return None
         if isinstance(node.func, ast.Attribute) and not node.args and not node.keywords:
             kind = ACTIVATION_CALLS.get(node.func.attr)
             if kind is not None and self.child(node.func.value) is None:
-                return Call("activation", node.func.value, None, kind)
+                return LayerCall("activation", node.func.value, None, kind)
         if not node.args:
             return None
         argument, found = node.args[0], self.child(node.func)
         if found is not None:
             path, module = found
             return (
-                Call(kind_of(module), argument, node.func, path, module)
+                LayerCall(kind_of(module), argument, node.func, path, module)
                 if len(node.args + node.keywords) == 1
                 else None
             )
         function = self.value_of(node.func)
         if function not in ACTIVATION_CALLS or isinstance(function, str) or not _only_in_place(node):
             return None
-        return Call("activation", argument, node.func, ACTIVATION_CALLS[function])
+        return LayerCall("activation", argument, node.func, ACTIVATION_CALLS[function])
 
     def value_of(self, node: ast.expr) -> Any:
         """What a global name, or an attribute of a Python module, is now; None for anything else."""
@@ -183,7 +183,7 @@ def _child(path: str, module: nn.Module, name: str, direct: bool = False) -> tup
 
 
 def kind_of(module: nn.Module) -> str:
-    """What a child is to a block, see `Call`."""
+    """What a child is to a block, see `LayerCall`."""
     kind = type(module)
     if kind in CONVS:
         return "conv"

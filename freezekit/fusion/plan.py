@@ -48,7 +48,7 @@ class BlockNames:
 
 
 @dataclass(frozen=True)
-class Plan:
+class FusionPlan:
     """What a module runs in place of methods of its own.
 
     Attributes:
@@ -66,7 +66,7 @@ class Plan:
     key: tuple[object, ...] = ()
 
 
-def make_plan(module: nn.Module, kind: type[nn.Module]) -> Plan:
+def make_plan(module: nn.Module, kind: type[nn.Module]) -> FusionPlan:
     """What `fuse` makes of `module`, whose own class is `kind`; never fails, a plan may be to rewrite nothing."""
     if (
         issubclass(kind, nn.Sequential)
@@ -99,7 +99,7 @@ class _Written:
     values: Mapping[str, Any]
 
 
-def _plan_of(written: Mapping[str, _Written], reason: str = "") -> Plan:
+def _plan_of(written: Mapping[str, _Written], reason: str = "") -> FusionPlan:
     good = {name: one for name, one in written.items() if one.blocks}
     methods = {name: (one.source.function, define(one.source, one.tree, one.values)) for name, one in good.items()}
     blocks = tuple(block for one in good.values() for block in one.blocks)
@@ -108,7 +108,7 @@ def _plan_of(written: Mapping[str, _Written], reason: str = "") -> Plan:
         (name, one.source.function, ast.unparse(one.tree), one.blocks, *one.values.items())
         for name, one in good.items()
     )
-    return Plan(methods, blocks, sequences, reason, key)
+    return FusionPlan(methods, blocks, sequences, reason, key)
 
 
 def _rewrite(module: nn.Module, source: Source) -> _Written:

@@ -39,8 +39,8 @@ def fused(
         conv, norm, activation: the layers, or what stands in their places; an activation may be a function or the name
             of a method.
         residual: what is added, of the size of the result.
-        before: what the layout of the result follows from where x lies in a layout of its own, see `outer_layout`.
-        inner: whether blocks alone read the result, so that it may lie in a layout of its own.
+        before: what the layout of the result follows where x has a layout of its own, see `outer_layout`.
+        inner: whether blocks alone read the result, so that it may have a layout of its own.
         owns: whether the norm has an activation of its own, which is part of the block or runs behind it.
     """
     parts = _parts(conv, norm, activation, residual, owns)

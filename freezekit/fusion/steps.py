@@ -14,14 +14,14 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from freezekit.fusion.patterns import Call, Lookup, Unknown, as_sum, kind_of
+from freezekit.fusion.patterns import LayerCall, Lookup, Unknown, as_sum, kind_of
 from freezekit.fusion.sequences import is_iterated_plainly, members
 
 Node = TypeVar("Node", bound=ast.AST)
 
 
 @dataclass(eq=False)
-class Step:
+class Statement:
     """A statement, and what it does where that is known.
 
     Attributes:
@@ -43,12 +43,12 @@ class Step:
     kind: str = ""
     target: str | None = None
     value: str = ""
-    call: Call | None = None
+    call: LayerCall | None = None
     other: str = ""
     in_place: bool = False
     function: ast.expr | None = None
     taken: bool = False
-    body: list[Step] = field(default_factory=list)
+    body: list[Statement] = field(default_factory=list)
     over: tuple[ast.expr, str, nn.Module] | None = None
 
 
@@ -72,31 +72,31 @@ class Steps:
         self.made.add(name)
         return name
 
-    def of(self, statements: list[ast.stmt]) -> list[Step]:
+    def of(self, statements: list[ast.stmt]) -> list[Statement]:
         return [step for statement in statements for step in self._of_one(statement)]
 
-    def _of_one(self, node: ast.stmt) -> list[Step]:
+    def _of_one(self, node: ast.stmt) -> list[Statement]:
         if isinstance(node, ast.If):
             return [self._of_test(node)]
         if isinstance(node, ast.For):
             return [self._of_loop(node)]
-        before: list[Step] = []
+        before: list[Statement] = []
         if any(isinstance(one, ast.NamedExpr) for one in ast.walk(node)):  # names change while it is evaluated
-            return [Step(node)]
+            return [Statement(node)]
         if isinstance(node, ast.AugAssign) and isinstance(node.op, ast.Add) and isinstance(node.target, ast.Name):
             other = self._name(self._flat(node.value, before), before, node) if self._speaks(node.value) else node.value
             if not isinstance(other, ast.Name):
-                return [*before, Step(node)]
+                return [*before, Statement(node)]
             name = node.target.id
             same = node if other is node.value else ast.AugAssign(node.target, node.op, other)
-            return [*before, Step(_at(same, node), "add", name, name, other=other.id, in_place=True)]
+            return [*before, Statement(_at(same, node), "add", name, name, other=other.id, in_place=True)]
         if not isinstance(node, (ast.Assign, ast.AnnAssign, ast.Return, ast.Expr)) or node.value is None:
-            return [Step(node)]
+            return [Statement(node)]
         target = _target(node)
         if isinstance(node.value, ast.Name):
-            return [Step(node, "copy" if target and isinstance(node, ast.Assign) else "", target, node.value.id)]
+            return [Statement(node, "copy" if target and isinstance(node, ast.Assign) else "", target, node.value.id)]
         if not self._speaks(node.value):
-            return [Step(node)]
+            return [Statement(node)]
         value = self._flat(node.value, before)
         if isinstance(value, ast.Name) and before and (target is not None or isinstance(node, ast.Return)):
             last = before[-1]
@@ -105,9 +105,9 @@ class Steps:
             whole = ast.Return(last.node.value) if target is None else _assign(target, last.node.value)
             last.node, last.target = _at(whole, node), target
             return before
-        return [*before, Step(_at(_with_value(node, value), node))]
+        return [*before, Statement(_at(_with_value(node, value), node))]
 
-    def unfold(self, item: Step) -> list[Step]:
+    def unfold(self, item: Statement) -> list[Statement]:
         """The steps that the call of a plain sequence is."""
         call, value, steps = item.call, item.value, []
         assert call is not None
@@ -121,24 +121,26 @@ class Steps:
             target = item.target if i == len(inside) - 1 else self._new()
             result = ast.Call(callee, [ast.Name(value, ast.Load())], [])
             node = ast.Return(result) if target is None else _assign(target, result)
-            found = Call(kind_of(module), result.args[0], callee, ".".join(filter(None, (call.path, *path))), module)
-            steps.append(Step(_at(node, item.node), found.kind, target, value, found))
+            found = LayerCall(
+                kind_of(module), result.args[0], callee, ".".join(filter(None, (call.path, *path))), module
+            )
+            steps.append(Statement(_at(node, item.node), found.kind, target, value, found))
             value = str(target)
         return steps
 
-    def _of_test(self, node: ast.If) -> Step:
+    def _of_test(self, node: ast.If) -> Statement:
         try:
             taken = self.lookup.truth(node.test)
         except Unknown:
-            return Step(node)
+            return Statement(node)
         body = node.body if taken else node.orelse
-        return Step(node, "if", taken=taken, body=self.of(body))
+        return Statement(node, "if", taken=taken, body=self.of(body))
 
-    def _of_loop(self, node: ast.For) -> Step:
+    def _of_loop(self, node: ast.For) -> Statement:
         """A loop over the children of a list or a sequence, where nothing but their calls depends on the round."""
         found = self.lookup.child(node.iter)
         if found is None or not is_iterated_plainly(found[1]) or not isinstance(node.target, ast.Name) or node.orelse:
-            return Step(node)
+            return Statement(node)
         path, over = found
         inside = [one for statement in node.body for one in ast.walk(statement)]
         reads = [one for one in inside if isinstance(one, ast.Name) and one.id == node.target.id]
@@ -148,14 +150,14 @@ class Steps:
             or len(reads) != self.uses[node.target.id]
             or not any(kind_of(m) == "conv" for m in over.children())
         ):
-            return Step(node)
+            return Statement(node)
         body = []
         for name in over._modules:
             callee = ast.Subscript(ast.Attribute(node.iter, "_modules", ast.Load()), ast.Constant(name), ast.Load())
             for statement in node.body:
                 made = _replaced(statement, {id(one): callee for one in reads})
                 body += self._of_one(_at(made, statement))
-        return Step(node, "loop", body=body, over=(node.iter, path, over))
+        return Statement(node, "loop", body=body, over=(node.iter, path, over))
 
     def _speaks(self, node: ast.expr) -> bool:
         """Whether there is a layer or an addition where it can be taken out."""
@@ -170,7 +172,7 @@ class Steps:
         found = as_sum(self.lookup, node)
         return found is not None and all(isinstance(part, ast.Name) for part in (found.left, found.right))
 
-    def _flat(self, node: ast.expr, steps: list[Step]) -> ast.expr:
+    def _flat(self, node: ast.expr, steps: list[Statement]) -> ast.expr:
         """What is left of an expression when its layers and additions are taken out into steps."""
         if not self._speaks(node):
             return node
@@ -183,18 +185,18 @@ class Steps:
             assert isinstance(left, ast.Name)
             assert isinstance(right, ast.Name)
             same = _replaced(node, {id(found.left): left, id(found.right): right})
-            step = Step(ast.Pass(), "add", value=left.id, other=right.id, in_place=found.in_place)
+            step = Statement(ast.Pass(), "add", value=left.id, other=right.id, in_place=found.in_place)
             step.function = found.function
             return self._out(same, steps, step, node)
         parts = _parts(node)
         return _replaced(node, {id(a): b for a, b in zip(parts, self._all(parts, steps), strict=True)})
 
-    def _flat_call(self, node: ast.expr, call: Call, steps: list[Step]) -> ast.expr:
+    def _flat_call(self, node: ast.expr, call: LayerCall, steps: list[Statement]) -> ast.expr:
         argument = self._name(self._flat(call.argument, steps), steps, node)
         same = _replaced(node, {id(call.argument): argument})
-        return self._out(same, steps, Step(ast.Pass(), call.kind, value=argument.id, call=call), node)
+        return self._out(same, steps, Statement(ast.Pass(), call.kind, value=argument.id, call=call), node)
 
-    def _all(self, parts: list[ast.expr], steps: list[Step], names: bool = False) -> list[ast.expr]:
+    def _all(self, parts: list[ast.expr], steps: list[Statement], names: bool = False) -> list[ast.expr]:
         """Parts that are evaluated in this order; what stands before one that is taken out is taken out too."""
         last = max((i for i, part in enumerate(parts) if self._speaks(part)), default=-1)
         result = []
@@ -204,14 +206,14 @@ class Steps:
             result.append(self._name(flat, steps, part) if names or early else flat)
         return result
 
-    def _name(self, node: ast.expr, steps: list[Step], where: ast.AST) -> ast.Name:
+    def _name(self, node: ast.expr, steps: list[Statement], where: ast.AST) -> ast.Name:
         if isinstance(node, ast.Name):
             return node
-        name = self._out(node, steps, Step(ast.Pass()), where)
+        name = self._out(node, steps, Statement(ast.Pass()), where)
         assert isinstance(name, ast.Name)
         return name
 
-    def _out(self, node: ast.expr, steps: list[Step], step: Step, where: ast.AST) -> ast.expr:
+    def _out(self, node: ast.expr, steps: list[Statement], step: Statement, where: ast.AST) -> ast.expr:
         name = self._new()
         step.node, step.target = _at(_assign(name, node), where), name
         steps.append(step)

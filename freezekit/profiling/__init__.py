@@ -122,7 +122,7 @@ class profile:
         """
         self._recorded()
         if not Path(path).absolute().parent.is_dir():
-            raise FileNotFoundError(f"path must lie in a folder that is there, got {str(path)!r}")
+            raise FileNotFoundError(f"path must be in an existing folder, got {str(path)!r}")
         self._profiler.export_chrome_trace(str(path))
 
     def _recorded(self) -> list[Event]:

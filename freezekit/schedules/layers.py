@@ -90,7 +90,7 @@ def layers_of(model: nn.Module, patterns: Sequence[Any] | None = None) -> tuple[
         ['0', '2']
     """
     if patterns is not None and (isinstance(patterns, str) or not isinstance(patterns, Sequence)):
-        raise TypeError(f"layers: expected a sequence of names of modules or other patterns, got {patterns!r}")
+        raise TypeError(f"layers must be a sequence of names of modules or other patterns, got {patterns!r}")
     units = list(_units(model) if patterns is None else _named_units(model, patterns))
     everything = dict(model.named_parameters(remove_duplicate=False))
     last = {id(everything[p]): name for name, inside, _ in units for p in inside}

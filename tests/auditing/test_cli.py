@@ -1,4 +1,4 @@
-"""``python -m freezekit.auditing module:factory``: exit status, table, data, and errors that say what is wrong."""
+"""``freezekit audit module:factory``: exit status, table, data, and errors that say what is wrong."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from freezekit.auditing.__main__ import FOUND, OK, UNUSABLE, main
+from freezekit import cli
+
+OK, FOUND, UNUSABLE = 0, 1, 2
 
 FACTORIES = """
 import torch
@@ -41,6 +43,10 @@ def wrong():
 
 number = 3
 """
+
+
+def main(arguments: list[str]) -> int:
+    return cli.main(["audit", *arguments])
 
 
 @pytest.fixture

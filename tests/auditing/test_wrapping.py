@@ -127,7 +127,7 @@ def test_guard_watches_the_optimizer_inside(name: str) -> None:
 
 def test_guard_says_what_to_pass() -> None:
     model = net()
-    with pytest.raises(TypeError, match=r"optimizer: expected a torch\.optim\.Optimizer, got Module.*that it wraps"):
+    with pytest.raises(TypeError, match=r"optimizer must be a torch\.optim\.Optimizer, got Module.*that it wraps"):
         guard(model, nn.Module())
     both = Wrapper(sgd(model))
     both.other = sgd(model)

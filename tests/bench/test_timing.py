@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench.timing import CudaClock, HostClock, Interleaved, Spread, Step, interleave
+from bench.timing import CudaClock, HostClock, Interleaved, Spread, Timeable, interleave
 
 
 class Scripted:
@@ -19,7 +19,7 @@ class Scripted:
         self.readings = itertools.count(1)
         self.called: list[str] = []
 
-    def __call__(self, step: Step, calls: int) -> float:
+    def __call__(self, step: Timeable, calls: int) -> float:
         name = step()
         assert isinstance(name, str)
         self.called.append(name)
@@ -93,7 +93,7 @@ def test_collector_rests_meanwhile_and_is_restored_after_an_error() -> None:
 
 
 @pytest.mark.parametrize(("steps", "rounds", "calls"), [({}, 1, 1), ({"a": list}, 0, 1), ({"a": list}, 1, 0)])
-def test_nothing_to_time_is_an_error(steps: dict[str, Step], rounds: int, calls: int) -> None:
+def test_nothing_to_time_is_an_error(steps: dict[str, Timeable], rounds: int, calls: int) -> None:
     with pytest.raises(ValueError, match="at least"):
         interleave(steps, clock=HostClock(), rounds=rounds, calls=calls)
 

@@ -113,7 +113,7 @@ for swap in (fk.convert, fk.revert):
         swap.__name__,
         ("only a number", lambda m, o, f=swap: f(m, only=3), TypeError, ("only", "names", "3")),
         ("only another class", lambda m, o, f=swap: f(m, only=[int]), TypeError, ("only", "nn.Module", "int")),
-        ("only what is not there", lambda m, o, f=swap: f(m, only="9.*"), ValueError, ("only", "'9.*'")),
+        ("only what is not there", lambda m, o, f=swap: f(m, only="9.*"), PatternError, ("only", "'9.*'")),
     )
 first(fk.explain, more=lambda m, o: (X,))
 rows(

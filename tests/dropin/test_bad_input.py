@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 
 import freezekit as fk
 from freezekit.functional import conv2d_dgrad, conv2d_wgrad
+from tests.conftest import on
 from tests.dropin.malformed import HUGE, KINDS, NUMBERS, SIZES, STRICTER, B, Bad, W, X
 
 TABLE = SIZES + KINDS + NUMBERS
@@ -32,7 +34,7 @@ def error(call: Callable[[], Any]) -> Exception:
 @pytest.mark.parametrize("backend", ["aten", "emulated"])
 @pytest.mark.parametrize("bad", TABLE, ids=str)
 def test_as_stock(bad: Bad, backend: str) -> None:
-    with fk.backend(backend):
+    with on(backend):
         ours, stock = error(lambda: bad.call(fk.functional.conv2d)), error(lambda: bad.call(F.conv2d))
     if bad.name == "bool tensors" and backend == "emulated":
         assert isinstance(ours, RuntimeError)  # the backend was demanded and does not take the dtype
@@ -141,9 +143,10 @@ SIZE_LIES: list[tuple[str, Any, tuple[str, ...]]] = [
 @pytest.mark.parametrize(("size", "says"), [s[1:] for s in SIZE_LIES], ids=[s[0] for s in SIZE_LIES])
 def test_an_input_size_that_lies(size: Any, says: tuple[str, ...], backend: str, device: str) -> None:
     g, w = G.to(device), W.to(device)
-    for call in (conv2d_dgrad, torch.ops.freezekit.conv2d_dgrad):
+    for call in (conv2d_dgrad, partial(torch.ops.freezekit.conv2d_dgrad, backend=backend)):
         for tensor in (g, g.clone().requires_grad_()):
-            ours = error(lambda call=call, tensor=tensor: call(tensor, w, size, backend=backend))
+            with on(backend):
+                ours = error(lambda call=call, tensor=tensor: call(tensor, w, size))
             assert type(ours) is RuntimeError
             assert all(re.search(text, str(ours)) for text in says), str(ours)
     still_right()
@@ -166,8 +169,9 @@ WEIGHT_LIES: list[tuple[str, Any, tuple[str, ...]]] = [
 @pytest.mark.parametrize(("size", "says"), [s[1:] for s in WEIGHT_LIES], ids=[s[0] for s in WEIGHT_LIES])
 def test_a_weight_size_that_lies(size: Any, says: tuple[str, ...], backend: str, device: str) -> None:
     g, x = G.to(device), X.to(device)
-    for call in (conv2d_wgrad, torch.ops.freezekit.conv2d_wgrad):
-        ours = error(lambda call=call: call(g, x, size, backend=backend))
+    for call in (conv2d_wgrad, partial(torch.ops.freezekit.conv2d_wgrad, backend=backend)):
+        with on(backend):
+            ours = error(lambda call=call: call(g, x, size))
         assert type(ours) is RuntimeError
         assert all(re.search(text, str(ours)) for text in says), str(ours)
     still_right()
@@ -241,12 +245,13 @@ PUBLIC = [
     ("backend", lambda: fk.backend("cuda"), ValueError, ("backend", "'cuda'", "aten")),
     ("backend of another type", lambda: fk.backend(3), ValueError, ("backend", "3")),
     ("backend argument", lambda: fk.functional.conv2d(X, W, backend="cudnn"), ValueError, ("backend", "'cudnn'")),
+    ("a backend of tests", lambda: fk.backend("emulated"), ValueError, ("'auto', 'native' or 'aten'", "'emulated'")),
     ("backend argument of another type", lambda: fk.functional.conv2d(X, W, backend=1), ValueError, ("backend", "1")),
     ("raw backend", lambda: torch.ops.freezekit.conv2d(X, W, backend="x"), ValueError, ("backend", "'x'")),
     ("native on a CPU", lambda: fk.functional.conv2d(X, W, backend="native"), RuntimeError, ("native", "cpu")),
     (
         "emulated on meta",
-        lambda: conv2d_dgrad(G.bool(), W.bool(), X.shape, backend="emulated"),
+        lambda: torch.ops.freezekit.conv2d_dgrad(G.bool(), W.bool(), X.shape, backend="emulated"),
         RuntimeError,
         ("Bool",),
     ),

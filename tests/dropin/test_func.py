@@ -148,7 +148,7 @@ def test_vmap_of_the_gradient_operators() -> None:
 
 def test_kernels_that_were_demanded_are_not_left_out_silently() -> None:
     w = torch.randn(4, 3, 3, 3)
-    with fk.backend("emulated"):
+    with fk.testing.emulated():
         for call in (
             lambda: vmap(lambda x: conv2d(x, w))(X),
             lambda: grad(lambda x: conv2d(x, w).sum())(X),

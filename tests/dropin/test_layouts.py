@@ -12,6 +12,7 @@ from torch import Tensor
 
 import freezekit as fk
 from freezekit.functional import conv2d, conv2d_dgrad, conv2d_wgrad
+from tests.conftest import on
 
 # (input, weight, settings): plain, 1x1, depthwise, and the sizes of 1 at which a layout is ambiguous.
 PROBLEMS: list[tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = [
@@ -87,7 +88,8 @@ def test_strides_and_values_are_stock_s(problem: tuple[Any, Any, dict[str, Any]]
             "meta": run(conv2d, meta, case, frozen, **settings),
         }
         if dtype == torch.float32 and kinds[2] != "expanded":
-            ours["emulated"] = run(conv2d, made, case, frozen, backend="emulated", **settings)
+            with on("emulated"):
+                ours["emulated"] = run(conv2d, made, case, frozen, **settings)
         for where, results in ours.items():
             for name, tensor in results.items():
                 if strides(tensor, exact=name == "y") != strides(stock[name], exact=name == "y"):
@@ -106,10 +108,13 @@ def test_the_gradients_alone(layout: str, backend: str) -> None:
     for dtype in (torch.float32, torch.float64):
         x, w = torch.randn(2, 4, 6, 5, dtype=dtype), torch.randn(6, 4, 3, 3, dtype=dtype)
         g = lay(torch.randn(2, 6, 4, 3, dtype=dtype), layout)
-        for real, meta in (
-            (conv2d_dgrad(g, w, x.shape, backend=backend), conv2d_dgrad(g.to("meta"), w.to("meta"), x.shape)),
-            (conv2d_wgrad(g, x, w.shape, backend=backend), conv2d_wgrad(g.to("meta"), x.to("meta"), w.shape)),
-        ):
+        with on(backend):
+            real_ones = conv2d_dgrad(g, w, x.shape), conv2d_wgrad(g, x, w.shape)
+        meta_ones = (
+            conv2d_dgrad(g.to("meta"), w.to("meta"), x.shape),
+            conv2d_wgrad(g.to("meta"), x.to("meta"), w.shape),
+        )
+        for real, meta in zip(real_ones, meta_ones):
             assert real.stride() == meta.stride()
             order = torch.channels_last if layout == "nhwc" else torch.contiguous_format
             assert real.is_contiguous(memory_format=order)

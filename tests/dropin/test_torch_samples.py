@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import freezekit as fk
 from freezekit.functional import conv2d
+from tests.conftest import on
 
 invocations = pytest.importorskip("torch.testing._internal.common_methods_invocations", reason="needs expecttest")
 from torch.testing._internal.common_modules import module_db  # noqa: E402
@@ -39,11 +40,11 @@ def tolerance(stock: Tensor) -> dict[str, float]:
     return dict(rtol=16 * eps, atol=eps * max(64.0, stock.abs().max().item()))
 
 
-def results(conv: Any, sample: Any, needs: tuple[bool, ...], **kwargs: Any) -> list[Tensor]:
+def results(conv: Any, sample: Any, needs: tuple[bool, ...]) -> list[Tensor]:
     """Output and the gradients that are asked for; the gradient of the output is the same at every call."""
     tensors = [sample.input, *sample.args]
     leaves = [t.detach().clone().requires_grad_(n) if isinstance(t, Tensor) else t for t, n in zip(tensors, needs)]
-    y = conv(*leaves, **sample.kwargs, **kwargs)
+    y = conv(*leaves, **sample.kwargs)
     if not any(isinstance(t, Tensor) and t.requires_grad for t in leaves):
         return [y]
     seed = torch.Generator().manual_seed(0)
@@ -57,7 +58,8 @@ def test_op_samples(dtype: torch.dtype, backend: str, device: str) -> None:
     samples = list(OP.sample_inputs(device, dtype, requires_grad=False))
     assert len(samples) >= 20
     for sample, needs in product(samples, states):
-        ours = results(conv2d, sample, needs, backend=backend)
+        with on(backend):
+            ours = results(conv2d, sample, needs)
         for a, b in zip(ours, results(F.conv2d, sample, needs), strict=True):
             torch.testing.assert_close(a, b, **tolerance(b))
             assert a.stride() == b.stride(), (sample, needs)

@@ -185,7 +185,7 @@ ENTRY = {"group": 0, "position": 0, "state": {}}
 @pytest.mark.parametrize(
     ("state", "says"),
     [
-        ([], "state: expected the dict that freeze_state returns, got list"),
+        ([], "state must be the dict that freeze_state returns, got list"),
         ({}, "state: not from freeze_state, it has no 'version', 'frozen', 'trainable', 'statistics', 'removed'"),
         (broken(version=2), "state: version 2, and this freezekit reads version 1"),
         (broken(frozen="0.weight"), "state: 'frozen' must be a list of names, got '0.weight'"),

@@ -171,7 +171,7 @@ def test_a_train_method_of_the_user_survives() -> None:
 def test_train_refuses_what_torch_refuses() -> None:
     model = nn.Sequential(nn.BatchNorm1d(2))
     freeze(model)
-    with pytest.raises(ValueError, match="mode: expected a bool, got 'yes'"):
+    with pytest.raises(ValueError, match="mode must be a bool, got 'yes'"):
         model[0].train("yes")
 
 

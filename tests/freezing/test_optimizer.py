@@ -226,10 +226,10 @@ def test_lbfgs_over_other_parameters_is_not_asked() -> None:
     [
         ({"remove": True}, ValueError, "remove=True changes an optimizer, but there is none; pass optimizer="),
         ({"state": "reset"}, ValueError, 'state="reset" changes an optimizer, but there is none'),
-        ({"state": "drop"}, ValueError, 'state: expected "keep" or "reset", got \'drop\''),
-        ({"norm": "eval"}, ValueError, 'norm: expected "freeze" or "batch", got \'eval\''),
-        ({"remove": 1}, TypeError, "remove: expected a bool, got 1"),
-        ({"optimizer": 3}, TypeError, "optimizer: expected a torch.optim.Optimizer or several, got int"),
+        ({"state": "drop"}, ValueError, 'state must be "keep" or "reset", got \'drop\''),
+        ({"norm": "eval"}, ValueError, 'norm must be "freeze" or "batch", got \'eval\''),
+        ({"remove": 1}, TypeError, "remove must be a bool, got 1"),
+        ({"optimizer": 3}, TypeError, "optimizer must be a torch.optim.Optimizer or several, got int"),
     ],
 )
 def test_arguments_are_checked_before_anything_changes(arguments: dict, error: type[Exception], says: str) -> None:
@@ -244,7 +244,7 @@ def test_group_must_be_an_index() -> None:
     model = net()
     optimizer = SGD(model.parameters())
     for wrong in (1, -1, "0"):
-        with pytest.raises(ValueError, match="group: expected an index from 0 to 0"):
+        with pytest.raises(ValueError, match="group must be an index from 0 to 0"):
             unfreeze(model, optimizer=optimizer, group=wrong)
 
 

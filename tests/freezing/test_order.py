@@ -121,5 +121,5 @@ def test_errors() -> None:
         freeze(model, until="unused", inputs=torch.ones(3, 2))
     with pytest.raises(ValueError, match="inputs: only read to find the forward order for until="):
         freeze(model, inputs=torch.ones(3, 2))
-    with pytest.raises(TypeError, match="until: expected the name"):
+    with pytest.raises(TypeError, match="until must be the name"):
         freeze(model, until=3)

@@ -129,9 +129,9 @@ def test_nothing_matched_is_an_error_that_helps(pattern: Any, says: str) -> None
 
 def test_wrong_types_are_named() -> None:
     for wrong in (3, int, None):
-        with pytest.raises(TypeError, match="patterns: expected"):
+        with pytest.raises(TypeError, match="patterns must be"):
             freeze(backbone(), wrong)
-    with pytest.raises(TypeError, match=r"model: expected an nn\.Module, got list"):
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got list"):
         freeze([nn.Linear(1, 1)])
     with pytest.raises(PatternError, match="ReLU has no parameter"):
         freeze(nn.ReLU())

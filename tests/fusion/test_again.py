@@ -60,7 +60,7 @@ def autocast() -> Iterator[None]:
 def test_calls_of_other_kinds_in_between() -> None:
     model = fuse(settled(plain(1, 8)))
     stock = unfuse(copy.deepcopy(model))
-    contexts = [nullcontext, autocast, lambda: fk.backend("emulated"), lambda: fk.backend("aten")]
+    contexts = [nullcontext, autocast, lambda: fk.testing.emulated(), lambda: fk.backend("aten")]
     inputs = [x(), x(3), x().to(memory_format=torch.channels_last)]
     for _ in range(2):
         for context in contexts:

@@ -39,7 +39,7 @@ def test_resnet50_runs_one_convolution_kernel_a_layer_and_nothing_between() -> N
     x = torch.randn(1, 3, 12, 12).to(memory_format=torch.channels_last).requires_grad_()
     _C.set_launch_log(True)
     try:
-        with fk.backend("emulated"):
+        with fk.testing.emulated():
             with Calls() as forward:
                 y = model(x)
             launched = Counter(row["operator"] for row in _C.take_launch_log())

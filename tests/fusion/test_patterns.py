@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import freezekit as fk
 from freezekit.fusion import fuse, fusion_report
+from tests.conftest import on
 from tests.fusion.nets import PATTERNS, Bottleneck, settled
 
 
@@ -37,7 +38,7 @@ def test_float64_is_exact(name: str, channels_last: bool, place: tuple[str, str]
     x = make_input(torch.float64, channels_last, device)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     expected = outcome(stock, x)
-    with fk.backend(backend):
+    with on(backend):
         result = outcome(fuse(stock), x)
     assert all(row.fused for row in fusion_report(stock))
     for ours, theirs in zip(result, expected, strict=True):
@@ -61,7 +62,7 @@ def test_no_further_from_float64_than_stock(
             tensor.data = tensor.data.to(dtype).to(tensor.dtype)
         stock, x = copy.deepcopy(exact).to(dtype), make_input(dtype, channels_last, device)
         reference = outcome(exact.double(), x.double())
-        with fk.backend(backend):
+        with on(backend):
             # Own kernels are held to themselves, layer by layer: how stock's sum up depends on the processor.
             theirs = outcome(stock if backend == "aten" else fk.convert(copy.deepcopy(stock)), x)
             ours = outcome(fuse(stock), x)
@@ -165,7 +166,7 @@ def test_odd_dataflow(kind: type[nn.Module], place: tuple[str, str]) -> None:
     stock = settled(kind()).to(device, torch.float64)
     x = make_input(torch.float64, False, device)
     expected = outcome(stock, x)
-    with fk.backend(backend):
+    with on(backend):
         result = outcome(fuse(stock), x)
     for ours, theirs in zip(result, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)

@@ -82,7 +82,7 @@ def test_sequences_in_sequences() -> None:
 def test_kernels_run_once_a_layer() -> None:
     model = fuse(settled(Inverted(8)))
     x = torch.randn(1, 8, 5, 5).to(memory_format=torch.channels_last).requires_grad_()
-    with fk.backend("emulated"):
+    with fk.testing.emulated():
         model(x)
         _C.set_launch_log(True)
         try:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from freezekit.backends import switched
 from freezekit.functional import conv2d
 
 DTYPES = [torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -200,9 +201,8 @@ def _run(conv: Any, made: list[Any], call: Call, exact: bool) -> dict[str, Tenso
         tensors.append(tensor)
     names = [n for n, t in zip(("dx", "dw", "db"), tensors) if t is not None and t.requires_grad]
     leaves = [t for t in tensors if t is not None and t.requires_grad]
-    kwargs = dict(call.settings) if conv is F.conv2d else dict(call.settings, backend=call.backend)
-    with torch.set_grad_enabled(call.mode != "no_grad"):
-        y = conv(*tensors, **kwargs)
+    with torch.set_grad_enabled(call.mode != "no_grad"), switched(call.backend):
+        y = conv(*tensors, **call.settings)
     if call.mode == "no_grad" or not leaves:
         assert not y.requires_grad
         return {"y": y}

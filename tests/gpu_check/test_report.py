@@ -11,7 +11,7 @@ from tools.gpu_check import __main__ as command
 from tools.gpu_check import machine, report, steps
 from tools.gpu_check.step import Outcome, Step
 
-HERE = machine.Machine("2026-11-26", "Some GPU", "580.1", "2.11.0", "13.0", "13.0.88", "3.12.3", 16, "abc123")
+HERE = machine.Host("2026-11-26", "Some GPU", "580.1", "2.11.0", "13.0", "13.0.88", "3.12.3", 16, "abc123")
 OUTCOMES = [
     Outcome("build", "passed", 61.26, "done", "compiled\n"),
     Outcome("kernels", "failed", 3.0, "exit code 1: a | b", "wrong value"),
@@ -30,7 +30,7 @@ def test_the_row_fits_the_table_of_the_docs() -> None:
 
 
 def test_a_row_without_a_device_says_that_it_is_no_proof() -> None:
-    here = machine.Machine(**{**HERE.to_dict(), "device": ""})  # type: ignore[arg-type]
+    here = machine.Host(**{**HERE.to_dict(), "device": ""})  # type: ignore[arg-type]
     row = report.row(here, OUTCOMES, "make gpu-check EMULATED=1")
     assert "| no CUDA device |" in row
     assert "emulated, which says nothing of hardware: 1 of 3 steps passed" in row
@@ -62,7 +62,7 @@ def test_only_results_are_removed(tmp_path: Path) -> None:
 
 @pytest.fixture
 def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    here = machine.Machine(**{**HERE.to_dict(), "device": ""})  # type: ignore[arg-type]
+    here = machine.Host(**{**HERE.to_dict(), "device": ""})  # type: ignore[arg-type]
     monkeypatch.setattr(machine, "read", lambda commit: here)
 
 

@@ -14,10 +14,10 @@ import torch
 from bench import options
 from tools.gpu_check import __main__ as command
 from tools.gpu_check import report, steps
-from tools.gpu_check.machine import Machine
+from tools.gpu_check.machine import Host
 from tools.gpu_check.step import LOG_BYTES, NOT_RUN, ROOT, Step, run
 
-HERE = Machine("2026-11-26", "Some GPU", "580.1", "2.11.0", "13.0", "13.0.88", "3.12.3", 16, "abc123")
+HERE = Host("2026-11-26", "Some GPU", "580.1", "2.11.0", "13.0", "13.0.88", "3.12.3", 16, "abc123")
 
 
 def script(text: str) -> tuple[str, ...]:

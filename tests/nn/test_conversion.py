@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 import freezekit as fk
 from freezekit import nn as layers
 from freezekit.conversion import SWAPS, conversion_report, convert, revert
+from freezekit.freezing import PatternError
 
 ARGUMENTS: dict[str, tuple[object, ...]] = {
     **{f"Conv{t}{i}d": (2, 4, 3) for i in (1, 2, 3) for t in ("", "Transpose")},
@@ -82,12 +83,17 @@ def test_only_some() -> None:
     assert kinds(convert(Calling(), only="body")) == [True, True, False]
     assert kinds(convert(Calling(), only=["body.0", nn.BatchNorm2d])) == [True, False, True]
     assert kinds(convert(Calling(), only="*.1")) == [False, True, False]
+    model = Calling()
+    assert kinds(convert(model, only=model.body)) == [True, True, False]
+    assert kinds(convert(Calling(), only=["b?dy", ["norm"]])) == [True, True, True]
     assert kinds(revert(convert(Calling()), only="norm")) == [True, True, False]
-    with pytest.raises(ValueError, match="'bodi' meets no layer"):
+    with pytest.raises(ValueError, match="only: 'bodi' matches no module or parameter of Calling; near names: 'body'"):
         convert(Calling(), only="bodi")
-    with pytest.raises(ValueError, match="LSTM"):
+    with pytest.raises(PatternError, match="only: an empty list selects nothing"):
+        convert(Calling(), only=[])
+    with pytest.raises(PatternError, match="only: no module meets .*LSTM"):
         convert(Calling(), only=[nn.ReLU, nn.LSTM])
-    with pytest.raises(TypeError, match="only must hold names and nn.Module classes, got 3"):
+    with pytest.raises(TypeError, match=r"only must be names of modules, globs .*\ngot 3"):
         convert(Calling(), only=[3])
     with pytest.raises(TypeError, match="model must be an nn.Module"):
         revert(3)

@@ -14,7 +14,7 @@ from torch.autograd import grad, gradcheck, gradgradcheck
 import freezekit as fk
 import freezekit.functional as ff
 from freezekit import _C
-from tests.conftest import gpu
+from tests.conftest import gpu, on
 from tests.observe import bytes_kept
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -79,7 +79,7 @@ def test_activations(
     stray = torch.tensor(SPECIAL)
     x[0, 0, 0, :5] = stray.nan_to_num(1.0) if kernels[0] == "activation_hardtanh" else stray
     x = x.to(own[1])
-    with Log() as launched, fk.backend(own[0]):
+    with Log() as launched, on(own[0]):
         actual = step(ours, x, {**arguments, "inplace": inplace})
     expected = step(stock, x, {**arguments, "inplace": inplace and name != "hardtanh"})
     assert launched == kernels
@@ -91,7 +91,7 @@ def test_activations(
 @pytest.mark.parametrize("numel", [0, 1, 7, 8, 31, 33, 1000])
 def test_every_size_keeps_one_bit_an_element(numel: int, own: tuple[Any, str]) -> None:
     x = torch.randn(numel, device=own[1])
-    with fk.backend(own[0]):
+    with on(own[0]):
         actual = step(ff.relu, x, {})
         kept = bytes_kept(ff.relu, x.clone().requires_grad_())
     assert all(map(torch.equal, actual, step(F.relu, x, {})))
@@ -105,7 +105,7 @@ def test_dropout_drops_what_torch_drops(dtype: torch.dtype, inplace: bool, own: 
     results = []
     for function in (ff.dropout, F.dropout):
         torch.manual_seed(3)
-        with Log() as launched, fk.backend(own[0]):
+        with Log() as launched, on(own[0]):
             results.append(step(function, x, {"p": 0.3, "inplace": inplace}))
         after = torch.rand(3, device=own[1])
         results[-1] += (after,)
@@ -125,7 +125,7 @@ def test_max_pool2d(
     x[0, 0, 3, :5] = float("nan")
     x[1, 1] = -float("inf")
     x = x.contiguous(memory_format=layout).to(own[1])
-    with Log() as launched, fk.backend(own[0]):
+    with Log() as launched, on(own[0]):
         actual = step(ff.max_pool2d, x, arguments)
     assert launched == ["max_pool", "max_pool_scatter"]
     for a, e in zip(actual, step(F.max_pool2d, x, arguments)):
@@ -135,7 +135,7 @@ def test_max_pool2d(
 
 def test_indices_are_torch_s(own: tuple[Any, str]) -> None:
     x = torch.randn(2, 3, 9, 12, device=own[1], requires_grad=True)
-    with fk.backend(own[0]):
+    with on(own[0]):
         y, indices = ff.max_pool2d(x, 3, 2, 1, return_indices=True)
     expected = F.max_pool2d(x, 3, 2, 1, return_indices=True)
     assert torch.equal(y, expected[0])
@@ -145,7 +145,7 @@ def test_indices_are_torch_s(own: tuple[Any, str]) -> None:
 def test_gradients_of_gradients(own: tuple[Any, str]) -> None:
     x = torch.randn(1, 2, 5, 6, dtype=torch.float64, device=own[1], requires_grad=True)
     functions = (ff.relu, ff.leaky_relu, lambda v: ff.max_pool2d(v, 3, 2, 1))
-    with Log() as launched, fk.backend(own[0]):
+    with Log() as launched, on(own[0]):
         for function in functions:
             assert gradcheck(function, (x,))
             assert gradgradcheck(function, (x,))
@@ -154,7 +154,7 @@ def test_gradients_of_gradients(own: tuple[Any, str]) -> None:
 
 def test_batch_of_none(own: tuple[Any, str]) -> None:
     x = torch.randn(0, 3, 8, 8, device=own[1])
-    with fk.backend(own[0]):
+    with on(own[0]):
         for ours, stock in ((ff.relu, F.relu), (lambda v: ff.max_pool2d(v, 2), lambda v: F.max_pool2d(v, 2))):
             actual, expected = step(ours, x, {}), step(stock, x, {})
             assert [a.shape for a in actual] == [e.shape for e in expected]
@@ -179,14 +179,14 @@ def test_kernels_take_no_tensors_of_transforms(function: Callable[[Tensor], Tens
     )
     for call in calls:
         refused = pytest.raises(RuntimeError, match="a torch.func transform|a forward-mode gradient")
-        with fk.backend("emulated"), refused:
+        with fk.testing.emulated(), refused:
             call()
         call()
 
 
 def test_a_backward_pass_runs_on_what_its_forward_pass_ran_on() -> None:
     x = torch.randn(1, 2, 4, 4, requires_grad=True)
-    with fk.backend("emulated"):
+    with fk.testing.emulated():
         y = ff.max_pool2d(ff.relu(x), 2)
     with Log() as launched:
         y.sum().backward()

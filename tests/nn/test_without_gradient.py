@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from freezekit import backend, functional
+import freezekit as fk
+from freezekit import functional
 from tests.observe import Calls
 
 ONES = torch.ones(4)
@@ -47,5 +48,5 @@ def test_a_gradient_that_an_affine_parameter_needs_counts() -> None:
 
 
 def test_a_backend_that_was_demanded_runs() -> None:
-    with backend("emulated"):
+    with fk.testing.emulated():
         assert libraries(lambda: functional.relu(torch.ones(2, 3))) >= {"freezekit"}

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from torch.autograd import grad, gradcheck, gradgradcheck
 
+import freezekit as fk
 import freezekit._C as _C
 from freezekit.functional import conv2d, conv2d_bias_grad
 from tests.observe import Calls
 
+OP = torch.ops.freezekit.conv2d_bias_grad.default
 SIZE = (3, 5, 6, 7)
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
@@ -46,31 +48,31 @@ def launched(call: Callable[[], object]) -> list[str]:
 def test_integers_are_exact(
     layout: Callable[[tuple[int, ...]], Tensor], size: tuple[int, ...], place: tuple[str, str]
 ) -> None:
-    backend, device = place
+    _, device = place
     base = layout(size).to(device)
     for dtype in DTYPES:
         dy = base.to(dtype)  # keeps strides
-        db = conv2d_bias_grad(dy, backend=backend)
+        db = conv2d_bias_grad(dy)
         # A sum past 256 is no integer of bfloat16: the exact one is rounded once.
         assert torch.equal(db, dy.double().sum((0, 2, 3)).to(dtype))
         assert db.shape == (size[1],)
 
 
 def test_normals_are_within_rounding(place: tuple[str, str]) -> None:
-    backend, device = place
+    _, device = place
     for dtype in DTYPES:
         dy = torch.randn(8, 33, 14, 15, dtype=torch.float64).to(device, dtype)
         exact, size = dy.double().sum((0, 2, 3)), dy.double().abs().sum((0, 2, 3))
         terms = dy[:, 0].numel()
         unit = torch.finfo(dtype).eps / 2
         bound = size * terms * (2**-53 if dtype == torch.float64 else 2**-24) + exact.abs() * unit
-        assert ((conv2d_bias_grad(dy, backend=backend).double() - exact).abs() <= bound).all()
+        assert ((conv2d_bias_grad(dy).double() - exact).abs() <= bound).all()
 
 
 def test_the_layout_does_not_change_a_bit_of_the_own_reduction() -> None:
     dy = torch.randn(8, 33, 14, 15)
     results = [
-        conv2d_bias_grad(d, backend="emulated")
+        OP(d, backend="emulated")
         for d in (dy, dy.to(memory_format=torch.channels_last), dy.transpose(2, 3).contiguous().transpose(2, 3))
     ]
     assert torch.equal(results[0], results[1])
@@ -98,7 +100,7 @@ def test_a_layer_s_db_comes_from_the_backend_s_own_kernel(dtype: torch.dtype, pl
     b = torch.zeros(5, dtype=dtype, device=device, requires_grad=True)
     dy = torch.randint(-2, 3, (2, 5, 4, 4), device=device).to(dtype)
     results: list[Tensor] = []
-    ran = launched(lambda: results.extend(grad(conv2d(x, w, b, backend=backend), (x, w, b), dy)))
+    ran = launched(lambda: results.extend(grad(conv2d(x, w, b), (x, w, b), dy)))
     own = ["conv2d", "conv2d_dgrad", "conv2d_wgrad", "conv2d_bias_grad"]
     assert ran == ([] if backend == "aten" else own)
     assert torch.equal(results[2], dy.sum((0, 2, 3)))
@@ -106,7 +108,8 @@ def test_a_layer_s_db_comes_from_the_backend_s_own_kernel(dtype: torch.dtype, pl
 
 def test_where_the_bias_alone_learns_nothing_else_runs() -> None:
     w, b = torch.randn(5, 4, 3, 3), torch.zeros(5, requires_grad=True)
-    y = conv2d(torch.randn(2, 4, 6, 6), w, b, backend="emulated")
+    with fk.testing.emulated():
+        y = conv2d(torch.randn(2, 4, 6, 6), w, b)
     dy = torch.randint(-2, 3, (2, 5, 4, 4)).float()
     assert launched(lambda: y.backward(dy)) == ["conv2d_bias_grad"]
     assert torch.equal(b.grad, dy.sum((0, 2, 3)))
@@ -117,7 +120,8 @@ def test_the_layout_of_dy_is_changed_once_for_all_gradients(learns: str) -> None
     """Contiguous in and out; the gradients are contiguous again, as ATen's are."""
     leaves = {"x": torch.randn(2, 4, 6, 6), "w": torch.randn(5, 4, 3, 3), "b": torch.zeros(5)}
     asked = [leaves[name].requires_grad_() for name in learns]
-    y = conv2d(*leaves.values(), backend="emulated")
+    with fk.testing.emulated():
+        y = conv2d(*leaves.values())
     dy = torch.randn_like(y)
     laid_out = 0
 
@@ -136,11 +140,11 @@ def test_the_layout_of_dy_is_changed_once_for_all_gradients(learns: str) -> None
 
 
 def test_derivatives(place: tuple[str, str]) -> None:
-    backend, device = place
+    _, device = place
     dy = torch.randn(2, 3, 4, 5, dtype=torch.float64, device=device, requires_grad=True)
 
     def db(dy: Tensor) -> Tensor:
-        return conv2d_bias_grad(dy, backend=backend)
+        return conv2d_bias_grad(dy)
 
     assert gradcheck(db, dy)
     assert gradgradcheck(db, dy)
@@ -151,7 +155,7 @@ def test_derivatives(place: tuple[str, str]) -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "expanded"])
 def test_opcheck(layout: str, needs_grad: bool, backend: str) -> None:
     dy = LAYOUTS[layout](SIZE).requires_grad_(needs_grad)
-    torch.library.opcheck(torch.ops.freezekit.conv2d_bias_grad.default, (dy,), {"backend": backend})
+    torch.library.opcheck(OP, (dy,), {"backend": backend})
 
 
 def test_transforms_are_torch_s() -> None:
@@ -164,7 +168,7 @@ def test_transforms_are_torch_s() -> None:
     with pytest.raises(
         RuntimeError, match="backend='emulated' cannot compute conv2d_bias_grad: a tensor belongs to a torch.func"
     ):
-        torch.vmap(lambda d: conv2d_bias_grad(d, backend="emulated"))(dy)
+        torch.vmap(lambda d: OP(d, backend="emulated"))(dy)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +183,7 @@ def test_transforms_are_torch_s() -> None:
             "backend='native' cannot compute conv2d_bias_grad: it needs CUDA tensors, got one on cpu",
         ),
         (
-            lambda: conv2d_bias_grad(torch.ones(1, 1, 1, 1, dtype=torch.int32), backend="emulated"),
+            lambda: OP(torch.ones(1, 1, 1, 1, dtype=torch.int32), backend="emulated"),
             RuntimeError,
             "a tensor is not of a real floating dtype",
         ),

@@ -13,6 +13,7 @@ from torch.autograd import grad
 
 import freezekit as fk
 from freezekit.functional import conv2d
+from tests.conftest import on
 from tests.observe import Calls, bytes_kept
 
 # (weight learns, bias learns, input needs grad) -> what backward runs: dgrad, wgrad, db
@@ -40,7 +41,7 @@ def layer(weight: bool, bias: bool) -> fk.FreezableConv2d:
 def test_kept_bytes(weight: bool, bias: bool, needs_dx: bool, backend: str) -> None:
     conv = layer(weight, bias)
     x = torch.randn(2, 4, 8, 8, requires_grad=needs_dx)
-    with fk.backend(backend):
+    with on(backend):
         assert bytes_kept(conv, x) == (x.untyped_storage().nbytes() if weight else 0)
 
 
@@ -49,7 +50,7 @@ def test_kept_bytes(weight: bool, bias: bool, needs_dx: bool, backend: str) -> N
 def test_backward_runs(state: tuple[bool, bool, bool], ran: tuple[int, int, int], backend: str) -> None:
     conv = layer(*state[:2])
     x = torch.randn(2, 4, 8, 8, requires_grad=state[2])
-    with fk.backend(backend):
+    with on(backend):
         y = conv(x)
     g = torch.ones_like(y)
     with Calls() as calls:

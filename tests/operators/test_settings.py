@@ -11,10 +11,14 @@ from torch import Tensor
 
 from freezekit import _C
 from freezekit.functional import conv2d
+from tests.conftest import gpu, on
 
-own = pytest.mark.parametrize(
-    ("backend", "device"), [("emulated", "cpu"), pytest.param("native", "cuda", marks=pytest.mark.gpu)]
-)
+
+@pytest.fixture(params=["emulated", gpu])
+def own(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The device on which freezekit's kernels run."""
+    with on(request.param):
+        yield "cuda" if request.param == "native" else "cpu"
 
 
 def kernels(run: Callable[[], object]) -> list[str]:
@@ -43,15 +47,14 @@ def of_convolutions(allowed: bool) -> None:
     torch.backends.cudnn.conv.fp32_precision = "tf32" if allowed else "ieee"
 
 
-@own
 @pytest.mark.parametrize("allow", [legacy, of_convolutions])
-def test_tf32_is_used_where_torch_allows_it(allow: Callable[[bool], None], backend: str, device: str) -> None:
+def test_tf32_is_used_where_torch_allows_it(allow: Callable[[bool], None], own: str) -> None:
     """The second switch is set for convolutions alone, which torch 2.9 brought; recurrent networks keep theirs."""
-    x, w = torch.randn(2, 16, 6, 6, device=device), torch.randn(16, 16, 3, 3, device=device)
+    x, w = torch.randn(2, 16, 6, 6, device=own), torch.randn(16, 16, 3, 3, device=own)
     x, w = x.requires_grad_(), w.requires_grad_()
 
     def step() -> None:
-        conv2d(x, w, backend=backend).sum().backward()
+        conv2d(x, w).sum().backward()
 
     for allowed in (True, False, True):
         allow(allowed)
@@ -60,16 +63,15 @@ def test_tf32_is_used_where_torch_allows_it(allow: Callable[[bool], None], backe
         assert all(name.startswith("implicit_gemm" if allowed else "direct") for name in ran), ran
 
 
-@own
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("groups", [1, 16])
-def test_gradients_repeat_bit_for_bit(groups: int, dtype: torch.dtype, backend: str, device: str) -> None:
+def test_gradients_repeat_bit_for_bit(groups: int, dtype: torch.dtype, own: str) -> None:
     """wgrad's slices are added in order, whatever torch's settings for determinism are."""
-    x = torch.randn(4, 16, 20, 20, device=device).to(dtype).requires_grad_()
-    w = torch.randn(16, 16 // groups, 3, 3, device=device).to(dtype).requires_grad_()
+    x = torch.randn(4, 16, 20, 20, device=own).to(dtype).requires_grad_()
+    w = torch.randn(16, 16 // groups, 3, 3, device=own).to(dtype).requires_grad_()
 
     def gradients() -> tuple[Tensor, ...]:
-        y = conv2d(x, w, padding=1, groups=groups, backend=backend)
+        y = conv2d(x, w, padding=1, groups=groups)
         return torch.autograd.grad(y, (x, w), torch.ones_like(y))
 
     first = gradients()

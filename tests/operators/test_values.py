@@ -14,10 +14,10 @@ from tests.cases import CASES, Case
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
 
-def gradients(conv, tensors: tuple[Tensor | None, ...], case: Case, **kwargs) -> list[Tensor]:
+def gradients(conv, tensors: tuple[Tensor | None, ...], case: Case) -> list[Tensor]:
     """Output and gradients of sum(y * g) with an integer g."""
     leaves = [t.detach().requires_grad_() if t is not None else None for t in tensors]
-    y = conv(*leaves, **case.settings, **kwargs)
+    y = conv(*leaves, **case.settings)
     g = (torch.arange(y.numel(), device=y.device) % 5 - 2).to(y.dtype).view(y.shape)
     return [y, *grad(y, [leaf for leaf in leaves if leaf is not None], g)]
 
@@ -30,9 +30,9 @@ def reference(tensors: tuple[Tensor | None, ...], case: Case) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_integers_are_exact(case: Case, dtype: torch.dtype, channels_last: bool, place: tuple[str, str]) -> None:
-    backend, device = place
+    _, device = place
     tensors = case.tensors(dtype, device, integers=True, channels_last=channels_last)
-    for ours, exact in zip(gradients(conv2d, tensors, case, backend=backend), reference(tensors, case), strict=True):
+    for ours, exact in zip(gradients(conv2d, tensors, case), reference(tensors, case), strict=True):
         assert ours.dtype == dtype
         # Sums past 256 are not integers of bfloat16: the exact value is rounded once, as the kernels round it.
         assert torch.equal(ours.double().cpu(), exact.to(dtype).double())
@@ -40,9 +40,9 @@ def test_integers_are_exact(case: Case, dtype: torch.dtype, channels_last: bool,
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_random_values_are_within_rounding(case: Case, place: tuple[str, str]) -> None:
-    backend, device = place
+    _, device = place
     tensors = case.tensors(torch.float32, device)
-    for ours, exact in zip(gradients(conv2d, tensors, case, backend=backend), reference(tensors, case), strict=True):
+    for ours, exact in zip(gradients(conv2d, tensors, case), reference(tensors, case), strict=True):
         # Terms of one sum times float32's unit roundoff, against the magnitude of the terms.
         terms = max(1, case.r * case.s * case.c, ours.numel() and case.n * case.h * case.w)
         bound = 4 * terms * 2**-24 * max(1.0, exact.abs().max().item() if exact.numel() else 1.0)
@@ -52,11 +52,11 @@ def test_random_values_are_within_rounding(case: Case, place: tuple[str, str]) -
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.n and c.h * c.w < 60], ids=str)
 def test_derivatives(case: Case, place: tuple[str, str]) -> None:
-    backend, device = place
+    _, device = place
     tensors = [t.requires_grad_() for t in case.tensors(torch.float64, device) if t is not None]
 
     def f(*args: Tensor) -> Tensor:
-        return conv2d(*args, **({"bias": None} if len(args) < 3 else {}), **case.settings, backend=backend)
+        return conv2d(*args, **({"bias": None} if len(args) < 3 else {}), **case.settings)
 
     assert gradcheck(f, tensors, fast_mode=True)
     assert gradgradcheck(f, tensors, fast_mode=True)
@@ -64,17 +64,17 @@ def test_derivatives(case: Case, place: tuple[str, str]) -> None:
 
 @pytest.mark.parametrize("case", [CASES[2], CASES[6]], ids=str)
 def test_derivatives_of_the_gradients(case: Case, place: tuple[str, str]) -> None:
-    backend, device = place
+    _, device = place
     x, w, _ = case.tensors(torch.float64, device)
     dy = torch.randn_like(conv2d(x, w, **case.settings))
     for t in (x, w, dy):
         t.requires_grad_()
 
     def dgrad(dy: Tensor, w: Tensor) -> Tensor:
-        return conv2d_dgrad(dy, w, case.input_size, **case.settings, backend=backend)
+        return conv2d_dgrad(dy, w, case.input_size, **case.settings)
 
     def wgrad(dy: Tensor, x: Tensor) -> Tensor:
-        return conv2d_wgrad(dy, x, case.weight_size, **case.settings, backend=backend)
+        return conv2d_wgrad(dy, x, case.weight_size, **case.settings)
 
     for f, args in ((dgrad, (dy, w)), (wgrad, (dy, x))):
         assert gradcheck(f, args, fast_mode=True)

@@ -113,7 +113,7 @@ def log_of(layer: Callable[[Tensor], Tensor], x: Tensor, steps: int) -> list[tup
 def test_what_is_counted() -> None:
     """One element of each tensor, by hand: relu in float32."""
     x = torch.randn(32 * 100)
-    with fk.backend("emulated"):
+    with fk.testing.emulated():
         rows = log_of(fk.functional.relu, x, steps=1)
     assert rows == [("activation_relu", 3200 * 8 + 400), ("gate_select", 3200 * 8 + 400)]
     with Traffic() as seen:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import freezekit as fk
+from tests.conftest import on
 from tests.observe import Calls
 from tests.proof.stand_in import FASTER, SLOWER, decided, launched, leaf, stand_in
 
@@ -157,7 +158,7 @@ def test_a_demand_is_not_held_against_anything(
     fast: None, layer: tuple[str, Layer, Layer, list[str]], backend: fk.backends.Backend
 ) -> None:
     _, own, _, kernels = layer
-    with fk.backend(backend):
+    with on(backend):
         assert launched(lambda: step(own, leaf(2, 5, 9, 8))) == (kernels if backend == "emulated" else [])
     assert fk.tuning.choices() == []
 
@@ -270,7 +271,7 @@ def test_compiled_activations_are_the_compilers_and_pools_are_not(fast: None, na
     compiled = torch.compile(own, backend="aot_eager")
     assert launched(lambda: step(compiled, x)) == ([] if name == "relu" else kernels)
     torch._dynamo.reset()
-    with fk.backend("emulated"):  # a demand takes the bits
+    with fk.testing.emulated():  # a demand takes the bits
         assert launched(lambda: step(compiled, x)) == kernels
 
 

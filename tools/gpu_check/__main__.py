@@ -20,7 +20,7 @@ from .step import Outcome, Step, run
 SECONDS = 530.0  # of the whole: under nine minutes
 
 
-def run_all(plan: Sequence[Step], folder: Path, here: machine.Machine, command: str, seconds: float) -> list[Outcome]:
+def run_all(plan: Sequence[Step], folder: Path, here: machine.Host, command: str, seconds: float) -> list[Outcome]:
     """Runs the steps in order; the folder holds what is known after each."""
     end, outcomes = time.monotonic() + seconds, []
     for step in plan:

@@ -22,7 +22,7 @@ OPTIONAL = ("xdist", "matplotlib", "expecttest", "sklearn", "timm", "torchvision
 
 
 @dataclass(frozen=True)
-class Machine:
+class Host:
     """Facts for a row of docs/hardware.md. `device` is empty where torch sees none."""
 
     date: str
@@ -50,7 +50,7 @@ def output_of(*command: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def read(commit: str | None) -> Machine:
+def read(commit: str | None) -> Host:
     """Looks around. torch is asked in a process of its own: this one must not hold a context on the device."""
     asked = output_of(
         sys.executable,
@@ -65,7 +65,7 @@ def read(commit: str | None) -> Machine:
     found = re.search(r"\bV([\d.]+)", output_of("nvcc", "--version"))
     dirty = "+" if output_of("git", "status", "--porcelain", "--untracked-files=no") else ""
     known = output_of("git", "rev-parse", "--short", "HEAD")
-    return Machine(
+    return Host(
         date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         device=device,
         driver=driver or "none",

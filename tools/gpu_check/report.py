@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from .machine import Machine
+from .machine import Host
 from .step import Outcome
 
 # All that steps and this module write.
@@ -15,7 +15,7 @@ MOST_FILES = 8
 MOST_BYTES = 16 << 20
 
 
-def row(machine: Machine, outcomes: Sequence[Outcome], command: str) -> str:
+def row(machine: Host, outcomes: Sequence[Outcome], command: str) -> str:
     """A row of the table in docs/hardware.md."""
     bad = [f"{o.step} {o.result}: {o.said}" for o in outcomes if o.result != "passed"]
     passed = sum(o.result == "passed" for o in outcomes)
@@ -26,7 +26,7 @@ def row(machine: Machine, outcomes: Sequence[Outcome], command: str) -> str:
     return "| " + " | ".join(cell.replace("|", "/").replace("\n", " ") for cell in cells) + " |"
 
 
-def readable(machine: Machine, outcomes: Sequence[Outcome], command: str) -> str:
+def readable(machine: Host, outcomes: Sequence[Outcome], command: str) -> str:
     """For people; the row can be pasted as it is."""
     lines = ["# gpu-check", "", row(machine, outcomes, command), ""]
     facts = f"nvcc {machine.nvcc}, Python {machine.python}, {machine.cores} cores"
@@ -37,7 +37,7 @@ def readable(machine: Machine, outcomes: Sequence[Outcome], command: str) -> str
     return "\n".join([*lines, ""])
 
 
-def write(folder: Path, machine: Machine, outcomes: Sequence[Outcome], command: str) -> None:
+def write(folder: Path, machine: Host, outcomes: Sequence[Outcome], command: str) -> None:
     """Writes the three files. Called after every step, so that an end from outside leaves what was known."""
     steps = [{"step": o.step, "result": o.result, "seconds": round(o.seconds, 1), "said": o.said} for o in outcomes]
     summary = {"machine": machine.to_dict(), "command": command, "steps": steps}

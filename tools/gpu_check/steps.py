@@ -52,7 +52,7 @@ def plan(folder: Path, emulated: bool, about: str, arch: str = "") -> list[Step]
         about: kept with golden vectors.
         arch: of the device, for which alone the kernels are built; empty: for all.
     """
-    where, own, device = ("emulated", "emulated", NO_DEVICE) if emulated else ("cuda", "native", "")
+    where, own, device = ("emulated", (), NO_DEVICE) if emulated else ("cuda", ("--backend", "native"), "")
     golden = ("--golden", str(folder / "golden.npz"), "--about", about)
     compare = python("bench/compare.py", "--device", "cpu" if emulated else "cuda")
     layers = ("--section", "layers", "--layers", "dozen", "--parts", "dgrad,wgrad,fprop", "--dtype", "bfloat16")
@@ -62,10 +62,10 @@ def plan(folder: Path, emulated: bool, about: str, arch: str = "") -> list[Step]
     to = {name: ("--json", str(folder / f"{name}.json")) for name in ("layers", "tiles", "compare")}
     return [
         Step("machine", python("-m", "tools.gpu_check.machine"), 20),
-        Step("build", ("env", *build, *python("setup.py", "-q", "build_ext", "--inplace")), 130),
+        Step("build", ("env", *build, *python("setup.py", "-q", "build_ext", "--inplace", "--emulator")), 130),
         Step("conformance", python("-m", "tests.conformance", "--place", where, *golden), 35),
         Step("kernels", python("-m", "tests.conformance.drivers", "--place", where), 30),
-        Step("selftest", python("-m", "freezekit.selftest", "--backend", own), 25),
+        Step("selftest", python("-m", "freezekit.selftest", *own), 25),
         Step("gpu tests", pytest("-m", "gpu and not full", *gpu_files(), dist="load"), 60, device),
         Step("sanitizer", python("-m", "tools.gpu_check.sanitizer"), 50, device),
         Step("layers", (*compare, *layers, *sides, "--time-limit", "60", *to["layers"]), 75, device),

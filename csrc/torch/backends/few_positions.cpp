@@ -31,7 +31,7 @@ bool is_plain(const Conv2dProblem& p) {
   return p.r == 1 && p.s == 1 && p.stride_h == 1 && p.stride_w == 1 && p.pad_h == 0 && p.pad_w == 0;
 }
 
-// How columns lie: as the filter's memory, taps outermost (KRSC) or channels (KCRS).
+// How columns are laid out: as the filter's memory, taps outermost (KRSC) or channels (KCRS).
 struct Order {
   int64_t tap, channel;  // steps
 };

@@ -27,11 +27,11 @@ const KernelLibrary& load_emulator() {
   const std::lock_guard<std::mutex> lock(mutex);
   if (emulator.table) return emulator;
   TORCH_CHECK(!emulator_path.empty(),
-              "backend='emulated' needs the emulated kernels, which this build lacks; rebuild "
-              "freezekit from its sources");
+              "the emulated kernels are not built: they are for freezekit's tests, and `make build` in its "
+              "source folder builds them");
   // RTLD_LOCAL: the CUDA build of the same functions may be in this process too.
   void* handle = dlopen(emulator_path.c_str(), RTLD_NOW | RTLD_LOCAL);
-  TORCH_CHECK(handle, "backend='emulated' cannot load its kernels: ", dlerror());
+  TORCH_CHECK(handle, "the emulated kernels cannot be loaded: ", dlerror());
   emulator.error = symbol<const char* (*)()>(handle, "freezekit_last_error");
   emulator.table = symbol<const KernelTable* (*)()>(handle, "freezekit_kernel_table")();
   return emulator;

@@ -98,7 +98,7 @@ class Pool {
 
   Results by_kernels() const { return {pooled().first, scattered(pooled().second)}; }
 
-  // The gather is the scatter's transpose: at its taps lie the values that were taken.
+  // The gather is the scatter's transpose: at its taps are the values that were taken.
   std::string faults() const {
     const auto [y, taps] = pooled();
     const Tensor taken = at::empty_like(y);

@@ -6,7 +6,7 @@
 
 namespace freezekit::proof {
 
-// Whether kernels could read such a tensor as it lies.
+// Whether kernels could read such a tensor without a copy.
 bool is_dense(const Tensor& x);
 bool is_image_batch(const Tensor& x);
 

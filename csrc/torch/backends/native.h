@@ -61,7 +61,7 @@ struct Finish {
   Tensor mask_out;
 };
 
-// With the kernels' epilogue, results as the kernels write them: channels_last; masks lie in NHWC order. dgrad multiplies
+// With the kernels' epilogue, results as the kernels write them: channels_last; masks are in NHWC order. dgrad multiplies
 // the filter by `scale` (K) first, where that is defined, adds `residual`, then applies `mask_in`.
 Tensor conv2d_epilogue(const Conv2dProblem&, const Tensor& input, const Tensor& weight, const Finish&, const Geometry&);
 Tensor dgrad_epilogue(const Conv2dProblem&, const Tensor& grad_output, const Tensor& weight, const Tensor& scale,

@@ -20,7 +20,7 @@ namespace freezekit {
 namespace {
 
 void check(const Tensor& input, double p) {
-  TORCH_CHECK(p > 0 && p < 1, "p must lie between 0 and 1, ends excluded, got ", p);
+  TORCH_CHECK(p > 0 && p < 1, "p must be greater than 0 and less than 1, got ", p);
   TORCH_CHECK(at::isFloatingType(input.scalar_type()), "input must be of a floating dtype, got ", input.scalar_type());
 }
 
@@ -41,7 +41,7 @@ Tensor draw_noise(const Tensor& x, double p, Backend backend) {
   return positive_bits(noise, backend);
 }
 
-// Dropout's kernels are proven together, so who computes one step computes all.
+// Dropout's kernels are proven together, so one answer serves for all steps.
 Backend settled(const Tensor& x, Backend backend) {
   if (route_step(Op::dropout, backend, x).computer != Computer::kernels) return backend;
   return x.is_cpu() ? Backend::emulated : Backend::native;
@@ -93,18 +93,29 @@ Tensor bits_inplace_meta(Tensor& input, double p, std::string_view) {
   return empty_bits(input);
 }
 
-Tensor dropout_aten(const Tensor& input, double p, bool train, std::string_view) {
+void refuse_unmet(const Tensor& input, std::string_view name) {
+  const Backend backend = parse_backend(name);
+  if (is_own(backend)) route(Op::dropout, backend, input);
+}
+
+// Without autograd, in inference mode and below other transforms, there are no bits to pack.
+Tensor dropout_plain(const Tensor& input, double p, bool train, std::string_view backend) {
+  refuse_unmet(input, backend);
   return at::dropout(input, p, train);
 }
 
-void dropout_inplace_aten(Tensor& input, double p, bool train, std::string_view) { at::dropout_(input, p, train); }
+void dropout_inplace_plain(Tensor& input, double p, bool train, std::string_view backend) {
+  refuse_unmet(input, backend);
+  at::dropout_(input, p, train);
+}
 
 // Whether torch's own dropout takes the call: nothing is drawn, or nothing kept. All that kernels do is to pack the bits.
 bool is_torch_s(const Tensor& input, double p, bool train, std::string_view backend) {
-  const bool nothing = !train || !(p > 0 && p < 1) || !torch::autograd::compute_requires_grad(input);
-  if (nothing && !is_own(parse_backend(backend))) return true;
-  return route(Op::dropout, parse_backend(backend), input).computer == Computer::formula || nothing ||
-         input.sym_numel() == 0;
+  if (!train || !(p > 0 && p < 1) || !torch::autograd::compute_requires_grad(input)) {
+    refuse_unmet(input, backend);
+    return true;
+  }
+  return route(Op::dropout, parse_backend(backend), input).computer == Computer::formula || input.sym_numel() == 0;
 }
 
 GateGradient gradient(const Tensor& input, SymIntArrayRef stride, double p, bool inplace, std::string_view backend) {
@@ -158,8 +169,8 @@ TORCH_LIBRARY_FRAGMENT(freezekit, m) {
   m.def("dropout_bits_(Tensor(a!) input, float p, *, str backend=\"auto\") -> Tensor", tags);
 }
 TORCH_LIBRARY_IMPL(freezekit, CompositeExplicitAutograd, m) {
-  m.impl("dropout", dropout_aten);
-  m.impl("dropout_", dropout_inplace_aten);
+  m.impl("dropout", dropout_plain);
+  m.impl("dropout_", dropout_inplace_plain);
   m.impl("dropout_bits", bits_kernel);
   m.impl("dropout_bits_", bits_inplace_kernel);
 }

@@ -21,7 +21,7 @@ struct GateRule {
   std::optional<double> off;
 };
 
-// A gate as the operator's settings: the strides that bits are laid out by, the rule, who computes.
+// A gate as the operator's settings: the strides that bits are laid out by, the rule, the backend.
 struct GateSettings {
   using Flat = Arguments<SymIntArrayRef, double, std::optional<double>, std::string_view>;
 
@@ -53,7 +53,7 @@ struct GateGradient {
   variable_list gradients(const Tensor& grad, Kept, const std::vector<bool>& wanted) const;
 };
 
-// int32 words for one bit an element of `like`.
+// int32 words for one bit per element of `like`.
 Tensor empty_bits(const Tensor& like);
 // The bits of a dense bool tensor in its memory order, by ATen: for devices and transforms that have no kernel here.
 Tensor pack_bits(const Tensor& mask);

@@ -66,20 +66,25 @@ void check_defined(const Tensor& input, const Tensor& weight) {
 Tensor prelu_entry(const Tensor& input, const Tensor& weight, std::string_view backend_name) {
   check_defined(input, weight);
   const Backend backend = parse_backend(backend_name);
+  const bool demanded = is_own(backend);
+  if (demanded && torch::autograd::compute_requires_grad(weight)) {
+    refuse("prelu", backend, "its slope learns, and the gradient of a slope reads the input");
+  }
   // On a GPU a slope takes more passes than the activations that are proven there: `auto` leaves it to torch.
   const bool is_unproven = input.is_cuda() && backend == Backend::automatic;
-  if (weight.requires_grad() || is_unproven ||
+  if ((!demanded && weight.requires_grad()) || is_unproven ||
       route(Op::activation, backend, input, weight).computer == Computer::formula) {
     return at::prelu(input, weight);
   }
   const Tensor slope = slope_of(input, weight);
   const bool records = torch::autograd::compute_requires_grad(input);
-  return slope.defined() && records ? record_prelu(input, slope, backend) : at::prelu(input, weight);
+  return slope.defined() && (records || demanded) ? record_prelu(input, slope, backend) : at::prelu(input, weight);
 }
 
-Tensor prelu_plain(const Tensor& input, const Tensor& weight, std::string_view) {
+// Without autograd: in inference mode, and below other transforms.
+Tensor prelu_plain(const Tensor& input, const Tensor& weight, std::string_view backend) {
   check_defined(input, weight);
-  return at::prelu(input, weight);
+  return is_own(parse_backend(backend)) ? prelu_entry(input, weight, backend) : at::prelu(input, weight);
 }
 
 template <c10::DeviceType kDevice, c10::DispatchKey kKey>
@@ -109,6 +114,7 @@ Tensor record_prelu(const Tensor& x, const Tensor& slope, Backend backend) {
     if (!is_number(slope)) y = at::_prelu_kernel(x, slope);
   }
   const auto node = formula_node("FreezekitPReLUBackward", PreluGradient{std::move(stride), backend}, x);
+  if (!node) return y;
   node->keep(bits, slope);
   torch::autograd::set_history(y, node);
   return y;

@@ -13,7 +13,7 @@ namespace freezekit {
 
 using SizeVector = c10::SmallVector<c10::SymInt, 4>;
 
-// No settings below reach the end of int64 in any product that a check or a kernel forms: a size that lies must not wrap.
+// No settings below reach the end of int64 in any product that a check or a kernel forms: a wrong size must not wrap.
 constexpr int64_t kExtentLimit = int64_t{1} << 31;
 
 // A defined tensor of a layout that convolutions exist for.

@@ -15,7 +15,7 @@ bool is_plain_on_cpu(const Tensor&);
 // zeros.
 Tensor shape_only(SymIntArrayRef size, const Tensor& like, at::MemoryFormat format);
 
-// For operators that read size and layout alone, on any device: it takes no memory, and who reads a value of it throws.
+// For operators that read size and layout alone, on any device: it takes no memory, and reading a value of it throws.
 // Beside tensors that are traced or transformed, it is one element seen many times, whose layout says nothing.
 Tensor without_data(SymIntArrayRef size, const Tensor& like, at::MemoryFormat format);
 

@@ -21,7 +21,7 @@ Backend parse_backend(std::string_view name) {
   for (size_t i = 0; i < kBackendNames.size(); ++i) {
     if (name == kBackendNames[i]) return static_cast<Backend>(i);
   }
-  TORCH_CHECK_VALUE(false, "backend must be 'auto', 'native', 'aten' or 'emulated', got '", name, "'");
+  TORCH_CHECK_VALUE(false, "backend must be 'auto', 'native' or 'aten', got '", name, "'");
 }
 
 std::string_view to_string(Backend backend) { return kBackendNames[static_cast<size_t>(backend)]; }

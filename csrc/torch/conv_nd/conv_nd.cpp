@@ -25,7 +25,7 @@ using ConvNdOperator =
 
 // dx of y = conv(x, w): as in backends/aten.cpp, ATen's own gradient where a stand-in for x takes no memory, else the
 // transposed convolution, or the plain one of a transposed one. The transposed convolution ends where the last window
-// does: output_padding restores what lies beyond. A transposed convolution's own output_padding can make its dgrad longer
+// does: output_padding restores what is beyond. A transposed convolution's own output_padding can make its dgrad longer
 // than x: what is past its end is cut, and the rest is copied, since torch's gradient is dense.
 Tensor dgrad(const Tensor& dy, const Tensor& weight, SymIntArrayRef input_size, ConvNdGeometry g) {
   if (is_plain_on_cpu(dy) && is_plain_on_cpu(weight)) {
@@ -66,7 +66,7 @@ void check_device(const Tensor& input, const Tensor& other, const char* name) {
               ": both must be on one device");
 }
 
-// ATen reads what lies on the meta device as if it had data, and forms products of sizes unchecked. at::conv1d and
+// ATen reads tensors on the meta device as if they had data, and forms products of sizes unchecked. at::conv1d and
 // at::conv3d refuse a bias of another dtype; at::convolution, below them and used here, does not.
 void check_convolution(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const ConvNdGeometry& g) {
   check_device(input, weight, "weight");

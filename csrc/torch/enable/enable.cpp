@@ -10,7 +10,7 @@
 namespace freezekit::enable {
 namespace {
 
-// Meta for those who look at a model without data, as explain does.
+// Meta for a look at a model without data, as explain takes it.
 constexpr std::array<c10::DispatchKey, 3> kKeys = {c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutogradCUDA,
                                                    c10::DispatchKey::AutogradMeta};
 

@@ -132,7 +132,7 @@ Tensor linear(const char* name, DispatchKeySet keys, const Tensor& x, SymIntArra
   return own.redispatch(keys, x, numbers);
 }
 
-// To one place it is a mean, elsewhere computed: who calls the operator below for that wants this very operator.
+// To one place it is a mean, elsewhere computed: a call of the operator below for that means this very operator.
 bool is_mean(SymIntArrayRef output_size) {
   return std::all_of(output_size.begin(), output_size.end(), [](const auto& size) { return size.maybe_as_int() == 1; });
 }

@@ -1,7 +1,6 @@
-// Autograd, autocast and transforms of a frozen convolution. What its backward pass does stands in frozen_node.h.
+// Autograd, autocast and transforms of a frozen convolution. What its backward pass does is in node.h.
 #include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
@@ -111,7 +110,8 @@ std::tuple<Tensor, Tensor> frozen_autograd(const FrozenOperands& o, const Frozen
   return {result.y, result.bits};
 }
 
-Tensor frozen_dgrad_autograd(const FrozenGrad& o, const Geometry& g) {
+Tensor frozen_dgrad_autograd(const FrozenGradCall& call) {
+  const auto& [o, g] = call;
   check_frozen(o.weight, "weight");
   check_frozen(o.norm.gamma, "norm_weight"), check_frozen(o.norm.var, "running_var");
   const Tensor& r = o.residual;
@@ -132,7 +132,8 @@ Tensor frozen_dgrad_autograd(const FrozenGrad& o, const Geometry& g) {
 }
 
 // (y, input), the latter for the input's other readers. Autocast has no say in a composite operator, so it is asked here.
-std::tuple<Tensor, Tensor> frozen_shared(const FrozenOperands& o, const FrozenConv2d& f, bool) {
+std::tuple<Tensor, Tensor> frozen_shared(const FrozenCall& arguments) {
+  const auto& [o, f] = arguments;
   const c10::DeviceType device = o.input.device().type();
   // Autocast does not know the meta device, on which models are explained, and raises when asked.
   const bool casts = device != c10::DeviceType::Meta && at::autocast::is_autocast_enabled(device);
@@ -142,18 +143,6 @@ std::tuple<Tensor, Tensor> frozen_shared(const FrozenOperands& o, const FrozenCo
   const bool share = call.input.is_same(o.input);
   const Result result = record(call, f, /*keep_mask=*/false, share);
   return {result.y, share ? result.input : o.input};
-}
-
-std::tuple<Tensor, Tensor> frozen_shared_entry(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                                               const OptionalTensor& residual, std::string_view activation,
-                                               SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
-                                               c10::SymInt groups, const OptionalTensor& norm_weight,
-                                               const OptionalTensor& norm_bias, const OptionalTensor& running_mean,
-                                               const OptionalTensor& running_var, double eps,
-                                               std::optional<bool> channels_last, std::string_view backend) {
-  return frozen_entry<frozen_shared>(input, weight, bias, residual, activation, stride, padding, dilation, groups,
-                                     norm_weight, norm_bias, running_mean, running_var, eps, channels_last,
-                                     /*keep_mask=*/false, backend);
 }
 
 template <c10::DeviceType kDevice, c10::DispatchKey kKey>
@@ -172,14 +161,8 @@ std::tuple<Tensor, Tensor> frozen_batched(const FrozenOperands& o, const FrozenC
 }  // namespace
 
 std::tuple<Tensor, Tensor> frozen_conv2d_shared(const FrozenOperands& o, const FrozenConv2d& f) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("freezekit::frozen_conv2d_shared", "")
-                             .typed<FrozenSharedSignature>();
-  const Geometry& g = f.geometry;
-  const FixedNormTensors& n = o.norm;
-  return op.call(o.input, o.weight, optional_of(o.bias), optional_of(o.residual), to_string(f.activation), g.stride,
-                 g.padding, g.dilation, g.groups, optional_of(n.gamma), optional_of(n.beta), optional_of(n.mean),
-                 optional_of(n.var), n.eps, f.channels_last, to_string(g.backend));
+  static const FrozenSharedOperator op("freezekit::frozen_conv2d_shared");
+  return op({o, f});
 }
 
 }  // namespace freezekit
@@ -193,20 +176,21 @@ TORCH_LIBRARY_FRAGMENT(freezekit, m) {
       "float eps=0.0, bool? channels_last=None, str backend=\"auto\") -> (Tensor, Tensor(a))");
 }
 TORCH_LIBRARY_IMPL(freezekit, CompositeImplicitAutograd, m) {
-  m.impl("frozen_conv2d_shared", freezekit::frozen_shared_entry);
+  m.impl("frozen_conv2d_shared", freezekit::FrozenSharedOperator::kernel<freezekit::frozen_shared>);
 }
 TORCH_LIBRARY_IMPL(freezekit, Autograd, m) {
-  m.impl("frozen_conv2d", freezekit::frozen_entry<freezekit::frozen_autograd>);
-  m.impl("frozen_conv2d_dgrad", freezekit::frozen_dgrad_entry<freezekit::frozen_dgrad_autograd>);
+  m.impl("frozen_conv2d", freezekit::FrozenOperator::kernel<freezekit::frozen_autograd>);
+  m.impl("frozen_conv2d_dgrad", freezekit::FrozenGradOperator::kernel<freezekit::frozen_dgrad_autograd>);
 }
 TORCH_LIBRARY_IMPL(freezekit, AutocastCPU, m) {
   using namespace freezekit;
-  m.impl("frozen_conv2d", frozen_entry<frozen_autocast<c10::DeviceType::CPU, c10::DispatchKey::AutocastCPU>>);
+  m.impl("frozen_conv2d", FrozenOperator::kernel<frozen_autocast<c10::DeviceType::CPU, c10::DispatchKey::AutocastCPU>>);
 }
 TORCH_LIBRARY_IMPL(freezekit, AutocastCUDA, m) {
   using namespace freezekit;
-  m.impl("frozen_conv2d", frozen_entry<frozen_autocast<c10::DeviceType::CUDA, c10::DispatchKey::AutocastCUDA>>);
+  m.impl("frozen_conv2d",
+         FrozenOperator::kernel<frozen_autocast<c10::DeviceType::CUDA, c10::DispatchKey::AutocastCUDA>>);
 }
 TORCH_LIBRARY_IMPL(freezekit, FuncTorchBatched, m) {
-  m.impl("frozen_conv2d", freezekit::frozen_entry<freezekit::frozen_batched>);
+  m.impl("frozen_conv2d", freezekit::FrozenOperator::kernel<freezekit::frozen_batched>);
 }

@@ -1,6 +1,5 @@
 #include <ATen/Context.h>
 #include <ATen/TensorOperators.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/batch_norm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/hardtanh.h>
@@ -81,9 +80,8 @@ Tensor activate_(Tensor& y, Activation activation, bool keep_mask) {
   if (activation == Activation::none) return no_bits(y);
   const bool relu = activation == Activation::relu;
   if (keep_mask) {
-    using Signature = Tensor(Tensor&, std::string_view, double, double, std::string_view);
-    static const auto op =
-        c10::Dispatcher::singleton().findSchemaOrThrow("freezekit::activation_bits_", "").typed<Signature>();
+    static const auto op = find_operator<Tensor(Tensor&, std::string_view, double, double, std::string_view)>(
+        "freezekit::activation_bits_");
     return op.call(y, relu ? "relu" : "hardtanh", 0, relu ? 0 : kRelu6End, "auto");
   }
   if (relu) {
@@ -150,7 +148,7 @@ std::tuple<Tensor, Tensor> frozen_by_aten(const Conv2dProblem& problem, const Fr
   return {y, bits};
 }
 
-// Bits lie in the order of the result, unless the kernels were demanded: `auto` may choose them where both orders agree.
+// Bits are in the order of the result, unless kernels were demanded: `auto` may choose those where both orders agree.
 Backend choosable(Backend backend, bool channels_last) {
   return backend == Backend::automatic && !channels_last ? Backend::aten : backend;
 }
@@ -229,7 +227,8 @@ void check_mask(const Tensor& mask, int64_t numel, const char* name) {
       " of size ", mask.defined() ? mask.sizes() : IntArrayRef());
 }
 
-Tensor frozen_dgrad_kernel(const FrozenGrad& o, const Geometry& g) {
+Tensor frozen_dgrad_kernel(const FrozenGradCall& call) {
+  const auto& [o, g] = call;
   const IntArrayRef size = C10_AS_INTARRAYREF_SLOW(o.input_size);
   check_dgrad(o.grad_output, o.weight, o.input_size, g);
   check_norm(o.norm, o.weight);
@@ -261,7 +260,8 @@ std::tuple<Tensor, Tensor> frozen_meta(const FrozenOperands& o, const FrozenConv
   return {y, at::empty_symint({words}, o.input.options().dtype(at::kInt))};
 }
 
-Tensor frozen_dgrad_meta(const FrozenGrad& o, const Geometry& g) {
+Tensor frozen_dgrad_meta(const FrozenGradCall& call) {
+  const auto& [o, g] = call;
   check_dgrad(o.grad_output, o.weight, o.input_size, g);
   check_norm(o.norm, o.weight);
   check_residual(o.grad_output, o.residual, o.input_size);
@@ -293,22 +293,12 @@ Tensor scaled_by_norm(const Tensor& grad_output, const FixedNormTensors& norm) {
 }
 
 std::tuple<Tensor, Tensor> frozen_conv2d(const FrozenOperands& o, const FrozenConv2d& f, bool keep_mask) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("freezekit::frozen_conv2d", "").typed<FrozenConv2dSignature>();
-  const Geometry& g = f.geometry;
-  const FixedNormTensors& n = o.norm;
-  return op.call(o.input, o.weight, optional_of(o.bias), optional_of(o.residual), to_string(f.activation), g.stride,
-                 g.padding, g.dilation, g.groups, optional_of(n.gamma), optional_of(n.beta), optional_of(n.mean),
-                 optional_of(n.var), n.eps, f.channels_last, keep_mask, to_string(g.backend));
+  return FrozenOperator::call({o, f}, keep_mask);
 }
 
 Tensor frozen_conv2d_dgrad(const FrozenGrad& o, const Geometry& g) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("freezekit::frozen_conv2d_dgrad", "")
-                             .typed<FrozenDgradSignature>();
-  return op.call(o.grad_output, o.weight, o.input_size, optional_of(o.residual), optional_of(o.mask), g.stride,
-                 g.padding, g.dilation, g.groups, optional_of(o.grad_mask), optional_of(o.norm.gamma),
-                 optional_of(o.norm.var), o.norm.eps, o.channels_last, to_string(g.backend));
+  static const FrozenGradOperator op("freezekit::frozen_conv2d_dgrad");
+  return op({o, g});
 }
 
 }  // namespace freezekit
@@ -319,7 +309,7 @@ TORCH_LIBRARY_FRAGMENT(freezekit, m) {
       "frozen_conv2d(Tensor input, Tensor weight, Tensor? bias=None, Tensor? residual=None, str activation=\"none\", "
       "SymInt[2] stride=1, SymInt[2] padding=0, SymInt[2] dilation=1, SymInt groups=1, *, Tensor? norm_weight=None, "
       "Tensor? norm_bias=None, Tensor? running_mean=None, Tensor? running_var=None, float eps=0.0, "
-      "bool? channels_last=None, bool keep_mask=False, str backend=\"auto\") -> (Tensor, Tensor)",
+      "bool? channels_last=None, str backend=\"auto\", bool keep_mask=False) -> (Tensor, Tensor)",
       tags);
   m.def(
       "frozen_conv2d_dgrad(Tensor grad_output, Tensor weight, SymInt[] input_size, Tensor? residual=None, "
@@ -329,10 +319,10 @@ TORCH_LIBRARY_FRAGMENT(freezekit, m) {
       tags);
 }
 TORCH_LIBRARY_IMPL(freezekit, CompositeExplicitAutograd, m) {
-  m.impl("frozen_conv2d", freezekit::frozen_entry<freezekit::frozen_kernel>);
-  m.impl("frozen_conv2d_dgrad", freezekit::frozen_dgrad_entry<freezekit::frozen_dgrad_kernel>);
+  m.impl("frozen_conv2d", freezekit::FrozenOperator::kernel<freezekit::frozen_kernel>);
+  m.impl("frozen_conv2d_dgrad", freezekit::FrozenGradOperator::kernel<freezekit::frozen_dgrad_kernel>);
 }
 TORCH_LIBRARY_IMPL(freezekit, Meta, m) {
-  m.impl("frozen_conv2d", freezekit::frozen_entry<freezekit::frozen_meta>);
-  m.impl("frozen_conv2d_dgrad", freezekit::frozen_dgrad_entry<freezekit::frozen_dgrad_meta>);
+  m.impl("frozen_conv2d", freezekit::FrozenOperator::kernel<freezekit::frozen_meta>);
+  m.impl("frozen_conv2d_dgrad", freezekit::FrozenGradOperator::kernel<freezekit::frozen_dgrad_meta>);
 }

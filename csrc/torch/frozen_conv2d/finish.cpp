@@ -32,8 +32,8 @@ FK_SIMD_CLONES void scale_back_words(const T* dy, T* out, const uint32_t* bits, 
   cpu::scale_back(dy, out, bits, affine, numel, first, last);
 }
 
-// Whether elements lie as in NHWC. Sizes of 1 may make it both, which is then the same.
-bool lies_as_nhwc(const Tensor& dense) { return !dense.is_contiguous(); }
+// Whether a tensor is laid out as NHWC. Sizes of 1 may make it both, which is then the same.
+bool is_nhwc(const Tensor& dense) { return !dense.is_contiguous(); }
 
 // The channels of a tensor as the passes read them, and the memory that they are in.
 template <class T>
@@ -42,7 +42,7 @@ class Channels {
   using C = cpu::Compute<T>;
 
   Channels(const Tensor& scale, const Tensor& shift, const Tensor& dense) {
-    const bool nhwc = lies_as_nhwc(dense);
+    const bool nhwc = is_nhwc(dense);
     affine_.channels = dense.size(1), affine_.plane = nhwc ? 1 : dense.size(2) * dense.size(3);
     const int64_t count = affine_.channels + (affine_.plane == 1 ? 31 : 0);
     scale_ = spread(scale, count, 1), shift_ = spread(shift, count, 0);

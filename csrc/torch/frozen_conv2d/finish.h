@@ -13,10 +13,10 @@ struct Affine {
 Affine affine_of(const FixedNormTensors&, const Tensor& bias, const Tensor& like, Backend on);
 
 // activation(y * scale + shift + residual) in place; returns the activation's bits, empty unless they are asked for. y is
-// dense, NCHW or NHWC, and the residual lies as y does.
+// dense, NCHW or NHWC, and the residual is laid out as y is.
 Tensor finish_(Tensor& y, const Affine&, const Tensor& residual, FrozenConv2d::Activation, bool keep_mask);
 
-// bits ? dy * scale : 0, dense and as dy lies; undefined bits are all set. dy is dense, NCHW or NHWC.
+// bits ? dy * scale : 0, dense and laid out as dy; undefined bits are all set. dy is dense, NCHW or NHWC.
 Tensor scale_back(const Tensor& dy, const Tensor& bits, const Tensor& scale);
 
 }  // namespace freezekit

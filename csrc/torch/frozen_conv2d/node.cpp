@@ -99,7 +99,7 @@ variable_list FrozenConv2dBackward::apply(variable_list&& grads) {
   }
   const bool wants_residual = num_outputs() > kResidual && task_should_compute_output(kResidual);
   if (has_bits_ && has_norm_ && masks_in_dgrad_ && wants_input && !wants_residual && !at::GradMode::is_enabled()) {
-    // Nobody else reads the masked dy.
+    // Nothing else reads the masked dy.
     const auto format = bits_are_channels_last_ ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
     result[kInput] = input_gradient(grads[0].contiguous(format), bits_.unpack(), passed);
     return result;
@@ -140,7 +140,7 @@ Tensor FrozenConv2dBackward::input_gradient(const Tensor& dy, const Tensor& grad
   return dx;
 }
 
-// Who made the input, if its gradient is nobody else's business and its bits lie as this dgrad computes.
+// The node that made the input, if nothing else sees its gradient and its bits are in the order of this dgrad.
 FrozenConv2dBackward* FrozenConv2dBackward::maker_of_input() const {
   const auto& edge = next_edge(kInput);
   auto* maker = dynamic_cast<FrozenConv2dBackward*>(edge.function.get());

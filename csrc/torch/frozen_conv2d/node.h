@@ -1,12 +1,13 @@
 // Backward of a frozen convolution, and how neighbouring ones share their passes.
 //
-// A node keeps bits and parameters (the weight, and gamma and var of a norm), no activation. In the backward pass it looks along the edge to who made its input:
+// A node keeps bits and parameters (the weight, and gamma and var of a norm), no activation. In the backward pass it looks
+// along the edge to the node that made its input:
 //
 //   - if that is a frozen convolution with bits, its bits go into this one's dgrad as the mask, in the same kernel;
 //     the result is marked there, and the maker leaves out the pass that masks its own dy. Whether a mark still holds
 //     is asked of the tensor that arrives: a sum, a hook's result or an edited tensor is not the marked one, and is
-//     masked (again, which does no harm). So nothing depends on knowing who else reads the maker's output.
-//   - no mask is lent where somebody looks at that gradient (a hook, retain_grad, autograd.grad for it): dL/dy of an
+//     masked (again, which does no harm). So it does not matter what else reads the maker's output.
+//   - no mask is lent where something looks at that gradient (a hook, retain_grad, autograd.grad for it): dL/dy of an
 //     activation is not zero where the activation is.
 //
 // A node may have a second output, the input handed on to its other readers: what flows back to them is added in
@@ -33,7 +34,7 @@ class FrozenConv2dBackward : public torch::autograd::Node {
 
   FrozenConv2dBackward(FrozenConv2d f, const FrozenOperands&);
 
-  // After the forward pass: the bits and how they lie.
+  // After the forward pass: the bits and their layout.
   void keep(const Tensor& y, const Tensor& bits);
 
   std::string name() const override { return "FreezekitFrozenConv2dBackward"; }

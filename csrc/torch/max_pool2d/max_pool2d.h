@@ -43,10 +43,10 @@ using TapMapOperator =
 
 // The value and, for each element of it, its tap.
 std::tuple<Tensor, Tensor> max_pool2d_taps(const Tensor& input, const PoolGeometry&);
-// The gradient of the input: zeros of `input_size` (N, C, H, W), plus each element of grad_output where its tap lies.
+// The gradient of the input: zeros of `input_size` (N, C, H, W), plus each element of grad_output where its tap is.
 Tensor max_pool2d_scatter(const Tensor& grad_output, const Tensor& taps, SymIntArrayRef input_size,
                           const PoolGeometry&);
-// Its transpose: of `input`, the element where each tap lies.
+// Its transpose: of `input`, the element at each tap.
 Tensor max_pool2d_gather(const Tensor& input, const Tensor& taps, const PoolGeometry&);
 // Taps as torch's indices h * W + w.
 Tensor max_pool2d_indices(const Tensor& taps, SymIntArrayRef input_size, const PoolGeometry&);

@@ -16,7 +16,7 @@ Tensor scatter_by_aten(const Tensor& dy, const Tensor& taps, SymIntArrayRef inpu
 Tensor gather_by_aten(const Tensor& x, const Tensor& taps, const PoolGeometry&);
 Tensor taps_of_indices(const Tensor& indices, const Tensor& x, const PoolGeometry&);
 
-// Where the taps lie: (positions h * W + w, whether that is inside the input), both (N, C, P, Q) and int64, bool.
+// Where the taps are: (positions h * W + w, whether that is inside the input), both (N, C, P, Q) and int64, bool.
 std::pair<Tensor, Tensor> positions(const Tensor& taps, SymIntArrayRef input_size, const PoolGeometry&);
 
 }  // namespace freezekit::max_pool
