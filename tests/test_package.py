@@ -82,6 +82,7 @@ def test_an_installed_copy_is_whole(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr[-2000:]
     assert Path(run.stdout.strip()).is_relative_to(tmp_path / "lib")
     assert (tmp_path / "lib/freezekit/py.typed").is_file()
+    assert not (tmp_path / "lib/freezekit/_emulated.so").exists()  # which is for tests
 
 
 @pytest.fixture(scope="module")
