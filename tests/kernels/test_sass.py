@@ -18,6 +18,13 @@ extern "C" __global__ void unfenced(float* out, uint64_t a, uint64_t b) {
   for (int i = 0; i < 32; ++i) out[i] = d[i];
 }
 """
+UNBOUNDED = """
+#include "kernels/hopper/ptx_sm90.h"
+extern "C" __global__ void unbounded(float* out) {
+  freezekit::ptx::take_registers<232>();
+  out[threadIdx.x] = 1;
+}
+"""
 
 PTXAS = """
 ptxas info    : Compiling entry function '_Z1kPf' for 'sm_80'
@@ -86,8 +93,13 @@ def test_names_lose_their_arguments() -> None:
 
 
 @pytest.mark.skipif(find_nvcc() is None, reason="needs nvcc")
-def test_a_message_of_ptxas_about_wgmma_is_a_fault(tmp_path: Path) -> None:
-    source = tmp_path / "unfenced.cu"
-    source.write_text(UNFENCED)
-    with pytest.raises(SystemExit, match=r"unfenced.cu for sm_90a:[^$]*\(C75\d\d\)"):
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [(UNFENCED, r"\(C75\d\d\)[^\n]*warpgroup"), (UNBOUNDED, r"\(C75\d\d\)[^\n]*'setmaxnreg' ignored")],
+    ids=["wgmma serialised", "setmaxnreg ignored"],
+)
+def test_a_message_of_ptxas_about_hopper_is_a_fault(text: str, says: str, tmp_path: Path) -> None:
+    source = tmp_path / "planted.cu"
+    source.write_text(text)
+    with pytest.raises(SystemExit, match=rf"planted.cu for sm_90a:[^$]*{says}"):
         compile_one(source, "sm_90a", "nvdisasm is not reached", tmp_path)

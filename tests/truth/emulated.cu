@@ -2,6 +2,7 @@
 // with every bulk copy noted.
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <memory>
 #include <vector>
 
@@ -132,20 +133,17 @@ Conv2dProblem problem_of(const truth::Problem& from) {
   return p;
 }
 
-constexpr int kColumns128 = 1;  // the config of 128 columns
-static_assert(kHopperTiles[kColumns128].columns == 128);
-
-Status run_kernel(Operator op, const Conv2dProblem& p, DType dtype) {
+Status run_kernel(int config, Operator op, const Conv2dProblem& p, DType dtype) {
   const int64_t size = size_of(dtype);
   const Memory x = zeros(p.x_numel(), size), filter = zeros(p.filter_numel(), size), y = zeros(p.y_numel(), size);
   if (op == Operator::wgrad) {
-    return launch_hopper_wgrad_kernel(kColumns128, 1, p, dtype, {x.get(), filter.get(), y.get()}, nullptr, nullptr);
+    return launch_hopper_wgrad_kernel(config, 1, p, dtype, {x.get(), filter.get(), y.get()}, nullptr, nullptr);
   }
   const Gather g = make_gather(op, p);
   const void* const in = op == Operator::dgrad ? y.get() : x.get();
   void* const out = op == Operator::dgrad ? x.get() : y.get();
   const auto launch = dtype == DType::f32 ? launch_hopper_gemm_tf32 : launch_hopper_gemm_bf16;
-  return launch(kColumns128, g, in, filter.get(), out, {}, nullptr);
+  return launch(config, g, in, filter.get(), out, {}, nullptr);
 }
 
 }  // namespace
@@ -185,16 +183,21 @@ EXPORT int truth_im2col(int f32, const void* data, const truth::Map* of, const t
   return static_cast<int>(FK_LAUNCH(im2col_kernel, 1, 32, bytes + kSwizzleAtom, nullptr, map, *copy, bytes, out));
 }
 
+// Columns of the output tile of a config of the Hopper family; 0 where it has no such config.
+EXPORT int truth_columns(int config) {
+  return config < static_cast<int>(std::size(kHopperTiles)) ? kHopperTiles[config].columns : 0;
+}
+
 // Whether the Hopper family takes the problem (1, or 0), and the maps and copies of its launch; -1 if that failed.
-EXPORT int truth_plan(const truth::Problem* problem, truth::Map* maps, int* map_count, truth::Copy* copies, int room,
-                      int* copy_count) {
+EXPORT int truth_plan(const truth::Problem* problem, int config, truth::Map* maps, int* map_count, truth::Copy* copies,
+                      int room, int* copy_count) {
   const Conv2dProblem p = problem_of(*problem);
   const DType dtype = problem->f32 ? DType::f32 : DType::bf16;
   const auto op = static_cast<Operator>(problem->op);
   if (!hopper_takes(op, p, dtype)) return 0;
   notes = {};
   emulator::on_tensor_copy = take_note;
-  const Status status = run_kernel(op, p, dtype);
+  const Status status = run_kernel(config, op, p, dtype);
   emulator::on_tensor_copy = nullptr;
   if (status != Status::success || static_cast<int>(notes.copies.size()) > room || notes.maps.size() > 5) return -1;
   *map_count = static_cast<int>(notes.maps.size()), *copy_count = static_cast<int>(notes.copies.size());

@@ -30,7 +30,7 @@ HALF = 64 * 128  # bytes of a warpgroup's rows, or of a panel of 64 values by 64
 def table(name: str, *arguments: int, dtype: type = np.int32) -> Array:
     """A table of CuTe's."""
     out = np.zeros(MOST, dtype)
-    count = getattr(nvidia.library("cute_layouts.cpp"), name)(*arguments, out.ctypes.data_as(ctypes.c_void_p))
+    count = getattr(nvidia.library("cutlass.cpp"), name)(*arguments, out.ctypes.data_as(ctypes.c_void_p))
     assert count > 0, f"CuTe has no {name}{arguments}"
     return out[:count]
 
@@ -98,7 +98,7 @@ class Wgmma:
 
     @property
     def key(self) -> tuple[int, int, int]:
-        """As cute_layouts.cpp numbers them."""
+        """As cute_layouts.h numbers them."""
         return KINDS.index(self.kind), int(self.mn_major), self.columns
 
     def tiles(self) -> tuple[Array, Array]:

@@ -127,7 +127,7 @@ MISREADINGS = (
             ),
             including=(HOPPER_BF16,),
         ),
-        shows="fprop bf16 2x9x9x64 to 128, 3x3, pad 1,1, stride 1,1, dilation 1,1: plans",
+        shows="fprop bf16 2x9x9x64 to 128, 3x3, pad 1,1, stride 1,1, dilation 1,1: plans, 128x128",
     ),
     Misreading(
         "corners of a pixel box are h before w, as cuda.h words it",
@@ -143,7 +143,7 @@ MISREADINGS = (
                 Patch(ENCODE, "map->upper[i] = static_cast<int8_t>", "map->upper[1 - i] = static_cast<int8_t>"),
             )
         ),
-        shows="fprop bf16 1x14x11x192 to 64, 5x3, pad 2,1, stride 1,1, dilation 1,1: elements copied",
+        shows="fprop bf16 1x14x11x192 to 64, 5x3, pad 2,1, stride 1,1, dilation 1,1: elements copied, 128x128",
         quick=True,
     ),
     Misreading(
@@ -154,7 +154,7 @@ MISREADINGS = (
                 Patch(COPY, "h + copy.offset[1]", "h + copy.offset[1] * map.element_strides[2]"),
             )
         ),
-        shows="wgrad bf16 2x9x9x64 to 128, 3x3, pad 1,1, stride 2,2, dilation 1,1: elements copied",
+        shows="wgrad bf16 2x9x9x64 to 128, 3x3, pad 1,1, stride 2,2, dilation 1,1: elements copied, 128x128",
     ),
     Misreading(
         "offsets of taps are h before w in the instruction",

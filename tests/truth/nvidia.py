@@ -1,6 +1,9 @@
 """NVIDIA's side: CUTLASS's and CuTe's headers compiled, where they and CUDA's own are here.
 
 `make build/cutlass` unpacks the headers (the version is in requirements-dev.txt). What is made of them is cached.
+
+An nvcc that cannot compile an empty kernel is as good as none: tests skip, and say why. One that can, but not what is
+compiled here, fails them.
 """
 
 from __future__ import annotations
@@ -11,8 +14,11 @@ import functools
 import os
 import re
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+
+import pytest
 
 from tests.conformance.drivers import cuda_home
 from tests.conformance.place import find_nvcc
@@ -25,10 +31,11 @@ SOURCE = PACKAGE / "cutlass_library" / "source"
 WRAPPERS = ("wrappers_freezekit.cu", "wrappers_cutlass.cu")
 HINTING = ("cute/arch/copy_sm80.hpp", "cute/arch/copy_sm90_tma.hpp")
 HEADERS = (SOURCE / "include", SOURCE / "tools" / "util" / "include")
-# CuTe's public classes keep some members to themselves, and its device code names types that only nvcc knows.
+# CuTe's public classes keep some members to themselves, and its device code names types that only nvcc knows. At -O1
+# g++ inlines most of CuTe's thousands of functions, in two thirds of the time that -O0 takes to write them all out.
 HOST_FLAGS = (
     "-std=c++17",
-    "-O0",
+    "-O1",
     "-fPIC",
     "-fvisibility=hidden",
     "-fno-access-control",
@@ -36,6 +43,7 @@ HOST_FLAGS = (
     "-w",
     "-shared",
 )
+LIBRARY_FLAGS = ("-std=c++17", "-O1", "-arch=sm_90a", "-shared", "-Xcompiler=-fPIC,-fvisibility=hidden")
 
 
 @functools.cache
@@ -46,20 +54,30 @@ def missing() -> str:
     return "" if HEADERS[0].exists() else "needs CUTLASS's headers: `make build/cutlass` unpacks them"
 
 
-def built(source: str, suffix: str, command: list[str], patched: Path | None = None) -> Path:
-    """What the command makes of a source of this folder, from the cache where nothing of ours has changed."""
-    versions = (compiler_version(), *(path.name for path in PACKAGE.glob("*.dist-info")))
-    out = CACHE / f"{digest(' '.join(command), *versions, *read_with_includes(HERE / source, patched))}{suffix}"
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with open(out.with_suffix(".lock"), "w") as lock:  # test workers are processes side by side; one of them builds
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not out.exists():
-            unfinished = out.with_suffix(f".{os.getpid()}.tmp")
-            made = [*command, str(HERE / source), "-o", str(unfinished)]
-            done = subprocess.run(made, capture_output=True, text=True)
-            assert done.returncode == 0, f"{' '.join(made)}\n{done.stdout}{done.stderr}"
-            unfinished.rename(out)
-    return out
+def run(command: Sequence[str]) -> tuple[int, str]:
+    """Exit code and all output of a command; also of one that this machine cannot execute."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        return 127, str(error)
+    return done.returncode, done.stdout + done.stderr
+
+
+@functools.cache
+def broken(compiler: str) -> str:
+    """Why nvcc cannot compile an empty kernel into a library; empty where it can."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "empty.cu"
+        source.write_text("__global__ void empty() {}\n")
+        code, said = run([compiler, *LIBRARY_FLAGS, str(source), "-o", f"{folder}/empty.so"])
+    words = " ".join(said.split()) or "without a word"
+    return f"{compiler} cannot compile an empty kernel: exit code {code}, {words[:300]}" if code else ""
+
+
+def skip_if_broken(compiler: str) -> None:
+    """What failed is nvcc's fault where it can compile nothing."""
+    if reason := broken(compiler):
+        pytest.skip(reason)
 
 
 def nvcc() -> str:
@@ -70,15 +88,48 @@ def nvcc() -> str:
 
 
 @functools.cache
-def compiler_version() -> str:
+def compiler_version(compiler: str) -> str:
     """What nvcc says of itself: machine code of two versions is not to be compared."""
-    return subprocess.run([nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
+    code, said = run([compiler, "--version"])
+    if code:
+        skip_if_broken(compiler)
+    return said
+
+
+def built(source: str, suffix: str, command: list[str], patched: Path | None = None) -> Path:
+    """What the command makes of a source of this folder, from the cache where nothing of ours has changed."""
+    versions = (compiler_version(nvcc()), *(path.name for path in PACKAGE.glob("*.dist-info")))
+    out = CACHE / f"{digest(' '.join(command), *versions, *read_with_includes(HERE / source, patched))}{suffix}"
+    if failure := make((*command, str(HERE / source)), out):
+        skip_if_broken(nvcc())
+        raise AssertionError(failure)
+    return out
+
+
+@functools.cache
+def make(command: tuple[str, ...], out: Path) -> str:
+    """Runs a command that makes a file, unless that is there. What was said if it failed, or nothing."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(out.with_suffix(".lock"), "w") as lock:  # test workers are processes side by side; one of them builds
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not out.exists():
+            unfinished = out.with_suffix(f".{os.getpid()}.tmp")
+            made = [*command, "-o", str(unfinished)]
+            code, said = run(made)
+            if code:
+                return f"{' '.join(made)}\n{said}"
+            unfinished.rename(out)
+    return ""
 
 
 @functools.cache
 def library(source: str) -> ctypes.CDLL:
     """A source that g++ reads with CUTLASS's headers, as a library in this process."""
+    compiler_version(nvcc())  # skips where nvcc cannot be asked where its headers are
     cuda = cuda_home(nvcc()) / "include"
+    if not (cuda / "cuda.h").exists():
+        skip_if_broken(nvcc())
+        pytest.skip(f"needs CUDA's headers, and {cuda} has no cuda.h")
     system = [f"-isystem{folder}" for folder in (*HEADERS, cuda, cuda / "cccl")]
     flags = [*HOST_FLAGS, f"-D__CUDACC_VER_MAJOR__={cuda_major(cuda)}", f"-I{HERE / 'shim'}", f"-I{ROOT}"]
     return ctypes.CDLL(str(built(source, ".so", ["g++", *flags, *system])))
@@ -87,9 +138,8 @@ def library(source: str) -> ctypes.CDLL:
 @functools.cache
 def driver() -> ctypes.CDLL:
     """freezekit's code that asks CUDA's driver for tensor maps, with a driver that takes notes."""
-    flags = ["-std=c++17", "-O1", "-arch=sm_90a", "-shared", "-Xcompiler=-fPIC,-fvisibility=hidden"]
     # driver.cu has a function of the runtime's: the first definition counts.
-    flags += ["-Xlinker=--allow-multiple-definition", f"-I{CSRC}", f"-I{ROOT}"]
+    flags = [*LIBRARY_FLAGS, "-Xlinker=--allow-multiple-definition", f"-I{CSRC}", f"-I{ROOT}"]
     return ctypes.CDLL(str(built("driver.cu", ".so", [nvcc(), *flags])))
 
 

@@ -23,7 +23,11 @@ from .layouts import Wgmma
 from .records import COPY, Map, Problem
 
 ROOM = 1 << 16  # copies of the largest plan
-TILE, PANEL = 128, 64  # rows and columns of an output tile; positions, or channels, of a copy of wgrad
+ROWS, PANEL = 128, 64  # of an output tile; positions, or channels, of a copy of wgrad
+# Columns of the Hopper kernels' output tiles, in the order of their configs (kHopperTiles).
+COLUMNS = (256, 128, 64)
+FARTHEST = 254  # that a tap may read beyond its box
+QUICK = 128  # what `make test` compares: compiling CUTLASS's kernels takes long
 
 
 @dataclass(frozen=True)
@@ -37,20 +41,21 @@ class Plan:
 
 
 @functools.cache
-def of_cutlass(problem: Problem) -> Plan:
-    """CUTLASS's plan."""
+def of_cutlass(problem: Problem, columns: int) -> Plan:
+    """CUTLASS's plan at a tile of so many columns."""
     maps, counts, copies = (Map * 2)(), (ctypes.c_int * 2)(), np.zeros(ROOM, COPY)
-    given = (problem.as_record(), maps, copies.ctypes.data_as(ctypes.c_void_p), ROOM, counts)
-    assert nvidia.library("cutlass_plans.cpp").cutlass_plan(*given), f"CUTLASS refuses {problem}"
+    given = (problem.as_record(), columns, maps, copies.ctypes.data_as(ctypes.c_void_p), ROOM, counts)
+    library_of = nvidia.library("cutlass.cpp" if columns == QUICK else "cutlass_tiles.cpp")
+    assert library_of.cutlass_plan(*given), f"CUTLASS refuses {problem} at {columns} columns"
     of_a, of_b = copies[: counts[0]], copies[counts[0] : counts[0] + counts[1]]
     return Plan(maps[1], of_b, maps[0], of_a) if problem.op == "wgrad" else Plan(maps[0], of_a, maps[1], of_b)
 
 
-def of_kernel(problem: Problem, planted: Planted) -> Plan | None:
-    """The plan of the Hopper kernel with 128 columns; None if its launch failed."""
+def of_kernel(problem: Problem, columns: int, planted: Planted) -> Plan | None:
+    """The plan of the Hopper kernel with so many columns; None if its launch failed."""
     maps, map_count, copy_count = (Map * 5)(), ctypes.c_int(), ctypes.c_int()
     copies = np.zeros(ROOM, COPY)
-    given = (problem.as_record(), maps, ctypes.byref(map_count))
+    given = (problem.as_record(), COLUMNS.index(columns), maps, ctypes.byref(map_count))
     taken = library(planted).truth_plan(*given, copies.ctypes.data_as(ctypes.c_void_p), ROOM, ctypes.byref(copy_count))
     assert taken, f"the Hopper kernels do not take {problem}"
     if taken < 0:
@@ -69,20 +74,21 @@ def gathered_size(problem: Problem) -> tuple[int, int, int]:
     return (*problem.out, problem.k) if problem.op == "dgrad" else (problem.h, problem.w, problem.c)
 
 
-def needed(problem: Problem, copy: Array, values: int, tensor: Array) -> Array:
-    """(pixels, values) that the convolution needs of a copy of CUTLASS's, by its tile and step."""
+def needed(problem: Problem, columns: int, copy: Array, values: int, tensor: Array) -> Array:
+    """(pixels, values) that the convolution needs of a copy of CUTLASS's, by its tile, step and place in the stage."""
     h, w, c = gathered_size(problem)
-    rows, columns = problem.out if problem.op != "dgrad" else (problem.h, problem.w)
+    height, width = problem.out if problem.op != "dgrad" else (problem.h, problem.w)
     if problem.op == "wgrad":
-        tiles = -(-c // TILE)
-        tap, channel = copy["tile"] // tiles, copy["tile"] % tiles * TILE + (PANEL if copy["to"] else 0)
+        tiles = -(-c // columns)
+        panel = copy["to"] // (PANEL * 128)
+        tap, channel = copy["tile"] // tiles, copy["tile"] % tiles * columns + panel * PANEL
         position = copy["step"] * PANEL + np.arange(PANEL)
     else:
         blocks = -(-c // values)
         tap, channel = copy["step"] // blocks, copy["step"] % blocks * values
-        position = copy["tile"] * TILE + np.arange(TILE)
+        position = copy["tile"] * ROWS + np.arange(ROWS)
     r, s = tap // problem.s, tap % problem.s
-    q, p, n = position % columns, position // columns % rows, position // columns // rows
+    q, p, n = position % width, position // width % height, position // width // height
     (pad_h, pad_w), (stride_h, stride_w), (dilation_h, dilation_w) = problem.pad, problem.stride, problem.dilation
     if problem.op == "dgrad":  # of unit stride
         i, j = p + pad_h - r * dilation_h, q + pad_w - s * dilation_w
@@ -97,9 +103,9 @@ def needed(problem: Problem, copy: Array, values: int, tensor: Array) -> Array:
     return np.where(inside, found, 0)
 
 
-def compare_walk(problem: Problem, planted: Planted) -> Found:
+def compare_walk(problem: Problem, columns: int, planted: Planted) -> Found:
     """Elements that the emulator copies by CUTLASS's map and coordinates, beside those that the convolution needs."""
-    plan = of_cutlass(problem)
+    plan = of_cutlass(problem, columns)
     h, w, c = gathered_size(problem)
     size = problem.n * h * w * c
     # No two neighbours alike, never zero, and exact in tf32.
@@ -115,7 +121,7 @@ def compare_walk(problem: Problem, planted: Planted) -> Found:
         out = np.zeros(pixels * values, tensor.dtype)
         record = np.array([copy])
         refused = call(planted, "truth_im2col", int(problem.f32), tensor, ctypes.byref(plan.gathered_map), record, out)
-        expected = needed(problem, copy, values, tensor)
+        expected = needed(problem, columns, copy, values, tensor)
         differ += expected.size if refused else int((out[places] != expected).sum())
         of += expected.size
     return Found(differ, of)
@@ -203,9 +209,9 @@ def differing(problem: Problem, theirs: Plan, mine: Plan) -> Iterator[tuple[int,
         yield constants + (TYPES[a.type] != TYPES[b.type]), len(CONSTANTS) + 1
 
 
-def compare_plan(problem: Problem, planted: Planted) -> Found:
+def compare_plan(problem: Problem, columns: int, planted: Planted) -> Found:
     """The kernel's copies and maps beside CUTLASS's."""
-    theirs, mine = of_cutlass(problem), of_kernel(problem, planted)
+    theirs, mine = of_cutlass(problem, columns), of_kernel(problem, columns, planted)
     if mine is None:
         return Found(len(theirs.gathered), len(theirs.gathered), "the kernel's launch failed")
     counted = list(differing(problem, theirs, mine))
@@ -220,6 +226,8 @@ EVERY = tuple(
         Problem(op, 2, 8, 12, 128, 64, 3, 3, pad=(1, 1)),
         Problem(op, 2, 8, 8, 64, 64, 3, 3, pad=(2, 2), dilation=(2, 2)),
         Problem(op, 1, 14, 11, 192, 64, 5, 3, pad=(2, 1)),
+        Problem(op, 1, 5, 4, 320, 320, 2, 1),  # more than one tile of 256 columns
+        Problem(op, 1, 1, 200, 64, 64, 1, 2, pad=(0, 127), dilation=(1, FARTHEST)),
         # The sizes of CUTLASS's own tests, which NVIDIA runs on hardware.
         Problem(op, 1, 8, 8, 64, 64, 1, 1),
         Problem(op, 1, 8, 8, 64, 16, 1, 1),
@@ -253,11 +261,25 @@ TF32 = tuple(
 )
 PROBLEMS = (*EVERY, *STRIDED, *TF32)
 COMPARISONS = (
-    *(Comparison(f"{problem}: elements copied", functools.partial(compare_walk, problem)) for problem in PROBLEMS),
+    # A tile's columns are those of the filter, but for a wgrad, where they are gathered.
+    *(
+        Comparison(
+            f"{problem}: elements copied, 128x{columns}",
+            functools.partial(compare_walk, problem, columns),
+            quick=columns == QUICK,
+        )
+        for problem in PROBLEMS
+        for columns in (COLUMNS if problem.op == "wgrad" else (QUICK,))
+    ),
     # freezekit pads both sides alike.
     *(
-        Comparison(f"{problem}: plans", functools.partial(compare_plan, problem))
+        Comparison(
+            f"{problem}: plans, 128x{columns}",
+            functools.partial(compare_plan, problem, columns),
+            quick=columns == QUICK,
+        )
         for problem in PROBLEMS
         if problem.far_pad is None
+        for columns in COLUMNS
     ),
 )

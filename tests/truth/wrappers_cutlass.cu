@@ -9,7 +9,7 @@
 #include <cute/arch/copy_sm90_tma.hpp>
 #include <cute/arch/mma_sm80.hpp>
 #include <cute/arch/mma_sm90_gmma.hpp>
-#include <cute/tensor.hpp>
+#include <cute/numeric/integer_sequence.hpp>
 
 #include "tests/truth/kernel_shapes.h"
 

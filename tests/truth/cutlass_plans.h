@@ -1,5 +1,8 @@
 // CUTLASS's implicit GEMM convolution for sm_90 on a CPU: the tensor maps that its host side asks a driver for, which here
-// only takes notes, and coordinates, offsets and destination of every copy that its producer would issue.
+// only takes notes, and coordinates, offsets and destination of every copy that its producer would issue. Included once in a
+// program.
+#pragma once
+
 #include "tests/truth/host.h"
 //
 #define CUTLASS_ENABLE_DIRECT_CUDA_DRIVER_CALL 1
@@ -88,6 +91,15 @@ bool plan(const truth::Problem& p, const Out& out) {
   return out.counts[1] >= 0 && Collective::can_implement(shape, {nullptr, nullptr});
 }
 
+// Whether CUTLASS takes the problem in output tiles of 128 rows.
+template <class Columns>
+bool plan_tile(const truth::Problem& p, const Out& out) {
+  if (p.f32) return p.op == 0 && plan<ConvOperator::kFprop, float, Columns>(p, out);
+  if (p.op == 0) return plan<ConvOperator::kFprop, cutlass::bfloat16_t, Columns>(p, out);
+  if (p.op == 1) return plan<ConvOperator::kDgrad, cutlass::bfloat16_t, Columns>(p, out);
+  return plan<ConvOperator::kWgrad, cutlass::bfloat16_t, Shape<Columns>>(p, out);
+}
+
 }  // namespace
 
 // Functions of the runtime that CUTLASS's host code names; no device is asked for anything.
@@ -97,12 +109,3 @@ cudaError_t CUDARTAPI cudaDriverGetVersion(int* version) {
 }
 cudaError_t CUDARTAPI cudaGetLastError() { return cudaSuccess; }
 cudaError_t CUDARTAPI cudaMemsetAsync(void*, int, size_t, cudaStream_t) { return cudaErrorNotSupported; }
-
-// Whether CUTLASS takes the problem (op: 0 fprop, 1 dgrad, 2 wgrad); maps: A's, B's; copies: A's counts[0], B's counts[1].
-EXPORT int cutlass_plan(const truth::Problem* p, truth::Map* maps, truth::Copy* copies, int room, int* counts) {
-  const Out out{maps, copies, room, counts};
-  if (p->f32) return p->op == 0 && plan<ConvOperator::kFprop, float, _128>(*p, out);
-  if (p->op == 0) return plan<ConvOperator::kFprop, cutlass::bfloat16_t, _128>(*p, out);
-  if (p->op == 1) return plan<ConvOperator::kDgrad, cutlass::bfloat16_t, _128>(*p, out);
-  return plan<ConvOperator::kWgrad, cutlass::bfloat16_t, Shape<_128>>(*p, out);
-}

@@ -1,5 +1,7 @@
 // Layouts and descriptors as CuTe has them, as tables: fragments of mma.sync, ldmatrix and wgmma, tiles in shared memory under
-// the 128-byte swizzle, and the matrix descriptors of a tile's steps.
+// the 128-byte swizzle, and the matrix descriptors of a tile's steps. Included once in a program.
+#pragma once
+
 #include "tests/truth/host.h"
 //
 #include <cutlass/numeric_types.h>

@@ -1,0 +1,12 @@
+// CuTe's layouts, and CUTLASS's plans at a tile of 128 columns: one file, since reading the headers is what takes long.
+#include "tests/truth/cutlass_plans.h"
+//
+#include "tests/truth/cute_layouts.h"
+
+// Whether CUTLASS takes the problem (op: 0 fprop, 1 dgrad, 2 wgrad) in tiles of 128 rows by `columns`; maps: A's, B's; copies:
+// A's counts[0], B's counts[1].
+EXPORT int cutlass_plan(const truth::Problem* p, int columns, truth::Map* maps, truth::Copy* copies, int room,
+                        int* counts) {
+  const Out out{maps, copies, room, counts};
+  return columns == 128 && plan_tile<_128>(*p, out);
+}

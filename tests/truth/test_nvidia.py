@@ -1,0 +1,62 @@
+"""An nvcc that can compile nothing is as good as none; one that refuses freezekit's sources fails."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from . import nvidia
+
+NOTHING_WORKS = "#!/bin/sh\necho libnvvm.so.4 is not here >&2\nexit 1\n"
+NO_ASSEMBLER = """#!/bin/sh
+case "$*" in
+  --version) echo release 13.0 ;;
+  *) echo "sh: 1: ptxas: not found" >&2; exit 127 ;;
+esac
+"""
+NOT_A_PROGRAM = "\x7fELF"
+REFUSES_OURS = """#!/bin/sh
+case "$*" in
+  --version) echo release 13.0 ;;
+  *empty.cu*) ;;
+  *) echo "error: this source" >&2; exit 2 ;;
+esac
+"""
+
+
+@pytest.fixture
+def compiler(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An nvcc of the given text, found before any other, and an empty cache."""
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(request.param)
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(nvidia, "CACHE", tmp_path / "cache")
+    return nvcc
+
+
+def make_machine_code() -> None:
+    nvidia.cubin(nvidia.WRAPPERS[0], [nvidia.CSRC], None)
+
+
+@pytest.mark.parametrize(
+    ("compiler", "why"),
+    [(NOTHING_WORKS, "libnvvm.so.4 is not here"), (NO_ASSEMBLER, "ptxas: not found"), (NOT_A_PROGRAM, "format error")],
+    indirect=["compiler"],
+    ids=["nothing works", "no assembler", "not a program"],
+)
+def test_tests_skip_where_nvcc_is_broken(compiler: Path, why: str) -> None:
+    for needs_it in (make_machine_code, nvidia.driver.__wrapped__, lambda: nvidia.library.__wrapped__("driver.cu")):
+        with pytest.raises(
+            pytest.skip.Exception, match=re.escape(str(compiler)) + f" cannot compile an empty kernel: .*{why}"
+        ):
+            needs_it()
+
+
+@pytest.mark.parametrize("compiler", [REFUSES_OURS], indirect=True, ids=["refuses ours"])
+def test_tests_fail_where_nvcc_refuses_freezekit_s_sources(compiler: Path) -> None:
+    with pytest.raises(AssertionError, match="error: this source"):
+        make_machine_code()
