@@ -56,7 +56,7 @@ PROBLEMS = (
     Problem("7x7 stem", (1, 3, 17, 17), (16, 3, 7, 7), stride=2, padding=3),
     Problem("ragged channels", (1, 13, 7, 6), (21, 13, 3, 3), padding=1),
     Problem("grouped", (1, 64, 6, 6), (64, 16, 3, 3), padding=1, groups=4),
-    Problem("few channels a group", (1, 32, 6, 6), (64, 4, 3, 3), padding=1, groups=8),
+    Problem("few channels per group", (1, 32, 6, 6), (64, 4, 3, 3), padding=1, groups=8),
     Problem("depthwise 3x3", (1, 24, 9, 9), (24, 1, 3, 3), padding=1, groups=24),
     Problem("depthwise 5x5 stride 2", (1, 16, 11, 11), (16, 1, 5, 5), stride=2, padding=2, groups=16),
     Problem("depthwise 7x7", (1, 16, 9, 9), (16, 1, 7, 7), padding=3, groups=16),

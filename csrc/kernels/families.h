@@ -102,7 +102,7 @@ inline bool hopper_takes(Operator op, const Conv2dProblem& p, DType dtype) {
 Status launch_wgrad_gemm(int config, int split_k, const Conv2dProblem&, DType, const Conv2dTensors&, void* workspace,
                          Stream);
 
-// Depthwise, one input channel a group. Config 0 is generic; 1 is tiled, where depthwise_is_tiled.
+// Depthwise, one input channel per group. Config 0 is generic; 1 is tiled, where depthwise_is_tiled.
 // Both wgrads always need split_k * filter_numel() accumulators of workspace.
 constexpr int kDepthwiseTiled = 1;
 Status launch_depthwise_gather(Operator, const Conv2dProblem&, DType, const void* in, const void* filter, void* out,

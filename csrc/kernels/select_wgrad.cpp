@@ -10,7 +10,7 @@ namespace freezekit {
 namespace {
 
 // Smaller slices than these cost more in the ordered reduce than they win in blocks. A depthwise slice reads and writes
-// 8 bytes per tap for every 4 bytes or more a position: at 16 positions a tap that is an eighth of the traffic at most.
+// 8 bytes per tap for every 4 bytes or more per position: an eighth of the traffic at most, at 16 positions per tap.
 constexpr int64_t kMinPositionsPerSlice = 128;
 constexpr int64_t kMinDepthwisePositionsPerTap = 16;
 // Blocks of a multiprocessor that hide each other's waits; the GEMM's ring of copies hides part of its own.
