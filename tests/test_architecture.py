@@ -48,7 +48,19 @@ TORCH_HEADER = re.compile(r"^(ATen|c10|torch|caffe2|pybind11|Python\.h)(/|$)")
 
 # Python modules by layer: one may import its own layer and those before it.
 LAYERS = [
-    {"_extension", "_C", "_arguments", "_inputs", "_twin", "backends", "enabling", "flops", "testing", "tuning"},
+    {
+        "_extension",
+        "_C",
+        "_arguments",
+        "_inputs",
+        "_showing",
+        "_twin",
+        "backends",
+        "enabling",
+        "flops",
+        "testing",
+        "tuning",
+    },
     {"functional"},
     {"nn"},
     {"conversion", "freezing", "guarding", "schedules", "distributed", "fusion", "_ranks", "_rewrap"},

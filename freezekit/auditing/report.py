@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from freezekit._showing import Shown, console_for
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -60,7 +61,7 @@ def brief(names: tuple[str, ...] | list[str]) -> str:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Shown):
     """The findings of `audit`, errors first.
 
     Iterating gives `Finding` objects and ``len`` counts them. ``bool(report)`` is always true: compare ``len(report)``.
@@ -105,16 +106,11 @@ class Report:
         return {severity: len(self.of(severity)) for severity in SEVERITIES}
 
     def print(self, console: Console | None = None) -> None:
-        """Print the findings as a table, and which checks could not run.
-
-        Args:
-            console: where to print; by default a new `rich.console.Console` on standard output.
-        """
-        from rich.console import Console
+        """Print the findings as a table, and which checks could not run."""
         from rich.table import Table
         from rich.text import Text
 
-        console = console or Console()
+        console = console_for(console)
         counts = self.counts()
         title = f"audit of {self.model}: " + ", ".join(f"{n} {severity}" for severity, n in counts.items())
         table = Table(title=title, show_lines=True, title_justify="left")
@@ -147,10 +143,6 @@ class Report:
             "findings": findings,
             "skipped": dict(self.skipped),
         }
-
-    def to_json(self) -> str:
-        """`to_dict` as JSON text."""
-        return json.dumps(self.to_dict())
 
     def raise_for_errors(self) -> None:
         """Raise `AuditError` when there is a finding of severity ``"error"``, naming each with its cure."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,10 +14,10 @@ from torch.utils._pytree import tree_map
 import freezekit._C as _C
 from freezekit._arguments import check_flag
 from freezekit._inputs import Arguments, arguments
+from freezekit._showing import BLUE, Shown, console_for, figure
 from freezekit.distributed import unwrapped
 from freezekit.explanation.advice import Advisor, Held, Key, keyed
 from freezekit.explanation.kernels import ALWAYS_ATEN, kernels_of
-from freezekit.explanation.plot import plot_bytes
 from freezekit.explanation.record import Call, Trace
 from freezekit.explanation.trace import trace
 from freezekit.explanation.units import bytes_text, flops_text
@@ -63,7 +62,7 @@ class Row:
         return self.flops * (self.dgrad + self.wgrad)
 
 
-class Explanation:
+class Explanation(Shown):
     """What `explain` found: rows, totals, and ways to show them. Iterates over its rows.
 
     Attributes:
@@ -107,10 +106,6 @@ class Explanation:
         """`{"rows": [...], "totals": {...}, "measured": bool}`, as plain data; a row has the attributes of `Row`."""
         return {"rows": [asdict(row) for row in self.rows], "totals": self.totals(), "measured": self.measured}
 
-    def to_json(self) -> str:
-        """`to_dict` as JSON text."""
-        return json.dumps(self.to_dict())
-
     def print(self, console: Console | None = None) -> None:
         """A table on the terminal, with the totals last."""
         from rich.table import Table
@@ -132,7 +127,7 @@ class Explanation:
         backward = f"backward {flops_text(self.backward_flops)}"
         table.add_section()
         table.add_row("total", f"{len(self)} rows", "", flops_text(self.flops), backward, bytes_text(self.bytes_kept))
-        (console or default_console()).print(table)
+        console_for(console).print(table)
 
     def plot(self, path: str | Path) -> None:
         """A PNG: bytes kept by each row, in order of the forward pass.
@@ -140,7 +135,15 @@ class Explanation:
         Raises:
             ImportError: if matplotlib is not installed.
         """
-        plot_bytes([(f"{row.name} ({row.layer})", row.bytes_kept) for row in self if row.bytes_kept], Path(path))
+        rows = [row for row in self if row.bytes_kept]
+        made = figure(8, max(2.0, 0.22 * len(rows) + 1))
+        axes = made.subplots()
+        axes.barh(range(len(rows)), [row.bytes_kept / 2**20 for row in rows], color=BLUE)
+        axes.set_yticks(range(len(rows)), [f"{row.name} ({row.layer})" for row in rows], fontsize=7)
+        axes.invert_yaxis()
+        axes.set_xlabel("kept for backward [MiB]")
+        axes.set_title(f"{self.bytes_kept / 2**20:.1f} MiB kept between forward and backward")
+        made.savefig(path, dpi=150)
 
 
 def explain(model: Callable[..., Any], inputs: Any, *, measure: bool | None = None) -> Explanation:
@@ -220,14 +223,6 @@ def _row(advisor: Advisor, traced: Trace, call: Call, key: Key, held: Held) -> R
         kernel=kernels_of(call, traced.has_device),
         advice=advisor.advise(call, key, held),
     )
-
-
-def default_console() -> Console:
-    """The terminal; where output goes elsewhere, 140 columns, so that tables stay readable."""
-    from rich.console import Console  # Here, so that `import freezekit` needs no rich and does not wait for it.
-
-    console = Console()
-    return console if console.is_terminal else Console(width=140)
 
 
 def _runs(row: Row) -> str:

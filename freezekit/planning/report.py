@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from freezekit.explanation.report import default_console
+from freezekit._showing import BLUE, ORANGE, Shown, console_for, figure
 from freezekit.planning.machine import Machine
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ class Option:
     measured_seconds: float | None = None
 
 
-class Plan:
+class Plan(Shown):
     """All options, shallowest first, and the one that fits the budget.
 
     Attributes:
@@ -86,10 +85,6 @@ class Plan:
         found = {"options": options, "choice": choice, "machine": asdict(self.machine)}
         return {**found, "rank_correlation": self.rank_correlation}
 
-    def to_json(self) -> str:
-        """`to_dict` as JSON text."""
-        return json.dumps(self.to_dict())
-
     def print(self, console: Console | None = None) -> None:
         """A table of the options; the choice is marked."""
         from rich.table import Table
@@ -112,7 +107,7 @@ class Plan:
             frozen, learning = str(len(option.frozen)), f"{option.trainable:,}"
             real = _measured(option) if measured else ()
             table.add_row(option.name, frozen, learning, kept, flops, milliseconds, *real, mark)
-        (console or default_console()).print(table)
+        console_for(console).print(table)
 
     def plot(self, path: str | Path) -> None:
         """A PNG: kept memory and predicted backward time against the depth of freezing.
@@ -120,8 +115,6 @@ class Plan:
         Raises:
             ImportError: if matplotlib is not installed.
         """
-        from freezekit.explanation.plot import BLUE, ORANGE, figure
-
         depths = [option for option in self.options if option.name.startswith("depth ")]
         made = figure(7, 4)
         left = made.subplots()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 
+from freezekit._showing import Shown
 from freezekit.profiling.diff import KernelDiff, ProfileDiff, compare
 from freezekit.profiling.events import Event, read
 from freezekit.profiling.phases import PHASES, outermost_operators, phases_of_kernel, phases_of_operator
@@ -17,7 +17,7 @@ from freezekit.profiling.table import COLUMNS, KernelRow, KernelTable, tabulate
 __all__ = ["COLUMNS", "PHASES", "KernelDiff", "KernelRow", "KernelTable", "ProfileDiff", "profile"]
 
 
-class profile:
+class profile(Shown):
     """Context manager: records what runs within it; read the result after the block.
 
     On a GPU :meth:`kernels` lists kernels, copies and fills by their own names. On a CPU it lists operators: those that
@@ -108,10 +108,6 @@ class profile:
             RuntimeError: if the block has not ended.
         """
         return {"counts": self.counts(), "kernels": self.kernels().to_dicts()}
-
-    def to_json(self) -> str:
-        """`to_dict` as JSON text."""
-        return json.dumps(self.to_dict(), indent=2)
 
     def to_chrome_trace(self, path: str | Path) -> None:
         """Writes a trace for chrome://tracing or ui.perfetto.dev to `path` (JSON, or gzip if it ends in .gz).

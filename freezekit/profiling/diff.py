@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
+from freezekit._showing import Shown
 from freezekit.profiling.phases import PHASES
 from freezekit.profiling.table import KernelTable
 
@@ -20,7 +20,7 @@ class KernelDiff:
 
 
 @dataclass(frozen=True)
-class ProfileDiff:
+class ProfileDiff(Shown):
     """Two profiles side by side; prints counts first (``wgrad 3 -> 2``), then every kernel.
 
     Attributes:
@@ -41,10 +41,6 @@ class ProfileDiff:
         widths = [max(len(row[i]) for row in [head, *rows]) for i in range(2)]
         lines += ["  ".join([row[0].rjust(widths[0]), row[1].rjust(widths[1]), row[2]]) for row in [head, *rows]]
         return "\n".join(lines)
-
-    def to_json(self) -> str:
-        """`to_dict` as JSON text."""
-        return json.dumps(self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""

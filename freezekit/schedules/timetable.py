@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import TYPE_CHECKING, Any
+
+from freezekit._showing import Shown, console_for, figure
 
 from .base import compile_entries, recompile_limit
 
@@ -17,7 +18,7 @@ Spans = Mapping[str, tuple[tuple[int, int], ...]]
 
 
 @dataclass(frozen=True)
-class Timetable:
+class Timetable(Shown):
     """What is frozen when.
 
     Attributes:
@@ -59,11 +60,10 @@ class Timetable:
 
     def print(self, console: Console | None = None) -> None:
         """Print a row for each stage, and what torch.compile will make of it."""
-        from rich.console import Console
         from rich.table import Table
         from rich.text import Text
 
-        console = console or Console()
+        console = console_for(console)
         table = Table(title=self.title, title_justify="left")
         for column in ("from step", "freezes", "thaws", "layers frozen", "parameters that train"):
             table.add_column(column)
@@ -85,10 +85,6 @@ class Timetable:
         entries = {"training": self.compile_entries(validation=False), "with_validation": self.compile_entries()}
         return {"title": self.title, "total_steps": self.total_steps, "stages": stages, "compile_entries": entries}
 
-    def to_json(self) -> str:
-        """`to_dict` as JSON text."""
-        return json.dumps(self.to_dict())
-
     def plot(self, path: str | PathLike[str]) -> None:
         """Draw the plan to an image file (its suffix gives the format).
 
@@ -97,18 +93,14 @@ class Timetable:
         Raises:
             ImportError: matplotlib is not installed (``pip install freezekit[plot]``).
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as e:
-            raise ImportError("plotting needs matplotlib: pip install freezekit[plot]") from e
         names = list(self.sizes)
         height = min(1.6 + 0.28 * len(names), 14.0)
-        figure = Figure(figsize=(9, height + (2.6 if self.curves else 0)), layout="constrained")
+        made = figure(9, height + (2.6 if self.curves else 0))
         if self.curves:
-            upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2.6, height])
+            upper, lower = made.subplots(2, 1, sharex=True, height_ratios=[2.6, height])
             self._draw_curves(upper)
         else:
-            lower = figure.subplots()
+            lower = made.subplots()
         for row, name in enumerate(names):
             lower.barh(row, self.total_steps, color="#4c78a8", height=0.8)
             for a, b in self.spans.get(name, ()):
@@ -120,8 +112,8 @@ class Timetable:
         lower.set_ylabel("layer, first on top")
         for step, _ in self.stages[1:]:
             lower.axvline(step, color="#444444", linewidth=0.8, linestyle=":")
-        figure.suptitle(f"{self.title} (blue: trains, grey: frozen)", fontsize=11)
-        figure.savefig(path, dpi=120)
+        made.suptitle(f"{self.title} (blue: trains, grey: frozen)", fontsize=11)
+        made.savefig(path, dpi=120)
 
     def _draw_curves(self, axes: Any) -> None:
         from matplotlib import colormaps
