@@ -1,4 +1,4 @@
-"""Build a DistributedDataParallel wrapper anew, with the settings of the old one."""
+"""Build a new DistributedDataParallel wrapper with the settings of the old one."""
 
 from __future__ import annotations
 

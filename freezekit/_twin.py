@@ -1,4 +1,4 @@
-"""A copy of a model that is run in its stead: whatever its forward does, the model stays as it is.
+"""A copy of a model that is run instead of it: whatever its forward does, the model stays as it is.
 
 Without data every tensor that is reached becomes a fake one, of the same shape, layout, dtype and device: operators
 then only work out what they would return, and choose their kernels as on the real device. What cannot be reached, such
@@ -137,7 +137,7 @@ def roots_of(function: Any) -> dict[str, nn.Module]:
 
 
 def _names(function: FunctionType) -> dict[str, Any]:
-    """What the names of a function stand for, outside of it."""
+    """What the names of a function refer to, outside of it."""
     code = function.__code__
     known = {name: function.__globals__[name] for name in code.co_names if name in function.__globals__}
     cells = zip(code.co_freevars, function.__closure__ or ())

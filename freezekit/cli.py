@@ -102,7 +102,7 @@ def _info(options: argparse.Namespace) -> int:
         print(json.dumps(info(), indent=2) if options.json else describe())
         return 0
     model, inputs = load_model(options.choices)
-    for _ in range(2):  # The second meets what the first has made, such as gradients.
+    for _ in range(2):  # The second step finds what the first has made, such as gradients.
         _step(model, arguments(inputs))
     made = choices()
     if options.json:

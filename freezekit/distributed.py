@@ -3,7 +3,7 @@
 DDP decides at construction which gradients it reduces: those of the parameters that require grad *then*. A parameter
 frozen later makes it wait for a gradient that never comes (an error one iteration on); one unfrozen later is reduced by
 nobody, and **the ranks diverge without a word**. `mismatch` finds both, `watch` turns them into an error before the
-next forward pass, and `rewrap` builds the wrapper anew with its settings.
+next forward pass, and `rewrap` builds a new wrapper with its settings.
 
 FSDP2 (``fully_shard``) reads ``requires_grad`` at every forward pass, so it needs none of this; ranks must only agree
 on what is frozen, which `check_ranks` asks them.
@@ -83,7 +83,7 @@ def _marks(p: nn.Parameter) -> dict[str, Any]:
 
 
 def _is_held(p: nn.Parameter) -> bool:
-    """Whether somebody keeps the parameter's gradient accumulator alive, as DDP's reducer does.
+    """Whether something keeps the parameter's gradient accumulator alive, as DDP's reducer does.
 
     The accumulator is made when a graph needs it and dies with the last graph; a mark on it survives only if it is
     held. ``requires_grad`` is as before when this returns.

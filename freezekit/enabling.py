@@ -32,9 +32,9 @@ _watching = threading.local()
 def enable() -> None:
     """From here on, torch's own operators keep for backward what the gradients asked for read, in the whole process.
 
-    The model stays as it is: classes, names, pickles and graphs are torch's. Every call that freezekit gains nothing
-    from goes to torch's kernel as before. The switch is the process's: it holds in all threads. Each `enable` wants a
-    `disable`; calls may be nested. A backward pass needs no switch, unless a checkpoint recomputes its forward.
+    The model stays as it is: classes, names, pickles and graphs are torch's. Every call in which freezekit
+    saves nothing goes to torch's kernel as before. The switch holds in all threads of the process. Each `enable` needs
+    a `disable`; calls may be nested. A backward pass needs no switch, unless a checkpoint recomputes its forward.
 
     Warns:
         UserWarning: once for each operator that another library has overridden: its kernels stay in place there.
@@ -69,7 +69,7 @@ def disable() -> None:
     global _depth
     with _lock:
         if not _depth:
-            raise RuntimeError("freezekit is not enabled: disable() wants an enable() before it")
+            raise RuntimeError("freezekit is not enabled: disable() needs an enable() before it")
         _depth -= 1
         if not _depth:
             _C.enable.off()

@@ -1,6 +1,6 @@
 """What `auto` has decided on a GPU: where freezekit's kernels were equal to torch's operators and not slower.
 
-The first time that a kernel meets a device and a dtype, it and torch's operator compute the same; results are compared,
+At a kernel's first call on a device and a dtype, it and torch's operator compute the same; results are compared,
 then both are timed. Convolutions are decided one by one where `torch.backends.cudnn.benchmark` is set, else for a
 class of problems at once. Choices hold for the process; `dump_choices` and `load_choices` carry them to the next.
 """

@@ -1,4 +1,4 @@
-"""Checks of the model against its optimizers: what would move, what is kept for nothing, what nobody steps."""
+"""Checks of the model against its optimizers: what would move, what is kept for nothing, what no optimizer steps."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def check_orphan_state(subject: Subject) -> Iterator[Finding]:
 
 
 def check_membership(subject: Subject) -> Iterator[Finding]:
-    """Trainable parameters nobody steps, optimizers of another model, and frozen members."""
+    """Trainable parameters that no optimizer steps, optimizers of another model, and frozen members."""
     if not subject.optimizers:
         return
     own = set(subject.names)
@@ -187,7 +187,7 @@ def check_scheduled(subject: Subject) -> Iterator[Finding]:
                 brief(names),
                 f"group(s) {late} of {type(optimizer).__name__} were added after its learning-rate scheduler was made: "
                 "at its next step LambdaLR raises ValueError, OneCycleLR KeyError, others leave the rate as it is",
-                "keep frozen parameters in their group (freeze does), or make the scheduler anew",
+                "keep frozen parameters in their group (freeze does), or build a new scheduler",
                 names,
             )
 

@@ -38,7 +38,7 @@ _PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, type
 
 
 def _is_replaced(name: str) -> bool:
-    """Whether a copy gets this attribute anew, or does without it: hooks, and what freezekit notes."""
+    """Whether a copy gets a new value for this attribute, or none: hooks, and freezekit's own notes."""
     return name in ("param_groups", "state", "step", ATTRIBUTE) or name.startswith("_optimizer_")
 
 

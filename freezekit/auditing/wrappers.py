@@ -19,7 +19,7 @@ _DYNAMO = "torch._dynamo.eval_frame"
 
 
 def _instances(subject: Subject, module: str, cls: str) -> Iterator[tuple[str, Any]]:
-    """The model's modules of a class that is heavy to import: when nobody imported it, there are none."""
+    """The model's modules of a class that is heavy to import: if nothing has imported it, there are none."""
     loaded = sys.modules.get(module)
     kind = getattr(loaded, cls, None)
     if kind is not None:

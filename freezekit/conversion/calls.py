@@ -1,6 +1,6 @@
 """Calls of functions in a model's forward that keep more than freezekit's, seen while it runs.
 
-`convert` swaps layers; a call such as ``F.relu(x)`` stands in the forward itself and has to be replaced there. Calls
+`convert` swaps layers; a call such as ``F.relu(x)`` is in the forward itself and has to be replaced there. Calls
 are seen by a `TorchFunctionMode`; those that a layer of torch.nn makes in its own forward are that layer's matter.
 """
 
@@ -149,7 +149,7 @@ def functional_calls(model: nn.Module, inputs: Arguments) -> list[FunctionCall]:
     """The calls that keep more than freezekit's would, in the order of the first ones.
 
     A copy of `model` runs once, in its present mode and with gradients. Calls in installed packages are left out: they
-    are nobody's to replace.
+    cannot be replaced.
 
     Args:
         model: any module.

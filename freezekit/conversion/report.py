@@ -18,10 +18,10 @@ _INDEXED = (nn.modules.pooling._AdaptiveMaxPoolNd, nn.FractionalMaxPool2d, nn.Fr
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer of a conversion report, or one call of a function that stands in a forward.
+    """One layer of a conversion report, or one call of a function in a forward.
 
     Attributes:
-        name: where the layer stands in the model, or the module whose forward makes the call; "" is the model itself.
+        name: the layer's name in the model, or the module whose forward makes the call; "" is the model itself.
         layer: its class's name; of a call, the function as it is written.
         status: "freezekit" (is one of freezekit's), "stock" (`convert` would swap it), "left alone", or "call".
         reason: why a layer is left alone or keeps its input all the same, or what to call instead; "" otherwise.
@@ -42,7 +42,7 @@ def conversion_report(model: nn.Module, inputs: Any = None) -> list[LayerReport]
 
     Lists layers of the kinds that freezekit replaces, with subclasses and other layers that do the same, a shared one
     once. Calls of functions cannot be swapped: with `inputs`, the model runs once and the report also names those of
-    `torch.nn.functional` and alike that keep more than freezekit's would, where they stand and what they kept.
+    `torch.nn.functional` and alike that keep more than freezekit's would, with their place and what they kept.
 
     Args:
         model: any module.

@@ -47,7 +47,7 @@ def convert(model: Model, *, only: Only | None = None) -> Model:
 
     Raises:
         TypeError: if `model` is no nn.Module, or `only` holds something else.
-        PatternError: (a ValueError) if a part of `only` meets no layer that freezekit has; with names near to it.
+        PatternError: (a ValueError) if a part of `only` matches no layer that freezekit has; with similar names.
 
     >>> from torch import nn
     >>> import freezekit as fk
@@ -130,6 +130,6 @@ def _selected(model: nn.Module, only: Only | None) -> list[nn.Module]:
     for part in flat([list(only) if several else only], "only"):  # type: ignore[arg-type]
         met = {id(m): m for root in named_modules(model, [part], "only").values() for m in root.modules()}
         if not any(stock_base(m) or plan_of(m) for m in met.values()):
-            raise PatternError(f"only: {shown(part)} meets no layer that freezekit has one for")
+            raise PatternError(f"only: {shown(part)} matches no layer that freezekit has one for")
         found.update(met)
     return list(found.values())

@@ -42,7 +42,7 @@ FUNCTIONS = {
 class Held(NamedTuple):
     """Bytes that a call holds.
 
-    first: those that no earlier call holds. shared: the others. alone: those that nobody else holds.
+    first: those that no earlier call holds. shared: the others. alone: those that no other call holds.
     """
 
     first: int = 0

@@ -71,7 +71,7 @@ def _choices(call: Call, conv: nn.Conv2d, device: torch.device) -> dict[str, dic
 
 
 def _target(device: torch.device) -> dict[str, Any]:
-    """The device as `_C.select` wants it; of a GPU that is not here it takes its own default."""
+    """The device as `_C.select` takes it; for a GPU that is not here it has its own default."""
     known: dict[str, Any] = {
         "device": "cpu" if device.type == "cpu" else "cuda",
         "allow_tf32": torch.backends.cudnn.allow_tf32,

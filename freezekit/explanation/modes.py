@@ -20,7 +20,7 @@ OPAQUE = (torch.ops.aten.mkldnn_rnn_layer, torch.ops.aten._cudnn_rnn, torch.ops.
 
 
 class Listener(Protocol):
-    """Who is told what runs; see `freezekit.explanation.trace`."""
+    """Is told what runs; see `freezekit.explanation.trace`."""
 
     has_data: bool
 
@@ -90,7 +90,7 @@ def note(call: Call, arguments: Any, result: Any) -> None:
 
 
 def _needs_grad(tensor: Tensor) -> bool:
-    """Of a tensor within a torch.func transform: whether the one that it stands for does."""
+    """Whether a tensor needs a gradient; within a torch.func transform, whether the tensor that it wraps does."""
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor.requires_grad

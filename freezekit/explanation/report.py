@@ -95,7 +95,7 @@ class Explanation(Shown):
 
     @property
     def backward_flops(self) -> int:
-        """Of the backward pass as things stand."""
+        """Of the backward pass as the model is now."""
         return sum(row.backward_flops for row in self.rows)
 
     def totals(self) -> dict[str, int]:

@@ -39,7 +39,7 @@ def check_lbfgs(optimizer: Optimizer, params: list[nn.Parameter], verb: str, rea
     extra = "remove=True, " if verb == "freeze" else ""
     raise ValueError(
         "optimizer: LBFGS keeps one history over all its parameters and writes to every one of them at each step; "
-        f'to {verb} some of them pass {extra}state="reset", which starts its history anew'
+        f'to {verb} some of them pass {extra}state="reset", which clears its history'
     )
 
 

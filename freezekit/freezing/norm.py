@@ -1,7 +1,7 @@
 """Running statistics that hold still: the one thing about freezing that ``requires_grad`` does not cover.
 
-A normalisation layer with running statistics is *held* by an instance attribute ``train`` of class `Hold` that stands
-before the class's own method, so that ``model.train()`` reaches it and leaves the layer in eval mode. Why this and not
+A normalisation layer with running statistics is *held* by an instance attribute ``train`` of class `Hold` that
+hides the class's own method, so that ``model.train()`` reaches it and leaves the layer in eval mode. Why this and not
 
 * a subclass put in by ``__class__``: ``type(m) is nn.BatchNorm2d`` would fail (tools key on it), and it fights with
   others that swap classes (parametrizations, FSDP2, `convert`) over the order of undoing;
@@ -138,7 +138,7 @@ def release(module: nn.Module, parent: nn.Module | None = None) -> None:
     """Undo `hold`: the layer follows the mode of ``parent`` again. No effect on one that is not held.
 
     Not the mode that was last asked of the layer: a trainer that records every module's ``training`` and restores it
-    asks a held layer for eval, which nobody meant. That mode counts where there is no parent, and for a layer whose
+    asks a held layer for eval, which was not intended. That mode counts where there is no parent, and for a layer whose
     mode differed from its parent's when it was held.
     """
     if not is_held(module):
@@ -160,7 +160,7 @@ def train_parameters(module: nn.Module) -> None:
 
 
 def holds_unasked(module: nn.Module) -> bool:
-    """Whether ``module`` is held, and nobody said that its parameters are to train all the same."""
+    """Whether ``module`` is held and its parameters were not told to train all the same."""
     return is_held(module) and not getattr(module.__dict__["train"], "parameters_train", False)
 
 

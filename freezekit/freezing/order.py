@@ -74,7 +74,7 @@ def _called_before(model: nn.Module, until: str, inputs: Any) -> tuple[set[int],
 def _position(names: dict[str, nn.Module], name: str, first_call: dict[int, int], descend: bool = True) -> int | None:
     """When the module ``name`` was first called: itself, else (a list, say) its first called descendant, else the
     nearest ancestor that was called and called no layer inside it (it used the parameters directly, as
-    MultiheadAttention does with ``out_proj``). None when the forward did not meet it: unused is not "before".
+    MultiheadAttention does with ``out_proj``). None when the forward did not use it: unused is not "before".
     """
     module = names[name]
     if id(module) in first_call:

@@ -155,7 +155,7 @@ def named_modules(model: nn.Module, patterns: Iterable[Any], argument: str) -> d
         argument: the name under which the caller took the patterns, for errors.
 
     Raises:
-        PatternError: a pattern that no module meets, with names near to it.
+        PatternError: a pattern that no module matches, with similar names.
         TypeError: something that is no name, glob, subclass of nn.Module or module.
 
     >>> list(named_modules(nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU()), ["1", nn.Conv2d], "only"))
@@ -166,7 +166,7 @@ def named_modules(model: nn.Module, patterns: Iterable[Any], argument: str) -> d
     for pattern in flat(patterns, argument):
         names = meeting(index.modules, pattern, argument)
         if not names:
-            said = index.unknown(pattern) if isinstance(pattern, str) else f"no module meets {shown(pattern)}"
+            said = index.unknown(pattern) if isinstance(pattern, str) else f"no module matches {shown(pattern)}"
             raise PatternError(f"{argument}: {said}")
         found.update((name, index.modules[name]) for name in names)
     return found

@@ -1,4 +1,4 @@
-"""Convolutions whose gradients are operators of their own, so that a gradient nobody needs is never computed."""
+"""Convolutions whose gradients are operators of their own, so that a gradient that is not needed is never computed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What functions that stand in for torch's leave to torch's own: calls that keep nothing, and arguments it refuses."""
+"""Which calls freezekit's functions leave to torch's own: those that keep nothing, and odd arguments."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def as_torch(torch_s: Callable[..., Any], *, shortcut: bool = True) -> Callable[
     def decorate(function: Function) -> Function:
         @functools.wraps(function)
         def stand_in(*args: Any, **kwargs: Any) -> Any:
-            # Subclasses and fx's proxies are to see the stand-in; a trace compares lines too, and takes one way always.
+            # Subclasses and fx's proxies must see the stand-in; a trace compares lines too, and always takes one way.
             free = shortcut and backends._current in ("auto", "aten") and args and type(args[0]) is Tensor
             if free and not _learns(args) and not (kwargs and _learns(kwargs.values())) and jit_trace() is None:
                 return torch_s(*args, **kwargs)

@@ -221,7 +221,7 @@ def _windows(
 ) -> tuple[tuple[int, ...], ...] | None:
     """Kernel, stride, padding and dilation, one number for each of `axes`; None where the call is torch's."""
     kernel = sizes(kernel_size, axes)
-    # As in torch, windows stand side by side where no stride is given, or an empty one.
+    # As in torch, windows are side by side where no stride is given, or an empty one.
     default = stride is None or (isinstance(stride, tuple | list) and not stride)
     found = (kernel, kernel if default else sizes(stride, axes), sizes(padding, axes), sizes(dilation, axes))
     if None in found or not isinstance(input, Tensor) or input.dim() not in (axes + 1, axes + 2):

@@ -1,4 +1,4 @@
-"""What stands in a rewritten forward for a convolution and the layers behind it: one operator, or the layers."""
+"""What replaces a convolution and the layers behind it in a rewritten forward: one operator, or the layers."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def _runs_fused(
 
 
 def _is_transformed(tensor: Tensor) -> bool:
-    """Whether torch.func stands between a tensor and its data; a compiler looks for itself."""
+    """Whether torch.func wraps a tensor; a compiler looks for itself."""
     return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 

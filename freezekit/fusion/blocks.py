@@ -42,7 +42,7 @@ class Block:
         final: the name that is set; None if the block returns.
         own: of a norm with an activation of its own: "in" if that is of the block, "behind" if it runs behind it,
             "nothing" if it does nothing; "" of other norms.
-        flag: the name of a variable that is to say whether it ran; "" if nobody asks.
+        flag: the name of a variable that is to say whether it ran; "" if nothing asks.
         outside: the path of a norm that reads the result and could not be taken in; "" without one.
     """
 
@@ -95,7 +95,7 @@ class Finder:
         self.items, self.uses, self.captured, self.unfold = items, uses, captured, unfold
 
     def units(self, previous: Block | None = None) -> list[Unit]:
-        """The list as blocks and what stands between them; `previous` is the block right ahead of it."""
+        """The list as blocks and what is between them; `previous` is the block right before it."""
         found: list[Unit] = []
         i = 0
         while i < len(self.items):
@@ -133,7 +133,7 @@ class Finder:
         return best
 
     def _opened(self, i: int, previous: Block | None) -> Opened | None:
-        """A sequence whose last convolution is of a block with what stands behind it, or a loop over children."""
+        """A sequence whose last convolution forms a block with what follows it, or a loop over children."""
         item, conditions = self.items[i], []
         if self.unfold is None:
             return None
@@ -166,7 +166,7 @@ class Finder:
         return Opened(self.items[i : i + 1 + end - more], paths, steps[:end], conditions)
 
     def _hidden(self, block: Block, items: list[Statement]) -> bool:
-        """Whether nobody else reads what the block's steps set, its result aside."""
+        """Whether nothing else reads what the block's steps set, apart from its result."""
         names = {str(step.target) for step in block.steps} - {str(block.final)}
         if block.final is None:  # nothing is read once the function has returned, but by functions in it
             return not names & self.captured

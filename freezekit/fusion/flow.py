@@ -1,4 +1,4 @@
-"""Who reads what in a list of blocks, so that blocks hand values to each other that nobody else gets to see.
+"""What reads what in a list of blocks, so that blocks can pass values to each other that nothing else sees.
 
 Two things are worth it. A result that only blocks read may have the layout that kernels prefer. And of several blocks
 that read one value, the first hands it on to the next, whose gradient it then adds inside its own dgrad; between them

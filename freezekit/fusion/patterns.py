@@ -199,7 +199,7 @@ def kind_of(module: nn.Module) -> str:
 
 
 def _ends_open(children: list[nn.Module]) -> bool:
-    """Whether what stands behind a sequence can be of a block with the convolution at its end."""
+    """Whether what follows a sequence can belong to a block with the convolution at its end."""
     while children and type(children[-1]) is nn.Identity:
         children.pop()
     if children and is_norm(children[-1]):

@@ -1,4 +1,4 @@
-"""What is fused, what is not, and why, as the model stands now."""
+"""What is fused, what is not, and why, in the model's present state."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def fusion_report(model: nn.Module) -> list[BlockReport]:
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d) and name not in placed:
             parent = name.rpartition(".")[0]
-            reason = reasons.get(parent, "") if name else "it is the whole model: nothing stands around it"
+            reason = reasons.get(parent, "") if name else "it is the whole model: no module contains it"
             reason = reason or "no forward that could be read calls it by this name"
             rows.append(BlockReport(name, "", "none", False, False, reason))
     return rows

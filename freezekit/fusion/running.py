@@ -36,7 +36,7 @@ def fused(
 
     Args:
         x: (N, C, H, W).
-        conv, norm, activation: the layers, or what stands in their places; an activation may be a function or the name
+        conv, norm, activation: the layers, or what takes their places; an activation may be a function or the name
             of a method.
         residual: what is added, of the size of the result.
         before: what the layout of the result follows where x has a layout of its own, see `outer_layout`.

@@ -125,7 +125,7 @@ def _inside(code: CodeType) -> CodeType:
 
 
 def _same(a: CodeType, b: CodeType) -> bool:
-    """Whether two pieces of code do the same; where they stand does not matter."""
+    """Whether two pieces of code do the same; their place in the file does not matter."""
     names = ("co_code", "co_names", "co_varnames", "co_freevars", "co_cellvars", "co_exceptiontable")
     if any(getattr(a, name, None) != getattr(b, name, None) for name in names):
         return False

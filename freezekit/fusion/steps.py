@@ -197,7 +197,7 @@ class Steps:
         return self._out(same, steps, Statement(ast.Pass(), call.kind, value=argument.id, call=call), node)
 
     def _all(self, parts: list[ast.expr], steps: list[Statement], names: bool = False) -> list[ast.expr]:
-        """Parts that are evaluated in this order; what stands before one that is taken out is taken out too."""
+        """Parts that are evaluated in this order; what comes before a part that is taken out is taken out too."""
         last = max((i for i, part in enumerate(parts) if self._speaks(part)), default=-1)
         result = []
         for i, part in enumerate(parts):

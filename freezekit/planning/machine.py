@@ -37,7 +37,7 @@ class Machine:
 
 
 def seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """The shortest of a few runs: what the machine can do when nobody else wants it."""
+    """The shortest of a few runs: what the machine can do when nothing else runs on it."""
     best = float("inf")
     for _ in range(5):
         if device.type == "cuda":

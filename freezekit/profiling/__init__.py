@@ -21,10 +21,10 @@ class profile(Shown):
     """Context manager: records what runs within it; read the result after the block.
 
     On a GPU :meth:`kernels` lists kernels, copies and fills by their own names. On a CPU it lists operators: those that
-    no other operator called, so that no time counts twice. Behind a name stands what it computes for a convolution;
+    no other operator called, so that no time counts twice. After a name comes what it computes for a convolution;
     stock's `aten::convolution_backward` is told apart by the gradients that it was asked for.
 
-    torch.profiler does the recording, with record_shapes on; recording costs some microseconds an operator, so compare
+    torch.profiler does the recording, with record_shapes on; recording costs some microseconds per operator, so compare
     times of small operators with care. GPU work that is still running at the end is waited for.
 
     >>> import torch, freezekit as fk

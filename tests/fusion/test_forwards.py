@@ -575,7 +575,7 @@ def test_only_modules_can_be_fused() -> None:
 def test_bare_convolutions_are_left() -> None:
     conv = fuse(nn.Conv2d(3, 3, 1))
     assert type(conv) is nn.Conv2d
-    assert "nothing stands around it" in fusion_report(conv)[0].reason
+    assert "no module contains it" in fusion_report(conv)[0].reason
 
 
 def test_slices_are_models_of_their_own() -> None:

@@ -91,7 +91,7 @@ def test_only_some() -> None:
         convert(Calling(), only="bodi")
     with pytest.raises(PatternError, match="only: an empty list selects nothing"):
         convert(Calling(), only=[])
-    with pytest.raises(PatternError, match="only: no module meets .*LSTM"):
+    with pytest.raises(PatternError, match="only: no module matches .*LSTM"):
         convert(Calling(), only=[nn.ReLU, nn.LSTM])
     with pytest.raises(TypeError, match=r"only must be names of modules, globs .*\ngot 3"):
         convert(Calling(), only=[3])
