@@ -73,8 +73,8 @@ def test_calls_nest() -> None:
     assert not fk.is_enabled()
 
 
-def test_disable_wants_an_enable() -> None:
-    with pytest.raises(RuntimeError, match=r"not enabled: disable\(\) wants an enable\(\)"):
+def test_disable_needs_an_enable() -> None:
+    with pytest.raises(RuntimeError, match=r"not enabled: disable\(\) needs an enable\(\)"):
         fk.disable()
 
 
