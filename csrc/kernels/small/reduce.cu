@@ -1,6 +1,7 @@
 // Sums whose order is fixed, so that the same input gives the same bits on every run.
 //
-//   ordered reduce: out[i] = sum over s of partial[s, i], s ascending
+//   ordered reduce: out[i] = sum over s of partial[s, i], s ascending; of many slices eight lanes sum an eighth each, whose
+//                   sums are added in ascending order
 //   bias grad:      db[k] = sum over rows of dy[row, k], rows cut into slices, the slices summed by an ordered reduce
 //
 // Layouts: partial [slices][numel] in the accumulator's type, dy [rows][k]; no alignment beyond the element's.
@@ -17,17 +18,39 @@ constexpr int kColumns = 32;  // a warp reads 32 neighbouring channels of a row
 constexpr int kRowLanes = 8;
 constexpr int64_t kRowsPerSlice = 128;
 constexpr int64_t kMaxSlices = 512;
+constexpr int32_t kManySlices = 32;  // one thread would wait for as many loads, one after another
 
-template <class T>
+// kLanes threads of a block share an output.
+template <class T, int kLanes>
 __global__ void __launch_bounds__(kReduceThreads)
     ordered_reduce_kernel(const Accumulator<T>* __restrict__ partial, T* __restrict__ out, int64_t numel,
                           int32_t slices) {
-  const int64_t step = static_cast<int64_t>(gridDim.x) * kReduceThreads;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kReduceThreads + threadIdx.x; i < numel; i += step) {
-    Accumulator<T> sum = 0;
-    for (int32_t s = 0; s < slices; ++s) sum += load_global(partial + s * numel + i);
-    store_global(out + i, cast<T>(sum));
+  using Acc = Accumulator<T>;
+  constexpr int kOutputs = kReduceThreads / kLanes;
+  FK_SHARED(Acc, sums, [kLanes][kOutputs]);
+  const int output = static_cast<int>(threadIdx.x) % kOutputs, lane = static_cast<int>(threadIdx.x) / kOutputs;
+  const int32_t each = (slices + kLanes - 1) / kLanes, first = lane * each, last = min(first + each, slices);
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kOutputs;
+  for (int64_t begin = static_cast<int64_t>(blockIdx.x) * kOutputs; begin < numel; begin += step) {
+    const int64_t i = begin + output;
+    Acc sum = 0;
+    for (int32_t s = first; i < numel && s < last; ++s) sum += load_global(partial + s * numel + i);
+    if constexpr (kLanes > 1) {
+      sums[lane][output] = sum;
+      __syncthreads();
+      for (int other = 1; lane == 0 && other < kLanes; ++other) sum += sums[other][output];
+      __syncthreads();  // the next outputs' sums overwrite these
+    }
+    if (lane == 0 && i < numel) store_global(out + i, cast<T>(sum));
   }
+}
+
+template <class T, int kLanes>
+Status launch_ordered_reduce_lanes(const void* partial, void* out, int64_t numel, int32_t slices, Stream stream) {
+  const int64_t blocks = std::min<int64_t>(ceil_div(numel, kReduceThreads / kLanes), 65535);
+  const auto kernel = ordered_reduce_kernel<T, kLanes>;
+  return FK_LAUNCH(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kReduceThreads), 0, stream,
+                   static_cast<const Accumulator<T>*>(partial), static_cast<T*>(out), numel, slices);
 }
 
 // Slice blockIdx.y of columns blockIdx.x * 32 ...: lane y sums rows begin + y, begin + y + 8, ...
@@ -58,11 +81,10 @@ int64_t bias_grad_slices(int64_t rows) { return std::clamp<int64_t>(ceil_div(row
 
 Status launch_ordered_reduce(const void* partial, void* out, int64_t numel, int32_t slices, DType dtype,
                              Stream stream) {
-  const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(ceil_div(numel, kReduceThreads), 65535));
   return dispatch_dtype(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    return FK_LAUNCH(ordered_reduce_kernel<T>, dim3(blocks), dim3(kReduceThreads), 0, stream,
-                     static_cast<const Accumulator<T>*>(partial), static_cast<T*>(out), numel, slices);
+    return slices < kManySlices ? launch_ordered_reduce_lanes<T, 1>(partial, out, numel, slices, stream)
+                                : launch_ordered_reduce_lanes<T, 8>(partial, out, numel, slices, stream);
   });
 }
 

@@ -15,6 +15,22 @@ PLANTS = [
         expect=RACE,
     ),
     bug(
+        "sums of slices are added before they are there",
+        REDUCE,
+        "sums[lane][output] = sum;\n      __syncthreads();",
+        "sums[lane][output] = sum;",
+        case="bias:4500,40",
+        mode="tsan",
+        expect=RACE,
+    ),
+    bug(
+        "slices behind the last whole eighth are left out",
+        REDUCE,
+        "(slices + kLanes - 1) / kLanes",
+        "slices / kLanes",
+        case="bias:4500,40",
+    ),
+    bug(
         "a filter is scaled by the wrong channel's factor",
         FILTER,
         "load_global(scale + k_all)",
