@@ -120,7 +120,6 @@ class Build(build_ext):
             extension.extra_objects += map(
                 str, ninja(build, "nvcc", f"{nvcc} {flags} -MD -MF $out.d -c $in -o $out", KERNELS)
             )
-            extension.define_macros += [("FREEZEKIT_WITH_CUDA", "1")]
             lib = cuda_home(nvcc)
             extension.library_dirs += [
                 str(p) for p in (lib / "lib64", lib / "lib", lib / "targets/x86_64-linux/lib") if p.is_dir()
@@ -134,9 +133,8 @@ class Build(build_ext):
 
     def build_torch_layer(self, build: Path) -> list[Path]:
         """All that includes torch. Its headers are more than half of the work in each file: they are compiled once."""
-        macros = [f"-D{name}" for name, _ in self.extensions[0].define_macros]
         includes = [f"-I{CSRC}", *(f"-isystem {path}" for path in (*include_paths(), sysconfig.get_paths()["include"]))]
-        flags = " ".join(["-std=c++20 -O2 -fPIC -fvisibility=hidden -Wall", *OPENMP, *macros, *includes])
+        flags = " ".join(["-std=c++20 -O2 -fPIC -fvisibility=hidden -Wall", *OPENMP, *includes])
         sources = [path for part in ("kernels", "torch", "python") for path in sorted((CSRC / part).rglob("*.cpp"))]
         command = f"{CXX} {flags} -MD -MF $out.d -c $in -o $out"
         return ninja(build, "torch", command, sources, CSRC / "torch/common/torch_headers.h")

@@ -5,9 +5,9 @@
 
 #include <mutex>
 
-#ifdef FREEZEKIT_WITH_CUDA
-extern "C" const char* freezekit_last_error();
-#endif
+// Both are null where no CUDA kernels are linked in.
+extern "C" __attribute__((weak)) const freezekit::KernelTable* freezekit_kernel_table();
+extern "C" __attribute__((weak)) const char* freezekit_last_error();
 
 namespace freezekit {
 namespace {
@@ -46,14 +46,11 @@ std::string KernelLibrary::last_error() const {
 
 const KernelLibrary& kernel_library(Backend backend) {
   if (backend == Backend::emulated) return load_emulator();
-#ifdef FREEZEKIT_WITH_CUDA
-  static const KernelLibrary cuda{freezekit_kernel_table(), freezekit_last_error};
-  return cuda;
-#else
-  TORCH_CHECK(false,
+  TORCH_CHECK(has_cuda_kernels(),
               "backend='native' needs freezekit's CUDA kernels, but this build has none: rebuild it where nvcc "
               "is on PATH or CUDA_HOME is set");
-#endif
+  static const KernelLibrary cuda{freezekit_kernel_table(), freezekit_last_error};
+  return cuda;
 }
 
 void set_emulator_path(const std::string& path) {
@@ -62,12 +59,6 @@ void set_emulator_path(const std::string& path) {
   emulator = {};
 }
 
-bool has_cuda_kernels() {
-#ifdef FREEZEKIT_WITH_CUDA
-  return true;
-#else
-  return false;
-#endif
-}
+bool has_cuda_kernels() { return freezekit_kernel_table != nullptr; }
 
 }  // namespace freezekit
