@@ -15,6 +15,7 @@ import torch
 
 import freezekit
 from bench.timing import Clock, clock_for
+from freezekit._precision import allows_tf32
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -85,12 +86,13 @@ def measure_peaks(device: torch.device, dtype: torch.dtype) -> Peaks:
     """Best of several runs, at sizes that exceed the caches and take well under a second."""
     cuda = device.type == "cuda"
     clock = clock_for(device, cold=False)
-    tf32 = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32  # As convolutions may.
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32" if allows_tf32() else "ieee"  # As convolutions are.
     try:
         return _peaks_with(clock, device, dtype, cuda)
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = tf32
+        matmul.fp32_precision = before
 
 
 def _peaks_with(clock: Clock, device: torch.device, dtype: torch.dtype, cuda: bool) -> Peaks:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from freezekit._precision import allows_tf32
+
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -46,4 +48,4 @@ class Settings:
     @property
     def tf32(self) -> bool:
         """Whether fp32 convolutions may round their factors to tf32."""
-        return self.device.type == "cuda" and self.dtype is torch.float32 and torch.backends.cudnn.allow_tf32
+        return self.device.type == "cuda" and self.dtype is torch.float32 and allows_tf32()

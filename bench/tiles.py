@@ -31,6 +31,7 @@ from bench.settings import DTYPES
 from bench.sides import cudnn_benchmark
 from bench.timing import clock_for, interleave
 from freezekit import _C
+from freezekit._precision import allows_tf32
 from freezekit.functional import conv2d, conv2d_dgrad, conv2d_wgrad
 
 OPERATORS = ("conv2d", "conv2d_dgrad", "conv2d_wgrad")
@@ -110,7 +111,7 @@ class TiledProblem:
         if self.x.is_cuda:
             facts = torch.cuda.get_device_properties(self.x.device)
             target = dict(sm=10 * facts.major + facts.minor, sm_count=facts.multi_processor_count)
-        target["allow_tf32"] = torch.backends.cudnn.allow_tf32
+        target["allow_tf32"] = allows_tf32()
         dtype = str(self.x.dtype).removeprefix("torch.")
         picked = _C.select(self.operator, dtype, tuple(self.x.shape), tuple(self.w.shape), *self.geometry, **target)
         return Candidate(picked["family"], picked["config"], picked["split_k"])

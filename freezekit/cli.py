@@ -159,7 +159,9 @@ def _selftest(options: argparse.Namespace) -> int:
     from freezekit.selftest import main
 
     backend = ["--backend", options.backend] if options.backend else []
-    return min(main([*backend, *(["--hopper"] if options.hopper else [])]), 1)
+    hopper = ["--hopper"] if options.hopper else []
+    save = ["--save-choices", options.save_choices] if options.save_choices else []
+    return min(main([*backend, *hopper, *save]), 1)
 
 
 def _profile(options: argparse.Namespace) -> int:
@@ -229,6 +231,7 @@ def parser() -> argparse.ArgumentParser:
     selftest = command("selftest", _selftest, "every kernel against float64, on the device that is here", model=False)
     selftest.add_argument("--backend", choices=("native", "aten"))
     selftest.add_argument("--hopper", action="store_true", help="the kernels for sm_90a alone")
+    selftest.add_argument("--save-choices", metavar="FILE", help="with --hopper: choices that let 'auto' run them")
     step = command("profile", _profile, "the kernels of one forward and backward pass", model=True)
     step.add_argument("--trace", type=Path, metavar="JSON", help="write a Chrome trace")
     step.add_argument("--against", metavar="module:factory", help="another model: show what changes to it")

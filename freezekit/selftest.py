@@ -2,7 +2,8 @@
 
 What a person with a new GPU runs first. On a CPU it is ATen's code that runs or, in a source folder, the source of the
 kernels, emulated: not the same hardware. Rows are printed as they are made. On a GPU of sm_90 its own kernels come
-last, in a process with a time limit. The exit code is the number of failures, at most 125.
+last, in a process with a time limit. After an error that the device keeps, the rest runs in a new process. The exit
+code is the number of failures, at most 125.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from freezekit import _C, _extension, functional
+from freezekit._precision import tf32 as with_tf32
 from freezekit.backends import switched
+from freezekit.tuning import dump_choices
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # Bits of the significand that a product's factors keep: what bounds the error of one term.
@@ -66,6 +69,8 @@ PROBLEMS = (
 # What the kernels of sm_90a take: whole 16-byte chunks of channels, at least half of 128 bytes of them.
 HOPPER_PROBLEMS = PROBLEMS[:4]
 HOPPER_SECONDS = 60
+REST_SECONDS = 120
+MOST_PROCESSES = 4  # beside the first, for the rows after errors that a device keeps
 
 
 @dataclass(frozen=True)
@@ -92,18 +97,28 @@ class Verdict:
         return not self.failure and self.error <= 1
 
 
-def selftest(backend: str, device: torch.device, problems: Iterable[Problem] = PROBLEMS) -> Iterator[Verdict]:
-    """Runs each operator of each problem in each dtype on `backend`, and float32 in tf32 too.
+Case = tuple[str, Problem, torch.dtype, bool]  # operator, problem, dtype, whether in tf32
+
+
+def _cases(problems: Iterable[Problem]) -> Iterator[Case]:
+    for problem in problems:
+        for dtype, tf32 in [*((dtype, False) for dtype in DTYPES), (torch.float32, True)]:
+            for operator in PRODUCTS if tf32 else (*PRODUCTS, "conv2d_bias_grad"):
+                yield operator, problem, dtype, tf32
+
+
+def selftest(
+    backend: str, device: torch.device, problems: Iterable[Problem] = PROBLEMS, skip: int = 0
+) -> Iterator[Verdict]:
+    """Runs each operator of each problem in each dtype on `backend`, and float32 in tf32 too, all but the first `skip`.
 
     >>> rows = list(selftest("aten", torch.device("cpu"), PROBLEMS[:1]))
     >>> all(row.passed for row in rows), len(rows)
     (True, 19)
     """
-    for problem in problems:
-        for dtype, tf32 in [*((dtype, False) for dtype in DTYPES), (torch.float32, True)]:
-            for operator in PRODUCTS if tf32 else (*PRODUCTS, "conv2d_bias_grad"):
-                with _tf32(tf32), switched(backend):
-                    yield _run(operator, problem, dtype, tf32, backend, device)
+    for operator, problem, dtype, tf32 in itertools.islice(_cases(problems), skip, None):
+        with with_tf32(tf32), switched(backend):
+            yield _run(operator, problem, dtype, tf32, backend, device)
 
 
 def selftest_hopper(backend: str, device: torch.device) -> Iterator[Verdict]:
@@ -111,7 +126,7 @@ def selftest_hopper(backend: str, device: torch.device) -> Iterator[Verdict]:
     for problem in HOPPER_PROBLEMS:
         for dtype, tf32 in [(torch.float16, False), (torch.bfloat16, False), (torch.float32, True)]:
             for operator in ("conv2d", "conv2d_dgrad", *([] if tf32 else ["conv2d_wgrad"])):
-                with _tf32(tf32), switched(backend, hopper=True):
+                with with_tf32(tf32), switched(backend, hopper=True):
                     row = _run(operator, problem, dtype, tf32, backend, device)
                 if not row.failure and not row.kernel.startswith("hopper"):
                     row = replace(row, failure=f"{row.kernel} ran instead")
@@ -128,7 +143,7 @@ def _run(
         "conv2d_wgrad": lambda: functional.conv2d_wgrad(dy, x, problem.weight_size, **problem.settings),
         "conv2d_bias_grad": lambda: functional.conv2d_bias_grad(dy),
     }[operator]
-    name = "tf32" if tf32 else str(dtype).removeprefix("torch.")
+    name = _name_of(dtype, tf32)
     try:
         kernel, result, seconds = _timed(call, backend, device)
     except RuntimeError as failure:
@@ -139,6 +154,10 @@ def _run(
         stock = _by_torch(operator, problem, x, w, dy)
         error /= max(1.0, _error(operator, problem, x, w, dy, stock, unit, UNIT_ROUNDOFF[dtype]))
     return Verdict(operator, problem.name, name, kernel, error, seconds * 1e3)
+
+
+def _name_of(dtype: torch.dtype, tf32: bool) -> str:
+    return "tf32" if tf32 else str(dtype).removeprefix("torch.")
 
 
 def _tensors(problem: Problem, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -198,16 +217,6 @@ def _by_torch(operator: str, problem: Problem, x: Tensor, w: Tensor, dy: Tensor)
     return torch.autograd.grad(y, x if operator == "conv2d_dgrad" else w, dy)[0]
 
 
-@contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
-
-
 def _print(row: Verdict) -> None:
     mark = "pass" if row.passed else f"FAIL {row.failure}"
     kernel = row.kernel or "-"
@@ -215,17 +224,47 @@ def _print(row: Verdict) -> None:
     print(f"{row.problem:24} {row.operator:17} {row.dtype:9} {kernel:36} {figures}  {mark}", flush=True)
 
 
-def _hopper_in_a_child() -> int:
-    """The kernels of sm_90a, where a hang or an error that the device keeps spoils no other row. The failures."""
-    command = [sys.executable, "-m", "freezekit.selftest", "--backend", "native", "--hopper"]
+def _lost(device: torch.device) -> str:
+    """What the device says if nothing runs on it any more in this process: some errors of CUDA stay."""
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize(device)
+        except RuntimeError as error:
+            return str(error).splitlines()[0]
+    return ""
+
+
+def _in_a_child(what: str, seconds: int, *arguments: str) -> int:
+    """The failures of a self-test in a process of its own, where a hang or an error that stays spoils no other row."""
     try:
-        code = subprocess.run(command, timeout=HOPPER_SECONDS).returncode
+        code = subprocess.run([sys.executable, "-m", "freezekit.selftest", *arguments], timeout=seconds).returncode
     except subprocess.TimeoutExpired:
-        print(f"FAIL: the kernels of sm_90a were ended after {HOPPER_SECONDS} s")
+        print(f"FAIL: {what} were ended after {seconds} s")
         return 1
     if code < 0:
-        print(f"FAIL: the kernels of sm_90a ended their process by signal {-code}")
+        print(f"FAIL: {what} ended their process by signal {-code}")
     return 1 if code < 0 else code
+
+
+def _named(backend: str) -> tuple[str, ...]:
+    """The backend as an argument; what a child takes by itself where it has no public name."""
+    return () if backend == "emulated" else ("--backend", backend)
+
+
+def _hopper_in_a_child(backend: str) -> int:
+    return _in_a_child("the kernels of sm_90a", HOPPER_SECONDS, *_named(backend), "--hopper")
+
+
+def _rest(backend: str, done: int, why: str, processes: int) -> int:
+    """What is left after `done` rows, once the device answers `why` to everything. The failures."""
+    left = list(itertools.islice(_cases(PROBLEMS), done, None))
+    if left and processes > 0:
+        print(f"the device is lost to this process ({why}): {len(left)} rows are left to another", flush=True)
+        again = (*_named(backend), "--skip", str(done), "--processes", str(processes - 1))
+        return _in_a_child("the other rows", REST_SECONDS, *again)
+    for operator, problem, dtype, tf32 in left:
+        print(f"{problem.name:24} {operator:17} {_name_of(dtype, tf32):9} not run: {why}")
+    return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -237,6 +276,14 @@ def main(arguments: list[str] | None = None) -> int:
         help="default: native where CUDA kernels and a GPU are there",
     )
     parser.add_argument("--hopper", action="store_true", help="the kernels for sm_90a alone")
+    parser.add_argument(
+        "--save-choices",
+        metavar="FILE",
+        help="with --hopper: run them in a process with a time limit, and if they pass write a file for "
+        "freezekit.tuning.load_choices, which makes them a candidate of 'auto'",
+    )
+    parser.add_argument("--skip", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--processes", type=int, default=MOST_PROCESSES, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     gpu = torch.cuda.is_available() and _C.has_cuda_kernels()
     on_cpu = "emulated" if _extension.emulated_kernels().exists() else "aten"
@@ -245,19 +292,40 @@ def main(arguments: list[str] | None = None) -> int:
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
     if options.hopper and backend == "aten":
         parser.error("--hopper needs freezekit's kernels, not ATen's")
-    print(f"freezekit selftest: {backend} on {where}")
-    print(f"{'problem':24} {'operator':17} {'dtype':9} {'kernel':36} {'error / bound':>13} {'ms':>9}")
-    parts = [] if options.hopper else [selftest(backend, device)]
+    if options.save_choices and not options.hopper:
+        parser.error("--save-choices needs --hopper")
+    if options.save_choices:
+        return _save_choices(backend, Path(options.save_choices))
+    if not options.skip:
+        print(f"freezekit selftest: {backend} on {where}")
+        print(f"{'problem':24} {'operator':17} {'dtype':9} {'kernel':36} {'error / bound':>13} {'ms':>9}")
+    parts = [] if options.hopper else [selftest(backend, device, PROBLEMS, options.skip)]
     if backend == "emulated" or options.hopper:
         parts.append(selftest_hopper(backend, device))
-    rows = []
+    rows, lost = [], ""
     for row in itertools.chain(*parts):
         rows.append(row)
         _print(row)
+        if row.failure and (lost := _lost(device)):
+            break
     failures = sum(not row.passed for row in rows)
     print(f"{len(rows) - failures} passed, {failures} failed; kernels: {len({row.kernel for row in rows})}", flush=True)
-    if backend == "native" and not options.hopper and torch.cuda.get_device_capability(device) == (9, 0):
-        failures += _hopper_in_a_child()
+    if lost and not options.hopper:
+        failures += _rest(backend, options.skip + len(rows), lost, options.processes)
+    if backend == "native" and not (options.hopper or options.skip) and _is_hopper(device):
+        failures += _hopper_in_a_child(backend)
+    return min(failures, 125)
+
+
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def _save_choices(backend: str, path: Path) -> int:
+    failures = _hopper_in_a_child(backend)
+    if not failures:
+        _C.choices.admit_hopper(backend == "emulated")
+        path.write_text(dump_choices())
     return min(failures, 125)
 
 

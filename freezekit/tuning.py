@@ -3,6 +3,9 @@
 At a kernel's first call on a device and a dtype, it and torch's operator compute the same; results are compared,
 then both are timed. Convolutions are decided one by one where `torch.backends.cudnn.benchmark` is set, else for a
 class of problems at once. Choices hold for the process; `dump_choices` and `load_choices` carry them to the next.
+
+The kernels for sm_90a are candidates only where choices that `freezekit selftest --hopper --save-choices FILE` wrote
+on such a GPU were loaded.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ class Choice:
 
     Attributes:
         problem: the layer, or the convolution's operator with its sizes or the class of them; dtype, layout and device.
+            Or the self-test of the kernels for sm_90a on this device.
         aten_seconds, native_seconds: medians of interleaved runs of torch's operator and of freezekit's kernel; both 0
             where nothing was timed.
         agree: whether the results are equal, sums within the bound of their rounding.
@@ -44,6 +48,8 @@ class Choice:
     def __str__(self) -> str:
         if not self.agree:
             return f"{self.problem}: aten, {self.note}"
+        if not self.aten_seconds and not self.native_seconds:
+            return f"{self.problem}: passed"
         times = f"ATen {1e6 * self.aten_seconds:.4g} us, own kernel {1e6 * self.native_seconds:.4g} us"
         return f"{self.problem}: {self.backend}, {times}"
 

@@ -53,6 +53,7 @@ LAYERS = [
         "_C",
         "_arguments",
         "_inputs",
+        "_precision",
         "_showing",
         "_twin",
         "backends",

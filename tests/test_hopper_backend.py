@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -44,10 +46,41 @@ def test_they_give_what_the_others_give() -> None:
         torch.testing.assert_close(conv2d(x, w, stride=2), expected)
 
 
-def test_auto_never_runs_them() -> None:
+def test_auto_runs_none_that_no_self_test_has_passed() -> None:
     """Not even where it has found the kernels of sm_80 to be the fastest, within the context of another call."""
     with stand_in(), switched("auto", hopper=True):
         assert not any("hopper" in kernel for kernel in kernels_of_a_step())
+        assert not any("hopper" in choice.problem for choice in fk.tuning.choices())
+
+
+@pytest.mark.parametrize("benchmark", [False, True])
+@pytest.mark.parametrize(("seconds", "winner"), [(1e-7, "hopper_"), (1e-5, "implicit_gemm_"), (1e-2, "")])
+def test_once_their_self_test_has_passed_they_are_a_third_candidate(
+    monkeypatch: pytest.MonkeyPatch, benchmark: bool, seconds: float, winner: str
+) -> None:
+    """Held against torch's operator like the others; taken where they are the fastest of three."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", benchmark)
+    with stand_in():
+        _C.choices.admit_hopper(True)
+        met = kernels_of_a_step()
+        assert {kernel.split("_")[0] for kernel in met} == {"hopper", "implicit"}
+        document = json.loads(fk.tuning.dump_choices())
+        assert sum("by hopper_" in row["problem"] for row in document["choices"]) == 3
+        assert len(document["choices"]) == 1 + 2 * 3
+        for row in document["choices"]:
+            if not row["problem"].startswith("hopper"):
+                others = 1e-6 if seconds < 1e-3 else seconds
+                row.update(aten_seconds=1e-3, native_seconds=seconds if "by hopper_" in row["problem"] else others)
+        fk.tuning.clear_choices()
+        fk.tuning.load_choices(json.dumps(document))
+        taken = kernels_of_a_step()
+        assert len(taken) == (3 if winner else 0)
+        assert all(kernel.startswith(winner) for kernel in taken)
+        select = _C.select(
+            "conv2d", "bfloat16", (1, 64, 6, 6), (64, 64, 3, 3), padding=(1, 1), device="cpu", sm_count=4
+        )
+        assert select["auto_kernel"].startswith(winner)
+        assert select["auto"] == ("emulated" if winner else "aten")
 
 
 @pytest.mark.parametrize("name", ["auto", "aten"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from freezekit import _C, functional, selftest
+import freezekit as fk
+from bench.environment import measure_peaks
+from bench.settings import Settings
+from freezekit import _C, functional, selftest, tuning
+from freezekit._precision import allows_tf32
+from freezekit._precision import tf32 as with_tf32
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -77,7 +81,7 @@ def test_the_exit_code_counts_the_failures_of_a_planted_bug(
 ) -> None:
     right = functional.conv2d_bias_grad
     monkeypatch.setattr(functional, "conv2d_bias_grad", lambda dy, **settings: right(dy, **settings) + 1)
-    monkeypatch.setattr(selftest, "selftest", functools.partial(selftest.selftest, problems=selftest.PROBLEMS[:1]))
+    monkeypatch.setattr(selftest, "PROBLEMS", selftest.PROBLEMS[:1])
     assert selftest.main(["--backend", "aten"]) == 4  # one a dtype
     printed = capsys.readouterr().out
     assert printed.count("FAIL") == 4
@@ -116,8 +120,102 @@ def test_what_the_kernels_of_sm_90a_do_to_their_process_is_a_result(
     child.chmod(0o755)
     monkeypatch.setattr(selftest.sys, "executable", str(child))
     monkeypatch.setattr(selftest, "HOPPER_SECONDS", 2)
-    assert selftest._hopper_in_a_child() == (3 if body == "exit 3" else 1)
+    assert selftest._hopper_in_a_child("native") == (3 if body == "exit 3" else 1)
     assert said in capsys.readouterr().out
+
+
+KEPT = "CUDA error: an illegal memory access was encountered"
+
+
+@pytest.fixture
+def lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second operator of the first problem makes an error that the device gives to all later calls."""
+    down: list[bool] = []
+
+    def broken(*_, **__):
+        down.append(True)
+        raise RuntimeError(KEPT)
+
+    monkeypatch.setattr(selftest, "PROBLEMS", selftest.PROBLEMS[:1])
+    monkeypatch.setattr(functional, "conv2d_dgrad", broken)
+    monkeypatch.setattr(selftest, "_lost", lambda device: KEPT if down else "")
+
+
+@pytest.mark.usefixtures("lost")
+def test_after_an_error_that_the_device_keeps_another_process_runs_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    child, told = tmp_path / "python", tmp_path / "told"
+    child.write_text(f'#!/bin/sh\necho "$@" > {told}\nexit 2\n')
+    child.chmod(0o755)
+    monkeypatch.setattr(selftest.sys, "executable", str(child))
+    assert selftest.main(["--backend", "aten"]) == 1 + 2
+    assert told.read_text() == "-m freezekit.selftest --backend aten --skip 2 --processes 3\n"
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.endswith("pass") for line in lines) == 1
+    assert sum(KEPT in line and "FAIL" in line for line in lines) == 1
+    assert any("17 rows are left to another" in line for line in lines)
+
+
+@pytest.mark.usefixtures("lost")
+def test_what_no_process_is_left_for_is_not_run_and_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    assert selftest.main(["--backend", "aten", "--processes", "0"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.endswith(f"not run: {KEPT}") for line in lines) == 17
+    assert "1 passed, 1 failed; kernels: 2" in lines
+
+
+def test_the_rest_is_what_was_not_run() -> None:
+    whole = list(selftest.selftest("aten", torch.device("cpu"), selftest.PROBLEMS[:1]))
+    rest = list(selftest.selftest("aten", torch.device("cpu"), selftest.PROBLEMS[:1], skip=14))
+    assert [(row.operator, row.dtype) for row in rest] == [(row.operator, row.dtype) for row in whole[14:]]
+    assert len(rest) == 5
+
+
+@pytest.mark.parametrize("failures", [0, 2])
+def test_kernels_of_sm_90a_that_pass_in_a_child_become_a_choice(
+    failures: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selftest, "_hopper_in_a_child", lambda backend: failures)
+    file = tmp_path / "choices.json"
+    assert selftest.main(["--hopper", "--save-choices", str(file)]) == failures
+    assert file.exists() == (failures == 0)
+    if failures:
+        return
+    tuning.clear_choices()
+    tuning.load_choices(file.read_text())
+    assert [str(choice) for choice in tuning.choices()] == ["hopper self-test on cpu sm_80 of 4: passed"]
+    tuning.clear_choices()
+
+
+def test_choices_are_saved_of_hopper_alone() -> None:
+    with pytest.raises(SystemExit):
+        selftest.main(["--save-choices", "choices.json"])
+
+
+def newer_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`cudnn.allow_tf32` raises, as where convolutions and recurrent layers are set to different precisions."""
+
+    def mixed(*_: object) -> bool:
+        raise RuntimeError("the current flag(s) indicate that cuDNN conv and cuDNN RNN have different TF32 flags")
+
+    monkeypatch.setattr(type(torch.backends.cudnn), "allow_tf32", property(mixed))
+
+
+def test_a_setting_that_raises_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    newer_precision(monkeypatch)
+    with pytest.raises(RuntimeError, match="different TF32 flags"):
+        print(torch.backends.cudnn.allow_tf32)
+    assert all(row.passed for row in selftest.selftest("aten", torch.device("cpu"), selftest.PROBLEMS[:1]))
+    before = torch.backends.cudnn.conv.fp32_precision
+    for allowed in (True, False):
+        with with_tf32(allowed):
+            assert allows_tf32() is allowed
+    assert torch.backends.cudnn.conv.fp32_precision == before
+    net = fk.convert(torch.nn.Conv2d(3, 4, 3))
+    assert next(iter(fk.explain(net, torch.randn(1, 3, 6, 6)))).kernel == "aten"
+    assert Settings(torch.device("cuda"), torch.float32).tf32 is False
+    assert measure_peaks(torch.device("cpu"), torch.float32).tflops > 0
 
 
 def test_hopper_alone(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "python/bindings.h"
+#include "torch/backends/native.h"
 
 namespace freezekit {
 
@@ -17,6 +18,18 @@ void bind_choices(py::module_& parent) {
         [](const std::string& key, double aten_seconds, double native_seconds, bool agree, const std::string& note) {
           choices::set(key, {aten_seconds, native_seconds, agree, note, /*loaded=*/true});
         });
+  m.def(
+      "admit_hopper",
+      [](bool emulated) {
+        const Backend on = emulated ? Backend::emulated : Backend::native;
+        choices::Setting setting{};
+        setting.device = emulated ? c10::DeviceType::CPU : c10::DeviceType::CUDA;
+        setting.target = native::target_on(kernel_library(on), on);
+        choices::Measurement passed;
+        passed.agree = passed.loaded = true;
+        choices::set(choices::hopper_key(setting), passed);
+      },
+      py::arg("emulated"), "The self-test of the kernels of sm_90a has passed on the current device.");
   m.def("all", [] {
     std::vector<std::tuple<std::string, double, double, bool, std::string>> rows;
     for (const auto& [key, m] : choices::all())

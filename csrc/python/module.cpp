@@ -67,7 +67,7 @@ py::dict choose(const std::string& op, const std::string& dtype, const std::arra
   const choices::Setting setting = {
       kScalarTypes[type], channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous,
       index_of(kDevices, device, "device") == 0 ? c10::DeviceType::CPU : c10::DeviceType::CUDA, target};
-  const Foreseen taken = foreseen(computes, problem, setting, chosen.kernel);
+  const Foreseen taken = foreseen(computes, problem, setting);
   py::dict result;
   result["family"] = kFamilies[static_cast<size_t>(chosen.family)];
   result["kernel"] = chosen.kernel;
@@ -77,6 +77,7 @@ py::dict choose(const std::string& op, const std::string& dtype, const std::arra
   result["reason"] = chosen.reason;
   result["class"] = choices::class_of(computes, problem, setting, chosen.kernel);
   result["auto"] = std::string(to_string(taken.backend));
+  result["auto_kernel"] = taken.kernel;
   result["auto_reason"] = taken.why;
   return result;
 }

@@ -10,6 +10,7 @@ from torch._prims_common import suggest_memory_format
 
 import freezekit._C as _C
 from freezekit import nn as layers
+from freezekit._precision import allows_tf32
 from freezekit.backends import WITHOUT_KERNELS, current_backend, demands_kernels
 from freezekit.conversion import SWAPS
 from freezekit.explanation.record import Call
@@ -50,7 +51,7 @@ def kernels_of(call: Call, has_device: bool) -> str:
     if all(choice["auto_reason"] == _C.choices.rule for choice in choices.values()):
         return "aten"
     return "; ".join(
-        f"{operator}: {'aten' if choice['auto'] == 'aten' else choice['kernel']} ({choice['auto_reason']})"
+        f"{operator}: {'aten' if choice['auto'] == 'aten' else choice['auto_kernel']} ({choice['auto_reason']})"
         for operator, choice in choices.items()
     )
 
@@ -72,10 +73,9 @@ def _choices(call: Call, conv: nn.Conv2d, device: torch.device) -> dict[str, dic
 
 def _target(device: torch.device) -> dict[str, Any]:
     """The device as `_C.select` takes it; for a GPU that is not here it has its own default."""
-    known: dict[str, Any] = {
-        "device": "cpu" if device.type == "cpu" else "cuda",
-        "allow_tf32": torch.backends.cudnn.allow_tf32,
-    }
+    known: dict[str, Any] = {"device": "cpu" if device.type == "cpu" else "cuda", "allow_tf32": allows_tf32()}
+    if device.type == "cpu":
+        known.update(sm=80, sm_count=4)  # as what the emulator is
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         known["sm"] = 10 * properties.major + properties.minor

@@ -1,11 +1,15 @@
-// The emulated kernels behind a table of which one entry can be told to fail: in one element, by an error, by a throw, for
-// want of memory.
+// The emulated kernels behind a table of which one entry can be told to fail: in one element, for some values alone, by an
+// error, by a throw, for want of memory.
+#include <c10/util/Exception.h>
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <cstring>
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "kernels/api.h"
 
@@ -15,6 +19,7 @@ namespace {
 
 std::string failing, way;
 bool captured = false;
+std::pair<int, int> planted;
 
 void* real(const char* name) {
   static void* const handle = dlopen(REAL, RTLD_NOW | RTLD_LOCAL);
@@ -23,48 +28,112 @@ void* real(const char* name) {
 
 const KernelTable& emulated() { return *reinterpret_cast<const KernelTable* (*)()>(real("freezekit_kernel_table"))(); }
 
-// Whether `kernel` is to give one wrong element; throws what it is told to.
-bool is_wrong(const char* kernel) {
+// Whether `kernel` is to be wrong in this way; throws what it is told to.
+bool is(const char* kernel, const char* how) {
   if (failing != kernel) return false;
   if (way == "throws") throw std::runtime_error("planted");
-  if (way == "memory") throw std::bad_alloc();
-  return way == "wrong";
+  if (way == "bad_alloc") throw std::bad_alloc();
+  if (way == "memory") throw c10::OutOfMemoryError({__func__, __FILE__, __LINE__}, "planted");
+  return way == how;
 }
+
+bool is_wrong(const char* kernel) { return is(kernel, "wrong"); }
 
 Status refused(const char* kernel) {
   return failing == kernel && way == "refused" ? Status::launch_failed : Status::success;
 }
 
+double get(const void* data, int64_t i, DType dtype) {
+  if (dtype == DType::f32) return static_cast<const float*>(data)[i];
+  if (dtype == DType::f64) return static_cast<const double*>(data)[i];
+  const uint32_t word = static_cast<const uint16_t*>(data)[i] << 16;
+  float value;
+  std::memcpy(&value, &word, sizeof value);
+  return value;
+}
+
+void set(void* data, int64_t i, DType dtype, double value) {
+  if (dtype == DType::f32) static_cast<float*>(data)[i] = static_cast<float>(value);
+  if (dtype == DType::f64) static_cast<double*>(data)[i] = value;
+  if (dtype == DType::bf16) {
+    const float single = static_cast<float>(value);
+    uint32_t word;
+    std::memcpy(&word, &single, sizeof word);
+    static_cast<uint16_t*>(data)[i] = word >> 16;
+  }
+}
+
+void spoil_at(void* data, int64_t i, DType dtype) { set(data, i, dtype, get(data, i, dtype) == 7 ? 8 : 7); }
+
 // The last element: what is left over behind whole vectors and tiles.
-void spoil(void* data, int64_t numel, DType dtype) {
-  if (dtype == DType::f32) static_cast<float*>(data)[numel - 1] += 0.25f;
-  if (dtype == DType::f64) static_cast<double*>(data)[numel - 1] += 0.25;
-  if (dtype == DType::bf16) static_cast<uint16_t*>(data)[numel - 1] ^= 0x40;
+void spoil(void* data, int64_t numel, DType dtype) { spoil_at(data, numel - 1, dtype); }
+
+// Results where what was read is negative, positive or NaN.
+void spoil_some(const char* kernel, const std::vector<double>& read, void* data, DType dtype) {
+  const bool negative = is(kernel, "negative"), positive = is(kernel, "positive"), nan = is(kernel, "nan");
+  for (size_t i = 0; i < read.size(); ++i) {
+    if ((negative && read[i] < 0) || (positive && read[i] > 0) || (nan && read[i] != read[i])) {
+      spoil_at(data, i, dtype);
+    }
+  }
+}
+
+std::vector<double> copy_of(const void* data, int64_t numel, DType dtype) {
+  std::vector<double> values(numel);
+  for (int64_t i = 0; i < numel; ++i) values[i] = get(data, i, dtype);
+  return values;
+}
+
+// The last of equal values in place of the first.
+void take_last(const MaxPool& m, DType dtype, const void* x, const void* y, void* taps) {
+  const Pooling& g = m.window;
+  const auto at = [&](int64_t n, int64_t c, int64_t row, int64_t column, int64_t rows, int64_t columns) {
+    return m.nhwc ? ((n * rows + row) * columns + column) * m.c + c : ((n * m.c + c) * rows + row) * columns + column;
+  };
+  for (int64_t i = 0; i < m.n * m.c * g.p * g.q; ++i) {
+    const int64_t n = i / (m.c * g.p * g.q), c = i / (g.p * g.q) % m.c, p = i / g.q % g.p, q = i % g.q;
+    const int64_t to = at(n, c, p, q, g.p, g.q);
+    for (int64_t t = 0; t < g.kernel_h * g.kernel_w; ++t) {
+      const int64_t row = p * g.stride_h - g.pad_h + t / g.kernel_w * g.dilation_h;
+      const int64_t column = q * g.stride_w - g.pad_w + t % g.kernel_w * g.dilation_w;
+      if (row < 0 || row >= g.h || column < 0 || column >= g.w || m.tap_bytes != 1) continue;
+      if (get(x, at(n, c, row, column, g.h, g.w), dtype) == get(y, to, dtype)) static_cast<uint8_t*>(taps)[to] = t;
+    }
+  }
 }
 
 Status conv2d(Operator op, const Selection& s, const Conv2dProblem& p, DType dtype, const Conv2dTensors& t,
               const Epilogue& e, void* workspace, Stream stream) {
-  const bool wrong = is_wrong("conv2d");
+  const bool wrong = is_wrong("conv2d"), nonzero = is("conv2d", "nonzero"), moved = is("conv2d", "moved");
   Status status = emulated().conv2d(op, s, p, dtype, t, e, workspace, stream);
-  if (wrong && op == Operator::fprop) spoil(t.y, p.y_numel(), dtype);
-  if (wrong && op == Operator::dgrad) spoil(t.x, p.x_numel(), dtype);
-  if (wrong && op == Operator::wgrad) spoil(t.filter, p.filter_numel(), dtype);
+  void* const out = op == Operator::fprop ? t.y : op == Operator::dgrad ? t.x : t.filter;
+  const int64_t last = (op == Operator::fprop   ? p.y_numel()
+                        : op == Operator::dgrad ? p.x_numel()
+                                                : p.filter_numel()) -
+                       1;
+  if (wrong) spoil_at(out, last, dtype);
+  for (int64_t i = last; nonzero && i >= 0; --i) set(out, i, dtype, 2 * get(out, i, dtype));
+  if (moved && op == Operator::fprop) set(out, last, dtype, get(out, last - p.k, dtype));  // another pixel's
   if (is_wrong("conv2d_mask") && e.mask_out) *e.mask_out ^= 1;
   return status == Status::success ? refused("conv2d") : status;
 }
 
 Status activation(const PiecewiseActivation& f, const void* x, void* y, uint32_t* bits, int64_t numel, DType dtype,
                   Stream stream) {
+  const auto read = failing == "activation" ? copy_of(x, numel, dtype) : std::vector<double>();
   Status status = emulated().activation(f, x, y, bits, numel, dtype, stream);
   if (is_wrong("activation")) spoil(y, numel, dtype);
+  spoil_some("activation", read, y, dtype);
   if (is_wrong("bits")) bits[(numel - 1) / 32] ^= 1u << (numel - 1) % 32;
   if (f.kind == ActivationKind::leaky_relu && is_wrong("leaky_relu")) spoil(y, numel, dtype);
   return status == Status::success ? refused("activation") : status;
 }
 
 Status gate(const Gate& g, const void* x, const uint32_t* bits, void* out, int64_t numel, DType dtype, Stream stream) {
+  const auto read = failing == "gate" ? copy_of(x, numel, dtype) : std::vector<double>();
   Status status = emulated().gate(g, x, bits, out, numel, dtype, stream);
   if (is_wrong("gate")) spoil(out, numel, dtype);
+  spoil_some("gate", read, out, dtype);
   return status;
 }
 
@@ -78,6 +147,10 @@ Status max_pool(const MaxPool& m, DType dtype, const void* x, void* y, void* tap
   Status status = emulated().max_pool(m, dtype, x, y, taps, stream);
   // A tap of a window far larger than most: it is of more than one byte.
   if (is_wrong("wide_pool") && m.tap_bytes > 1) std::memset(taps, 0x7f, m.tap_bytes);
+  if (is("max_pool", "ties")) take_last(m, dtype, x, y, taps);
+  spoil_some("max_pool",
+             failing == "max_pool" ? copy_of(y, m.n * m.c * m.window.p * m.window.q, dtype) : std::vector<double>(), y,
+             dtype);
   if (is_wrong("max_pool")) spoil(y, m.n * m.c * m.window.p * m.window.q, dtype);
   return status;
 }
@@ -99,18 +172,30 @@ extern "C" const KernelTable* freezekit_kernel_table() {
   table.conv2d = conv2d, table.activation = activation, table.gate = gate, table.pack_bytes = pack_bytes;
   table.max_pool = max_pool, table.max_pool_scatter = max_pool_scatter;
   table.capturing = [](Stream) { return captured; };
+  table.target = [](Target* target) {
+    const Status status = emulated().target(target);
+    if (planted.first) target->sm = planted.first, target->sm_count = planted.second;
+    return status;
+  };
   return &table;
 }
 
 extern "C" void set_capturing(int is) { captured = is; }
 
+// What the device is from now on; 0: the emulator's own.
+extern "C" void set_device(int sm, int sm_count) { planted = {sm, sm_count}; }
+
 // 0 where both are known.
 extern "C" int set_fault(const char* kernel, const char* how) {
   failing = kernel, way = how;
-  for (const char* known : {"", "conv2d", "conv2d_mask", "activation", "bits", "leaky_relu", "gate", "pack_bytes",
-                            "max_pool", "wide_pool", "scatter"}) {
-    if (failing == known)
-      return way.empty() || way == "wrong" || way == "throws" || way == "memory" || way == "refused" ? 0 : 1;
-  }
-  return 1;
+  const auto knows = [](std::initializer_list<const char*> names, const std::string& name) {
+    return std::find(names.begin(), names.end(), name) != names.end();
+  };
+  const bool known = knows({"", "conv2d", "conv2d_mask", "activation", "bits", "leaky_relu", "gate", "pack_bytes",
+                            "max_pool", "wide_pool", "scatter"},
+                           failing) &&
+                     knows({"", "wrong", "throws", "memory", "bad_alloc", "refused", "negative", "positive", "nan",
+                            "ties", "nonzero", "moved"},
+                           way);
+  return known ? 0 : 1;
 }

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.cpp_extension import include_paths, library_paths
 
 import freezekit as fk
 from freezekit import _C, _extension
@@ -68,10 +69,11 @@ class Faulty:
         path = folder / "faulty.so"
         source = Path(__file__).with_name("faulty.cpp")
         real = f'-DREAL="{_extension.emulated_kernels()}"'
-        subprocess.run(
-            ["g++", "-std=c++17", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}", real, str(source), "-o", str(path), "-ldl"],
-            check=True,
-        )
+        with_torch = [
+            f"-I{include}" for include in include_paths()
+        ]  # its exceptions are what runs out of memory throws
+        compiler = ["g++", "-std=c++20", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}", *with_torch, real, str(source)]
+        subprocess.run([*compiler, "-o", str(path), "-ldl", f"-L{library_paths()[0]}", "-lc10"], check=True)
         self._library = ctypes.CDLL(str(path))
         _C.set_emulator_path(str(path))
 
@@ -85,6 +87,11 @@ class Faulty:
     def capture(self, on: bool) -> None:
         """Whether a CUDA graph seems to be captured from now on."""
         self._library.set_capturing(int(on))
+
+    def device(self, sm: int, sm_count: int) -> None:
+        """What the kernels' device is from now on, for threads that ask anew."""
+        self._library.set_device(sm, sm_count)
+        _C.choices.emulate(FASTER)
 
     def close(self) -> None:
         _C.set_emulator_path(str(_extension.emulated_kernels()))

@@ -9,4 +9,10 @@ Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Ten
 Tensor dgrad(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size, const Geometry&);
 Tensor wgrad(const Tensor& grad_output, const Tensor& input, SymIntArrayRef weight_size, const Geometry&);
 
+// dx of a convolution of one to three axes by depthwise kernels of torch's own, where it takes them for such an input on a
+// GPU; else undefined.
+Tensor depthwise_dgrad(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size,
+                       at::MemoryFormat layout, SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
+                       c10::SymInt groups);
+
 }  // namespace freezekit::aten

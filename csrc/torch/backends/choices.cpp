@@ -27,9 +27,8 @@ bool computes_in_tf32(const Setting& s) {
 }
 
 std::string device_name(const Setting& s) {
-  std::string name = std::string(" on ") + c10::DeviceTypeName(s.device, /*lower_case=*/true);
-  if (s.device != c10::DeviceType::CUDA) return name;
-  return name + " sm_" + std::to_string(s.target.sm) + " of " + std::to_string(s.target.sm_count);
+  return std::string(" on ") + c10::DeviceTypeName(s.device, /*lower_case=*/true) + " sm_" +
+         std::to_string(s.target.sm) + " of " + std::to_string(s.target.sm_count);
 }
 
 std::string operator_name(Operator op, const Setting& s) {
@@ -62,6 +61,8 @@ std::string key_of(const char* layer, bool large, const char* layout, const Sett
   return std::string(layer) + ' ' + c10::toString(s.dtype) + (large ? " large" : " small") + (*layout ? " " : "") +
          layout + device_name(s);
 }
+
+std::string hopper_key(const Setting& s) { return "hopper self-test" + device_name(s); }
 
 std::optional<Measurement> find(const std::string& key) {
   const std::lock_guard<std::mutex> lock(mutex);

@@ -45,6 +45,9 @@ std::string class_of(Operator, const Conv2dProblem&, const Setting&, const char*
 // A layer around convolutions in words; `layout` is nothing where kernels do not know one.
 std::string key_of(const char* layer, bool large, const char* layout, const Setting&);
 
+// Of the kernels of sm_90a, whose self-test has passed on such a device where this is known and agreed.
+std::string hopper_key(const Setting&);
+
 std::optional<Measurement> find(const std::string& key);
 // True for one caller, who then measures and calls set(): nothing is known of the key, and nobody is at it.
 bool claim(const std::string& key);

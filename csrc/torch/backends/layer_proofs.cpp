@@ -4,6 +4,7 @@
 #include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/hardtanh.h>
 #include <ATen/ops/hardtanh_backward.h>
 #include <ATen/ops/leaky_relu.h>
@@ -11,193 +12,269 @@
 #include <ATen/ops/max_pool2d_with_indices.h>
 #include <ATen/ops/max_pool2d_with_indices_backward.h>
 #include <ATen/ops/native_dropout_backward.h>
+#include <ATen/ops/ones.h>
 #include <ATen/ops/relu.h>
 #include <ATen/ops/threshold_backward.h>
+#include <ATen/ops/where.h>
 
 #include <algorithm>
 #include <array>
 
 #include "torch/backends/native_layers.h"
+#include "torch/backends/own_values.h"
 #include "torch/bits/gate.h"
 
 namespace freezekit::proof {
 namespace {
 
-using Results = std::vector<Tensor>;
-
-// Of a tensor at least a GPU's share of DRAM traffic is timed; what is only compared needs less.
+// Of a tensor at least a GPU's share of DRAM traffic is timed.
 constexpr int64_t kTimedBytes = 16 << 20;
-constexpr int64_t kComparedElements = 1 << 18;
+// What is compared: blocks of threads and a rest, in which every value of x meets every one of dy.
+constexpr int64_t kCompared = 16421;
 
-// The first elements in memory order, as one row.
-Tensor row_of(const Tensor& x) {
-  return x.as_strided({std::min<int64_t>(x.numel(), kTimedBytes / x.element_size())}, {1});
+// The first half of the elements in memory order, as one row: two results of it are as large as one of the layer's.
+Tensor half_of(const Tensor& x) {
+  const int64_t half = (x.numel() + 1) / 2;
+  return x.as_strided({std::min<int64_t>(half, kTimedBytes / x.element_size())}, {1});
 }
 
-Results by_torch(const PiecewiseActivation& f, const Tensor& x, const Tensor& dy) {
-  switch (f.kind) {
-    case ActivationKind::relu: {
-      const Tensor y = at::relu(x);
-      return {y, at::threshold_backward(dy, y, 0)};
-    }
-    case ActivationKind::hardtanh:
-      return {at::hardtanh(x, f.a, f.b), at::hardtanh_backward(dy, x, f.a, f.b)};
-    default:
-      return {at::leaky_relu(x, f.a), at::leaky_relu_backward(dy, x, f.a, /*self_is_result=*/false)};
+// The first of the texts that says something.
+template <class... Checks>
+std::string first_of(const Checks&... checks) {
+  std::string text;
+  static_cast<void>(((text = checks(), !text.empty()) || ...));
+  return text;
+}
+
+Contest contest_of(std::function<std::string()> faults, std::function<void(Backend)> run, Backend candidate) {
+  const auto check = [faults = std::move(faults), run, candidate] {
+    std::string text = faults();
+    if (text.empty()) run(Backend::aten), run(candidate);
+    return text;
+  };
+  return {check, std::move(run)};
+}
+
+// An activation as torch has it.
+struct Formula {
+  const char* name;
+  PiecewiseActivation f;
+
+  Tensor value(const Tensor& x) const {
+    if (f.kind == ActivationKind::relu) return at::relu(x);
+    return f.kind == ActivationKind::hardtanh ? at::hardtanh(x, f.a, f.b) : at::leaky_relu(x, f.a);
   }
-}
-
-Results by_kernels(const PiecewiseActivation& f, const Tensor& x, const Tensor& dy) {
-  const Tensor y = at::empty_like(x), dx = at::empty_like(x), bits = empty_bits(x);
-  native::activation(f, x, y, bits);
-  native::gate({1, f.kind == ActivationKind::leaky_relu ? std::optional<double>(f.a) : std::nullopt}, dy, bits, dx);
-  return {y, dx};
-}
-
-std::string first_difference(const Results& expected, const Results& found) {
-  for (size_t i = 0; i < expected.size(); ++i) {
-    const std::string text = difference(expected[i], found[i], 0);
-    if (!text.empty()) return text;
+  Tensor gradient(const Tensor& dy, const Tensor& x, const Tensor& y) const {
+    if (f.kind == ActivationKind::relu) return at::threshold_backward(dy, y, 0);
+    if (f.kind == ActivationKind::leaky_relu) return at::leaky_relu_backward(dy, x, f.a, /*self_is_result=*/false);
+    const Tensor dx = at::hardtanh_backward(dy, x, f.a, f.b);
+    return x.is_cpu() ? at::where(x.isnan(), dy, dx) : dx;  // vectors on a CPU stop what scalars and GPUs let through
   }
-  return {};
-}
-
-// A pool's window, on both axes, and the dtype of its taps.
-struct Window {
-  int64_t extent, stride, padding;
-  at::ScalarType tap;
-
-  int64_t output(int64_t input) const { return (input + 2 * padding - extent) / stride + 1; }
+  Tensor passes(const Tensor& x) const {
+    if (f.kind == ActivationKind::relu) return x.le(0).logical_not_();
+    if (f.kind == ActivationKind::leaky_relu) return x.gt(0);
+    const Tensor wide = x.to(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);  // the ends are not rounded
+    return wide.le(f.a).logical_or_(wide.ge(f.b)).logical_not_();
+  }
+  GateRule gate() const {
+    return {1, f.kind == ActivationKind::leaky_relu ? std::optional<double>(f.a) : std::nullopt};
+  }
 };
 
-MaxPool problem_of(const Tensor& x, const Window& window) {
-  const auto& [e, s, p, tap] = window;
-  const int64_t h = x.size(2), w = x.size(3);
-  return {{h, w, window.output(h), window.output(w), e, e, s, s, p, p, 1, 1},
-          x.size(0),
-          x.size(1),
-          x.suggest_memory_format() == at::MemoryFormat::ChannelsLast,
-          static_cast<int>(c10::elementSize(tap))};
+constexpr Formula kRelu = {"relu", {}};
+constexpr std::array<Formula, 4> kActivations = {{kRelu,
+                                                  {"hardtanh", {ActivationKind::hardtanh, -0.3, 0.7}},
+                                                  {"relu6", {ActivationKind::hardtanh, 0, 6}},
+                                                  {"leaky_relu", {ActivationKind::leaky_relu, 0.01}}}};
+
+// From element 0 on, out of place; from element 1 on, where no access is of 16 bytes, in place.
+std::string fault_of(const Formula& formula, const Tensor& like, int64_t first) {
+  const auto& f = formula.f;
+  const auto row = [&](const Tensor& table) { return repeated(table, {kCompared + 1}).narrow(0, first, kCompared); };
+  const Tensor x = row(special_values(like, {f.a, f.b})), dy = row(special_values(like));
+  const Tensor expected = formula.value(x), gradient = formula.gradient(dy, x, expected);
+  const Tensor expected_bits = pack_bits(formula.passes(x)), bits = empty_bits(x);
+  const Tensor y = first == 0 ? at::empty_like(x) : x, dx = first == 0 ? at::empty_like(dy) : dy;
+  native::activation(f, x, y, bits);
+  native::gate(formula.gate(), dy, bits, dx);
+  const std::string text =
+      first_of([&] { return difference(expected, y); }, [&] { return difference(expected_bits, bits); },
+               [&] { return difference(gradient, dx); });
+  return text.empty() ? text : std::string(formula.name) + ": " + text;
 }
+
+// The forward pass that draws is torch's own both times; a pass over x by the same mask stands for it.
+constexpr double kScale = 1 / (1 - 0.1);
+
+std::string fault_of_dropout(const Tensor& like, int64_t first) {
+  const Tensor x = repeated(special_values(like), {kCompared + 1}).narrow(0, first, kCompared);
+  const Tensor numbers = at::arange(kCompared, like.options().dtype(at::kInt));
+  const Tensor mask = numbers.remainder(7).lt(numbers.remainder(5)), noise = mask.to(x.scalar_type());
+  const Tensor expected = pack_bits(mask), of_bytes = empty_bits(mask), of_noise = empty_bits(mask);
+  native::pack_bytes(mask, of_bytes);
+  native::activation({}, noise, noise, of_noise);  // how it is drawn in place
+  const Tensor scaled = at::native_dropout_backward(x, mask, kScale), dx = first == 0 ? at::empty_like(x) : x;
+  native::gate({kScale, 0.0}, x, expected, dx);
+  return first_of([&] { return difference(expected, of_bytes); }, [&] { return difference(expected, of_noise); },
+                  [&] { return difference(scaled, dx); });
+}
+
+// A pool's window, the same on both axes, and the dtype of its taps.
+struct Window {
+  int64_t extent, stride, padding, dilation;
+  at::ScalarType tap;
+
+  int64_t output(int64_t input) const { return (input + 2 * padding - dilation * (extent - 1) - 1) / stride + 1; }
+};
+constexpr Window kCommon = {3, 2, 1, 1, at::kByte};
 
 class Pool {
  public:
   Pool(const Tensor& x, const Window& window)
       : x_(x), window_(window), format_(x.suggest_memory_format()),
-        size_({x.size(0), x.size(1), window.output(x.size(2)), window.output(x.size(3))}) {
-    // Small integers: sums of them are exact in every order and dtype.
-    dy_ = at::empty(size_, x.options(), format_);
-    dy_.copy_(at::arange(dy_.numel(), x.options().dtype(at::kLong)).remainder_(7).view(size_));
+        size_({x.size(0), x.size(1), window.output(x.size(2)), window.output(x.size(3))}) {}
+
+  MaxPool problem() const {
+    const auto& [e, s, p, d, tap] = window_;
+    return {{x_.size(2), x_.size(3), size_[2], size_[3], e, e, s, s, p, p, d, d},
+            x_.size(0),
+            x_.size(1),
+            format_ == at::MemoryFormat::ChannelsLast,
+            static_cast<int>(c10::elementSize(tap))};
   }
 
-  Results by_torch() const {
-    const auto& [e, s, p, tap] = window_;
-    const auto [y, indices] = at::max_pool2d_with_indices(x_, {e, e}, {s, s}, {p, p}, {1, 1}, false);
-    return {y, at::max_pool2d_with_indices_backward(dy_, x_, {e, e}, {s, s}, {p, p}, {1, 1}, false, indices)};
+  std::pair<Tensor, Tensor> by_torch() const {
+    const auto& [e, s, p, d, tap] = window_;
+    const auto [y, indices] = at::max_pool2d_with_indices(x_, {e, e}, {s, s}, {p, p}, {d, d}, false);
+    return {y, indices};
+  }
+  Tensor scattered_by_torch(const Tensor& dy, const Tensor& indices) const {
+    const auto& [e, s, p, d, tap] = window_;
+    return at::max_pool2d_with_indices_backward(dy, x_, {e, e}, {s, s}, {p, p}, {d, d}, false, indices);
   }
 
-  Results by_kernels() const { return {pooled().first, scattered(pooled().second)}; }
-
-  // The gather is the scatter's transpose: at its taps are the values that were taken.
-  std::string faults() const {
-    const auto [y, taps] = pooled();
-    const Tensor taken = at::empty_like(y);
-    native::max_pool_gather(problem(), x_, taps, taken);
-    const std::string text = difference(y, taken, 0);
-    return text.empty() ? first_difference(by_torch(), {y, scattered(taps)}) : text;
-  }
-
- private:
-  MaxPool problem() const { return problem_of(x_, window_); }
-
-  std::pair<Tensor, Tensor> pooled() const {
+  std::pair<Tensor, Tensor> by_kernel() const {
     const Tensor y = at::empty(size_, x_.options(), format_);
     const Tensor taps = at::empty(size_, x_.options().dtype(window_.tap), format_);
     native::max_pool(problem(), x_, y, taps);
     return {y, taps};
   }
-
-  Tensor scattered(const Tensor& taps) const {
+  Tensor scattered_by_kernel(const Tensor& dy, const Tensor& taps) const {
     const Tensor dx = at::empty(x_.sizes(), x_.options(), format_);
-    native::max_pool_scatter(problem(), dy_, taps, dx);
+    native::max_pool_scatter(problem(), dy, taps, dx);
     return dx;
   }
 
-  Tensor x_, dy_;
+  // The gather is the scatter's transpose: at its taps are the values that were taken.
+  std::string fault_of_gather() const {
+    const auto [y, taps] = by_kernel();
+    const Tensor taken = at::empty_like(y);
+    native::max_pool_gather(problem(), x_, taps, taken);
+    return difference(y, taken);
+  }
+  std::string faults() const {
+    const auto [expected, indices] = by_torch();
+    const auto [y, taps] = by_kernel();
+    // Small integers: sums of them are exact in every order and dtype.
+    const Tensor dy = at::empty(size_, x_.options(), format_);
+    dy.copy_(at::arange(dy.numel(), x_.options().dtype(at::kLong)).remainder_(7).view(size_));
+    return first_of(
+        [&, y = y] { return difference(expected, y); }, [&] { return fault_of_gather(); },
+        [&, taps = taps] { return difference(scattered_by_torch(dy, indices), scattered_by_kernel(dy, taps)); });
+  }
+
+ private:
+  Tensor x_;
   Window window_;
   at::MemoryFormat format_;
   std::array<int64_t, 4> size_;
 };
+
+std::string fault_of_pools(const Tensor& like) {
+  const auto format = like.suggest_memory_format();
+  constexpr std::array<int64_t, 4> size = {2, 8, 15, 14};
+  const Tensor ties = values_with_ties(like), special = special_values(like);
+  std::string text;
+  for (const Window& window : {kCommon, Window{2, 2, 0, 1, at::kByte}, Window{3, 1, 1, 2, at::kByte}}) {
+    for (const Tensor& table : {ties, special}) {
+      if (text.empty()) text = Pool(repeated(table, size, format), window).faults();
+    }
+  }
+  // Taps of two and of four bytes, for windows of more than 256 and 32768 places.
+  for (const Window& window : {Window{17, 16, 8, 1, at::kShort}, Window{182, 181, 91, 1, at::kInt}}) {
+    const std::array<int64_t, 4> images = {1, 2, window.extent + 5, window.extent + 3};
+    if (text.empty()) text = Pool(repeated(ties, images, format), window).faults();
+  }
+  // Windows in which nothing is largest: torch's own kernel for NHWC takes the first place of the image there.
+  const Tensor lowest = at::empty(size, like.options(), format).fill_(-std::numeric_limits<double>::infinity());
+  return text.empty() ? Pool(lowest, kCommon).fault_of_gather() : text;
+}
+
+Backend candidate_for(const Tensor& x) { return *choices::candidate_on(x.device().type()); }
 
 }  // namespace
 
 bool is_dense(const Tensor& x) { return x.is_non_overlapping_and_dense(); }
 
 bool is_image_batch(const Tensor& x) {
-  return x.dim() == 4 && x.is_contiguous(x.suggest_memory_format()) && fits_int32(problem_of(x, {1, 1, 0, at::kByte}));
+  return x.dim() == 4 && x.is_contiguous(x.suggest_memory_format()) &&
+         fits_int32(Pool(x, {1, 1, 0, 1, at::kByte}).problem());
 }
 
-Contest activations(const Tensor& x, Backend candidate) {
-  const Tensor row = row_of(x), dy = row.abs().add_(1);  // no zeros: every bit shows
-  Contest contest;
-  contest.run = [=](Backend on) {
-    const PiecewiseActivation relu;
-    return on == candidate ? by_kernels(relu, row, dy) : by_torch(relu, row, dy);
-  };
-  contest.faults = [=](const Results&) {
-    const int64_t count = std::min(row.numel(), kComparedElements);
-    const Tensor part = row.narrow(0, 0, count), gradient = dy.narrow(0, 0, count);
-    for (const PiecewiseActivation f : {PiecewiseActivation{ActivationKind::hardtanh, -0.5, 0.75},
-                                        PiecewiseActivation{ActivationKind::leaky_relu, 0.01}}) {
-      const std::string text = first_difference(by_torch(f, part, gradient), by_kernels(f, part, gradient));
-      if (!text.empty()) return std::string(f.kind == ActivationKind::hardtanh ? "hardtanh: " : "leaky_relu: ") + text;
-    }
-    return std::string();
-  };
-  return contest;
-}
-
-// The forward pass that draws is torch's own both times; a pass over x by the same mask stands for it.
-Contest dropout(const Tensor& x) {
-  constexpr double kScale = 1 / (1 - 0.1);
-  const Tensor row = row_of(x), mask = row.gt(0);
-  Contest contest;
-  contest.run = [=](Backend on) -> Results {
-    const Tensor y = at::native_dropout_backward(row, mask, kScale);
-    if (on == Backend::aten) return {y, at::native_dropout_backward(row, mask, kScale)};
-    const Tensor bits = empty_bits(row), dx = at::empty_like(row);
-    native::pack_bytes(mask, bits);
-    native::gate({kScale, 0.0}, row, bits, dx);
-    return {y, dx};
-  };
-  contest.faults = [=](const Results&) {
-    const int64_t count = std::min(row.numel(), kComparedElements);
-    const Tensor kept = mask.narrow(0, 0, count), noise = kept.to(row.scalar_type());
-    const Tensor of_bytes = empty_bits(kept), of_noise = empty_bits(kept);  // the latter is how it is drawn in place
-    native::pack_bytes(kept, of_bytes);
-    native::activation({}, noise, noise, of_noise);
-    return difference(of_bytes, of_noise, 0);
-  };
-  return contest;
-}
-
-Contest max_pool2d(const Tensor& x) {
-  const int64_t image = x.numel() / x.size(0) * x.element_size();
-  const Tensor images = x.narrow(0, 0, std::clamp<int64_t>(kTimedBytes / image, 1, x.size(0)));
-  const Pool pool(images, {3, 2, 1, at::kByte});
-  Contest contest;
-  contest.run = [=](Backend on) { return on == Backend::aten ? pool.by_torch() : pool.by_kernels(); };
-  contest.faults = [=](const Results&) {
-    std::string text = pool.faults();
-    // Taps of two and of four bytes, for windows of more than 256 and 32768 places.
-    const auto format = x.suggest_memory_format();
-    const Tensor corner = x.narrow(0, 0, 1).narrow(1, 0, std::min<int64_t>(x.size(1), 8)).contiguous(format);
-    for (const Window window : {Window{17, 16, 8, at::kShort}, Window{182, 181, 91, at::kInt}}) {
-      if (text.empty()) text = Pool(corner, window).faults();
+Contest activations(const Tensor& x) {
+  const auto faults = [=] {
+    std::string text;
+    for (const int64_t first : {0, 1}) {
+      for (const Formula& formula : kActivations) {
+        if (text.empty()) text = fault_of(formula, x, first);
+      }
     }
     return text;
   };
-  return contest;
+  const Tensor part = half_of(x);
+  const auto run = [=](Backend on) {
+    if (on == Backend::aten) {
+      kRelu.gradient(part, part, kRelu.value(part));
+      return;
+    }
+    const Tensor bits = empty_bits(part);
+    native::activation(kRelu.f, part, at::empty_like(part), bits);
+    native::gate(kRelu.gate(), part, bits, at::empty_like(part));
+  };
+  return contest_of(faults, run, candidate_for(x));
+}
+
+Contest dropout(const Tensor& x) {
+  const auto faults = [=] {
+    return first_of([&] { return fault_of_dropout(x, 0); }, [&] { return fault_of_dropout(x, 1); });
+  };
+  const Tensor part = half_of(x), mask = at::ones(part.sizes(), part.options().dtype(at::kBool));
+  const auto run = [=](Backend on) {
+    at::native_dropout_backward(part, mask, kScale);  // stands for the pass that draws
+    if (on == Backend::aten) {
+      at::native_dropout_backward(part, mask, kScale);
+      return;
+    }
+    const Tensor bits = empty_bits(part);
+    native::pack_bytes(mask, bits);
+    native::gate({kScale, 0.0}, part, bits, at::empty_like(part));
+  };
+  return contest_of(faults, run, candidate_for(x));
+}
+
+Contest max_pool2d(const Tensor& x) {
+  const int64_t image = x.numel() / x.size(0) * x.element_size(), half = (x.size(0) + 1) / 2;
+  const Pool pool(x.narrow(0, 0, std::clamp<int64_t>(kTimedBytes / image, 1, half)), kCommon);
+  const auto run = [=](Backend on) {
+    if (on == Backend::aten) {
+      const auto [y, indices] = pool.by_torch();
+      pool.scattered_by_torch(y, indices);
+    } else {
+      const auto [y, taps] = pool.by_kernel();
+      pool.scattered_by_kernel(y, taps);
+    }
+  };
+  return contest_of([=] { return fault_of_pools(x); }, run, candidate_for(x));
 }
 
 }  // namespace freezekit::proof

@@ -1,5 +1,6 @@
 // What is held against torch's operators before `auto` takes freezekit's kernels for the layers around convolutions: a
-// layer's kernels of both passes, on the tensor that the layer is called with or, of a large one, on a part of it.
+// layer's kernels of both passes. They are compared on values of a proof's own, and timed on a part of the layer's input,
+// of which they hold no more than a result of torch's two passes.
 #pragma once
 
 #include "torch/backends/proof.h"
@@ -11,8 +12,8 @@ bool is_dense(const Tensor& x);
 bool is_image_batch(const Tensor& x);
 
 // Activations with one bit per element, and the gate that is their gradient.
-Contest activations(const Tensor& x, Backend candidate);
-// Dropout's mask as bits, and the gate. Nothing is drawn: where x is positive stands for what would be kept.
+Contest activations(const Tensor& x);
+// Dropout's mask as bits, and the gate. Nothing is drawn.
 Contest dropout(const Tensor& x);
 // Max pooling by taps, and both maps by them.
 Contest max_pool2d(const Tensor& x);

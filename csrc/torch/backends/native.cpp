@@ -6,6 +6,7 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <atomic>
+#include <utility>
 
 #include "torch/backends/launch_log.h"
 #include "torch/common/checks.h"
@@ -42,7 +43,7 @@ void check_status(Status status, const char* kernel, const KernelLibrary& librar
 namespace {
 
 std::atomic<bool> hopper_allowed{false};
-thread_local bool without_hopper = false;
+thread_local std::optional<bool> hopper_decided;
 
 Tensor dense_channels_last(const Tensor& tensor) { return tensor.contiguous(at::MemoryFormat::ChannelsLast); }
 
@@ -106,7 +107,7 @@ Target target_on(const KernelLibrary& library, Backend backend) {
   const auto& context = at::globalContext();
   target.allow_tf32 = context.allowTF32CuDNN(at::Float32Op::CONV);
   target.deterministic = context.deterministicAlgorithms() || context.deterministicCuDNN();
-  target.hopper = hopper_allowed && !without_hopper;
+  target.hopper = hopper_decided.value_or(hopper_allowed);
   if (target.hopper && backend == Backend::emulated) target.sm = 90;
   return target;
 }
@@ -242,7 +243,7 @@ Tensor bias_grad(const Tensor& grad_output, Backend backend) {
 
 void set_hopper(bool allowed) { hopper_allowed = allowed; }
 
-WithoutHopper::WithoutHopper() : outer_(without_hopper) { without_hopper = true; }
-WithoutHopper::~WithoutHopper() { without_hopper = outer_; }
+HopperScope::HopperScope(bool allowed) : outer_(std::exchange(hopper_decided, allowed)) {}
+HopperScope::~HopperScope() { hopper_decided = outer_; }
 
 }  // namespace freezekit::native

@@ -14,16 +14,16 @@ namespace freezekit::native {
 // Whether calls that demand `native` or `emulated` may run the Hopper family: on a GPU of sm_90, or emulated as one.
 void set_hopper(bool allowed);
 
-// In this scope the calling thread's launches do not: what `auto` decides never leads there.
-class WithoutHopper {
+// In this scope the calling thread's launches may or may not, whatever is demanded: `auto` has decided.
+class HopperScope {
  public:
-  WithoutHopper();
-  ~WithoutHopper();
-  WithoutHopper(const WithoutHopper&) = delete;
-  WithoutHopper& operator=(const WithoutHopper&) = delete;
+  explicit HopperScope(bool allowed);
+  ~HopperScope();
+  HopperScope(const HopperScope&) = delete;
+  HopperScope& operator=(const HopperScope&) = delete;
 
  private:
-  bool outer_;
+  std::optional<bool> outer_;
 };
 
 // The current device and torch's settings, as a choice of kernel needs them.

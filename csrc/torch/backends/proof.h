@@ -1,7 +1,8 @@
 // How `auto` proves a kernel of freezekit's where it is to run: it and torch's operator compute the same, once; results
 // are compared, then both are timed.
 //
-// A proof only reads the caller's tensors and writes to its own. It draws no random numbers, records no gradient, holds
+// What is compared first are results on values of a proof's own (own_values.h): what a caller's tensors hold cannot hide a
+// fault. A proof only reads the caller's tensors and writes to its own. It draws no random numbers, records no gradient, holds
 // no lock while anything runs and lets no exception out: a kernel that throws, or a device without the memory for it, is
 // torch's from then on. Only a proof waits for the device.
 #pragma once
@@ -17,17 +18,23 @@
 
 namespace freezekit::proof {
 
-// Two ways to compute the same results.
-struct Contest {
-  std::function<std::vector<Tensor>(Backend)> run;
-  // Values may differ by 2 * tolerance of themselves, and tolerance of the largest one; 0: they must be equal, NaN be NaN.
-  double tolerance = 0;
-  // What else is wrong, given the results of freezekit's kernel; nothing if all is right. May be empty.
-  std::function<std::string(const std::vector<Tensor>&)> faults;
+// How far results may be apart: by of_value of the value itself, and by of_largest of the largest. 0: they must be equal,
+// NaN be NaN. Else they are sums, in which an overflow or an infinity may come out as another number that is not finite.
+struct Bound {
+  double of_value = 0, of_largest = 0;
 };
 
-// Where two results differ by more than `tolerance`, in words; nothing where they do not. In pieces, of little memory.
-std::string difference(const Tensor& torch_s, const Tensor& own, double tolerance);
+// Two ways to compute the same.
+struct Contest {
+  // What is wrong with freezekit's kernel; nothing if all is right. Runs both ways at least once as they are timed, so
+  // that code is loaded and memory is at hand.
+  std::function<std::string()> faults;
+  // On tensors as large as the caller's.
+  std::function<void(Backend)> run;
+};
+
+// Where two results are further apart, in words; nothing where they are not. Takes 16 MiB at most.
+std::string difference(const Tensor& torch_s, const Tensor& own, const Bound& = {});
 
 // A tensor as every eager call has it: dense, of CPU, CUDA or Meta, of no subclass, and no tracer or transform has put
 // another in its place. Views, autograd and autocast are what every tensor has.

@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <limits>
 #include <unordered_map>
+#include <vector>
 
 #include "torch/backends/layer_proofs.h"
 
@@ -45,16 +46,28 @@ std::initializer_list<Op> proven_with(Op op) {
   return op == Op::activation || op == Op::frozen_conv2d ? activation : pool;
 }
 
-// The verdicts that this thread has asked for, as long as nothing new is known: a call must not pay for texts.
-bool remembered(const std::string& question, const std::function<std::optional<bool>()>& answer) {
+// Who computes by a verdict.
+enum class Winner : int8_t { torch, kernel, hopper };
+
+struct Answer {
+  Winner winner = Winner::torch;
+  bool lasts = true;  // false: there may be another once it may be measured
+};
+
+Answer answer_of(const std::optional<choices::Measurement>& found) {
+  return {found && found->native_wins() ? Winner::kernel : Winner::torch, found.has_value()};
+}
+
+// The answers that this thread has asked for, as long as nothing new is known: a call must not pay for texts.
+Winner remembered(const std::string& question, c10::function_ref<Answer()> ask) {
   thread_local uint64_t generation = 0;
-  thread_local std::unordered_map<std::string, bool> known;
+  thread_local std::unordered_map<std::string, Winner> known;
   if (generation != choices::generation()) known.clear(), generation = choices::generation();
   if (const auto found = known.find(question); found != known.end()) return found->second;
-  const auto verdict = answer();
-  const bool lasts = verdict || proof::must_be_repeatable();  // there, nothing is found out later
-  if (lasts && generation == choices::generation()) known[question] = verdict.value_or(false);
-  return verdict.value_or(false);
+  const Answer answer = ask();
+  const bool lasts = answer.lasts || proof::must_be_repeatable();  // there, nothing is found out later
+  if (lasts && generation == choices::generation()) known[question] = answer.winner;
+  return answer.winner;
 }
 
 template <class... Numbers>
@@ -70,6 +83,7 @@ constexpr int64_t kLarge = 1 << 20;  // elements; below, most of a layer's time 
 choices::Setting setting_on(const Tensor& on, at::MemoryFormat layout, std::string_view variant = {}) {
   const auto device = on.device().type();
   const Backend candidate = *choices::candidate_on(device);
+  const native::HopperScope without(false);
   return {on.scalar_type(), layout, device, native::target_on(kernel_library(candidate), candidate), variant};
 }
 
@@ -85,7 +99,7 @@ std::string layer_key(Op layer, const Tensor& on, bool large, at::MemoryFormat l
 // other tensor does not matter.
 bool agreed(Op op, const Tensor& on) {
   const auto own = on.suggest_memory_format();
-  return remembered(question_of(on, op, own, /*agreed=*/true), [&]() -> std::optional<bool> {
+  const auto ask = [&]() -> Answer {
     const c10::DeviceGuard guard(on.device());
     const bool has_taps = op == Op::max_pool2d_scatter || op == Op::max_pool2d_gather;
     for (const Op layer : proven_with(op)) {
@@ -93,12 +107,13 @@ bool agreed(Op op, const Tensor& on) {
         for (const auto layout : {at::MemoryFormat::Contiguous, at::MemoryFormat::ChannelsLast}) {
           if (layout != own && !has_taps) continue;
           const auto found = choices::find(layer_key(layer, on, large, layout));
-          if (found && found->agree) return true;
+          if (found && found->agree) return {Winner::kernel};
         }
       }
     }
-    return false;
-  });
+    return {};
+  };
+  return remembered(question_of(on, op, own, /*agreed=*/true), ask) == Winner::kernel;
 }
 
 bool can_be_held(Op layer, const Tensor& on) {
@@ -110,16 +125,15 @@ bool won(Op op, const Tensor& on) {
   const Op layer = *proven_with(op).begin();
   const bool large = on.numel() >= kLarge;
   const auto layout = on.suggest_memory_format();
-  return remembered(question_of(on, op, layout, /*agreed=*/false, large), [&]() -> std::optional<bool> {
-    if (!can_be_held(layer, on)) return std::nullopt;
+  const auto ask = [&]() -> Answer {
+    if (!can_be_held(layer, on)) return {Winner::torch, /*lasts=*/false};
     const c10::DeviceGuard guard(on.device());
-    const auto found = proof::verdict(layer_key(layer, on, large, layout), on, [&] {
+    return answer_of(proof::verdict(layer_key(layer, on, large, layout), on, [&] {
       if (layer == Op::max_pool2d) return proof::max_pool2d(on);
-      return layer == Op::dropout ? proof::dropout(on)
-                                  : proof::activations(on, *choices::candidate_on(on.device().type()));
-    });
-    return found ? std::make_optional(found->native_wins()) : std::nullopt;
-  });
+      return layer == Op::dropout ? proof::dropout(on) : proof::activations(on);
+    }));
+  };
+  return remembered(question_of(on, op, layout, /*agreed=*/false, large), ask) == Winner::kernel;
 }
 
 // What `auto` means for a layer on a device where freezekit's kernels compete with torch's operators.
@@ -172,58 +186,154 @@ std::string in_microseconds(double seconds) {
   return text;
 }
 
-// How far two ways of summing may be apart, as proof::Contest says it: by the rounding of what is multiplied and stored, or
-// by that of the sums, whose error grows with the root of their length. Winograd's transforms, which torch may choose,
-// lose a digit.
-double tolerance_of(const Conv2dStep& step, const Target& target) {
-  const Conv2dProblem& p = step.problem;
-  const int64_t terms = step.op == Operator::fprop   ? p.c_per_group() * p.r * p.s
-                        : step.op == Operator::dgrad ? p.k_per_group() * p.r * p.s
-                                                     : p.n * p.p * p.q;
-  const auto type = step.on.scalar_type();
-  const double epsilon =
-      type == at::kDouble ? std::numeric_limits<double>::epsilon() : std::numeric_limits<float>::epsilon();
-  const double of_sums = 16 * epsilon * (8 + std::sqrt(static_cast<double>(terms)));
+int64_t terms_of(Operator op, const Conv2dProblem& p) {
+  if (op == Operator::wgrad) return p.n * p.p * p.q;
+  return (op == Operator::fprop ? p.c_per_group() : p.k_per_group()) * p.r * p.s;
+}
+
+// How far two ways of summing may be apart, in units of the largest sum: the error grows with the root of their length.
+// Winograd's transforms, which torch may choose, lose a digit.
+double rounding_of_sums(const Conv2dStep& step) {
+  const double epsilon = step.on.scalar_type() == at::kDouble ? std::numeric_limits<double>::epsilon()
+                                                              : std::numeric_limits<float>::epsilon();
+  return 16 * epsilon * (8 + std::sqrt(static_cast<double>(terms_of(step.op, step.problem))));
+}
+
+// On a caller's tensors: by that, or by the rounding of what is multiplied and stored.
+proof::Bound bound_on_caller_s(const Conv2dStep& step, const Target& target) {
   constexpr double tf32 = 0x1p-10, half = 0x1p-10, bfloat16 = 0x1p-7;
+  const auto type = step.on.scalar_type();
   const bool rounds_to_tf32 = type == at::kFloat && step.on.is_cuda() && target.allow_tf32;
   const double of_values = type == at::kHalf ? half : type == at::kBFloat16 ? bfloat16 : rounds_to_tf32 ? tf32 : 0;
-  return std::max(of_sums, of_values);
+  const double bound = std::max(rounding_of_sums(step), of_values);
+  return {2 * bound, bound};
 }
 
-// Where torch looks for the fastest way per problem, so is done here; elsewhere one problem speaks for its class.
-std::string key_of(const Conv2dStep& step, const choices::Setting& setting, const char* kernel) {
-  return at::globalContext().benchmarkCuDNN() ? choices::key_of(step.op, step.problem, setting)
-                                              : choices::class_of(step.op, step.problem, setting, kernel);
+// On integers only what is stored is rounded.
+proof::Bound bound_on_integers(const Conv2dStep& step) {
+  constexpr double half = 0x1p-11, bfloat16 = 0x1p-8;
+  const auto type = step.on.scalar_type();
+  return {type == at::kHalf ? half : type == at::kBFloat16 ? bfloat16 : 0, rounding_of_sums(step)};
 }
 
-// The backend that is proven for this problem, now or before; ATen where none is.
-Backend proven(const Conv2dStep& step, const Run& run) {
-  const auto dtype = native::dtype_of(step.on.scalar_type());
-  if (!dtype || step.on.layout() != at::kStrided) return Backend::aten;
-  const Backend candidate = *choices::candidate_on(step.on.device().type());
+// A kernel of freezekit's for a problem. Those of sm_90a are among them where their self-test has passed on this device.
+struct Option {
+  Selection selection;
+  bool hopper;
+
+  Winner winner() const { return hopper ? Winner::hopper : Winner::kernel; }
+};
+
+std::vector<Option> options_for(Operator op, const Conv2dProblem& problem, const choices::Setting& setting) {
+  const auto dtype = native::dtype_of(setting.dtype);
+  Target target = setting.target;
+  target.hopper = false;
+  std::vector<Option> options;
+  if (const Selection s = select(op, problem, *dtype, target); s.family != Family::none) options.push_back({s, false});
+  const auto tested = choices::find(choices::hopper_key(setting));
+  if (!tested || !tested->agree) return options;
+  target.hopper = true;
+  if (setting.device == c10::DeviceType::CPU) target.sm = 90;  // emulated as one
+  if (const Selection s = select(op, problem, *dtype, target); s.family == Family::hopper) options.push_back({s, true});
+  return options;
+}
+
+std::string problem_key(Operator op, const Conv2dProblem& problem, const choices::Setting& setting, const Option& o) {
+  return choices::key_of(op, problem, setting) + (o.hopper ? std::string(" by ") + o.selection.kernel : "");
+}
+
+// What is known of the very problem, which may have been loaded whoever measures what, or of its class.
+std::optional<choices::Measurement> known_of(Operator op, const Conv2dProblem& problem, const choices::Setting& setting,
+                                             const Option& option) {
+  auto found = choices::find(problem_key(op, problem, setting, option));
+  if (!found) found = choices::find(choices::class_of(op, problem, setting, option.selection.kernel));
+  return found;
+}
+
+// Less is better, below 1 than torch's.
+double share_of(const choices::Measurement& m) {
+  return m.aten_seconds > 0 ? m.native_seconds / m.aten_seconds : m.native_seconds > 0 ? HUGE_VAL : 0;
+}
+
+constexpr int64_t kRehearsed = 1 << 19;  // elements of both activations, unless the kernel is one for more
+
+// A part of a problem that the same kernel computes the same way: fewer images, rows, columns, by halves.
+Conv2dProblem part_of(const Conv2dStep& step, DType dtype, const Target& target, const Selection& selection) {
+  Conv2dProblem part = step.problem;
+  const auto shrink = [&](const auto& halve) {
+    while (part.x_numel() + part.y_numel() > kRehearsed) {
+      Conv2dProblem smaller = part;
+      if (!halve(smaller)) return;
+      const Selection s = select(step.op, smaller, dtype, target);
+      if (std::string_view(s.kernel) != selection.kernel || (s.split_k > 1) != (selection.split_k > 1)) return;
+      part = smaller;
+    }
+  };
+  const auto halve_axis = [](int64_t& in, int64_t& out, int64_t stride) {
+    const int64_t rows = (out + 1) / 2, left = in - (out - rows) * stride;
+    if (rows == out || left < 1) return false;
+    in = left, out = rows;
+    return true;
+  };
+  shrink([](Conv2dProblem& p) { return p.n > 1 ? (p.n = (p.n + 1) / 2, true) : false; });
+  shrink([&](Conv2dProblem& p) { return halve_axis(p.h, p.p, p.stride_h); });
+  shrink([&](Conv2dProblem& p) { return halve_axis(p.w, p.q, p.stride_w); });
+  return part;
+}
+
+// What one kernel of freezekit's has to show: equal results on integers, where torch's are float32's, then on the caller's
+// tensors.
+proof::Contest contest_for(const Conv2dStep& step, const Selection& selection, Run run, Rehearse rehearse) {
+  const auto faults_beside = [&step](const Tensor& own) { return step.faults ? step.faults(own) : std::string(); };
+  const auto faults = [&step, &selection, run, rehearse, faults_beside]() -> std::string {
+    const Backend candidate = *choices::candidate_on(step.on.device().type());
+    const Target target = native::target_on(kernel_library(candidate), candidate);
+    const auto type = step.on.scalar_type();
+    std::string text;
+    {
+      const Conv2dProblem part = part_of(step, *native::dtype_of(type), target, selection);
+      const Tensor expected = rehearse(Backend::aten, {part, type == at::kDouble ? at::kDouble : at::kFloat});
+      const Tensor found = rehearse(candidate, {part, type});
+      text = faults_beside(found);
+      if (text.empty()) text = proof::difference(expected, found, bound_on_integers(step));
+    }
+    if (!text.empty()) return text;
+    const Tensor expected = run(Backend::aten), found = run(candidate);
+    text = faults_beside(found);
+    return text.empty() ? proof::difference(expected, found, bound_on_caller_s(step, target)) : text;
+  };
+  return {faults, [run](Backend on) { run(on); }};
+}
+
+// The kernel that is proven for this problem, now or before.
+Winner proven(const Conv2dStep& step, Run run, Rehearse rehearse) {
+  if (!native::dtype_of(step.on.scalar_type()) || step.on.layout() != at::kStrided) return Winner::torch;
   const auto& context = at::globalContext();
-  std::string question = question_of(step.on, op_of(step.op), step.layout, context.benchmarkCuDNN(),
-                                     context.allowTF32CuDNN(at::Float32Op::CONV));
+  const bool each =
+      context.benchmarkCuDNN();  // torch looks for the fastest way per problem; else it speaks for its class
+  std::string question =
+      question_of(step.on, op_of(step.op), step.layout, each, context.allowTF32CuDNN(at::Float32Op::CONV));
   question.append(reinterpret_cast<const char*>(&step.problem), sizeof step.problem).append(step.variant);
-  const bool wins = remembered(question, [&]() -> std::optional<bool> {
+  return remembered(question, [&]() -> Answer {
     const c10::DeviceGuard guard(step.on.device());
     const choices::Setting setting = setting_on(step.on, step.layout, step.variant);
-    const Selection selection = select(step.op, step.problem, *dtype, setting.target);
-    if (selection.family == Family::none) return false;
-    // A choice for the very problem may have been loaded, whoever measures what.
-    auto found = choices::find(choices::key_of(step.op, step.problem, setting));
-    if (!found || (proof::must_be_repeatable() && !found->loaded)) {
-      found = proof::verdict(key_of(step, setting, selection.kernel), step.on, [&] {
-        proof::Contest contest;
-        contest.run = [&](Backend on) { return std::vector<Tensor>{run(on)}; };
-        contest.tolerance = tolerance_of(step, setting.target);
-        if (step.faults) contest.faults = [&](const std::vector<Tensor>& own) { return step.faults(own[0]); };
-        return contest;
-      });
+    Answer answer;
+    double least = HUGE_VAL;
+    for (const Option& option : options_for(step.op, step.problem, setting)) {
+      const native::HopperScope scope(option.hopper);
+      const std::string of_problem = problem_key(step.op, step.problem, setting, option);
+      auto found = choices::find(of_problem);
+      if (!found || (proof::must_be_repeatable() && !found->loaded)) {
+        const std::string of_class = choices::class_of(step.op, step.problem, setting, option.selection.kernel);
+        found = proof::verdict(each ? of_problem : of_class, step.on,
+                               [&] { return contest_for(step, option.selection, run, rehearse); });
+      }
+      if (!found) answer.lasts = false;
+      if (!found || !found->native_wins() || share_of(*found) >= least) continue;
+      answer.winner = option.winner(), least = share_of(*found);
     }
-    return found ? std::make_optional(found->native_wins()) : std::nullopt;
+    return answer;
   });
-  return wins ? candidate : Backend::aten;
 }
 
 }  // namespace
@@ -267,24 +377,35 @@ void refuse(std::string_view what, Backend backend, const std::string& why) {
               "; backend='aten' computes it");
 }
 
-Tensor computed_by_choice(const Conv2dStep& step, Backend backend, const Run& run) {
+Tensor computed_by_choice(const Conv2dStep& step, Backend backend, Run run, Rehearse rehearse) {
   if (backend != Backend::automatic) {
     route_step(op_of(step.op), backend, step.on);  // refuses what cannot be
     return run(backend);
   }
-  const native::WithoutHopper without_hopper;  // what is chosen never leads there
-  return run(proven(step, run));
+  const Winner winner = proven(step, run, rehearse);
+  if (winner == Winner::torch) return run(Backend::aten);
+  const native::HopperScope scope(winner == Winner::hopper);
+  return run(*choices::candidate_on(step.on.device().type()));
 }
 
-Foreseen foreseen(Operator op, const Conv2dProblem& problem, const choices::Setting& setting, const char* kernel) {
+Foreseen foreseen(Operator op, const Conv2dProblem& problem, const choices::Setting& setting) {
   const auto candidate = choices::candidate_on(setting.device);
-  auto found = candidate ? choices::find(choices::key_of(op, problem, setting)) : std::nullopt;
-  if (candidate && !found) found = choices::find(choices::class_of(op, problem, setting, kernel));
-  if (!found) return {Backend::aten, choices::kRule};
-  if (!found->agree) return {Backend::aten, "held against ATen, " + found->note};
-  return {found->native_wins() ? *candidate : Backend::aten, "measured: ATen " + in_microseconds(found->aten_seconds) +
-                                                                 ", own kernel " +
-                                                                 in_microseconds(found->native_seconds)};
+  Foreseen result = {Backend::aten, "", choices::kRule};
+  if (!candidate) return result;
+  double least = HUGE_VAL;
+  for (const Option& option : options_for(op, problem, setting)) {
+    const auto found = known_of(op, problem, setting, option);
+    if (!found || (found->agree && share_of(*found) >= least)) continue;
+    if (!found->agree) {
+      if (least == HUGE_VAL) result.why = "held against ATen, " + found->note;
+      continue;
+    }
+    least = share_of(*found);
+    const std::string why = "measured: ATen " + in_microseconds(found->aten_seconds) + ", own kernel " +
+                            in_microseconds(found->native_seconds);
+    result = {found->native_wins() ? *candidate : Backend::aten, option.selection.kernel, why};
+  }
+  return result;
 }
 
 }  // namespace freezekit

@@ -11,6 +11,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/FunctionRef.h>
 #include <torch/csrc/autograd/functions/utils.h>
 
 #include <functional>
@@ -20,6 +21,7 @@
 
 #include "torch/backends/choices.h"
 #include "torch/backends/native.h"
+#include "torch/backends/own_values.h"
 #include "torch/common/operators.h"
 
 namespace freezekit {
@@ -118,26 +120,28 @@ struct Conv2dStep {
   std::function<std::string(const Tensor&)> faults = {};
 };
 
-using Run = std::function<Tensor(Backend)>;
+// The step by one backend: on the caller's tensors, and on values of a proof's own.
+using Run = c10::function_ref<Tensor(Backend)>;
+using Rehearse = c10::function_ref<Tensor(Backend, const proof::Rehearsal&)>;
 
 // What `run` gives with the backend that computes under `backend`: as demanded, or as was proven, which may call it for
 // both.
-Tensor computed_by_choice(const Conv2dStep&, Backend, const Run& run);
+Tensor computed_by_choice(const Conv2dStep&, Backend, Run, Rehearse);
 
-template <class F>
-Tensor computed(const Conv2dStep& step, Backend backend, const F& run) {
+template <class F, class G>
+Tensor computed(const Conv2dStep& step, Backend backend, const F& run, const G& rehearse) {
   if (backend == Backend::aten || (backend == Backend::automatic && !choices::candidate_on(step.on.device().type()))) {
     return run(Backend::aten);
   }
-  return computed_by_choice(step, backend, run);
+  return computed_by_choice(step, backend, run, rehearse);
 }
 
-// What `auto` takes for a convolution, and why.
+// What `auto` takes for a convolution, and why; `kernel` where that is one of freezekit's.
 struct Foreseen {
   Backend backend;
+  const char* kernel;
   std::string why;
 };
-// `kernel` is the own one that select() names for it.
-Foreseen foreseen(Operator, const Conv2dProblem&, const choices::Setting&, const char* kernel);
+Foreseen foreseen(Operator, const Conv2dProblem&, const choices::Setting&);
 
 }  // namespace freezekit

@@ -11,15 +11,25 @@
 namespace freezekit {
 namespace {
 
+using proof::Rehearsal;
+
 Tensor conv2d_kernel(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Geometry& g) {
   const auto output_size = check_conv2d(input, weight, bias, g);
   const Conv2dProblem problem = problem_of(input.sizes(), weight.sizes(), C10_AS_INTARRAYREF_SLOW(output_size), g);
   const BelowAutogradAndAutocast below;
   const auto layout = layout_of(input, weight);
-  const Tensor y = computed({Operator::fprop, problem, input, layout}, g.backend, [&](Backend on) {
-    return on == Backend::aten ? aten::conv2d(input, weight, bias, g)
-                               : native::conv2d(problem, input, weight, bias, g.with(on));
-  });
+  const auto compute = [&g](Backend on, const Conv2dProblem& p, const Tensor& x, const Tensor& w,
+                            const std::optional<Tensor>& b) {
+    return on == Backend::aten ? aten::conv2d(x, w, b, g) : native::conv2d(p, x, w, b, g.with(on));
+  };
+  const Tensor y = computed(
+      {Operator::fprop, problem, input, layout}, g.backend,
+      [&](Backend on) { return compute(on, problem, input, weight, bias); },
+      [&](Backend on, const Rehearsal& own) {
+        const bool has_bias = bias && bias->defined();
+        return compute(on, own.problem, own.x(input), own.weight(weight),
+                       has_bias ? std::make_optional(own.per_channel(own.dtype, *bias)) : std::nullopt);
+      });
   return finish(y, layout);
 }
 
@@ -29,10 +39,16 @@ Tensor dgrad_kernel(const Tensor& grad_output, const Tensor& weight, SymIntArray
   const Conv2dProblem problem = problem_of(size, weight.sizes(), grad_output.sizes(), g);
   const BelowAutogradAndAutocast below;
   const auto layout = layout_of(grad_output, weight);
-  const Tensor dx = computed({Operator::dgrad, problem, grad_output, layout}, g.backend, [&](Backend on) {
-    return on == Backend::aten ? aten::dgrad(grad_output, weight, input_size, g)
-                               : native::dgrad(problem, grad_output, weight, g.with(on));
-  });
+  const auto compute = [&g](Backend on, const Conv2dProblem& p, const Tensor& dy, const Tensor& w,
+                            SymIntArrayRef x_size) {
+    return on == Backend::aten ? aten::dgrad(dy, w, x_size, g) : native::dgrad(p, dy, w, g.with(on));
+  };
+  const Tensor dx = computed(
+      {Operator::dgrad, problem, grad_output, layout}, g.backend,
+      [&](Backend on) { return compute(on, problem, grad_output, weight, input_size); },
+      [&](Backend on, const Rehearsal& own) {
+        return compute(on, own.problem, own.y(grad_output), own.weight(weight), own.x_size());
+      });
   return finish(dx, layout);
 }
 
@@ -42,10 +58,13 @@ Tensor wgrad_kernel(const Tensor& grad_output, const Tensor& input, SymIntArrayR
   const Conv2dProblem problem = problem_of(input.sizes(), size, grad_output.sizes(), g);
   const BelowAutogradAndAutocast below;
   const auto layout = layout_of(grad_output, input);
-  const Tensor dw = computed({Operator::wgrad, problem, grad_output, layout}, g.backend, [&](Backend on) {
-    return on == Backend::aten ? aten::wgrad(grad_output, input, weight_size, g)
-                               : native::wgrad(problem, grad_output, input, g.with(on));
-  });
+  const auto compute = [&](Backend on, const Conv2dProblem& p, const Tensor& dy, const Tensor& x) {
+    return on == Backend::aten ? aten::wgrad(dy, x, weight_size, g) : native::wgrad(p, dy, x, g.with(on));
+  };
+  const Tensor dw = computed(
+      {Operator::wgrad, problem, grad_output, layout}, g.backend,
+      [&](Backend on) { return compute(on, problem, grad_output, input); },
+      [&](Backend on, const Rehearsal& own) { return compute(on, own.problem, own.y(grad_output), own.x(input)); });
   return finish(dw, layout);
 }
 

@@ -11,6 +11,7 @@
 #include <torch/library.h>
 
 #include "torch/autograd/formula.h"
+#include "torch/backends/aten.h"
 #include "torch/common/checks.h"
 #include "torch/common/route.h"
 #include "torch/common/shape_only.h"
@@ -23,7 +24,7 @@ using OptionalTensor = std::optional<Tensor>;
 using ConvNdOperator =
     SettingsOperator<ConvNdGeometry, Tensor(const Tensor& input, const Tensor& weight, const OptionalTensor& bias)>;
 
-// dx of y = conv(x, w): as in backends/aten.cpp, ATen's own gradient where a stand-in for x takes no memory, else the
+// dx of y = conv(x, w): as in backends/aten.cpp, ATen's own gradient where that is what stock runs and needs no x, else the
 // transposed convolution, or the plain one of a transposed one. The transposed convolution ends where the last window
 // does: output_padding restores what is beyond. A transposed convolution's own output_padding can make its dgrad longer
 // than x: what is past its end is cut, and the rest is copied, since torch's gradient is dense.
@@ -33,6 +34,11 @@ Tensor dgrad(const Tensor& dy, const Tensor& weight, SymIntArrayRef input_size, 
     return std::get<0>(at::convolution_backward_symint(dy, x, weight, /*bias_sizes=*/std::nullopt, g.stride, g.padding,
                                                        g.dilation, g.transposed, g.output_padding, g.groups,
                                                        {true, false, false}));
+  }
+  if (!g.transposed) {
+    const Tensor dx = aten::depthwise_dgrad(dy, weight, input_size, at::MemoryFormat::Contiguous, g.stride, g.padding,
+                                            g.dilation, g.groups);
+    if (dx.defined()) return dx;
   }
   const int64_t axes = dy.dim() - 2;
   for (int64_t i = 0; i < axes; ++i) {

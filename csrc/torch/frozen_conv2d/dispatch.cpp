@@ -11,7 +11,6 @@
 #include "torch/backends/aten.h"
 #include "torch/backends/few_positions.h"
 #include "torch/backends/native.h"
-#include "torch/backends/native_layers.h"
 #include "torch/backends/proof.h"
 #include "torch/bits/gate.h"
 #include "torch/common/checks.h"
@@ -92,11 +91,6 @@ Tensor activate_(Tensor& y, Activation activation, bool keep_mask) {
   return no_bits(y);
 }
 
-PiecewiseActivation piecewise(Activation activation) {
-  if (activation == Activation::relu) return {};
-  return {ActivationKind::hardtanh, 0, kRelu6End};
-}
-
 // What is done besides the convolution, as choices tell problems apart; no more than that where there is no choice.
 std::string variant_of(const Tensor& on, std::initializer_list<std::pair<bool, const char*>> parts) {
   std::string text = "frozen";
@@ -153,6 +147,25 @@ Backend choosable(Backend backend, bool channels_last) {
   return backend == Backend::automatic && !channels_last ? Backend::aten : backend;
 }
 
+// A norm whose scale is 1, -2 or another power of two, so that what it multiplies stays exact.
+FixedNormTensors norm_of(const proof::Rehearsal& own, const FixedNormTensors& like) {
+  const auto vector = [&](const Tensor& of, std::vector<double> values) {
+    return of.defined() ? own.per_channel(of.scalar_type(), of, std::move(values)) : Tensor();
+  };
+  constexpr double eps = 0x1p-6;
+  return {vector(like.gamma, {1, -2, 1, 2, -1}), vector(like.beta, {3, -1, 0, 2, -3}),
+          vector(like.mean, {1, 0, -2, 2, -1, 4, -3}), vector(like.var, {1 - eps, 4 - eps, 0.25 - eps}), eps};
+}
+
+FrozenOperands operands_of(const proof::Rehearsal& own, const FrozenOperands& like) {
+  const auto type = [&](const Tensor& of) {
+    return of.scalar_type() == like.input.scalar_type() ? own.dtype : at::kFloat;
+  };
+  return {own.x(like.input), own.weight(like.weight),
+          like.bias.defined() ? own.per_channel(type(like.bias), like.bias) : Tensor(),
+          like.residual.defined() ? own.y(like.residual) : Tensor(), norm_of(own, like.norm)};
+}
+
 std::tuple<Tensor, Tensor> frozen_kernel(const FrozenOperands& o, const FrozenConv2d& f, bool keep_mask) {
   const Geometry& g = f.geometry;
   const auto output = check_operands(o, g);
@@ -161,14 +174,14 @@ std::tuple<Tensor, Tensor> frozen_kernel(const FrozenOperands& o, const FrozenCo
   const BelowAutogradAndAutocast below;
   const bool wanted = keep_mask && f.has_mask(), last = result_is_channels_last(f, o);
   Tensor bits;
-  const auto run = [&](Backend on) {
+  const auto compute = [&](Backend on, const Conv2dProblem& p, const FrozenOperands& operands) {
     if (on == Backend::aten) {
       Tensor y;
-      std::tie(y, bits) = frozen_by_aten(problem, o, f, last, wanted);
+      std::tie(y, bits) = frozen_by_aten(p, operands, f, last, wanted);
       return y;
     }
-    bits = at::empty({wanted ? mask_words(problem.y_numel()) : 0}, o.input.options().dtype(at::kInt));
-    return frozen_by_kernels(problem, o, f, bits, on).contiguous(format(last));
+    bits = at::empty({wanted ? mask_words(p.y_numel()) : 0}, operands.input.options().dtype(at::kInt));
+    return frozen_by_kernels(p, operands, f, bits, on).contiguous(format(last));
   };
   const std::string variant = variant_of(o.input, {{o.bias.defined(), "bias"},
                                                    {o.norm.defined(), "norm"},
@@ -178,12 +191,14 @@ std::tuple<Tensor, Tensor> frozen_kernel(const FrozenOperands& o, const FrozenCo
   // Near the ends of the activation the two ways may round to different sides: bits belong to the result beside them.
   const auto faults = [&](const Tensor& own) {
     if (!wanted) return std::string();
-    const Tensor expected = at::empty_like(bits), same = at::empty_like(own);
-    native::activation(piecewise(f.activation), own, same, expected);
-    return proof::difference(expected, bits, 0);
+    const bool relu = f.activation == Activation::relu;
+    const Tensor ends = relu ? own.le(0) : own.le(0).logical_or_(own.ge(kRelu6End));
+    return proof::difference(pack_bits(ends.logical_not_()), bits);
   };
-  const Tensor y =
-      computed({Operator::fprop, problem, o.input, format(last), variant, faults}, choosable(g.backend, last), run);
+  const Tensor y = computed(
+      {Operator::fprop, problem, o.input, format(last), variant, faults}, choosable(g.backend, last),
+      [&](Backend on) { return compute(on, problem, o); },
+      [&](Backend on, const proof::Rehearsal& own) { return compute(on, own.problem, operands_of(own, o)); });
   return {y, bits};
 }
 
@@ -239,17 +254,28 @@ Tensor frozen_dgrad_kernel(const FrozenGradCall& call) {
   TORCH_CHECK(!o.grad_mask.defined() || o.grad_output.is_non_overlapping_and_dense(),
               "grad_output must be dense under a grad_mask, got strides ", o.grad_output.strides());
   const BelowAutogradAndAutocast below;
-  const auto run = [&](Backend on) {
-    const Tensor scale = affine_of(o.norm, Tensor(), o.grad_output, on).scale;
-    if (on == Backend::aten) return dgrad_by_aten(problem, o, scale, g);
-    return dgrad_by_kernels(problem, o, scale, g.with(on)).contiguous(format(o.channels_last));
+  const auto compute = [&](Backend on, const Conv2dProblem& p, const FrozenGrad& grad) {
+    const Tensor scale = affine_of(grad.norm, Tensor(), grad.grad_output, on).scale;
+    if (on == Backend::aten) return dgrad_by_aten(p, grad, scale, g);
+    return dgrad_by_kernels(p, grad, scale, g.with(on)).contiguous(format(grad.channels_last));
   };
   const std::string variant = variant_of(o.grad_output, {{o.norm.defined(), "norm"},
                                                          {o.residual.defined(), "residual"},
                                                          {o.mask.defined(), "mask"},
                                                          {o.grad_mask.defined(), "grad_mask"}});
-  return computed({Operator::dgrad, problem, o.grad_output, format(o.channels_last), variant},
-                  choosable(g.backend, o.channels_last), run);
+  return computed(
+      {Operator::dgrad, problem, o.grad_output, format(o.channels_last), variant},
+      choosable(g.backend, o.channels_last), [&](Backend on) { return compute(on, problem, o); },
+      [&](Backend on, const proof::Rehearsal& own) {
+        const auto x_size = own.x_size();
+        const auto bits = [&](const Tensor& of, int64_t numel) {
+          return of.defined() ? proof::mixed_bits(mask_words(numel), of) : Tensor();
+        };
+        return compute(on, own.problem,
+                       {own.y(o.grad_output), own.weight(o.weight), x_size,
+                        o.residual.defined() ? own.x(o.residual) : Tensor(), bits(o.mask, own.problem.x_numel()),
+                        bits(o.grad_mask, own.problem.y_numel()), norm_of(own, o.norm), o.channels_last});
+      });
 }
 
 std::tuple<Tensor, Tensor> frozen_meta(const FrozenOperands& o, const FrozenConv2d& f, bool keep_mask) {

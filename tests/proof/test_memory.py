@@ -1,0 +1,72 @@
+"""What a proof holds at most: one result beside the caller's own, and a few MiB of values to compare."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+import freezekit as fk
+from freezekit.functional import conv2d
+from tests.proof.stand_in import decided, stand_in
+
+MIB = 1 << 20
+
+
+def peak_of(call: Callable[[], Any], trace: Path) -> int:
+    """The most bytes that tensors made in `call` held at once."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        result = call()
+    recorded.export_chrome_trace(str(trace))
+    events = [event for event in json.loads(trace.read_text())["traceEvents"] if event["name"] == "[memory]"]
+    del result
+    in_turn = sorted(events, key=lambda event: event["args"]["Ev Idx"])
+    return max(accumulate(event["args"]["Bytes"] for event in in_turn))
+
+
+def test_what_is_counted(tmp_path: Path) -> None:
+    assert peak_of(lambda: (torch.empty(MIB), torch.empty(MIB)), tmp_path / "trace") == 8 * MIB
+
+    def one_after_another() -> None:
+        for _ in range(3):
+            torch.empty(MIB)
+
+    assert peak_of(one_after_another, tmp_path / "trace") == 4 * MIB
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("activation", fk.functional.relu),
+        ("dropout", lambda x: fk.functional.dropout(x, 0.3)),
+        ("max_pool2d", lambda x: fk.functional.max_pool2d(x, 3, 2, 1)),
+    ],
+)
+def test_a_layer_s_proof_holds_no_more_than_one_result(
+    name: str, layer: Callable[[Tensor], Tensor], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """The first call makes its own result once the proof's are freed."""
+    x = torch.randn(4, 8, 192, 192).to(dtype).requires_grad_()
+    with stand_in():
+        peak = peak_of(lambda: layer(x), tmp_path / "trace")
+        assert decided()[name].agree
+    # A pool's result of both passes is torch's: the value, its indices, the gradient.
+    result = x.nbytes if name != "max_pool2d" else x.nbytes + x.numel() // 4 * (x.element_size() + 8)
+    assert peak <= result + 2 * MIB
+
+
+def test_a_convolution_s_proof_holds_one_result_more(tmp_path: Path) -> None:
+    x, w = torch.randn(16, 2, 128, 128, requires_grad=True), torch.randn(8, 2, 1, 1)
+    with stand_in():
+        first = peak_of(lambda: conv2d(x, w), tmp_path / "trace")
+        assert decided()["conv2d"].agree
+        again = peak_of(lambda: conv2d(x, w), tmp_path / "trace")
+    assert first <= again + 16 * 8 * 128 * 128 * 4 + 16 * MIB

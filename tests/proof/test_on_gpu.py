@@ -1,0 +1,48 @@
+"""What `auto` decides on a GPU: every kernel agrees with torch's operator, and depthwise gradients are stock's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
+
+import freezekit as fk
+from freezekit.functional import conv2d
+from tests.proof.test_layers import LAYERS, step
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_every_proof_agrees(dtype: torch.dtype, channels_last: bool) -> None:
+    fk.tuning.clear_choices()
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.randn(4, 32, 28, 28, device="cuda", dtype=dtype).contiguous(memory_format=layout).requires_grad_()
+    for _, own, _, _ in LAYERS.values():
+        step(own, x)
+    for groups, stride in ((1, 1), (1, 2), (32, 1), (4, 1)):
+        w = torch.randn(32, 32 // groups, 3, 3, device="cuda", dtype=dtype, requires_grad=True)
+        conv2d(x, w, stride=stride, padding=1, groups=groups).sum().backward()
+    assert [str(choice) for choice in fk.tuning.choices() if not choice.agree] == []
+    fk.tuning.clear_choices()
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_a_depthwise_gradient_is_by_the_kernel_that_stock_runs(dims: int) -> None:
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
+    x = torch.randn(2, 32, *[16] * dims, device="cuda", requires_grad=True)
+    w = torch.randn(32, 1, *[3] * dims, device="cuda")
+    dy = torch.randn_like(convolve(x, w, padding=1, groups=32))
+
+    def kernels() -> list[str]:
+        y = convolve(x, w, padding=1, groups=32)
+        with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+            torch.autograd.grad(y, x, dy)
+            torch.cuda.synchronize()
+        return [event.name for event in recorded.events() if "conv" in event.name.lower()]
+
+    stock = kernels()
+    with fk.backend("aten"), fk.enabled():
+        assert kernels() == stock
