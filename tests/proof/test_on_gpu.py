@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
@@ -46,3 +50,17 @@ def test_a_depthwise_gradient_is_by_the_kernel_that_stock_runs(dims: int) -> Non
     stock = kernels()
     with fk.backend("aten"), fk.enabled():
         assert kernels() == stock
+
+
+@pytest.mark.parametrize("switch", [fk.convert, lambda net: net], ids=["convert", "enabled"])
+@pytest.mark.parametrize(("make", "dims"), [(nn.PReLU, 2), (lambda: nn.MaxPool3d(2), 3)], ids=["prelu", "max_pool3d"])
+def test_what_has_no_kernel_keeps_torch_s_own_gradient(
+    make: Callable[[], nn.Module], dims: int, switch: Callable[[nn.Module], nn.Module]
+) -> None:
+    x = torch.randn(2, 4, *[6] * dims, device="cuda", requires_grad=True)
+    stock = make().cuda().requires_grad_(False)
+    own = switch(copy.deepcopy(stock))
+    expected = stock(x).grad_fn.name()
+    assert own(x).grad_fn.name() == expected
+    with fk.enabled():
+        assert own(x).grad_fn.name() == expected
