@@ -136,8 +136,8 @@ def test_a_resnet_step_is_proven_in_the_launches_and_products_of_two() -> None:
                 cost.setdefault(selected["class"], products)
                 total += products
         assert len(cost) <= 30
-        # At most five runs of either way each: to compare, to look, and three to be sure.
-        assert 10 * len(cost) <= 2 * len(rows) * len(OPERATORS)
+        # At most six runs of either way: of a small part and of the whole to compare, one to look, three to be sure.
+        assert 12 * len(cost) <= 2 * len(rows) * len(OPERATORS)
         assert 10 * sum(cost.values()) <= 2 * total
 
 

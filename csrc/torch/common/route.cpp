@@ -309,8 +309,8 @@ proof::Contest contest_for(const Conv2dStep& step, const Selection& selection, R
 Winner proven(const Conv2dStep& step, Run run, Rehearse rehearse) {
   if (!native::dtype_of(step.on.scalar_type()) || step.on.layout() != at::kStrided) return Winner::torch;
   const auto& context = at::globalContext();
-  const bool each =
-      context.benchmarkCuDNN();  // torch looks for the fastest way per problem; else it speaks for its class
+  // Where torch looks for the fastest way per problem, so is done here; elsewhere one problem speaks for its class.
+  const bool each = context.benchmarkCuDNN();
   std::string question =
       question_of(step.on, op_of(step.op), step.layout, each, context.allowTF32CuDNN(at::Float32Op::CONV));
   question.append(reinterpret_cast<const char*>(&step.problem), sizeof step.problem).append(step.variant);
