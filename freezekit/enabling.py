@@ -127,6 +127,11 @@ def watched() -> Iterator[None]:
         _C.enable.set_watched(False)
 
 
+def as_given(tensor: torch.Tensor) -> torch.Tensor:
+    """For compiled autograd, which traces it: what a chain computed again."""
+    return tensor
+
+
 def _is_compiled(tensor: torch.Tensor) -> bool:
     """Whether a tensor of a Python class is one that stands for others in what torch.compile, or freezekit, is tracing.
 
@@ -147,7 +152,8 @@ def _switched(on: bool) -> None:
     it.
     """
     for name in _C.enable.operators():
-        op = getattr(torch.ops.aten, name).default
+        packet, _, overload = name.partition(".")
+        op = getattr(getattr(torch.ops.aten, packet), overload or "default")
         in_python = op.py_kernels.get(DispatchKey.Autograd)
         for key in _AUTOGRAD if in_python else ():
             if on:

@@ -45,6 +45,8 @@ bool is_compiled(const Tensor& tensor) {
          is_compiled_.load()(tensor);
 }
 
+bool is_watched_here() { return is_watched; }
+
 bool has_modes() { return c10::impl::TorchDispatchModeTLS::any_modes_set() && !is_watched; }
 
 }  // namespace detail

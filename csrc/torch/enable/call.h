@@ -21,6 +21,7 @@ namespace detail {
 bool is_plain(const Tensor&);
 bool is_compiled(const Tensor&);
 bool has_modes();
+bool is_watched_here();
 }  // namespace detail
 
 // Whether torch's kernel would do no more than call the one below: nothing requires a gradient, of either kind.

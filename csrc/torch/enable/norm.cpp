@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include "torch/chains/chain.h"
 #include "torch/enable/call.h"
 #include "torch/enable/operator.h"
 
@@ -96,7 +97,9 @@ Three native_group_norm(DispatchKeySet keys, const Tensor& input, const Optional
   if (is_unrecorded(input, w, b)) return torch_group_norm.unrecorded(keys, input, weight, bias, n, c, hw, groups, eps);
   const bool is_batch = input.dim() >= 2 && input.sym_size(0) == n && input.sym_size(1) == c;
   if (!is_batch || !is_for_bias_alone(input, w, b)) {
-    return torch_group_norm.stock(keys, input, weight, bias, n, c, hw, groups, eps);
+    auto results = torch_group_norm.stock(keys, input, weight, bias, n, c, hw, groups, eps);
+    if (is_batch) chain::note_bias(std::get<0>(results), b);
+    return results;
   }
   auto results = torch_group_norm.forward(keys, input, weight, bias, n, c, hw, groups, eps);
   // Torch lets all three require a gradient here, and gives the bias none of the statistics'.

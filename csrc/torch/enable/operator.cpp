@@ -37,7 +37,9 @@ AnyOperator::AnyOperator(const char* name, torch::CppFunction (*stand_in)()) : n
 
 // False where the kernel of `key` is not torch's own.
 bool AnyOperator::find_stock(c10::DispatchKey key) {
-  const auto handle = c10::Dispatcher::singleton().findSchemaOrThrow((std::string("aten::") + name_).c_str(), "");
+  const std::string name = name_, base = name.substr(0, name.find('.'));
+  const std::string overload = name.size() > base.size() ? name.substr(base.size() + 1) : "";
+  const auto handle = c10::Dispatcher::singleton().findSchemaOrThrow(("aten::" + base).c_str(), overload.c_str());
   if (handle.hasKernelForDispatchKey(key)) return false;
   auto kernel = handle.getComputedKernelForDispatchKey(key);
   if (!is_torch_s(kernel.debug())) return false;

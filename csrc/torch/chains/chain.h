@@ -1,0 +1,59 @@
+// One tensor per chain: what torch's graph keeps although it can be computed again, cheaply, from what it keeps anyway.
+//
+// An activation keeps its input. Where a norm made that, whose own input is kept for the norm's gradient, there are two
+// tensors and one would do. So torch's node stays as it is, and what it saved is replaced by a recipe:
+//
+//   operator              what made its operand        the operand's recipe
+//   silu, gelu, ...       group norm                   x * scale + shift, of the norm's input
+//   product               silu, gelu, ...              the activation, of its input, or of its input's recipe
+//
+// A recipe is kept only if it gives the operand's very bits: it is tried when it is kept. So nothing is assumed of who
+// else wrote to the operand, by which way, and nothing of how torch rounds.
+//
+// What a recipe reads is held with its version, as autograd holds what it saved.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <memory>
+
+namespace freezekit::chain {
+
+using at::Tensor;
+
+class Recipe {
+ public:
+  virtual ~Recipe() = default;
+  virtual Tensor compute() const = 0;
+  // Whether `value` has the bits and the strides of what compute gives.
+  virtual bool gives(const Tensor& value) const = 0;
+};
+
+using RecipePtr = std::shared_ptr<const Recipe>;
+
+// A recipe that gives `value`; null where there is none, and where hooks of others see what is saved: checkpoints count
+// it, offloading takes it away. `watched`: the hooks are freezekit's own, and so may be the stand-ins for tensors, which
+// have no data to try a recipe on.
+RecipePtr recipe_for(const Tensor& value, bool watched);
+
+// While torch's kernel makes a node whose operands have recipes: no hook is to see what is not kept.
+class Unseen {
+ public:
+  Unseen();
+  ~Unseen();
+  Unseen(const Unseen&) = delete;
+
+ private:
+  bool before_;
+};
+
+enum class Operand { self, other };
+
+// Of the node of `result`, which torch's kernel has just made within Unseen: the operand is not kept where there is a
+// recipe; else hooks see it after all.
+void keep(const Tensor& result, Operand which, const Tensor& operand, const RecipePtr& recipe);
+
+// Torch's node of a group norm does not keep the bias, which a recipe needs.
+void note_bias(const Tensor& result, const Tensor& bias);
+
+}  // namespace freezekit::chain

@@ -1,0 +1,379 @@
+"""Chains: what can be made again from what the graph keeps is not kept, and gradients are stock's to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import freezekit as fk
+from bench.memory import bytes_kept
+from tests.enabled.helpers import gradients
+
+SIZE = (2, 8, 9, 7)
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "silu_": lambda x: F.silu(x, inplace=True),
+    "hardswish": F.hardswish,
+    "hardswish_": lambda x: F.hardswish(x, inplace=True),
+    "mish": F.mish,
+    "mish_": lambda x: F.mish(x, inplace=True),
+    "gelu": F.gelu,
+    "gelu, tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+def norm(groups: int = 4, channels: int = 8, affine: bool = True) -> nn.GroupNorm:
+    torch.manual_seed(0)
+    layer = nn.GroupNorm(groups, channels, affine=affine)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    return layer.requires_grad_(False)
+
+
+def both(call: Callable[..., Any], *inputs: Tensor) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Stock's results and gradients, and those of the same call while enabled."""
+    stock = gradients(call, *inputs)
+    with fk.enabled():
+        return stock, gradients(call, *inputs)
+
+
+def assert_equal(found: list[Tensor | None], expected: list[Tensor | None]) -> None:
+    for a, b in zip(found, expected, strict=True):
+        assert a is not None
+        assert b is not None
+        assert a.stride() == b.stride()
+        assert torch.equal(a, b)
+
+
+def tensors_kept(call: Callable[[Tensor], Tensor], x: Tensor) -> float:
+    """What `call` keeps while enabled, in tensors of the size of x; less than one for vectors along channels."""
+    with fk.enabled():
+        return bytes_kept(call, x) / x.nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_an_activation_behind_a_group_norm(name: str, memory_format: torch.memory_format, dtype: torch.dtype) -> None:
+    layer, f = norm().to(dtype), ACTIVATIONS[name]
+    x = torch.randn(2, 8, 32, 32, dtype=dtype).contiguous(memory_format=memory_format).requires_grad_()
+    call = lambda x: f(layer(x))  # noqa: E731
+    assert bytes_kept(call, x) >= 2 * x.nbytes
+    assert 1 <= tensors_kept(call, x) < 1.02
+    stock, ours = both(call, x)
+    assert_equal(ours, stock)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize(("groups", "channels"), [(1, 8), (8, 8), (3, 6), (4, 12)])
+@pytest.mark.parametrize("size", [(), (1,), (37,), (5, 4, 3)], ids=str)
+def test_sizes(size: tuple[int, ...], groups: int, channels: int, affine: bool) -> None:
+    layer = norm(groups, channels, affine)
+    x = torch.randn(3, channels, *size, requires_grad=True)
+    stock, ours = both(lambda x: F.silu(layer(x)), x)
+    assert_equal(ours, stock)
+
+
+def test_parameters_of_the_norm_may_learn() -> None:
+    layer = norm()
+    x = torch.randn(SIZE, requires_grad=True)
+    call = lambda x, w, b: F.silu(F.group_norm(x, 4, w, b))  # noqa: E731
+    weight, bias = (p.detach().clone().requires_grad_() for p in layer.parameters())
+    stock, ours = both(call, x, weight, bias)
+    assert_equal(ours, stock)
+
+
+@pytest.mark.parametrize("name", [name for name in ACTIVATIONS if name != "mish_"])
+def test_a_product_with_an_activation(name: str) -> None:
+    """As in GEGLU and squeeze-and-excitation: the activation keeps its input, from which the factor is made again."""
+    f = ACTIVATIONS[name]
+    x, gate = torch.randn(2, 8, 16, 16, requires_grad=True), torch.randn(2, 8, 1, 1, requires_grad=True)
+    for call in (lambda x, g: f(x * 2) * g, lambda x, g: g * f(x * 2)):
+        stock, ours = both(call, x, gate)
+        assert_equal(ours, stock)
+        assert bytes_kept(lambda x, call=call: call(x, gate), x) >= 2 * x.nbytes
+        assert 1 <= tensors_kept(lambda x, call=call: call(x, gate), x) < 1.02
+
+
+def test_norm_activation_product() -> None:
+    """Three in a row keep the norm's input."""
+    layer = norm()
+    x, gate = torch.randn(2, 8, 16, 16, requires_grad=True), torch.randn(2, 8, 1, 1, requires_grad=True)
+    call = lambda x, g: F.silu(layer(x)) * g  # noqa: E731
+    stock, ours = both(call, x, gate)
+    assert_equal(ours, stock)
+    assert 1 <= tensors_kept(lambda x: call(x, gate), x) < 1.03
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda y: y.data.mul_(2),
+        lambda y: y.detach().numpy().__imul__(2),
+        lambda y: y.data.copy_(torch.zeros_like(y)),
+        lambda y: torch.no_grad()(lambda: y.mul_(2))(),
+        lambda y: y.data.view(-1)[-1:].neg_(),
+    ],
+    ids=["data", "numpy", "copy_", "no_grad", "one element"],
+)
+@pytest.mark.parametrize("between", ["norm and activation", "activation and product"])
+def test_a_write_in_between_is_seen(between: str, write: Callable[[Tensor], object]) -> None:
+    """By whichever way: what the operator reads then is what it keeps."""
+    layer, gate = norm(), torch.randn(2, 8, 1, 1)
+
+    def call(x: Tensor, g: Tensor) -> Tensor:
+        y = layer(x)
+        if between == "norm and activation":
+            write(y)
+        z = F.silu(y)
+        if between != "norm and activation":
+            write(z)
+        return z * g
+
+    stock, ours = both(call, torch.randn(SIZE, requires_grad=True), gate.requires_grad_())
+    assert_equal(ours, stock)
+
+
+@pytest.mark.parametrize("moved", ["weight", "bias"])
+@pytest.mark.parametrize("write", [lambda p: p.data.add_(1), lambda p: p.detach().numpy().__iadd__(1)])
+def test_parameters_that_move_before_backward(moved: str, write: Callable[[Tensor], object]) -> None:
+    """The activation's input was made with the old ones; in stock, too, only the norm's own gradient sees the new."""
+
+    def run() -> tuple[Tensor, ...]:
+        layer = norm()
+        x = torch.randn(SIZE, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        y = layer(x)
+        z = F.silu(y)
+        write(getattr(layer, moved))
+        return torch.autograd.grad(z.sum(), (y, x))
+
+    stock = run()
+    with fk.enabled():
+        ours = run()
+    assert_equal(list(ours), list(stock))
+
+
+def test_an_input_that_was_changed_is_an_error() -> None:
+    layer, x = norm(), torch.randn(SIZE, requires_grad=True)
+    with fk.enabled():
+        h = x * 1
+        y = F.silu(layer(h))
+        h.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_the_graph_is_torch_s_own() -> None:
+    layer, x = norm(), torch.randn(SIZE, requires_grad=True)
+    with fk.enabled():
+        y = F.silu(layer(x))
+    assert y.grad_fn is not None
+    assert y.grad_fn.name() == "SiluBackward0"
+    assert y.grad_fn.next_functions[0][0].name() == "NativeGroupNormBackward0"
+
+
+def test_double_backward() -> None:
+    layer = norm().double()
+    call = lambda x: F.silu(layer(x))  # noqa: E731
+    x = torch.randn(2, 8, 3, dtype=torch.float64, requires_grad=True)
+
+    def second(x: Tensor) -> Tensor:
+        y = call(x)
+        (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        return dx.square()
+
+    stock, ours = both(second, x)
+    assert_equal(ours, stock)
+    with fk.enabled():
+        assert torch.autograd.gradgradcheck(call, x)
+
+
+def test_retained_graphs_and_branches() -> None:
+    """A branch that is done with frees the norm's tensors; another still has what it needs."""
+    layer = norm()
+
+    def call(x: Tensor) -> Tensor:
+        y = layer(x)
+        first, second = F.silu(y), F.gelu(y)
+        a = torch.autograd.grad(first.sum(), x, retain_graph=True)[0]
+        b = torch.autograd.grad(first.sum(), x)[0]
+        c = torch.autograd.grad(second.sum(), y)[0]
+        return torch.stack([a, b, c]).requires_grad_() * x
+
+    stock, ours = both(call, torch.randn(SIZE, requires_grad=True))
+    assert_equal(ours, stock)
+
+
+def test_hooks_see_what_they_see_in_stock() -> None:
+    layer = norm()
+
+    def call(x: Tensor) -> Tensor:
+        y = layer(x)
+        y.register_hook(lambda grad: grad * 2)
+        y.retain_grad()
+        z = F.silu(y)
+        (dx,) = torch.autograd.grad(z.sum(), x, retain_graph=True)
+        z.sum().backward(inputs=[y])
+        assert y.grad is not None
+        return dx.requires_grad_() * y.grad * x
+
+    stock, ours = both(call, torch.randn(SIZE, requires_grad=True))
+    assert_equal(ours, stock)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpoints(use_reentrant: bool) -> None:
+    layer = norm()
+    block = lambda x: F.silu(layer(x * 2)) * x  # noqa: E731
+    start = torch.randn(SIZE)
+
+    def step() -> list[Tensor | None]:
+        x = start.clone().requires_grad_()
+        y = checkpoint(block, checkpoint(block, x, use_reentrant=use_reentrant), use_reentrant=use_reentrant)
+        y.sum().backward()
+        return [y, x.grad]
+
+    expected = step()
+    with fk.enabled():  # a checkpoint's forward runs again in backward
+        assert_equal(step(), expected)
+
+
+def test_others_hooks_on_what_is_saved_see_all_of_it() -> None:
+    layer, x = norm(), torch.randn(SIZE, requires_grad=True)
+
+    def seen() -> list[torch.Size]:
+        shapes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(t.shape) or t, lambda t: t):
+            F.silu(layer(x * 1)) * x
+        return shapes
+
+    stock = seen()
+    with fk.enabled():
+        assert seen() == stock
+
+
+def test_offloading() -> None:
+    layer = norm()
+
+    def call(x: Tensor) -> Tensor:
+        with torch.autograd.graph.save_on_cpu():
+            return F.silu(layer(x))
+
+    stock, ours = both(call, torch.randn(SIZE, requires_grad=True))
+    assert_equal(ours, stock)
+
+
+def test_autocast() -> None:
+    layer, conv = norm(), nn.Conv2d(8, 8, 3).requires_grad_(False)
+
+    def call(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return conv(F.silu(layer(conv(x))))
+
+    stock, ours = both(call, torch.randn(SIZE, requires_grad=True))
+    torch.testing.assert_close(ours, stock)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_keeps_what_torch_keeps_or_less(dtype: torch.dtype) -> None:
+    """Torch's statistics are rounded there: where they do not give the value back, it is kept."""
+    layer = norm().to(dtype)
+    x = torch.randn(2, 8, 16, 16).to(dtype).requires_grad_()
+    call = lambda x: F.silu(layer(x))  # noqa: E731
+    stock, ours = both(call, x)
+    assert_equal(ours, stock)
+    with fk.enabled():
+        enabled = bytes_kept(call, x)
+    assert enabled <= bytes_kept(call, x)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38, 1e-42])
+def test_values_at_the_edge(value: float) -> None:
+    layer = norm()
+    x = torch.randn(SIZE)
+    x[0, 0, 0, 0] = value
+    stock, ours = both(lambda x: F.silu(layer(x)) * x, x.requires_grad_())
+    for a, b in zip(ours, stock, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def test_views_and_slices_are_left_alone() -> None:
+    layer = norm()
+
+    def call(x: Tensor) -> Tensor:
+        y = layer(x)
+        return F.silu(y[:, ::2]) * F.gelu(y.transpose(1, 2))[:, :8:2, :, :].transpose(1, 2)[:, :4, :4].sum()
+
+    stock, ours = both(call, torch.randn(SIZE, requires_grad=True))
+    assert_equal(ours, stock)
+
+
+def test_threads() -> None:
+    """Another number of threads in backward than in forward: still the bits of the value."""
+    layer, x = norm(), torch.randn(4, 8, 64, 64, requires_grad=True)
+    (expected,) = torch.autograd.grad(F.silu(layer(x)).sum(), x)
+    before = torch.get_num_threads()
+    with fk.enabled():
+        y = F.silu(layer(x))
+    try:
+        torch.set_num_threads(3)
+        (dx,) = torch.autograd.grad(y.sum(), x)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(dx, expected)
+
+
+def test_nothing_outlives_the_graph() -> None:
+    layer, x = norm(), torch.randn(SIZE, requires_grad=True)
+    with fk.enabled():
+        before = torch.utils._python_dispatch  # noqa: F841
+        h = x * 1
+        alive = torch.multiprocessing.reductions.StorageWeakRef(h.untyped_storage())
+        y = F.silu(layer(h)) * h
+        del h
+        assert not alive.expired()
+        del y
+    assert alive.expired()
+
+
+def test_compiled_autograd() -> None:
+    layer = norm()
+    x = torch.randn(SIZE, requires_grad=True)
+    (expected,) = torch.autograd.grad(F.silu(layer(x)).sum(), x)
+    with fk.enabled():
+        y = F.silu(layer(x)).sum()
+    from torch._dynamo import compiled_autograd
+
+    with compiled_autograd._enable(lambda graph: torch.compile(graph, backend="eager")):
+        y.backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad, expected)
+
+
+class Gated(nn.Module):
+    """A norm, an activation in place, and a gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.gate = nn.Conv2d(8, 8, 1), norm(), nn.Conv2d(8, 8, 1)
+        self.act = nn.SiLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.act(self.norm(self.conv(x)))
+        return h * torch.sigmoid(self.gate(h.mean((2, 3), keepdim=True)))
+
+
+@pytest.mark.parametrize("measure", [False, True])
+def test_explain_tells_of_chains(measure: bool) -> None:
+    model = Gated().requires_grad_(False)
+    x = torch.randn(2, 8, 32, 32, requires_grad=True)
+    with fk.enabled():
+        told = fk.explain(model, x, measure=measure).bytes_kept
+        # The copies of the norm's parameters that a recipe holds are the node's own, which hooks do not see.
+        assert told == bytes_kept(model, x) - model.norm.weight.nbytes - model.norm.bias.nbytes
