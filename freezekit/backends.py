@@ -115,4 +115,5 @@ class backend(switched):
 def _set(name: str, hopper: bool) -> None:
     global _current, _hopper
     _current, _hopper = name, hopper
+    _C.quick.set_backend(name)
     _C.set_hopper(hopper)

@@ -55,6 +55,18 @@ struct LeakyRelu {
   }
 };
 
+// x, or `other` where x is at most `threshold`.
+template <class T>
+struct Threshold {
+  Compute<T> threshold;
+  Bits<T> other;
+  FK_INLINE bool bit(Bits<T> x) const { return !(up(bits_as<T>(x)) <= threshold); }
+  FK_INLINE Bits<T> value(Bits<T> x) const {
+    const Bits<T> mask = Bits<T>(0) - Bits<T>(bit(x));
+    return (x & mask) | (other & ~mask);
+  }
+};
+
 // The ends of values are rounded to the tensor's dtype, those of the gradient are not: so torch does it.
 template <class T>
 struct Hardtanh {

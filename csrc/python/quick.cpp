@@ -1,143 +1,389 @@
-// freezekit._C.quick: operators as layers call them, on a shorter way than through torch.ops.
+// freezekit._C.quick: layers' functions as Python calls them, on a shorter way than through torch.ops.
 //
 // torch.ops finds an operator's schema, boxes every argument and unboxes the result; beside a small layer that is a good
 // part of the time. Only the plainest call goes this way: whatever is unusual about an argument is left to Python, which
-// knows what to say of it. The operator is the same, and so is all that the dispatcher does with it.
+// knows what to say of it. Functions take what those of freezekit.functional take, in that order and without names.
+#include <ATen/Context.h>
 #include <ATen/PythonTorchFunctionTLS.h>
-#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/adaptive_avg_pool2d.h>
+#include <ATen/ops/group_norm.h>
+#include <ATen/ops/layer_norm.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/jit/frontend/tracer.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <atomic>
+#include <limits>
+
 #include "python/bindings.h"
+#include "torch/bits/activation.h"
+#include "torch/bits/dropout.h"
+#include "torch/bits/prelu.h"
 #include "torch/common/operators.h"
+#include "torch/common/unseen.h"
+#include "torch/conv2d/autograd.h"
+#include "torch/conv_nd/conv_nd.h"
+#include "torch/linear_layers/linear_layers.h"
+#include "torch/max_pool2d/max_pool2d.h"
+#include "torch/norm/norm.h"
 
 namespace freezekit {
 namespace {
 
+using OptionalTensor = std::optional<Tensor>;
+
+std::atomic<Backend> backend = Backend::automatic;
+
+// A call's arguments, of which the last may be missing.
+struct Given {
+  PyObject* const* arguments;
+  Py_ssize_t count;
+
+  PyObject* operator[](Py_ssize_t i) const { return i < count ? arguments[i] : nullptr; }
+};
+
+// Each reads a plain argument; false where it is another. One that is missing leaves the value as it is.
+bool read(PyObject* object, bool* value) {
+  if (object) *value = object == Py_True;
+  return !object || PyBool_Check(object);
+}
+
+bool read(PyObject* object, double* value) {
+  if (!object) return true;
+  if (!PyFloat_CheckExact(object)) return false;
+  *value = PyFloat_AS_DOUBLE(object);
+  return true;
+}
+
 bool read(PyObject* object, int64_t* value) {
+  if (!object) return true;
   if (!PyLong_CheckExact(object)) return false;
   int overflow = 0;
   *value = PyLong_AsLongLongAndOverflow(object, &overflow);
   return overflow == 0;
 }
 
-bool read(PyObject* object, std::array<int64_t, 2>* pair) {
-  if (PyTuple_CheckExact(object)) {
-    return PyTuple_GET_SIZE(object) == 2 && read(PyTuple_GET_ITEM(object, 0), &(*pair)[0]) &&
-           read(PyTuple_GET_ITEM(object, 1), &(*pair)[1]);
+// One number for all axes, or one for each.
+template <size_t kAxes>
+bool read(PyObject* object, std::array<int64_t, kAxes>* numbers) {
+  const bool is_tuple = object && PyTuple_CheckExact(object);
+  if (is_tuple && PyTuple_GET_SIZE(object) != kAxes) return false;
+  for (size_t i = 0; i < kAxes; ++i) {
+    if (!read(is_tuple ? PyTuple_GET_ITEM(object, i) : object, &(*numbers)[i])) return false;
   }
-  return read(object, &(*pair)[0]) && read(object, &(*pair)[1]);
+  return true;
 }
 
-bool is_image_batch(PyObject* object) {
-  return THPVariable_CheckExact(object) && THPVariable_Unpack(object).dim() == 4;
+bool read(PyObject* object, c10::SmallVector<int64_t, 4>* numbers) {
+  if (!object || !PyTuple_CheckExact(object)) return false;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(object); ++i) {
+    if (!read(PyTuple_GET_ITEM(object, i), &numbers->emplace_back())) return false;
+  }
+  return true;
 }
 
-// conv2d(input, weight, bias, stride, padding, dilation, groups, backend): y, or None where this way does not serve.
-PyObject* quick_conv2d(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == 8, "conv2d takes 8 arguments, got ", count);
-  std::array<int64_t, 2> stride, padding, dilation;
-  int64_t groups;
-  const bool has_bias = args[2] != Py_None;
-  if (!is_image_batch(args[0]) || !THPVariable_CheckExact(args[1]) || (has_bias && !THPVariable_CheckExact(args[2])) ||
-      !read(args[3], &stride) || !read(args[4], &padding) || !read(args[5], &dilation) || !read(args[6], &groups) ||
-      at::impl::torch_function_mode_enabled()) {
-    Py_RETURN_NONE;
-  }
-  const char* const backend = PyUnicode_AsUTF8(args[7]);
-  if (!backend) throw python_error();
-  const Tensor input = THPVariable_Unpack(args[0]), weight = THPVariable_Unpack(args[1]);
-  const std::optional<Tensor> bias = has_bias ? std::make_optional(THPVariable_Unpack(args[2])) : std::nullopt;
-  const Geometry geometry(c10::fromIntArrayRefSlow(stride), c10::fromIntArrayRefSlow(padding),
-                          c10::fromIntArrayRefSlow(dilation), groups, backend);
-  Tensor y;
-  {
-    const pybind11::gil_scoped_release no_gil;
-    y = conv2d(input, weight, bias, geometry);
-  }
-  return THPVariable_Wrap(std::move(y));
-  END_HANDLE_TH_ERRORS
-}
-
-template <class Signature>
-c10::TypedOperatorHandle<Signature> find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
-// activation(input, kind, a, b, inplace, backend): y, or None where this way does not serve.
-PyObject* quick_activation(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == 6, "activation takes 6 arguments, got ", count);
-  if (!THPVariable_CheckExact(args[0]) || !PyFloat_CheckExact(args[2]) || !PyFloat_CheckExact(args[3]) ||
-      !PyBool_Check(args[4]) || at::impl::torch_function_mode_enabled()) {
-    Py_RETURN_NONE;
-  }
-  const char* const kind = PyUnicode_AsUTF8(args[1]);
-  const char* const backend = kind ? PyUnicode_AsUTF8(args[5]) : nullptr;
-  if (!backend) throw python_error();
-  const double a = PyFloat_AS_DOUBLE(args[2]), b = PyFloat_AS_DOUBLE(args[3]);
-  Tensor x = THPVariable_Unpack(args[0]), y;
-  if (args[4] == Py_True) {
-    static const auto op =
-        find<void(Tensor&, std::string_view, double, double, std::string_view)>("freezekit::activation_");
-    const pybind11::gil_scoped_release no_gil;
-    op.call(x, kind, a, b, backend);
-  } else {
-    static const auto op =
-        find<Tensor(const Tensor&, std::string_view, double, double, std::string_view)>("freezekit::activation");
-    const pybind11::gil_scoped_release no_gil;
-    y = op.call(x, kind, a, b, backend);
-  }
-  return y.defined() ? THPVariable_Wrap(std::move(y)) : Py_NewRef(args[0]);
-  END_HANDLE_TH_ERRORS
-}
-
-bool read(PyObject* object, std::optional<Tensor>* tensor) {
-  if (object == Py_None) return true;
-  if (!THPVariable_CheckExact(object)) return false;
+bool read(PyObject* object, Tensor* tensor) {
+  if (!object || !THPVariable_CheckExact(object)) return false;
   *tensor = THPVariable_Unpack(object);
   return true;
 }
 
-// batch_norm(input, weight, bias, mean, var, eps): y, or None where this way does not serve.
-PyObject* quick_batch_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
+bool read(PyObject* object, OptionalTensor* tensor) {
+  if (!object || object == Py_None) return true;
+  return read(object, &tensor->emplace());
+}
+
+// A function's result for a plain call; undefined where this way does not serve.
+using Function = Tensor (*)(const Given&);
+
+template <Function kFunction, Py_ssize_t kMost>
+PyObject* call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == 6, "batch_norm takes 6 arguments, got ", count);
-  std::optional<Tensor> weight, bias;
-  if (!THPVariable_CheckExact(args[0]) || !read(args[1], &weight) || !read(args[2], &bias) ||
-      !THPVariable_CheckExact(args[3]) || !THPVariable_CheckExact(args[4]) || !PyFloat_CheckExact(args[5]) ||
-      at::impl::torch_function_mode_enabled()) {
+  // A function mode is to see the function that was called, and a trace to record torch's. What a demand for kernels
+  // means is said by Python.
+  if (count > kMost || is_own(backend) || at::impl::torch_function_mode_enabled() || torch::jit::tracer::isTracing()) {
     Py_RETURN_NONE;
   }
-  static const auto op = find<Tensor(const Tensor&, const std::optional<Tensor>&, const std::optional<Tensor>&,
-                                     const Tensor&, const Tensor&, double)>("freezekit::batch_norm");
-  const Tensor x = THPVariable_Unpack(args[0]), mean = THPVariable_Unpack(args[3]), var = THPVariable_Unpack(args[4]);
-  const double eps = PyFloat_AS_DOUBLE(args[5]);
-  Tensor y;
-  {
-    const pybind11::gil_scoped_release no_gil;
-    y = op.call(x, weight, bias, mean, var, eps);
-  }
-  return THPVariable_Wrap(std::move(y));
+  Tensor result = kFunction({arguments, count});
+  if (!result.defined()) Py_RETURN_NONE;
+  return THPVariable_Wrap(std::move(result));
   END_HANDLE_TH_ERRORS
 }
 
-template <PyObject* (*kRun)(PyObject*, PyObject* const*, Py_ssize_t)>
-py::object function(const char* name, const char* doc) {
-  static PyMethodDef method = {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(kRun)), METH_FASTCALL,
-                               doc};
-  return py::reinterpret_steal<py::object>(PyCFunction_New(&method, nullptr));
+template <class Compute>
+Tensor without_gil(const Compute& compute) {
+  const pybind11::gil_scoped_release no_gil;
+  return compute();
+}
+
+Tensor quick_conv2d(const Given& given) {
+  Tensor input, weight;
+  OptionalTensor bias;
+  std::array<int64_t, 2> stride = {1, 1}, padding = {0, 0}, dilation = {1, 1};
+  int64_t groups = 1;
+  if (!read(given[0], &input) || input.dim() != 4 || !read(given[1], &weight) || !read(given[2], &bias) ||
+      !read(given[3], &stride) || !read(given[4], &padding) || !read(given[5], &dilation) || !read(given[6], &groups)) {
+    return {};
+  }
+  return without_gil([&] {
+    const Geometry geometry(c10::fromIntArrayRefSlow(stride), c10::fromIntArrayRefSlow(padding),
+                            c10::fromIntArrayRefSlow(dilation), groups, to_string(backend));
+    return is_unseen(input, weight, bias ? *bias : weight) ? record_conv2d(input, weight, bias, geometry)
+                                                           : conv2d(input, weight, bias, geometry);
+  });
+}
+
+template <size_t kAxes, bool kTransposed>
+Tensor quick_convolution(const Given& given) {
+  Tensor input, weight;
+  OptionalTensor bias;
+  std::array<int64_t, kAxes> stride, padding = {}, dilation, output_padding = {};
+  stride.fill(1), dilation.fill(1);
+  int64_t groups = 1;
+  if (!read(given[0], &input) || input.dim() != kAxes + 2 || !read(given[1], &weight) || weight.dim() != kAxes + 2 ||
+      !read(given[2], &bias) || !read(given[3], &stride) || !read(given[4], &padding) ||
+      !(kTransposed ? read(given[5], &output_padding) && read(given[7], &dilation) : read(given[5], &dilation)) ||
+      !read(given[6], &groups) || !is_unseen(input, weight, bias ? *bias : weight) || input.is_complex()) {
+    return {};
+  }
+  return without_gil([&] {
+    return record_convolution(input, weight, bias,
+                              ConvNdGeometry(c10::fromIntArrayRefSlow(stride), c10::fromIntArrayRefSlow(padding),
+                                             c10::fromIntArrayRefSlow(dilation), kTransposed,
+                                             c10::fromIntArrayRefSlow(output_padding), groups));
+  });
+}
+
+Tensor activation(Tensor x, const PiecewiseActivation& f, bool inplace) {
+  return without_gil([&]() -> Tensor {
+    const Backend current = backend;
+    if (!is_unseen(x)) {
+      static const auto op = find_operator<Tensor(const Tensor&, std::string_view, double, double, std::string_view)>(
+          "freezekit::activation");
+      static const auto inplace_op =
+          find_operator<void(Tensor&, std::string_view, double, double, std::string_view)>("freezekit::activation_");
+      if (!inplace) return op.call(x, to_string(f.kind), f.a, f.b, to_string(current));
+      inplace_op.call(x, to_string(f.kind), f.a, f.b, to_string(current));
+      return x;
+    }
+    if (!inplace) return record_activation(x, f, current);
+    record_activation_(x, f, current);
+    return x;
+  });
+}
+
+Tensor quick_relu(const Given& given) {
+  Tensor x;
+  bool inplace = false;
+  if (!read(given[0], &x) || !read(given[1], &inplace)) return {};
+  return activation(std::move(x), {ActivationKind::relu}, inplace);
+}
+
+Tensor quick_hardtanh(const Given& given) {
+  Tensor x;
+  double lowest = -1, highest = 1;
+  bool inplace = false;
+  if (!read(given[0], &x) || !read(given[1], &lowest) || !read(given[2], &highest) || !read(given[3], &inplace) ||
+      !(lowest <= highest)) {
+    return {};
+  }
+  return activation(std::move(x), {ActivationKind::hardtanh, lowest, highest}, inplace);
+}
+
+Tensor quick_leaky_relu(const Given& given) {
+  Tensor x;
+  double slope = 0.01;
+  bool inplace = false;
+  if (!read(given[0], &x) || !read(given[1], &slope) || !read(given[2], &inplace)) return {};
+  return activation(std::move(x), {ActivationKind::leaky_relu, slope}, inplace);
+}
+
+Tensor quick_prelu(const Given& given) {
+  Tensor x, weight;
+  if (!read(given[0], &x) || !read(given[1], &weight)) return {};
+  return without_gil([&] {
+    if (is_unseen(x, weight)) return prelu(x, weight, backend);
+    static const auto op = find_operator<Tensor(const Tensor&, const Tensor&, std::string_view)>("freezekit::prelu");
+    return op.call(x, weight, to_string(backend));
+  });
+}
+
+Tensor quick_dropout(const Given& given) {
+  Tensor x;
+  double p = 0.5;
+  bool train = true, inplace = false;
+  if (!read(given[0], &x) || !read(given[1], &p) || !read(given[2], &train) || !read(given[3], &inplace) ||
+      !(p >= 0 && p <= 1) || !is_unseen(x)) {
+    return {};
+  }
+  return without_gil([&] {
+    if (!inplace) return record_dropout(x, p, train, backend);
+    record_dropout_(x, p, train, backend);
+    return x;
+  });
+}
+
+Tensor quick_batch_norm(const Given& given) {
+  Tensor x, mean, var;
+  OptionalTensor weight, bias;
+  bool training = false;
+  double momentum = 0.1, eps = 1e-5;
+  if (!read(given[0], &x) || !read(given[1], &mean) || !read(given[2], &var) || !read(given[3], &weight) ||
+      !read(given[4], &bias) || !read(given[5], &training) || !read(given[6], &momentum) || !read(given[7], &eps) ||
+      training || !(eps >= 0)) {
+    return {};
+  }
+  return without_gil([&] {
+    if (is_unseen(x, weight ? *weight : x, bias ? *bias : x, mean, var)) {
+      return record_batch_norm(x, weight, bias, mean, var, eps);
+    }
+    static const auto op = find_operator<decltype(record_batch_norm)>("freezekit::batch_norm");
+    return op.call(x, weight, bias, mean, var, eps);
+  });
+}
+
+// With a bias alone that learns, freezekit keeps less than torch; else layer and group norm are torch's.
+bool is_for_bias_alone(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias) {
+  return bias && bias->requires_grad() && !x.requires_grad() && !(weight && weight->requires_grad());
+}
+
+Tensor quick_layer_norm(const Given& given) {
+  Tensor x;
+  OptionalTensor weight, bias;
+  double eps = 1e-5;
+  c10::SmallVector<int64_t, 4> shape;
+  if (!read(given[0], &x) || !read(given[1], &shape) || !read(given[2], &weight) || !read(given[3], &bias) ||
+      !read(given[4], &eps) || is_for_bias_alone(x, weight, bias)) {
+    return {};
+  }
+  return without_gil(
+      [&] { return at::layer_norm(x, shape, weight, bias, eps, at::globalContext().userEnabledCuDNN()); });
+}
+
+Tensor quick_group_norm(const Given& given) {
+  Tensor x;
+  OptionalTensor weight, bias;
+  int64_t groups = 0;
+  double eps = 1e-5;
+  if (!read(given[0], &x) || !read(given[1], &groups) || !read(given[2], &weight) || !read(given[3], &bias) ||
+      !read(given[4], &eps) || is_for_bias_alone(x, weight, bias)) {
+    return {};
+  }
+  // Of one value per group torch says in Python that there is nothing to normalise.
+  if (x.dim() < 2 || groups < 1 || x.numel() <= x.size(0) * groups) return {};
+  return without_gil(
+      [&] { return at::group_norm(x, groups, weight, bias, eps, at::globalContext().userEnabledCuDNN()); });
+}
+
+// The settings of a pooling over two dimensions; without a stride the windows stand side by side.
+bool read_windows(const Given& given, std::array<int64_t, 2>* kernel_size, std::array<int64_t, 2>* stride,
+                  std::array<int64_t, 2>* padding) {
+  if (!given[1] || !read(given[1], kernel_size)) return false;
+  *stride = *kernel_size;
+  return (given[2] == Py_None || read(given[2], stride)) && read(given[3], padding);
+}
+
+Tensor quick_max_pool2d(const Given& given) {
+  Tensor x;
+  std::array<int64_t, 2> kernel_size, stride, padding = {0, 0}, dilation = {1, 1};
+  bool ceil_mode = false, return_indices = false;
+  if (!read(given[0], &x) || x.dim() != 4 || !read_windows(given, &kernel_size, &stride, &padding) ||
+      !read(given[4], &dilation) || !read(given[5], &ceil_mode) || !read(given[6], &return_indices) || return_indices ||
+      !is_unseen(x)) {
+    return {};
+  }
+  return without_gil([&] {
+    return record_max_pool2d(x, PoolGeometry(c10::fromIntArrayRefSlow(kernel_size), c10::fromIntArrayRefSlow(stride),
+                                             c10::fromIntArrayRefSlow(padding), c10::fromIntArrayRefSlow(dilation),
+                                             ceil_mode, to_string(backend)));
+  });
+}
+
+Tensor quick_avg_pool2d(const Given& given) {
+  Tensor x;
+  std::array<int64_t, 2> kernel_size, stride, padding = {0, 0};
+  bool ceil_mode = false, count_include_pad = true;
+  if (!read(given[0], &x) || x.dim() < 3 || x.dim() > 4 || !read_windows(given, &kernel_size, &stride, &padding) ||
+      !read(given[4], &ceil_mode) || !read(given[5], &count_include_pad) || (given[6] && given[6] != Py_None) ||
+      !is_unseen(x)) {
+    return {};
+  }
+  return without_gil(
+      [&] { return record_avg_pool(x, kernel_size, stride, padding, ceil_mode, count_include_pad, std::nullopt); });
+}
+
+Tensor quick_adaptive_avg_pool2d(const Given& given) {
+  Tensor x;
+  std::array<int64_t, 2> size;
+  if (!read(given[0], &x) || x.dim() < 3 || x.dim() > 4 || !given[1] || !read(given[1], &size) || !is_unseen(x)) {
+    return {};
+  }
+  const bool is_mean = size[0] == 1 && size[1] == 1;  // torch's own, which keeps sizes
+  return without_gil([&] {
+    return is_mean ? at::adaptive_avg_pool2d(x, size) : record_adaptive_avg_pool(x, c10::fromIntArrayRefSlow(size));
+  });
+}
+
+Tensor quick_pad(const Given& given) {
+  Tensor x;
+  c10::SmallVector<int64_t, 4> padding;
+  if (!read(given[0], &x) || !read(given[1], &padding) || padding.empty() || padding.size() % 2 || padding.size() > 6 ||
+      !given[2] || !PyUnicode_Check(given[2]) || (given[3] && given[3] != Py_None) || !is_unseen(x)) {
+    return {};
+  }
+  const bool reflects = PyUnicode_CompareWithASCIIString(given[2], "reflect") == 0;
+  if (!reflects && PyUnicode_CompareWithASCIIString(given[2], "replicate") != 0) return {};
+  const int64_t batch_dims = x.dim() - static_cast<int64_t>(padding.size() / 2);
+  if (batch_dims < 1 || batch_dims > 2) return {};
+  return without_gil([&] {
+    const auto record = reflects ? record_reflection_pad : record_replication_pad;
+    return record(x, c10::fromIntArrayRefSlow(padding));
+  });
+}
+
+PyObject* set_backend(PyObject*, PyObject* name) {
+  HANDLE_TH_ERRORS
+  const char* const text = PyUnicode_AsUTF8(name);
+  if (!text) throw python_error();
+  backend = parse_backend(text);
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
+template <Function kFunction, Py_ssize_t kMost>
+PyMethodDef method(const char* name) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call<kFunction, kMost>)), METH_FASTCALL,
+          "The function of plain arguments; None of others."};
 }
 
 }  // namespace
 
 void bind_quick(py::module_& parent) {
-  py::module_ m = parent.def_submodule("quick", "Operators on a shorter way than through torch.ops.");
-  m.attr("activation") = function<quick_activation>("activation", "The activation of a plain tensor; None of others.");
-  m.attr("batch_norm") = function<quick_batch_norm>("batch_norm", "batch_norm of plain tensors; None of others.");
-  m.attr("conv2d") = function<quick_conv2d>("conv2d", "conv2d of plain arguments; None of others.");
+  static PyMethodDef methods[] = {
+      method<quick_adaptive_avg_pool2d, 2>("adaptive_avg_pool2d"),
+      method<quick_avg_pool2d, 7>("avg_pool2d"),
+      method<quick_batch_norm, 8>("batch_norm"),
+      method<quick_convolution<1, false>, 7>("conv1d"),
+      method<quick_conv2d, 7>("conv2d"),
+      method<quick_convolution<3, false>, 7>("conv3d"),
+      method<quick_convolution<1, true>, 8>("conv_transpose1d"),
+      method<quick_convolution<2, true>, 8>("conv_transpose2d"),
+      method<quick_convolution<3, true>, 8>("conv_transpose3d"),
+      method<quick_dropout, 4>("dropout"),
+      method<quick_group_norm, 5>("group_norm"),
+      method<quick_hardtanh, 4>("hardtanh"),
+      method<quick_layer_norm, 5>("layer_norm"),
+      method<quick_leaky_relu, 3>("leaky_relu"),
+      method<quick_max_pool2d, 7>("max_pool2d"),
+      method<quick_pad, 4>("pad"),
+      method<quick_prelu, 2>("prelu"),
+      method<quick_relu, 2>("relu"),
+      {"set_backend", set_backend, METH_O, "The backend of all calls from here on."},
+      {nullptr, nullptr, 0, nullptr},
+  };
+  py::module_ m = parent.def_submodule("quick", "Layers' functions on a shorter way than through torch.ops.");
+  if (PyModule_AddFunctions(m.ptr(), methods)) throw py::error_already_set();
 }
 
 }  // namespace freezekit

@@ -79,9 +79,8 @@ def conversion_report(model: nn.Module, inputs: Any = None) -> list[LayerReport]
 def _reason_of_a_relative(module: nn.Module) -> str:
     """Of a layer that keeps what a kind of freezekit's would not, though it is of none of them; "" of any other."""
     kind = f"freezekit has no layer for {type(module).__module__}.{type(module).__qualname__}"
-    relu = isinstance(module, nn.Threshold) and module.threshold == module.value == 0
     leaky_relu = isinstance(module, nn.RReLU) and not module.training
-    if relu or leaky_relu or isinstance(module, nn.modules.batchnorm._NormBase):
+    if leaky_relu or isinstance(module, nn.Threshold | nn.modules.batchnorm._NormBase):
         return f"{kind}; {_ENABLE}"
     if isinstance(module, _INDEXED):
         return f"{kind}: it keeps its input and int64 indices, of which max pools over equal windows keep a byte"

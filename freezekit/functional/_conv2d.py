@@ -8,12 +8,13 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from freezekit import _C, backends
 from freezekit._arguments import Size2, number, numbers, plain
 from freezekit.backends import Backend, check_backend
-from freezekit.functional._torch import jit_trace, records_torch_s
+from freezekit.functional._torch import records_torch_s
 
 # A call of plain tensors and numbers; None of any other.
 _quick = _C.quick.conv2d
@@ -67,8 +68,8 @@ def conv2d(
     torch.Size([2, 4, 8, 8])
     >>> y.sum().backward()  # runs dgrad alone; x was not kept
     """
-    if backend is None and not torch.compiler.is_compiling() and jit_trace() is None:
-        y = _quick(input, weight, bias, stride, padding, dilation, groups, backends._current)
+    if backend is None and not is_dynamo_compiling():
+        y = _quick(input, weight, bias, stride, padding, dilation, groups)
         if y is not None:
             return y
     if has_torch_function_variadic(input, weight, bias):

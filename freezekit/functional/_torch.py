@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.overrides import handle_torch_function, has_torch_function
 
 from freezekit import _C, backends
@@ -21,8 +22,12 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 LEFT_TO_TORCH: Any = None
 
 
-def as_torch(torch_s: Callable[..., Any], *, shortcut: bool = True) -> Callable[[Function], Function]:
+def as_torch(
+    torch_s: Callable[..., Any], quick: Callable[..., Any] | None = None, *, shortcut: bool = True
+) -> Callable[[Function], Function]:
     """Decorates a stand-in for `torch_s`, a function of the same arguments, of which the first is the input.
+
+    `quick`, of `_C.quick`, is asked first: it answers a call of plain arguments, and says None of others.
 
     Where no gradient is needed nothing is kept, and torch's own function is the shortest way; without `shortcut` the
     stand-in runs there too, for what it refuses and torch would take. Tensors with a `__torch_function__` are asked
@@ -33,6 +38,11 @@ def as_torch(torch_s: Callable[..., Any], *, shortcut: bool = True) -> Callable[
     def decorate(function: Function) -> Function:
         @functools.wraps(function)
         def stand_in(*args: Any, **kwargs: Any) -> Any:
+            # torch.compile cannot look into quick.
+            if quick and not kwargs and not is_dynamo_compiling():
+                result = quick(*args)
+                if result is not None:
+                    return result
             # Subclasses and fx's proxies must see the stand-in; a trace compares lines too, and always takes one way.
             free = shortcut and backends._current in ("auto", "aten") and args and type(args[0]) is Tensor
             if free and not _learns(args) and not (kwargs and _learns(kwargs.values())) and jit_trace() is None:

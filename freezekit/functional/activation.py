@@ -9,8 +9,6 @@ from torch import Tensor
 from freezekit import _C, backends
 from freezekit.functional._torch import LEFT_TO_TORCH, are_numbers, as_torch
 
-# A call with a plain tensor; None of any other.
-_quick = _C.quick.activation
 _activation = torch.ops.freezekit.activation.default
 _activation_ = torch.ops.freezekit.activation_.default
 _prelu = torch.ops.freezekit.prelu.default
@@ -18,7 +16,7 @@ _dropout = torch.ops.freezekit.dropout.default
 _dropout_ = torch.ops.freezekit.dropout_.default
 
 
-@as_torch(F.relu)
+@as_torch(F.relu, _C.quick.relu)
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """`torch.nn.functional.relu`, keeping one bit per element instead of its output.
 
@@ -53,7 +51,7 @@ def relu6(input: Tensor, inplace: bool = False) -> Tensor:
     return hardtanh(input, 0.0, 6.0, inplace)
 
 
-@as_torch(F.hardtanh)
+@as_torch(F.hardtanh, _C.quick.hardtanh)
 def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
     """`torch.nn.functional.hardtanh`, min(max(x, min_val), max_val), keeping one bit per element instead of its input.
 
@@ -76,7 +74,7 @@ def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace
     return _apply(input, inplace, "hardtanh", float(min_val), float(max_val))
 
 
-@as_torch(F.leaky_relu)
+@as_torch(F.leaky_relu, _C.quick.leaky_relu)
 def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
     """`torch.nn.functional.leaky_relu`, keeping one bit per element instead of its input.
 
@@ -93,7 +91,7 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
     return _apply(input, inplace, "leaky_relu", float(negative_slope), 0.0)
 
 
-@as_torch(F.prelu)
+@as_torch(F.prelu, _C.quick.prelu)
 def prelu(input: Tensor, weight: Tensor) -> Tensor:
     """`torch.nn.functional.prelu`; while the slope is frozen it keeps one bit per element instead of its input.
 
@@ -115,7 +113,7 @@ def prelu(input: Tensor, weight: Tensor) -> Tensor:
     return _prelu(input, weight, backend=backends._current)
 
 
-@as_torch(F.dropout)
+@as_torch(F.dropout, _C.quick.dropout)
 def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     """`torch.nn.functional.dropout`, keeping one bit per element instead of a mask of the input's dtype.
 
@@ -145,10 +143,6 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
 
 
 def _apply(input: Tensor, inplace: bool, kind: str, a: float, b: float) -> Tensor:
-    if not torch.compiler.is_compiling():
-        y = _quick(input, kind, a, b, inplace, backends._current)
-        if y is not None:
-            return y
     if not inplace:
         return _activation(input, kind, a, b, backend=backends._current)
     _activation_(input, kind, a, b, backend=backends._current)

@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from freezekit import _C
 from freezekit.functional._torch import LEFT_TO_TORCH, SizeN, are_tensors, as_torch, is_integer, sizes
 
 _conv_nd = torch.ops.freezekit.convolution.default
 
 
-@as_torch(F.conv1d, shortcut=False)
+@as_torch(F.conv1d, _C.quick.conv1d, shortcut=False)
 def conv1d(
     input: Tensor,
     weight: Tensor,
@@ -40,7 +41,7 @@ def conv1d(
     return _convolve(1, input, weight, bias, groups, stride=stride, padding=padding, dilation=dilation)
 
 
-@as_torch(F.conv3d, shortcut=False)
+@as_torch(F.conv3d, _C.quick.conv3d, shortcut=False)
 def conv3d(
     input: Tensor,
     weight: Tensor,
@@ -67,7 +68,7 @@ def conv3d(
     return _convolve(3, input, weight, bias, groups, stride=stride, padding=padding, dilation=dilation)
 
 
-@as_torch(F.conv_transpose1d, shortcut=False)
+@as_torch(F.conv_transpose1d, _C.quick.conv_transpose1d, shortcut=False)
 def conv_transpose1d(
     input: Tensor,
     weight: Tensor,
@@ -96,7 +97,7 @@ def conv_transpose1d(
     return _convolve(1, input, weight, bias, groups, **settings)
 
 
-@as_torch(F.conv_transpose2d, shortcut=False)
+@as_torch(F.conv_transpose2d, _C.quick.conv_transpose2d, shortcut=False)
 def conv_transpose2d(
     input: Tensor,
     weight: Tensor,
@@ -125,7 +126,7 @@ def conv_transpose2d(
     return _convolve(2, input, weight, bias, groups, **settings)
 
 
-@as_torch(F.conv_transpose3d, shortcut=False)
+@as_torch(F.conv_transpose3d, _C.quick.conv_transpose3d, shortcut=False)
 def conv_transpose3d(
     input: Tensor,
     weight: Tensor,

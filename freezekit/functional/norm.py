@@ -11,14 +11,12 @@ from torch import Tensor
 from freezekit import _C
 from freezekit.functional._torch import LEFT_TO_TORCH, are_numbers, are_tensors, as_torch, is_integer
 
-# A call of plain tensors; None of any other.
-_quick = _C.quick.batch_norm
 _batch_norm = torch.ops.freezekit.batch_norm.default
 _layer_norm = torch.ops.freezekit.layer_norm.default
 _group_norm = torch.ops.freezekit.group_norm.default
 
 
-@as_torch(F.batch_norm)
+@as_torch(F.batch_norm, _C.quick.batch_norm)
 def batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -55,10 +53,6 @@ def batch_norm(
     fits = isinstance(input, Tensor) and isinstance(running_mean, Tensor) and isinstance(running_var, Tensor)
     if training or not fits or not are_tensors(weight, bias) or not are_numbers(eps) or eps < 0.0:
         return LEFT_TO_TORCH
-    if not torch.compiler.is_compiling():
-        y = _quick(input, weight, bias, running_mean, running_var, eps)
-        if y is not None:
-            return y
     return _batch_norm(input, weight, bias, running_mean, running_var, eps)
 
 
@@ -97,7 +91,7 @@ def instance_norm(
     return batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
 
 
-@as_torch(F.layer_norm)
+@as_torch(F.layer_norm, _C.quick.layer_norm)
 def layer_norm(
     input: Tensor,
     normalized_shape: Sequence[int],
@@ -128,7 +122,7 @@ def layer_norm(
     return _layer_norm(input, normalized_shape, weight, bias, eps)
 
 
-@as_torch(F.group_norm)
+@as_torch(F.group_norm, _C.quick.group_norm)
 def group_norm(
     input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional
 from torch import Tensor
 
-from freezekit import backends
+from freezekit import _C, backends
 from freezekit.functional._torch import LEFT_TO_TORCH, SizeN, as_torch, is_integer, sizes
 
 # torch's own functions, which give torch's own errors: their types know fewer sequences than they take.
@@ -49,7 +49,7 @@ def max_pool1d(
     return _maximum(1, input, *settings)
 
 
-@as_torch(F.max_pool2d)
+@as_torch(F.max_pool2d, _C.quick.max_pool2d)
 def max_pool2d(
     input: Tensor,
     kernel_size: SizeN,
@@ -128,7 +128,7 @@ def avg_pool1d(
     return _average(1, input, kernel_size, stride, padding, ceil_mode, count_include_pad)
 
 
-@as_torch(F.avg_pool2d)
+@as_torch(F.avg_pool2d, _C.quick.avg_pool2d)
 def avg_pool2d(
     input: Tensor,
     kernel_size: SizeN,
@@ -177,7 +177,7 @@ def adaptive_avg_pool1d(input: Tensor, output_size: SizeN) -> Tensor:
     return _adaptive_average(1, input, output_size)
 
 
-@as_torch(F.adaptive_avg_pool2d)
+@as_torch(F.adaptive_avg_pool2d, _C.quick.adaptive_avg_pool2d)
 def adaptive_avg_pool2d(input: Tensor, output_size: MaybeSizeN) -> Tensor:
     """`torch.nn.functional.adaptive_avg_pool2d`, keeping sizes alone. None in `output_size` keeps the input's size.
 
@@ -199,7 +199,7 @@ def adaptive_avg_pool3d(input: Tensor, output_size: MaybeSizeN) -> Tensor:
     return _adaptive_average(3, input, output_size)
 
 
-@as_torch(F.pad)
+@as_torch(F.pad, _C.quick.pad)
 def pad(input: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Tensor:
     """`torch.nn.functional.pad`; reflection and replication keep sizes instead of the input. Arguments as there.
 

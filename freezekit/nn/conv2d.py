@@ -32,7 +32,9 @@ class FreezableConv2d(nn.Conv2d):
     """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        input, padding = padded(self, input)
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            input, padding = padded(self, input)
         return functional.conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
 
     @classmethod

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bench import dgrad, overhead, targets
+from bench.timing import Spread
 
 ONE = [replace(overhead.CASES[0], bound=1e9)]
 
@@ -16,7 +17,7 @@ def test_overhead_reports_every_case(capsys: pytest.CaptureFixture[str]) -> None
     assert overhead.main(["--rounds", "1", "--calls", "1"]) == 0
     text = capsys.readouterr().out
     assert all(case.name in text for case in overhead.CASES)
-    assert {case.bound for case in overhead.CASES} == {1.3, 1.65}
+    assert {case.bound for case in overhead.CASES} == {1.02, 1.05}
 
 
 @pytest.mark.parametrize(("bound", "code"), [(1e9, 0), (0.0, 1)])
@@ -52,25 +53,42 @@ def test_targets_check(
     assert ("FAILS" in capsys.readouterr().out) == bool(code)
 
 
-@pytest.mark.parametrize(("ratio", "code"), [(1.0, 0), (1.04, 1)])
-def test_every_point_of_the_sweep_counts_and_is_measured_twice_before_it_fails(
-    ratio: float, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("ratio", "code", "counts"),
+    [
+        (Spread(1.0, 0.9, 1.02), 0, [1]),
+        (Spread(1.0, 0.9, 1.1), 0, [1, 3]),
+        (Spread(1.04, 1.0, 1.1), 1, [1, 3, 24]),
+    ],
+)
+def test_every_point_of_the_sweep_counts_and_is_measured_longer_before_it_fails(
+    ratio: Spread, code: int, counts: list[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     slow = dgrad.Point(64, 3, 3, 64, 1, 1)
     rounds: list[int] = []
 
-    def scripted(point: dgrad.Point, count: int, seed: int) -> float:
+    def scripted(point: dgrad.Point, count: int, seed: int) -> Spread:
+        if point != slow:
+            return Spread(0.5, 0.4, 0.6)
         rounds.append(count)
-        return ratio if point == slow else 0.5
+        return ratio
 
     monkeypatch.setattr(dgrad.Point, "ratio", scripted)
     assert slow in dgrad.points()
     assert dgrad.main(["--rounds", "3", "--check"]) == code
     said = capsys.readouterr().out
     assert slow.name in said
-    assert ("1 above" in said) == bool(code)
-    assert rounds.count(24) == code
+    assert (f"{slow.name}  above" in said) == bool(code)
+    assert f"{len(list(dgrad.points()))} points, {code} above" in said
+    assert rounds == counts
+
+
+def test_half_of_the_sweep_runs_on_its_own(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(dgrad.Point, "ratio", lambda *_: Spread(1.0, 1.0, 1.0))
+    assert dgrad.main(["--threads", "2"]) == 0
+    said = capsys.readouterr().out
+    assert all((point.name in said) == (point.threads == 2) for point in dgrad.points())
 
 
 def test_a_point_is_timed() -> None:
-    assert dgrad.Point(2, 3, 3, 4, 1, 1).ratio(1, 0) > 0
+    assert dgrad.Point(2, 3, 3, 4, 1, 1).ratio(1, 0).median > 0

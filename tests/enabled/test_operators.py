@@ -58,13 +58,16 @@ CASES = [
     layer(nn.Hardtanh, -0.5, 0.7, size=IMAGE, share=BIT),
     layer(nn.LeakyReLU, 0.2, size=IMAGE, share=BIT),
     layer(nn.Threshold, 0, 0, size=IMAGE, share=BIT),
+    layer(nn.Threshold, 0.3, -0.7, size=IMAGE, share=BIT),
     layer(nn.PReLU, size=IMAGE, share=BIT),
     layer(nn.PReLU, 4, size=IMAGE, share=BIT),
     OperatorCase("relu_", lambda x: F.relu_(x * 1), IMAGE, BIT),
     OperatorCase("relu6_", lambda x: F.relu6(x * 4, inplace=True), IMAGE, BIT),
     OperatorCase("hardtanh_", lambda x: F.hardtanh_(x * 1), IMAGE, BIT),
     OperatorCase("leaky_relu_", lambda x: F.leaky_relu_(x * 1, 0.1), IMAGE, BIT),
-    OperatorCase("threshold_", lambda x: F.threshold_(x * 1, 0.0, 0), IMAGE, BIT),
+    OperatorCase("threshold_", lambda x: F.threshold_(x * 1, -0.3, 20), IMAGE, BIT),
+    OperatorCase("threshold of gaps", lambda x: F.threshold((x * 1)[..., ::2], 0.1, 1), IMAGE, BIT),
+    OperatorCase("threshold_ of gaps", lambda x: F.threshold_((x * 1)[..., ::2], 0.1, 1), IMAGE, BIT),
     OperatorCase("dropout", lambda x: F.dropout(x, 0.3), IMAGE, BIT),
     OperatorCase("dropout_", lambda x: F.dropout(x * 1, 0.3, inplace=True), IMAGE, BIT),
     OperatorCase("max_pool2d", lambda x: F.max_pool2d(x * 1, 3, 2, 1), IMAGE, 0.06, exact=False),
@@ -120,6 +123,15 @@ def test_values_gradients_and_bytes(case: OperatorCase, dtype: torch.dtype) -> N
     assert mine <= case.share * torch_s * max(1, 4 / x.element_size())
 
 
+def test_nan_passes_a_threshold() -> None:
+    x = torch.tensor([float("nan"), 0.5, 1.0, -1.0] * 20, requires_grad=True)
+    stock = gradients(lambda x: F.threshold(x, 0.5, 7), x)
+    with fk.enabled():
+        ours = gradients(lambda x: F.threshold(x, 0.5, 7), x)
+    for a, b in zip(ours, stock, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("normalise", [F.layer_norm, F.group_norm], ids=["layer", "group"])
 def test_a_norm_keeps_nothing_for_its_bias(normalise: Callable[..., Tensor]) -> None:
     x, w, b = torch.randn(2, 6, 6), torch.randn(6), torch.randn(6, requires_grad=True)
@@ -146,7 +158,6 @@ TRAINABLE: list[tuple[str, Callable[[Tensor], Tensor]]] = [
     ("batch statistics", nn.BatchNorm2d(4).requires_grad_(False)),
     ("batch norm's weight", nn.BatchNorm2d(4).eval()),
     ("layer norm", nn.LayerNorm(16).requires_grad_(False)),
-    ("threshold", lambda x: F.threshold(x, 0.1, 20)),
     ("negative slope", lambda x: F.leaky_relu(x, -0.1)),
 ]
 

@@ -177,7 +177,7 @@ def test_the_report_names_every_layer_that_keeps_what_a_kind_of_freezekit_s_woul
         9: "",
         10: "",
     }
-    assert left.keys() == {2, 3, 4, 7, 12}
+    assert left.keys() == {2, 3, 4, 7, 8, 12}
     assert all(("freezekit.enable() reaches" in reason) == (i != 4) for i, reason in left.items())
     assert "NormAct is a subclass of BatchNorm2d" in left[2]
     assert "int64 indices" in left[4]

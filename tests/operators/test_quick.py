@@ -1,4 +1,4 @@
-"""The short way into conv2d, norms and activations: the same operator, and only for calls that have nothing unusual."""
+"""The short way into layers' functions: the same values and nodes, and only for calls that have nothing unusual."""
 
 from __future__ import annotations
 
@@ -30,30 +30,98 @@ seen: list[Any] = []
 
 
 def conv2d(**changes: Any) -> Any:
-    call = dict(input=X, weight=W, bias=B, stride=(1, 2), padding=1, dilation=(1, 1), groups=2, backend="auto")
+    call = dict(input=X, weight=W, bias=B, stride=(1, 2), padding=1, dilation=(1, 1), groups=2)
     return _C.quick.conv2d(*{**call, **changes}.values())
 
 
-def test_plain_calls_are_the_operator() -> None:
+def test_a_convolution_is_the_operator() -> None:
     expected = torch.ops.freezekit.conv2d(X, W, B, (1, 2), (1,), (1, 1), 2)
-    with Calls() as calls:
-        y = conv2d()
+    y = conv2d()
     assert torch.equal(y, expected)
     assert y.grad_fn.name() == expected.grad_fn.name()
+    with Calls() as calls:
+        assert torch.equal(conv2d(), expected)
     assert calls.count["freezekit::conv2d"] == 1
     assert torch.equal(conv2d(bias=None), torch.ops.freezekit.conv2d(X, W, None, (1, 2), (1,), (1, 1), 2))
-    x, one = X.clone().requires_grad_(), torch.full((4,), 1.5)
-    for weight in (None, one):
-        norm = (x, weight, None, one, one, 1e-3)
-        y, expected = _C.quick.batch_norm(*norm), torch.ops.freezekit.batch_norm(*norm)
-        assert torch.equal(y, expected)
-        assert y.grad_fn.name() == "FreezekitBatchNormBackward"
-    y = _C.quick.activation(x, "leaky_relu", 0.5, 0.0, False, "auto")
-    assert torch.equal(y, torch.where(X > 0, X, X / 2))
-    assert y.grad_fn.name() == "FreezekitActivationBackward"
-    z = X.clone()
-    assert _C.quick.activation(z, "relu", 0.0, 0.0, True, "auto") is z
-    assert torch.equal(z, X.relu())
+
+
+MEAN, WEIGHT = torch.full((4,), 1.5), torch.rand(4)
+STATISTICS = (MEAN, MEAN.square())
+# The function's arguments after the input, and how many of them may be left out.
+CALLS: dict[str, tuple[tuple[Any, ...], int]] = {
+    "adaptive_avg_pool2d": ((2,), 0),
+    "avg_pool2d": (((2, 1), None, 0, False, True, None), 5),
+    "batch_norm": ((*STATISTICS, WEIGHT, None, False, 0.1, 1e-5), 5),
+    "conv_transpose2d": ((torch.randn(4, 2, 3, 3), None, 2, (1, 1), 1, 1, 1), 6),
+    "dropout": ((0.5, True, False), 3),
+    "group_norm": ((2, WEIGHT, WEIGHT, 1e-5), 3),
+    "hardtanh": ((-0.5, 0.5, False), 3),
+    "layer_norm": (((6, 6), None, None, 1e-5), 3),
+    "leaky_relu": ((0.25, False), 2),
+    "max_pool2d": ((3, (2, 1), 1, 1, True, False), 5),
+    "pad": (((1, 2, 0, 1), "reflect", None), 1),
+    "prelu": ((torch.tensor([0.25]),), 0),
+    "relu": ((False,), 1),
+}
+ROWS: dict[str, tuple[tuple[Any, ...], int]] = {
+    "conv1d": ((torch.randn(2, 4, 3), None, 1, 1, 1, 1), 5),
+    "conv_transpose1d": ((torch.randn(4, 2, 3), None, 2, 1, 1, 1, 1), 6),
+}
+VOLUMES: dict[str, tuple[tuple[Any, ...], int]] = {
+    "conv3d": ((torch.randn(2, 4, 3, 3, 3), None, 1, 1, 1, 1), 5),
+    "conv_transpose3d": ((torch.randn(4, 2, 3, 3, 3), None, 2, 1, 1, 1, 1), 6),
+}
+ALL = [
+    *((name, X, *call) for name, call in CALLS.items()),
+    *((name, X[..., 0], *call) for name, call in ROWS.items()),
+    *((name, X[..., None].repeat(1, 1, 1, 1, 3), *call) for name, call in VOLUMES.items()),
+]
+
+
+def test_every_function_is_tried() -> None:
+    assert {name for name, *_ in ALL} == {n for n in dir(_C.quick) if not n.startswith("_")} - {"conv2d", "set_backend"}
+
+
+@pytest.mark.parametrize(("name", "x", "settings", "optional"), ALL, ids=[name for name, *_ in ALL])
+@pytest.mark.parametrize("backend", ["auto", "aten"])
+def test_values_nodes_and_gradients_are_those_of_the_function(
+    name: str, x: Tensor, settings: tuple[Any, ...], optional: int, backend: Any
+) -> None:
+    function, quick = getattr(fk.functional, name), getattr(_C.quick, name)
+    for count in range(len(settings) - optional, len(settings) + 1):
+        found = []
+        for call in (quick, function.__wrapped__):
+            torch.manual_seed(0)
+            ours = x.clone().requires_grad_()
+            with fk.backend(backend):
+                y = call(ours, *settings[:count])
+                assert y is not None
+                (dx,) = torch.autograd.grad(y, ours, torch.linspace(-1, 1, y.numel()).view_as(y))
+            found.append((y.detach(), dx, y.grad_fn.name()))
+        assert torch.equal(found[0][0], found[1][0])
+        assert torch.equal(found[0][1], found[1][1])
+        assert found[0][2] == found[1][2]
+    assert quick(x, *settings, None) is None  # one argument too many
+
+
+@pytest.mark.parametrize(("name", "x", "settings", "optional"), ALL, ids=[name for name, *_ in ALL])
+def test_unusual_calls_are_left_to_python_whatever_they_are(
+    name: str, x: Tensor, settings: tuple[Any, ...], optional: int
+) -> None:
+    quick = getattr(_C.quick, name)
+    for place in range(len(settings) + 1):
+        arguments: list[Any] = [x, *settings]
+        for odd in ("text", 1j, X.as_subclass(Sub)):
+            arguments[place] = odd
+            assert quick(*arguments) is None
+    assert quick() is None
+
+
+def test_in_place_gives_the_tensor_itself() -> None:
+    for name, settings in (("relu", ()), ("hardtanh", (-1.0, 1.0)), ("leaky_relu", (0.5,)), ("dropout", (0.5, True))):
+        x = X.clone()
+        assert getattr(_C.quick, name)(x, *settings, True) is x
+        assert x._version > 0
 
 
 @pytest.mark.parametrize(
@@ -65,32 +133,39 @@ def test_plain_calls_are_the_operator() -> None:
     ],
     ids=lambda changes: " ".join(f"{n} {type(v).__name__ if isinstance(v, Tensor) else v}" for n, v in changes.items()),
 )  # fmt: skip
-def test_unusual_calls_are_left_to_python(changes: dict[str, Any]) -> None:
+def test_unusual_convolutions_are_left_to_python(changes: dict[str, Any]) -> None:
     assert conv2d(**changes) is None
 
 
-def test_unusual_activations_are_left_to_python() -> None:
-    for input, a, inplace in ((None, 0.0, False), (X.as_subclass(Sub), 0.0, False), (X, 0, False), (X, 0.0, 1)):
-        assert _C.quick.activation(input, "relu", a, 0.0, inplace, "auto") is None
+def test_a_demand_for_kernels_is_left_to_python() -> None:
+    with fk.backend("emulated"):
+        assert conv2d() is None
+        assert _C.quick.relu(X) is None
 
 
-def test_unusual_norms_are_left_to_python() -> None:
-    one = torch.ones(4)
-    for place, value in ((0, None), (0, X.as_subclass(Sub)), (1, 2.0), (2, one.as_subclass(Sub)), (4, None), (5, 1)):
-        arguments: list[Any] = [X, one, one, one, one, 1e-5]
-        arguments[place] = value
-        assert _C.quick.batch_norm(*arguments) is None
+def test_what_torch_refuses_is_left_to_it() -> None:
+    assert _C.quick.batch_norm(X, *STATISTICS, None, None, True) is None
+    assert _C.quick.batch_norm(X, *STATISTICS, None, None, False, 0.1, -1.0) is None
+    assert _C.quick.dropout(X, 1.5) is None
+    assert _C.quick.hardtanh(X, 1.0, -1.0) is None
+    assert _C.quick.group_norm(torch.ones(1, 4), 4) is None
+    assert _C.quick.group_norm(X, 0) is None
 
 
 def test_errors_are_the_operator_s() -> None:
     with pytest.raises(RuntimeError, match="groups"):
         conv2d(groups=5)
     with pytest.raises(ValueError, match="backend"):
-        conv2d(backend="cudnn")
-    with pytest.raises(ValueError, match="kind"):
-        _C.quick.activation(X, "gelu", 0.0, 0.0, False, "auto")
+        _C.quick.set_backend("cudnn")
     with pytest.raises(TypeError):
-        conv2d(backend=None)
+        _C.quick.set_backend(None)
+
+
+def test_a_profiler_and_modes_see_the_operators() -> None:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        fk.functional.relu(X.clone().requires_grad_()).sum().backward()
+    names = {event.name for event in profile.events()}
+    assert {"freezekit::activation", "freezekit::activation_bits", "freezekit::gate"} <= names
 
 
 def test_function_modes_see_the_calls() -> None:

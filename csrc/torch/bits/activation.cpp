@@ -8,6 +8,8 @@
 //   relu         max(x, 0)                  dy where x > 0, else 0
 //   hardtanh     min(max(x, a), b)          dy where a < x < b, else 0 lowest and highest value
 //   leaky_relu   x where x > 0, else a x    dy where x > 0, else a dy  a is the slope
+#include "torch/bits/activation.h"
+
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -28,13 +30,14 @@
 #include "torch/backends/native_layers.h"
 #include "torch/bits/gate.h"
 #include "torch/common/route.h"
+#include "torch/common/unseen.h"
 
 namespace freezekit {
 namespace {
 
 constexpr int64_t kWordsPerTask = 1024;
 
-constexpr std::array<std::string_view, 3> kKinds = {"relu", "hardtanh", "leaky_relu"};
+constexpr std::array<const char*, 3> kKinds = {"relu", "hardtanh", "leaky_relu"};
 
 ActivationKind parse_kind(std::string_view name) {
   const auto found = std::find(kKinds.begin(), kKinds.end(), name);
@@ -45,12 +48,14 @@ ActivationKind parse_kind(std::string_view name) {
 struct Piecewise : PiecewiseActivation {
   using Flat = Arguments<std::string_view, double, double, std::string_view>;
 
+  Piecewise(const PiecewiseActivation& activation, Backend backend)
+      : PiecewiseActivation(activation), backend(backend) {}
   Piecewise(std::string_view kind, double a, double b, std::string_view backend)
-      : PiecewiseActivation{parse_kind(kind), a, b}, backend(parse_backend(backend)) {}
+      : Piecewise({parse_kind(kind), a, b}, parse_backend(backend)) {}
 
   template <class F>
   auto apply(const F& f) const {
-    return f(kKinds[static_cast<size_t>(kind)], a, b, to_string(backend));
+    return f(freezekit::to_string(kind), a, b, freezekit::to_string(backend));
   }
 
   Backend backend;
@@ -144,7 +149,8 @@ std::tuple<Tensor, Tensor> bits_kernel(const Tensor& input, const Piecewise& f) 
   const Tensor x = dense(input);
   const Computer computer = route_step(Op::activation, f.backend, x).computer;
   if (!has_kernel(computer)) return {f.by_aten(x), pack_bits(f.mask_by_aten(x))};
-  const Tensor y = x.is_same(input) ? at::empty_like(x) : x, bits = empty_bits(x);
+  const Tensor y = x.is_same(input) ? empty_beside(x, x.sym_sizes(), x.sym_strides(), x.scalar_type()) : x;
+  const Tensor bits = empty_bits(x);
   by_kernel(computer, x, y, bits, f);
   return {y, bits};
 }
@@ -175,11 +181,13 @@ Tensor bits_inplace_meta(Tensor& input, const Piecewise&) {
 }
 
 std::tuple<Tensor, Tensor> activation_bits(const Tensor& input, const Piecewise& f) {
+  if (reaches_kernel(input)) return bits_kernel(input, f);
   static const BitsOperator op("freezekit::activation_bits");
   return op(input, f);
 }
 
 Tensor activation_bits_(Tensor& input, const Piecewise& f) {
+  if (reaches_kernel(input)) return bits_inplace_kernel(input, f);
   static const InplaceBitsOperator op("freezekit::activation_bits_");
   return op(input, f);
 }
@@ -231,13 +239,23 @@ void activation_inplace_plain(Tensor& input, const Piecewise& f) {
 
 }  // namespace
 
+const char* to_string(ActivationKind kind) { return kKinds[static_cast<size_t>(kind)]; }
+
+Tensor record_activation(const Tensor& input, const PiecewiseActivation& f, Backend backend) {
+  return activation_entry(input, {f, backend});
+}
+
+void record_activation_(Tensor& input, const PiecewiseActivation& f, Backend backend) {
+  activation_inplace_entry(input, {f, backend});
+}
+
 Tensor positive_bits(const Tensor& input, Backend backend) {
   Tensor scratch = input;  // relu leaves its values as they are
-  return activation_bits_(scratch, Piecewise("relu", 0, 0, to_string(backend)));
+  return activation_bits_(scratch, {{ActivationKind::relu}, backend});
 }
 
 std::tuple<Tensor, Tensor> leaky_relu_bits(const Tensor& input, double slope, Backend backend) {
-  return activation_bits(input, Piecewise("leaky_relu", slope, 0, to_string(backend)));
+  return activation_bits(input, {{ActivationKind::leaky_relu, slope, 0}, backend});
 }
 
 TORCH_LIBRARY_FRAGMENT(freezekit, m) {

@@ -5,6 +5,8 @@
 // The random numbers come from the very calls that torch makes, so a seed gives the result of torch's dropout: on a CPU
 // and in place bernoulli_ of a tensor of noise, which is freed at once, elsewhere native_dropout, whose mask of bytes is
 // packed and freed. So a GPU's bits come from torch's own Philox stream.
+#include "torch/bits/dropout.h"
+
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/dropout.h>
 #include <ATen/ops/empty_like.h>
@@ -15,6 +17,7 @@
 #include "torch/backends/native_layers.h"
 #include "torch/bits/gate.h"
 #include "torch/common/route.h"
+#include "torch/common/unseen.h"
 
 namespace freezekit {
 namespace {
@@ -55,11 +58,11 @@ Tensor pack_drawn(const Tensor& mask, Backend backend) {
   return bits;
 }
 
-std::tuple<Tensor, Tensor> bits_kernel(const Tensor& input, double p, std::string_view name) {
+std::tuple<Tensor, Tensor> bits_kernel(const Tensor& input, double p, Backend demand) {
   check(input, p);
   const at::AutoDispatchBelowADInplaceOrView below;
   const Tensor x = dense(input);
-  const Backend backend = settled(x, parse_backend(name));
+  const Backend backend = settled(x, demand);
   if (draws_noise(x, /*inplace=*/false)) {
     const Tensor bits = draw_noise(x, p, backend);
     return {gate(x, bits, {x.sym_strides(), rule_of(x, p, false), backend}), bits};
@@ -68,11 +71,11 @@ std::tuple<Tensor, Tensor> bits_kernel(const Tensor& input, double p, std::strin
   return {y, pack_drawn(dense(mask), backend)};
 }
 
-Tensor bits_inplace_kernel(Tensor& input, double p, std::string_view name) {
+Tensor bits_inplace_kernel(Tensor& input, double p, Backend demand) {
   check(input, p);
   const at::AutoDispatchBelowADInplaceOrView below;
   const Tensor x = dense(input);
-  const Backend backend = settled(x, parse_backend(name));
+  const Backend backend = settled(x, demand);
   const Tensor bits = draw_noise(x, p, backend);
   const GateRule rule = rule_of(x, p, /*inplace=*/true);
   if (x.is_same(input)) {
@@ -93,65 +96,60 @@ Tensor bits_inplace_meta(Tensor& input, double p, std::string_view) {
   return empty_bits(input);
 }
 
-void refuse_unmet(const Tensor& input, std::string_view name) {
-  const Backend backend = parse_backend(name);
+void refuse_unmet(const Tensor& input, Backend backend) {
   if (is_own(backend)) route(Op::dropout, backend, input);
+}
+
+std::tuple<Tensor, Tensor> dropout_bits(const Tensor& input, double p, std::string_view backend) {
+  return bits_kernel(input, p, parse_backend(backend));
+}
+
+Tensor dropout_bits_(Tensor& input, double p, std::string_view backend) {
+  return bits_inplace_kernel(input, p, parse_backend(backend));
+}
+
+std::tuple<Tensor, Tensor> call_bits(const Tensor& input, double p, Backend backend) {
+  if (reaches_kernel(input)) return bits_kernel(input, p, backend);
+  static const auto op = find_operator<decltype(dropout_bits)>("freezekit::dropout_bits");
+  return op.call(input, p, to_string(backend));
+}
+
+Tensor call_bits_(Tensor& input, double p, Backend backend) {
+  if (reaches_kernel(input)) return bits_inplace_kernel(input, p, backend);
+  static const auto op = find_operator<decltype(dropout_bits_)>("freezekit::dropout_bits_");
+  return op.call(input, p, to_string(backend));
 }
 
 // Without autograd, in inference mode and below other transforms, there are no bits to pack.
 Tensor dropout_plain(const Tensor& input, double p, bool train, std::string_view backend) {
-  refuse_unmet(input, backend);
+  refuse_unmet(input, parse_backend(backend));
   return at::dropout(input, p, train);
 }
 
 void dropout_inplace_plain(Tensor& input, double p, bool train, std::string_view backend) {
-  refuse_unmet(input, backend);
+  refuse_unmet(input, parse_backend(backend));
   at::dropout_(input, p, train);
 }
 
 // Whether torch's own dropout takes the call: nothing is drawn, or nothing kept. All that kernels do is to pack the bits.
-bool is_torch_s(const Tensor& input, double p, bool train, std::string_view backend) {
+bool is_torch_s(const Tensor& input, double p, bool train, Backend backend) {
   if (!train || !(p > 0 && p < 1) || !torch::autograd::compute_requires_grad(input)) {
     refuse_unmet(input, backend);
     return true;
   }
-  return route(Op::dropout, parse_backend(backend), input).computer == Computer::formula || input.sym_numel() == 0;
+  return route(Op::dropout, backend, input).computer == Computer::formula || input.sym_numel() == 0;
 }
 
-GateGradient gradient(const Tensor& input, SymIntArrayRef stride, double p, bool inplace, std::string_view backend) {
-  return {{stride, rule_of(input, p, inplace), parse_backend(backend)}, {}};
+GateGradient gradient(const Tensor& input, SymIntArrayRef stride, double p, bool inplace, Backend backend) {
+  return {{stride, rule_of(input, p, inplace), backend}, {}};
 }
 
 Tensor dropout_entry(const Tensor& input, double p, bool train, std::string_view backend) {
-  if (is_torch_s(input, p, train, backend)) return at::dropout(input, p, train);
-  static const auto op = find_operator<decltype(bits_kernel)>("freezekit::dropout_bits");
-  auto [result, bits] = [&] {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    return op.call(input, p, backend);
-  }();
-  const auto node = formula_node("FreezekitDropoutBackward",
-                                 gradient(input, result.sym_strides(), p, /*inplace=*/false, backend), input);
-  node->keep(bits);
-  torch::autograd::set_history(result, node);
-  return result;
+  return record_dropout(input, p, train, parse_backend(backend));
 }
 
 void dropout_inplace_entry(Tensor& input, double p, bool train, std::string_view backend) {
-  if (is_torch_s(input, p, train, backend)) {
-    at::dropout_(input, p, train);
-    return;
-  }
-  static const auto op = find_operator<decltype(bits_inplace_kernel)>("freezekit::dropout_bits_");
-  torch::autograd::check_inplace(input, /*requires_grad=*/true);
-  const auto node = formula_node("FreezekitDropoutBackward",
-                                 gradient(input, dense_strides(input), p, /*inplace=*/true, backend), input);
-  const Tensor bits = [&] {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    return op.call(input, p, backend);
-  }();
-  torch::autograd::impl::bump_version(input);
-  node->keep(bits);
-  torch::autograd::impl::rebase_history(input, {node, node->add_input_metadata(input)});
+  record_dropout_(input, p, train, parse_backend(backend));
 }
 
 void register_entries(torch::Library& m) {
@@ -160,6 +158,36 @@ void register_entries(torch::Library& m) {
 }
 
 }  // namespace
+
+Tensor record_dropout(const Tensor& input, double p, bool train, Backend backend) {
+  if (is_torch_s(input, p, train, backend)) return at::dropout(input, p, train);
+  auto [result, bits] = [&] {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return call_bits(input, p, backend);
+  }();
+  const auto node = formula_node("FreezekitDropoutBackward",
+                                 gradient(input, result.sym_strides(), p, /*inplace=*/false, backend), input);
+  node->keep(bits);
+  torch::autograd::set_history(result, node);
+  return result;
+}
+
+void record_dropout_(Tensor& input, double p, bool train, Backend backend) {
+  if (is_torch_s(input, p, train, backend)) {
+    at::dropout_(input, p, train);
+    return;
+  }
+  torch::autograd::check_inplace(input, /*requires_grad=*/true);
+  const auto node = formula_node("FreezekitDropoutBackward",
+                                 gradient(input, dense_strides(input), p, /*inplace=*/true, backend), input);
+  const Tensor bits = [&] {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return call_bits_(input, p, backend);
+  }();
+  torch::autograd::impl::bump_version(input);
+  node->keep(bits);
+  torch::autograd::impl::rebase_history(input, {node, node->add_input_metadata(input)});
+}
 
 TORCH_LIBRARY_FRAGMENT(freezekit, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag, at::Tag::nondeterministic_seeded};
@@ -171,8 +199,8 @@ TORCH_LIBRARY_FRAGMENT(freezekit, m) {
 TORCH_LIBRARY_IMPL(freezekit, CompositeExplicitAutograd, m) {
   m.impl("dropout", dropout_plain);
   m.impl("dropout_", dropout_inplace_plain);
-  m.impl("dropout_bits", bits_kernel);
-  m.impl("dropout_bits_", bits_inplace_kernel);
+  m.impl("dropout_bits", dropout_bits);
+  m.impl("dropout_bits_", dropout_bits_);
 }
 TORCH_LIBRARY_IMPL(freezekit, Meta, m) {
   m.impl("dropout_bits", bits_meta);

@@ -24,6 +24,7 @@
 #include "torch/backends/native.h"
 #include "torch/backends/native_layers.h"
 #include "torch/common/route.h"
+#include "torch/common/unseen.h"
 
 namespace freezekit {
 namespace {
@@ -105,7 +106,7 @@ void check_gate(const Tensor& input, const Tensor& bits, const GateSettings& set
 }
 
 Tensor empty_dense(const Tensor& input, SymIntArrayRef stride) {
-  const Tensor result = at::empty_strided_symint(input.sym_sizes(), stride, input.options());
+  const Tensor result = empty_beside(input, input.sym_sizes(), stride, input.scalar_type());
   TORCH_CHECK(result.is_non_overlapping_and_dense(), "stride must be that of a dense tensor of size ",
               input.sym_sizes(), ", got ", stride);
   return result;
@@ -148,6 +149,7 @@ using GateOperator = SettingsOperator<GateSettings, Tensor(const Tensor& input, 
 }  // namespace
 
 Tensor gate(const Tensor& input, const Tensor& bits, const GateSettings& settings) {
+  if (reaches_kernel(input)) return gate_kernel(input, bits, settings);
   static const GateOperator op("freezekit::gate");
   return op(input, bits, settings);
 }
@@ -157,7 +159,8 @@ variable_list GateGradient::gradients(const Tensor& grad, Kept kept, const std::
 }
 
 Tensor empty_bits(const Tensor& like) {
-  return at::empty_symint({(like.sym_numel() + 31) / 32}, like.options().dtype(at::kInt));
+  const c10::SymInt words = (like.sym_numel() + 31) / 32;
+  return empty_beside(like, words, at::MemoryFormat::Contiguous, at::kInt);
 }
 
 Tensor pack_bits(const Tensor& mask) {

@@ -12,6 +12,7 @@
 #include <tuple>
 
 #include "torch/autograd/formula.h"
+#include "torch/common/checks.h"
 #include "torch/common/operators.h"
 
 namespace freezekit {
@@ -27,7 +28,7 @@ struct GateSettings {
 
   GateSettings() = default;
   GateSettings(SymIntArrayRef stride, const GateRule& rule, Backend backend)
-      : stride(owned(stride)), rule(rule), backend(backend) {}
+      : stride(stride.begin(), stride.end()), rule(rule), backend(backend) {}
   GateSettings(SymIntArrayRef stride, double on, std::optional<double> off, std::string_view backend)
       : GateSettings(stride, {on, off}, parse_backend(backend)) {}
 
@@ -36,7 +37,7 @@ struct GateSettings {
     return f(stride, rule.on, rule.off, to_string(backend));
   }
 
-  std::vector<c10::SymInt> stride;
+  SizeVector stride;
   GateRule rule;
   Backend backend = Backend::automatic;
 };

@@ -5,6 +5,7 @@
 // dx is dy where x > 0, else slope * dy. The gradient of a slope reads x: where the slope learns, the call is torch's own.
 #include "torch/bits/prelu.h"
 
+#include <ATen/Dispatch.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/_prelu_kernel.h>
@@ -31,8 +32,13 @@ bool is_alike(const Tensor& slope, const Tensor& x) {
 // Whether it can be read as a number without waiting for a device.
 bool is_number(const Tensor& slope) { return slope.sym_numel() == 1 && is_plain_on_cpu(slope); }
 
+double number_of(const Tensor& slope) {
+  return AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, slope.scalar_type(), "freezekit::prelu",
+                                         [&] { return static_cast<double>(*slope.const_data_ptr<scalar_t>()); });
+}
+
 struct PreluGradient {
-  std::vector<c10::SymInt> stride;
+  SizeVector stride;
   Backend backend = Backend::automatic;
 
   auto fields() { return std::tie(stride, backend); }
@@ -41,7 +47,7 @@ struct PreluGradient {
   variable_list gradients(const Tensor& grad, Kept kept, const std::vector<bool>& wanted) const {
     if (!wanted[0]) return {Tensor()};
     const Tensor bits = kept(0), slope = kept(1);
-    if (is_number(slope)) return {gate(grad, bits, {stride, {1, slope.item<double>()}, backend})};
+    if (is_number(slope)) return {gate(grad, bits, {stride, {1, number_of(slope)}, backend})};
     const Tensor above = gate(grad, bits, {stride, {}, backend});
     return {above.add(gate(grad.mul(slope), bits.bitwise_not(), {stride, {}, backend}))};
   }
@@ -63,22 +69,8 @@ void check_defined(const Tensor& input, const Tensor& weight) {
   TORCH_CHECK(weight.defined(), "weight must be a tensor, got an undefined one");
 }
 
-Tensor prelu_entry(const Tensor& input, const Tensor& weight, std::string_view backend_name) {
-  check_defined(input, weight);
-  const Backend backend = parse_backend(backend_name);
-  const bool demanded = is_own(backend);
-  if (demanded && torch::autograd::compute_requires_grad(weight)) {
-    refuse("prelu", backend, "its slope learns, and the gradient of a slope reads the input");
-  }
-  // On a GPU a slope takes more passes than the activations that are proven there: `auto` leaves it to torch.
-  const bool is_unproven = input.is_cuda() && backend == Backend::automatic;
-  if ((!demanded && weight.requires_grad()) || is_unproven ||
-      route(Op::activation, backend, input, weight).computer == Computer::formula) {
-    return at::prelu(input, weight);
-  }
-  const Tensor slope = slope_of(input, weight);
-  const bool records = torch::autograd::compute_requires_grad(input);
-  return slope.defined() && (records || demanded) ? record_prelu(input, slope, backend) : at::prelu(input, weight);
+Tensor prelu_entry(const Tensor& input, const Tensor& weight, std::string_view backend) {
+  return prelu(input, weight, parse_backend(backend));
 }
 
 // Without autograd: in inference mode, and below other transforms.
@@ -98,6 +90,23 @@ Tensor prelu_autocast(const Tensor& input, const Tensor& weight, std::string_vie
 
 }  // namespace
 
+Tensor prelu(const Tensor& input, const Tensor& weight, Backend backend) {
+  check_defined(input, weight);
+  const bool demanded = is_own(backend);
+  if (demanded && torch::autograd::compute_requires_grad(weight)) {
+    refuse("prelu", backend, "its slope learns, and the gradient of a slope reads the input");
+  }
+  // On a GPU a slope takes more passes than the activations that are proven there: `auto` leaves it to torch.
+  const bool is_unproven = input.is_cuda() && backend == Backend::automatic;
+  if ((!demanded && weight.requires_grad()) || is_unproven ||
+      route(Op::activation, backend, input, weight).computer == Computer::formula) {
+    return at::prelu(input, weight);
+  }
+  const Tensor slope = slope_of(input, weight);
+  const bool records = torch::autograd::compute_requires_grad(input);
+  return slope.defined() && (records || demanded) ? record_prelu(input, slope, backend) : at::prelu(input, weight);
+}
+
 bool is_slope_of(const Tensor& x, const Tensor& slope) {
   if (slope.dim() != x.dim() || !is_alike(slope, x)) return false;
   const auto numel = slope.sym_numel();
@@ -106,11 +115,11 @@ bool is_slope_of(const Tensor& x, const Tensor& slope) {
 
 Tensor record_prelu(const Tensor& x, const Tensor& slope, Backend backend) {
   Tensor y, bits;
-  std::vector<c10::SymInt> stride;
+  SizeVector stride;
   {
     const at::AutoDispatchBelowADInplaceOrView below;
-    std::tie(y, bits) = leaky_relu_bits(x, is_number(slope) ? slope.item<double>() : 0, backend);
-    stride = owned(y.sym_strides());
+    std::tie(y, bits) = leaky_relu_bits(x, is_number(slope) ? number_of(slope) : 0, backend);
+    stride.assign(y.sym_strides().begin(), y.sym_strides().end());
     if (!is_number(slope)) y = at::_prelu_kernel(x, slope);
   }
   const auto node = formula_node("FreezekitPReLUBackward", PreluGradient{std::move(stride), backend}, x);

@@ -1,37 +1,45 @@
 #include "torch/common/shape_only.h"
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/from_blob.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 
 #include <algorithm>
 #include <mutex>
+#include <optional>
 
 #if defined(__unix__)
 #include <sys/mman.h>
 #endif
 
+#include "torch/common/unseen.h"
+
 namespace freezekit {
 namespace {
 
-// An address range that can be read and takes no memory, for all that want one; null where the system has none. Ranges
-// that were outgrown stay: tensors may still point at them.
-void* readable_zeros([[maybe_unused]] size_t bytes) {
+// An address range that can be read and takes no memory, for all that want one; nothing where the system has none. Ranges
+// that were outgrown stay mapped: tensors may still point at them.
+std::optional<c10::Storage> readable_zeros([[maybe_unused]] size_t bytes) {
 #if defined(__unix__) && defined(MAP_ANONYMOUS) && defined(MAP_NORESERVE)
   static std::mutex lock;
-  static void* range = nullptr;
-  static size_t length = 0;
+  static auto* const range = new c10::Storage();  // for good: autograd's threads may ask while the process ends
   const std::lock_guard guard(lock);
+  const size_t length = *range ? range->nbytes() : 0;
   if (length < bytes) {
     const size_t wanted = std::max({bytes, 2 * length, size_t{64} << 20});
     void* const mapped = mmap(nullptr, wanted, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (mapped == MAP_FAILED) return nullptr;
-    range = mapped, length = wanted;
+    if (mapped == MAP_FAILED) return std::nullopt;
+    *range = c10::Storage(c10::Storage::use_byte_size_t(), wanted, at::DataPtr(mapped, at::kCPU));
   }
-  return range;
+  return *range;
 #else
-  return nullptr;
+  return std::nullopt;
 #endif
+}
+
+Tensor resized(const Tensor& tensor, IntArrayRef size, at::MemoryFormat format) {
+  tensor.unsafeGetTensorImpl()->set_sizes_contiguous(size);
+  tensor.unsafeGetTensorImpl()->empty_tensor_restride(format);
+  return tensor;
 }
 
 // Of tensors that a transform, trace or subclass looks on at.
@@ -50,11 +58,10 @@ Tensor shape_only(SymIntArrayRef size, const Tensor& like, at::MemoryFormat form
   const auto numbers = c10::asIntArrayRefSlowOpt(size);
   if (numbers && is_plain_on_cpu(like)) {
     const int64_t numel = c10::multiply_integers(*numbers);
-    void* const zeros = numel > 0 ? readable_zeros(numel * like.element_size()) : nullptr;
-    if (zeros) {
-      Tensor shape = at::from_blob(zeros, *numbers, like.options());
-      shape.unsafeGetTensorImpl()->empty_tensor_restride(format);
-      return shape;
+    if (auto zeros = numel > 0 ? readable_zeros(numel * like.element_size()) : std::nullopt) {
+      const auto shape = at::detail::make_tensor<c10::TensorImpl>(
+          std::move(*zeros), c10::DispatchKeySet(c10::DispatchKey::CPU), like.dtype());
+      return resized(shape, *numbers, format);
     }
   }
   return at::empty_symint(size, like.options(), format);
@@ -64,11 +71,8 @@ Tensor without_data(SymIntArrayRef size, const Tensor& like, at::MemoryFormat fo
   if (like.is_meta() || like.key_set().has_any(watchers) || c10::impl::TorchDispatchModeTLS::any_modes_set()) {
     return at::empty({1}, like.options()).expand_symint(size);  // what looks on can follow it
   }
-  const auto numbers = C10_AS_INTARRAYREF_SLOW(size);
-  const Tensor shape = at::empty(numbers, like.options().device(at::kMeta), format);
-  const Tensor result = at::empty({0}, like.options());
-  result.unsafeGetTensorImpl()->set_sizes_and_strides(numbers, shape.strides());
-  return result;
+  const Tensor result = empty_beside(like, c10::SymInt(0), at::MemoryFormat::Contiguous, like.scalar_type());
+  return resized(result, C10_AS_INTARRAYREF_SLOW(size), format);
 }
 
 }  // namespace freezekit

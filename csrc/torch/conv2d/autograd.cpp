@@ -90,9 +90,7 @@ Tensor record_conv2d(const Tensor& input, const Tensor& weight, const Tensor& bi
                 input, weight, compute, bias);
 }
 
-namespace {
-
-Tensor conv2d_entry(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Geometry& g) {
+Tensor record_conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Geometry& g) {
   check_same(input, "input", weight, "weight");
   const Tensor b = bias.value_or(Tensor());
   if (route(Op::conv2d, g.backend, input, weight, b).computer == Computer::formula) {
@@ -101,6 +99,8 @@ Tensor conv2d_entry(const Tensor& input, const Tensor& weight, const std::option
   }
   return record_conv2d(input, weight, b, g, [&] { return conv2d(input, weight, bias, g); });
 }
+
+namespace {
 
 Tensor dgrad_entry(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size, const Geometry& g) {
   check_same(grad_output, "grad_output", weight, "weight");
@@ -125,7 +125,7 @@ Tensor wgrad_entry(const Tensor& grad_output, const Tensor& input, SymIntArrayRe
 }
 
 void register_entries(torch::Library& m) {
-  m.impl("conv2d", Conv2dOperator::kernel<conv2d_entry>);
+  m.impl("conv2d", Conv2dOperator::kernel<record_conv2d>);
   m.impl("conv2d_dgrad", Conv2dGradOperator::kernel<dgrad_entry>);
   m.impl("conv2d_wgrad", Conv2dGradOperator::kernel<wgrad_entry>);
 }

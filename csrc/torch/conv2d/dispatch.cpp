@@ -7,6 +7,7 @@
 #include "torch/common/computing.h"
 #include "torch/common/layout.h"
 #include "torch/common/route.h"
+#include "torch/common/unseen.h"
 
 namespace freezekit {
 namespace {
@@ -69,6 +70,24 @@ Tensor wgrad_kernel(const Tensor& grad_output, const Tensor& input, SymIntArrayR
 }
 
 }  // namespace
+
+Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Geometry& g) {
+  if (reaches_kernel(input, weight, bias ? *bias : weight)) return conv2d_kernel(input, weight, bias, g);
+  static const Conv2dOperator op("freezekit::conv2d");
+  return op(input, weight, bias, g);
+}
+
+Tensor conv2d_dgrad(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size, const Geometry& g) {
+  if (reaches_kernel(grad_output, weight)) return dgrad_kernel(grad_output, weight, input_size, g);
+  static const Conv2dGradOperator op("freezekit::conv2d_dgrad");
+  return op(grad_output, weight, input_size, g);
+}
+
+Tensor conv2d_wgrad(const Tensor& grad_output, const Tensor& input, SymIntArrayRef weight_size, const Geometry& g) {
+  if (reaches_kernel(grad_output, input)) return wgrad_kernel(grad_output, input, weight_size, g);
+  static const Conv2dGradOperator op("freezekit::conv2d_wgrad");
+  return op(grad_output, input, weight_size, g);
+}
 
 // One kernel for every device with data: `backend` decides, not the device's own library.
 TORCH_LIBRARY_IMPL(freezekit, CompositeExplicitAutograd, m) {

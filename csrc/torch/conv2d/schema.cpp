@@ -1,4 +1,4 @@
-// The schemas of the three operators, and the typed way into the dispatcher.
+// The schemas of the three operators, and their settings.
 #include <c10/util/Exception.h>
 #include <torch/library.h>
 
@@ -30,21 +30,6 @@ Geometry::Geometry(SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef
                    std::string_view backend)
     : stride(pair(stride, "stride")), padding(pair(padding, "padding")), dilation(pair(dilation, "dilation")),
       groups(std::move(groups)), backend(parse_backend(backend)) {}
-
-Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Geometry& g) {
-  static const Conv2dOperator op("freezekit::conv2d");
-  return op(input, weight, bias, g);
-}
-
-Tensor conv2d_dgrad(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size, const Geometry& g) {
-  static const Conv2dGradOperator op("freezekit::conv2d_dgrad");
-  return op(grad_output, weight, input_size, g);
-}
-
-Tensor conv2d_wgrad(const Tensor& grad_output, const Tensor& input, SymIntArrayRef weight_size, const Geometry& g) {
-  static const Conv2dGradOperator op("freezekit::conv2d_wgrad");
-  return op(grad_output, input, weight_size, g);
-}
 
 }  // namespace freezekit
 

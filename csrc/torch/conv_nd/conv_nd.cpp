@@ -121,10 +121,8 @@ Tensor record_convolution(const Tensor& input, const Tensor& weight, const Tenso
   return recorded(node, compute);
 }
 
-namespace {
-
-Tensor convolution_autograd(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                            const ConvNdGeometry& g) {
+Tensor record_convolution(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                          const ConvNdGeometry& g) {
   check_convolution(input, weight, bias, g);
   const Tensor b = bias.value_or(Tensor());
   if (route(Op::convolution, Backend::automatic, input, weight, b).computer == Computer::formula) {
@@ -132,6 +130,8 @@ Tensor convolution_autograd(const Tensor& input, const Tensor& weight, const Opt
   }
   return record_convolution(input, weight, b, g, [&] { return g.convolution(input, weight, bias); });
 }
+
+namespace {
 
 Tensor convolution_aten(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                         const ConvNdGeometry& g) {
@@ -162,7 +162,7 @@ TORCH_LIBRARY_IMPL(freezekit, CompositeExplicitAutograd, m) {
   m.impl("convolution", ConvNdOperator::kernel<convolution_aten>);
 }
 TORCH_LIBRARY_IMPL(freezekit, FuncTorchBatched, m) { m.impl("convolution", ConvNdOperator::kernel<convolution_aten>); }
-TORCH_LIBRARY_IMPL(freezekit, Autograd, m) { m.impl("convolution", ConvNdOperator::kernel<convolution_autograd>); }
+TORCH_LIBRARY_IMPL(freezekit, Autograd, m) { m.impl("convolution", ConvNdOperator::kernel<record_convolution>); }
 TORCH_LIBRARY_IMPL(freezekit, AutocastCPU, m) {
   m.impl("convolution",
          ConvNdOperator::kernel<convolution_autocast<c10::DeviceType::CPU, c10::DispatchKey::AutocastCPU>>);

@@ -39,6 +39,10 @@ struct ConvNdGeometry {
   c10::SymInt groups = 1;
 };
 
+// freezekit::convolution where autograd has its turn.
+Tensor record_convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                          const ConvNdGeometry&);
+
 // compute(), run below autograd, as the result of a convolution of which one operand or more requires a gradient: its
 // node keeps what the gradients asked for read. The bias may be undefined.
 Tensor record_convolution(const Tensor& input, const Tensor& weight, const Tensor& bias, const ConvNdGeometry&,

@@ -1,7 +1,11 @@
 // Activations that are linear in pieces, and dropout: one bit per element instead of a tensor.
+#include "torch/bits/activation.h"
+
 #include <ATen/core/Tensor.h>
 
+#include "torch/bits/dropout.h"
 #include "torch/bits/prelu.h"
+#include "torch/bits/threshold.h"
 #include "torch/enable/call.h"
 #include "torch/enable/operator.h"
 
@@ -20,16 +24,12 @@ extern Operator<Tensor(const Tensor&, const Tensor&)> torch_prelu;
 extern Operator<Tensor(const Tensor&, double, bool)> torch_dropout;
 extern Operator<Tensor&(Tensor&, double, bool)> torch_dropout_inplace;
 
-Tensor activation(DispatchKeySet keys, const Tensor& x, const char* kind, double a, double b) {
-  static const auto op =
-      find_operator<Tensor(const Tensor&, std::string_view, double, double, std::string_view)>("freezekit::activation");
-  return op.redispatch(keys, x, kind, a, b, "auto");
+Tensor activation(const Tensor& x, ActivationKind kind, double a = 0, double b = 0) {
+  return record_activation(x, {kind, a, b}, Backend::automatic);
 }
 
-Tensor& activation_inplace(DispatchKeySet keys, Tensor& x, const char* kind, double a, double b) {
-  static const auto op =
-      find_operator<void(Tensor&, std::string_view, double, double, std::string_view)>("freezekit::activation_");
-  op.redispatch(keys, x, kind, a, b, "auto");
+Tensor& activation_inplace(Tensor& x, ActivationKind kind, double a = 0, double b = 0) {
+  record_activation_(x, {kind, a, b}, Backend::automatic);
   return x;
 }
 
@@ -38,30 +38,33 @@ bool has_bits(const Tensor& x) { return gains(Op::activation, x); }
 bool is_number(const Scalar& scalar) {
   return !scalar.isSymbolic() && (scalar.isFloatingPoint() || scalar.isIntegral(/*includeBool=*/false));
 }
-bool is_zero(const Scalar& scalar) { return is_number(scalar) && scalar.toDouble() == 0; }
 
 Tensor relu(DispatchKeySet keys, const Tensor& x) {
   if (is_unrecorded(x)) return torch_relu.unrecorded(keys, x);
-  return has_bits(x) ? activation(keys, x, "relu", 0, 0) : torch_relu.stock(keys, x);
+  return has_bits(x) ? activation(x, ActivationKind::relu) : torch_relu.stock(keys, x);
 }
 
 Tensor& relu_(DispatchKeySet keys, Tensor& x) {
   if (is_unrecorded(x)) return torch_relu_inplace.unrecorded(keys, x);
-  return has_bits(x) ? activation_inplace(keys, x, "relu", 0, 0) : torch_relu_inplace.stock(keys, x);
+  return has_bits(x) ? activation_inplace(x, ActivationKind::relu) : torch_relu_inplace.stock(keys, x);
 }
 
-// threshold(x, 0, 0) is relu; others are rare, and torch's.
+// On a GPU it is torch's: no kernel of freezekit's computes it.
+bool has_threshold(const Tensor& x, const Scalar& threshold, const Scalar& value) {
+  return is_number(threshold) && is_number(value) && (is_unseen(x) || x.is_meta()) && has_bits(x);
+}
+
 Tensor threshold(DispatchKeySet keys, const Tensor& x, const Scalar& threshold, const Scalar& value) {
   if (is_unrecorded(x)) return torch_threshold.unrecorded(keys, x, threshold, value);
-  if (!is_zero(threshold) || !is_zero(value) || !has_bits(x)) return torch_threshold.stock(keys, x, threshold, value);
-  return activation(keys, x, "relu", 0, 0);
+  return has_threshold(x, threshold, value) ? record_threshold(x, threshold, value)
+                                            : torch_threshold.stock(keys, x, threshold, value);
 }
 
 Tensor& threshold_(DispatchKeySet keys, Tensor& x, const Scalar& threshold, const Scalar& value) {
   if (is_unrecorded(x)) return torch_threshold_inplace.unrecorded(keys, x, threshold, value);
-  if (!is_zero(threshold) || !is_zero(value) || !has_bits(x))
-    return torch_threshold_inplace.stock(keys, x, threshold, value);
-  return activation_inplace(keys, x, "relu", 0, 0);
+  if (!has_threshold(x, threshold, value)) return torch_threshold_inplace.stock(keys, x, threshold, value);
+  record_threshold_(x, threshold, value);
+  return x;
 }
 
 // Crossed ends and NaN have rules of their own in torch.
@@ -72,13 +75,13 @@ bool are_ends(const Scalar& lowest, const Scalar& highest) {
 Tensor hardtanh(DispatchKeySet keys, const Tensor& x, const Scalar& lowest, const Scalar& highest) {
   if (is_unrecorded(x)) return torch_hardtanh.unrecorded(keys, x, lowest, highest);
   if (!are_ends(lowest, highest) || !has_bits(x)) return torch_hardtanh.stock(keys, x, lowest, highest);
-  return activation(keys, x, "hardtanh", lowest.toDouble(), highest.toDouble());
+  return activation(x, ActivationKind::hardtanh, lowest.toDouble(), highest.toDouble());
 }
 
 Tensor& hardtanh_(DispatchKeySet keys, Tensor& x, const Scalar& lowest, const Scalar& highest) {
   if (is_unrecorded(x)) return torch_hardtanh_inplace.unrecorded(keys, x, lowest, highest);
   if (!are_ends(lowest, highest) || !has_bits(x)) return torch_hardtanh_inplace.stock(keys, x, lowest, highest);
-  return activation_inplace(keys, x, "hardtanh", lowest.toDouble(), highest.toDouble());
+  return activation_inplace(x, ActivationKind::hardtanh, lowest.toDouble(), highest.toDouble());
 }
 
 // Torch refuses the gradient of an in-place call with a negative slope: its own kernel says so.
@@ -87,13 +90,13 @@ bool is_slope(const Scalar& slope) { return is_number(slope) && slope.toDouble()
 Tensor leaky_relu(DispatchKeySet keys, const Tensor& x, const Scalar& slope) {
   if (is_unrecorded(x)) return torch_leaky_relu.unrecorded(keys, x, slope);
   if (!is_slope(slope) || !has_bits(x)) return torch_leaky_relu.stock(keys, x, slope);
-  return activation(keys, x, "leaky_relu", slope.toDouble(), 0);
+  return activation(x, ActivationKind::leaky_relu, slope.toDouble());
 }
 
 Tensor& leaky_relu_(DispatchKeySet keys, Tensor& x, const Scalar& slope) {
   if (is_unrecorded(x)) return torch_leaky_relu_inplace.unrecorded(keys, x, slope);
   if (!is_slope(slope) || !has_bits(x)) return torch_leaky_relu_inplace.stock(keys, x, slope);
-  return activation_inplace(keys, x, "leaky_relu", slope.toDouble(), 0);
+  return activation_inplace(x, ActivationKind::leaky_relu, slope.toDouble());
 }
 
 // What prelu is made of, with the slope as it broadcasts.
@@ -107,20 +110,20 @@ Tensor prelu(DispatchKeySet keys, const Tensor& x, const Tensor& slope) {
   return record_prelu(x, slope, Backend::automatic);
 }
 
+// Torch composes dropout of other operators, above all that looks on: where something does, its own kernel is called.
 bool drops(const Tensor& x, double p, bool train) {
-  return train && p > 0 && p < 1 && !is_unrecorded(x) && gains(Op::dropout, x) && x.numel() > 0;
+  return train && !is_unrecorded(x) && p > 0 && p < 1 && gains(Op::dropout, x) && x.numel() > 0;
 }
 
 Tensor dropout(DispatchKeySet keys, const Tensor& x, double p, bool train) {
-  if (!drops(x, p, train)) return torch_dropout.stock(keys, x, p, train);
-  static const auto op = find_operator<Tensor(const Tensor&, double, bool, std::string_view)>("freezekit::dropout");
-  return op.redispatch(keys, x, p, train, "auto");
+  if (is_unseen(x) && is_unrecorded(x)) return torch_dropout.unrecorded(keys, x, p, train);
+  return drops(x, p, train) ? record_dropout(x, p, train, Backend::automatic) : torch_dropout.stock(keys, x, p, train);
 }
 
 Tensor& dropout_(DispatchKeySet keys, Tensor& x, double p, bool train) {
+  if (is_unseen(x) && is_unrecorded(x)) return torch_dropout_inplace.unrecorded(keys, x, p, train);
   if (!drops(x, p, train)) return torch_dropout_inplace.stock(keys, x, p, train);
-  static const auto op = find_operator<void(Tensor&, double, bool, std::string_view)>("freezekit::dropout_");
-  op.redispatch(keys, x, p, train, "auto");
+  record_dropout_(x, p, train, Backend::automatic);
   return x;
 }
 

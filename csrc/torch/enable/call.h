@@ -3,9 +3,9 @@
 
 #include <ATen/core/Tensor.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
-#include <torch/csrc/autograd/functions/utils.h>
 
 #include "torch/common/route.h"
+#include "torch/common/unseen.h"
 #include "torch/enable/enable.h"
 
 namespace freezekit::enable {
@@ -23,12 +23,6 @@ bool is_compiled(const Tensor&);
 bool has_modes();
 bool is_watched_here();
 }  // namespace detail
-
-// Whether torch's kernel would do no more than call the one below: nothing requires a gradient, of either kind.
-template <class... Tensors>
-bool is_unrecorded(const Tensors&... tensors) {
-  return !torch::autograd::compute_requires_grad(tensors...) && (!torch::autograd::isFwGradDefined(tensors) && ...);
-}
 
 // Whether freezekit's node can stand for torch's. Undefined tensors are served. Dispatch modes and tracers are to see in
 // both passes what they see in stock. torch.compile alone is served among them: what it makes of the node is compiled,

@@ -4,6 +4,8 @@
 #include "torch/common/checks.h"
 #include "torch/enable/call.h"
 #include "torch/enable/operator.h"
+#include "torch/linear_layers/linear_layers.h"
+#include "torch/max_pool2d/max_pool2d.h"
 #include "torch/max_pool3d/max_pool3d.h"
 
 namespace freezekit::enable {
@@ -22,11 +24,6 @@ extern AvgPool torch_avg_pool2d, torch_avg_pool3d;
 extern Linear torch_adaptive_avg_pool2d, torch_adaptive_avg_pool3d, torch_reflection_pad1d, torch_reflection_pad2d,
     torch_reflection_pad3d, torch_replication_pad1d, torch_replication_pad2d, torch_replication_pad3d;
 
-// freezekit's max pools.
-template <class Result>
-using OwnMaxPool2d = Result(const Tensor&, SymIntArrayRef, SymIntArrayRef, SymIntArrayRef, SymIntArrayRef, bool,
-                            std::string_view);
-
 SymIntArrayRef symbols(IntArrayRef numbers) { return c10::fromIntArrayRefSlow(numbers); }
 
 bool is_in_range(IntArrayRef numbers) {
@@ -43,29 +40,35 @@ bool are_windows(size_t axes, IntArrayRef kernel_size, IntArrayRef stride, IntAr
 }
 
 bool has_taps(const Tensor& x, IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation) {
-  return x.dim() == 4 && are_windows(2, kernel_size, stride, padding, dilation) && !is_unrecorded(x) &&
-         gains(Op::max_pool2d, x);
+  return x.dim() == 4 && are_windows(2, kernel_size, stride, padding, dilation) && gains(Op::max_pool2d, x);
+}
+
+PoolGeometry geometry(IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+                      bool ceil_mode) {
+  return {symbols(kernel_size), symbols(stride), symbols(padding), symbols(dilation), ceil_mode, "auto"};
 }
 
 Tensor max_pool2d(DispatchKeySet keys, const Tensor& x, IntArrayRef kernel_size, IntArrayRef stride,
                   IntArrayRef padding, IntArrayRef dilation, bool ceil_mode) {
-  if (!has_taps(x, kernel_size, stride, padding, dilation)) {
+  // Torch composes it of the next one, above all that looks on: where something does, its own kernel is called.
+  if (is_unseen(x) && is_unrecorded(x)) {
+    return torch_max_pool2d.unrecorded(keys, x, kernel_size, stride, padding, dilation, ceil_mode);
+  }
+  if (is_unrecorded(x) || !has_taps(x, kernel_size, stride, padding, dilation)) {
     return torch_max_pool2d.stock(keys, x, kernel_size, stride, padding, dilation, ceil_mode);
   }
-  static const auto op = find_operator<OwnMaxPool2d<Tensor>>("freezekit::max_pool2d");
-  return op.redispatch(keys, x, symbols(kernel_size), symbols(stride), symbols(padding), symbols(dilation), ceil_mode,
-                       "auto");
+  return record_max_pool2d(x, geometry(kernel_size, stride, padding, dilation, ceil_mode));
 }
 
 std::tuple<Tensor, Tensor> max_pool2d_with_indices(DispatchKeySet keys, const Tensor& x, IntArrayRef kernel_size,
                                                    IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
                                                    bool ceil_mode) {
+  if (is_unrecorded(x))
+    return torch_max_pool2d_with_indices.unrecorded(keys, x, kernel_size, stride, padding, dilation, ceil_mode);
   if (!has_taps(x, kernel_size, stride, padding, dilation)) {
     return torch_max_pool2d_with_indices.stock(keys, x, kernel_size, stride, padding, dilation, ceil_mode);
   }
-  static const auto op = find_operator<OwnMaxPool2d<std::tuple<Tensor, Tensor>>>("freezekit::max_pool2d_with_indices");
-  return op.redispatch(keys, x, symbols(kernel_size), symbols(stride), symbols(padding), symbols(dilation), ceil_mode,
-                       "auto");
+  return record_max_pool2d_with_indices(x, geometry(kernel_size, stride, padding, dilation, ceil_mode));
 }
 
 std::tuple<Tensor, Tensor> max_pool3d_with_indices(DispatchKeySet keys, const Tensor& x, IntArrayRef kernel_size,
@@ -94,10 +97,7 @@ Tensor avg_pool(const AvgPool& op, size_t axes, DispatchKeySet keys, const Tenso
   if (kernel_size.size() != axes || !serves(Value::torch_s, x)) {
     return op.stock(keys, x, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override);
   }
-  static const auto own = find_operator<Tensor(const Tensor&, SymIntArrayRef, SymIntArrayRef, SymIntArrayRef, bool,
-                                               bool, std::optional<c10::SymInt>)>("freezekit::avg_pool");
-  return own.redispatch(keys, x, symbols(kernel_size), symbols(stride), symbols(padding), ceil_mode, count_include_pad,
-                        divisor_override ? std::make_optional(c10::SymInt(*divisor_override)) : std::nullopt);
+  return record_avg_pool(x, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override);
 }
 
 Tensor avg_pool2d(DispatchKeySet keys, const Tensor& x, IntArrayRef kernel_size, IntArrayRef stride,

@@ -4,6 +4,8 @@
 //
 // Values and gradients are ATen's own operators. Its gradients ask for the input and read size and layout alone, so
 // they get a tensor of the input's size without data.
+#include "torch/linear_layers/linear_layers.h"
+
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/_adaptive_avg_pool2d_backward.h>
 #include <ATen/ops/_adaptive_avg_pool3d_backward.h>
@@ -51,11 +53,14 @@ struct AvgPool {
 
   AvgPool() = default;
   AvgPool(SymIntArrayRef kernel_size, SymIntArrayRef stride, SymIntArrayRef padding, bool ceil_mode,
-          bool count_include_pad, std::optional<c10::SymInt> divisor_override)
-      : kernel_size(guarded(kernel_size)), stride(guarded(stride.empty() ? kernel_size : stride)),
-        padding(guarded(padding)), ceil_mode(ceil_mode), count_include_pad(count_include_pad) {
+          bool count_include_pad, const std::optional<c10::SymInt>& divisor)
+      : AvgPool(guarded(kernel_size), guarded(stride), guarded(padding), ceil_mode, count_include_pad,
+                divisor ? std::make_optional(divisor->guard_int(__FILE__, __LINE__)) : std::nullopt) {}
+  AvgPool(IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef padding, bool ceil_mode, bool count_include_pad,
+          std::optional<int64_t> divisor)
+      : kernel_size(kernel_size.vec()), stride((stride.empty() ? kernel_size : stride).vec()), padding(padding.vec()),
+        ceil_mode(ceil_mode), count_include_pad(count_include_pad), divisor(divisor) {
     check_count(kernel_size.size(), {2, 3}, "kernel_size");
-    if (divisor_override) divisor = divisor_override->guard_int(__FILE__, __LINE__);
   }
 
   auto fields() { return std::tie(kernel_size, stride, padding, ceil_mode, count_include_pad, divisor); }
@@ -179,11 +184,28 @@ Tensor by_aten(const Tensor& input, const Layer& layer) {
 template <class Layer>
 Tensor autograd(const Tensor& input, const Layer& layer) {
   if (route(Layer::kOp, Backend::automatic, input).computer == Computer::formula) return layer.value(input);
-  const LinearGradient<Layer> formula{layer, owned(input.sym_sizes()), input.suggest_memory_format()};
-  return recorded(formula_node(Layer::kName, formula, input), [&] { return layer.value(input); });
+  LinearGradient<Layer> formula{layer, owned(input.sym_sizes()), input.suggest_memory_format()};
+  return recorded(formula_node(Layer::kName, std::move(formula), input), [&] { return layer.value(input); });
 }
 
 }  // namespace
+
+Tensor record_avg_pool(const Tensor& input, IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef padding,
+                       bool ceil_mode, bool count_include_pad, std::optional<int64_t> divisor) {
+  return autograd(input, AvgPool(kernel_size, stride, padding, ceil_mode, count_include_pad, divisor));
+}
+
+Tensor record_adaptive_avg_pool(const Tensor& input, SymIntArrayRef output_size) {
+  return autograd(input, AdaptiveAvgPool(output_size));
+}
+
+Tensor record_reflection_pad(const Tensor& input, SymIntArrayRef padding) {
+  return autograd(input, ReflectionPad(padding));
+}
+
+Tensor record_replication_pad(const Tensor& input, SymIntArrayRef padding) {
+  return autograd(input, ReplicationPad(padding));
+}
 
 TORCH_LIBRARY_FRAGMENT(freezekit, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};

@@ -9,6 +9,7 @@
 #include <torch/library.h>
 
 #include "torch/autograd/formula.h"
+#include "torch/common/checks.h"
 #include "torch/common/route.h"
 #include "torch/max_pool2d/max_pool2d.h"
 #include "torch/max_pool2d/steps.h"
@@ -17,8 +18,12 @@ namespace freezekit {
 namespace {
 
 struct PoolFormula {
+  PoolFormula() = default;
+  PoolFormula(const PoolGeometry& geometry, SymIntArrayRef input_size)
+      : geometry(geometry), input_size(input_size.begin(), input_size.end()) {}
+
   PoolGeometry geometry;
-  std::vector<c10::SymInt> input_size;
+  SizeVector input_size;
 
   auto fields() {
     PoolGeometry& g = geometry;
@@ -53,7 +58,8 @@ std::pair<Tensor, Tensor> pool_and_record(const Tensor& input, const PoolGeometr
     const at::AutoDispatchBelowADInplaceOrView below;
     return max_pool2d_taps(input, g);
   }();
-  const auto node = formula_node("FreezekitMaxPool2dBackward", PoolGradient{{{g, owned(input.sym_sizes())}}}, input);
+  const auto node =
+      formula_node("FreezekitMaxPool2dBackward", PoolGradient{{PoolFormula(g, input.sym_sizes())}}, input);
   if (!node) return {result, taps};
   node->keep(taps);
   torch::autograd::set_history(result, node);
@@ -74,16 +80,6 @@ bool is_torch_s(const Tensor& input, const PoolGeometry& g) {
          (input.dim() != 4 && !is_own(g.backend));
 }
 
-Tensor pool_entry(const Tensor& input, const PoolGeometry& g) {
-  return is_torch_s(input, g) ? pool_aten(input, g) : pool_and_record(input, g).first;
-}
-
-std::tuple<Tensor, Tensor> indices_entry(const Tensor& input, const PoolGeometry& g) {
-  if (is_torch_s(input, g)) return indices_aten(input, g);
-  const auto [result, taps] = pool_and_record(input, g);
-  return {result, max_pool2d_indices(taps, input.sym_sizes(), g)};
-}
-
 // Without autograd: in inference mode, and below other transforms.
 Tensor pool_plain(const Tensor& input, const PoolGeometry& g) {
   return is_own(g.backend) ? std::get<0>(max_pool2d_taps(input, g)) : pool_aten(input, g);
@@ -100,7 +96,7 @@ Tensor scatter_entry(const Tensor& grad_output, const Tensor& taps, SymIntArrayR
     return max_pool::scatter_by_aten(grad_output, taps, input_size, g);
   }
   const auto node =
-      formula_node("FreezekitMaxPool2dScatterBackward", GatherGradient{{g, owned(input_size)}}, grad_output);
+      formula_node("FreezekitMaxPool2dScatterBackward", GatherGradient{PoolFormula(g, input_size)}, grad_output);
   if (node) node->keep(taps);
   return recorded(node, [&] { return max_pool2d_scatter(grad_output, taps, input_size, g); });
 }
@@ -109,19 +105,30 @@ Tensor gather_entry(const Tensor& input, const Tensor& taps, SymIntArrayRef inpu
   if (route(Op::max_pool2d_gather, g.backend, input).computer == Computer::formula) {
     return max_pool::gather_by_aten(input, taps, g);
   }
-  const auto node = formula_node("FreezekitMaxPool2dGatherBackward", ScatterGradient{{g, owned(input_size)}}, input);
+  const auto node =
+      formula_node("FreezekitMaxPool2dGatherBackward", ScatterGradient{PoolFormula(g, input_size)}, input);
   if (node) node->keep(taps);
   return recorded(node, [&] { return max_pool2d_gather(input, taps, g); });
 }
 
 void register_entries(torch::Library& m) {
-  m.impl("max_pool2d", PoolOperator::kernel<pool_entry>);
-  m.impl("max_pool2d_with_indices", PoolPairOperator::kernel<indices_entry>);
+  m.impl("max_pool2d", PoolOperator::kernel<record_max_pool2d>);
+  m.impl("max_pool2d_with_indices", PoolPairOperator::kernel<record_max_pool2d_with_indices>);
   m.impl("max_pool2d_scatter", TapMapOperator::kernel<scatter_entry>);
   m.impl("max_pool2d_gather", TapMapOperator::kernel<gather_entry>);
 }
 
 }  // namespace
+
+Tensor record_max_pool2d(const Tensor& input, const PoolGeometry& g) {
+  return is_torch_s(input, g) ? pool_aten(input, g) : pool_and_record(input, g).first;
+}
+
+std::tuple<Tensor, Tensor> record_max_pool2d_with_indices(const Tensor& input, const PoolGeometry& g) {
+  if (is_torch_s(input, g)) return indices_aten(input, g);
+  const auto [result, taps] = pool_and_record(input, g);
+  return {result, max_pool2d_indices(taps, input.sym_sizes(), g)};
+}
 
 TORCH_LIBRARY_IMPL(freezekit, CompositeExplicitAutograd, m) {
   m.impl("max_pool2d", PoolOperator::kernel<pool_plain>);

@@ -13,6 +13,7 @@
 #include "torch/backends/native_layers.h"
 #include "torch/common/checks.h"
 #include "torch/common/route.h"
+#include "torch/common/unseen.h"
 #include "torch/max_pool2d/steps.h"
 
 namespace freezekit {
@@ -89,8 +90,9 @@ std::tuple<Tensor, Tensor> taps_kernel(const Tensor& input, const PoolGeometry& 
     auto [y, indices] = at::max_pool2d_with_indices(input, g.kernel_size, g.stride, g.padding, g.dilation, g.ceil_mode);
     return {y, max_pool::taps_of_indices(indices, input, g)};
   }
-  const Tensor y = at::empty(size, input.options(), format);
-  const Tensor taps = at::empty(size, input.options().dtype(g.tap_type()), format);
+  const SymIntArrayRef sizes = c10::fromIntArrayRefSlow(size);
+  const Tensor y = empty_beside(input, sizes, format, input.scalar_type());
+  const Tensor taps = empty_beside(input, sizes, format, g.tap_type());
   if (y.numel() == 0) return {y, taps};
   const auto compute = computer == Computer::cpu ? max_pool::forward_cpu : native::max_pool;
   compute(m, input.contiguous(format), y, taps);
@@ -109,7 +111,7 @@ Tensor scatter_kernel(const Tensor& grad_output, const Tensor& taps, SymIntArray
   if (!has_kernel(computer)) {
     return max_pool::scatter_by_aten(grad_output, taps, input_size, g).contiguous(format);
   }
-  const Tensor dx = at::empty(size, grad_output.options(), format);
+  const Tensor dx = empty_beside(grad_output, input_size, format, grad_output.scalar_type());
   if (computer == Computer::kernels) {
     native::max_pool_scatter(m, grad_output.contiguous(format), taps.contiguous(format), dx);
   } else if (dx.zero_().numel() > 0 && taps.numel() > 0) {
@@ -126,7 +128,7 @@ Tensor gather_kernel(const Tensor& input, const Tensor& taps, SymIntArrayRef inp
   const MaxPool m = g.problem(input.sizes(), taps.sizes(), format);
   const Computer computer = computer_of(Op::max_pool2d_gather, m, input, g);
   if (!has_kernel(computer)) return max_pool::gather_by_aten(input, taps, g).contiguous(format);
-  const Tensor y = at::empty(taps.sizes(), input.options(), format);
+  const Tensor y = empty_beside(input, taps.sym_sizes(), format, input.scalar_type());
   if (y.numel() == 0) return y;
   const auto compute = computer == Computer::cpu ? max_pool::gather_cpu : native::max_pool_gather;
   compute(m, input.contiguous(format), taps.contiguous(format), y);
@@ -170,12 +172,14 @@ at::ScalarType PoolGeometry::tap_type() const {
 }
 
 std::tuple<Tensor, Tensor> max_pool2d_taps(const Tensor& input, const PoolGeometry& g) {
+  if (reaches_kernel(input)) return taps_kernel(input, g);
   static const PoolPairOperator op("freezekit::max_pool2d_taps");
   return op(input, g);
 }
 
 Tensor max_pool2d_scatter(const Tensor& grad_output, const Tensor& taps, SymIntArrayRef input_size,
                           const PoolGeometry& g) {
+  if (reaches_kernel(grad_output)) return scatter_kernel(grad_output, taps, input_size, g);
   static const TapMapOperator op("freezekit::max_pool2d_scatter");
   return op(grad_output, taps, input_size, g);
 }

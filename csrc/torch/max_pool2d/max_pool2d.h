@@ -41,6 +41,10 @@ using PoolPairOperator = SettingsOperator<PoolGeometry, std::tuple<Tensor, Tenso
 using TapMapOperator =
     SettingsOperator<PoolGeometry, Tensor(const Tensor& values, const Tensor& taps, SymIntArrayRef size)>;
 
+// freezekit::max_pool2d and max_pool2d_with_indices where autograd has its turn.
+Tensor record_max_pool2d(const Tensor& input, const PoolGeometry&);
+std::tuple<Tensor, Tensor> record_max_pool2d_with_indices(const Tensor& input, const PoolGeometry&);
+
 // The value and, for each element of it, its tap.
 std::tuple<Tensor, Tensor> max_pool2d_taps(const Tensor& input, const PoolGeometry&);
 // The gradient of the input: zeros of `input_size` (N, C, H, W), plus each element of grad_output where its tap is.

@@ -20,6 +20,7 @@
 #include <ATen/ops/group_norm.h>
 #include <ATen/ops/layer_norm.h>
 #include <ATen/ops/mul.h>
+#include <ATen/ops/native_batch_norm.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/library.h>
 
@@ -29,6 +30,7 @@
 #include "torch/backends/proof.h"
 #include "torch/common/route.h"
 #include "torch/common/shape_only.h"
+#include "torch/common/unseen.h"
 
 namespace freezekit {
 namespace {
@@ -48,8 +50,19 @@ Tensor sum_but(const Tensor& tensor, int64_t dim) {
   return tensor.sum(dims);
 }
 
+// What at::batch_norm checks before it calls native_batch_norm on a CPU.
+bool are_per_channel(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean,
+                     const Tensor& var) {
+  if (input.dim() < 2 || input.numel() == 0) return false;
+  const auto fits = [channels = input.size(1)](const Tensor& tensor) { return tensor.numel() == channels; };
+  return fits(mean) && fits(var) && (!weight || fits(*weight)) && (!bias || fits(*bias));
+}
+
 Tensor by_statistics(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean,
                      const Tensor& var, double eps) {
+  if (is_unseen(input) && are_per_channel(input, weight, bias, mean, var)) {
+    return std::get<0>(at::native_batch_norm(input, weight, bias, mean, var, /*training=*/false, /*momentum=*/0, eps));
+  }
   return at::batch_norm(input, weight, bias, mean, var, /*training=*/false, /*momentum=*/0, eps,
                         at::globalContext().userEnabledCuDNN());
 }
@@ -67,7 +80,7 @@ Tensor scale_of(const Tensor& var, const Tensor& weight, double eps, int64_t dim
     return (weight.defined() ? scale * weight : scale).view(along);
   }
   along[1] = var.numel();
-  const Tensor scale = at::empty(along, var.options());
+  const Tensor scale = empty_beside(var, c10::fromIntArrayRefSlow(along), at::MemoryFormat::Contiguous, at::kFloat);
   const float* v = var.const_data_ptr<float>();
   const float* w = weight.defined() ? weight.const_data_ptr<float>() : nullptr;
   float* to = scale.mutable_data_ptr<float>();
@@ -123,10 +136,8 @@ AnyNodePtr batch_norm_node(const Tensor& input, const Tensor& weight, const Tens
   return node;
 }
 
-namespace {
-
-Tensor batch_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean,
-                  const Tensor& var, double eps) {
+Tensor record_batch_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                         const Tensor& mean, const Tensor& var, double eps) {
   const Tensor w = or_undefined(weight), b = or_undefined(bias);
   // While one of these learns, the formula reads the input, and torch keeps it.
   const bool reads_input = learns(w) || learns(mean) || learns(var);
@@ -137,6 +148,8 @@ Tensor batch_norm(const Tensor& input, const OptionalTensor& weight, const Optio
   return recorded(batch_norm_node(input, w, b, var, eps),
                   [&] { return by_statistics(input, weight, bias, mean, var, eps); });
 }
+
+namespace {
 
 Tensor layer_norm_aten(const Tensor& input, SymIntArrayRef shape, const OptionalTensor& weight,
                        const OptionalTensor& bias, double eps) {
@@ -228,7 +241,7 @@ TORCH_LIBRARY_FRAGMENT(freezekit, m) {
 TORCH_LIBRARY_IMPL(freezekit, CompositeExplicitAutograd, m) { FREEZEKIT_ATEN_KERNELS(m); }
 TORCH_LIBRARY_IMPL(freezekit, FuncTorchBatched, m) { FREEZEKIT_ATEN_KERNELS(m); }
 TORCH_LIBRARY_IMPL(freezekit, Autograd, m) {
-  m.impl("batch_norm", freezekit::batch_norm);
+  m.impl("batch_norm", freezekit::record_batch_norm);
   m.impl("layer_norm", freezekit::layer_norm);
   m.impl("group_norm", freezekit::group_norm);
 }

@@ -7,6 +7,10 @@
 
 namespace freezekit {
 
+// freezekit::batch_norm where autograd has its turn.
+Tensor record_batch_norm(const Tensor& input, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                         const Tensor& mean, const Tensor& var, double eps);
+
 // By given statistics and with a weight that is frozen or undefined; the bias may be undefined. Input or bias requires
 // a gradient.
 AnyNodePtr batch_norm_node(const Tensor& input, const Tensor& weight, const Tensor& bias, const Tensor& var,

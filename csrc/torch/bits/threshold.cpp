@@ -1,0 +1,79 @@
+#include "torch/bits/threshold.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
+
+#include "cpu/gate.h"
+#include "cpu/simd.h"
+#include "torch/backends/cpu_formats.h"
+#include "torch/bits/gate.h"
+#include "torch/common/unseen.h"
+
+namespace freezekit {
+namespace {
+
+using at::Scalar;
+
+constexpr int64_t kWordsPerTask = 1024;
+
+template <class T>
+FK_SIMD_CLONES void threshold_words(const T* x, T* y, uint32_t* bits, int64_t numel, int64_t first, int64_t last,
+                                    cpu::Threshold<T> rule) {
+  cpu::make_bits(x, y, bits, numel, first, last, rule);
+}
+
+// x and y dense and of one layout; they may be one tensor.
+Tensor threshold_bits(const Tensor& x, const Tensor& y, const Scalar& threshold, const Scalar& value) {
+  const Tensor bits = empty_bits(x);
+  if (x.is_meta()) return bits;
+  auto* words = reinterpret_cast<uint32_t*>(bits.mutable_data_ptr<int32_t>());
+  const int64_t numel = x.numel();
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "freezekit::threshold", [&] {
+    const scalar_t* from = x.const_data_ptr<scalar_t>();
+    scalar_t* to = y.mutable_data_ptr<scalar_t>();
+    // As torch has it: the value is rounded to the tensor's dtype, the threshold is not.
+    const cpu::Threshold<scalar_t> rule{threshold.to<cpu::Compute<scalar_t>>(),
+                                        cpu::bits_as<cpu::Bits<scalar_t>>(value.to<scalar_t>())};
+    at::parallel_for(0, mask_words(numel), kWordsPerTask,
+                     [&](int64_t first, int64_t last) { threshold_words(from, to, words, numel, first, last, rule); });
+  });
+  return bits;
+}
+
+auto node_of(const Tensor& x, SymIntArrayRef stride) {
+  const Link link{Link::To::operands, /*count=*/1, /*zeros=*/true, /*lasting=*/true};
+  return formula_node("FreezekitActivationBackward", GateGradient{{stride, GateRule(), Backend::automatic}, link}, x);
+}
+
+}  // namespace
+
+Tensor record_threshold(const Tensor& x, const Scalar& threshold, const Scalar& value) {
+  Tensor y, bits;
+  {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const Tensor whole = dense(x);
+    y = whole.is_same(x) ? empty_beside(x, x.sym_sizes(), x.sym_strides(), x.scalar_type()) : whole;
+    bits = threshold_bits(whole, y, threshold, value);
+  }
+  const auto node = node_of(x, y.sym_strides());
+  node->keep(bits);
+  torch::autograd::set_history(y, node);
+  return y;
+}
+
+void record_threshold_(Tensor& x, const Scalar& threshold, const Scalar& value) {
+  torch::autograd::check_inplace(x, /*requires_grad=*/true);
+  const auto node = node_of(x, dense_strides(x));
+  {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const Tensor whole = dense(x);
+    node->keep(threshold_bits(whole, whole, threshold, value));
+    if (!whole.is_same(x)) x.copy_(whole);
+  }
+  torch::autograd::impl::bump_version(x);
+  torch::autograd::impl::rebase_history(x, {node, node->add_input_metadata(x)});
+}
+
+}  // namespace freezekit
