@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -90,11 +91,12 @@ def test_values_nodes_and_gradients_are_those_of_the_function(
     function, quick = getattr(fk.functional, name), getattr(_C.quick, name)
     for count in range(len(settings) - optional, len(settings) + 1):
         found = []
-        for call in (quick, function.__wrapped__):
+        for call in (quick, function):
             torch.manual_seed(0)
             ours = x.clone().requires_grad_()
             with fk.backend(backend):
-                y = call(ours, *settings[:count])
+                with contextlib.nullcontext() if call is quick else Watch():  # which sends calls the long way
+                    y = call(ours, *settings[:count])
                 assert y is not None
                 (dx,) = torch.autograd.grad(y, ours, torch.linspace(-1, 1, y.numel()).view_as(y))
             found.append((y.detach(), dx, y.grad_fn.name()))
@@ -138,7 +140,7 @@ def test_unusual_convolutions_are_left_to_python(changes: dict[str, Any]) -> Non
 
 
 def test_a_demand_for_kernels_is_left_to_python() -> None:
-    with fk.backend("emulated"):
+    with fk.backend("native"):
         assert conv2d() is None
         assert _C.quick.relu(X) is None
 
