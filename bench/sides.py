@@ -38,7 +38,7 @@ class Side:
         channels_last: whether module and input are converted to channels_last first.
         backend: freezekit's backend during the forward pass, where it is not the automatic one.
         hopper: whether that backend may run the kernels for sm_90a. Such a side has a process of its own (bench.child):
-            these kernels have not run on hardware yet, and one that hangs must not take the other sides with it.
+            these kernels have not run on a GPU yet, and one that hangs must not take the other sides with it.
         enabled: whether freezekit's kernels stand in for torch's operators in the forward pass.
         sections: where it takes part; () is everywhere.
         slow: preparing it takes seconds, so a run of everything leaves it out of the hundreds of layers.

@@ -88,7 +88,7 @@ class backend(switched):
     Args:
         name: ``"auto"`` lets freezekit choose; ``"native"`` demands its CUDA kernels (an error where none fits);
             ``"aten"`` demands cuDNN or oneDNN.
-        hopper: the kernels for sm_90a run where they can, on a GPU of sm_90. They have never run on hardware, so they
+        hopper: the kernels for sm_90a run where they can, on a GPU of sm_90. They have never run on a GPU, so they
             are asked for by name. Unlike the backend, this is looked at by each kernel's launch: a backward pass
             outside of the context runs the kernels of sm_80. ``"auto"`` runs them where choices were loaded that
             ``freezekit selftest --hopper --save-choices`` wrote, whatever is set here.

@@ -100,7 +100,7 @@ def _copy_rounds_tf32() -> Probe:
 
 
 def _copy_changes_nan() -> Probe:
-    """A map of tf32 has one NaN, without sign and payload (seen on sm_120); infinities stay."""
+    """A map of tf32 has one NaN, without sign and payload (a report, docs/hardware.md); infinities stay."""
 
     def inputs() -> Arrays:
         bits = np.array([0x7FC00000, 0xFFC00001, 0x7F800001, 0x7FFFFFFF, 0x7F800000, 0xFF800000], np.uint32)

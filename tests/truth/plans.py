@@ -228,7 +228,7 @@ EVERY = tuple(
         Problem(op, 1, 14, 11, 192, 64, 5, 3, pad=(2, 1)),
         Problem(op, 1, 5, 4, 320, 320, 2, 1),  # more than one tile of 256 columns
         Problem(op, 1, 1, 200, 64, 64, 1, 2, pad=(0, 127), dilation=(1, FARTHEST)),
-        # The sizes of CUTLASS's own tests, which NVIDIA runs on hardware.
+        # The sizes of CUTLASS's own tests.
         Problem(op, 1, 8, 8, 64, 64, 1, 1),
         Problem(op, 1, 8, 8, 64, 16, 1, 1),
         Problem(op, 7, 8, 8, 64, 128, 1, 1),
