@@ -37,10 +37,12 @@ bench: extension  ## all sections of the comparison, with plots, in under twenty
 	$(PY) bench/compare.py --all --plot bench/out --json bench/out/compare.json
 
 # NVIDIA's headers for tests/truth, unpacked beside the environment and without their dependencies. Where they cannot be had
-# those tests are skipped.
+# an older copy stays; without one of the version that is asked for those tests are skipped.
 CUTLASS := build/cutlass
 $(CUTLASS): requirements-dev.txt | $(READY)
-	-$(PY) -m pip install -q --no-deps --no-compile --upgrade --retries 1 --target $@ $$(grep -o 'nvidia-cutlass==[0-9.]*' $<) && touch $@ || rm -rf $@
+	rm -rf $@.new
+	-$(PY) -m pip install -q --no-deps --no-compile --retries 1 --target $@.new $$(grep -o 'nvidia-cutlass==[0-9.]*' $<) \
+		&& rm -rf $@ && mv $@.new $@ && touch $@ || rm -rf $@.new
 
 test: build $(CUTLASS)  ## the test suite, on the CPU and, if there is one, on a GPU
 	$(PY) -m pytest $(WORKERS) $(TESTS)

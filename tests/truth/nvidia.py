@@ -8,6 +8,7 @@ compiled here, fails them.
 
 from __future__ import annotations
 
+import csv
 import ctypes
 import fcntl
 import functools
@@ -25,6 +26,7 @@ from tests.conformance.place import find_nvcc
 from tests.emulator.build import CSRC, ROOT, Planted, digest, overlay, read_with_includes
 
 HERE = Path(__file__).resolve().parent
+SHIM = HERE / "shim"
 CACHE = ROOT / "build" / "truth"
 PACKAGE = ROOT / "build" / "cutlass"
 SOURCE = PACKAGE / "cutlass_library" / "source"
@@ -51,7 +53,22 @@ def missing() -> str:
     """Why nothing can be compared here; empty where all is there."""
     if find_nvcc() is None:
         return "needs nvcc and CUDA's headers"
-    return "" if HEADERS[0].exists() else "needs CUTLASS's headers: `make build/cutlass` unpacks them"
+    return headers_missing(PACKAGE)
+
+
+def headers_missing(package: Path) -> str:
+    """Why CUTLASS's headers are not to be used, by the wheel's own list of its files; empty where all are there."""
+    wanted = re.findall(r"nvidia-cutlass==([\d.]+)", (ROOT / "requirements-dev.txt").read_text())[0]
+    files = package / f"nvidia_cutlass-{wanted}.dist-info" / "RECORD"
+    if not files.exists():
+        return f"needs CUTLASS's headers, version {wanted}: `make build/cutlass` unpacks them"
+    with files.open(newline="") as listed:
+        headers = [name for name, *_ in csv.reader(listed) if name.startswith("cutlass_library/source/")]
+    lost = [name for name in headers if not (package / name).exists()]
+    if headers and not lost:
+        return ""
+    which = f", {lost[0]} for one" if lost else ""
+    return f"{package} lacks {len(lost)} of {len(headers)} files{which}: remove it, then `make build/cutlass`"
 
 
 def run(command: Sequence[str]) -> tuple[int, str]:
@@ -99,7 +116,9 @@ def compiler_version(compiler: str) -> str:
 def built(source: str, suffix: str, command: list[str], patched: Path | None = None) -> Path:
     """What the command makes of a source of this folder, from the cache where nothing of ours has changed."""
     versions = (compiler_version(nvcc()), *(path.name for path in PACKAGE.glob("*.dist-info")))
-    out = CACHE / f"{digest(' '.join(command), *versions, *read_with_includes(HERE / source, patched))}{suffix}"
+    # CUTLASS includes these, and by names in <>, which are not followed.
+    shim = [part for path in sorted(SHIM.rglob("*.h")) for part in (str(path.relative_to(SHIM)), path.read_bytes())]
+    out = CACHE / f"{digest(' '.join(command), *versions, *shim, *read_with_includes(HERE / source, patched))}{suffix}"
     if failure := make((*command, str(HERE / source)), out):
         skip_if_broken(nvcc())
         raise AssertionError(failure)
@@ -131,7 +150,7 @@ def library(source: str) -> ctypes.CDLL:
         skip_if_broken(nvcc())
         pytest.skip(f"needs CUDA's headers, and {cuda} has no cuda.h")
     system = [f"-isystem{folder}" for folder in (*HEADERS, cuda, cuda / "cccl")]
-    flags = [*HOST_FLAGS, f"-D__CUDACC_VER_MAJOR__={cuda_major(cuda)}", f"-I{HERE / 'shim'}", f"-I{ROOT}"]
+    flags = [*HOST_FLAGS, f"-D__CUDACC_VER_MAJOR__={cuda_major(cuda)}", f"-I{SHIM}", f"-I{ROOT}"]
     return ctypes.CDLL(str(built(source, ".so", ["g++", *flags, *system])))
 
 

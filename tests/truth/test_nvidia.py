@@ -38,6 +38,36 @@ def compiler(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest
     return nvcc
 
 
+def test_headers_that_are_incomplete_are_not_used(tmp_path: Path) -> None:
+    assert "`make build/cutlass` unpacks them" in nvidia.headers_missing(tmp_path)
+    version = re.findall(r"nvidia-cutlass==([\d.]+)", (nvidia.ROOT / "requirements-dev.txt").read_text())[0]
+    record = tmp_path / f"nvidia_cutlass-{version}.dist-info" / "RECORD"
+    record.parent.mkdir()
+    record.touch()
+    assert "lacks 0 of 0" in nvidia.headers_missing(tmp_path)
+    names = [f"cutlass_library/source/include/{name}.h" for name in ("here", "gone")]
+    record.write_text("".join(f"{name},sha256=,0\n" for name in names) + "elsewhere.py,,\n")
+    (tmp_path / names[0]).parent.mkdir(parents=True)
+    (tmp_path / names[0]).touch()
+    assert f"lacks 1 of 2 files, {names[1]}" in nvidia.headers_missing(tmp_path)
+    (tmp_path / names[1]).touch()
+    assert nvidia.headers_missing(tmp_path) == ""
+
+
+def test_a_header_in_the_place_of_cutlass_s_is_part_of_the_cache_s_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nvidia, "SHIM", tmp_path)
+    monkeypatch.setattr(nvidia, "nvcc", lambda: "nvcc")
+    monkeypatch.setattr(nvidia, "compiler_version", lambda compiler: "release 13.0")
+    monkeypatch.setattr(nvidia, "make", lambda command, out: "")
+    found = set()
+    for text in ("", "int a;", "int b;"):
+        (tmp_path / "wmma.h").write_text(text)
+        found.add(nvidia.built("driver.cu", ".so", ["g++"]))
+    assert len(found) == 3
+
+
 def make_machine_code() -> None:
     nvidia.cubin(nvidia.WRAPPERS[0], [nvidia.CSRC], None)
 
