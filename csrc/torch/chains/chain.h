@@ -8,9 +8,9 @@
 //   product               silu, gelu, ...              the activation, of its input, or of its input's recipe
 //
 // A recipe is kept only if it gives the operand's very bits: it is tried when it is kept. So nothing is assumed of who
-// else wrote to the operand, by which way, and nothing of how torch rounds.
-//
-// What a recipe reads is held with its version, as autograd holds what it saved.
+// else wrote to the operand, by which way, and nothing of how torch rounds. What a recipe reads is held with its version,
+// as autograd holds what it saved, and with a hash of its bytes: a write that no version counts is an error in backward,
+// and no wrong value.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -31,10 +31,13 @@ class Recipe {
 
 using RecipePtr = std::shared_ptr<const Recipe>;
 
+// Who made an operand. Recipes go no deeper: an activation's operand comes from a norm, a product's from an activation.
+enum class Maker { norm, activation };
+
 // A recipe that gives `value`; null where there is none, and where hooks of others see what is saved: checkpoints count
 // it, offloading takes it away. `watched`: the hooks are freezekit's own, and so may be the stand-ins for tensors, which
 // have no data to try a recipe on.
-RecipePtr recipe_for(const Tensor& value, bool watched);
+RecipePtr recipe_for(const Tensor& value, Maker maker, bool watched);
 
 // While torch's kernel makes a node whose operands have recipes: no hook is to see what is not kept.
 class Unseen {
@@ -53,7 +56,7 @@ enum class Operand { self, other };
 // recipe; else hooks see it after all.
 void keep(const Tensor& result, Operand which, const Tensor& operand, const RecipePtr& recipe);
 
-// Torch's node of a group norm does not keep the bias, which a recipe needs.
-void note_bias(const Tensor& result, const Tensor& bias);
+// Torch's node of a group norm does not keep the bias, and parameters may move: their values are noted as they are.
+void note_parameters(const Tensor& result, const Tensor& weight, const Tensor& bias);
 
 }  // namespace freezekit::chain

@@ -70,10 +70,11 @@ struct Rows {
 class GroupNorm : public Recipe {
  public:
   GroupNorm(const Tensor& x, const Tensor& mean, const Tensor& rstd, const Tensor& weight, const Tensor& bias)
-      : x_(x), mean_(mean), rstd_(rstd), weight_(copied(weight)), bias_(copied(bias)) {}
+      : x_(x), mean_(mean), rstd_(rstd), weight_(weight), bias_(bias) {}
 
   Tensor compute() const override {
-    const Tensor y = at::empty_like(x_.get());
+    for (const Held* held : {&x_, &mean_, &rstd_}) held->get();
+    const Tensor y = unrecorded([&] { return at::empty_like(x_.unchecked()); });
     all_rows([&](const auto* x, auto channels, int64_t at, int64_t length) {
       write_row(x, channels, y.mutable_data_ptr<std::remove_const_t<std::remove_pointer_t<decltype(x)>>>() + at,
                 length);
@@ -83,8 +84,9 @@ class GroupNorm : public Recipe {
   }
 
   bool gives(const Tensor& value) const override {
-    const Tensor& x = x_.get();
-    if (value.scalar_type() != x.scalar_type() || value.sizes() != x.sizes() || value.strides() != x.strides()) {
+    const Tensor& x = x_.unchecked();
+    if (value.scalar_type() != x.scalar_type() || value.sizes() != x.sizes() || value.strides() != x.strides() ||
+        !is_in_memory(value)) {
       return false;
     }
     return all_rows([&](const auto* x, auto channels, int64_t at, int64_t length) {
@@ -94,20 +96,15 @@ class GroupNorm : public Recipe {
   }
 
  private:
-  // Parameters may move before backward, and the value does not follow them. They are a channel's worth.
-  static Tensor copied(const Tensor& parameter) {
-    return parameter.defined() ? unrecorded([&] { return parameter.clone(); }) : Tensor();
-  }
-
   // f(the row of x, its scales and shifts, its offset, its length) for each row, as long as it returns true.
   template <class F>
   bool all_rows(const F& f) const {
-    const Tensor& x = x_.get();
-    return AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "freezekit::chain", [&] {
-      using C = cpu::Compute<scalar_t>;
-      const int64_t n = x.size(0), c = x.size(1), groups = mean_.get().size(1), width = c / groups;
-      const C* mean = mean_.get().const_data_ptr<C>();
-      const C* rstd = rstd_.get().const_data_ptr<C>();
+    const Tensor &x = x_.unchecked(), &means = mean_.unchecked(), &rstds = rstd_.unchecked();
+    return AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "freezekit::chain", [&] {
+      using C = scalar_t;
+      const int64_t n = x.size(0), c = x.size(1), groups = means.size(1), width = c / groups;
+      const C* mean = means.const_data_ptr<C>();
+      const C* rstd = rstds.const_data_ptr<C>();
       std::vector<C> scale(n * c), shift(n * c);
       for (int64_t i = 0; i < n * c; ++i) {
         const int64_t group = i / c * groups + i % c / width;
@@ -133,6 +130,47 @@ class GroupNorm : public Recipe {
 // The elements of a dense tensor in memory order.
 Tensor flat(const Tensor& dense) { return dense.as_strided({dense.numel()}, {1}); }
 
+constexpr int64_t kHashed = 1 << 16;  // bytes in one piece
+
+// Eight sums of products, each word with a key of its place. Any change of one word changes the sum that it is in.
+FK_SIMD_CLONES uint64_t hash_of(const char* bytes, int64_t count, uint64_t key) {
+  constexpr uint64_t kOdd = 0x9e3779b97f4a7c15u;
+  uint64_t sums[8] = {}, keys[8];
+  for (int i = 0; i < 8; ++i) keys[i] = key + kOdd * (i + 1);
+  const auto add = [&](const char* from) {
+    uint64_t words[8];
+    std::memcpy(words, from, sizeof words);
+    for (int i = 0; i < 8; ++i) {
+      const uint64_t word = words[i] ^ keys[i];
+      sums[i] += words[i] + (word & 0xffffffffu) * (word >> 32);
+      keys[i] += kOdd * 8;
+    }
+  };
+  int64_t at = 0;
+  for (; at + 64 <= count; at += 64) add(bytes + at);
+  if (at < count) {
+    char rest[64] = {};
+    std::memcpy(rest, bytes + at, count - at);
+    add(rest);
+  }
+  uint64_t result = static_cast<uint64_t>(count);
+  for (int i = 0; i < 8; ++i) result = (result ^ sums[i]) * kOdd, result ^= result >> 29;
+  return result;
+}
+
+// Of all bytes of a tensor in memory; the same for any number of threads.
+uint64_t content_of(const Tensor& tensor) {
+  const char* bytes = static_cast<const char*>(tensor.const_data_ptr());
+  const int64_t count = tensor.numel() * tensor.element_size();
+  std::atomic<uint64_t> sum = 0;
+  at::parallel_for(0, (count + kHashed - 1) / kHashed, 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      sum += hash_of(bytes + i * kHashed, std::min(kHashed, count - i * kHashed), static_cast<uint64_t>(i) << 32);
+    }
+  });
+  return sum;
+}
+
 template <class Source>
 class FunctionOf : public Recipe {
  public:
@@ -146,9 +184,9 @@ class FunctionOf : public Recipe {
   // thread's share are not computed as the others are.
   bool gives(const Tensor& value) const override {
     return unrecorded([&] {
-      const Tensor x = operand(x_);
+      const Tensor x = just_held(x_);
       if (value.scalar_type() != x.scalar_type() || value.strides() != x.strides() || value.sizes() != x.sizes() ||
-          !x.is_non_overlapping_and_dense()) {
+          !is_in_memory(value)) {
         return false;
       }
       const Tensor from = flat(x), found = flat(value);
@@ -166,6 +204,8 @@ class FunctionOf : public Recipe {
   }
 
  private:
+  static Tensor just_held(const Held& x) { return x.unchecked(); }
+  static Tensor just_held(const RecipePtr& x) { return x->compute(); }
   static Tensor operand(const Held& x) { return x.get(); }
   static Tensor operand(const RecipePtr& x) { return x->compute(); }
 
@@ -175,26 +215,66 @@ class FunctionOf : public Recipe {
 
 }  // namespace
 
+bool is_in_memory(const Tensor& tensor) {
+  if (!tensor.device().is_cpu() || tensor.key_set().has(c10::DispatchKey::Python) || !tensor.has_storage() ||
+      !tensor.storage().device().is_cpu() || !tensor.is_non_overlapping_and_dense()) {
+    return false;
+  }
+  const size_t end = (tensor.storage_offset() + tensor.numel()) * tensor.element_size();
+  return tensor.storage().nbytes() >= end;
+}
+
+Held::Held(const Tensor& tensor)
+    : tensor_(tensor.detach()), version_(tensor_._version()),
+      content_(is_in_memory(tensor_) ? content_of(tensor_) : 0) {}
+
 const Tensor& Held::get() const {
   TORCH_CHECK(tensor_._version() == version_,
               "one of the variables needed for gradient computation has been modified by an inplace operation: [",
               tensor_.toString(), " ", tensor_.sizes(), "] is at version ", tensor_._version(), "; expected version ",
               version_, " instead.");
+  TORCH_CHECK(is_in_memory(tensor_) && content_of(tensor_) == content_,
+              "one of the variables needed for gradient computation has been written to, or its memory released, in a "
+              "way that autograd does not see (.data, numpy, its storage): [",
+              tensor_.toString(), " ", tensor_.sizes(),
+              "]. While freezekit is enabled, the operand of an operator behind it is computed again from it.");
   return tensor_;
 }
 
-RecipePtr group_norm(const Tensor& x, const Tensor& mean, const Tensor& rstd, const Tensor& weight,
-                     const Tensor& bias) {
-  const auto wide = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+// Torch rounds the statistics of low precision, and without parameters its formula is another. Of few elements in a
+// channel the parameters' values weigh as much as what is saved.
+bool can_be_made_again(const Tensor& x, const Tensor& weight, const Tensor& bias) {
+  const auto dtype = [&](const Tensor& t) { return !t.defined() || t.scalar_type() == x.scalar_type(); };
+  const bool is_wide = x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble;
+  return is_wide && dtype(weight) && dtype(bias) && x.dim() >= 2 && x.size(1) > 0 &&
+         (weight.defined() || bias.defined()) && x.numel() >= 16 * x.size(1);
+}
+
+RecipePtr group_norm(const Tensor& x, const Tensor& mean, const Tensor& rstd, const Tensor& weight, const Tensor& bias,
+                     bool has_data) {
+  if (!can_be_made_again(x, weight, bias)) return nullptr;
+  const int64_t n = x.size(0), c = x.size(1);
+  const bool are_statistics =
+      mean.dim() == 2 && mean.size(0) == n && mean.sizes() == rstd.sizes() && mean.size(1) > 0 && c % mean.size(1) == 0;
+  if (!are_statistics) return nullptr;
   for (const Tensor* vector : {&mean, &rstd, &weight, &bias}) {
-    if (vector->defined() && (vector->scalar_type() != wide || !vector->is_contiguous())) return nullptr;
+    if (!vector->defined()) continue;
+    if (vector->scalar_type() != x.scalar_type() || !vector->is_contiguous() || (has_data && !is_in_memory(*vector))) {
+      return nullptr;
+    }
   }
-  const bool is_dense = x.is_contiguous() || x.is_contiguous(x.suggest_memory_format());
-  if (!x.is_cpu() || x.dim() < 2 || x.numel() == 0 || !is_dense) return nullptr;
+  for (const Tensor* vector : {&weight, &bias}) {
+    if (vector->defined() && (vector->dim() != 1 || vector->size(0) != c)) return nullptr;
+  }
+  const bool is_ordered = x.is_contiguous() || x.is_contiguous(x.suggest_memory_format());
+  if (!is_ordered || (has_data && !is_in_memory(x))) return nullptr;
   return std::make_shared<GroupNorm>(x, mean, rstd, weight, bias);
 }
 
-RecipePtr function_of(const Tensor& x, Function f) { return std::make_shared<FunctionOf<Held>>(Held(x), std::move(f)); }
+RecipePtr function_of(const Tensor& x, Function f, bool has_data) {
+  if (!x.is_non_overlapping_and_dense() || (has_data && !is_in_memory(x))) return nullptr;
+  return std::make_shared<FunctionOf<Held>>(Held(x), std::move(f));
+}
 
 RecipePtr function_of(RecipePtr x, Function f) {
   return std::make_shared<FunctionOf<RecipePtr>>(std::move(x), std::move(f));

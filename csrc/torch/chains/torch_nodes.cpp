@@ -8,6 +8,7 @@
 #include <torch/csrc/PyInterpreter.h>
 #include <torch/csrc/autograd/generated/Functions.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/torch_dispatch_mode.h>
 
 #include <array>
 
@@ -22,16 +23,15 @@ using torch::autograd::Node;
 using torch::autograd::SavedVariable;
 using torch::autograd::SavedVariableHooks;
 
-// What is known of the last nodes, by address. It may be about another node that had the address before, or a bias that
-// has moved since: whatever follows from it is tried.
+// What is known of the last nodes, by address. It may be about another node that had the address before: whatever follows
+// from it is tried.
 struct Note {
   const Node* node = nullptr;
-  c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl> bias{
-      c10::intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>()};
+  Tensor weight, bias;  // copies
   std::weak_ptr<const Recipe> recipe;
 };
 
-thread_local std::array<Note, 64> notes;
+thread_local std::array<Note, 16> notes;
 thread_local size_t next_note = 0;
 
 Note& new_note(const Node* node) {
@@ -55,38 +55,40 @@ T* node_of(const Tensor& result) {
   return node && typeid(*node) == typeid(T) ? static_cast<T*>(node) : nullptr;
 }
 
-RecipePtr of_group_norm(const generated::NativeGroupNormBackward0& node, bool watched) {
+RecipePtr of_group_norm(const generated::NativeGroupNormBackward0& node, bool watched, bool has_data) {
   if (node.input_.has_hooks() && !watched) return nullptr;
   const Note* note = note_of(&node);
   if (!note) return nullptr;
-  const Tensor bias(note->bias.lock());
   const AnyNodePtr self = pointer_to(const_cast<generated::NativeGroupNormBackward0&>(node));
-  return group_norm(node.input_.unpack(), node.result1_.unpack(self), node.result2_.unpack(self), node.weight_.unpack(),
-                    bias);
+  return group_norm(node.input_.unpack(), node.result1_.unpack(self), node.result2_.unpack(self), note->weight,
+                    note->bias, has_data);
 }
 
 template <class T>
-RecipePtr of_activation(const T& node, bool watched, Function f) {
+RecipePtr of_activation(const T& node, bool watched, bool has_data, Function f) {
   const Note* note = node.self_.has_hooks() ? note_of(&node) : nullptr;
   if (RecipePtr inner = note ? note->recipe.lock() : nullptr) return function_of(std::move(inner), std::move(f));
   if (node.self_.has_hooks() && !watched) return nullptr;
-  return function_of(node.self_.unpack(), std::move(f));
+  return function_of(node.self_.unpack(), std::move(f), has_data);
 }
 
-RecipePtr candidate_for(const Tensor& value, bool watched) {
-  if (value.is_view() || value.output_nr() != 0) return nullptr;
-  if (const auto* node = node_of<generated::NativeGroupNormBackward0>(value)) return of_group_norm(*node, watched);
+RecipePtr candidate_for(const Tensor& value, Maker maker, bool watched, bool has_data) {
+  if (maker == Maker::norm) {
+    const auto* node = node_of<generated::NativeGroupNormBackward0>(value);
+    return node ? of_group_norm(*node, watched, has_data) : nullptr;
+  }
   if (const auto* node = node_of<generated::SiluBackward0>(value)) {
-    return of_activation(*node, watched, [](const Tensor& x) { return at::silu(x); });
+    return of_activation(*node, watched, has_data, [](const Tensor& x) { return at::silu(x); });
   }
   if (const auto* node = node_of<generated::HardswishBackward0>(value)) {
-    return of_activation(*node, watched, [](const Tensor& x) { return at::hardswish(x); });
+    return of_activation(*node, watched, has_data, [](const Tensor& x) { return at::hardswish(x); });
   }
   if (const auto* node = node_of<generated::MishBackward0>(value)) {
-    return of_activation(*node, watched, [](const Tensor& x) { return at::mish(x); });
+    return of_activation(*node, watched, has_data, [](const Tensor& x) { return at::mish(x); });
   }
   if (const auto* node = node_of<generated::GeluBackward0>(value)) {
-    return of_activation(*node, watched, [how = node->approximate](const Tensor& x) { return at::gelu(x, how); });
+    return of_activation(*node, watched, has_data,
+                         [how = node->approximate](const Tensor& x) { return at::gelu(x, how); });
   }
   return nullptr;
 }
@@ -95,7 +97,11 @@ class ComputedAgain : public SavedVariableHooks {
  public:
   explicit ComputedAgain(RecipePtr recipe) : recipe_(std::move(recipe)) {}
   void call_pack_hook(const Tensor&) override {}
-  Tensor call_unpack_hook() override { return recipe_->compute(); }
+  // What was saved is no work of the backward pass: modes of dispatch do not see it, as they do not see a tensor saved.
+  Tensor call_unpack_hook() override {
+    const torch::torch_dispatch_mode::StashTorchDispatchStackGuard no_modes;
+    return recipe_->compute();
+  }
 
   // Compiled autograd traces a function of Python and what it is given: the value itself, which each backward pass asks
   // for anew.
@@ -103,7 +109,8 @@ class ComputedAgain : public SavedVariableHooks {
     const pybind11::gil_scoped_acquire gil;
     const auto held = [](PyObject* object) { return c10::SafePyObject(object, getPyInterpreter()); };
     pybind11::object given = pybind11::module_::import("freezekit.enabling").attr("as_given");
-    return std::pair(held(given.release().ptr()), held(THPVariable_Wrap(recipe_->compute())));
+    return std::pair(held(given.release().ptr()),
+                     held(THPVariable_Wrap(const_cast<ComputedAgain*>(this)->call_unpack_hook())));
   }
 
  private:
@@ -129,12 +136,17 @@ SavedVariable* saved(const Tensor& result, Operand operand) {
 
 }  // namespace
 
-RecipePtr recipe_for(const Tensor& value, bool watched) {
+RecipePtr recipe_for(const Tensor& value, Maker maker, bool watched) {
   if (!watched && at::SavedTensorDefaultHooks::get_hooks()) return nullptr;
-  RecipePtr recipe = candidate_for(value, watched);
-  if (!recipe) return nullptr;
   const bool has_data = !value.is_meta() && !value.key_set().has(c10::DispatchKey::Python);
-  return !has_data || recipe->gives(value) ? recipe : nullptr;
+  const uint32_t written = maker == Maker::activation ? 1 : 0;  // by the maker, in place
+  if (value.is_view() || value.output_nr() != 0 || (!has_data && value._version() > written)) return nullptr;
+  try {
+    const RecipePtr recipe = candidate_for(value, maker, watched, has_data);
+    return recipe && (!has_data || recipe->gives(value)) ? recipe : nullptr;
+  } catch (const c10::Error&) {
+    return nullptr;  // what the maker saved is gone, or was written to: backward says so, if there is one
+  }
 }
 
 Unseen::Unseen() : before_(at::SavedTensorDefaultHooks::set_tracing(true)) {}
@@ -152,9 +164,14 @@ void keep(const Tensor& result, Operand which, const Tensor& operand, const Reci
   }
 }
 
-void note_bias(const Tensor& result, const Tensor& bias) {
+void note_parameters(const Tensor& result, const Tensor& weight, const Tensor& bias) {
   const auto* node = node_of<generated::NativeGroupNormBackward0>(result);
-  if (node) new_note(node).bias = bias.getIntrusivePtr();
+  if (!node) return;
+  const at::AutoDispatchBelowADInplaceOrView below;
+  Note& note = new_note(node);  // in any case: an older one of this address says nothing about this node
+  if (!can_be_made_again(result, weight, bias)) return;
+  if (weight.defined()) note.weight = weight.clone();
+  if (bias.defined()) note.bias = bias.clone();
 }
 
 }  // namespace freezekit::chain

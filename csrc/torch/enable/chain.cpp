@@ -9,6 +9,7 @@
 namespace freezekit::enable {
 namespace {
 
+using chain::Maker;
 using chain::Operand;
 using chain::RecipePtr;
 
@@ -18,17 +19,17 @@ extern Operator<Tensor(const Tensor&, std::string_view)> torch_gelu;
 extern Operator<Tensor&(Tensor&, std::string_view)> torch_gelu_inplace;
 extern Operator<Tensor(const Tensor&, const Tensor&)> torch_mul;
 
-// A recipe is tried on the value, which on a GPU would have to be waited for.
-RecipePtr recipe_for(const Tensor& value) {
-  const bool may_have = value.device().is_cpu() && value.requires_grad() && serves(Value::torch_s, value);
-  return may_have ? chain::recipe_for(value, detail::is_watched_here()) : nullptr;
+// A recipe is tried on the value, which on a GPU would have to be waited for. Compilers have chains of their own.
+RecipePtr recipe_for(const Tensor& value, Maker maker) {
+  const bool may_have = value.device().is_cpu() && value.requires_grad() && serves(Value::ours, value);
+  return may_have ? chain::recipe_for(value, maker, detail::is_watched_here()) : nullptr;
 }
 
 // `x` may be the result as well.
 template <class Op, class X, class... Rest>
 decltype(auto) activation(const Op& op, DispatchKeySet keys, X& x, Rest... rest) {
   if (is_unrecorded(x)) return op.unrecorded(keys, x, rest...);
-  const RecipePtr recipe = recipe_for(x);
+  const RecipePtr recipe = recipe_for(x, Maker::norm);
   if (!recipe) return op.stock(keys, x, rest...);
   decltype(auto) y = [&]() -> decltype(auto) {
     const chain::Unseen unseen;
@@ -55,7 +56,7 @@ Tensor& gelu_(DispatchKeySet keys, Tensor& x, std::string_view approximate) {
 Tensor mul(DispatchKeySet keys, const Tensor& a, const Tensor& b) {
   if (is_unrecorded(a, b)) return torch_mul.unrecorded(keys, a, b);
   if (!a.requires_grad() || !b.requires_grad()) return torch_mul.stock(keys, a, b);
-  const RecipePtr of_a = recipe_for(a), of_b = recipe_for(b);
+  const RecipePtr of_a = recipe_for(a, Maker::activation), of_b = recipe_for(b, Maker::activation);
   if (!of_a && !of_b) return torch_mul.stock(keys, a, b);
   const Tensor y = [&] {
     const chain::Unseen unseen;
