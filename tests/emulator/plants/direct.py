@@ -156,8 +156,8 @@ PLANTS = [
     bug(
         "the last slice of wgrad is left out",
         REDUCE,
-        "s < slices; ++s) sum",
-        "s < slices - 1; ++s) sum",
+        "s < last; ++s) sum",
+        "s < last - 1; ++s) sum",
         case=SPLIT_WGRAD,
     ),
     bug(
