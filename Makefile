@@ -28,7 +28,7 @@ build: $(READY)  ## compile the extension in place, and the emulated kernels tha
 	$(PY) setup.py -q build_ext --inplace --emulator
 
 # The first build for a comparison is without CUDA kernels where no GPU is to run them; `make build` adds them.
-compare: export FREEZEKIT_CUDA := $(or $(FREEZEKIT_CUDA),$(if $(wildcard /dev/nvidia0 freezekit/_C*.so),,0))
+compare: export FREEZEKIT_CUDA := $(or $(FREEZEKIT_CUDA),$(if $(wildcard /dev/nvidia[0-9]* /dev/dxg freezekit/_C*.so),,0))
 compare: extension  ## compare freezekit with stock PyTorch, in under two minutes
 	$(PY) bench/compare.py
 

@@ -105,7 +105,8 @@ class Build(build_ext):
         extension = self.extensions[0]
         info = {"torch": torch.__version__, "cuda": None, "archs": [], "python": sys.version.split()[0]}
         nvcc = find_nvcc()
-        without = "" if nvcc else ", without CUDA kernels since there is no nvcc"
+        why = "FREEZEKIT_CUDA=0 says so" if os.environ.get("FREEZEKIT_CUDA") == "0" else "there is no nvcc"
+        without = "" if nvcc else f", without CUDA kernels since {why}"
         print(f"freezekit: compiling in {JOBS} jobs{without}; the first time takes minutes", flush=True)
         if nvcc:
             archs = (os.environ.get("FREEZEKIT_CUDA_ARCHS") or DEFAULT_ARCHS).replace(",", ";").split(";")

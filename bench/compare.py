@@ -128,10 +128,13 @@ class Run:
                 settings = replace(settings, budget=min(settings.budget, left / (len(cases) - done) / 2))
             progress.update(task, description=case.label)
             assert self.environment is not None
-            rows = measure(case, settings, self.environment.peaks, clock) + self._apart(case, make, settings)
+            rows = measure(case, settings, self.environment.peaks, clock)
             self.rows += rows
-            self.write()
-            self.report.show(rows)
+            self.write()  # before processes that may hang
+            if apart := self._apart(case, make, settings):
+                self.rows += apart
+                self.write()
+            self.report.show(rows + apart)
             progress.advance(task)
             longest = max(longest, time.monotonic() - start)
 

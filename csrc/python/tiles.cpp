@@ -1,34 +1,18 @@
 // freezekit._C.tiles: one launch of a kernel and tile of the caller's choosing, which select() may be judged by.
 #include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <array>
 
 #include "python/bindings.h"
-#include "torch/backends/kernel_library.h"
+#include "torch/backends/native.h"
 
 namespace freezekit {
 namespace {
 
 using Pair = std::array<int64_t, 2>;
-
-DType dtype_of(const at::Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case at::kFloat:
-      return DType::f32;
-    case at::kDouble:
-      return DType::f64;
-    case at::kHalf:
-      return DType::f16;
-    case at::kBFloat16:
-      return DType::bf16;
-    default:
-      throw py::value_error("tensors must be float32, float64, float16 or bfloat16");
-  }
-}
 
 Conv2dProblem problem_of(const at::Tensor& x, const at::Tensor& w, const at::Tensor& y, const Pair& stride,
                          const Pair& padding, const Pair& dilation, int64_t groups) {
@@ -56,6 +40,7 @@ bool launch(int op, const at::Tensor& x, const at::Tensor& w, const at::Tensor& 
       throw py::value_error("x, w and y must be dense channels_last tensors of one dtype, on one device");
     }
   }
+  const DType dtype = native::kernel_dtype(x);
   const Conv2dProblem p = problem_of(x, w, y, stride, padding, dilation, groups);
   const KernelLibrary& library = kernel_library(x.is_cuda() ? Backend::native : Backend::emulated);
   const c10::DeviceGuard guard(x.device());
@@ -64,14 +49,11 @@ bool launch(int op, const at::Tensor& x, const at::Tensor& w, const at::Tensor& 
   selection.workspace_bytes = static_cast<size_t>(w.numel()) * 8 * static_cast<size_t>(split_k);  // for any family
   const at::Tensor workspace =
       at::empty({static_cast<int64_t>(selection.workspace_bytes)}, x.options().dtype(at::kByte));
-  const Stream stream =
-      x.is_cuda() ? c10::impl::VirtualGuardImpl(x.device().type()).getStream(x.device()).native_handle() : nullptr;
   const Status status =
-      library.table->conv2d(static_cast<Operator>(op), selection, p, dtype_of(x),
-                            {x.data_ptr(), w.data_ptr(), y.data_ptr()}, {}, workspace.mutable_data_ptr(), stream);
+      library.table->conv2d(static_cast<Operator>(op), selection, p, dtype, {x.data_ptr(), w.data_ptr(), y.data_ptr()},
+                            {}, workspace.mutable_data_ptr(), native::stream_of(x));
   if (status == Status::invalid_argument || status == Status::unsupported) return false;
-  TORCH_CHECK(status == Status::success, to_string(status),
-              status == Status::launch_failed ? library.last_error() : "");
+  native::check_status(status, "of the tile that was asked for", library);
   return true;
 }
 

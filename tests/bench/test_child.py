@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from dataclasses import replace
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -72,6 +74,22 @@ def test_it_is_started_again_but_not_for_ever() -> None:
             child.measure(*case(), PEAKS)
     with pytest.raises(Lost, match="lost 3 times"):
         child.measure(*case(), PEAKS)
+
+
+def test_what_is_known_is_written_before_a_process_may_hang(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    lost = sides.Side("freezekit_channels_last", lambda module: module, channels_last=True, hopper=True)
+    monkeypatch.setitem(sides.SIDES, lost.name, lost)
+    settings, file = replace(case()[1], sides=("stock", lost.name)), tmp_path / "compare.json"
+    seen = []
+
+    def look(self: Child, *_: object) -> object:
+        seen.append([row["side"] for row in json.loads(file.read_text())["rows"]])
+        raise Lost("gone")
+
+    monkeypatch.setattr(Child, "measure", look)
+    compare.Run(settings, Printout(Console(quiet=True)), None, file).go(["layers"])
+    assert [len(rows) for rows in seen] == [2 * i + 1 for i in range(8)]
+    assert all(rows[-1] == "stock" for rows in seen)
 
 
 def test_a_run_goes_on_without_it(monkeypatch: pytest.MonkeyPatch) -> None:

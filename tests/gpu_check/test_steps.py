@@ -165,3 +165,12 @@ def test_tests_that_would_begin_late_are_counted(tmp_path: Path) -> None:
     assert said[600, False] == (1, "1 passed, 1 failed, 0 error, 1 skipped, 0 not run for want of time")
     late = (NOT_RUN, "0 passed, 0 failed, 0 error, 0 skipped, 3 not run for want of time")
     assert said[0, False] == said.get((0, True), late) == late
+
+
+@pytest.mark.parametrize(("body", "code"), [("__import__('pytest').skip('no GPU')", NOT_RUN), ("pass", 0)])
+def test_a_run_that_skips_every_test_is_no_pass(tmp_path: Path, body: str, code: int) -> None:
+    (tmp_path / "test_some.py").write_text(f"def test_a(): {body}\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "tools.gpu_check.deadline", "--rootdir", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, str(tmp_path)], cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == code, done.stdout
