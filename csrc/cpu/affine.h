@@ -11,9 +11,6 @@
 namespace freezekit::cpu {
 
 template <class T>
-using Word = std::conditional_t<sizeof(T) == 8, uint64_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;
-
-template <class T>
 FK_INLINE T affine(T x, Compute<T> scale, Compute<T> shift) {
   return down<T>(std::fma(up(x), scale, shift));
 }
@@ -40,10 +37,10 @@ FK_INLINE void affine_row(const T* __restrict x, Channels channels, T* __restric
 
 template <class T, class Channels>
 FK_INLINE bool is_affine_row(const T* x, Channels channels, const T* y, int64_t count) {
-  Word<T> apart = 0;
+  Bits<T> apart = 0;
   for (int64_t i = 0; i < count; ++i) {
     const auto channel = channels.at(i);
-    apart |= bits_as<Word<T>>(affine(x[i], channel.scale, channel.shift)) ^ bits_as<Word<T>>(y[i]);
+    apart |= bits_as<Bits<T>>(affine(x[i], channel.scale, channel.shift)) ^ bits_as<Bits<T>>(y[i]);
   }
   return apart == 0;
 }

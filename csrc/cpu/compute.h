@@ -15,6 +15,11 @@ namespace freezekit::cpu {
 template <class T>
 using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
+// What elements of T are carried in: whole bits, which compile to vector code for every T, and a select of which stops
+// NaN and inf.
+template <class T>
+using Bits = std::conditional_t<sizeof(T) == 8, uint64_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;
+
 template <class To, class From>
 FK_INLINE To bits_as(From from) {
   static_assert(sizeof(To) == sizeof(From));

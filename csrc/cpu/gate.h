@@ -18,12 +18,7 @@
 
 namespace freezekit::cpu {
 
-// What elements of T are carried in: whole bits, which compile to vector code for every T, and a select of which stops
-// NaN and inf.
-template <class T>
-using Bits = std::conditional_t<sizeof(T) == 8, uint64_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;
-
-// The same as seen through a pointer to an array of T.
+// Bits<T> as seen through a pointer to an array of T.
 template <class T>
 using Shared __attribute__((may_alias)) = Bits<T>;
 

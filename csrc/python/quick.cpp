@@ -101,8 +101,9 @@ template <Function kFunction, Py_ssize_t kMost>
 PyObject* call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   // A function mode is to see the function that was called, and a trace to record torch's. What a demand for kernels
-  // means is said by Python.
-  if (count > kMost || is_own(backend) || at::impl::torch_function_mode_enabled() || torch::jit::tracer::isTracing()) {
+  // means is said by Python. Below autograd nothing is recorded, whatever the grad mode.
+  if (count > kMost || is_own(backend) || is_below_autograd() || at::impl::torch_function_mode_enabled() ||
+      torch::jit::tracer::isTracing()) {
     Py_RETURN_NONE;
   }
   Tensor result = kFunction({arguments, count});

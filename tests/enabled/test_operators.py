@@ -256,3 +256,15 @@ def test_anomaly_mode_and_saved_tensor_hooks() -> None:
     with fk.enabled(), torch.autograd.detect_anomaly(check_nan=True), torch.autograd.graph.save_on_cpu():
         ours = gradients(lambda x: F.relu(conv(x)), x)
     assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+@pytest.mark.parametrize("layer", [nn.Threshold(0.3, -0.7), nn.ReLU(), nn.MaxPool2d(2)], ids=lambda m: type(m).__name__)
+def test_what_is_kept_does_not_depend_on_who_looks(layer: nn.Module) -> None:
+    x = torch.randn(IMAGE, requires_grad=True)
+    with fk.enabled():
+        plain = kept(lambda: layer(x * 1))
+        with torch.profiler.profile():
+            assert kept(lambda: layer(x * 1)) == plain
+        assert plain < x.nbytes / 2
+        for measure in (False, True):
+            assert fk.explain(layer, x, measure=measure).bytes_kept == plain

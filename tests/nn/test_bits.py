@@ -314,3 +314,13 @@ def test_opcheck(learns: bool, layout: str) -> None:
     dense = x.detach().clone()
     bits = ops.activation_bits(dense, "relu")[1]
     torch.library.opcheck(ops.gate, (dense.requires_grad_(learns), bits, dense.stride(), 1.0, 0.5))
+
+
+def test_a_slope_whose_sign_is_not_in_memory() -> None:
+    slope = torch.complex(torch.zeros(1), torch.full((1,), -0.25)).conj().imag
+    assert slope.is_neg()
+    x = torch.tensor([-4.0, 2.0], requires_grad=True)
+    y = ff.prelu(x, slope)
+    expected = F.prelu(x, slope)
+    assert torch.equal(y, expected)
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.autograd.grad(expected.sum(), x)[0])

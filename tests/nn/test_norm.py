@@ -221,3 +221,14 @@ def test_transforms_and_opcheck() -> None:
     torch.library.opcheck(ops.batch_norm, (x.requires_grad_(), w, w.clone().requires_grad_(), w, w, 1e-5))
     torch.library.opcheck(ops.layer_norm, (t, [3], None, torch.rand(3).requires_grad_(), 1e-5))
     torch.library.opcheck(ops.group_norm, (t, 2, None, torch.rand(6).requires_grad_(), 1e-5))
+
+
+def test_parameters_whose_sign_is_not_in_memory() -> None:
+    weight = torch.complex(torch.zeros(3), torch.tensor([-0.5, 2.0, 1.0])).conj().imag
+    assert weight.is_neg()
+    x, mean, var = torch.randn(2, 3, 4, 4, requires_grad=True), torch.zeros(3), torch.ones(3)
+    y = fk.functional.batch_norm(x, mean, var, weight)
+    expected = nn.functional.batch_norm(x, mean, var, weight)
+    assert torch.equal(y, expected)
+    (dx,), (stock,) = (torch.autograd.grad(z.sum(), x) for z in (y, expected))
+    torch.testing.assert_close(dx, stock)

@@ -177,3 +177,28 @@ def test_function_modes_see_the_calls() -> None:
         fk.functional.relu(X.clone().requires_grad_())
     assert fk.functional.conv2d in seen
     assert fk.functional.relu in seen or fk.functional.relu.__wrapped__ in seen
+
+
+@pytest.mark.parametrize("name", ["activation_bits", "conv2d", "dropout_bits", "max_pool2d_taps", "gate"])
+def test_a_plain_step_steps_past_the_dispatcher_and_one_that_is_looked_at_does_not(name: str) -> None:
+    """Forward and backward, while a gradient is recorded: a kernel in the step's place is met in a profile alone."""
+
+    def step() -> None:
+        x = X.clone().requires_grad_()
+        y = fk.functional.conv2d(fk.functional.relu(x), W.detach(), None, 1, 1, 1, 2)
+        torch.autograd.grad(fk.functional.max_pool2d(fk.functional.dropout(y, 0.5), 2).sum(), x)
+
+    def replaced(*args: Any, **kwargs: Any) -> Any:
+        raise LookupError(name)
+
+    with torch.library._scoped_library("freezekit", "IMPL") as library:
+        library.impl(name, replaced, "CPU")
+        step()
+        with pytest.raises(LookupError, match=name), torch.profiler.profile():
+            step()
+
+
+def test_below_autograd_nothing_is_recorded() -> None:
+    with torch._C._AutoDispatchBelowAutograd():
+        assert _C.quick.relu(X.clone().requires_grad_(), False) is None
+        assert not fk.functional.relu(X.clone().requires_grad_()).requires_grad

@@ -69,9 +69,8 @@ class Faulty:
         path = folder / "faulty.so"
         source = Path(__file__).with_name("faulty.cpp")
         real = f'-DREAL="{_extension.emulated_kernels()}"'
-        with_torch = [
-            f"-I{include}" for include in include_paths()
-        ]  # its exceptions are what runs out of memory throws
+        # Torch's exceptions are what runs out of memory throws.
+        with_torch = [f"-I{include}" for include in include_paths()]
         compiler = ["g++", "-std=c++20", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}", *with_torch, real, str(source)]
         subprocess.run([*compiler, "-o", str(path), "-ldl", f"-L{library_paths()[0]}", "-lc10"], check=True)
         self._library = ctypes.CDLL(str(path))

@@ -149,7 +149,7 @@ using GateOperator = SettingsOperator<GateSettings, Tensor(const Tensor& input, 
 }  // namespace
 
 Tensor gate(const Tensor& input, const Tensor& bits, const GateSettings& settings) {
-  if (reaches_kernel(input)) return gate_kernel(input, bits, settings);
+  if (reaches_kernel(input, bits)) return gate_kernel(input, bits, settings);
   static const GateOperator op("freezekit::gate");
   return op(input, bits, settings);
 }

@@ -27,7 +27,7 @@ FK_SIMD_CLONES void threshold_words(const T* x, T* y, uint32_t* bits, int64_t nu
 // x and y dense and of one layout; they may be one tensor.
 Tensor threshold_bits(const Tensor& x, const Tensor& y, const Scalar& threshold, const Scalar& value) {
   const Tensor bits = empty_bits(x);
-  if (x.is_meta()) return bits;
+  if (x.is_meta() || x.key_set().has(c10::DispatchKey::Python)) return bits;  // no data to look at
   auto* words = reinterpret_cast<uint32_t*>(bits.mutable_data_ptr<int32_t>());
   const int64_t numel = x.numel();
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "freezekit::threshold", [&] {

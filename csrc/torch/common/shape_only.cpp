@@ -47,10 +47,14 @@ constexpr c10::DispatchKeySet watchers({c10::DispatchKey::FuncTorchBatched, c10:
                                         c10::DispatchKey::Batched, c10::DispatchKey::Python,
                                         c10::DispatchKey::Functionalize});
 
+// Of tensors whose values are not those in memory.
+constexpr c10::DispatchKeySet lazy({c10::DispatchKey::Negative, c10::DispatchKey::Conjugate,
+                                    c10::DispatchKey::ZeroTensor});
+
 }  // namespace
 
 bool is_plain_on_cpu(const Tensor& tensor) {
-  return tensor.is_cpu() && tensor.layout() == at::kStrided && !tensor.key_set().has_any(watchers) &&
+  return tensor.is_cpu() && tensor.layout() == at::kStrided && !tensor.key_set().has_any(watchers | lazy) &&
          !c10::impl::TorchDispatchModeTLS::any_modes_set();
 }
 

@@ -8,7 +8,8 @@
 
 namespace freezekit {
 
-// Whether a tensor is data on a CPU and nothing else: no transform, trace, subclass or mode sees what is done with it.
+// Whether a tensor is data on a CPU and nothing else: its values are in its memory, and no transform, trace, subclass or
+// mode sees what is done with them.
 bool is_plain_on_cpu(const Tensor&);
 
 // For operators that touch the values all the same. Beside plain tensors on a CPU it takes no memory, and reads as

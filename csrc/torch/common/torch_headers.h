@@ -1,5 +1,5 @@
 // What most of the torch layer includes, compiled once for the whole build. Each file includes what it uses all the same.
-#pragma once
+// Included once by the build alone: `#pragma once` in a header that is compiled itself is a warning.
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>

@@ -31,11 +31,16 @@ bool is_unrecorded(const Tensors&... tensors) {
   return !torch::autograd::compute_requires_grad(tensors...) && (!torch::autograd::isFwGradDefined(tensors) && ...);
 }
 
-// Whether a call on these tensors meets a CPU's kernel alone.
+// Guards below autograd exclude its functionality, which belongs to no backend.
+inline bool is_below_autograd() {
+  return c10::impl::tls_is_dispatch_key_excluded(c10::DispatchKey::AutogradFunctionality);
+}
+
+// Whether a call on these tensors meets a CPU's kernel alone. Kernels that another library has put in the place of
+// freezekit's own are stepped past.
 template <class... Tensors>
 bool reaches_kernel(const Tensors&... tensors) {
-  return is_unseen(tensors...) &&
-         (c10::impl::tls_is_dispatch_key_excluded(c10::DispatchKey::AutogradCPU) || is_unrecorded(tensors...));
+  return is_unseen(tensors...) && (is_below_autograd() || is_unrecorded(tensors...));
 }
 
 // at::empty_strided and at::empty on the device of `tensor`.

@@ -49,9 +49,9 @@ Tensor& relu_(DispatchKeySet keys, Tensor& x) {
   return has_bits(x) ? activation_inplace(x, ActivationKind::relu) : torch_relu_inplace.stock(keys, x);
 }
 
-// On a GPU it is torch's: no kernel of freezekit's computes it.
+// On a GPU it is torch's: no kernel of freezekit's computes it. What is kept does not depend on who looks on.
 bool has_threshold(const Tensor& x, const Scalar& threshold, const Scalar& value) {
-  return is_number(threshold) && is_number(value) && (is_unseen(x) || x.is_meta()) && has_bits(x);
+  return is_number(threshold) && is_number(value) && (x.device().is_cpu() || x.is_meta()) && has_bits(x);
 }
 
 Tensor threshold(DispatchKeySet keys, const Tensor& x, const Scalar& threshold, const Scalar& value) {

@@ -63,8 +63,9 @@ Tensor max_pool2d(DispatchKeySet keys, const Tensor& x, IntArrayRef kernel_size,
 std::tuple<Tensor, Tensor> max_pool2d_with_indices(DispatchKeySet keys, const Tensor& x, IntArrayRef kernel_size,
                                                    IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
                                                    bool ceil_mode) {
-  if (is_unrecorded(x))
+  if (is_unrecorded(x)) {
     return torch_max_pool2d_with_indices.unrecorded(keys, x, kernel_size, stride, padding, dilation, ceil_mode);
+  }
   if (!has_taps(x, kernel_size, stride, padding, dilation)) {
     return torch_max_pool2d_with_indices.stock(keys, x, kernel_size, stride, padding, dilation, ceil_mode);
   }

@@ -81,8 +81,8 @@ void check_taps(const Tensor& values, const Tensor& taps, SymIntArrayRef input_s
 std::tuple<Tensor, Tensor> taps_kernel(const Tensor& input, const PoolGeometry& g) {
   check_input(input);
   const at::AutoDispatchBelowADInplaceOrView below;
-  const auto format =
-      input.suggest_memory_format();  // for all: tensors of size 1 suggest another than their neighbours
+  // For all: tensors of size 1 suggest another than their neighbours.
+  const auto format = input.suggest_memory_format();
   const auto size = output_size(input, g, format);
   const MaxPool m = g.problem(input.sizes(), size, format);
   const Computer computer = computer_of(Op::max_pool2d, m, input, g);
@@ -179,7 +179,7 @@ std::tuple<Tensor, Tensor> max_pool2d_taps(const Tensor& input, const PoolGeomet
 
 Tensor max_pool2d_scatter(const Tensor& grad_output, const Tensor& taps, SymIntArrayRef input_size,
                           const PoolGeometry& g) {
-  if (reaches_kernel(grad_output)) return scatter_kernel(grad_output, taps, input_size, g);
+  if (reaches_kernel(grad_output, taps)) return scatter_kernel(grad_output, taps, input_size, g);
   static const TapMapOperator op("freezekit::max_pool2d_scatter");
   return op(grad_output, taps, input_size, g);
 }
