@@ -3,6 +3,13 @@
 //
 #include "tests/truth/cute_layouts.h"
 
+// How the driver numbers CuTe's type of a kind: 0 bf16, 1 f16, 2 tf32.
+EXPORT int cutlass_type(int kind) {
+  using namespace TMA;
+  if (kind == 2) return to_CUtensorMapDataType<tfloat32_t>();
+  return kind == 1 ? to_CUtensorMapDataType<half_t>() : to_CUtensorMapDataType<bfloat16_t>();
+}
+
 // Whether CUTLASS takes the problem (op: 0 fprop, 1 dgrad, 2 wgrad) in tiles of 128 rows by `columns`; maps: A's, B's; copies:
 // A's counts[0], B's counts[1].
 EXPORT int cutlass_plan(const truth::Problem* p, int columns, truth::Map* maps, truth::Copy* copies, int room,

@@ -65,7 +65,7 @@ bool plan(const truth::Problem& p, const Out& out) {
   const cutlass::conv::ConvProblemShape<kOp, 2> shape(
       cutlass::conv::Mode::kCrossCorrelation, {p.n, p.h, p.w, p.c}, {p.k, p.r, p.s, p.c}, {p.pad_h, p.pad_w},
       {p.far_pad_h, p.far_pad_w}, {p.stride_h, p.stride_w}, {p.dilation_h, p.dilation_w}, 1);
-  // One map after the other, so that whose notes they are is known.
+  // One map after the other, so that whose notes they are is known. Both tensors begin at address 0.
   const auto tensor_a =
       make_tensor(make_gmem_ptr(static_cast<const typename Collective::InternalElementA*>(nullptr)),
                   make_layout(shape.get_shape_A(),
@@ -91,10 +91,11 @@ bool plan(const truth::Problem& p, const Out& out) {
   return out.counts[1] >= 0 && Collective::can_implement(shape, {nullptr, nullptr});
 }
 
-// Whether CUTLASS takes the problem in output tiles of 128 rows.
+// Whether CUTLASS takes the problem in output tiles of 128 rows. It copies bf16 and f16 as integers of 16 bits, so that both
+// have one plan.
 template <class Columns>
 bool plan_tile(const truth::Problem& p, const Out& out) {
-  if (p.f32) return p.op == 0 && plan<ConvOperator::kFprop, float, Columns>(p, out);
+  if (p.type == 2) return p.op == 0 && plan<ConvOperator::kFprop, float, Columns>(p, out);
   if (p.op == 0) return plan<ConvOperator::kFprop, cutlass::bfloat16_t, Columns>(p, out);
   if (p.op == 1) return plan<ConvOperator::kDgrad, cutlass::bfloat16_t, Columns>(p, out);
   return plan<ConvOperator::kWgrad, cutlass::bfloat16_t, Shape<Columns>>(p, out);

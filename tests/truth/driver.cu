@@ -21,13 +21,16 @@ extern "C" cudaError_t CUDARTAPI cudaGetDriverEntryPointByVersion(const char* na
 }
 
 // The arguments for a map of the emulator: pixels of an NHWC tensor, or rows of a matrix or filter. Whether that succeeded.
-EXPORT int driver_map(int f32, const truth::Map* of, truth::Map* out) {
-  const DType dtype = f32 ? DType::f32 : DType::bf16;
+EXPORT int driver_map(const truth::Map* of, truth::Map* out) {
+  constexpr DType kTypes[] = {DType::bf16, DType::f16, DType::f32};
+  constexpr intptr_t kTensor = 1 << 20;  // where the tensor begins: nobody reads it
+  const DType dtype = kTypes[of->type];
+  const auto* const data = reinterpret_cast<const void*>(kTensor + of->address);
   const int64_t size = size_of(dtype);
   CUtensorMap map;
   Status status;
   if (of->im2col) {
-    PixelTensor tensor{dtype, nullptr, of->sizes[3], of->sizes[2], of->sizes[1], of->sizes[0]};
+    PixelTensor tensor{dtype, data, of->sizes[3], of->sizes[2], of->sizes[1], of->sizes[0]};
     PixelBox* const boxes[2] = {&tensor.boxes.w, &tensor.boxes.h};
     for (int i = 0; i < 2; ++i) {
       boxes[i]->lower = static_cast<int32_t>(of->lower[i]), boxes[i]->upper[0] = static_cast<int32_t>(of->upper[i]);
@@ -36,7 +39,7 @@ EXPORT int driver_map(int f32, const truth::Map* of, truth::Map* out) {
     tensor.pixels = static_cast<int32_t>(of->pixels);
     status = make_tensor_map(tensor, &map);
   } else {
-    TiledTensor tensor{dtype, nullptr, static_cast<int>(of->rank)};
+    TiledTensor tensor{dtype, data, static_cast<int>(of->rank)};
     for (int i = 0; i < tensor.rank; ++i) {
       tensor.size[i] = of->sizes[i], tensor.box[i] = static_cast<int32_t>(of->box[i]);
       if (i > 0) tensor.stride[i - 1] = of->strides[i - 1] / size;
@@ -44,5 +47,6 @@ EXPORT int driver_map(int f32, const truth::Map* of, truth::Map* out) {
     status = make_tensor_map(tensor, &map);
   }
   *out = truth::noted;
+  out->address -= kTensor;
   return status == Status::success;
 }

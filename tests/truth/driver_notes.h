@@ -9,13 +9,14 @@
 
 namespace truth {
 
-inline Map noted;  // by the latest call
+inline Map noted;  // by the latest call; its address is not yet an offset
 
-inline CUresult note(bool im2col, CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, const cuuint64_t* sizes,
-                     const cuuint64_t* strides, const cuuint32_t* traversal, CUtensorMapInterleave interleave,
-                     CUtensorMapSwizzle swizzle, CUtensorMapFloatOOBfill fill) {
+inline CUresult note(bool im2col, CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address,
+                     const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* traversal,
+                     CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle, CUtensorMapFloatOOBfill fill) {
   std::memset(static_cast<void*>(map), 0, sizeof *map);
   noted = {im2col, type, rank};
+  noted.address = reinterpret_cast<intptr_t>(address);
   noted.swizzle = swizzle, noted.interleave = interleave, noted.fill = fill;
   if (rank > 4) return CUDA_ERROR_INVALID_VALUE;
   for (cuuint32_t i = 0; i < rank; ++i) {
@@ -27,23 +28,25 @@ inline CUresult note(bool im2col, CUtensorMap* map, CUtensorMapDataType type, cu
 
 }  // namespace truth
 
-extern "C" CUresult CUDAAPI cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void*,
-                                                   const cuuint64_t* sizes, const cuuint64_t* strides,
+extern "C" CUresult CUDAAPI cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank,
+                                                   void* address, const cuuint64_t* sizes, const cuuint64_t* strides,
                                                    const cuuint32_t* box, const cuuint32_t* traversal,
                                                    CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
                                                    CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill) {
-  const CUresult result = truth::note(false, map, type, rank, sizes, strides, traversal, interleave, swizzle, fill);
+  const CUresult result =
+      truth::note(false, map, type, rank, address, sizes, strides, traversal, interleave, swizzle, fill);
   for (cuuint32_t i = 0; result == CUDA_SUCCESS && i < rank; ++i) truth::noted.box[i] = box[i];
   return result;
 }
 
-extern "C" CUresult CUDAAPI cuTensorMapEncodeIm2col(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void*,
-                                                    const cuuint64_t* sizes, const cuuint64_t* strides,
+extern "C" CUresult CUDAAPI cuTensorMapEncodeIm2col(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank,
+                                                    void* address, const cuuint64_t* sizes, const cuuint64_t* strides,
                                                     const int* lower, const int* upper, cuuint32_t channels,
                                                     cuuint32_t pixels, const cuuint32_t* traversal,
                                                     CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
                                                     CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill) {
-  const CUresult result = truth::note(true, map, type, rank, sizes, strides, traversal, interleave, swizzle, fill);
+  const CUresult result =
+      truth::note(true, map, type, rank, address, sizes, strides, traversal, interleave, swizzle, fill);
   for (int i = 0; i < 2; ++i) truth::noted.lower[i] = lower[i], truth::noted.upper[i] = upper[i];
   truth::noted.channels = channels, truth::noted.pixels = pixels;
   return result;

@@ -83,8 +83,14 @@ __global__ void im2col_kernel(const __grid_constant__ ptx::TensorMap map, truth:
   for (int i = static_cast<int>(threadIdx.x); i < bytes; i += 32) out[i] = tile[i];
 }
 
+// As the other side numbers them: 0 bf16, 1 f16, 2 tf32.
+constexpr emulator::TensorType kMapTypes[] = {emulator::TensorType::bf16, emulator::TensorType::f16,
+                                              emulator::TensorType::tf32};
+constexpr DType kTypes[] = {DType::bf16, DType::f16, DType::f32};
+
 // Notes of the running launch.
 struct Notes {
+  const void *gathered = nullptr, *other = nullptr;  // the tensors that it was given
   std::vector<emulator::TensorMap> maps;
   std::vector<truth::Copy> copies;
 };
@@ -94,14 +100,18 @@ void take_note(const emulator::TensorCopy& copy) {
   size_t map = 0;
   while (map < notes.maps.size() && std::memcmp(&notes.maps[map], &copy.map, sizeof copy.map) != 0) ++map;
   if (map == notes.maps.size()) notes.maps.push_back(copy.map);
-  truth::Copy made{static_cast<int32_t>(map), static_cast<int32_t>(emulator::block_index.x), 0, 0};
+  truth::Copy made{static_cast<int32_t>(map), static_cast<int32_t>(emulator::block_index.x), 0,
+                   static_cast<int32_t>(copy.to)};
   for (int i = 0; i < copy.map.rank; ++i) made.at[i] = copy.at[i];
   if (copy.map.im2col) made.offset[0] = copy.offset[0], made.offset[1] = copy.offset[1];
   notes.copies.push_back(made);
 }
 
+// Its address is not yet an offset.
 truth::Map described(const emulator::TensorMap& map) {
   truth::Map out{map.im2col, 0, map.rank};
+  while (kMapTypes[out.type] != static_cast<emulator::TensorType>(map.type)) ++out.type;
+  out.address = reinterpret_cast<intptr_t>(map.address);
   for (int i = 0; i < map.rank; ++i) {
     out.sizes[i] = map.sizes[i], out.traversal[i] = map.element_strides[i], out.box[i] = map.box[i];
     if (i > 0) out.strides[i - 1] = static_cast<int64_t>(map.strides[i - 1]);
@@ -136,14 +146,17 @@ Conv2dProblem problem_of(const truth::Problem& from) {
 Status run_kernel(int config, Operator op, const Conv2dProblem& p, DType dtype) {
   const int64_t size = size_of(dtype);
   const Memory x = zeros(p.x_numel(), size), filter = zeros(p.filter_numel(), size), y = zeros(p.y_numel(), size);
+  notes.gathered = op == Operator::dgrad ? y.get() : x.get();
+  notes.other = op == Operator::wgrad ? y.get() : filter.get();
   if (op == Operator::wgrad) {
     return launch_hopper_wgrad_kernel(config, 1, p, dtype, {x.get(), filter.get(), y.get()}, nullptr, nullptr);
   }
   const Gather g = make_gather(op, p);
-  const void* const in = op == Operator::dgrad ? y.get() : x.get();
   void* const out = op == Operator::dgrad ? x.get() : y.get();
-  const auto launch = dtype == DType::f32 ? launch_hopper_gemm_tf32 : launch_hopper_gemm_bf16;
-  return launch(config, g, in, filter.get(), out, {}, nullptr);
+  const auto launch = dtype == DType::f32   ? launch_hopper_gemm_tf32
+                      : dtype == DType::f16 ? launch_hopper_gemm_f16
+                                            : launch_hopper_gemm_bf16;
+  return launch(config, g, notes.gathered, notes.other, out, {}, nullptr);
 }
 
 }  // namespace
@@ -164,8 +177,7 @@ EXPORT int truth_wgmma(int type, int mn_major, int columns, const unsigned char*
 }
 
 // What an im2col copy by a map brings of `data`: pixels x 128 bytes, as shared memory holds them.
-EXPORT int truth_im2col(int f32, const void* data, const truth::Map* of, const truth::Copy* copy, unsigned char* out) {
-  const auto type = f32 ? emulator::TensorType::tf32 : emulator::TensorType::bf16;
+EXPORT int truth_im2col(int type, const void* data, const truth::Map* of, const truth::Copy* copy, unsigned char* out) {
   uint64_t sizes[4], strides[3];
   uint32_t traversal[4];
   for (int i = 0; i < 4; ++i) {
@@ -175,8 +187,8 @@ EXPORT int truth_im2col(int f32, const void* data, const truth::Map* of, const t
   const int lower[2] = {static_cast<int>(of->lower[0]), static_cast<int>(of->lower[1])};
   const int upper[2] = {static_cast<int>(of->upper[0]), static_cast<int>(of->upper[1])};
   ptx::TensorMap map;
-  if (!emulator::encode_im2col(&map, type, 4, data, sizes, strides, lower, upper, static_cast<uint32_t>(of->channels),
-                               static_cast<uint32_t>(of->pixels), traversal)) {
+  if (!emulator::encode_im2col(&map, kMapTypes[type], 4, data, sizes, strides, lower, upper,
+                               static_cast<uint32_t>(of->channels), static_cast<uint32_t>(of->pixels), traversal)) {
     return static_cast<int>(Status::launch_failed);
   }
   const int bytes = static_cast<int>(of->pixels) * static_cast<int>(kTileRow);
@@ -188,11 +200,12 @@ EXPORT int truth_columns(int config) {
   return config < static_cast<int>(std::size(kHopperTiles)) ? kHopperTiles[config].columns : 0;
 }
 
-// Whether the Hopper family takes the problem (1, or 0), and the maps and copies of its launch; -1 if that failed.
+// Whether the Hopper family takes the problem (1, or 0), the maps and copies of its launch, and where the tensors began that
+// are gathered and the other; -1 if it failed.
 EXPORT int truth_plan(const truth::Problem* problem, int config, truth::Map* maps, int* map_count, truth::Copy* copies,
-                      int room, int* copy_count) {
+                      int room, int* copy_count, int64_t* tensors) {
   const Conv2dProblem p = problem_of(*problem);
-  const DType dtype = problem->f32 ? DType::f32 : DType::bf16;
+  const DType dtype = kTypes[problem->type];
   const auto op = static_cast<Operator>(problem->op);
   if (!hopper_takes(op, p, dtype)) return 0;
   notes = {};
@@ -202,6 +215,7 @@ EXPORT int truth_plan(const truth::Problem* problem, int config, truth::Map* map
   if (status != Status::success || static_cast<int>(notes.copies.size()) > room || notes.maps.size() > 5) return -1;
   *map_count = static_cast<int>(notes.maps.size()), *copy_count = static_cast<int>(notes.copies.size());
   for (size_t i = 0; i < notes.maps.size(); ++i) maps[i] = described(notes.maps[i]);
+  tensors[0] = reinterpret_cast<intptr_t>(notes.gathered), tensors[1] = reinterpret_cast<intptr_t>(notes.other);
   std::memcpy(copies, notes.copies.data(), notes.copies.size() * sizeof(truth::Copy));
   return 1;
 }

@@ -17,7 +17,8 @@ PROGRAM = Program(
     "truth",
     (
         *("tests/truth/emulated.cu", "tests/emulator/probe_ptx.cu"),
-        *(f"{HOPPER}/{name}.cu" for name in ("hopper_gemm_bf16", "hopper_gemm_tf32", "hopper_wgrad", "tensor_map")),
+        *(f"{HOPPER}/{name}.cu" for name in ("hopper_gemm_bf16", "hopper_gemm_f16", "hopper_gemm_tf32")),
+        *(f"{HOPPER}/hopper_wgrad.cu", f"{HOPPER}/tensor_map.cu"),
         *("csrc/kernels/small/mask.cu", "csrc/kernels/target.cu"),
     ),
     shared=True,

@@ -19,8 +19,8 @@ from tests.emulator.build import Planted
 from . import nvidia
 from .comparison import Comparison, Found
 from .emulated import Array, call, library
+from .records import KINDS
 
-KINDS = ("bf16", "f16", "tf32")
 MOST = 1 << 16  # values of the largest table
 STEPS = 4  # wgmmas along a tile, 128 bytes deep
 A_BYTES = 128 * 128

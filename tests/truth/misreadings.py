@@ -1,7 +1,7 @@
-"""Ten ways to misread the PTX manual, planted where the comparisons must see them.
+"""Ways to misread the PTX manual or a convolution, planted where the comparisons must see them.
 
-A misreading that emulator and kernels share passes every test of the two against each other: only NVIDIA's own sources
-tell. So each is planted in both, where both have it.
+A misreading of the manual that emulator and kernels share passes every test of the two against each other: only
+NVIDIA's own sources tell. So each is planted in both, where both have it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tests.emulator.build import Patch, Planted
-from tests.emulator.plants.plant import HOPPER_BF16, PIXEL_BOX, SHARED_TILE
+from tests.emulator.plants.plant import HOPPER, HOPPER_BF16, HOPPER_LAUNCH, HOPPER_WGRAD, PIXEL_BOX, SHARED_TILE
 
 TENSOR_CORE = "csrc/emulator/tensor_core.cpp"
 WGMMA = "csrc/emulator/wgmma.cpp"
@@ -19,6 +19,9 @@ ENCODE = "csrc/emulator/encode_tensor_map.cpp"
 TENSOR_MAP = "csrc/kernels/hopper/tensor_map.cu"
 PTX_SM90 = "csrc/kernels/hopper/ptx_sm90.h"
 OURS = "tests/truth/emulated.cu"
+HOPPER_F16 = "csrc/kernels/hopper/hopper_gemm_f16.cu"
+WGRAD = "csrc/kernels/hopper/hopper_wgrad.cu"
+PLANS = "2x9x9x64 to 128, 3x3, pad 1,1, stride 1,1, dilation 1,1: plans, 128x128"
 
 
 @dataclass(frozen=True)
@@ -169,5 +172,106 @@ MISREADINGS = (
         ),
         shows="ptx::copy_im2col",
         quick=True,
+    ),
+    Misreading(
+        "fp16 is the driver's FLOAT64",
+        Planted((Patch(TENSOR_MAP, "CU_TENSOR_MAP_DATA_TYPE_FLOAT16", "CU_TENSOR_MAP_DATA_TYPE_FLOAT64"),)),
+        shows=f"fprop f16 {PLANS}",
+        quick=True,
+    ),
+    Misreading(
+        "fp16 is copied as bf16",
+        Planted((Patch(HOPPER_F16, "(config, g, DType::f16, in", "(config, g, DType::bf16, in"),)),
+        shows=f"dgrad f16 {PLANS}",
+    ),
+    Misreading(
+        "element strides are the box",
+        Planted((Patch(TENSOR_MAP, "of.sizes, of.strides, box, of.ones, CU_", "of.sizes, of.strides, box, box, CU_"),)),
+        shows=f"dgrad bf16 {PLANS}",
+    ),
+    Misreading(
+        "the driver is asked for an im2col map of nothing",
+        Planted(
+            (
+                Patch(
+                    TENSOR_MAP,
+                    "4, const_cast<void*>(tensor.data), of.sizes, of.strides, lower",
+                    "4, nullptr, of.sizes, of.strides, lower",
+                ),
+            )
+        ),
+        shows=f"wgrad bf16 {PLANS}",
+    ),
+    Misreading(
+        "pixels are gathered from the filter",
+        Planted(
+            (Patch(HOPPER_LAUNCH, "pixels{dtype, in, g.batch", "pixels{dtype, filter, g.batch"),),
+            including=(HOPPER_BF16,),
+        ),
+        shows=f"fprop bf16 {PLANS}",
+    ),
+    Misreading(
+        "element strides of pixels are h before w",
+        Planted(
+            (
+                Patch(
+                    TENSOR_MAP,
+                    "{1, static_cast<uint32_t>(w.stride), static_cast<uint32_t>(h.stride), 1}",
+                    "{1, static_cast<uint32_t>(h.stride), static_cast<uint32_t>(w.stride), 1}",
+                ),
+            )
+        ),
+        shows="wgrad bf16 2x8x8x64 to 128, 3x3, pad 1,1, stride 3,2, dilation 1,2: plans, 128x128",
+    ),
+    Misreading(
+        "a matrix of pixels has those of one image",
+        Planted(
+            (
+                Patch(
+                    HOPPER_LAUNCH, "static_cast<int64_t>(g.batch) * g.in_h * g.in_w;", "int64_t{1} * g.in_h * g.in_w;"
+                ),
+            ),
+            including=(HOPPER_BF16,),
+        ),
+        shows="fprop bf16 7x8x8x64 to 128, 1x1, pad 0,0, stride 1,1, dilation 1,1: plans, 128x128",
+    ),
+    Misreading(
+        "rows of the filter meet the taps from the last one on",
+        Planted(
+            (Patch(HOPPER, "r = at.h.filter_first + t * at.h.filter_step,", "r = at.h.taps - 1 - t,"),),
+            including=(HOPPER_BF16,),
+        ),
+        shows=f"fprop bf16 {PLANS}",
+        quick=True,
+    ),
+    Misreading(
+        "taps of the transposed filter go down its columns",
+        Planted(
+            (Patch(HOPPER, "&maps.filter, full, c, r * g.w.taps + s,", "&maps.filter, full, c, s * g.h.taps + r,"),),
+            including=(HOPPER_BF16,),
+        ),
+        shows=f"dgrad bf16 {PLANS}",
+    ),
+    Misreading(
+        "positions of dy come from the last one on",
+        Planted(
+            (
+                Patch(
+                    HOPPER_WGRAD,
+                    "at.row0 + half * kPanel, l);",
+                    "at.row0 + half * kPanel, at.first + (at.last - 1 - l) / kPanel * kPanel);",
+                ),
+            ),
+            including=(WGRAD,),
+        ),
+        shows=f"wgrad bf16 {PLANS}",
+    ),
+    Misreading(
+        "the second operand goes where the first one is",
+        Planted(
+            (Patch(HOPPER, "ptx::copy_tile(stage + Tile::kABytes, &maps", "ptx::copy_tile(stage, &maps"),),
+            including=(HOPPER_BF16,),
+        ),
+        shows=f"dgrad bf16 {PLANS}",
     ),
 )

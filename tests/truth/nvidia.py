@@ -155,11 +155,16 @@ def library(source: str) -> ctypes.CDLL:
 
 
 @functools.cache
-def driver() -> ctypes.CDLL:
+def driver(planted: Planted) -> ctypes.CDLL:
     """freezekit's code that asks CUDA's driver for tensor maps, with a driver that takes notes."""
+    patched = overlay(planted.patches)
     # driver.cu has a function of the runtime's: the first definition counts.
-    flags = [*LIBRARY_FLAGS, "-Xlinker=--allow-multiple-definition", f"-I{CSRC}", f"-I{ROOT}"]
-    return ctypes.CDLL(str(built("driver.cu", ".so", [nvcc(), *flags])))
+    flags = [
+        *LIBRARY_FLAGS,
+        "-Xlinker=--allow-multiple-definition",
+        *(f"-I{folder}" for folder in (*sources(patched), ROOT)),
+    ]
+    return ctypes.CDLL(str(built("driver.cu", ".so", [nvcc(), *flags], patched)))
 
 
 def cuda_major(include: Path) -> int:
@@ -187,7 +192,12 @@ def wrappers_of_cutlass() -> Path:
 def wrappers_of_freezekit(planted: Planted) -> Path:
     """Machine code of freezekit's, with a misreading where one is planted."""
     patched = overlay(planted.patches)
-    return cubin(WRAPPERS[0], [*([patched / "csrc"] if patched else []), CSRC], patched)
+    return cubin(WRAPPERS[0], sources(patched), patched)
+
+
+def sources(patched: Path | None) -> list[Path]:
+    """Where freezekit's sources are found, those first that a misreading has changed."""
+    return [*([patched / "csrc"] if patched else []), CSRC]
 
 
 def cubin(source: str, includes: Sequence[Path], patched: Path | None) -> Path:

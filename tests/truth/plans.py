@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
+import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -20,7 +23,7 @@ from . import nvidia
 from .comparison import Comparison, Found
 from .emulated import Array, call, library
 from .layouts import Wgmma
-from .records import COPY, Map, Problem
+from .records import COPY, KINDS, Map, Problem
 
 ROOM = 1 << 16  # copies of the largest plan
 ROWS, PANEL = 128, 64  # of an output tile; positions, or channels, of a copy of wgrad
@@ -32,12 +35,17 @@ QUICK = 128  # what `make test` compares: compiling CUTLASS's kernels takes long
 
 @dataclass(frozen=True)
 class Plan:
-    """`gathered` are im2col copies of the activation or its gradient, `other` the tiled ones of filter or dy."""
+    """`gathered` are im2col copies of the activation or its gradient, `other` the tiled ones of filter or dy.
+
+    Those of one step meet in a product; `to` counts from where a stage has the operand. `transposed`: `other` is of a
+    filter whose order is c, r, s, k.
+    """
 
     gathered_map: Map
     gathered: Array
     other_map: Map
     other: Array
+    transposed: bool = False
 
 
 @functools.cache
@@ -55,8 +63,10 @@ def of_kernel(problem: Problem, columns: int, planted: Planted) -> Plan | None:
     """The plan of the Hopper kernel with so many columns; None if its launch failed."""
     maps, map_count, copy_count = (Map * 5)(), ctypes.c_int(), ctypes.c_int()
     copies = np.zeros(ROOM, COPY)
+    tensors = (ctypes.c_int64 * 2)()
     given = (problem.as_record(), COLUMNS.index(columns), maps, ctypes.byref(map_count))
-    taken = library(planted).truth_plan(*given, copies.ctypes.data_as(ctypes.c_void_p), ROOM, ctypes.byref(copy_count))
+    noted = (copies.ctypes.data_as(ctypes.c_void_p), ROOM, ctypes.byref(copy_count), tensors)
+    taken = library(planted).truth_plan(*given, *noted)
     assert taken, f"the Hopper kernels do not take {problem}"
     if taken < 0:
         return None
@@ -66,7 +76,22 @@ def of_kernel(problem: Problem, columns: int, planted: Planted) -> Plan | None:
     gathers = [bool(m.im2col) or (problem.op != "wgrad" and m.rank == 2) for m in maps[:2]]
     assert sorted(gathers) == [False, True]
     gathered, other = gathers.index(True), gathers.index(False)
-    return Plan(maps[gathered], copies[copies["map"] == gathered], maps[other], copies[copies["map"] == other])
+    maps[gathered].address -= tensors[0]
+    maps[other].address -= tensors[1]
+    find_steps(copies, columns)
+    copies["to"][copies["map"] == (other if problem.op != "wgrad" else gathered)] -= ROWS * 128
+    of_gathered, of_other = (copies[copies["map"] == i] for i in (gathered, other))
+    return Plan(maps[gathered], of_gathered, maps[other], of_other, transposed=problem.op == "dgrad")
+
+
+def find_steps(copies: Array, columns: int) -> None:
+    """Numbers a kernel's steps, each of which fills another stage than the one before, and has `to` count in the stage.
+
+    The lowest copy of all begins the first stage.
+    """
+    stage, copies["to"] = np.divmod(copies["to"] - copies["to"].min(), (ROWS + columns) * 128)
+    new = (np.diff(stage) != 0) | (np.diff(copies["tile"]) != 0)
+    copies["step"][1:] = np.cumsum(new)
 
 
 def gathered_size(problem: Problem) -> tuple[int, int, int]:
@@ -110,17 +135,18 @@ def compare_walk(problem: Problem, columns: int, planted: Planted) -> Found:
     size = problem.n * h * w * c
     # No two neighbours alike, never zero, and exact in tf32.
     ids = np.arange(size, dtype=np.uint64) * 2654435761 >> 3
-    numbers = (ids & 0x1FF) << 13 | 0x3F800000 if problem.f32 else (ids & 0x7FFF) | 1
-    tensor = aligned(numbers.astype(np.uint32 if problem.f32 else np.uint16)).reshape(problem.n, h, w, c)
+    numbers = (ids & 0x1FF) << 13 | 0x3F800000 if problem.kind == "tf32" else (ids & 0x7FFF) | 1
+    tensor = aligned(numbers.astype(np.uint32 if problem.kind == "tf32" else np.uint16)).reshape(problem.n, h, w, c)
     values, pixels = 128 // tensor.itemsize, int(plan.gathered_map.pixels)
-    places = Wgmma("tf32" if problem.f32 else "bf16", False, 64).tiles()[0][:pixels] // tensor.itemsize
+    places = Wgmma(problem.kind, False, 64).tiles()[0][:pixels] // tensor.itemsize
     differ = of = 0
     for copy in plan.gathered:
         if copy["at"][3] >= problem.n:
             continue  # the rest of a last tile, which begins past the last image
         out = np.zeros(pixels * values, tensor.dtype)
         record = np.array([copy])
-        refused = call(planted, "truth_im2col", int(problem.f32), tensor, ctypes.byref(plan.gathered_map), record, out)
+        kind = KINDS.index(problem.kind)
+        refused = call(planted, "truth_im2col", kind, tensor, ctypes.byref(plan.gathered_map), record, out)
         expected = needed(problem, columns, copy, values, tensor)
         differ += expected.size if refused else int((out[places] != expected).sum())
         of += expected.size
@@ -136,35 +162,68 @@ def aligned(array: Array) -> Array:
     return moved
 
 
-def gathers(problem: Problem, plan: Plan) -> set[tuple[int, ...]]:
-    """Where the copies that bring something begin, and their offsets; a plain matrix's as those of its pixels."""
+def gathers(problem: Problem, plan: Plan, copies: Array) -> list[tuple[int, ...]]:
+    """Where the copies that bring something go and begin, and their offsets; a plain matrix's as those of its pixels.
+
+    Not where those of a wgrad go: freezekit has several taps in a tile, CUTLASS one, which may fill half of it.
+    """
     h, w, c = gathered_size(problem)
-    found = set()
-    for copy in plan.gathered:
+    found = []
+    for copy in copies:
         channel, column, row, image = copy["at"].tolist()
         if not plan.gathered_map.im2col:
             position = column
             column, row, image = position % w, position // w % h, position // w // h
         if channel < c and image < problem.n:
-            found.add((channel, column, row, image, *copy["offset"].tolist()))
+            to = 0 if problem.op == "wgrad" else int(copy["to"])
+            found.append((to, channel, column, row, image, *copy["offset"].tolist()))
     return found
 
 
-def rows(plan: Plan, size: int) -> set[tuple[int, ...]]:
-    """Of each tiled copy that brings something: the offsets in bytes of its rows of 128, in order; -1 lies outside."""
-    of = plan.other_map
-    found = set()
-    for copy in plan.other:
-        at = copy["at"].tolist()
-        if at[0] >= of.sizes[0]:
-            continue
-        boxes = [range(at[i], at[i] + of.box[i]) for i in range(1, of.rank)]
-        grid = np.stack(np.meshgrid(*boxes, indexing="ij"), -1)  # a later dimension is a slower one
-        grid = grid.transpose(*reversed(range(len(boxes))), len(boxes)).reshape(-1, len(boxes))
-        inside = np.all((grid >= 0) & (grid < np.array(of.sizes[1 : of.rank])), axis=1)
-        offsets = np.where(inside, at[0] * size + grid @ np.array(of.strides[: of.rank - 1]), -1)
-        if inside.any():
-            found.add(tuple(offsets.tolist()))
+def elements(of: Map, at: Array, size: int) -> Array:
+    """(rows, values) that a tiled copy brings, as places of elements in the tensor; -1 lies outside."""
+    axes = [np.arange(at[i], at[i] + of.box[i]) for i in range(of.rank)]
+    steps = [1, *(stride // size for stride in of.strides[: of.rank - 1])]
+    grid = np.meshgrid(*reversed(axes), indexing="ij")  # a later dimension is a slower one
+    inside = np.all([(x >= 0) & (x < of.sizes[i]) for i, x in enumerate(reversed(grid))], axis=0)
+    places = np.sum([x * step for x, step in zip(reversed(grid), steps)], axis=0)
+    return np.where(inside, places, -1).reshape(-1, of.box[0])
+
+
+def of_the_filter(problem: Problem, places: Array) -> Array:
+    """Of places in the transposed filter of a dgrad, c, r, s, k: those in the filter, k, r, s, c."""
+    rest, k = np.divmod(places, problem.k)
+    c, tap = np.divmod(rest, problem.r * problem.s)
+    return np.where(places < 0, -1, (k * problem.r * problem.s + tap) * problem.c + c)
+
+
+def pieces(problem: Problem, plan: Plan, copies: Array) -> list[tuple[int, bytes]]:
+    """Where the tiled copies that bring something go, and the places of their elements, row by row.
+
+    Of a dgrad it is those of a tile together, as (k, c): CUTLASS reads the filter, by several copies, and freezekit its
+    transpose, by one.
+    """
+    size = 4 if problem.kind == "tf32" else 2
+    groups = [copies[i : i + 1] for i in range(len(copies))]
+    if problem.op == "dgrad":
+        groups = [np.sort(copies[copies["tile"] == tile], order="to") for tile in np.unique(copies["tile"])]
+    found = []
+    for group in groups:
+        brought = [elements(plan.other_map, copy["at"], size) for copy in group]
+        if plan.transposed:
+            brought = [of_the_filter(problem, places).T for places in brought]
+        places = np.hstack(brought)
+        if (places >= 0).any():
+            found.append((int(group["to"][0]), places.tobytes()))
+    return found
+
+
+def pairs(problem: Problem, plan: Plan) -> Counter[tuple[tuple[int, ...], tuple[int, bytes]]]:
+    """How often each gather meets each piece of the other operand in a step of the reduction."""
+    found: Counter[tuple[tuple[int, ...], tuple[int, bytes]]] = Counter()
+    for step in range(max(plan.gathered["step"].max(), plan.other["step"].max()) + 1):
+        gathered, other = (copies[copies["step"] == step] for copies in (plan.gathered, plan.other))
+        found.update(itertools.product(gathers(problem, plan, gathered), pieces(problem, plan, other)))
     return found
 
 
@@ -174,39 +233,47 @@ def pixels_along(of: Map) -> list[int]:
     return [-(-end // of.traversal[i + 1]) for i, end in enumerate(ends)]
 
 
-def by_the_driver(of: Map, f32: bool) -> Map:
+def by_the_driver(of: Map, planted: Planted) -> Map:
     """What the launcher's code for a GPU hands to the driver for a map of the emulator's."""
     noted = Map()
-    assert nvidia.driver().driver_map(int(f32), ctypes.byref(of), ctypes.byref(noted)), "a map that the driver refuses"
+    driver = nvidia.driver(planted)
+    assert driver.driver_map(ctypes.byref(of), ctypes.byref(noted)), "a map that the driver refuses"
     return noted
 
 
-CONSTANTS = ("swizzle", "interleave", "fill")
-# What the emulator's map of a matrix or a filter, by which rows are compared, has in common with the driver's.
-TILED = ("rank", "sizes", "strides", "box")
+def steps_over(of: Map) -> list[int]:
+    """Element strides that are not 1: maps of one tensor may differ in rank."""
+    return [step for step in of.traversal[: of.rank] if step != 1]
+
+
+CONSTANTS = ("swizzle", "interleave", "fill", "address")
+# What a map of the emulator's lacks, or numbers otherwise. The driver's, made of it, is to be equal in all else: two
+# arguments that were exchanged in both would else be exchanged back.
+THE_DRIVER_S = ("type", "swizzle", "interleave", "fill")
 # As the driver numbers types. CUTLASS copies 16-bit values as integers, freezekit as what they are: the same bits.
-TYPES = {1: "16 bits", 6: "16 bits", 9: "16 bits", 11: "tf32"}
+BITS = {1: "16 bits", 6: "16 bits", 9: "16 bits", 11: "tf32"}
 
 
-def differing(problem: Problem, theirs: Plan, mine: Plan) -> Iterator[tuple[int, int]]:
-    """(how many differ, of how many): coordinates, rows, arguments of maps."""
-    ours, cutlass = gathers(problem, mine), gathers(problem, theirs)
-    yield len(ours ^ cutlass), len(ours | cutlass)
-    if problem.op != "dgrad":  # there CUTLASS reads the filter as it is and freezekit its transpose
-        size = 4 if problem.f32 else 2
-        ours, cutlass = rows(mine, size), rows(theirs, size)
-        yield len(ours ^ cutlass), len(ours | cutlass)
-    asked = by_the_driver(mine.gathered_map, problem.f32)
+def differing(problem: Problem, theirs: Plan, mine: Plan, planted: Planted) -> Iterator[tuple[int, int]]:
+    """(how many differ, of how many): pairs of copies, arguments of maps."""
+    ours, cutlass = pairs(problem, mine), pairs(problem, theirs)
+    yield ((ours - cutlass) + (cutlass - ours)).total(), (ours | cutlass).total()
+    asked, asked_for_other = (by_the_driver(of, planted) for of in (mine.gathered_map, mine.other_map))
     if mine.gathered_map.im2col:
         arguments = asked.differing(theirs.gathered_map, "upper", "type")
         yield len(arguments) + (pixels_along(asked) != pixels_along(theirs.gathered_map)), len(Map._fields_)
-    asked_for_other = by_the_driver(mine.other_map, problem.f32)
+    else:  # a matrix, whose rows are the pixels in the order of CUTLASS's walk
+        of = theirs.gathered_map
+        matrix = (of.sizes[0], math.prod(of.sizes[1:]), of.strides[0], of.channels, of.pixels)
+        asked_matrix = (*asked.sizes[:2], asked.strides[0], *asked.box[:2])
+        yield sum(a != b for a, b in zip(asked_matrix, matrix)), len(matrix)
     for driver_s, emulator_s in ((asked, mine.gathered_map), (asked_for_other, mine.other_map)):
-        if not emulator_s.im2col:
-            yield len({*driver_s.differing(emulator_s)} & {*TILED}), len(TILED)
+        yield len(driver_s.differing(emulator_s, *THE_DRIVER_S)), len(Map._fields_) - len(THE_DRIVER_S)
+    kind = nvidia.library("cutlass.cpp").cutlass_type(KINDS.index(problem.kind))
     for a, b in ((asked, theirs.gathered_map), (asked_for_other, theirs.other_map)):
         constants = sum(getattr(a, name) != getattr(b, name) for name in CONSTANTS)
-        yield constants + (TYPES[a.type] != TYPES[b.type]), len(CONSTANTS) + 1
+        yield constants + (steps_over(a) != steps_over(b)), len(CONSTANTS) + 1
+        yield (a.type != kind) + (BITS.get(a.type) != BITS[b.type]), 2
 
 
 def compare_plan(problem: Problem, columns: int, planted: Planted) -> Found:
@@ -214,7 +281,7 @@ def compare_plan(problem: Problem, columns: int, planted: Planted) -> Found:
     theirs, mine = of_cutlass(problem, columns), of_kernel(problem, columns, planted)
     if mine is None:
         return Found(len(theirs.gathered), len(theirs.gathered), "the kernel's launch failed")
-    counted = list(differing(problem, theirs, mine))
+    counted = list(differing(problem, theirs, mine, planted))
     return Found(*map(sum, zip(*counted)), f"{len(mine.gathered) + len(mine.other)} copies")
 
 
@@ -253,13 +320,22 @@ STRIDED = tuple(
     )
 )
 TF32 = tuple(
-    replace(problem, f32=True)
+    replace(problem, kind="tf32")
     for problem in (
         Problem("fprop", 2, 9, 9, 32, 128, 3, 3, pad=(1, 1)),
         Problem("fprop", 2, 8, 8, 64, 128, 3, 3, pad=(1, 1), stride=(2, 2)),
     )
 )
 PROBLEMS = (*EVERY, *STRIDED, *TF32)
+# Copies by another type of 16 bits: of pixels, of a matrix.
+F16 = tuple(
+    problem
+    for op in ("fprop", "dgrad", "wgrad")
+    for problem in (
+        Problem(op, 2, 9, 9, 64, 128, 3, 3, pad=(1, 1), kind="f16"),
+        Problem(op, 7, 8, 8, 64, 128, 1, 1, kind="f16"),
+    )
+)
 COMPARISONS = (
     # A tile's columns are those of the filter, but for a wgrad, where they are gathered.
     *(
@@ -278,7 +354,7 @@ COMPARISONS = (
             functools.partial(compare_plan, problem, columns),
             quick=columns == QUICK,
         )
-        for problem in PROBLEMS
+        for problem in (*PROBLEMS, *F16)
         if problem.far_pad is None
         for columns in COLUMNS
     ),

@@ -8,6 +8,7 @@ from dataclasses import astuple, dataclass
 import numpy as np
 
 OPERATORS = ("fprop", "dgrad", "wgrad")
+KINDS = ("bf16", "f16", "tf32")
 
 
 class Map(ctypes.Structure):
@@ -17,7 +18,7 @@ class Map(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("im2col", "type", "rank")),
         *((name, ctypes.c_int64 * n) for name, n in (("sizes", 4), ("strides", 3), ("traversal", 4), ("box", 4))),
         *((name, ctypes.c_int64 * 2) for name in ("lower", "upper")),
-        *((name, ctypes.c_int64) for name in ("channels", "pixels", "swizzle", "interleave", "fill")),
+        *((name, ctypes.c_int64) for name in ("channels", "pixels", "swizzle", "interleave", "fill", "address")),
     ]
 
     def differing(self, other: Map, *ignored: str) -> list[str]:
@@ -51,7 +52,7 @@ class Problem:
     far_pad: tuple[int, int] | None = None  # of the far sides; None: as of the near ones
     stride: tuple[int, int] = (1, 1)
     dilation: tuple[int, int] = (1, 1)
-    f32: bool = False
+    kind: str = "bf16"
 
     def __str__(self) -> str:
         def pair(of: tuple[int, int]) -> str:
@@ -60,7 +61,7 @@ class Problem:
         pad = f"pad {pair(self.pad)}" + (f" and {pair(self.far_pad)}" if self.far_pad is not None else "")
         size = f"{self.n}x{self.h}x{self.w}x{self.c} to {self.k}, {self.r}x{self.s}"
         steps = f"stride {pair(self.stride)}, dilation {pair(self.dilation)}"
-        return f"{self.op} {'tf32' if self.f32 else 'bf16'} {size}, {pad}, {steps}"
+        return f"{self.op} {self.kind} {size}, {pad}, {steps}"
 
     @property
     def out(self) -> tuple[int, int]:
@@ -72,6 +73,6 @@ class Problem:
 
     def as_record(self) -> ctypes.Array[ctypes.c_int32]:
         """The structure of record.h."""
-        op, n, h, w, c, k, r, s, pad, far, stride, dilation, f32 = astuple(self)
-        values = (OPERATORS.index(op), int(f32), n, h, w, c, k, r, s, *pad, *(far or pad), *stride, *dilation)
+        op, n, h, w, c, k, r, s, pad, far, stride, dilation, kind = astuple(self)
+        values = (OPERATORS.index(op), KINDS.index(kind), n, h, w, c, k, r, s, *pad, *(far or pad), *stride, *dilation)
         return (ctypes.c_int32 * len(values))(*values)

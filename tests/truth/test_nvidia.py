@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.emulator.build import UNMODIFIED
+
 from . import nvidia
 
 NOTHING_WORKS = "#!/bin/sh\necho libnvvm.so.4 is not here >&2\nexit 1\n"
@@ -72,6 +74,10 @@ def make_machine_code() -> None:
     nvidia.cubin(nvidia.WRAPPERS[0], [nvidia.CSRC], None)
 
 
+def make_driver() -> None:
+    nvidia.driver.__wrapped__(UNMODIFIED)
+
+
 @pytest.mark.parametrize(
     ("compiler", "why"),
     [(NOTHING_WORKS, "libnvvm.so.4 is not here"), (NO_ASSEMBLER, "ptxas: not found"), (NOT_A_PROGRAM, "format error")],
@@ -79,7 +85,7 @@ def make_machine_code() -> None:
     ids=["nothing works", "no assembler", "not a program"],
 )
 def test_tests_skip_where_nvcc_is_broken(compiler: Path, why: str) -> None:
-    for needs_it in (make_machine_code, nvidia.driver.__wrapped__, lambda: nvidia.library.__wrapped__("driver.cu")):
+    for needs_it in (make_machine_code, make_driver, lambda: nvidia.library.__wrapped__("driver.cu")):
         with pytest.raises(
             pytest.skip.Exception, match=re.escape(str(compiler)) + f" cannot compile an empty kernel: .*{why}"
         ):
