@@ -43,18 +43,25 @@ Tensor depthwise_dgrad(const Tensor& grad_output, const Tensor& weight, SymIntAr
                                                      {true, false, false}));
 }
 
-// ATen's own gradient wants an input, if only for its size. On a CPU a stand-in takes no memory, and then neither time nor
-// rounding differ from torch's. On a GPU neither do its depthwise kernels, beside which cuDNN's grouped ones are slow.
-// Elsewhere dgrad is the transposed convolution, which needs none; output_padding restores the rows and columns at the
-// end that no window reached.
+// ATen's own gradient wants an input, if only for its size. A stand-in takes no memory, and then neither time nor rounding
+// differ from torch's.
+Tensor dgrad_on_cpu(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size, at::MemoryFormat layout,
+                    const Geometry& g) {
+  static const SizeVector none(2, 0);
+  const Tensor input = shape_only_beside_plain(input_size, grad_output, layout);
+  return std::get<0>(at::convolution_backward_symint(grad_output, input, weight, /*bias_sizes=*/std::nullopt, g.stride,
+                                                     g.padding, g.dilation, /*transposed=*/false,
+                                                     /*output_padding=*/none, g.groups, {true, false, false}));
+}
+
+// On a GPU torch's depthwise kernels get a stand-in too: cuDNN's grouped ones are slow beside them. Elsewhere dgrad is the
+// transposed convolution, which needs no input; output_padding restores the rows and columns at the end that no window
+// reached.
 Tensor dgrad(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size, const Geometry& g) {
   TORCH_CHECK(!grad_output.is_complex(), "conv2d_dgrad takes no complex grad_output, got ", grad_output.scalar_type());
   const auto layout = layout_of(grad_output, weight);
   if (is_plain_on_cpu(grad_output) && is_plain_on_cpu(weight)) {
-    const Tensor input = shape_only(input_size, grad_output, layout);
-    return std::get<0>(at::convolution_backward_symint(
-        grad_output, input, weight, /*bias_sizes=*/std::nullopt, g.stride, g.padding, g.dilation,
-        /*transposed=*/false, /*output_padding=*/c10::fromIntArrayRefSlow({0, 0}), g.groups, {true, false, false}));
+    return dgrad_on_cpu(grad_output, weight, input_size, layout, g);
   }
   const Tensor dx = depthwise_dgrad(grad_output, weight, input_size, layout, g.stride, g.padding, g.dilation, g.groups);
   if (dx.defined()) return dx;

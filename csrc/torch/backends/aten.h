@@ -9,6 +9,10 @@ Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Ten
 Tensor dgrad(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size, const Geometry&);
 Tensor wgrad(const Tensor& grad_output, const Tensor& input, SymIntArrayRef weight_size, const Geometry&);
 
+// dgrad of plain tensors on a CPU (is_plain_on_cpu), whose layout is known.
+Tensor dgrad_on_cpu(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size, at::MemoryFormat layout,
+                    const Geometry&);
+
 // dx of a convolution of one to three axes by depthwise kernels of torch's own, where it takes them for such an input on a
 // GPU; else undefined.
 Tensor depthwise_dgrad(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size,

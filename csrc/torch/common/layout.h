@@ -21,9 +21,20 @@ inline at::Tensor in_layout(const at::Tensor& tensor, at::MemoryFormat format) {
   return dense.suggest_memory_format() == format ? dense : dense.clone(format);
 }
 
+// Whether a tensor of four axes has exactly the strides of `format`, along axes of size 1 as well.
+inline bool is_laid_out(const at::Tensor& tensor, at::MemoryFormat format) {
+  constexpr int rows[] = {3, 2, 1, 0}, pixels[] = {1, 3, 2, 0};  // innermost first
+  int64_t step = 1;
+  for (const int axis : format == at::MemoryFormat::ChannelsLast ? pixels : rows) {
+    if (tensor.stride(axis) != step) return false;
+    step *= tensor.size(axis);
+  }
+  return true;
+}
+
 // A result that nobody else holds yet, with exactly the strides of `format`.
 inline at::Tensor finish(at::Tensor result, at::MemoryFormat format) {
-  if (result.layout() != at::kStrided) return result;
+  if (result.layout() != at::kStrided || is_laid_out(result, format)) return result;
   if (!result.is_contiguous(format)) return result.contiguous(format);
   result.unsafeGetTensorImpl()->empty_tensor_restride(format);
   return result;

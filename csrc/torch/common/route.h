@@ -128,12 +128,14 @@ using Rehearse = c10::function_ref<Tensor(Backend, const proof::Rehearsal&)>;
 // both.
 Tensor computed_by_choice(const Conv2dStep&, Backend, Run, Rehearse);
 
+// Whether ATen computes under `backend`, whatever the problem.
+inline bool is_left_to_aten(Backend backend, const Tensor& on) {
+  return backend == Backend::aten || (backend == Backend::automatic && !choices::candidate_on(on.device().type()));
+}
+
 template <class F, class G>
 Tensor computed(const Conv2dStep& step, Backend backend, const F& run, const G& rehearse) {
-  if (backend == Backend::aten || (backend == Backend::automatic && !choices::candidate_on(step.on.device().type()))) {
-    return run(Backend::aten);
-  }
-  return computed_by_choice(step, backend, run, rehearse);
+  return is_left_to_aten(backend, step.on) ? run(Backend::aten) : computed_by_choice(step, backend, run, rehearse);
 }
 
 // What `auto` takes for a convolution, and why; `kernel` where that is one of freezekit's.

@@ -4,6 +4,7 @@
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 
 #include <algorithm>
+#include <atomic>
 #include <mutex>
 #include <optional>
 
@@ -20,17 +21,22 @@ namespace {
 // that were outgrown stay mapped: tensors may still point at them.
 std::optional<c10::Storage> readable_zeros([[maybe_unused]] size_t bytes) {
 #if defined(__unix__) && defined(MAP_ANONYMOUS) && defined(MAP_NORESERVE)
+  static std::atomic<const c10::Storage*> range =
+      nullptr;  // never freed: autograd's threads may ask while the process ends
+  const c10::Storage* known = range.load(std::memory_order_acquire);
+  if (known && known->nbytes() >= bytes) return *known;
   static std::mutex lock;
-  static auto* const range = new c10::Storage();  // for good: autograd's threads may ask while the process ends
   const std::lock_guard guard(lock);
-  const size_t length = *range ? range->nbytes() : 0;
+  known = range.load(std::memory_order_relaxed);
+  const size_t length = known ? known->nbytes() : 0;
   if (length < bytes) {
     const size_t wanted = std::max({bytes, 2 * length, size_t{64} << 20});
     void* const mapped = mmap(nullptr, wanted, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (mapped == MAP_FAILED) return std::nullopt;
-    *range = c10::Storage(c10::Storage::use_byte_size_t(), wanted, at::DataPtr(mapped, at::kCPU));
+    known = new c10::Storage(c10::Storage::use_byte_size_t(), wanted, at::DataPtr(mapped, at::kCPU));
+    range.store(known, std::memory_order_release);
   }
-  return *range;
+  return *known;
 #else
   return std::nullopt;
 #endif
@@ -38,7 +44,7 @@ std::optional<c10::Storage> readable_zeros([[maybe_unused]] size_t bytes) {
 
 Tensor resized(const Tensor& tensor, IntArrayRef size, at::MemoryFormat format) {
   tensor.unsafeGetTensorImpl()->set_sizes_contiguous(size);
-  tensor.unsafeGetTensorImpl()->empty_tensor_restride(format);
+  if (format != at::MemoryFormat::Contiguous) tensor.unsafeGetTensorImpl()->empty_tensor_restride(format);
   return tensor;
 }
 
@@ -59,8 +65,12 @@ bool is_plain_on_cpu(const Tensor& tensor) {
 }
 
 Tensor shape_only(SymIntArrayRef size, const Tensor& like, at::MemoryFormat format) {
-  const auto numbers = c10::asIntArrayRefSlowOpt(size);
-  if (numbers && is_plain_on_cpu(like)) {
+  return is_plain_on_cpu(like) ? shape_only_beside_plain(size, like, format)
+                               : at::empty_symint(size, like.options(), format);
+}
+
+Tensor shape_only_beside_plain(SymIntArrayRef size, const Tensor& like, at::MemoryFormat format) {
+  if (const auto numbers = c10::asIntArrayRefSlowOpt(size)) {
     const int64_t numel = c10::multiply_integers(*numbers);
     if (auto zeros = numel > 0 ? readable_zeros(numel * like.element_size()) : std::nullopt) {
       const auto shape = at::detail::make_tensor<c10::TensorImpl>(

@@ -13,8 +13,9 @@ namespace freezekit {
 bool is_plain_on_cpu(const Tensor&);
 
 // For operators that touch the values all the same. Beside plain tensors on a CPU it takes no memory, and reads as
-// zeros.
+// zeros. The second is told that `like` is one.
 Tensor shape_only(SymIntArrayRef size, const Tensor& like, at::MemoryFormat format);
+Tensor shape_only_beside_plain(SymIntArrayRef size, const Tensor& like, at::MemoryFormat format);
 
 // For operators that read size and layout alone, on any device: it takes no memory, and reading a value of it throws.
 // Beside tensors that are traced or transformed, it is one element seen many times, whose layout says nothing.

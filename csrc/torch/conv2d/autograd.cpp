@@ -103,9 +103,8 @@ Tensor record_conv2d(const Tensor& input, const Tensor& weight, const std::optio
 namespace {
 
 Tensor dgrad_entry(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size, const Geometry& g) {
-  check_same(grad_output, "grad_output", weight, "weight");
+  check_dgrad(grad_output, weight, input_size, g);
   if (route(Op::conv2d_dgrad, g.backend, grad_output, weight).computer == Computer::formula) {
-    check_dgrad(grad_output, weight, input_size, g);
     return aten::dgrad(grad_output, weight, input_size, g);
   }
   return record("FreezekitConv2dDgradBackward",
@@ -114,9 +113,8 @@ Tensor dgrad_entry(const Tensor& grad_output, const Tensor& weight, SymIntArrayR
 }
 
 Tensor wgrad_entry(const Tensor& grad_output, const Tensor& input, SymIntArrayRef weight_size, const Geometry& g) {
-  check_same(grad_output, "grad_output", input, "input");
+  check_wgrad(grad_output, input, weight_size, g);
   if (route(Op::conv2d_wgrad, g.backend, grad_output, input).computer == Computer::formula) {
-    check_wgrad(grad_output, input, weight_size, g);
     return aten::wgrad(grad_output, input, weight_size, g);
   }
   return record("FreezekitConv2dWgradBackward",

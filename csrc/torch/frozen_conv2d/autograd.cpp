@@ -120,6 +120,7 @@ Tensor frozen_dgrad_autograd(const FrozenGradCall& call) {
     const at::AutoDispatchBelowADInplaceOrView below;
     return frozen_conv2d_dgrad(o, g);
   }
+  check_dgrad(o.grad_output, o.weight, o.input_size, g);
   Tensor dy = o.grad_output;
   if (o.grad_mask.defined()) dy = gate(dy, o.grad_mask, {dy.sym_strides(), GateRule(), Backend::automatic});
   Tensor dx = conv2d_dgrad(scaled_by_norm(dy, o.norm), o.weight, o.input_size, g);
