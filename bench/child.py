@@ -1,10 +1,14 @@
-"""Measures a side in a process of its own: a kernel that hangs or crashes costs its own rows and nothing else."""
+"""Runs work in a process of its own: a kernel that hangs or crashes costs its own rows and nothing else."""
 
 from __future__ import annotations
 
 import multiprocessing
+import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from typing import Any, TypeVar
+
+import torch
 
 from bench.environment import Peaks
 from bench.measure import MakeCase, measure
@@ -14,18 +18,34 @@ from bench.sides import cudnn_benchmark
 from bench.timing import clock_for, small_heap
 
 READY = "ready"
+T = TypeVar("T")
 
 
 def serve(pipe: Connection) -> None:
-    """The other process: answers each case with its measurements, until the pipe is closed."""
+    """The other process: answers each piece of work with what it gives, and what is wrong with the device since."""
     pipe.send(READY)
     with cudnn_benchmark(), small_heap():
         while True:
             try:
-                make, settings, peaks = pipe.recv()
+                work = pipe.recv()
             except EOFError:
                 return
-            pipe.send(measure(make(), settings, peaks, clock_for(settings.device, settings.cold)))
+            pipe.send((work(), _error_that_stays()))
+
+
+def measure_there(make: MakeCase, settings: Settings, peaks: Peaks) -> list[Measured]:
+    """Work: one case, made anew in the process."""
+    return measure(make(), settings, peaks, clock_for(settings.device, settings.cold))
+
+
+def _error_that_stays() -> str:
+    """What the device answers to everything from now on in this process; nothing where all is well."""
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            return str(error).partition("\n")[0]
+    return ""
 
 
 class Lost(RuntimeError):
@@ -37,37 +57,49 @@ class Child:
 
     Args:
         serve: what it runs.
-        start_limit: seconds until it must be ready; importing torch takes some.
-        limit: seconds for one case.
     """
 
     MOST_LOSSES = 3
 
-    def __init__(
-        self, serve: Callable[[Connection], None] = serve, start_limit: float = 120.0, limit: float = 60.0
-    ) -> None:
+    def __init__(self, serve: Callable[[Connection], None] = serve) -> None:
         self._serve = serve
-        self._start_limit, self._limit = start_limit, limit
         self._losses = 0
         self._pipe: Connection | None = None
+        self._is_ready = False
 
-    def measure(self, make: MakeCase, settings: Settings, peaks: Peaks) -> list[Measured]:
-        """What :func:`bench.measure.measure` gives there.
+    def start(self) -> None:
+        """Returns at once: importing torch takes the process some seconds."""
+        context = multiprocessing.get_context("spawn")
+        self._pipe, other = context.Pipe()
+        self._process = context.Process(target=self._serve, args=(other,), daemon=True)
+        self._process.start()
+        other.close()
+        self._is_ready = False
+
+    def ask(self, work: Callable[[], T], seconds: float) -> T:
+        """What `work` gives there, in `seconds`, of which a start takes its part.
 
         Raises:
             Lost: if the process hangs or ends, or was lost too often to start it again.
         """
         if self._losses >= self.MOST_LOSSES:
             raise Lost(f"not tried: the side's process was lost {self._losses} times")
+        until = time.monotonic() + seconds
         try:
             if self._pipe is None:
-                self._start()
+                self.start()
             assert self._pipe is not None
-            self._pipe.send((make, settings, peaks))
-            return self._receive(self._limit)
+            if not self._is_ready:
+                self._receive(until, seconds)
+                self._is_ready = True
+            self._pipe.send(work)
+            answer, error = self._receive(until, seconds)
         except (EOFError, OSError):
             self._process.join(5)
             raise self._lost(f"the side's process ended with exit code {self._process.exitcode}") from None
+        if error:
+            self._lost(error)
+        return answer
 
     def close(self) -> None:
         """Ends the process, whatever it does."""
@@ -79,18 +111,10 @@ class Child:
         self._process.kill()
         self._process.join(10)  # A kernel that hangs may hold it for longer: then it is left behind.
 
-    def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, other = context.Pipe()
-        self._process = context.Process(target=self._serve, args=(other,), daemon=True)
-        self._process.start()
-        other.close()
-        self._receive(self._start_limit)
-
-    def _receive(self, limit: float) -> list[Measured]:
+    def _receive(self, until: float, seconds: float) -> Any:
         assert self._pipe is not None
-        if not self._pipe.poll(limit):
-            raise self._lost(f"no answer in {limit:g} s")
+        if not self._pipe.poll(max(0.0, until - time.monotonic())):
+            raise self._lost(f"no answer in {seconds:.3g} s")
         return self._pipe.recv()
 
     def _lost(self, why: str) -> Lost:

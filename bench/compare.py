@@ -16,7 +16,8 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench import baseline, document, environment, options
-from bench.child import Child, Lost
+from bench.child import Child, Lost, measure_there
 from bench.environment import Environment
 from bench.measure import Case, MakeCase, describe, failed, measure
 from bench.measured import Measured
@@ -38,15 +39,33 @@ from bench.sides import SIDES, cudnn_benchmark
 from bench.timing import Clock, clock_for, small_heap
 
 
+@dataclass(frozen=True)
+class Turn:
+    """A section's cases for a side that has a process of its own; "": for all that have none."""
+
+    side: str
+    cases: list[MakeCase]
+
+
+UNLIMITED = 180.0  # seconds for a case in a process of its own, where the run has no time limit
+
+
+def half_until(end: float) -> float:
+    """Half of the seconds that are left: the other half is for what waits behind a case that hangs."""
+    return (end - time.monotonic()) / 2
+
+
 class Run:
     """One comparison under way: measures, prints, collects, and writes the file after each case."""
 
     def __init__(
         self, settings: Settings, report: Printout, time_limit: float | None, file: Path | None = None
     ) -> None:
-        apart = [name for name in settings.sides if SIDES[name].hopper]
-        self.settings = replace(settings, sides=tuple(name for name in settings.sides if name not in apart))
+        apart = [name for name in settings.sides if SIDES[name].is_apart(settings.device)]
+        self.settings = settings
+        self.here = tuple(name for name in settings.sides if name not in apart)
         self.children = {name: Child() for name in apart}
+        self.of_tables = next(iter(self.children.values()), Child())
         self.report = report
         self.file = file
         self.end = time.monotonic() + time_limit if time_limit else None
@@ -56,14 +75,20 @@ class Run:
         self.skipped: list[str] = []
 
     def go(self, sections: Iterable[str]) -> None:
-        """Runs the sections in order."""
+        """Runs the sections in order: all that this process measures, then the sides that have one of their own."""
         names = list(sections)
+        for child in self.children.values():
+            child.start()
         self.environment = environment.describe(self.settings.device, self.settings.dtype)
         for line in self.environment.lines():
             self.report.line(line)
         if "kernels" in names:
             self._show_kernels()
-        cases = [SECTIONS[name](self.settings) for name in names if name != "kernels"]
+        cases = {name: SECTIONS[name](self.settings) for name in names if name != "kernels"}
+        turns = [Turn("", made) for made in cases.values()]
+        for side in self.children:
+            takes_part = [name for name in cases if not SIDES[side].why_not(name, self.settings.everything)]
+            turns += [Turn(side, cases[name]) for name in takes_part]
         clock = clock_for(self.settings.device, self.settings.cold)
         with Progress(
             TextColumn("{task.description}"),
@@ -74,38 +99,39 @@ class Run:
             transient=True,
             disable=not self.report.console.is_terminal,
         ) as progress:
-            task = progress.add_task("", total=sum(map(len, cases)))
-            for index, section in enumerate(cases):
-                self._section(section, self._end_of(index, cases), clock, progress, task)
-        for child in self.children.values():
+            task = progress.add_task("", total=sum(len(turn.cases) for turn in turns))
+            for index, turn in enumerate(turns):
+                self._take(turn, self._end_of(index, turns), clock, progress, task)
+        for child in (self.of_tables, *self.children.values()):
             child.close()
         self.report.summarise(self.rows)
         for line in self.skipped:
             self.report.line(line, "yellow")
 
-    def _end_of(self, index: int, cases: list[list[MakeCase]]) -> float | None:
-        """When a section must be done so that those after it get their share of the time, by weight."""
+    def _end_of(self, index: int, turns: list[Turn]) -> float | None:
+        """When a turn must be over so that those after it get their share of the time, by weight."""
         if self.end is None:
             return None
-        left, now = sum(map(self._weight, cases[index:])), time.monotonic()
-        return now + (self.end - now) * self._weight(cases[index]) / left
+        left, now = sum(map(self._weight, turns[index:])), time.monotonic()
+        return now + (self.end - now) * self._weight(turns[index]) / left
 
-    def _weight(self, cases: list[MakeCase]) -> int:
-        """A section's claim to time, in steps of a layer; a network's step counts as five.
+    def _weight(self, turn: Turn) -> int:
+        """A turn's claim to time, in steps of a layer; a network's step counts as five.
 
         Compiling a network for one case takes as long as timing some thirty layers.
         """
-        networks = [make for make in cases if make.func is not layers.layer_case]
-        compiled = [make for make in networks if any(self._compiles(side, make) for side in self.settings.sides)]
-        return len(cases) + 4 * len(networks) + 30 * len(compiled)
+        sides = (turn.side,) if turn.side else self.here
+        networks = [make for make in turn.cases if make.func is not layers.layer_case]
+        compiled = [make for make in networks if any(self._compiles(side, make) for side in sides)]
+        return len(turn.cases) + 4 * len(networks) + 30 * len(compiled)
 
     def _compiles(self, side: str, make: MakeCase) -> bool:
         section = make.args[0] if make.func is models.step_case else "blocks"
         return SIDES[side].slow and not SIDES[side].why_not(section, self.settings.everything)
 
-    def _section(self, cases: list[MakeCase], end: float | None, clock: Clock, progress: Progress, task: Any) -> None:
+    def _take(self, turn: Turn, end: float | None, clock: Clock, progress: Progress, task: Any) -> None:
         longest = 0.0
-        for done, make in enumerate(cases):
+        for done, make in enumerate(turn.cases):
             start = time.monotonic()
             settings = self.settings
             try:
@@ -117,41 +143,38 @@ class Run:
             if end is not None:
                 left = end - start
                 if left <= longest:  # Another case as long as the longest so far would end too late.
-                    count = len(cases) - done
+                    count = len(turn.cases) - done
                     self.skipped.append(
-                        f"not run within the time limit: {count} of {len(cases)} cases of {case.section} "
-                        f"(--time-limit 0 runs all)"
+                        f"not run within the time limit: {count} of {len(turn.cases)} cases of {case.section}"
+                        f"{turn.side and ', ' + turn.side} (--time-limit 0 runs all)"
                     )
                     progress.advance(task, count)
                     return
                 # Half of a case's share is timing; checks and counts take the rest.
-                settings = replace(settings, budget=min(settings.budget, left / (len(cases) - done) / 2))
+                settings = replace(settings, budget=min(settings.budget, left / (len(turn.cases) - done) / 2))
             progress.update(task, description=case.label)
             assert self.environment is not None
-            rows = measure(case, settings, self.environment.peaks, clock)
+            if turn.side:
+                rows = self._apart(turn.side, case, make, settings, end)
+            else:
+                rows = measure(case, replace(settings, sides=self.here), self.environment.peaks, clock)
             self.rows += rows
-            self.write()  # before processes that may hang
-            if apart := self._apart(case, make, settings):
-                self.rows += apart
-                self.write()
-            self.report.show(rows + apart)
+            self.write()
+            self.report.show(rows)
             progress.advance(task)
-            longest = max(longest, time.monotonic() - start)
+            if not any(row.failure for row in rows):  # of which a hang says nothing
+                longest = max(longest, time.monotonic() - start)
 
-    def _apart(self, case: Case, make: MakeCase, settings: Settings) -> list[Measured]:
-        """The rows of sides that run in processes of their own, each beside the stock that it is compared with."""
+    def _apart(self, side: str, case: Case, make: MakeCase, settings: Settings, end: float | None) -> list[Measured]:
+        """The row of a side that runs in a process of its own, beside the stock that it is compared with."""
         assert self.environment is not None
-        rows = []
-        for name, child in self.children.items():
-            if SIDES[name].why_not(case.section, settings.everything):
-                continue
-            beside = replace(settings, sides=tuple(dict.fromkeys(("stock", SIDES[name].reference, name))))
-            try:
-                answer = child.measure(make, beside, self.environment.peaks)
-                rows += [row for row in answer if row.side == name]
-            except Lost as lost:
-                rows.append(failed(case, name, str(lost)))
-        return rows
+        beside = replace(settings, sides=tuple(dict.fromkeys(("stock", SIDES[side].reference, side))))
+        try:
+            limit = UNLIMITED if end is None else half_until(end)
+            answer = self.children[side].ask(partial(measure_there, make, beside, self.environment.peaks), limit)
+            return [row for row in answer if row.side == side]
+        except Lost as lost:
+            return [failed(case, side, str(lost))]
 
     @property
     def failures(self) -> int:
@@ -162,9 +185,7 @@ class Run:
     def document(self) -> dict[str, Any]:
         """What is known by now."""
         assert self.environment is not None
-        sides = (*self.settings.sides, *self.children)
-        settings = replace(self.settings, sides=sides)
-        return document.build(self.environment, settings, self.kernels, self.rows, self.skipped)
+        return document.build(self.environment, self.settings, self.kernels, self.rows, self.skipped)
 
     def write(self) -> None:
         """Replaces the file, where there is one: a run that is cut short has left what it measured."""
@@ -173,16 +194,27 @@ class Run:
 
     def _show_kernels(self) -> None:
         self.report.heading("kernels: three Conv2d(3, 3, 3), x = randn(1, 3, 24, 24), forward and mean().backward()")
-        for profiled in kernels.run(self.settings):
-            self.kernels.append(profiled)
-            self.write()
-            if profiled.failure:
-                self.report.line(f"{profiled.regime}, {profiled.side}: FAILED: {profiled.failure}", "bold red")
-                continue
-            counts = ", ".join(f"{profiled.counts[phase]} {phase}" for phase in ("fprop", "dgrad", "wgrad"))
-            self.report.line()
-            self.report.line(f"{profiled.regime}, {profiled.side}: {counts}", "bold")
-            self.report.line(str(profiled.table))
+        for regime in kernels.EXPECTED:
+            for profiled in self._tables(regime):
+                self.kernels.append(profiled)
+                self.write()
+                if profiled.failure:
+                    self.report.line(f"{profiled.regime}, {profiled.side}: FAILED: {profiled.failure}", "bold red")
+                    continue
+                counts = ", ".join(f"{profiled.counts[phase]} {phase}" for phase in ("fprop", "dgrad", "wgrad"))
+                self.report.line()
+                self.report.line(f"{profiled.regime}, {profiled.side}: {counts}", "bold")
+                self.report.line(str(profiled.table))
+
+    def _tables(self, regime: str) -> list[kernels.Profiled]:
+        """Of one regime, made in a process of its own where kernels of freezekit's may run on a GPU."""
+        if not SIDES[kernels.OWN].is_apart(self.settings.device):
+            return kernels.run(regime, self.settings)
+        try:
+            limit = UNLIMITED if self.end is None else half_until(self.end)
+            return self.of_tables.ask(partial(kernels.run, regime, self.settings), limit)
+        except Lost as lost:
+            return [kernels.failed(regime, name, str(lost)) for name in kernels.sides(self.settings)]
 
 
 def main(arguments: list[str] | None = None, console: Console | None = None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,7 @@ def parse(arguments: Sequence[str] | None, description: str | None = None) -> As
         parts=args.parts or (PARTS if args.all else ("step",)),
         layer_lists=args.layers or (("tiny",) if args.quick else NETWORKS if args.all else ("resnet50",)),
     )
-    limit = args.time_limit
+    limit = args.time_limit if args.until is None else max(1e-3, args.until - time.monotonic())
     if limit is None:
         limit = 1050.0 if args.all else 90.0 if args.section is None and not args.repeat else 0.0
     notes = [f"left out: {name}: {why}" for name, why in absent.items()]
@@ -124,6 +125,7 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
     how.add_argument("--seed", type=int, default=0)
     how.add_argument("--warm", action="store_true", help="on a GPU, leave the L2 cache warm")
     how.add_argument("--time-limit", type=float, help="seconds, 0 for none; by default 90, with --all 1050")
+    how.add_argument("--until", type=float, metavar="INSTANT", help="in its place: time.monotonic() when all is over")
     to = parser.add_argument_group("output")
     to.add_argument("--json", type=Path, metavar="FILE", help="as bench/schema.json says, written after each case")
     to.add_argument("--plot", type=Path, metavar="DIR", help="draw PNGs; needs matplotlib")

@@ -37,8 +37,7 @@ class Side:
         prepare: makes this side's module from a copy of stock's; may change and return the copy.
         channels_last: whether module and input are converted to channels_last first.
         backend: freezekit's backend during the forward pass, where it is not the automatic one.
-        hopper: whether that backend may run the kernels for sm_90a. Such a side has a process of its own (bench.child):
-            these kernels have not run on a GPU yet, and one that hangs must not take the other sides with it.
+        hopper: whether that backend may run the kernels for sm_90a.
         enabled: whether freezekit's kernels stand in for torch's operators in the forward pass.
         sections: where it takes part; () is everywhere.
         slow: preparing it takes seconds, so a run of everything leaves it out of the hundreds of layers.
@@ -64,6 +63,17 @@ class Side:
         if self.slow and everything and section == "layers":
             return "compiling every layer takes too long: ask for it with --section layers"
         return ""
+
+    def is_apart(self, device: torch.device) -> bool:
+        """Whether it has a process of its own (bench.child), since it may run freezekit's kernels on a GPU.
+
+        They have run on none yet: one that hangs, or leaves an error that stays, must not take other sides with it.
+
+        >>> SIDES["freezekit"].is_apart(torch.device("cuda")), SIDES["freezekit"].is_apart(torch.device("cpu"))
+        (True, False)
+        """
+        own = self.name.startswith("freezekit") and self.backend != "aten"
+        return own and (device.type == "cuda" or self.hopper)
 
     @property
     def reference(self) -> str:

@@ -84,6 +84,7 @@ class quick:
 
 class choices:
     rule: str
+    no_memory: str
 
     @staticmethod
     def emulate(handicap: float | None) -> None: ...

@@ -2,8 +2,8 @@
 
 What a person with a new GPU runs first. On a CPU it is ATen's code that runs or, in a source folder, the source of the
 kernels, emulated: not the same hardware. Rows are printed as they are made. On a GPU of sm_90 its own kernels come
-last, in a process with a time limit. After an error that the device keeps, the rest runs in a new process. The exit
-code is the number of failures, at most 125.
+last; they run in a process with a time limit, always. After an error that the device keeps, the rest runs in a new
+process. The exit code is the number of failures, at most 125.
 """
 
 from __future__ import annotations
@@ -68,8 +68,7 @@ PROBLEMS = (
 
 # What the kernels of sm_90a take: whole 16-byte chunks of channels, at least half of 128 bytes of them.
 HOPPER_PROBLEMS = PROBLEMS[:4]
-HOPPER_SECONDS = 60
-REST_SECONDS = 120
+SECONDS = 180.0  # until processes that were started have ended, where nobody says until when
 MOST_PROCESSES = 4  # beside the first, for the rows after errors that a device keeps
 
 
@@ -234,12 +233,18 @@ def _lost(device: torch.device) -> str:
     return ""
 
 
-def _in_a_child(what: str, seconds: int, *arguments: str) -> int:
+def _in_a_child(what: str, until: float, *arguments: str) -> int:
     """The failures of a self-test in a process of its own, where a hang or an error that stays spoils no other row."""
+    seconds = until - time.monotonic()
+    if seconds <= 0:
+        print(f"FAIL: {what} were not run: no time was left")
+        return 1
+    # A second earlier for what it may start itself: who started it, tells of it.
+    command = [sys.executable, "-m", "freezekit.selftest", *arguments, "--until", str(until - 1)]
     try:
-        code = subprocess.run([sys.executable, "-m", "freezekit.selftest", *arguments], timeout=seconds).returncode
+        code = subprocess.run(command, timeout=seconds).returncode
     except subprocess.TimeoutExpired:
-        print(f"FAIL: {what} were ended after {seconds} s")
+        print(f"FAIL: {what} were ended after {seconds:.3g} s")
         return 1
     if code < 0:
         print(f"FAIL: {what} ended their process by signal {-code}")
@@ -251,17 +256,17 @@ def _named(backend: str) -> tuple[str, ...]:
     return () if backend == "emulated" else ("--backend", backend)
 
 
-def _hopper_in_a_child(backend: str) -> int:
-    return _in_a_child("the kernels of sm_90a", HOPPER_SECONDS, *_named(backend), "--hopper")
+def _hopper_in_a_child(backend: str, until: float) -> int:
+    return _in_a_child("the kernels of sm_90a", until, *_named(backend), "--hopper", "--processes", "0")
 
 
-def _rest(backend: str, done: int, why: str, processes: int) -> int:
+def _rest(backend: str, done: int, why: str, processes: int, until: float) -> int:
     """What is left after `done` rows, once the device answers `why` to everything. The failures."""
     left = list(itertools.islice(_cases(PROBLEMS), done, None))
     if left and processes > 0:
         print(f"the device is lost to this process ({why}): {len(left)} rows are left to another", flush=True)
         again = (*_named(backend), "--skip", str(done), "--processes", str(processes - 1))
-        return _in_a_child("the other rows", REST_SECONDS, *again)
+        return _in_a_child("the other rows", until, *again)
     for operator, problem, dtype, tf32 in left:
         print(f"{problem.name:24} {operator:17} {_name_of(dtype, tf32):9} not run: {why}")
     return 0
@@ -279,11 +284,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--save-choices",
         metavar="FILE",
-        help="with --hopper: run them in a process with a time limit, and if they pass write a file for "
-        "freezekit.tuning.load_choices, which makes them a candidate of 'auto'",
+        help="with --hopper: if they pass, write a file for freezekit.tuning.load_choices, which makes them a "
+        "candidate of 'auto'",
     )
     parser.add_argument("--skip", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--processes", type=int, default=MOST_PROCESSES, help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=float, default=time.monotonic() + SECONDS, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     gpu = torch.cuda.is_available() and _C.has_cuda_kernels()
     on_cpu = "emulated" if _extension.emulated_kernels().exists() else "aten"
@@ -294,8 +300,11 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--hopper needs freezekit's kernels, not ATen's")
     if options.save_choices and not options.hopper:
         parser.error("--save-choices needs --hopper")
-    if options.save_choices:
-        return _save_choices(backend, Path(options.save_choices))
+    if options.hopper and options.processes:
+        failures = _hopper_in_a_child(backend, options.until)
+        if options.save_choices and not failures:
+            _save_choices(backend, Path(options.save_choices))
+        return min(failures, 125)
     if not options.skip:
         print(f"freezekit selftest: {backend} on {where}")
         print(f"{'problem':24} {'operator':17} {'dtype':9} {'kernel':36} {'error / bound':>13} {'ms':>9}")
@@ -311,9 +320,9 @@ def main(arguments: list[str] | None = None) -> int:
     failures = sum(not row.passed for row in rows)
     print(f"{len(rows) - failures} passed, {failures} failed; kernels: {len({row.kernel for row in rows})}", flush=True)
     if lost and not options.hopper:
-        failures += _rest(backend, options.skip + len(rows), lost, options.processes)
+        failures += _rest(backend, options.skip + len(rows), lost, options.processes, options.until)
     if backend == "native" and not (options.hopper or options.skip) and _is_hopper(device):
-        failures += _hopper_in_a_child(backend)
+        failures += _hopper_in_a_child(backend, options.until)
     return min(failures, 125)
 
 
@@ -321,12 +330,9 @@ def _is_hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) == (9, 0)
 
 
-def _save_choices(backend: str, path: Path) -> int:
-    failures = _hopper_in_a_child(backend)
-    if not failures:
-        _C.choices.admit_hopper(backend == "emulated")
-        path.write_text(dump_choices())
-    return min(failures, 125)
+def _save_choices(backend: str, path: Path) -> None:
+    _C.choices.admit_hopper(backend == "emulated")
+    path.write_text(dump_choices())
 
 
 if __name__ == "__main__":

@@ -66,11 +66,14 @@ def choices() -> list[Choice]:
 def dump_choices() -> str:
     """`{"measured_with": {...}, "choices": [...]}`: versions and device; objects with `Choice`'s fields.
 
+    Where memory was short while something was measured, that is left out: another process may have enough.
+
     >>> import json
     >>> sorted(json.loads(dump_choices()))
     ['choices', 'measured_with']
     """
-    return json.dumps({"measured_with": _here(), "choices": [asdict(choice) for choice in choices()]}, indent=1)
+    lasting = [asdict(choice) for choice in choices() if choice.note != _C.choices.no_memory]
+    return json.dumps({"measured_with": _here(), "choices": lasting}, indent=1)
 
 
 def load_choices(text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -119,8 +120,7 @@ def test_what_the_kernels_of_sm_90a_do_to_their_process_is_a_result(
     child.write_text(f"#!/bin/sh\n{body}\n")
     child.chmod(0o755)
     monkeypatch.setattr(selftest.sys, "executable", str(child))
-    monkeypatch.setattr(selftest, "HOPPER_SECONDS", 2)
-    assert selftest._hopper_in_a_child("native") == (3 if body == "exit 3" else 1)
+    assert selftest._hopper_in_a_child("native", time.monotonic() + 2) == (3 if body == "exit 3" else 1)
     assert said in capsys.readouterr().out
 
 
@@ -150,7 +150,9 @@ def test_after_an_error_that_the_device_keeps_another_process_runs_the_rest(
     child.chmod(0o755)
     monkeypatch.setattr(selftest.sys, "executable", str(child))
     assert selftest.main(["--backend", "aten"]) == 1 + 2
-    assert told.read_text() == "-m freezekit.selftest --backend aten --skip 2 --processes 3\n"
+    *arguments, until = told.read_text().split()
+    assert " ".join(arguments) == "-m freezekit.selftest --backend aten --skip 2 --processes 3 --until"
+    assert float(until) < time.monotonic() + selftest.SECONDS
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.endswith("pass") for line in lines) == 1
     assert sum(KEPT in line and "FAIL" in line for line in lines) == 1
@@ -176,7 +178,7 @@ def test_the_rest_is_what_was_not_run() -> None:
 def test_kernels_of_sm_90a_that_pass_in_a_child_become_a_choice(
     failures: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(selftest, "_hopper_in_a_child", lambda backend: failures)
+    monkeypatch.setattr(selftest, "_hopper_in_a_child", lambda backend, until: failures)
     file = tmp_path / "choices.json"
     assert selftest.main(["--hopper", "--save-choices", str(file)]) == failures
     assert file.exists() == (failures == 0)
@@ -218,9 +220,12 @@ def test_a_setting_that_raises_is_not_read(monkeypatch: pytest.MonkeyPatch) -> N
     assert measure_peaks(torch.device("cpu"), torch.float32).tflops > 0
 
 
-def test_hopper_alone(capsys: pytest.CaptureFixture[str]) -> None:
+def test_hopper_alone(capfd: pytest.CaptureFixture[str]) -> None:
+    """In a process with a limit, as always: who asks for them alone waits no longer for one that hangs."""
+    assert selftest.main(["--hopper", "--until", str(time.monotonic())]) == 1
+    assert "the kernels of sm_90a were not run: no time was left" in capfd.readouterr().out
     assert selftest.main(["--hopper"]) == 0
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.endswith("pass")]
+    rows = [line for line in capfd.readouterr().out.splitlines() if line.endswith("pass")]
     assert len(rows) == len(selftest.HOPPER_PROBLEMS) * 8
     assert all(" hopper_" in row for row in rows)
     with pytest.raises(SystemExit):

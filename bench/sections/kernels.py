@@ -6,7 +6,7 @@ answers: two dgrads and three wgrads while all learn (the input needs no gradien
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,22 +51,32 @@ def example(device: torch.device, dtype: torch.dtype, middle_frozen: bool) -> tu
     return layers, torch.randn(1, 3, 24, 24, device=device, dtype=dtype)
 
 
-def run(settings: Settings) -> Iterator[Profiled]:
-    """Tables of each regime: stock's, freezekit's and, on a GPU, those of freezekit's own kernels.
+def sides(settings: Settings) -> tuple[str, ...]:
+    """Whose tables there are: stock's, freezekit's and, on a GPU, those of freezekit's own kernels."""
+    return ("stock", "freezekit", *(() if why_absent(OWN, settings.device) else (OWN,)))
+
+
+def failed(regime: str, name: str, why: str) -> Profiled:
+    """A side without a table."""
+    return Profiled(regime, name, {}, KernelTable(()), why)
+
+
+def run(regime: str, settings: Settings) -> list[Profiled]:
+    """The tables of a regime.
 
     A side that fails, gives other results than stock or runs other phases than EXPECTED has its reason in place of a
     table.
     """
-    own = () if why_absent(OWN, settings.device) else (OWN,)
-    for regime in EXPECTED:
-        torch.manual_seed(settings.seed)
-        stock, x = example(settings.device, settings.dtype, regime == "middle frozen")
-        reference: dict[str, Tensor] = {}
-        for name in ("stock", "freezekit", *own):
-            try:
-                yield _profiled(regime, name, stock, x, reference, settings)
-            except Exception as error:
-                yield Profiled(regime, name, {}, KernelTable(()), describe(error))
+    torch.manual_seed(settings.seed)
+    stock, x = example(settings.device, settings.dtype, regime == "middle frozen")
+    reference: dict[str, Tensor] = {}
+    made = []
+    for name in sides(settings):
+        try:
+            made.append(_profiled(regime, name, stock, x, reference, settings))
+        except Exception as error:
+            made.append(failed(regime, name, describe(error)))
+    return made
 
 
 def _profiled(

@@ -6,25 +6,26 @@ import json
 import os
 import time
 from dataclasses import replace
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from bench import child as processes
 from bench import compare, options, sections, sides
-from bench.child import READY, Child, Lost
+from bench.child import READY, Child, Lost, measure_there
 from bench.environment import Peaks
-from bench.measure import MakeCase
 from bench.report import Printout
+from bench.sections import kernels
 from bench.settings import Settings
 
-PEAKS = Peaks(1.0, 1.0)
+PATIENCE = 300.0  # seconds, which no test waits for
 
 
-def case() -> tuple[MakeCase, Settings]:
-    settings = options.parse(["--device", "cpu", "--layers", "tiny", "--repeat", "1"]).settings
-    return sections.SECTIONS["layers"](settings)[0], settings
+def settings_of(*more: str) -> Settings:
+    return options.parse(["--device", "cpu", "--layers", "tiny", "--repeat", "1", *more]).settings
 
 
 def hang(pipe: Connection) -> None:
@@ -43,64 +44,115 @@ def crash_at_once(pipe: Connection) -> None:
     os._exit(8)
 
 
+def spoiled() -> str:
+    """What a kernel does that leaves an error to all later calls of its process."""
+    processes._error_that_stays = lambda: "CUDA error: an illegal memory access was encountered"
+    return "the case's own rows"
+
+
 def test_rows_come_back() -> None:
-    child = Child()
+    child, settings = Child(), settings_of()
+    make = sections.SECTIONS["layers"](settings)[0]
     for _ in range(2):
-        rows = child.measure(*case(), PEAKS)
+        rows = child.ask(partial(measure_there, make, settings, Peaks(1.0, 1.0)), PATIENCE)
         assert [row.side for row in rows] == ["stock", "freezekit"]
         assert all(row.seconds is not None for row in rows)
     child.close()
 
 
 def test_a_hang_ends_after_its_limit() -> None:
-    child = Child(hang, limit=0.2)
+    child = Child(hang)
     start = time.monotonic()
     with pytest.raises(Lost, match="no answer in 0.2 s"):
-        child.measure(*case(), PEAKS)
+        child.ask(os.getpid, 0.2)
     assert time.monotonic() - start < 120
     assert not child._process.is_alive()
+
+
+def test_after_an_error_that_stays_the_next_work_meets_a_new_process() -> None:
+    child = Child()
+    first = child.ask(os.getpid, PATIENCE)
+    assert child.ask(os.getpid, PATIENCE) == first
+    assert child.ask(spoiled, PATIENCE) == "the case's own rows"
+    assert child.ask(os.getpid, PATIENCE) != first
+    child.close()
 
 
 @pytest.mark.parametrize(("what", "code"), [(crash, 7), (crash_at_once, 8)])
 def test_a_crash_is_told_with_its_exit_code(what, code: int) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(Lost, match=f"ended with exit code {code}"):
-        Child(what).measure(*case(), PEAKS)
+        Child(what).ask(os.getpid, PATIENCE)
 
 
 def test_it_is_started_again_but_not_for_ever() -> None:
     child = Child(crash)
     for _ in range(Child.MOST_LOSSES):
         with pytest.raises(Lost, match="ended"):
-            child.measure(*case(), PEAKS)
+            child.ask(os.getpid, PATIENCE)
     with pytest.raises(Lost, match="lost 3 times"):
-        child.measure(*case(), PEAKS)
+        child.ask(os.getpid, PATIENCE)
 
 
 def test_what_is_known_is_written_before_a_process_may_hang(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     lost = sides.Side("freezekit_channels_last", lambda module: module, channels_last=True, hopper=True)
     monkeypatch.setitem(sides.SIDES, lost.name, lost)
-    settings, file = replace(case()[1], sides=("stock", lost.name)), tmp_path / "compare.json"
+    settings, file = replace(settings_of(), sides=("stock", lost.name)), tmp_path / "compare.json"
     seen = []
 
     def look(self: Child, *_: object) -> object:
         seen.append([row["side"] for row in json.loads(file.read_text())["rows"]])
         raise Lost("gone")
 
-    monkeypatch.setattr(Child, "measure", look)
+    monkeypatch.setattr(Child, "start", lambda self: None)
+    monkeypatch.setattr(Child, "ask", look)
     compare.Run(settings, Printout(Console(quiet=True)), None, file).go(["layers"])
-    assert [len(rows) for rows in seen] == [2 * i + 1 for i in range(8)]
-    assert all(rows[-1] == "stock" for rows in seen)
+    assert seen == [["stock"] * 8 + [lost.name] * i for i in range(8)]
 
 
 def test_a_run_goes_on_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     lost = sides.Side("freezekit_channels_last", lambda module: module, channels_last=True, hopper=True)
     monkeypatch.setitem(sides.SIDES, lost.name, lost)
-    settings = replace(case()[1], sides=("stock", "stock_channels_last", lost.name))
+    settings = replace(settings_of(), sides=("stock", "stock_channels_last", lost.name))
     run = compare.Run(settings, Printout(Console(quiet=True)), None)
-    assert run.settings.sides == ("stock", "stock_channels_last")
+    assert run.here == ("stock", "stock_channels_last")
     run.children = {lost.name: Child(crash)}
     run.go(["layers"])
     assert len(run.rows) == 8 * 3
     assert {bool(row.failure) for row in run.rows if row.side == lost.name} == {True}
     assert {row.failure for row in run.rows if row.side != lost.name} == {""}
     assert run.failures == 8
+
+
+def test_a_hang_costs_half_of_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = sides.Side("freezekit_channels_last", lambda module: module, channels_last=True, hopper=True)
+    monkeypatch.setitem(sides.SIDES, lost.name, lost)
+    limits = []
+
+    def hang_for(self: Child, work: object, seconds: float) -> object:
+        limits.append(seconds)
+        raise Lost("no answer")
+
+    monkeypatch.setattr(Child, "start", lambda self: None)
+    monkeypatch.setattr(Child, "ask", hang_for)
+    run = compare.Run(replace(settings_of(), sides=("stock", lost.name)), Printout(Console(quiet=True)), 1e6)
+    run.go(["layers"])
+    assert len(limits) == 8
+    assert all(0 < limit <= 1e6 / 2 for limit in limits)
+
+
+def test_the_forum_s_tables_are_made_apart_where_kernels_may_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sides.Side, "is_apart", lambda side, device: side.name == kernels.OWN)
+    monkeypatch.setattr(Child, "start", lambda self: None)
+    monkeypatch.setattr(Child, "ask", lambda self, work, seconds: work())
+    run = compare.Run(settings_of(), Printout(Console(quiet=True)), None)
+    run.go(["kernels"])
+    assert [(made.side, made.failure) for made in run.kernels] == [("stock", ""), ("freezekit", "")] * 2
+
+    def gone(self: Child, *_: object) -> object:
+        raise Lost("the side's process ended with exit code -6")
+
+    monkeypatch.setattr(Child, "ask", gone)
+    run = compare.Run(settings_of(), Printout(Console(quiet=True)), None)
+    run.go(["kernels"])
+    assert run.failures == 4
+    assert {made.failure for made in run.kernels} == {"the side's process ended with exit code -6"}

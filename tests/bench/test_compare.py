@@ -146,7 +146,7 @@ def test_time_is_shared_by_what_cases_cost() -> None:
     settings = options.parse(["--device", "cpu", "--all"]).settings
     run = compare.Run(settings, Printout(Console(quiet=True)), None)
     cases = {name: make(settings) for name, make in sections.SECTIONS.items()}
-    weights = {name: run._weight(made) / len(made) for name, made in cases.items()}
+    weights = {name: run._weight(compare.Turn("", made)) / len(made) for name, made in cases.items()}
     assert weights == {"layers": 1, "blocks": 35, "models": 35, "memory": 35, "scaling": 35}
 
 

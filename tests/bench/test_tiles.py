@@ -92,7 +92,7 @@ def test_a_wrong_kernel_is_a_line_and_the_run_goes_on(
 def test_a_limit_leaves_out_problems_and_says_how_many(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "tiles.json"
     arguments = ["--device", "cpu", "--layers", "tiny", "--batch", "1", "--rounds", "1", "--json", str(file)]
-    assert tiles.main([*arguments, "--limit", "0"]) == 0
+    assert tiles.main([*arguments, "--until", "0"]) == 0
     problems = 3 * len(layers_of("tiny"))
     assert f"out of time: {problems} of {problems} problems are left out" in capsys.readouterr().out
     assert not file.exists()

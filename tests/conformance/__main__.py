@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +21,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from tools.gpu_check.step import add_until, left
 
 from . import golden, place, registry
 from .probe import Arrays, Probe, differences
@@ -36,11 +39,14 @@ def run_here(probe: Probe, where: str) -> tuple[str, Arrays]:
     return "\n".join(differences(actual, probe.expected(inputs), probe.bound(inputs))), actual
 
 
-def run_apart(probes: Sequence[Probe], where: str, seconds: float, folder: Path) -> Iterator[Ran]:
+def run_apart(probes: Sequence[Probe], where: str, until: float, folder: Path) -> Iterator[Ran]:
     """The same of several probes, in one process after another: one that faults or hangs ends its process alone."""
     waiting = list(probes)
     while waiting:
-        command = [sys.executable, "-u", "-m", "tests.conformance", "--place", where, "--seconds", str(seconds)]
+        if time.monotonic() >= until:
+            yield from ((probe, "not run: no time was left", {}) for probe in waiting)
+            return
+        command = [sys.executable, "-u", "-m", "tests.conformance", "--place", where, "--until", str(until)]
         command += ["--into", str(folder), "--these", *(probe.name for probe in waiting)]
         child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         assert child.stdout is not None
@@ -57,16 +63,17 @@ def run_apart(probes: Sequence[Probe], where: str, seconds: float, folder: Path)
                 break
         code = child.wait()
         if waiting:
-            hung = f"did not end within {seconds:g} s" if code == -signal.SIGALRM else f"exit code {code}"
+            hung = "did not end in half of the time left" if code == -signal.SIGALRM else f"exit code {code}"
             yield waiting.pop(0), "\n".join(filter(None, ["".join(said).strip()[-2000:], hung])), {}
 
 
-def run_these(probes: Sequence[Probe], where: str, seconds: float, folder: Path) -> None:
+def run_these(probes: Sequence[Probe], where: str, until: float, folder: Path) -> None:
     """What a process of run_apart does: results are in the folder before a line says so."""
     for probe in probes:
-        # Not an exception but the end of the process: a thread that waits for a GPU runs no handler.
+        # Not an exception but the end of the process: a thread that waits for a GPU runs no handler. The other half of
+        # what is left is for those that wait behind a probe that hangs. (A timer of 0 would be none.)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        signal.setitimer(signal.ITIMER_REAL, max(1e-3, left(until) / 2))
         failure, arrays = run_here(probe, where)
         np.savez(folder / f"{probe.name}.npz", **arrays)
         print(f"{failure}\n{WRONG}{probe.name}" if failure else DONE + probe.name)
@@ -82,7 +89,7 @@ def groups(probes: Sequence[Probe]) -> list[list[Probe]]:
     return list(found.values())
 
 
-def run_all(probes: Sequence[Probe], where: str, seconds: float) -> Iterator[Ran]:
+def run_all(probes: Sequence[Probe], where: str, until: float) -> Iterator[Ran]:
     """The same of all, each as soon as it has run; the emulator reports what a GPU would die of."""
     if where == "emulated":
         yield from ((probe, *run_here(probe, where)) for probe in probes)
@@ -91,7 +98,7 @@ def run_all(probes: Sequence[Probe], where: str, seconds: float) -> Iterator[Ran
 
     def run_group(group: list[Probe], folder: Path) -> None:
         try:
-            for ran in run_apart(group, where, seconds, folder):
+            for ran in run_apart(group, where, until, folder):
                 ready.put(ran)
         finally:
             ready.put(None)
@@ -137,14 +144,14 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--golden", type=Path, metavar="FILE", help="keep the results")
     parser.add_argument("--about", default="", help="a line kept with them: date, driver, commit")
-    parser.add_argument("--seconds", type=float, default=30.0, help="for each probe")
+    add_until(parser)
     parser.add_argument("--these", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     probes = list(registry.probes())
     if options.these:
         by_name = {probe.name: probe for probe in probes}
-        run_these([by_name[name] for name in options.these], options.place, options.seconds, options.into)
+        run_these([by_name[name] for name in options.these], options.place, options.until, options.into)
         return 0
     about = {**describe(options.place), "note": options.about}
     print(f"conformance of the ptx:: wrappers: {options.place}, {about.get('device', 'this CPU')}, sm_{about['sm']}")
@@ -155,7 +162,7 @@ def main(arguments: list[str] | None = None) -> int:
         if probe not in runnable:
             print(f"not run  {probe.name}: {why_not(probe, options.place, about['sm'])}")
     failed, results = 0, {}
-    for probe, failure, arrays in run_all(runnable, options.place, options.seconds):
+    for probe, failure, arrays in run_all(runnable, options.place, options.until):
         if arrays:
             results[probe.name] = arrays
         failed += bool(failure)

@@ -11,14 +11,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 from tests.emulator.build import MODES, ROOT, kernel_host_sources
 from tests.emulator.build import build as build_emulated
 from tests.emulator.cases import DEPTHWISE, DIRECT, GEMM, HOPPER, texts
 from tests.emulator.test_modes import CONV, SMALL_JOBS, SMALL_KERNELS
+from tools.gpu_check.step import add_until, left
 
-from .place import find_nvcc
+from .place import built, find_nvcc
 
-OUT = ROOT / "build" / "conformance"
 REFERENCE = "tests/emulator/conv_reference.cpp"
 # Hopper's kernels come last and in a process of their own: nothing that they may do spoils what is known by then.
 SOURCES = {
@@ -26,7 +28,6 @@ SOURCES = {
     "small": ("tests/emulator/small_driver.cpp",),
     "hopper": ("tests/emulator/conv_driver.cpp", REFERENCE),
 }
-SECONDS = 30.0  # for each driver
 
 
 def cuda_objects() -> list[Path]:
@@ -54,16 +55,10 @@ def build(name: str) -> Path:
     objects = cuda_objects()
     assert nvcc is not None, "who built CUDA objects has nvcc"
     home = cuda_home(nvcc)
-    out = OUT / name
-    OUT.mkdir(parents=True, exist_ok=True)
-    sources = [*SOURCES[name], *kernel_host_sources()]
+    inputs = [*(ROOT / source for source in (*SOURCES[name], *kernel_host_sources())), *objects]
     command = ["g++", "-std=c++17", "-O2", "-DFK_ON_DEVICE", f"-I{ROOT}", f"-I{ROOT}/csrc", f"-isystem{home}/include"]
-    command += [*(str(ROOT / source) for source in sources), *map(str, objects)]
-    command += [*(f"-L{home / folder}" for folder in ("lib64", "lib")), "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-    done = subprocess.run([*command, "-o", str(out)], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
-    return out
+    libraries = [*(f"-L{home / folder}" for folder in ("lib64", "lib")), "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    return built(Path(SOURCES[name][0]).stem, command, inputs, libraries)
 
 
 def cuda_home(nvcc: str) -> Path:
@@ -87,29 +82,28 @@ def arguments_of(name: str, memory: str = "poisoned", most: int | None = None) -
 
 def names() -> list[str]:
     """The drivers for the device that is here: Hopper's for sm_90."""
-    asked = ("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
-    try:
-        capability = subprocess.run(asked, capture_output=True, text=True, timeout=30).stdout.split("\n")[0].strip()
-    except (OSError, subprocess.TimeoutExpired):
-        capability = ""
-    return [name for name in SOURCES if name != "hopper" or capability == "9.0"]
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+    return [name for name in SOURCES if name != "hopper" or hopper]
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the number of drivers that failed."""
     parser = argparse.ArgumentParser(prog="python -m tests.conformance.drivers", description=__doc__)
     parser.add_argument("--place", choices=("emulated", "cuda"), default="cuda")
-    emulated = parser.parse_args(arguments).place == "emulated"
+    add_until(parser)
+    options = parser.parse_args(arguments)
+    emulated = options.place == "emulated"
     programs = {"convolutions": CONV, "small": SMALL_KERNELS, "hopper": CONV}
     chosen, failed, jobs = list(SOURCES) if emulated else names(), 0, 0
-    for name in chosen:
+    for i, name in enumerate(chosen):
         path = build_emulated(programs[name], MODES["plain"]) if emulated else build(name)
         given = arguments_of(name, "lazy" if emulated else "poisoned")
+        limit = left(options.until) / (len(chosen) - i)  # its share of what is left
         try:
-            code = subprocess.run([path, *given], timeout=SECONDS).returncode
+            code = subprocess.run([path, *given], timeout=limit).returncode
             result = f"failed, exit code {code}" if code else "right"
         except subprocess.TimeoutExpired:
-            result = f"failed: did not end within {SECONDS:g} s"
+            result = f"failed: did not end within {limit:.3g} s"
         failed, jobs = failed + (result != "right"), jobs + len(given) - (2 if name == "small" else 3)
         print(f"{name}: {result}", flush=True)
     left_out = "".join(f", {name} not run: the device is not sm_90" for name in SOURCES if name not in chosen)

@@ -9,6 +9,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ SOURCES = (
     ROOT / "tests/conformance/probe_sm90.cu",
     *(CSRC / "kernels" / name for name in ("last_error.cu", "hopper/tensor_map.cu")),
 )
-ARCHS = ("80", "90a")  # as setup.py's default: SASS for each, PTX of the first
+ARCHS = ("80", "90a")  # as setup.py's default, where there is no device to build for
 
 
 def find_nvcc() -> str | None:
@@ -37,8 +38,21 @@ def find_nvcc() -> str | None:
     return (shutil.which("nvcc", path=f"{home}/bin") if home else None) or shutil.which("nvcc")
 
 
+def architectures() -> tuple[str, ...]:
+    """What to compile for, as nvcc names it: the device that is here alone."""
+    if not torch.cuda.is_available():
+        return ARCHS
+    capability = "{}{}".format(*torch.cuda.get_device_capability())
+    return ("90a" if capability == "90" else capability,)
+
+
+def code_flags() -> list[str]:
+    """nvcc's flags for them."""
+    return [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures()]
+
+
 def device_library() -> Path:
-    """The probes' library for GPUs, built where a source has changed.
+    """The probes' library for GPUs.
 
     Raises:
         RuntimeError: where nvcc is missing or refuses; the text is nvcc's.
@@ -46,34 +60,33 @@ def device_library() -> Path:
     nvcc = find_nvcc()
     if nvcc is None:
         raise RuntimeError("the probes for a GPU need nvcc, which is neither in CUDA_HOME/bin nor on PATH")
+    flags = ["-std=c++17", "-O2", "-shared", "-DFK_BOUNDED_WAITS", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+    return built("probes.so", [nvcc, *flags, f"-I{CSRC}", *code_flags()], SOURCES)
+
+
+def built(name: str, command: Sequence[str], inputs: Sequence[Path], last: Sequence[str] = ()) -> Path:
+    """What a compiler makes of its inputs, with `last` behind them; made once for the same command and contents.
+
+    Raises:
+        RuntimeError: where it refuses; the text is the compiler's.
+    """
     BUILD.mkdir(parents=True, exist_ok=True)
-    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
-    codes.append(f"-gencode=arch=compute_{ARCHS[0]},code=compute_{ARCHS[0]}")
-    flags = [
-        "-std=c++17",
-        "-O2",
-        "-shared",
-        "-DFK_BOUNDED_WAITS",
-        "-Xcompiler=-fPIC,-fvisibility=hidden",
-        f"-I{CSRC}",
-        *codes,
-    ]
-    out = BUILD / f"probes-{_digest(flags)}.so"
-    with open(BUILD / "lock", "w") as lock:  # probes are processes side by side; one of them builds
+    whole = [*command, *map(str, inputs), *last]
+    out = BUILD / f"{_digest(whole, inputs)}-{name}"
+    with open(BUILD / "lock", "w") as lock:  # processes side by side ask for the same; one of them builds
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not out.exists():
             unfinished = out.with_suffix(".tmp")
-            command = [nvcc, *flags, *map(str, SOURCES), "-o", str(unfinished)]
-            done = subprocess.run(command, capture_output=True, text=True)
+            done = subprocess.run([*whole, "-o", str(unfinished)], capture_output=True, text=True)
             if done.returncode:
-                raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+                raise RuntimeError(f"{' '.join(whole)}\n{done.stdout}{done.stderr}")
             unfinished.rename(out)
     return out
 
 
-def _digest(flags: list[str]) -> str:
-    """Of the flags, the sources, and every header of csrc that they include."""
-    state, waiting, seen = hashlib.sha256(" ".join(flags).encode()), list(SOURCES), set()
+def _digest(command: Sequence[str], inputs: Sequence[Path]) -> str:
+    """Of a command, its inputs, and every header of the tree that they include."""
+    state, waiting, seen = hashlib.sha256(" ".join(command).encode()), list(inputs), set()
     while waiting:
         path = waiting.pop()
         if path in seen or not path.exists():
@@ -81,7 +94,8 @@ def _digest(flags: list[str]) -> str:
         seen.add(path)
         text = path.read_bytes()
         state.update(text)
-        waiting += [CSRC / name.decode() for name in INCLUDE.findall(text)]
+        if path.suffix != ".o":
+            waiting += [root / name.decode() for name in INCLUDE.findall(text) for root in (CSRC, ROOT)]
     return state.hexdigest()[:16]
 
 

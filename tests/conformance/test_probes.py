@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -108,11 +109,12 @@ def test_probes_share_few_processes() -> None:
 def test_a_probe_that_hangs_or_dies_is_a_failure_and_spoils_no_other(tmp_path: Path) -> None:
     """`--these` finds probes by name: one that nobody knows ends its process before any has run."""
     first, second = EMULATED[:2]
-    ran = list(command.run_apart([first, second], "emulated", 120, tmp_path))
+    until = time.monotonic() + 300
+    ran = list(command.run_apart([first, second], "emulated", until, tmp_path))
     assert [(probe, failure) for probe, failure, _ in ran] == [(first, ""), (second, "")]
     assert all(np.array_equal(arrays["d"], run(probe)["d"]) for probe, _, arrays in ran)
     unknown = Probe("unknown", dict, first.run, first.expected)
-    (_, failure, arrays), (_, after, _) = command.run_apart([unknown, first], "emulated", 120, tmp_path)
+    (_, failure, arrays), (_, after, _) = command.run_apart([unknown, first], "emulated", until, tmp_path)
     assert "KeyError: 'unknown'" in failure
     assert (arrays, after) == ({}, "")
 
@@ -121,12 +123,14 @@ def test_a_hang_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     """In a process of its own, as run_apart has it."""
     child = "import tests.conformance.__main__ as c, tests.conformance.registry as r, time, pathlib, sys\n"
     child += "p = c.Probe('hangs', dict, lambda launch, of: time.sleep(60), lambda of: {})\n"
-    child += "c.run_these([p], 'emulated', 0.2, pathlib.Path(sys.argv[1]))"
+    child += "c.run_these([p], 'emulated', time.monotonic() + 0.4, pathlib.Path(sys.argv[1]))"
     done = subprocess.run([sys.executable, "-c", child, str(tmp_path)], cwd=command.ROOT, timeout=60)
     assert done.returncode == -signal.SIGALRM
     monkeypatch.setattr(command.sys, "executable", "false")
-    ((_, failure, _),) = command.run_apart(EMULATED[:1], "emulated", 1, tmp_path)
+    ((_, failure, _),) = command.run_apart(EMULATED[:1], "emulated", time.monotonic() + 60, tmp_path)
     assert failure == "exit code 1"
+    late = list(command.run_apart(EMULATED[:2], "emulated", time.monotonic(), tmp_path))
+    assert [failure for _, failure, _ in late] == ["not run: no time was left"] * 2
 
 
 def test_golden_vectors_are_kept_from_the_first_probe_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

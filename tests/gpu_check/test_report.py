@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,7 @@ def test_only_results_are_removed(tmp_path: Path) -> None:
 @pytest.fixture
 def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
     here = machine.Host(**{**HERE.to_dict(), "device": ""})  # type: ignore[arg-type]
-    monkeypatch.setattr(machine, "read", lambda commit: here)
+    monkeypatch.setattr(machine, "read", lambda *_: here)
 
 
 @pytest.mark.usefixtures("no_device")
@@ -88,7 +89,7 @@ def test_the_exit_code_counts_failed_steps(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_this_machine_is_described() -> None:
-    here = machine.read("abc")
+    here = machine.read("abc", 300)
     assert here.commit == "abc"
     assert here.torch.startswith("2.")
     assert here.cores >= 1
@@ -97,5 +98,22 @@ def test_this_machine_is_described() -> None:
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(machine, "MODULES", ("torch", "no_such_module"))
     monkeypatch.setattr(machine, "PROGRAMS", ("g++", "no-such-program"))
-    assert machine.main() == 2
+    assert machine.main([]) == 2
     assert "missing: no_such_module, no-such-program" in capsys.readouterr().out
+
+
+def test_a_first_look_that_hangs_ends_and_gives_up_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What asks to end is ignored, as by a process that a driver holds."""
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+    monkeypatch.setattr(machine, "ASK_TORCH", deaf)
+    start = time.monotonic()
+    here = machine.read("abc", 0.5)
+    assert time.monotonic() - start < 60
+    assert here.device == "unknown: torch gave no answer in 0.5 s"
+    assert (here.torch, here.arch, here.commit) == ("none", "", "abc")
+
+
+def test_the_folder_is_there_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "plan", lambda folder, *_: [Step("a", ("test", "-e", f"{folder}/summary.json"), 5)])
+    monkeypatch.setattr(machine, "read", lambda *_: HERE)
+    assert command.main(["--out", str(tmp_path / "out")]) == 0

@@ -7,6 +7,8 @@ they are counted on the meta device, where they take the path that they take on 
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,12 +16,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import freezekit as fk
+from bench.layer_lists import layers_of
 from freezekit import _C
-from tests.proof.stand_in import stand_in
+from tests.proof.stand_in import launches, stand_in
 from tests.proof.test_layers import LAYERS, step
 
 aten = torch.ops.aten
@@ -55,6 +59,13 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if func is aten.convolution_backward.default:
+            # Two kernels. dgrad is given an input, and wgrad a weight, for their sizes alone.
+            dy, read, gradients, mask = args[0], (args[2], args[1]), result[:2], args[-1][:2]
+            for name, wanted, other, made in zip(("dgrad", "wgrad"), mask, read, gradients):
+                if wanted:
+                    self.calls.append((name, dy.nbytes + other.nbytes + made.nbytes))
+            return result
         tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor)]
         self.calls.append((func.name(), sum(t.nbytes for t in tensors)))
         return result
@@ -158,6 +169,109 @@ def test_layers_without_kernels_move_no_more_than_stock(name: str, dtype: torch.
     assert moved <= most
 
 
+def convolution_of(
+    dtype: torch.dtype, channels_last: bool, frozen: bool, learns: bool
+) -> tuple[Tensor, nn.Module, nn.Module]:
+    """An input, torch's layer and freezekit's."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.randn(2, 16, 10, 10).to(dtype).contiguous(memory_format=layout).requires_grad_(learns)
+    stock = nn.Conv2d(16, 24, 3, stride=2, padding=1, bias=False).to(dtype=dtype, memory_format=layout)
+    return x, stock.requires_grad_(not frozen), fk.convert(copy.deepcopy(stock))
+
+
+def whole_step(layer: nn.Module, x: Tensor) -> None:
+    y = layer(x)
+    torch.autograd.grad(y, [t for t in (x, layer.weight) if t.requires_grad], torch.empty_like(y))
+
+
+def by_stock(layer: nn.Module, x: Tensor) -> list[tuple[str, int]]:
+    """What is launched in a step, and the bytes of it."""
+    with Traffic() as seen:
+        whole_step(layer, x)
+    names = {"aten::convolution": "fprop"}
+    calls = [(names.get(name, name), moved) for name, moved in seen.calls]
+    return [call for call in calls if call[0].split("::")[-1].split(".")[0].removesuffix("_like") not in FREE]
+
+
+WHO_LEARNS = pytest.mark.parametrize(("frozen", "learns"), [(False, True), (True, True), (False, False)])
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["NCHW", "NHWC"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@WHO_LEARNS
+def test_before_it_is_proven_a_convolution_runs_what_stock_runs(
+    dtype: torch.dtype, channels_last: bool, frozen: bool, learns: bool
+) -> None:
+    x, stock, own = convolution_of(dtype, channels_last, frozen, learns)
+    expected = by_stock(stock, x)
+    assert [name for name, _ in expected] == ["fprop", *(["dgrad"] * learns), *(["wgrad"] * (not frozen))]
+    with stand_in():
+        assert by_stock(own, x) == expected
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["NCHW", "NHWC"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@WHO_LEARNS
+def test_once_proven_a_convolution_adds_the_conversions_of_nchw_and_nothing_else(
+    dtype: torch.dtype, channels_last: bool, frozen: bool, learns: bool
+) -> None:
+    """One kernel for each of stock's, which reads and writes what that does; in NCHW each tensor is turned once."""
+    x, stock, own = convolution_of(dtype, channels_last, frozen, learns)
+    expected = by_stock(stock, x)
+    with stand_in():
+        whole_step(own, x)
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded, launches() as kernels:
+            whole_step(own, x)
+    assert len(kernels) == len(expected)
+    copies = [event.input_shapes[0] for event in recorded.events() if event.name == "aten::copy_"]
+    turned = sum(2 * x.element_size() * math.prod(size) for size in copies)
+    assert turned == (0 if channels_last else 2 * sum(moved for _, moved in expected))
+    assert len(copies) == (0 if channels_last else 3 * len(expected))
+
+
+def operators_of(call: Callable[[], Any]) -> int:
+    """How many of ATen's operators run in a call that launch something on a GPU; those that others are made of."""
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        call()
+    free = (*FREE, "narrow", "slice", "select", "as_strided", "contiguous", "result_type", "item", "to")
+
+    def is_launch(event: Any) -> bool:
+        name = event.name.removeprefix("aten::")
+        return name != event.name and name not in free and not name.startswith(("empty", "resize", "_reshape_alias"))
+
+    return sum(is_launch(e) and not any(map(is_launch, e.cpu_children)) for e in recorded.events())
+
+
+def test_the_proofs_of_a_resnet_step_stay_far_below_two_seconds() -> None:
+    """At some 5 us of the host for each launch; what is compared is counted here, whatever is launched to make it."""
+
+    def first_call(images: int) -> int:
+        x, w = torch.randn(images, 2, 128, 128).bfloat16(), torch.randn(8, 2, 1, 1).bfloat16()
+        with stand_in():
+            return operators_of(lambda: fk.functional.conv2d(x, w))
+
+    piece = 1 << 20  # elements that are compared at once
+    one, three = first_call(8), first_call(24)
+    per_piece = (three - one) // 2
+    assert per_piece <= 12
+    assert one <= 130
+    largest: dict[str, int] = {}
+    for layer in layers_of("resnet50"):
+        x = (128, layer.in_channels, layer.size, layer.size)
+        w = (layer.out_channels, layer.in_channels, layer.kernel, layer.kernel)
+        y = (128, layer.out_channels, layer.output_size, layer.output_size)
+        for operator, result in (("conv2d", y), ("conv2d_dgrad", x), ("conv2d_wgrad", w)):
+            geometry = ((layer.stride,) * 2, (layer.padding,) * 2)
+            of = _C.select(operator, "bfloat16", x, w, *geometry, channels_last=True)["class"]
+            largest[of] = max(largest.get(of, 0), math.prod(result))
+    assert len(largest) <= 30
+    launched = sum(one + per_piece * (size // piece) for size in largest.values())
+    for name in ("relu", "max_pool2d"):
+        with stand_in():
+            launched += operators_of(lambda own=LAYERS[name][1]: step(own, x_of(torch.bfloat16)))
+    assert launched * 5e-6 < 0.1, "seconds; docs/hardware.md says so"
+
+
 def block_of(
     dtype: torch.dtype, residual: bool
 ) -> tuple[Tensor, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
@@ -210,6 +324,16 @@ def test_once_proven_a_block_is_two_convolutions_and_a_gate(dtype: torch.dtype, 
     if residual:
         moved += 3 * y  # what flows around the block is added by autograd
     assert moved < sum(count for name, count in by_stock.calls if not name.startswith(("aten::detach", "aten::empty")))
+
+
+def test_a_norm_s_factor_is_multiplied_in_one_pass_of_the_short_dtype() -> None:
+    """It is float32; a product of that dtype would be written, read again and rounded: 12 bytes per element for 4."""
+    dy, w = torch.randn(1, 32, 40, 40).bfloat16(), torch.randn(32, 64, 3, 3).bfloat16()
+    with Traffic() as seen:
+        torch.ops.freezekit.frozen_conv2d_dgrad(
+            dy, w, (1, 64, 40, 40), padding=[1], norm_weight=torch.ones(32), running_var=torch.ones(32), eps=1e-5
+        )
+    assert [name for name, moved in seen.calls if moved >= 2 * w.nbytes] == ["aten::mul.out", "dgrad"]
 
 
 def log_of(layer: Callable[[Tensor], Tensor], x: Tensor, steps: int) -> list[tuple[str, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -157,6 +158,7 @@ def test_no_memory_is_no_fault_and_never_seen(faulty: Faulty, told: Told, kernel
     torch.testing.assert_close(found, step(torch.relu, x), rtol=0, atol=0)
     assert texts == []
     assert decided()["activation"].note == "no memory was left to compare them"
+    assert json.loads(fk.tuning.dump_choices())["choices"] == [], "true of a moment, and kept in no file"
     assert launched(lambda: step(fk.functional.relu, x)) == []
 
 

@@ -33,6 +33,21 @@ def test_every_proof_agrees(dtype: torch.dtype, channels_last: bool) -> None:
     fk.tuning.clear_choices()
 
 
+def test_where_no_wait_is_allowed_nothing_is_decided() -> None:
+    fk.tuning.clear_choices()
+    x = torch.randn(4, 8, 9, 9, device="cuda", requires_grad=True)
+    w, dy = torch.randn(8, 8, 3, 3, device="cuda"), torch.ones(4, 8, 7, 7, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.autograd.grad(fk.functional.relu(conv2d(x, w)), x, dy)
+        assert fk.tuning.choices() == []
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.autograd.grad(fk.functional.relu(conv2d(x, w)), x, dy)
+    assert [choice.problem.split()[0] for choice in fk.tuning.choices()] == ["activation", "conv2d", "conv2d_dgrad"]
+    fk.tuning.clear_choices()
+
+
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_a_depthwise_gradient_is_by_the_kernel_that_stock_runs(dims: int) -> None:
     convolve = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]

@@ -18,11 +18,13 @@ from . import machine, report, steps
 from .step import Outcome, Step, run
 
 SECONDS = 530.0  # of the whole: under nine minutes
+FIRST_LOOK = 30.0  # of those, for what the machine is
 
 
 def run_all(plan: Sequence[Step], folder: Path, here: machine.Host, command: str, seconds: float) -> list[Outcome]:
     """Runs the steps in order; the folder holds what is known after each."""
-    end, outcomes = time.monotonic() + seconds, []
+    end, outcomes = time.monotonic() + seconds, list[Outcome]()
+    report.write(folder, here, outcomes, command)
     for step in plan:
         outcome = run(step, end - time.monotonic())
         outcomes.append(outcome)
@@ -54,10 +56,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--emulated", action="store_true", help="without a GPU: prove the steps, not the hardware")
     parser.add_argument("--only", help="names of steps, with commas")
     parser.add_argument("--commit", help="of the sources, where there is no git to ask")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="for all steps together")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for everything together")
     options = parser.parse_args(arguments)
+    end = time.monotonic() + options.seconds
     find_cuda()
-    here = machine.read(options.commit)
+    here = machine.read(options.commit, min(FIRST_LOOK, options.seconds))
     if not here.device and not options.emulated:
         print("torch sees no CUDA device here; --emulated (make gpu-check EMULATED=1) exercises the steps without one")
         return 1
@@ -74,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(
         f"{here.device or 'no CUDA device'}, driver {here.driver}, torch {here.torch}, commit {here.commit}", flush=True
     )
-    outcomes = run_all(plan, folder, here, command, options.seconds)
+    outcomes = run_all(plan, folder, here, command, end - time.monotonic())
     print("\n" + report.row(here, outcomes, command) + f"\n\nresults in {folder}")
     return min(125, sum(outcome.result == "failed" for outcome in outcomes))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import importlib.util
 import os
@@ -10,20 +11,28 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
-from .step import ROOT
+from .step import add_until, call, left
 
 # What the steps import or call, beyond the standard library.
 MODULES = ("torch", "numpy", "rich", "pybind11", "setuptools", "pytest", "hypothesis")
 PROGRAMS = ("g++", "ninja", "nvcc")
 # Made use of where they are there.
 OPTIONAL = ("xdist", "matplotlib", "expecttest", "sklearn", "timm", "torchvision")
+ASK_TORCH = """
+import torch
+there = torch.cuda.is_available()
+print(torch.__version__, torch.version.cuda or "none", sep="\\n")
+print(torch.cuda.get_device_name() if there else "")
+print("%d%d" % torch.cuda.get_device_capability() if there else "")
+"""
 
 
 @dataclass(frozen=True)
 class Host:
-    """Facts for a row of docs/hardware.md. `device` is empty where torch sees none."""
+    """Facts for a row of docs/hardware.md. `device` is empty where torch sees none, not where torch gave no answer."""
 
     date: str
     device: str
@@ -41,41 +50,44 @@ class Host:
         return asdict(self)
 
 
-def output_of(*command: str) -> str:
-    """What a command prints, or nothing where it is missing or fails."""
+def output_of(seconds: float, *command: str) -> str | None:
+    """What a command prints; None where it is missing, fails or does not end in time."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+        code, text = call(command, seconds, errors=subprocess.DEVNULL)
+    except OSError:
+        return None
+    return text.strip() if code == 0 else None
 
 
-def read(commit: str | None) -> Host:
-    """Looks around. torch is asked in a process of its own: this one must not hold a context on the device."""
-    asked = output_of(
-        sys.executable,
-        "-c",
-        "import torch; print(torch.__version__, torch.version.cuda or 'none', sep='\\n');"
-        "there = torch.cuda.is_available()\n"
-        "print(torch.cuda.get_device_name() if there else '')\n"
-        "print('%d%d' % torch.cuda.get_device_capability() if there else '')",
-    ).split("\n")
-    torch, cuda, device, capability = [*asked, "", "", "", ""][:4]
-    driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
-    found = re.search(r"\bV([\d.]+)", output_of("nvcc", "--version"))
-    dirty = "+" if output_of("git", "status", "--porcelain", "--untracked-files=no") else ""
-    known = output_of("git", "rev-parse", "--short", "HEAD")
+def read(commit: str | None, seconds: float) -> Host:
+    """Looks around for at most `seconds`: what has not answered by then is not known, and no reason to give up.
+
+    torch is asked in a process of its own: this one must not hold a context on the device.
+    """
+    questions = (
+        (sys.executable, "-c", ASK_TORCH),
+        ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        ("nvcc", "--version"),
+        ("git", "status", "--porcelain", "--untracked-files=no"),
+        ("git", "rev-parse", "--short", "HEAD"),
+    )
+    with ThreadPoolExecutor(len(questions)) as pool:
+        asked, driver, nvcc, changes, known = pool.map(lambda question: output_of(seconds, *question), questions)
+    torch, cuda, device, capability = [*(asked or "").split("\n"), "", "", "", ""][:4]
+    if asked is None:
+        device = f"unknown: torch gave no answer in {seconds:g} s"
+    found = re.search(r"\bV([\d.]+)", nvcc or "")
     return Host(
         date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         device=device,
-        driver=driver or "none",
+        driver=(driver or "none").split("\n")[0],
         torch=torch or "none",
         cuda=cuda or "none",
         nvcc=found[1] if found else "none",
         python=platform.python_version(),
         cores=os.cpu_count() or 1,
         arch="90a" if capability == "90" else capability,
-        commit=commit or (known + dirty if known else "unknown"),
+        commit=commit or (known + ("+" if changes else "") if known else "unknown"),
     )
 
 
@@ -85,12 +97,15 @@ def missing() -> list[str]:
     return modules + [name for name in PROGRAMS if shutil.which(name) is None]
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Prints what is here; the exit code is the number of things that are missing."""
+    parser = argparse.ArgumentParser(prog="python -m tools.gpu_check.machine", description=__doc__)
+    add_until(parser)
+    until = parser.parse_args(arguments).until
     lacking = missing()
     for name in OPTIONAL:
         print(f"{name}: {'there' if importlib.util.find_spec(name) else 'not there, done without'}")
-    print(output_of("nvidia-smi") or "nvidia-smi: not there")
+    print(output_of(left(until), "nvidia-smi") or "nvidia-smi: not there, or no answer")
     print(f"missing: {', '.join(lacking)}" if lacking else "nothing that is needed is missing")
     return len(lacking)
 

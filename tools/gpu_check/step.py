@@ -1,13 +1,19 @@
-"""A step is a command with a budget of time: it passes, fails, or says why it was not run."""
+"""A step is a command with a budget of time: it passes, fails, or says why it was not run.
+
+A command is told the instant by which it must have ended, on the clock that all processes share; the limits of what it
+starts are parts of what is left until then. So none of them is a number that could exceed the step's own.
+"""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -17,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NOT_RUN = 77
 LOG_BYTES = 1 << 20  # of a step, kept from the end
 MERCY = 3.0  # seconds between asking a process to end and ending it
+SPARE = 5.0  # seconds of a limit that a command is not told of: to end by itself, and to say so
 
 
 @dataclass(frozen=True)
@@ -25,7 +32,7 @@ class Step:
 
     Attributes:
         name: as in the summary and on the command line.
-        command: argv, run in the repository's root; "{seconds}" in it is the time that it has.
+        command: argv, run in the repository's root; "{until}" in it is `time.monotonic()` when it must have ended.
         budget: seconds; a command that takes longer is ended, with all that it started.
         not_here: why it cannot run on this machine; empty if it can.
     """
@@ -60,15 +67,13 @@ def run(step: Step, seconds: float) -> Outcome:
     limit = min(step.budget, seconds)
     if limit <= 0:
         return Outcome(step.name, "not run", 0.0, "no time was left")
-    start, command = time.monotonic(), [part.replace("{seconds}", f"{limit:.0f}") for part in step.command]
-    with tempfile.TemporaryFile() as output:
-        try:
-            code = _wait(command, limit, output)
-        except OSError as error:
-            return Outcome(step.name, "failed", 0.0, f"{command[0]}: {error.strerror}")
-        took = time.monotonic() - start
-        output.seek(max(0, output.seek(0, os.SEEK_END) - LOG_BYTES))
-        log = output.read().decode(errors="replace")
+    start = time.monotonic()
+    command = [part.replace("{until}", f"{start + limit - SPARE:.3f}") for part in step.command]
+    try:
+        code, log = call(command, limit)
+    except OSError as error:
+        return Outcome(step.name, "failed", 0.0, f"{command[0]}: {error.strerror}")
+    took = time.monotonic() - start
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     last = lines[-1][:200] if lines else "it printed nothing"
     if code is None:
@@ -78,13 +83,41 @@ def run(step: Step, seconds: float) -> Outcome:
     return Outcome(step.name, "failed" if code else "passed", took, f"exit code {code}: {last}" if code else last, log)
 
 
-def _wait(command: list[str], limit: float, output: BinaryIO) -> int | None:
+def add_until(parser: argparse.ArgumentParser) -> None:
+    """The argument by which a command is told its end; without one it has ten minutes."""
+    parser.add_argument(
+        "--until",
+        type=float,
+        default=time.monotonic() + 600,
+        metavar="INSTANT",
+        help="time.monotonic() when all must have ended; by default in ten minutes",
+    )
+
+
+def left(until: float) -> float:
+    """Seconds until then, never negative."""
+    return max(0.0, until - time.monotonic())
+
+
+def call(command: Sequence[str], limit: float, errors: int = subprocess.STDOUT) -> tuple[int | None, str]:
+    """(Exit code, None if it did not end in time; the end of its output, with what it says on stderr or without).
+
+    Raises:
+        OSError: if there is no such program.
+    """
+    with tempfile.TemporaryFile() as output:
+        code = _wait(command, limit, output, errors)
+        output.seek(max(0, output.seek(0, os.SEEK_END) - LOG_BYTES))
+        return code, output.read().decode(errors="replace")
+
+
+def _wait(command: Sequence[str], limit: float, output: BinaryIO, errors: int) -> int | None:
     """The exit code, or None if the command did not end in time; nothing that it started survives it."""
     process = subprocess.Popen(
         command,
         cwd=ROOT,
         stdout=output,
-        stderr=subprocess.STDOUT,
+        stderr=errors,
         stdin=subprocess.DEVNULL,
         start_new_session=True,
     )

@@ -13,6 +13,7 @@ NO_DEVICE = "no CUDA device"
 # They prove the emulator, and never touch a GPU: last, so that what is left out for want of time is theirs.
 MARKED = re.compile(r"\b(gpu|place)\b")
 LAST = ("kernels", "emulator")
+UNTIL = ("--until", "{until}")
 
 
 def python(*arguments: str) -> tuple[str, ...]:
@@ -23,16 +24,15 @@ def python(*arguments: str) -> tuple[str, ...]:
 def pytest(*arguments: str, dist: str) -> tuple[str, ...]:
     """On all cores where xdist is there; no test begins near the end of the step."""
     workers = ("-n", "auto", "--dist", dist) if importlib.util.find_spec("xdist") else ()
-    late = ("-p", "tools.gpu_check.deadline", "--begin-within", "{seconds}")
-    return python("-m", "pytest", *late, *workers, *arguments)
+    return python("-m", "pytest", "-p", "tools.gpu_check.deadline", *UNTIL, *workers, *arguments)
 
 
 def gpu_files() -> tuple[str, ...]:
     """The files that may hold tests marked gpu: by the mark's name, or that of the fixture that carries it.
 
-    Collecting the whole suite would take half of the step's time.
+    Collecting the whole suite would take half of the step's time. Those of tests/conformance are steps of their own.
     """
-    found = sorted((ROOT / "tests").rglob("test_*.py"))
+    found = sorted(path for path in (ROOT / "tests").rglob("test_*.py") if path.parent.name != "conformance")
     return tuple(str(path.relative_to(ROOT)) for path in found if MARKED.search(path.read_text()))
 
 
@@ -61,15 +61,15 @@ def plan(folder: Path, emulated: bool, about: str, arch: str = "") -> list[Step]
     build = ("NVCC_APPEND_FLAGS=-DFK_BOUNDED_WAITS", *((f"FREEZEKIT_CUDA_ARCHS={arch}",) if arch else ()))
     to = {name: ("--json", str(folder / f"{name}.json")) for name in ("layers", "tiles", "compare")}
     return [
-        Step("machine", python("-m", "tools.gpu_check.machine"), 20),
+        Step("machine", python("-m", "tools.gpu_check.machine", *UNTIL), 10),
         Step("build", ("env", *build, *python("setup.py", "-q", "build_ext", "--inplace", "--emulator")), 130),
-        Step("conformance", python("-m", "tests.conformance", "--place", where, *golden), 35),
-        Step("kernels", python("-m", "tests.conformance.drivers", "--place", where), 30),
-        Step("selftest", python("-m", "freezekit.selftest", *own), 25),
+        Step("conformance", python("-m", "tests.conformance", "--place", where, *golden, *UNTIL), 35),
+        Step("kernels", python("-m", "tests.conformance.drivers", "--place", where, *UNTIL), 30),
+        Step("selftest", python("-m", "freezekit.selftest", *own, *UNTIL), 25),
         Step("gpu tests", pytest("-m", "gpu and not full", *gpu_files(), dist="load"), 60, device),
-        Step("sanitizer", python("-m", "tools.gpu_check.sanitizer"), 50, device),
-        Step("layers", (*compare, *layers, *sides, "--time-limit", "60", *to["layers"]), 75, device),
-        Step("tiles", python("-m", "bench.tiles", "--layers", "dozen", "--limit", "25", *to["tiles"]), 35, device),
-        Step("compare", (*compare, "--time-limit", "30", *to["compare"]), 50),
+        Step("sanitizer", python("-m", "tools.gpu_check.sanitizer", *UNTIL), 50, device),
+        Step("layers", (*compare, *layers, *sides, *UNTIL, *to["layers"]), 75, device),
+        Step("tiles", python("-m", "bench.tiles", "--layers", "dozen", *UNTIL, *to["tiles"]), 35, device),
+        Step("compare", (*compare, *UNTIL, *to["compare"]), 50),
         Step("other tests", pytest("-m", "not gpu and not full", *test_folders(), dist="loadfile"), 400),
     ]

@@ -4,9 +4,7 @@
 #include <ATen/Dispatch.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/clamp.h>
-#include <ATen/ops/isfinite.h>
-#include <ATen/ops/maximum.h>
-#include <ATen/ops/zeros.h>
+#include <ATen/ops/stack.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
@@ -30,8 +28,8 @@ using c10::DispatchKeySet;
 using choices::Measurement;
 
 constexpr int kRuns = 3;
-constexpr double kPlainly = 2;       // times apart by this factor need no second look
-constexpr int64_t kPiece = 1 << 19;  // elements compared at once
+constexpr double kPlainly = 2;            // times apart by this factor need no second look
+constexpr int64_t kPieceBytes = 4 << 20;  // of the values compared at once, in the dtype that they are compared in
 
 void synchronize(const Tensor& on) {
   if (on.is_cuda()) c10::impl::VirtualGuardImpl(on.device().type()).getStream(on.device()).synchronize();
@@ -56,8 +54,6 @@ void time(const Contest& contest, Backend candidate, const Tensor& on, Measureme
     look(kRuns);
   }
 }
-
-constexpr const char* kNoMemory = "no memory was left to compare them";
 
 Measurement held(const Tensor& on, Backend candidate, const std::function<Contest()>& make) {
   Measurement result;
@@ -102,9 +98,20 @@ double largest_of(at::ScalarType type) {
                                          [] { return static_cast<double>(std::numeric_limits<scalar_t>::max()); });
 }
 
+// What was launched before may have failed, which is no fault of the kernel that is next; and where torch was told to raise
+// an error at every wait (torch.cuda.set_sync_debug_mode), a proof would be one.
+bool may_wait(const Tensor& on) {
+  try {
+    synchronize(on);
+    return true;
+  } catch (const c10::Error&) {
+    return false;
+  }
+}
+
 bool is_possible(const Tensor& on, Backend candidate) {
   return on.numel() > 0 && !must_be_repeatable() && is_plain(on) && !is_watched() &&
-         !native::is_capturing(on, candidate);
+         !native::is_capturing(on, candidate) && may_wait(on);
 }
 
 }  // namespace
@@ -118,22 +125,31 @@ std::string difference(const Tensor& torch_s, const Tensor& own, const Bound& bo
   const auto wide = torch_s.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const bool are_sums = bound.of_largest > 0;
   const double end = largest_of(own.scalar_type());
-  const auto sizes = torch_s.sizes();
-  const int64_t axis = sizes.empty() ? 0 : std::max_element(sizes.begin(), sizes.end()) - sizes.begin();
-  const Tensor a = sizes.empty() ? torch_s.unsqueeze(0) : torch_s, b = sizes.empty() ? own.unsqueeze(0) : own;
-  const int64_t extent = a.size(axis), step = std::max<int64_t>(1, kPiece / (a.numel() / extent));
-  Tensor largest = at::zeros({}, a.options().dtype(wide)), excess = at::zeros({}, a.options().dtype(wide));
-  for (int64_t i = 0; i < extent; i += step) {
-    const int64_t count = std::min(step, extent - i);
-    const Tensor x = a.narrow(axis, i, count).to(wide), y = b.narrow(axis, i, count).to(wide);
-    Tensor size = x.abs(), apart = (are_sums ? x - y.clamp(-end, end) : x - y).abs_().sub_(size, bound.of_value);
-    // Infinities are equal too. Where torch's way of summing left a number that is not finite, ours need not leave it.
-    const Tensor same = are_sums ? x.isfinite().logical_not_() : x.isnan().logical_and_(y.isnan());
-    apart.masked_fill_(x.eq(y).logical_or_(same), 0);
-    size.masked_fill_(size.isfinite().logical_not_(), 0);
-    excess = at::maximum(excess, apart.max()), largest = at::maximum(largest, size.max());  // NaN stays NaN
+  // In memory order, which is the same: pieces are dense.
+  const auto flat = [format = torch_s.suggest_memory_format()](const Tensor& t) {
+    return t.contiguous(format).as_strided({t.numel()}, {1});
+  };
+  const Tensor a = flat(torch_s), b = flat(own);
+  const int64_t step = kPieceBytes / static_cast<int64_t>(c10::elementSize(wide));
+  std::vector<Tensor> excess, largest;
+  for (int64_t i = 0; i < a.numel(); i += step) {
+    const int64_t count = std::min(step, a.numel() - i);
+    const Tensor x = a.narrow(0, i, count).to(wide), y = b.narrow(0, i, count);
+    Tensor apart, skipped;
+    if (are_sums) {
+      Tensor size = x.abs();
+      // Where torch's way of summing left a number that is not finite, ours need not leave it.
+      skipped = size.le(largest_of(wide)).logical_not_();
+      apart = (x - y.clamp(-end, end)).abs_().sub_(size, bound.of_value);
+      largest.push_back(size.masked_fill_(skipped, 0).max());
+    } else {
+      skipped = x.eq(y).logical_or_(x.isnan().logical_and_(y.isnan()));  // infinities are equal too
+      apart = (x - y).abs_();
+    }
+    excess.push_back(apart.masked_fill_(skipped, 0).max());  // NaN stays NaN
   }
-  const double by = excess.item<double>(), allowed = bound.of_largest * largest.item<double>();
+  const auto most = [](const std::vector<Tensor>& of) { return at::stack(of).max().item<double>(); };
+  const double by = most(excess), allowed = are_sums ? bound.of_largest * most(largest) : 0;
   if (by <= allowed) return {};
   char text[96];
   std::snprintf(text, sizeof text, "a value differs by %.3g where %.3g is allowed", by, allowed);

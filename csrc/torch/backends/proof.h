@@ -33,6 +33,9 @@ struct Contest {
   std::function<void(Backend)> run;
 };
 
+// What is said of a device that had no memory left: true of a moment, not of the kernel.
+constexpr const char* kNoMemory = "no memory was left to compare them";
+
 // Where two results are further apart, in words; nothing where they are not. Takes 16 MiB at most.
 std::string difference(const Tensor& torch_s, const Tensor& own, const Bound& = {});
 
@@ -50,7 +53,7 @@ bool is_watched();
 bool must_be_repeatable();
 
 // What is known of `key`, or is found out now on the device of `on`; none where it may not be: under capture, tracing,
-// transforms, dispatch modes and determinism, or while another thread is at it.
+// transforms, dispatch modes and determinism, where nothing may wait for the device, or while another thread is at it.
 std::optional<choices::Measurement> verdict(const std::string& key, const Tensor& on,
                                             const std::function<Contest()>& contest);
 

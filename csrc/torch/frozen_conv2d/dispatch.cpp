@@ -2,6 +2,7 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/batch_norm.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/hardtanh.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/relu.h>
@@ -205,7 +206,9 @@ std::tuple<Tensor, Tensor> frozen_kernel(const FrozenOperands& o, const FrozenCo
 Tensor by_channel(const Tensor& tensor, const Tensor& scale, int64_t channel_dim) {
   std::vector<int64_t> size(4, 1);
   size[channel_dim] = scale.size(0);
-  return at::mul(tensor, scale.view(size)).to(tensor.scalar_type());
+  // Products in scale's float32, which a GPU stores in the tensor's dtype in the same pass: 4 bytes per element in bf16.
+  Tensor result = at::empty_like(tensor);
+  return at::mul_out(result, tensor, scale.view(size));
 }
 
 Tensor dgrad_by_aten(const Conv2dProblem& problem, const FrozenGrad& o, const Tensor& scale, const Geometry& g) {

@@ -1,0 +1,1 @@
+"""Programs for those who work on freezekit; no package contains them."""
