@@ -62,7 +62,7 @@ class Traffic(TorchDispatchMode):
         if func is aten.convolution_backward.default:
             # Two kernels. dgrad is given an input, and wgrad a weight, for their sizes alone.
             dy, read, gradients, mask = args[0], (args[2], args[1]), result[:2], args[-1][:2]
-            for name, wanted, other, made in zip(("dgrad", "wgrad"), mask, read, gradients):
+            for name, wanted, other, made in zip(("conv::dgrad", "conv::wgrad"), mask, read, gradients):
                 if wanted:
                     self.calls.append((name, dy.nbytes + other.nbytes + made.nbytes))
             return result
@@ -181,16 +181,19 @@ def convolution_of(
 
 def whole_step(layer: nn.Module, x: Tensor) -> None:
     y = layer(x)
-    torch.autograd.grad(y, [t for t in (x, layer.weight) if t.requires_grad], torch.empty_like(y))
+    torch.autograd.grad(y, [t for t in (x, layer.weight) if t.requires_grad], torch.ones_like(y))
 
 
 def by_stock(layer: nn.Module, x: Tensor) -> list[tuple[str, int]]:
     """What is launched in a step, and the bytes of it."""
     with Traffic() as seen:
         whole_step(layer, x)
-    names = {"aten::convolution": "fprop"}
-    calls = [(names.get(name, name), moved) for name, moved in seen.calls]
-    return [call for call in calls if call[0].split("::")[-1].split(".")[0].removesuffix("_like") not in FREE]
+    # The same in freezekit's words: an operator of its own reads and writes what it is called with.
+    words = {"aten::convolution": "conv2d", "conv::dgrad": "conv2d_dgrad", "conv::wgrad": "conv2d_wgrad"}
+    calls = [(words.get(name, name.removeprefix("freezekit::")), moved) for name, moved in seen.calls]
+    return [
+        call for call in calls if call[0].split("::")[-1].split(".")[0].removesuffix("_like") not in (*FREE, "ones")
+    ]
 
 
 WHO_LEARNS = pytest.mark.parametrize(("frozen", "learns"), [(False, True), (True, True), (False, False)])
@@ -200,13 +203,25 @@ WHO_LEARNS = pytest.mark.parametrize(("frozen", "learns"), [(False, True), (True
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @WHO_LEARNS
 def test_before_it_is_proven_a_convolution_runs_what_stock_runs(
-    dtype: torch.dtype, channels_last: bool, frozen: bool, learns: bool
+    dtype: torch.dtype, channels_last: bool, frozen: bool, learns: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, stock, own = convolution_of(dtype, channels_last, frozen, learns)
     expected = by_stock(stock, x)
-    assert [name for name, _ in expected] == ["fprop", *(["dgrad"] * learns), *(["wgrad"] * (not frozen))]
+    backward = [*(["conv2d_dgrad"] * learns), *(["conv2d_wgrad"] * (not frozen))]
+    assert [name for name, _ in expected] == ["conv2d", *backward]
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)  # nothing is measured
+    ran = []
     with stand_in():
         assert by_stock(own, x) == expected
+        for layer in (stock, own):
+            with profile(activities=[ProfilerActivity.CPU]) as recorded, launches() as kernels:
+                whole_step(layer, x)
+            assert kernels == []
+            ran.append([event.name for event in recorded.events()])
+    assert ran[1].count("aten::convolution") == 1
+    assert ran[1].count("aten::convolution_backward") == len(backward)
+    for name in ("aten::copy_", "aten::fill_", "aten::zero_"):  # those of ATen's convolutions on a CPU
+        assert ran[1].count(name) <= ran[0].count(name) * max(1, len(backward))
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["NCHW", "NHWC"])
@@ -246,15 +261,15 @@ def test_the_proofs_of_a_resnet_step_stay_far_below_two_seconds() -> None:
     """At some 5 us of the host for each launch; what is compared is counted here, whatever is launched to make it."""
 
     def first_call(images: int) -> int:
-        x, w = torch.randn(images, 2, 128, 128).bfloat16(), torch.randn(8, 2, 1, 1).bfloat16()
+        x, w = torch.randn(images, 2, 128, 128), torch.randn(8, 2, 1, 1)
         with stand_in():
             return operators_of(lambda: fk.functional.conv2d(x, w))
 
     piece = 1 << 20  # elements that are compared at once
     one, three = first_call(8), first_call(24)
-    per_piece = (three - one) // 2
+    per_piece = (three - one) // 2 + 1  # bfloat16 becomes float32 first
     assert per_piece <= 12
-    assert one <= 130
+    assert one <= 100
     largest: dict[str, int] = {}
     for layer in layers_of("resnet50"):
         x = (128, layer.in_channels, layer.size, layer.size)
@@ -327,13 +342,19 @@ def test_once_proven_a_block_is_two_convolutions_and_a_gate(dtype: torch.dtype, 
 
 
 def test_a_norm_s_factor_is_multiplied_in_one_pass_of_the_short_dtype() -> None:
-    """It is float32; a product of that dtype would be written, read again and rounded: 12 bytes per element for 4."""
+    """It is float32; a product of that dtype would be written, read again and rounded: 12 bytes per element for 4.
+
+    On a CPU ATen does that inside of the product.
+    """
     dy, w = torch.randn(1, 32, 40, 40).bfloat16(), torch.randn(32, 64, 3, 3).bfloat16()
-    with Traffic() as seen:
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
         torch.ops.freezekit.frozen_conv2d_dgrad(
             dy, w, (1, 64, 40, 40), padding=[1], norm_weight=torch.ones(32), running_var=torch.ones(32), eps=1e-5
         )
-    assert [name for name, moved in seen.calls if moved >= 2 * w.nbytes] == ["aten::mul.out", "dgrad"]
+    whole = next(event for event in recorded.events() if event.name == "freezekit::frozen_conv2d_dgrad")
+    ran = [event.name for event in whole.cpu_children if event.input_shapes and event.input_shapes[0] == [*w.shape]]
+    assert "aten::mul" in ran
+    assert "aten::to" not in ran
 
 
 def log_of(layer: Callable[[Tensor], Tensor], x: Tensor, steps: int) -> list[tuple[str, int]]:
