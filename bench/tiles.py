@@ -218,10 +218,17 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"out of time: {len(problems) - done} of {len(problems)} problems are left out")
                 break
             told = len(wrong)
-            problem = TiledProblem(layer, operator, options.batch, device, dtype)
-            found = measure(problem, options.rounds, not options.warm, wrong)
+            found = list[Timed]()
+            try:
+                problem = TiledProblem(layer, operator, options.batch, device, dtype)
+                found = measure(problem, options.rounds, not options.warm, wrong)
+            except (
+                RuntimeError
+            ) as failed:  # such as an error that the device keeps: what it costs is told, line by line
+                wrong.append(f"{layer.name}, {operator}, nothing is timed: {str(failed).partition(chr(10))[0]}")
             rows += found
-            print(*(f"WRONG RESULT: {text}" for text in wrong[told:]), line(found), sep="\n", flush=True)
+            said = [f"WRONG RESULT: {text}" for text in wrong[told:]]
+            print(*said, *([line(found)] if found else []), sep="\n", flush=True)
             if options.json:
                 content = {
                     "environment": environment.to_dict(),

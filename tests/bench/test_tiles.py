@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -87,6 +88,25 @@ def test_a_wrong_kernel_is_a_line_and_the_run_goes_on(
     assert ("conv2d_dgrad", "implicit_gemm/2") not in timed
     assert not any(candidate == "implicit_gemm/1" for _, candidate in timed)
     assert {operator for operator, _ in timed} == set(tiles.OPERATORS)
+
+
+def test_an_error_that_stays_costs_lines_and_not_the_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    right, lost, file = tiles.measure, "CUDA error: an illegal memory access was encountered", tmp_path / "tiles.json"
+
+    def measure(problem: tiles.TiledProblem, *arguments: Any) -> list[tiles.Timed]:
+        if (problem.layer.name, problem.operator) == ("dense", "conv2d"):
+            return right(problem, *arguments)
+        raise RuntimeError(f"{lost}\nand more")
+
+    monkeypatch.setattr(tiles, "measure", measure)
+    arguments = ["--device", "cpu", "--layers", "tiny", "--batch", "1", "--rounds", "1", "--json", str(file)]
+    assert tiles.main(arguments) == 1
+    others = 3 * len(layers_of("tiny")) - 1
+    assert capsys.readouterr().out.count(f"nothing is timed: {lost}\n") == others
+    content = json.loads(file.read_text())
+    assert (len(content["wrong"]), {row["layer"] for row in content["rows"]}) == (others, {"dense"})
 
 
 def test_a_limit_leaves_out_problems_and_says_how_many(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
