@@ -75,7 +75,7 @@ def read(commit: str | None, seconds: float) -> Host:
         asked, driver, nvcc, changes, known = pool.map(lambda question: output_of(seconds, *question), questions)
     torch, cuda, device, capability = [*(asked or "").split("\n"), "", "", "", ""][:4]
     if asked is None:
-        device = f"unknown: torch gave no answer in {seconds:g} s"
+        device = f"unknown: torch failed, or gave no answer in {seconds:g} s"
     found = re.search(r"\bV([\d.]+)", nvcc or "")
     return Host(
         date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
