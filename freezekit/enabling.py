@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -24,6 +25,8 @@ _TAG = "+freezekit"
 _AUTOGRAD = (DispatchKey.AutogradCPU, DispatchKey.AutogradCUDA, DispatchKey.AutogradMeta)
 
 _lock = threading.RLock()
+# A child forked while another thread switches would wait for it for ever.
+os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 _depth = 0
 _warned: set[str] = set()
 _watching = threading.local()
@@ -50,13 +53,11 @@ def enable() -> None:
         if not _depth:
             others = [name for name in _C.enable.on(_is_compiled) if name not in _warned]
             _switched(True)
-            if others:
-                _warned.update(others)
-                warnings.warn(
-                    f"another library has overridden {', '.join(others)} of torch's operators: its kernels stay in "
-                    "place, and freezekit saves nothing there",
-                    stacklevel=2,
-                )
+            try:
+                _warn_of(others)
+            except UserWarning:  # the user has made it an error
+                _off()
+                raise
         _depth += 1
 
 
@@ -72,8 +73,7 @@ def disable() -> None:
             raise RuntimeError("freezekit is not enabled: disable() needs an enable() before it")
         _depth -= 1
         if not _depth:
-            _C.enable.off()
-            _switched(False)
+            _off()
 
 
 def is_enabled() -> bool:
@@ -91,7 +91,8 @@ class enabled(ContextDecorator):
     """`enable` for a block, or, as a decorator, for the calls of a function.
 
     Raises:
-        TypeError: as a decorator of a generator or coroutine function, whose body runs after the call has ended.
+        TypeError: as a decorator of a class, or of a generator or coroutine function, whose body runs after the call
+            has ended.
 
     >>> import torch, freezekit as fk
     >>> conv = torch.nn.Conv2d(3, 8, 3).requires_grad_(False)
@@ -109,9 +110,11 @@ class enabled(ContextDecorator):
         disable()
 
     def __call__(self, function: Function) -> Function:
+        if isinstance(function, type) or not callable(function):
+            raise TypeError(f"enabled() decorates functions, got {function!r}")
         runs_later = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
-        if any(kind(function) for kind in runs_later):
-            raise TypeError(f"enabled() decorates functions, got the generator or coroutine {function.__qualname__}")
+        if any(kind(called) for kind in runs_later for called in (function, type(function).__call__)):
+            raise TypeError(f"enabled() decorates functions, got the generator or coroutine {function!r}")
         return super().__call__(function)
 
 
@@ -144,6 +147,22 @@ def _is_compiled(tensor: torch.Tensor) -> bool:
     return type(tensor) is FakeTensor or type(tensor) is FunctionalTensor
 
 
+def _warn_of(others: list[str]) -> None:
+    if not others:
+        return
+    warnings.warn(
+        f"another library has overridden {', '.join(others)} of torch's operators: its kernels stay in place, and "
+        "freezekit saves nothing there",
+        stacklevel=3,
+    )
+    _warned.update(others)
+
+
+def _off() -> None:
+    _C.enable.off()
+    _switched(False)
+
+
 def _switched(on: bool) -> None:
     """What torch has derived from the operators' kernels is derived again, as after torch.library's registrations.
 
@@ -161,5 +180,12 @@ def _switched(on: bool) -> None:
             else:
                 del op.py_kernels[key]
         op._dispatch_cache.clear()
-    tag = compiler.cache_key_tag.removesuffix(_TAG)
-    compiler.cache_key_tag = tag + _TAG if on else tag
+    if on:
+        type(compiler).cache_key_tag = property(_tagged)  # type: ignore[attr-defined]
+    else:
+        del type(compiler).cache_key_tag  # type: ignore[attr-defined]
+
+
+def _tagged(config: Any) -> str:
+    """The tag of the cache's keys. The user's is each thread's own; whatever it is, freezekit's is behind it."""
+    return config.__getattr__("cache_key_tag") + _TAG

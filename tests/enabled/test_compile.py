@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -121,7 +122,29 @@ def test_the_user_s_tag_is_kept() -> None:
     with config.patch(cache_key_tag="mine"):
         with fk.enabled():
             assert config.cache_key_tag == "mine+freezekit"
+            with config.patch(cache_key_tag="other"):
+                assert config.cache_key_tag == "other+freezekit"
+            assert config.cache_key_tag == "mine+freezekit"
         assert config.cache_key_tag == "mine"
+        with config.patch(cache_key_tag="other"):
+            fk.enable()
+        assert config.cache_key_tag == "mine+freezekit"
+        fk.disable()
+        assert config.cache_key_tag == "mine"
+
+
+def test_the_tag_is_there_in_every_thread() -> None:
+    """torch's settings of a compiler are each thread's own."""
+    from torch.compiler import config
+
+    def elsewhere() -> str:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(lambda: config.cache_key_tag).result()
+
+    before = elsewhere()
+    with fk.enabled():
+        assert elsewhere() == before + "+freezekit"
+    assert elsewhere() == before
 
 
 COMPILE = """

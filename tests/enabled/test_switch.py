@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -98,8 +100,19 @@ def test_what_runs_after_the_call_is_refused() -> None:
     def numbers() -> Iterator[int]:
         yield 1
 
-    with pytest.raises(TypeError, match="generator or coroutine .*numbers"):
-        fk.enabled()(numbers)
+    class Later:
+        async def __call__(self) -> None: ...
+
+    for later in (numbers, functools.partial(numbers), Later()):
+        with pytest.raises(TypeError, match="generator or coroutine .*(numbers|Later)"):
+            fk.enabled()(later)
+
+
+def test_what_is_no_function_is_refused() -> None:
+    for other in (nn.ReLU, 3):
+        with pytest.raises(TypeError, match=r"enabled\(\) decorates functions, got (<class|3)"):
+            fk.enabled()(other)  # type: ignore[type-var]
+    assert fk.enabled()(nn.ReLU())(torch.ones(2)).tolist() == [1, 1]
 
 
 def test_backward_needs_no_switch() -> None:
@@ -156,6 +169,29 @@ def test_a_forked_child_is_as_its_parent_and_apart_from_it() -> None:
                 os._exit(code)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         assert not keeps_input()
+
+
+def test_a_child_forked_while_another_thread_switches() -> None:
+    stop = threading.Event()
+
+    def switch() -> None:
+        while not stop.is_set():
+            with fk.enabled():
+                pass
+
+    thread = threading.Thread(target=switch)
+    thread.start()
+    try:
+        for _ in range(20):
+            child = os.fork()
+            if child == 0:
+                signal.alarm(10)  # one that waits for the other thread's lock is ended
+                fk.enable()
+                os._exit(0)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    finally:
+        stop.set()
+        thread.join()
 
 
 def test_cuda_stays_uninitialised() -> None:
@@ -236,6 +272,24 @@ assert torch._C._dispatch_dump_table("aten::relu") == before
 def test_another_library_s_kernel_is_called(script: str) -> None:
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+def test_a_warning_made_an_error_leaves_it_off() -> None:
+    library = torch.library.Library("aten", "IMPL")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            library.impl("relu", torch.zeros_like, "AutogradCPU")
+        before = tables()
+        for _ in range(2):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                with pytest.raises(UserWarning, match="another library has overridden relu"):
+                    fk.enable()
+            assert not fk.is_enabled()
+            assert tables() == before
+    finally:
+        library._destroy()
 
 
 def test_no_warning_is_given() -> None:
