@@ -14,7 +14,7 @@ _current: str = "auto"  # a Backend, or "emulated" within freezekit.testing.emul
 _hopper = False
 
 # What has no kernels of its own and never will: function of freezekit.functional -> layers of freezekit.nn.
-# ATen computes it under every backend; what freezekit saves is what it keeps, and the gradients that nobody asks for.
+# No backend changes what computes it; what freezekit saves is what it keeps, and the gradients that nobody asks for.
 WITHOUT_KERNELS: dict[str, tuple[str, ...]] = {
     "conv1d": ("FreezableConv1d",),
     "conv3d": ("FreezableConv3d",),
@@ -82,7 +82,7 @@ class backend(switched):
     """Context manager: within it, freezekit's operators run on the named backend.
 
     As with `torch.backends` settings, it holds for the whole process, not for one thread. What a forward pass ran on,
-    its backward pass runs on too. Layers without kernels of their own (`freezekit.backends.WITHOUT_KERNELS`) are ATen's
+    its backward pass runs on too. Layers without kernels of their own (`freezekit.backends.WITHOUT_KERNELS`) are the same
     under every backend.
 
     Args:

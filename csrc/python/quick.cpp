@@ -26,6 +26,7 @@
 #include "torch/conv_nd/conv_nd.h"
 #include "torch/linear_layers/linear_layers.h"
 #include "torch/max_pool2d/max_pool2d.h"
+#include "torch/max_pool3d/max_pool3d.h"
 #include "torch/norm/norm.h"
 
 namespace freezekit {
@@ -277,27 +278,38 @@ Tensor quick_group_norm(const Given& given) {
       [&] { return at::group_norm(x, groups, weight, bias, eps, at::globalContext().userEnabledCuDNN()); });
 }
 
-// The settings of a pooling over two dimensions; without a stride the windows stand side by side.
-bool read_windows(const Given& given, std::array<int64_t, 2>* kernel_size, std::array<int64_t, 2>* stride,
-                  std::array<int64_t, 2>* padding) {
+// The settings of a pooling; without a stride the windows stand side by side.
+template <size_t kAxes>
+bool read_windows(const Given& given, std::array<int64_t, kAxes>* kernel_size, std::array<int64_t, kAxes>* stride,
+                  std::array<int64_t, kAxes>* padding) {
   if (!given[1] || !read(given[1], kernel_size)) return false;
   *stride = *kernel_size;
   return (given[2] == Py_None || read(given[2], stride)) && read(given[3], padding);
 }
 
-Tensor quick_max_pool2d(const Given& given) {
+template <size_t kAxes>
+Tensor quick_max_pool(const Given& given) {
   Tensor x;
-  std::array<int64_t, 2> kernel_size, stride, padding = {0, 0}, dilation = {1, 1};
+  std::array<int64_t, kAxes> kernel_size, stride, padding = {}, dilation;
+  dilation.fill(1);
   bool ceil_mode = false, return_indices = false;
-  if (!read(given[0], &x) || x.dim() != 4 || !read_windows(given, &kernel_size, &stride, &padding) ||
+  if (!read(given[0], &x) || x.dim() != kAxes + 2 || !read_windows(given, &kernel_size, &stride, &padding) ||
       !read(given[4], &dilation) || !read(given[5], &ceil_mode) || !read(given[6], &return_indices) || return_indices ||
       !is_unseen(x)) {
     return {};
   }
   return without_gil([&] {
-    return record_max_pool2d(x, PoolGeometry(c10::fromIntArrayRefSlow(kernel_size), c10::fromIntArrayRefSlow(stride),
-                                             c10::fromIntArrayRefSlow(padding), c10::fromIntArrayRefSlow(dilation),
-                                             ceil_mode, to_string(backend)));
+    const auto symbols = [](const auto& numbers) { return c10::fromIntArrayRefSlow(numbers); };
+    if constexpr (kAxes == 3) {
+      return record_max_pool3d(
+          x, Windows3d(symbols(kernel_size), symbols(stride), symbols(padding), symbols(dilation), ceil_mode));
+    } else if constexpr (kAxes == 2) {
+      return record_max_pool2d(x, PoolGeometry(symbols(kernel_size), symbols(stride), symbols(padding),
+                                               symbols(dilation), ceil_mode, to_string(backend)));
+    } else {
+      return record_max_pool1d(x, PoolGeometry::of_rows(symbols(kernel_size), symbols(stride), symbols(padding),
+                                                        symbols(dilation), ceil_mode, to_string(backend)));
+    }
   });
 }
 
@@ -376,7 +388,9 @@ void bind_quick(py::module_& parent) {
       method<quick_hardtanh, 4>("hardtanh"),
       method<quick_layer_norm, 5>("layer_norm"),
       method<quick_leaky_relu, 3>("leaky_relu"),
-      method<quick_max_pool2d, 7>("max_pool2d"),
+      method<quick_max_pool<1>, 7>("max_pool1d"),
+      method<quick_max_pool<2>, 7>("max_pool2d"),
+      method<quick_max_pool<3>, 7>("max_pool3d"),
       method<quick_pad, 4>("pad"),
       method<quick_prelu, 2>("prelu"),
       method<quick_relu, 2>("relu"),

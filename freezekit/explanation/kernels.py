@@ -16,7 +16,7 @@ from freezekit.conversion import SWAPS
 from freezekit.explanation.record import Call
 from freezekit.nn import FreezableConv2d
 
-ALWAYS_ATEN = "aten, always"  # of a layer without kernels of its own
+WITHOUT_CHOICE = "always the same"  # of a layer without kernels of its own
 _WITHOUT_KERNELS = tuple(getattr(layers, name) for names in WITHOUT_KERNELS.values() for name in names)
 
 OPERATORS = ("conv2d", "conv2d_dgrad", "conv2d_wgrad")
@@ -38,7 +38,7 @@ def kernels_of(call: Call, has_device: bool) -> str:
         return f"torch's own, {call.fallback}"
     conv, backend = call.module, current_backend()
     if isinstance(conv, _WITHOUT_KERNELS):
-        return ALWAYS_ATEN
+        return WITHOUT_CHOICE
     if not isinstance(conv, FreezableConv2d):
         return f"{backend}, as demanded" if isinstance(conv, tuple(SWAPS.values())) and demands_kernels() else ""
     if backend == "aten":

@@ -17,7 +17,7 @@ from freezekit._inputs import Arguments, arguments
 from freezekit._showing import BLUE, Shown, console_for, figure
 from freezekit.distributed import unwrapped
 from freezekit.explanation.advice import Advisor, Held, Key, keyed
-from freezekit.explanation.kernels import ALWAYS_ATEN, kernels_of
+from freezekit.explanation.kernels import WITHOUT_CHOICE, kernels_of
 from freezekit.explanation.record import Call, Trace
 from freezekit.explanation.trace import trace
 from freezekit.explanation.units import bytes_text, flops_text
@@ -39,7 +39,7 @@ class Row:
         bytes_kept: for backward, by this row first.
         bytes_shared: kept by an earlier row, which this one holds too.
         kernel: what computes it, and why; of a layer of freezekit's that is torch's own in this call, what makes it so;
-            "aten, always" of one that has no kernels; "" for what is no layer of freezekit's.
+            "always the same" of one that has no kernels; "" for what is no layer of freezekit's.
         advice: what converting, freezing or fusing it would change; "" for nothing.
     """
 
@@ -110,7 +110,7 @@ class Explanation(Shown):
         """A table on the terminal, with the totals last."""
         from rich.table import Table
 
-        meanings = {"aten": _C.choices.rule, ALWAYS_ATEN: "freezekit has no kernels of its own for such layers"}
+        meanings = {"aten": _C.choices.rule, WITHOUT_CHOICE: "freezekit has no kernels of its own for such layers"}
         said = [f"kernel {name}: {text}" for name, text in meanings.items() if any(row.kernel == name for row in self)]
         table = Table(title="what a training step computes and keeps now", caption="\n".join(said) or None)
         for column in ("name", "layer", "output"):

@@ -29,7 +29,7 @@ _PADS = {
 }
 
 
-@as_torch(F.max_pool1d)
+@as_torch(F.max_pool1d, _C.quick.max_pool1d)
 def max_pool1d(
     input: Tensor,
     kernel_size: SizeN,
@@ -88,7 +88,7 @@ def max_pool2d(
     return _maximum(2, input, *settings)
 
 
-@as_torch(F.max_pool3d)
+@as_torch(F.max_pool3d, _C.quick.max_pool3d)
 def max_pool3d(
     input: Tensor,
     kernel_size: SizeN,
@@ -100,7 +100,7 @@ def max_pool3d(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`torch.nn.functional.max_pool3d`, keeping what :func:`max_pool2d` keeps. Arguments as there.
 
-    No kernel of freezekit's computes it: value and gradient are ATen's, under every backend.
+    No backend changes what computes it.
 
     >>> import torch, freezekit as fk
     >>> fk.functional.max_pool3d(torch.arange(8.0).view(1, 1, 2, 2, 2), 2).item()

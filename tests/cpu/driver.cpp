@@ -5,7 +5,6 @@
 #include "cpu/relu_avx512.h"
 
 using namespace freezekit::cpu;
-using freezekit::Pooling;
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -46,12 +45,13 @@ void run(Kind kind, const void* from, void* to, uint32_t* bits, int64_t numel, d
 }
 
 template <class T>
-void pool(const void* x, void* y, uint8_t* taps, const Pooling& g, int64_t channels) {
+void pool(const void* x, void* y, uint8_t* taps, const Pooling3d& g, int64_t channels) {
   std::vector<Compute<T>> best(static_cast<size_t>(channels));
   std::vector<int32_t> tap(static_cast<size_t>(channels));
-  for (int64_t p = 0; p < g.p; ++p) {
-    max_pool_pixels<T, Compute<T>>(static_cast<const T*>(x), static_cast<T*>(y) + p * g.q * channels,
-                                   taps + p * g.q * channels, g, p, channels, best.data(), tap.data());
+  for (int64_t p = 0; p < g.plane.p; ++p) {
+    const int64_t at = p * g.plane.q * channels;
+    max_pool_pixels<T, Compute<T>>(static_cast<const T*>(x), static_cast<T*>(y) + at, taps + at, g, {0, p}, channels,
+                                   best.data(), tap.data());
   }
 }
 
@@ -67,7 +67,7 @@ EXPORT void driver_gate(int dtype, int kind, const void* x, void* y, uint32_t* b
 // One image in NHWC; sizes: h, w, p, q, kernel, stride, padding and dilation as (height, width).
 EXPORT void driver_max_pool(int dtype, const void* x, void* y, uint8_t* taps, const int64_t* sizes, int64_t channels) {
   const int64_t* const v = sizes;
-  const Pooling g = {v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10], v[11]};
+  const Pooling3d g = {{v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10], v[11]}};
   const auto f = dtype == 0 ? pool<float> : dtype == 1 ? pool<double> : dtype == 2 ? pool<Float16> : pool<BFloat16>;
   f(x, y, taps, g, channels);
 }

@@ -147,11 +147,16 @@ def test_max_pool_of_three_dimensions(dtype: torch.dtype, channels_last: bool, s
         for ours, stock in zip(*results):
             assert equal(ours, stock)
             assert ours.stride() == stock.stride()
-        g = torch.randint(-2, 3, results[0][0].shape).to(dtype)
-        gradients = [grad(y, leaf, g)[0] for (y, _), leaf in zip(results, leaves)]
-        assert torch.equal(*gradients)
-        assert gradients[0].stride() == gradients[1].stride()
-        assert results[0][0].grad_fn.name() == "FreezekitMaxPool3dBackward"
+        # Without indices nothing of torch's computes.
+        results.append((ff.max_pool3d(leaves[0], **settings), results[0][1]))
+        assert equal(results[2][0], results[1][0])
+        assert results[2][0].stride() == results[1][0].stride()
+        g = torch.randn(results[0][0].shape).to(dtype)
+        gradients = [grad(y, leaf, g)[0] for (y, _), leaf in zip(results, (*leaves, leaves[0]))]
+        for ours in (gradients[0], gradients[2]):
+            assert torch.equal(ours, gradients[1])
+            assert ours.stride() == gradients[1].stride()
+        assert results[0][0].grad_fn.name() == results[2][0].grad_fn.name() == "FreezekitMaxPool3dBackward"
 
 
 @pytest.mark.parametrize("settings", POOLS_3D, ids=str)
@@ -190,6 +195,17 @@ def test_max_pool3d_of_no_batch_and_windows_outside() -> None:
         y = ff.max_pool3d(narrow, (1, 1, 2), 1, (0, 0, 1), (1, 1, 2))
         assert y.isneginf().all()
         assert not grad(y.sum(), narrow)[0].any()
+
+
+def test_windows_may_be_far_larger_than_the_input() -> None:
+    far = 1 << 20
+    for axes, ours, stock in ((2, ff.max_pool2d, F.max_pool2d), (3, ff.max_pool3d, F.max_pool3d)):
+        x = torch.randn(2, 3, *(5,) * axes, requires_grad=True)
+        settings = ((*(1,) * (axes - 1), 2 * far), 1, (*(0,) * (axes - 1), far))
+        y, expected = ours(x, *settings), stock(x, *settings)
+        assert torch.equal(y, expected)
+        g = torch.randn_like(y)
+        assert torch.equal(grad(y, x, g)[0], grad(expected, x, g)[0])
 
 
 @pytest.mark.parametrize("settings", POOLS_3D[:4], ids=str)

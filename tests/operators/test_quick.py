@@ -66,11 +66,13 @@ CALLS: dict[str, tuple[tuple[Any, ...], int]] = {
 }
 ROWS: dict[str, tuple[tuple[Any, ...], int]] = {
     "conv1d": ((torch.randn(2, 4, 3), None, 1, 1, 1, 1), 5),
+    "max_pool1d": ((3, 2, 1, 1, True, False), 5),
     "conv_transpose1d": ((torch.randn(4, 2, 3), None, 2, 1, 1, 1, 1), 6),
 }
 VOLUMES: dict[str, tuple[tuple[Any, ...], int]] = {
     "conv3d": ((torch.randn(2, 4, 3, 3, 3), None, 1, 1, 1, 1), 5),
     "conv_transpose3d": ((torch.randn(4, 2, 3, 3, 3), None, 2, 1, 1, 1, 1), 6),
+    "max_pool3d": ((3, 2, 1, 1, True, False), 5),
 }
 ALL = [
     *((name, X, *call) for name, call in CALLS.items()),

@@ -84,4 +84,13 @@ Tensor wgrad(const Tensor& grad_output, const Tensor& input, SymIntArrayRef weig
       /*transposed=*/false, /*output_padding=*/c10::fromIntArrayRefSlow({0, 0}), g.groups, {false, true, false}));
 }
 
+std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                                             bool of_bias, const Geometry& g) {
+  const c10::SymInt filters = grad_output.sym_size(1);
+  const at::OptionalSymIntArrayRef bias_size = of_bias ? at::OptionalSymIntArrayRef(filters) : std::nullopt;
+  return at::convolution_backward_symint(
+      grad_output, input, weight, bias_size, g.stride, g.padding, g.dilation, /*transposed=*/false,
+      /*output_padding=*/c10::fromIntArrayRefSlow({0, 0}), g.groups, {true, true, of_bias});
+}
+
 }  // namespace freezekit::aten

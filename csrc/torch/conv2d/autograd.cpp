@@ -4,15 +4,18 @@
 // needs a gradient. So a frozen weight keeps no input, and a layer that only its bias learns in keeps nothing at all.
 #include "torch/conv2d/autograd.h"
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
 #include "torch/autograd/formula.h"
 #include "torch/backends/aten.h"
+#include "torch/backends/choices.h"
 #include "torch/common/checks.h"
 #include "torch/common/layout.h"
 #include "torch/common/operators.h"
 #include "torch/common/route.h"
+#include "torch/common/unseen.h"
 
 namespace freezekit {
 namespace {
@@ -41,6 +44,14 @@ struct TrilinearGradients {
     variable_list result(wanted.size());
     const Backend backend = geometry.backend;
     const Tensor grad = wanted[0] || wanted[1] ? laid_out(dy) : dy;
+    if (computes == Role::output && wanted[0] && wanted[1] && is_aten_s_on_cpu(grad)) {
+      const Tensor input = kept(0), weight = kept(1);
+      if (reaches_kernel(grad, input, weight)) {
+        const at::AutoDispatchBelowADInplaceOrView below;
+        const auto [dx, dw, db] = aten::gradients(grad, input, weight, wanted.size() > bias && wanted[bias], geometry);
+        return {finish(dx, layout), finish(dw, layout), db};
+      }
+    }
     if (wanted[0]) result[0] = finished(derivative(first, second, kept, grad));
     if (wanted[1]) result[1] = finished(derivative(second, first, kept, grad));
     if (wanted.size() > bias && wanted[bias]) {
@@ -56,6 +67,11 @@ struct TrilinearGradients {
   }
   Tensor finished(const Tensor& gradient) const {
     return is_own(geometry.backend) ? in_layout(gradient, layout) : gradient;
+  }
+
+  bool is_aten_s_on_cpu(const Tensor& grad) const {
+    return grad.is_cpu() && (geometry.backend == Backend::aten ||
+                             (geometry.backend == Backend::automatic && !choices::candidate_on(c10::DeviceType::CPU)));
   }
 
   // The derivative of the form with respect to `missing`, on the gradient and on the operand that is left.

@@ -15,6 +15,7 @@
 #include "torch/common/checks.h"
 #include "torch/common/route.h"
 #include "torch/common/shape_only.h"
+#include "torch/common/unseen.h"
 
 namespace freezekit {
 namespace {
@@ -67,6 +68,16 @@ Tensor bias_gradient(const Tensor& dy) {
   return dy.sum(dims);
 }
 
+// As torch's own node has them, where nothing looks on.
+std::tuple<Tensor, Tensor, Tensor> all_in_one(const Tensor& dy, const Tensor& input, const Tensor& weight, bool of_bias,
+                                              const ConvNdGeometry& g) {
+  const at::AutoDispatchBelowADInplaceOrView below;
+  const c10::SymInt filters = dy.sym_size(1);
+  return at::convolution_backward_symint(
+      dy, input, weight, of_bias ? at::OptionalSymIntArrayRef(filters) : std::nullopt, g.stride, g.padding, g.dilation,
+      g.transposed, g.output_padding, g.groups, {true, true, of_bias});
+}
+
 void check_device(const Tensor& input, const Tensor& other, const char* name) {
   TORCH_CHECK(input.device() == other.device(), "input is on ", input.device(), ", ", name, " is on ", other.device(),
               ": both must be on one device");
@@ -102,6 +113,13 @@ struct ConvNdGradients {
   // A backward pass that happens to run inside an autocast region keeps the dtype of its forward pass, as torch's does.
   variable_list gradients(const Tensor& grad, Kept kept, const std::vector<bool>& wanted) const {
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    if (wanted[0] && wanted[1]) {
+      const Tensor input = kept(0), weight = kept(1);
+      if (reaches_kernel(grad, input, weight)) {
+        const auto [dx, dw, db] = all_in_one(grad, input, weight, wanted[2], geometry);
+        return {dx, dw, db};
+      }
+    }
     variable_list result(wanted.size());
     if (wanted[0]) result[0] = dgrad(grad, kept(1), input_size, geometry);
     if (wanted[1]) result[1] = wgrad(grad, kept(0), weight_size, geometry);

@@ -11,14 +11,14 @@
 namespace freezekit::enable {
 namespace {
 
-using MaxPool2d = Operator<Tensor(const Tensor&, IntArrayRef, IntArrayRef, IntArrayRef, IntArrayRef, bool)>;
+using MaxPool = Operator<Tensor(const Tensor&, IntArrayRef, IntArrayRef, IntArrayRef, IntArrayRef, bool)>;
 using MaxPoolWithIndices =
     Operator<std::tuple<Tensor, Tensor>(const Tensor&, IntArrayRef, IntArrayRef, IntArrayRef, IntArrayRef, bool)>;
 using AvgPool =
     Operator<Tensor(const Tensor&, IntArrayRef, IntArrayRef, IntArrayRef, bool, bool, std::optional<int64_t>)>;
 using Linear = Operator<Tensor(const Tensor&, SymIntArrayRef)>;
 
-extern MaxPool2d torch_max_pool2d;
+extern MaxPool torch_max_pool1d, torch_max_pool2d, torch_max_pool3d;
 extern MaxPoolWithIndices torch_max_pool2d_with_indices, torch_max_pool3d_with_indices;
 extern AvgPool torch_avg_pool2d, torch_avg_pool3d;
 extern Linear torch_adaptive_avg_pool2d, torch_adaptive_avg_pool3d, torch_reflection_pad1d, torch_reflection_pad2d,
@@ -48,6 +48,20 @@ PoolGeometry geometry(IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef p
   return {symbols(kernel_size), symbols(stride), symbols(padding), symbols(dilation), ceil_mode, "auto"};
 }
 
+Tensor max_pool1d(DispatchKeySet keys, const Tensor& x, IntArrayRef kernel_size, IntArrayRef stride,
+                  IntArrayRef padding, IntArrayRef dilation, bool ceil_mode) {
+  // As below.
+  if (is_unseen(x) && is_unrecorded(x)) {
+    return torch_max_pool1d.unrecorded(keys, x, kernel_size, stride, padding, dilation, ceil_mode);
+  }
+  if (is_unrecorded(x) || x.dim() != 3 || !are_windows(1, kernel_size, stride, padding, dilation) ||
+      !gains(Op::max_pool2d, x)) {
+    return torch_max_pool1d.stock(keys, x, kernel_size, stride, padding, dilation, ceil_mode);
+  }
+  return record_max_pool1d(x, PoolGeometry::of_rows(symbols(kernel_size), symbols(stride), symbols(padding),
+                                                    symbols(dilation), ceil_mode, "auto"));
+}
+
 Tensor max_pool2d(DispatchKeySet keys, const Tensor& x, IntArrayRef kernel_size, IntArrayRef stride,
                   IntArrayRef padding, IntArrayRef dilation, bool ceil_mode) {
   // Torch composes it of the next one, above all that looks on: where something does, its own kernel is called.
@@ -72,21 +86,36 @@ std::tuple<Tensor, Tensor> max_pool2d_with_indices(DispatchKeySet keys, const Te
   return record_max_pool2d_with_indices(x, geometry(kernel_size, stride, padding, dilation, ceil_mode));
 }
 
+// The settings of a pooling over volumes that freezekit's serves.
+std::optional<Windows3d> windows(const Tensor& x, IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef padding,
+                                 IntArrayRef dilation, bool ceil_mode) {
+  if (!are_windows(3, kernel_size, stride, padding, dilation) || !serves(Value::torch_s, x)) return std::nullopt;
+  const Windows3d g(symbols(kernel_size), symbols(stride), symbols(padding), symbols(dilation), ceil_mode);
+  return keeps_taps(x, g) ? std::optional(g) : std::nullopt;
+}
+
+Tensor max_pool3d(DispatchKeySet keys, const Tensor& x, IntArrayRef kernel_size, IntArrayRef stride,
+                  IntArrayRef padding, IntArrayRef dilation, bool ceil_mode) {
+  // As in two dimensions.
+  if (is_unseen(x) && is_unrecorded(x)) {
+    return torch_max_pool3d.unrecorded(keys, x, kernel_size, stride, padding, dilation, ceil_mode);
+  }
+  if (!is_unrecorded(x)) {
+    const auto g = windows(x, kernel_size, stride, padding, dilation, ceil_mode);
+    if (g) return record_max_pool3d(x, *g);
+  }
+  return torch_max_pool3d.stock(keys, x, kernel_size, stride, padding, dilation, ceil_mode);
+}
+
 std::tuple<Tensor, Tensor> max_pool3d_with_indices(DispatchKeySet keys, const Tensor& x, IntArrayRef kernel_size,
                                                    IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
                                                    bool ceil_mode) {
   const auto& op = torch_max_pool3d_with_indices;
   if (is_unrecorded(x)) return op.unrecorded(keys, x, kernel_size, stride, padding, dilation, ceil_mode);
-  // On a GPU it is torch's, as in max_pool3d.cpp.
-  if (!x.is_cuda() && (x.dim() == 4 || x.dim() == 5) && are_windows(3, kernel_size, stride, padding, dilation) &&
-      serves(Value::torch_s, x)) {
-    const Windows3d windows(symbols(kernel_size), symbols(stride), symbols(padding), symbols(dilation), ceil_mode);
-    if (windows.has_taps()) {
-      return record_max_pool3d(x, windows,
-                               [&] { return op.forward(keys, x, kernel_size, stride, padding, dilation, ceil_mode); });
-    }
-  }
-  return op.stock(keys, x, kernel_size, stride, padding, dilation, ceil_mode);
+  const auto g = windows(x, kernel_size, stride, padding, dilation, ceil_mode);
+  if (!g) return op.stock(keys, x, kernel_size, stride, padding, dilation, ceil_mode);
+  return record_max_pool3d_with_indices(
+      x, *g, [&] { return op.forward(keys, x, kernel_size, stride, padding, dilation, ceil_mode); });
 }
 
 Tensor avg_pool(const AvgPool& op, size_t axes, DispatchKeySet keys, const Tensor& x, IntArrayRef kernel_size,
@@ -165,7 +194,9 @@ Tensor replication_pad3d(DispatchKeySet keys, const Tensor& x, SymIntArrayRef pa
   return linear<&torch_replication_pad3d, 6>("freezekit::replication_pad", keys, x, padding);
 }
 
-MaxPool2d torch_max_pool2d("max_pool2d", TORCH_FN(max_pool2d));
+MaxPool torch_max_pool1d("max_pool1d", TORCH_FN(max_pool1d));
+MaxPool torch_max_pool2d("max_pool2d", TORCH_FN(max_pool2d));
+MaxPool torch_max_pool3d("max_pool3d", TORCH_FN(max_pool3d));
 MaxPoolWithIndices torch_max_pool2d_with_indices("max_pool2d_with_indices", TORCH_FN(max_pool2d_with_indices));
 MaxPoolWithIndices torch_max_pool3d_with_indices("max_pool3d_with_indices", TORCH_FN(max_pool3d_with_indices));
 AvgPool torch_avg_pool2d("avg_pool2d", TORCH_FN(avg_pool2d));

@@ -124,6 +124,10 @@ Tensor record_max_pool2d(const Tensor& input, const PoolGeometry& g) {
   return is_torch_s(input, g) ? pool_aten(input, g) : pool_and_record(input, g).first;
 }
 
+Tensor record_max_pool1d(const Tensor& input, const PoolGeometry& g) {
+  return record_max_pool2d(input.unsqueeze(-2), g).squeeze(-2);
+}
+
 std::tuple<Tensor, Tensor> record_max_pool2d_with_indices(const Tensor& input, const PoolGeometry& g) {
   if (is_torch_s(input, g)) return indices_aten(input, g);
   const auto [result, taps] = pool_and_record(input, g);

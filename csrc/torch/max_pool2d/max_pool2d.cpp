@@ -94,8 +94,11 @@ std::tuple<Tensor, Tensor> taps_kernel(const Tensor& input, const PoolGeometry& 
   const Tensor y = empty_beside(input, sizes, format, input.scalar_type());
   const Tensor taps = empty_beside(input, sizes, format, g.tap_type());
   if (y.numel() == 0) return {y, taps};
-  const auto compute = computer == Computer::cpu ? max_pool::forward_cpu : native::max_pool;
-  compute(m, input.contiguous(format), y, taps);
+  if (computer == Computer::cpu) {
+    max_pool::forward_cpu(m, input.contiguous(format), y, taps);
+  } else {
+    native::max_pool(m, input.contiguous(format), y, taps);
+  }
   return {y, taps};
 }
 
@@ -130,8 +133,11 @@ Tensor gather_kernel(const Tensor& input, const Tensor& taps, SymIntArrayRef inp
   if (!has_kernel(computer)) return max_pool::gather_by_aten(input, taps, g).contiguous(format);
   const Tensor y = empty_beside(input, taps.sym_sizes(), format, input.scalar_type());
   if (y.numel() == 0) return y;
-  const auto compute = computer == Computer::cpu ? max_pool::gather_cpu : native::max_pool_gather;
-  compute(m, input.contiguous(format), taps.contiguous(format), y);
+  if (computer == Computer::cpu) {
+    max_pool::gather_cpu(m, input.contiguous(format), taps.contiguous(format), y);
+  } else {
+    native::max_pool_gather(m, input.contiguous(format), taps.contiguous(format), y);
+  }
   return y;
 }
 
@@ -158,6 +164,13 @@ PoolGeometry::PoolGeometry(SymIntArrayRef kernel_size, SymIntArrayRef stride, Sy
     : kernel_size(pair(kernel_size, "kernel_size")),
       stride(stride.empty() ? this->kernel_size : pair(stride, "stride")), padding(pair(padding, "padding")),
       dilation(pair(dilation, "dilation")), ceil_mode(ceil_mode), backend(parse_backend(backend)) {}
+
+PoolGeometry PoolGeometry::of_rows(SymIntArrayRef kernel_size, SymIntArrayRef stride, SymIntArrayRef padding,
+                                   SymIntArrayRef dilation, bool ceil_mode, std::string_view backend) {
+  const auto after = [](int64_t first, SymIntArrayRef number) { return SizeVector{first, number.front()}; };
+  return PoolGeometry(after(1, kernel_size), after(1, stride.empty() ? kernel_size : stride), after(0, padding),
+                      after(1, dilation), ceil_mode, backend);
+}
 
 MaxPool PoolGeometry::problem(IntArrayRef input_size, IntArrayRef output_size, at::MemoryFormat format) const {
   const Pooling window = {input_size[2], input_size[3], output_size[2], output_size[3], kernel_size[0], kernel_size[1],

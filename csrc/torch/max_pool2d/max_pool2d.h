@@ -19,6 +19,9 @@ struct PoolGeometry {
   PoolGeometry() = default;
   PoolGeometry(SymIntArrayRef kernel_size, SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
                bool ceil_mode, std::string_view backend);
+  // Of images of one row: the settings, each a list of one number, are those along it.
+  static PoolGeometry of_rows(SymIntArrayRef kernel_size, SymIntArrayRef stride, SymIntArrayRef padding,
+                              SymIntArrayRef dilation, bool ceil_mode, std::string_view backend);
 
   template <class F>
   auto apply(const F& f) const {
@@ -43,6 +46,8 @@ using TapMapOperator =
 
 // freezekit::max_pool2d and max_pool2d_with_indices where autograd has its turn.
 Tensor record_max_pool2d(const Tensor& input, const PoolGeometry&);
+// The same of rows (N, C, W), by a geometry of rows.
+Tensor record_max_pool1d(const Tensor& input, const PoolGeometry&);
 std::tuple<Tensor, Tensor> record_max_pool2d_with_indices(const Tensor& input, const PoolGeometry&);
 
 // The value and, for each element of it, its tap.

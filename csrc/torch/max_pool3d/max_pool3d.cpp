@@ -1,5 +1,5 @@
-// Max pooling in three dimensions. ATen computes value and gradient, by int64 indices (d * H + h) * W + w; what is kept
-// from one to the other is a tap per output, its place in the window.
+// Max pooling in three dimensions. What is kept from the value to the gradient is a tap per output, its place in the
+// window. csrc/cpu computes both; ATen does wherever something looks on, by int64 indices (d * H + h) * W + w.
 //
 //   max_pool3d(input, ...)               torch's value; its node keeps taps where torch keeps input and indices
 //   max_pool3d_with_indices(input, ...)  the same, and torch's indices, which only the caller keeps
@@ -8,6 +8,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/native/Pool.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/max_pool3d.h>
@@ -25,6 +26,8 @@
 #include "torch/common/layout.h"
 #include "torch/common/route.h"
 #include "torch/common/shape_only.h"
+#include "torch/common/unseen.h"
+#include "torch/max_pool2d/steps.h"
 
 namespace freezekit {
 namespace {
@@ -103,34 +106,6 @@ Tensor taps_on_cpu(const Tensor& given, IntArrayRef input_size, const Windows3d&
   return taps;
 }
 
-// Indices of taps, and whether each lies inside the input: a dilated window can miss it.
-std::pair<Tensor, Tensor> indices_on_cpu(const Tensor& given, IntArrayRef input_size, const Windows3d& g) {
-  const auto format = given.suggest_memory_format();
-  const Tensor taps = given.contiguous(format);
-  const Tensor indices = at::empty_like(taps, taps.options().dtype(at::kLong));
-  const Tensor inside = at::empty_like(taps, taps.options().dtype(at::kBool));
-  auto* to = indices.mutable_data_ptr<int64_t>();
-  bool* in = inside.mutable_data_ptr<bool>();
-  for_tap_type(taps.scalar_type(), [&](auto tap) {
-    const auto* from = static_cast<const decltype(tap)*>(taps.const_data_ptr());
-    for_each_output(taps, format, g, [&](int64_t i, const Place& origin) {
-      int64_t rest = from[i], index = 0, step = 1;
-      bool is_inside = true;
-      for (int axis = 2; axis >= 0; --axis) {
-        const int64_t extent = input_size[2 + axis], kernel = g.kernel_size[axis];
-        const int64_t place = origin[axis] + rest % kernel * g.dilation[axis];
-        is_inside = is_inside && place >= 0 && place < extent;
-        rest /= kernel;
-        index += place * step;
-        step *= extent;
-      }
-      in[i] = is_inside;
-      to[i] = is_inside ? index : 0;
-    });
-  });
-  return {indices, inside};
-}
-
 // Where each output's window begins along an axis, to be broadcast against (..., O, P, Q).
 Tensor origins(const Tensor& outputs, int axis, const Windows3d& g) {
   const Tensor number = at::arange(outputs.sym_size(2 + axis), outputs.options().dtype(at::kLong));
@@ -154,8 +129,8 @@ Tensor taps_of(const Tensor& indices, SymIntArrayRef input_size, const Windows3d
   return taps.to(g.tap_type());
 }
 
+// Indices of taps, and whether each is inside the input: a dilated window can miss it.
 std::pair<Tensor, Tensor> indices_of(const Tensor& taps, SymIntArrayRef input_size, const Windows3d& g) {
-  if (is_plain_on_cpu(taps)) return indices_on_cpu(taps, C10_AS_INTARRAYREF_SLOW(input_size), g);
   Tensor rest = taps.to(at::kLong), indices, inside;
   c10::SymInt step = 1;
   for (int axis = 2; axis >= 0; --axis) {
@@ -173,6 +148,56 @@ std::pair<Tensor, Tensor> indices_of(const Tensor& taps, SymIntArrayRef input_si
 // A batch of one, of what has none.
 Tensor in_batch(const Tensor& tensor, bool is_batch) { return is_batch ? tensor : tensor.unsqueeze(0); }
 
+max_pool::CpuPool problem(IntArrayRef in, IntArrayRef out, at::MemoryFormat format, const Windows3d& g) {
+  const auto &k = g.kernel_size, &s = g.stride, &p = g.padding, &d = g.dilation;
+  const Pooling plane = {in[3], in[4], out[3], out[4], k[1], k[2], s[1], s[2], p[1], p[2], d[1], d[2]};
+  return {{plane, in[2], out[2], k[0], s[0], p[0], d[0]}, in[0], in[1], format != at::MemoryFormat::Contiguous};
+}
+
+// (N, C, O, P, Q), by torch's own checks of `input`, which may be one volume; their messages are torch's.
+std::vector<int64_t> output_size(const Tensor& input, IntArrayRef size, const Windows3d& g) {
+  std::vector<int64_t> out = {size[0], size[1]};
+  for (size_t i = 0; i < 3; ++i) {
+    out.push_back(at::native::pooling_output_shape<int64_t>(size[2 + i], g.kernel_size[i], g.padding[i], g.stride[i],
+                                                            g.dilation[i], g.ceil_mode));
+  }
+  const auto &k = g.kernel_size, &s = g.stride, &p = g.padding, &d = g.dilation;
+  at::native::pool3d_shape_check(input, size[1], k[0], k[1], k[2], s[0], s[1], s[2], p[0], p[1], p[2], d[0], d[1], d[2],
+                                 size[2], size[3], size[4], out[2], out[3], out[4], "max_pool3d_with_indices()");
+  return out;
+}
+
+// As torch lays out the value. The stride that unsqueeze gives a batch of one fits NCDHW alone.
+at::MemoryFormat layout_of_batch(const Tensor& x, const Tensor& batch) {
+  if (x.dim() == 5) return batch.suggest_memory_format();
+  const bool is_last = !batch.is_contiguous() && batch.is_contiguous(at::MemoryFormat::ChannelsLast3d);
+  return is_last ? at::MemoryFormat::ChannelsLast3d : at::MemoryFormat::Contiguous;
+}
+
+// Value and taps, the latter of a batch.
+Pair pool_on_cpu(const Tensor& x, const Windows3d& g) {
+  const bool is_batch = x.dim() == 5;
+  const Tensor batch = in_batch(x, is_batch);
+  const std::vector<int64_t> out = output_size(x, batch.sizes(), g);
+  const SymIntArrayRef sizes = c10::fromIntArrayRefSlow(out);
+  const auto format = layout_of_batch(x, batch);
+  const Tensor y = empty_beside(x, sizes, format, x.scalar_type()), taps = empty_beside(x, sizes, format, g.tap_type());
+  if (y.numel() > 0) {
+    max_pool::forward_cpu(problem(batch.sizes(), out, format, g), batch.contiguous(format), y, taps);
+  }
+  return {is_batch ? y : y.squeeze(0), taps};
+}
+
+Tensor scatter_on_cpu(const Tensor& dy, const Tensor& taps, SymIntArrayRef size, at::MemoryFormat format,
+                      const Windows3d& g) {
+  const Tensor dx = empty_beside(dy, size.slice(5 - dy.dim()), format, dy.scalar_type()).zero_();
+  if (taps.numel() > 0) {
+    const auto m = problem(C10_AS_INTARRAYREF_SLOW(size), taps.sizes(), format, g);
+    max_pool::scatter_cpu(m, dy.contiguous(format), taps.contiguous(format), dx);
+  }
+  return dx;
+}
+
 struct PoolGradient3d {
   Windows3d windows;
   bool is_batch = true;                                    // else the input is one volume
@@ -188,7 +213,12 @@ struct PoolGradient3d {
   variable_list gradients(const Tensor& grad, Kept taps, const std::vector<bool>& wanted) const {
     if (!wanted[0]) return {Tensor()};
     const Windows3d& g = windows;
-    const auto [indices, inside] = indices_of(taps(0), input_size, g);
+    const Tensor kept = taps(0);
+    if (reaches_kernel(grad, kept)) {
+      const at::AutoDispatchBelowADInplaceOrView below;
+      return {scatter_on_cpu(grad, kept, input_size, format, g)};
+    }
+    const auto [indices, inside] = indices_of(kept, input_size, g);
     const Tensor dy = at::where(inside, in_batch(grad, is_batch), 0);
     const Tensor dx = at::max_pool3d_with_indices_backward(dy, without_data(input_size, grad, format), g.kernel_size,
                                                            g.stride, g.padding, g.dilation, g.ceil_mode, indices);
@@ -196,15 +226,27 @@ struct PoolGradient3d {
   }
 };
 
-Pair indices_entry(const Tensor& input, const Windows3d& g) {
-  // On a GPU taps would take ten passes over the indices that torch keeps.
-  const bool is_torch_s =
-      input.is_cuda() || route(Op::max_pool3d, Backend::automatic, input).computer == Computer::formula;
-  if (is_torch_s || input.dim() < 4 || input.dim() > 5 || !g.has_taps()) return by_aten(input, g);
-  return record_max_pool3d(input, g, [&] { return by_aten(input, g); });
+// y, taps = compute(size of the batch), run below autograd, as the value of a max pooling of x.
+template <class Compute>
+Tensor record(const Tensor& x, const Windows3d& g, const Compute& compute) {
+  const bool is_batch = x.dim() == 5;
+  std::vector<c10::SymInt> size = owned(x.sym_sizes());
+  if (!is_batch) size.insert(size.begin(), 1);
+  const auto [y, taps] = [&] {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return compute(SymIntArrayRef(size));
+  }();
+  const auto format = is_batch ? x.suggest_memory_format() : at::MemoryFormat::Contiguous;
+  const auto node = formula_node("FreezekitMaxPool3dBackward", PoolGradient3d{g, is_batch, std::move(size), format}, x);
+  node->keep(taps);
+  torch::autograd::set_history(y, node);
+  return y;
 }
 
-Tensor pool_entry(const Tensor& input, const Windows3d& g) { return std::get<0>(indices_entry(input, g)); }
+Pair indices_entry(const Tensor& input, const Windows3d& g) {
+  if (!keeps_taps(input, g)) return by_aten(input, g);
+  return record_max_pool3d_with_indices(input, g, [&] { return by_aten(input, g); });
+}
 
 Tensor pool_plain(const Tensor& input, const Windows3d& g) {
   return at::max_pool3d(input, g.kernel_size, g.stride, g.padding, g.dilation, g.ceil_mode);
@@ -214,7 +256,7 @@ using PoolOperator3d = SettingsOperator<Windows3d, Tensor(const Tensor& input)>;
 using PoolPairOperator3d = SettingsOperator<Windows3d, Pair(const Tensor& input)>;
 
 void register_entries(torch::Library& m) {
-  m.impl("max_pool3d", PoolOperator3d::kernel<pool_entry>);
+  m.impl("max_pool3d", PoolOperator3d::kernel<record_max_pool3d>);
   m.impl("max_pool3d_with_indices", PoolPairOperator3d::kernel<indices_entry>);
 }
 
@@ -235,19 +277,28 @@ at::ScalarType Windows3d::tap_type() const {
   return taps <= 256 ? at::kByte : taps <= 32768 ? at::kShort : at::kInt;
 }
 
-Pair record_max_pool3d(const Tensor& x, const Windows3d& g, c10::function_ref<Pair()> compute) {
-  const bool is_batch = x.dim() == 5;
-  std::vector<c10::SymInt> size = owned(x.sym_sizes());
-  if (!is_batch) size.insert(size.begin(), 1);
-  auto [y, indices, taps] = [&] {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    const auto [value, places] = compute();
-    return std::make_tuple(value, places, taps_of(in_batch(places, is_batch), size, g));
-  }();
-  const auto format = is_batch ? x.suggest_memory_format() : at::MemoryFormat::Contiguous;
-  const auto node = formula_node("FreezekitMaxPool3dBackward", PoolGradient3d{g, is_batch, std::move(size), format}, x);
-  node->keep(taps);
-  torch::autograd::set_history(y, node);
+bool keeps_taps(const Tensor& input, const Windows3d& g) {
+  // On a GPU taps would take ten passes over the indices that torch keeps.
+  return !input.is_cuda() && (input.dim() == 4 || input.dim() == 5) && g.has_taps() &&
+         route(Op::max_pool3d, Backend::automatic, input).computer != Computer::formula;
+}
+
+Tensor record_max_pool3d(const Tensor& input, const Windows3d& g) {
+  if (!keeps_taps(input, g)) return pool_plain(input, g);
+  return record(input, g, [&](SymIntArrayRef size) -> Pair {
+    if (reaches_kernel(input)) return pool_on_cpu(input, g);
+    const auto [y, indices] = by_aten(input, g);
+    return {y, taps_of(in_batch(indices, input.dim() == 5), size, g)};
+  });
+}
+
+Pair record_max_pool3d_with_indices(const Tensor& x, const Windows3d& g, c10::function_ref<Pair()> compute) {
+  Tensor indices;
+  const Tensor y = record(x, g, [&](SymIntArrayRef size) -> Pair {
+    Tensor value;
+    std::tie(value, indices) = compute();
+    return {value, taps_of(in_batch(indices, x.dim() == 5), size, g)};
+  });
   return {y, indices};
 }
 

@@ -29,9 +29,14 @@ struct Windows3d {
   bool ceil_mode = false;
 };
 
-// compute(), run below autograd, as value and indices of a max pooling: its node keeps a tap per output. x is
+// Whether a node of freezekit's serves the call; else it is torch's.
+bool keeps_taps(const Tensor& input, const Windows3d&);
+
+// freezekit::max_pool3d where autograd has its turn.
+Tensor record_max_pool3d(const Tensor& input, const Windows3d&);
+// compute(), run below autograd, as value and torch's indices of a max pooling: its node keeps a tap per output. x is
 // (N, C, D, H, W) or (C, D, H, W), and requires a gradient.
-std::tuple<Tensor, Tensor> record_max_pool3d(const Tensor& x, const Windows3d&,
-                                             c10::function_ref<std::tuple<Tensor, Tensor>()> compute);
+std::tuple<Tensor, Tensor> record_max_pool3d_with_indices(const Tensor& x, const Windows3d&,
+                                                          c10::function_ref<std::tuple<Tensor, Tensor>()> compute);
 
 }  // namespace freezekit
