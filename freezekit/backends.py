@@ -82,8 +82,8 @@ class backend(switched):
     """Context manager: within it, freezekit's operators run on the named backend.
 
     As with `torch.backends` settings, it holds for the whole process, not for one thread. What a forward pass ran on,
-    its backward pass runs on too. Layers without kernels of their own (`freezekit.backends.WITHOUT_KERNELS`) are the same
-    under every backend.
+    its backward pass runs on too. Layers without kernels of their own (`freezekit.backends.WITHOUT_KERNELS`) are the
+    same under every backend.
 
     Args:
         name: ``"auto"`` lets freezekit choose; ``"native"`` demands its CUDA kernels (an error where none fits);

@@ -224,13 +224,24 @@ def check_idle(subject: Subject) -> Iterator[Finding]:
             )
 
 
+def _may_be_masked(p: torch.Tensor) -> bool:
+    """Whether a hook may set part of the gradient to zero, or one that runs once it is accumulated has done so."""
+    if p._backward_hooks:
+        return True
+    # Optimizers that step in the backward pass use such hooks as well.
+    if not p._post_accumulate_grad_hooks or p.grad is None:
+        return False
+    nonzero = int(torch.count_nonzero(p.grad))
+    return 0 < nonzero < p.grad.numel()
+
+
 def check_masked(subject: Subject) -> Iterator[Finding]:
     """Parameters whose gradient a hook masks: momentum and decay move the masked part all the same."""
     found: list[str] = []
     for optimizer, _, group in _groups(subject):
         for p in group["params"]:
             name = subject.names.get(id(p))
-            if name is not None and p.requires_grad and p._backward_hooks:
+            if name is not None and p.requires_grad and _may_be_masked(p):
                 moved = moves_at_zero(optimizer, group, p)
                 if moved or (moved is None and group.get("weight_decay")):
                     found.append(name)

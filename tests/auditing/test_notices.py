@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -42,7 +43,8 @@ def test_an_optimizer_left_with_nothing_to_step() -> None:
     assert not found(audit(model, head), "nothing-to-step")
 
 
-def test_part_of_a_tensor_is_not_frozen_by_a_hook_under_decay_or_momentum() -> None:
+@pytest.mark.parametrize("once_accumulated", [False, True])
+def test_part_of_a_tensor_is_not_frozen_by_a_hook_under_decay_or_momentum(once_accumulated: bool) -> None:
     for options, trap in (({}, False), ({"weight_decay": 0.1}, True), ({"momentum": 0.9}, True)):
         model = net().eval()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, **options)
@@ -50,7 +52,16 @@ def test_part_of_a_tensor_is_not_frozen_by_a_hook_under_decay_or_momentum() -> N
         optimizer.step()
         mask = torch.ones_like(model[0].weight)
         mask[:2] = 0
-        model[0].weight.register_hook(mask.mul)
+        if once_accumulated:
+
+            def hide(p: torch.Tensor, mask: torch.Tensor = mask) -> None:
+                assert p.grad is not None
+                p.grad.mul_(mask)
+
+            model[0].weight.register_post_accumulate_grad_hook(hide)
+            model(images()).square().mean().backward()
+        else:
+            model[0].weight.register_hook(mask.mul)
         assert [f.names for f in found(audit(model, optimizer), "masked-gradient")] == [("0.weight",)] * trap
         optimizer.zero_grad()
         before = model[0].weight.detach().clone()

@@ -10,7 +10,6 @@
 
 #include "torch/autograd/formula.h"
 #include "torch/backends/aten.h"
-#include "torch/backends/choices.h"
 #include "torch/common/checks.h"
 #include "torch/common/layout.h"
 #include "torch/common/operators.h"
@@ -44,16 +43,17 @@ struct TrilinearGradients {
     variable_list result(wanted.size());
     const Backend backend = geometry.backend;
     const Tensor grad = wanted[0] || wanted[1] ? laid_out(dy) : dy;
-    if (computes == Role::output && wanted[0] && wanted[1] && is_aten_s_on_cpu(grad)) {
-      const Tensor input = kept(0), weight = kept(1);
-      if (reaches_kernel(grad, input, weight)) {
-        const at::AutoDispatchBelowADInplaceOrView below;
-        const auto [dx, dw, db] = aten::gradients(grad, input, weight, wanted.size() > bias && wanted[bias], geometry);
-        return {finish(dx, layout), finish(dw, layout), db};
-      }
+    // Once each: checkpoints refuse a second time.
+    const std::array<Tensor, 2> operands = {wanted[1] ? kept(0) : Tensor(), wanted[0] ? kept(1) : Tensor()};
+    const auto& [input, weight] = operands;
+    if (computes == Role::output && wanted[0] && wanted[1] && is_left_to_aten(backend, grad) &&
+        reaches_kernel(grad, input, weight)) {
+      const at::AutoDispatchBelowADInplaceOrView below;
+      const auto [dx, dw, db] = aten::gradients(grad, input, weight, wanted[bias], geometry);
+      return {finish(dx, layout), finish(dw, layout), db};
     }
-    if (wanted[0]) result[0] = finished(derivative(first, second, kept, grad));
-    if (wanted[1]) result[1] = finished(derivative(second, first, kept, grad));
+    if (wanted[0]) result[0] = finished(derivative(first, second, operands[1], grad));
+    if (wanted[1]) result[1] = finished(derivative(second, first, operands[0], grad));
     if (wanted.size() > bias && wanted[bias]) {
       result[bias] = is_own(backend) ? conv2d_bias_grad(grad, backend) : dy.sum({0, 2, 3});
     }
@@ -69,16 +69,11 @@ struct TrilinearGradients {
     return is_own(geometry.backend) ? in_layout(gradient, layout) : gradient;
   }
 
-  bool is_aten_s_on_cpu(const Tensor& grad) const {
-    return grad.is_cpu() && (geometry.backend == Backend::aten ||
-                             (geometry.backend == Backend::automatic && !choices::candidate_on(c10::DeviceType::CPU)));
-  }
-
-  // The derivative of the form with respect to `missing`, on the gradient and on the operand that is left.
-  Tensor derivative(Role missing, Role left, Kept kept, const Tensor& grad) const {
+  // The derivative of the form with respect to `missing`, on the gradient and on the operand of the role that is left.
+  Tensor derivative(Role missing, Role left, const Tensor& other, const Tensor& grad) const {
     std::array<Tensor, 3> operand;
     operand[static_cast<size_t>(computes)] = grad;
-    operand[static_cast<size_t>(left)] = kept(left == first ? 0 : 1);
+    operand[static_cast<size_t>(left)] = other;
     const auto& [x, w, y] = operand;
     if (missing == Role::output) return conv2d(x, w, std::nullopt, geometry);
     return missing == Role::input ? conv2d_dgrad(y, w, input_size, geometry)

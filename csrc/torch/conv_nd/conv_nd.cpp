@@ -113,16 +113,15 @@ struct ConvNdGradients {
   // A backward pass that happens to run inside an autocast region keeps the dtype of its forward pass, as torch's does.
   variable_list gradients(const Tensor& grad, Kept kept, const std::vector<bool>& wanted) const {
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-    if (wanted[0] && wanted[1]) {
-      const Tensor input = kept(0), weight = kept(1);
-      if (reaches_kernel(grad, input, weight)) {
-        const auto [dx, dw, db] = all_in_one(grad, input, weight, wanted[2], geometry);
-        return {dx, dw, db};
-      }
+    // Once each: checkpoints refuse a second time.
+    const Tensor input = wanted[1] ? kept(0) : Tensor(), weight = wanted[0] ? kept(1) : Tensor();
+    if (wanted[0] && wanted[1] && reaches_kernel(grad, input, weight)) {
+      const auto [dx, dw, db] = all_in_one(grad, input, weight, wanted[2], geometry);
+      return {dx, dw, db};
     }
     variable_list result(wanted.size());
-    if (wanted[0]) result[0] = dgrad(grad, kept(1), input_size, geometry);
-    if (wanted[1]) result[1] = wgrad(grad, kept(0), weight_size, geometry);
+    if (wanted[0]) result[0] = dgrad(grad, weight, input_size, geometry);
+    if (wanted[1]) result[1] = wgrad(grad, input, weight_size, geometry);
     if (wanted[2]) result[2] = bias_gradient(grad);
     return result;
   }
