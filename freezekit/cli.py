@@ -52,7 +52,8 @@ machine can be explained.
 
   runs              what a training step runs now: fprop, dgrad, wgrad, db
   kept              bytes that autograd keeps for the layer's backward, parameters aside
-  also held         bytes that an earlier row keeps and this one holds too: freezing one of them frees nothing
+  also held         bytes that an earlier row keeps and this one holds too: freezing one of them frees nothing;
+                    "made from" a row: the operand is made again in backward from what that row keeps
   kernel            what computes it, and why
   what would ...    what converting, freezing or fusing the layer would take away""",
     "plan": """Freezes the first layers, one more each time, and each named regime: the bytes are exact, times are

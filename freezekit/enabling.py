@@ -51,7 +51,7 @@ def enable() -> None:
     global _depth
     with _lock:
         if not _depth:
-            others = [name for name in _C.enable.on(_is_compiled) if name not in _warned]
+            others = [name for name in _C.enable.on() if name not in _warned]
             _switched(True)
             try:
                 _warn_of(others)
@@ -189,3 +189,6 @@ def _switched(on: bool) -> None:
 def _tagged(config: Any) -> str:
     """The tag of the cache's keys. The user's is each thread's own; whatever it is, freezekit's is behind it."""
     return config.__getattr__("cache_key_tag") + _TAG
+
+
+_C.enable.set_is_compiled(_is_compiled)

@@ -8,6 +8,7 @@ namespace py = pybind11;
 namespace freezekit {
 
 void bind_blocks(py::module_& parent);
+void bind_chains(py::module_& parent);
 void bind_choices(py::module_& parent);
 void bind_enable(py::module_& parent);
 void bind_quick(py::module_& parent);

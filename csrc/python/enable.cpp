@@ -18,9 +18,9 @@ bool ask_python(const at::Tensor& tensor) {
   return py::cast<bool>(py::handle(is_compiled)(tensor));
 }
 
-std::vector<std::string> switch_on(const py::object& predicate) {
-  if (!is_compiled) is_compiled = py::object(predicate).release().ptr();
-  return enable::enable(ask_python);
+void set_is_compiled(const py::object& predicate) {
+  is_compiled = py::object(predicate).release().ptr();
+  enable::set_is_compiled(ask_python);
 }
 
 }  // namespace
@@ -28,9 +28,9 @@ std::vector<std::string> switch_on(const py::object& predicate) {
 void bind_enable(py::module_& parent) {
   py::module_ m = parent.def_submodule("enable", "The switch that puts freezekit's kernels on torch's own operators.");
   m.def(
-      "on", switch_on, py::arg("is_compiled"),
-      "Registers the kernels; the operators that another library has taken. is_compiled(tensor): of a class of torch's "
-      "that stands for other tensors in what torch.compile is tracing.");
+      "set_is_compiled", set_is_compiled, py::arg("predicate"),
+      "Says who tells whether a tensor is of a class of torch's that stands for others in what torch.compile traces.");
+  m.def("on", enable::enable, "Registers the kernels; the operators that another library has taken.");
   m.def("off", enable::disable, "Takes the kernels out again.");
   m.def("set_watched", enable::set_watched, py::arg("watched"),
         "Whether this thread's dispatch modes are freezekit's own, which want to see what freezekit does.");

@@ -121,6 +121,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("allow_tf32") = false, py::arg("deterministic") = false, py::arg("hopper") = false,
         py::arg("device") = "cuda", py::arg("channels_last") = false);
   bind_blocks(m);
+  bind_chains(m);
   bind_choices(m);
   bind_enable(m);
   bind_quick(m);

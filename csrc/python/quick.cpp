@@ -24,6 +24,7 @@
 #include "torch/common/unseen.h"
 #include "torch/conv2d/autograd.h"
 #include "torch/conv_nd/conv_nd.h"
+#include "torch/enable/chain.h"
 #include "torch/linear_layers/linear_layers.h"
 #include "torch/max_pool2d/max_pool2d.h"
 #include "torch/max_pool3d/max_pool3d.h"
@@ -274,8 +275,11 @@ Tensor quick_group_norm(const Given& given) {
   }
   // Of one value per group torch says in Python that there is nothing to normalise.
   if (x.dim() < 2 || groups < 1 || x.numel() <= x.size(0) * groups) return {};
-  return without_gil(
-      [&] { return at::group_norm(x, groups, weight, bias, eps, at::globalContext().userEnabledCuDNN()); });
+  return without_gil([&] {
+    const Tensor y = at::group_norm(x, groups, weight, bias, eps, at::globalContext().userEnabledCuDNN());
+    enable::note_group_norm(y, bias.value_or(Tensor()));
+    return y;
+  });
 }
 
 // The settings of a pooling; without a stride the windows stand side by side.

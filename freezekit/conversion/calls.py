@@ -17,9 +17,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
+from freezekit import _C
 from freezekit._inputs import Arguments
 from freezekit._twin import Twin, on_twin
 from freezekit.enabling import enabled, watched
@@ -32,7 +33,7 @@ _OWN = (str(Path(torch.__file__).parent), str(Path(__file__).resolve().parents[1
 _NAMES = (
     *("relu", "relu6", "leaky_relu", "hardtanh", "dropout", "avg_pool1d", "avg_pool2d", "avg_pool3d"),
     *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "pad", "batch_norm", "layer_norm"),
-    *("max_pool1d", "max_pool2d", "max_pool3d", "instance_norm", "prelu"),
+    *("max_pool1d", "max_pool2d", "max_pool3d", "instance_norm", "prelu", "silu", "gelu", "hardswish", "mish"),
     *("group_norm", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
 )
 
@@ -104,13 +105,17 @@ class _Seen(TorchFunctionMode):
 
     def _kept_by(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> tuple[Any, int]:
         """The call's result, and the bytes that autograd keeps for it."""
-        before = {node for t in tree_leaves((args, kwargs)) if (node := _node(t)) is not None}
-        result = func(*args, **kwargs)
-        return result, _kept(result, before, self.own)
+        storages: dict[int, torch.UntypedStorage] = {}
 
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.own and not _C.chains.is_for_recipe():
+                storages[storage._cdata] = storage
+            return tensor
 
-def _node(value: object) -> Any:
-    return value.grad_fn if isinstance(value, Tensor) else None
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            result = func(*args, **kwargs)
+        return result, sum(storage.nbytes() for storage in storages.values())
 
 
 def _caller(frame: FrameType | None) -> FrameType | None:
@@ -125,24 +130,6 @@ def _caller(frame: FrameType | None) -> FrameType | None:
     if frame is None or frame.f_code.co_filename.startswith(_OWN):
         return None
     return frame
-
-
-def _kept(result: Any, stop: set[Any], own: set[int]) -> int:
-    """Bytes of the storages that the nodes between the arguments and the result hold."""
-    stack = [node for t in tree_leaves(result) if (node := _node(t)) is not None]
-    seen: set[Any] = set()
-    storages: dict[int, int] = {}
-    while stack:
-        node = stack.pop()
-        if node in seen or node in stop or hasattr(node, "variable"):
-            continue
-        seen.add(node)
-        for name in dir(node):
-            value = getattr(node, name) if name.startswith("_saved_") else None
-            if isinstance(value, Tensor) and value.untyped_storage()._cdata not in own:
-                storages[value.untyped_storage()._cdata] = value.untyped_storage().nbytes()
-        stack.extend(parent for parent, _ in node.next_functions if parent is not None)
-    return sum(storages.values())
 
 
 def functional_calls(model: nn.Module, inputs: Arguments) -> list[FunctionCall]:

@@ -31,10 +31,10 @@ def convert(model: Model, *, only: Only | None = None) -> Model:
     """Makes the layers of `model` freezekit's, in place.
 
     Convolutions, transposed convolutions, batch, instance, layer and group norm, ReLU, ReLU6, LeakyReLU, PReLU,
-    Hardtanh, Dropout, max pools, average pools, reflection and replication pads (see `freezekit.nn`) keep what they
-    are: parameters, buffers, hooks, names, parametrizations, shared modules and attributes stay the same objects, only
-    the class changes. Subclasses of users, and modules with a `forward` or `_conv_forward` of their own,
-    are left alone; `conversion_report` lists them.
+    Hardtanh, SiLU, GELU, Hardswish, Mish, Dropout, max pools, average pools, reflection and replication pads (see
+    `freezekit.nn`) keep what they are: parameters, buffers, hooks, names, parametrizations, shared modules and
+    attributes stay the same objects, only the class changes. Subclasses of users, and modules with a `forward` or
+    `_conv_forward` of their own, are left alone; `conversion_report` lists them.
 
     Args:
         model: any module; a single layer too.

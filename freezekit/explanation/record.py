@@ -45,10 +45,15 @@ class Call:
 
 @dataclass
 class Kept:
-    """One storage that autograd keeps for backward: its bytes, and the calls that hold it, first one first."""
+    """One storage that autograd keeps for backward.
+
+    nbytes: its bytes; holders: the calls that hold it, first one first; chained: those whose operand is made again from
+    it.
+    """
 
     nbytes: int
     holders: list[int] = field(default_factory=list)
+    chained: list[int] = field(default_factory=list)
 
 
 @dataclass

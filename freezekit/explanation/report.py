@@ -38,6 +38,8 @@ class Row:
         fprop, dgrad, wgrad, db: whether a training step runs it now.
         bytes_kept: for backward, by this row first.
         bytes_shared: kept by an earlier row, which this one holds too.
+        made_from: of a row whose operand is made again in backward, the rows that keep what it is made from (see
+            "Chains" in docs/enable.md).
         kernel: what computes it, and why; of a layer of freezekit's that is torch's own in this call, what makes it so;
             "always the same" of one that has no kernels; "" for what is no layer of freezekit's.
         advice: what converting, freezing or fusing it would change; "" for nothing.
@@ -54,6 +56,7 @@ class Row:
     db: bool
     bytes_kept: int
     bytes_shared: int
+    made_from: tuple[str, ...]
     kernel: str
     advice: str
 
@@ -122,6 +125,7 @@ class Explanation(Shown):
         for row in self.rows:
             shape = "x".join(map(str, row.outputs))
             kept, shared = (bytes_text(n) if n else "" for n in (row.bytes_kept, row.bytes_shared))
+            shared = "\n".join([*filter(None, [shared]), *(f"made from {name}" for name in row.made_from)])
             flops = flops_text(row.flops) if row.flops else ""
             table.add_row(row.name, row.layer, shape, flops, _runs(row), kept, shared, row.kernel, row.advice)
         backward = f"backward {flops_text(self.backward_flops)}"
@@ -191,7 +195,7 @@ def explain(model: Callable[..., Any], inputs: Any, *, measure: bool | None = No
         return trace(model, learning(given) if learns else given, traced.measured, prepare)
 
     advisor = Advisor(traced, again)
-    rows = [_row(advisor, traced, *found) for found in keyed(traced)]
+    rows = [_row(advisor, traced, i, *found) for i, found in enumerate(keyed(traced))]
     shown = [row for row in rows if row.flops or row.bytes_kept or row.bytes_shared or row.fprop]
     return Explanation(shown, traced.measured)
 
@@ -207,7 +211,13 @@ def learning(inputs: Arguments) -> Arguments:
     return tree_map(learns, inputs)
 
 
-def _row(advisor: Advisor, traced: Trace, call: Call, key: Key, held: Held) -> Row:
+def _title(call: Call) -> str:
+    name = call.name or call.layer
+    return f"{name}: {call.function}" if call.function else name
+
+
+def _row(advisor: Advisor, traced: Trace, index: int, call: Call, key: Key, held: Held) -> Row:
+    calls = traced.calls
     return Row(
         name=call.name,
         layer=f"{call.layer}: {call.function}" if call.function else call.layer,
@@ -220,6 +230,7 @@ def _row(advisor: Advisor, traced: Trace, call: Call, key: Key, held: Held) -> R
         db=call.learns("bias"),
         bytes_kept=held.first,
         bytes_shared=held.shared,
+        made_from=tuple(dict.fromkeys(_title(calls[kept.holders[0]]) for kept in traced.kept if index in kept.chained)),
         kernel=kernels_of(call, traced.has_device),
         advice=advisor.advise(call, key, held),
     )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from freezekit import _C
 from freezekit._inputs import Arguments
 from freezekit._twin import Twin, on_twin
 from freezekit.conversion import SWAPS
@@ -135,7 +136,9 @@ class Recorder:
         # An autograd function keeps its tensors once its forward is done, and is no torch function itself.
         index, storage = self._current_index("autograd function"), tensor.untyped_storage()
         key = storage._cdata
-        if index is not None and key not in self._not_counted:
+        if index is not None and key in self.kept and _C.chains.is_for_recipe():
+            self.kept[key].chained.append(index)
+        elif index is not None and key not in self._not_counted:
             if key not in self.kept:
                 self.kept[key] = Kept(storage.nbytes())
                 self._alive.append(storage)  # so that no other storage takes its address

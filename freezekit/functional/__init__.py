@@ -22,6 +22,7 @@ from freezekit.functional.pool import (
     max_pool3d,
     pad,
 )
+from freezekit.functional.smooth import gelu, hardswish, mish, silu
 
 __all__ = [
     "adaptive_avg_pool1d",
@@ -41,7 +42,9 @@ __all__ = [
     "conv_transpose2d",
     "conv_transpose3d",
     "dropout",
+    "gelu",
     "group_norm",
+    "hardswish",
     "hardtanh",
     "instance_norm",
     "layer_norm",
@@ -49,8 +52,10 @@ __all__ = [
     "max_pool1d",
     "max_pool2d",
     "max_pool3d",
+    "mish",
     "pad",
     "prelu",
     "relu",
     "relu6",
+    "silu",
 ]

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from freezekit import _C
+from freezekit.enabling import is_enabled
 from freezekit.functional._torch import LEFT_TO_TORCH, are_numbers, are_tensors, as_torch, is_integer
 
 _batch_norm = torch.ops.freezekit.batch_norm.default
@@ -128,6 +129,8 @@ def group_norm(
 ) -> Tensor:
     """`torch.nn.functional.group_norm`; where the bias alone learns it keeps nothing.
 
+    Where it keeps its input, a smooth activation behind it keeps nothing: :func:`silu`, :func:`gelu` and alike.
+
     Args:
         input: (N, C, ...).
         num_groups: divides C.
@@ -141,12 +144,24 @@ def group_norm(
     >>> fk.functional.group_norm(torch.tensor([[[0.0, 2.0]]]), 1, eps=0.0)
     tensor([[[-1.,  1.]]])
     """
-    if not _bias_alone(input, weight, bias) or not is_integer(num_groups) or not are_numbers(eps):
+    if not _bias_alone(input, weight, bias):
+        return _noted(input, num_groups, weight, bias, eps)
+    if not is_integer(num_groups) or not are_numbers(eps):
         return LEFT_TO_TORCH
     one_value = input.dim() == 2 and input.size(0) * input.size(1) == num_groups
     if input.dim() < 2 or one_value:  # torch refuses them
         return LEFT_TO_TORCH
     return _group_norm(input, num_groups, weight, bias, eps)
+
+
+def _noted(input: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """torch's own, of which an activation behind it is to know the bias."""
+    if torch.compiler.is_compiling() or is_enabled():
+        return LEFT_TO_TORCH
+    y = F.group_norm(input, num_groups, weight, bias, eps)
+    if isinstance(y, Tensor):
+        _C.chains.note_group_norm(y, bias)
+    return y
 
 
 def _bias_alone(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:

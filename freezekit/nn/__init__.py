@@ -41,8 +41,10 @@ from freezekit.nn.pool import (
     ReplicationPad2d,
     ReplicationPad3d,
 )
+from freezekit.nn.smooth import GELU, Hardswish, Mish, SiLU
 
 __all__ = [
+    "GELU",
     "AdaptiveAvgPool1d",
     "AdaptiveAvgPool2d",
     "AdaptiveAvgPool3d",
@@ -64,11 +66,13 @@ __all__ = [
     "FreezableInstanceNorm2d",
     "FreezableInstanceNorm3d",
     "FreezableLayerNorm",
+    "Hardswish",
     "Hardtanh",
     "LeakyReLU",
     "MaxPool1d",
     "MaxPool2d",
     "MaxPool3d",
+    "Mish",
     "PReLU",
     "ReLU",
     "ReLU6",
@@ -78,6 +82,7 @@ __all__ = [
     "ReplicationPad1d",
     "ReplicationPad2d",
     "ReplicationPad3d",
+    "SiLU",
 ]
 
 for _name in __all__:

@@ -31,6 +31,8 @@ def arguments() -> dict[str, list[tuple[str, Any, list[Any]]]]:
     found: dict[str, list[tuple[str, Any, list[Any]]]] = {
         name: [("input", X[2], TENSORS)] for name in ("relu", "relu6", "hardtanh", "leaky_relu", "dropout")
     }
+    found |= {name: [("input", X[2], TENSORS)] for name in ("silu", "hardswish", "mish")}
+    found["gelu"] = [("input", X[2], TENSORS), ("approximate", "tanh", ["sigmoid", None, 3])]
     found["hardtanh"] += [("min_val", -1.0, FLOATS), ("max_val", 1.0, FLOATS)]
     found["leaky_relu"] += [("negative_slope", 0.1, FLOATS)]
     found["dropout"] += [("p", 0.5, FLOATS), ("training", True, ["a"])]

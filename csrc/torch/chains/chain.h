@@ -16,6 +16,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <memory>
+#include <vector>
 
 namespace freezekit::chain {
 
@@ -24,9 +25,16 @@ using at::Tensor;
 class Recipe {
  public:
   virtual ~Recipe() = default;
-  virtual Tensor compute() const = 0;
   // Whether `value` has the bits and the strides of what compute gives.
   virtual bool gives(const Tensor& value) const = 0;
+  // From here on what is read must stay as it is.
+  virtual void hold() = 0;
+  // Raises where it did not: as the versions tell, and with `bytes` the bytes too.
+  virtual void check(bool bytes) const = 0;
+  // Of what it reads as that is now.
+  virtual Tensor compute() const = 0;
+  // The tensors that are kept for it.
+  virtual std::vector<Tensor> reads() const = 0;
 };
 
 using RecipePtr = std::shared_ptr<const Recipe>;
@@ -53,10 +61,13 @@ class Unseen {
 enum class Operand { self, other };
 
 // Of the node of `result`, which torch's kernel has just made within Unseen: the operand is not kept where there is a
-// recipe; else hooks see it after all.
+// recipe, and hooks see what that reads; else they see the operand after all.
 void keep(const Tensor& result, Operand which, const Tensor& operand, const RecipePtr& recipe);
 
-// Torch's node of a group norm does not keep the bias, and parameters may move: their values are noted as they are.
-void note_parameters(const Tensor& result, const Tensor& weight, const Tensor& bias);
+// Whether a hook of this thread is being shown what a recipe reads.
+bool is_for_recipe();
+
+// Torch's node of a group norm does not keep the bias, which may move: its values are noted as they are.
+void note_bias(const Tensor& result, const Tensor& bias);
 
 }  // namespace freezekit::chain

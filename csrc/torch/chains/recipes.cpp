@@ -1,6 +1,7 @@
 #include "torch/chains/recipes.h"
 
 #include <ATen/Dispatch.h>
+#include <ATen/ExpandUtils.h>
 #include <ATen/Parallel.h>
 #include <ATen/TensorIterator.h>
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -15,6 +16,7 @@
 
 #include "cpu/affine.h"
 #include "torch/backends/cpu_formats.h"
+#include "torch/common/unseen.h"
 
 namespace freezekit::chain {
 namespace {
@@ -40,11 +42,11 @@ FK_SIMD_CLONES bool is_row(const T* x, Channels channels, const T* y, int64_t co
 }
 
 // The elements of (N, C, ...) as rows in memory order; by_channel where a row is of one channel.
-struct Rows {
+struct ChannelRows {
   int64_t count, length, per_image;
   bool by_channel;
 
-  explicit Rows(const Tensor& x) {
+  explicit ChannelRows(const Tensor& x) {
     const int64_t n = x.size(0), c = x.size(1), plane = x.numel() / (n * c);
     by_channel = x.is_contiguous();
     per_image = by_channel ? c : plane;
@@ -72,9 +74,16 @@ class GroupNorm : public Recipe {
   GroupNorm(const Tensor& x, const Tensor& mean, const Tensor& rstd, const Tensor& weight, const Tensor& bias)
       : x_(x), mean_(mean), rstd_(rstd), weight_(weight), bias_(bias) {}
 
+  void hold() override {
+    for (Held* held : {&x_, &mean_, &rstd_}) held->hold();
+  }
+
+  void check(bool bytes) const override {
+    for (const Held* held : {&x_, &mean_, &rstd_}) held->check(bytes);
+  }
+
   Tensor compute() const override {
-    for (const Held* held : {&x_, &mean_, &rstd_}) held->get();
-    const Tensor y = unrecorded([&] { return at::empty_like(x_.unchecked()); });
+    const Tensor y = unrecorded([&] { return at::empty_like(x_.tensor()); });
     all_rows([&](const auto* x, auto channels, int64_t at, int64_t length) {
       write_row(x, channels, y.mutable_data_ptr<std::remove_const_t<std::remove_pointer_t<decltype(x)>>>() + at,
                 length);
@@ -84,7 +93,7 @@ class GroupNorm : public Recipe {
   }
 
   bool gives(const Tensor& value) const override {
-    const Tensor& x = x_.unchecked();
+    const Tensor& x = x_.tensor();
     if (value.scalar_type() != x.scalar_type() || value.sizes() != x.sizes() || value.strides() != x.strides() ||
         !is_in_memory(value)) {
       return false;
@@ -95,11 +104,19 @@ class GroupNorm : public Recipe {
     });
   }
 
+  std::vector<Tensor> reads() const override {
+    std::vector<Tensor> all = {x_.tensor(), mean_.tensor(), rstd_.tensor()};
+    for (const Tensor* parameter : {&weight_, &bias_}) {
+      if (parameter->defined()) all.push_back(*parameter);
+    }
+    return all;
+  }
+
  private:
   // f(the row of x, its scales and shifts, its offset, its length) for each row, as long as it returns true.
   template <class F>
   bool all_rows(const F& f) const {
-    const Tensor &x = x_.unchecked(), &means = mean_.unchecked(), &rstds = rstd_.unchecked();
+    const Tensor &x = x_.tensor(), &means = mean_.tensor(), &rstds = rstd_.tensor();
     return AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "freezekit::chain", [&] {
       using C = scalar_t;
       const int64_t n = x.size(0), c = x.size(1), groups = means.size(1), width = c / groups;
@@ -112,7 +129,7 @@ class GroupNorm : public Recipe {
         shift[i] = std::fma(-scale[i], mean[group], value_of<C>(bias_, i % c, 0));
       }
       const scalar_t* from = x.const_data_ptr<scalar_t>();
-      const Rows rows(x);
+      const ChannelRows rows(x);
       return rows.all(scale.data(), shift.data(), c,
                       [&](int64_t at, auto channels) { return f(from + at, channels, at, rows.length); });
     });
@@ -126,9 +143,6 @@ class GroupNorm : public Recipe {
   Held x_, mean_, rstd_;
   Tensor weight_, bias_;
 };
-
-// The elements of a dense tensor in memory order.
-Tensor flat(const Tensor& dense) { return dense.as_strided({dense.numel()}, {1}); }
 
 constexpr int64_t kHashed = 1 << 16;  // bytes in one piece
 
@@ -161,12 +175,19 @@ FK_SIMD_CLONES uint64_t hash_of(const char* bytes, int64_t count, uint64_t key) 
 // Of all bytes of a tensor in memory; the same for any number of threads.
 uint64_t content_of(const Tensor& tensor) {
   const char* bytes = static_cast<const char*>(tensor.const_data_ptr());
-  const int64_t count = tensor.numel() * tensor.element_size();
+  const Rows rows = *rows_of(tensor);
+  const int64_t size = tensor.element_size(), length = rows.length * size;
+  const int64_t pieces = (length + kHashed - 1) / kHashed;  // of a row
+  const int64_t per_task = pieces == 1 ? kHashed / length : 1;
   std::atomic<uint64_t> sum = 0;
-  at::parallel_for(0, (count + kHashed - 1) / kHashed, 1, [&](int64_t first, int64_t last) {
+  at::parallel_for(0, rows.count * pieces, per_task, [&](int64_t first, int64_t last) {
+    uint64_t own = 0;
     for (int64_t i = first; i < last; ++i) {
-      sum += hash_of(bytes + i * kHashed, std::min(kHashed, count - i * kHashed), static_cast<uint64_t>(i) << 32);
+      const int64_t row = i / pieces, at = i % pieces * kHashed;
+      own += hash_of(bytes + row * rows.stride * size + at, std::min(kHashed, length - at),
+                     static_cast<uint64_t>(i) << 32);
     }
+    sum += own;
   });
   return sum;
 }
@@ -176,38 +197,83 @@ class FunctionOf : public Recipe {
  public:
   FunctionOf(Source x, Function f) : x_(std::move(x)), f_(std::move(f)) {}
 
-  Tensor compute() const override {
-    return unrecorded([&] { return f_(operand(x_)); });
-  }
-
-  // In pieces that stay in the cache. They begin where torch's own threads would begin, since the last elements of a
-  // thread's share are not computed as the others are.
+  // In pieces that stay in the cache. Torch computes the last elements of a thread's share and of a row otherwise than
+  // the others: where its shares are not those taken for granted here, all at once has the last word.
   bool gives(const Tensor& value) const override {
     return unrecorded([&] {
-      const Tensor x = just_held(x_);
-      if (value.scalar_type() != x.scalar_type() || value.strides() != x.strides() || value.sizes() != x.sizes() ||
-          !is_in_memory(value)) {
+      const Tensor x = source();
+      const auto rows = rows_of(x);
+      if (!rows || value.scalar_type() != x.scalar_type() || value.sizes() != x.sizes() ||
+          value.strides() != at::IntArrayRef(strides_beside(x)) || !is_in_memory(value)) {
         return false;
       }
-      const Tensor from = flat(x), found = flat(value);
+      const Tensor matrix = x.as_strided({rows->count, rows->length}, {rows->stride, 1});
       std::atomic<bool> same = true;
       at::parallel_for(0, x.numel(), at::internal::GRAIN_SIZE, [&](int64_t first, int64_t last) {
-        for (int64_t i = first; i < last && same; i += kElementsPerTask) {
-          const int64_t count = std::min(kElementsPerTask, last - i);
-          const Tensor piece = unrecorded([&] { return f_(from.narrow(0, i, count)); });
-          const char* bytes = static_cast<const char*>(found.const_data_ptr()) + i * found.element_size();
-          if (std::memcmp(piece.const_data_ptr(), bytes, count * found.element_size()) != 0) same = false;
+        for (int64_t i = first; i < last && same;) {
+          const Tensor piece = unrecorded([&] { return f_(piece_of(matrix, i, last)); });
+          if (!is_at(value, i, piece)) same = false;
+          i += piece.numel();
         }
       });
-      return same.load();
+      return same || is_at(value, 0, f_(matrix));
     });
   }
 
+  void hold() override {
+    if constexpr (kIsHeld) x_.hold();
+  }
+
+  void check(bool bytes) const override {
+    if constexpr (kIsHeld) {
+      x_.check(bytes);
+    } else {
+      x_->check(bytes);
+    }
+  }
+
+  Tensor compute() const override {
+    return unrecorded([&] { return f_(source()); });
+  }
+
+  std::vector<Tensor> reads() const override {
+    if constexpr (kIsHeld) {
+      return {x_.tensor()};
+    } else {
+      return x_->reads();
+    }
+  }
+
  private:
-  static Tensor just_held(const Held& x) { return x.unchecked(); }
-  static Tensor just_held(const RecipePtr& x) { return x->compute(); }
-  static Tensor operand(const Held& x) { return x.get(); }
-  static Tensor operand(const RecipePtr& x) { return x->compute(); }
+  static constexpr bool kIsHeld = std::is_same_v<Source, Held>;
+
+  Tensor source() const {
+    if constexpr (kIsHeld) {
+      return x_.tensor();
+    } else {
+      return x_->compute();
+    }
+  }
+
+  // The strides that torch's elementwise operators give a result.
+  static std::vector<int64_t> strides_beside(const Tensor& x) {
+    return x.is_non_overlapping_and_dense() ? x.strides().vec() : at::infer_dense_strides(x.sizes(), x.strides());
+  }
+
+  // From element i on: the rest of a row, or whole rows; no more than fits the cache, and none beyond `last`.
+  static Tensor piece_of(const Tensor& matrix, int64_t i, int64_t last) {
+    const int64_t length = matrix.size(1), row = i / length, column = i % length;
+    const int64_t end = std::min(last, i + kElementsPerTask), whole = (end - i) / length;
+    if (column == 0 && whole > 0) return matrix.narrow(0, row, whole);
+    return matrix.select(0, row).narrow(0, column, std::min(end, (row + 1) * length) - i);
+  }
+
+  // Whether the elements of `value` from i on, in memory order, have the bits of `part`.
+  static bool is_at(const Tensor& value, int64_t i, const Tensor& part) {
+    const int64_t size = value.element_size();
+    return std::memcmp(static_cast<const char*>(value.const_data_ptr()) + i * size, part.const_data_ptr(),
+                       part.numel() * size) == 0;
+  }
 
   Source x_;
   Function f_;
@@ -215,44 +281,73 @@ class FunctionOf : public Recipe {
 
 }  // namespace
 
-bool is_in_memory(const Tensor& tensor) {
-  if (!tensor.device().is_cpu() || tensor.key_set().has(c10::DispatchKey::Python) || !tensor.has_storage() ||
-      !tensor.storage().device().is_cpu() || !tensor.is_non_overlapping_and_dense()) {
-    return false;
+std::optional<Rows> rows_of(const Tensor& tensor) {
+  if (tensor.is_non_overlapping_and_dense()) return Rows{1, tensor.numel(), tensor.numel()};
+  std::vector<std::pair<int64_t, int64_t>> dims;  // strides and sizes
+  for (int64_t i = 0; i < tensor.dim(); ++i) {
+    if (tensor.size(i) != 1) dims.emplace_back(tensor.stride(i), tensor.size(i));
   }
-  const size_t end = (tensor.storage_offset() + tensor.numel()) * tensor.element_size();
-  return tensor.storage().nbytes() >= end;
+  std::sort(dims.begin(), dims.end());
+  Rows rows{1, 1, 0};
+  size_t i = 0;
+  for (; i < dims.size() && dims[i].first == rows.length; ++i) rows.length *= dims[i].second;
+  if (i == 0 || i == dims.size() || dims[i].first < rows.length) return std::nullopt;
+  rows.stride = dims[i].first;
+  for (; i < dims.size(); ++i) {
+    if (dims[i].first != rows.count * rows.stride) return std::nullopt;
+    rows.count *= dims[i].second;
+  }
+  return rows;
 }
 
-Held::Held(const Tensor& tensor)
-    : tensor_(tensor.detach()), version_(tensor_._version()),
-      content_(is_in_memory(tensor_) ? content_of(tensor_) : 0) {}
+bool is_in_memory(const Tensor& tensor) {
+  if (!tensor.device().is_cpu() || tensor.key_set().has(c10::DispatchKey::Python) || !tensor.has_storage() ||
+      !tensor.storage().device().is_cpu()) {
+    return false;
+  }
+  const auto rows = rows_of(tensor);
+  if (!rows) return false;
+  const int64_t end = tensor.storage_offset() + (rows->count - 1) * rows->stride + rows->length;
+  return tensor.storage().nbytes() >= static_cast<size_t>(end) * tensor.element_size();
+}
 
-const Tensor& Held::get() const {
+Held::Held(const Tensor& tensor) : tensor_(tensor.detach()), version_(tensor_._version()) {}
+
+void Held::hold() {
+  if (is_in_memory(tensor_)) content_ = content_of(tensor_);
+}
+
+void Held::check(bool bytes) const {
   TORCH_CHECK(tensor_._version() == version_,
               "one of the variables needed for gradient computation has been modified by an inplace operation: [",
               tensor_.toString(), " ", tensor_.sizes(), "] is at version ", tensor_._version(), "; expected version ",
               version_, " instead.");
+  if (!bytes) return;
   TORCH_CHECK(is_in_memory(tensor_) && content_of(tensor_) == content_,
               "one of the variables needed for gradient computation has been written to, or its memory released, in a "
               "way that autograd does not see (.data, numpy, its storage): [",
               tensor_.toString(), " ", tensor_.sizes(),
-              "]. While freezekit is enabled, the operand of an operator behind it is computed again from it.");
-  return tensor_;
+              "]. The operand of an operator behind it is kept as a recipe of freezekit's, which reads it.");
 }
 
-// Torch rounds the statistics of low precision, and without parameters its formula is another. Of few elements in a
-// channel the parameters' values weigh as much as what is saved.
-bool can_be_made_again(const Tensor& x, const Tensor& weight, const Tensor& bias) {
-  const auto dtype = [&](const Tensor& t) { return !t.defined() || t.scalar_type() == x.scalar_type(); };
+// Torch rounds the statistics of low precision. Of few elements in a channel the parameters' values weigh as much as what
+// is saved.
+bool can_be_made_again(const Tensor& x) {
   const bool is_wide = x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble;
-  return is_wide && dtype(weight) && dtype(bias) && x.dim() >= 2 && x.size(1) > 0 &&
-         (weight.defined() || bias.defined()) && x.numel() >= 16 * x.size(1);
+  return is_wide && x.device().is_cpu() && x.dim() >= 2 && x.size(1) > 0 && x.numel() >= 16 * x.size(1);
 }
 
-RecipePtr group_norm(const Tensor& x, const Tensor& mean, const Tensor& rstd, const Tensor& weight, const Tensor& bias,
-                     bool has_data) {
-  if (!can_be_made_again(x, weight, bias)) return nullptr;
+Tensor copy_of(const Tensor& vector) {
+  if (!is_in_memory(vector) || !vector.is_contiguous()) return unrecorded([&] { return vector.clone(); });
+  const Tensor copy = empty_beside(vector, vector.sym_sizes(), at::MemoryFormat::Contiguous, vector.scalar_type());
+  std::memcpy(copy.mutable_data_ptr(), vector.const_data_ptr(), vector.numel() * vector.element_size());
+  return copy;
+}
+
+std::shared_ptr<Recipe> group_norm(const Tensor& x, const Tensor& mean, const Tensor& rstd, const Tensor& weight,
+                                   const Tensor& bias, bool has_data) {
+  if (!can_be_made_again(x) || (!weight.defined() && !bias.defined()))
+    return nullptr;  // without, torch's formula differs
   const int64_t n = x.size(0), c = x.size(1);
   const bool are_statistics =
       mean.dim() == 2 && mean.size(0) == n && mean.sizes() == rstd.sizes() && mean.size(1) > 0 && c % mean.size(1) == 0;
@@ -268,15 +363,15 @@ RecipePtr group_norm(const Tensor& x, const Tensor& mean, const Tensor& rstd, co
   }
   const bool is_ordered = x.is_contiguous() || x.is_contiguous(x.suggest_memory_format());
   if (!is_ordered || (has_data && !is_in_memory(x))) return nullptr;
-  return std::make_shared<GroupNorm>(x, mean, rstd, weight, bias);
+  return std::make_shared<GroupNorm>(x, mean, rstd, weight.defined() ? copy_of(weight) : weight, bias);
 }
 
-RecipePtr function_of(const Tensor& x, Function f, bool has_data) {
-  if (!x.is_non_overlapping_and_dense() || (has_data && !is_in_memory(x))) return nullptr;
+std::shared_ptr<Recipe> function_of(const Tensor& x, Function f, bool has_data) {
+  if (has_data ? !is_in_memory(x) : !rows_of(x)) return nullptr;
   return std::make_shared<FunctionOf<Held>>(Held(x), std::move(f));
 }
 
-RecipePtr function_of(RecipePtr x, Function f) {
+std::shared_ptr<Recipe> function_of(RecipePtr x, Function f) {
   return std::make_shared<FunctionOf<RecipePtr>>(std::move(x), std::move(f));
 }
 

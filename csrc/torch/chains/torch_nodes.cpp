@@ -4,6 +4,7 @@
 #include <ATen/ops/hardswish.h>
 #include <ATen/ops/mish.h>
 #include <ATen/ops/silu.h>
+#include <c10/util/ScopeExit.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/PyInterpreter.h>
 #include <torch/csrc/autograd/generated/Functions.h>
@@ -27,12 +28,15 @@ using torch::autograd::SavedVariableHooks;
 // from it is tried.
 struct Note {
   const Node* node = nullptr;
-  Tensor weight, bias;  // copies
+  bool has_bias = false;
+  Tensor bias;  // a copy
   std::weak_ptr<const Recipe> recipe;
 };
 
 thread_local std::array<Note, 16> notes;
 thread_local size_t next_note = 0;
+
+thread_local bool shows_recipe = false;
 
 Note& new_note(const Node* node) {
   Note& note = notes[next_note++ % notes.size()];
@@ -55,24 +59,24 @@ T* node_of(const Tensor& result) {
   return node && typeid(*node) == typeid(T) ? static_cast<T*>(node) : nullptr;
 }
 
-RecipePtr of_group_norm(const generated::NativeGroupNormBackward0& node, bool watched, bool has_data) {
-  if (node.input_.has_hooks() && !watched) return nullptr;
+std::shared_ptr<Recipe> of_group_norm(const generated::NativeGroupNormBackward0& node, bool watched, bool has_data) {
+  if ((node.input_.has_hooks() || node.weight_.has_hooks()) && !watched) return nullptr;
   const Note* note = note_of(&node);
-  if (!note) return nullptr;
+  if (!note || note->has_bias != note->bias.defined()) return nullptr;
   const AnyNodePtr self = pointer_to(const_cast<generated::NativeGroupNormBackward0&>(node));
-  return group_norm(node.input_.unpack(), node.result1_.unpack(self), node.result2_.unpack(self), note->weight,
+  return group_norm(node.input_.unpack(), node.result1_.unpack(self), node.result2_.unpack(self), node.weight_.unpack(),
                     note->bias, has_data);
 }
 
 template <class T>
-RecipePtr of_activation(const T& node, bool watched, bool has_data, Function f) {
+std::shared_ptr<Recipe> of_activation(const T& node, bool watched, bool has_data, Function f) {
   const Note* note = node.self_.has_hooks() ? note_of(&node) : nullptr;
   if (RecipePtr inner = note ? note->recipe.lock() : nullptr) return function_of(std::move(inner), std::move(f));
   if (node.self_.has_hooks() && !watched) return nullptr;
   return function_of(node.self_.unpack(), std::move(f), has_data);
 }
 
-RecipePtr candidate_for(const Tensor& value, Maker maker, bool watched, bool has_data) {
+std::shared_ptr<Recipe> candidate_for(const Tensor& value, Maker maker, bool watched, bool has_data) {
   if (maker == Maker::norm) {
     const auto* node = node_of<generated::NativeGroupNormBackward0>(value);
     return node ? of_group_norm(*node, watched, has_data) : nullptr;
@@ -100,6 +104,7 @@ class ComputedAgain : public SavedVariableHooks {
   // What was saved is no work of the backward pass: modes of dispatch do not see it, as they do not see a tensor saved.
   Tensor call_unpack_hook() override {
     const torch::torch_dispatch_mode::StashTorchDispatchStackGuard no_modes;
+    recipe_->check(/*bytes=*/true);
     return recipe_->compute();
   }
 
@@ -136,14 +141,20 @@ SavedVariable* saved(const Tensor& result, Operand operand) {
 
 }  // namespace
 
+bool is_for_recipe() { return shows_recipe; }
+
 RecipePtr recipe_for(const Tensor& value, Maker maker, bool watched) {
   if (!watched && at::SavedTensorDefaultHooks::get_hooks()) return nullptr;
   const bool has_data = !value.is_meta() && !value.key_set().has(c10::DispatchKey::Python);
   const uint32_t written = maker == Maker::activation ? 1 : 0;  // by the maker, in place
   if (value.is_view() || value.output_nr() != 0 || (!has_data && value._version() > written)) return nullptr;
   try {
-    const RecipePtr recipe = candidate_for(value, maker, watched, has_data);
-    return recipe && (!has_data || recipe->gives(value)) ? recipe : nullptr;
+    const auto recipe = candidate_for(value, maker, watched, has_data);
+    if (!recipe) return nullptr;
+    recipe->check(/*bytes=*/false);  // of a recipe that is held already
+    if (has_data && !recipe->gives(value)) return nullptr;
+    recipe->hold();
+    return recipe;
   } catch (const c10::Error&) {
     return nullptr;  // what the maker saved is gone, or was written to: backward says so, if there is one
   }
@@ -159,19 +170,21 @@ void keep(const Tensor& result, Operand which, const Tensor& operand, const Reci
   if (recipe) {
     variable->register_hooks(std::make_unique<ComputedAgain>(recipe));
     new_note(result.grad_fn().get()).recipe = recipe;
+    if (!at::SavedTensorDefaultHooks::get_hooks()) return;
+    shows_recipe = true;
+    const auto shown = c10::make_scope_exit([] { shows_recipe = false; });  // a hook may raise
+    for (const Tensor& tensor : recipe->reads()) SavedVariable(tensor, /*is_output=*/false);
   } else if (at::SavedTensorDefaultHooks::get_hooks()) {
     *variable = SavedVariable(operand, /*is_output=*/false);
   }
 }
 
-void note_parameters(const Tensor& result, const Tensor& weight, const Tensor& bias) {
+void note_bias(const Tensor& result, const Tensor& bias) {
   const auto* node = node_of<generated::NativeGroupNormBackward0>(result);
   if (!node) return;
-  const at::AutoDispatchBelowADInplaceOrView below;
-  Note& note = new_note(node);  // in any case: an older one of this address says nothing about this node
-  if (!can_be_made_again(result, weight, bias)) return;
-  if (weight.defined()) note.weight = weight.clone();
-  if (bias.defined()) note.bias = bias.clone();
+  Note& note = new_note(node);
+  note.has_bias = bias.defined();
+  if (note.has_bias && can_be_made_again(result)) note.bias = copy_of(bias);
 }
 
 }  // namespace freezekit::chain

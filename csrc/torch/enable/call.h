@@ -15,8 +15,6 @@ using at::Tensor;
 // Whether freezekit computes the value too, or torch's operator below autograd does, as in stock.
 enum class Value { torch_s, ours };
 
-void set_is_compiled(IsCompiled);
-
 namespace detail {
 bool is_plain(const Tensor&);
 bool is_compiled(const Tensor&);

@@ -1,5 +1,5 @@
 // Activations and products whose operand can be computed again from what the graph keeps anyway.
-#include "torch/chains/chain.h"
+#include "torch/enable/chain.h"
 
 #include <ATen/core/Tensor.h>
 
@@ -11,19 +11,12 @@ namespace {
 
 using chain::Maker;
 using chain::Operand;
-using chain::RecipePtr;
 
 extern Operator<Tensor(const Tensor&)> torch_silu, torch_hardswish, torch_mish;
 extern Operator<Tensor&(Tensor&)> torch_silu_inplace, torch_hardswish_inplace, torch_mish_inplace;
 extern Operator<Tensor(const Tensor&, std::string_view)> torch_gelu;
 extern Operator<Tensor&(Tensor&, std::string_view)> torch_gelu_inplace;
 extern Operator<Tensor(const Tensor&, const Tensor&)> torch_mul;
-
-// A recipe is tried on the value, which on a GPU would have to be waited for. Compilers have chains of their own.
-RecipePtr recipe_for(const Tensor& value, Maker maker) {
-  const bool may_have = value.device().is_cpu() && value.requires_grad() && serves(Value::ours, value);
-  return may_have ? chain::recipe_for(value, maker, detail::is_watched_here()) : nullptr;
-}
 
 // `x` may be the result as well.
 template <class Op, class X, class... Rest>
@@ -78,4 +71,15 @@ Operator<Tensor&(Tensor&, std::string_view)> torch_gelu_inplace("gelu_", TORCH_F
 Operator<Tensor(const Tensor&, const Tensor&)> torch_mul("mul.Tensor", TORCH_FN(mul));
 
 }  // namespace
+
+// A recipe is tried on the value, which on a GPU would have to be waited for. Compilers have chains of their own.
+RecipePtr recipe_for(const Tensor& value, Maker maker) {
+  const bool may_have = value.device().is_cpu() && value.requires_grad() && serves(Value::ours, value);
+  return may_have ? chain::recipe_for(value, maker, detail::is_watched_here()) : nullptr;
+}
+
+void note_group_norm(const Tensor& result, const Tensor& bias) {
+  if (result.device().is_cpu() && serves(Value::ours, result, bias)) chain::note_bias(result, bias);
+}
+
 }  // namespace freezekit::enable

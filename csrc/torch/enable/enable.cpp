@@ -4,7 +4,6 @@
 #include <array>
 #include <memory>
 
-#include "torch/enable/call.h"
 #include "torch/enable/operator.h"
 
 namespace freezekit::enable {
@@ -19,8 +18,7 @@ std::array<std::unique_ptr<torch::Library>, kKeys.size()> registrations;
 
 }  // namespace
 
-std::vector<std::string> enable(IsCompiled is_compiled) {
-  set_is_compiled(is_compiled);
+std::vector<std::string> enable() {
   std::vector<std::string> others;
   for (size_t i = 0; i < kKeys.size(); ++i) {
     auto library = std::make_unique<torch::Library>(torch::Library::IMPL, "aten", kKeys[i], __FILE__, __LINE__);

@@ -10,9 +10,10 @@ namespace freezekit::enable {
 
 // Whether a tensor of a Python class is one that stands for others in what torch.compile, or freezekit, is tracing.
 using IsCompiled = bool (*)(const at::Tensor&);
+void set_is_compiled(IsCompiled);
 
 // Registers the kernels; returns the operators that another library has taken, which are left to it.
-std::vector<std::string> enable(IsCompiled is_compiled);
+std::vector<std::string> enable();
 // Takes them out again: every dispatch table is what it was.
 void disable();
 

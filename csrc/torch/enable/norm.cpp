@@ -4,8 +4,8 @@
 
 #include <ATen/core/Tensor.h>
 
-#include "torch/chains/chain.h"
 #include "torch/enable/call.h"
+#include "torch/enable/chain.h"
 #include "torch/enable/operator.h"
 
 namespace freezekit::enable {
@@ -98,9 +98,7 @@ Three native_group_norm(DispatchKeySet keys, const Tensor& input, const Optional
   const bool is_batch = input.dim() >= 2 && input.sym_size(0) == n && input.sym_size(1) == c;
   if (!is_batch || !is_for_bias_alone(input, w, b)) {
     auto results = torch_group_norm.stock(keys, input, weight, bias, n, c, hw, groups, eps);
-    if (is_batch && input.device().is_cpu() && serves(Value::ours, input, w, b)) {
-      chain::note_parameters(std::get<0>(results), w, b);
-    }
+    if (is_batch) note_group_norm(std::get<0>(results), b);
     return results;
   }
   auto results = torch_group_norm.forward(keys, input, weight, bias, n, c, hw, groups, eps);

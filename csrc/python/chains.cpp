@@ -1,0 +1,41 @@
+// freezekit._C.chains: at converted layers, the chains that enable makes at torch's operators.
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include "python/bindings.h"
+#include "torch/enable/chain.h"
+
+namespace freezekit {
+namespace {
+
+// torch_s(input, ...), which is called as its caller would, so that all see the call.
+py::object activation(const py::object& torch_s, const py::object& input, const py::args& rest,
+                      const py::kwargs& named) {
+  const at::Tensor x = THPVariable_Unpack(input.ptr());
+  const auto recipe = [&] {
+    const py::gil_scoped_release no_gil;
+    return enable::recipe_for(x, chain::Maker::norm);
+  }();
+  if (!recipe) return torch_s(input, *rest, **named);
+  const py::object y = [&] {
+    const chain::Unseen unseen;
+    return torch_s(input, *rest, **named);
+  }();
+  if (THPVariable_Check(y.ptr())) chain::keep(THPVariable_Unpack(y.ptr()), chain::Operand::self, x, recipe);
+  return y;
+}
+
+void note_group_norm(const at::Tensor& result, const std::optional<at::Tensor>& bias) {
+  enable::note_group_norm(result, bias.value_or(at::Tensor()));
+}
+
+}  // namespace
+
+void bind_chains(py::module_& parent) {
+  py::module_ m = parent.def_submodule("chains", "What enable does at torch's operators, at converted layers.");
+  m.def("activation", activation, "torch_s(input, ...); behind a group norm its node does not keep the input.");
+  m.def("is_for_recipe", chain::is_for_recipe, "Whether a hook on saved tensors is given what a recipe reads.");
+  m.def("note_group_norm", note_group_norm, "Is told of a group norm's result, which an activation may read.");
+}
+
+}  // namespace freezekit

@@ -1,0 +1,17 @@
+// Chains at torch's operators, for their stand-ins and for converted layers.
+#pragma once
+
+#include "torch/chains/chain.h"
+
+namespace freezekit::enable {
+
+using at::Tensor;
+using chain::RecipePtr;
+
+// A recipe for the operand of a call; null where there is none, and where the call is torch's alone.
+RecipePtr recipe_for(const Tensor& value, chain::Maker maker);
+
+// After a group norm of torch's over (N, C, ...), for the activation behind it.
+void note_group_norm(const Tensor& result, const Tensor& bias);
+
+}  // namespace freezekit::enable
