@@ -127,17 +127,21 @@ Tensor& dropout_(DispatchKeySet keys, Tensor& x, double p, bool train) {
   return x;
 }
 
-Operator<Tensor(const Tensor&)> torch_relu("relu", TORCH_FN(relu));
-Operator<Tensor&(Tensor&)> torch_relu_inplace("relu_", TORCH_FN(relu_));
-Operator<Tensor(const Tensor&, const Scalar&, const Scalar&)> torch_threshold("threshold", TORCH_FN(threshold));
-Operator<Tensor&(Tensor&, const Scalar&, const Scalar&)> torch_threshold_inplace("threshold_", TORCH_FN(threshold_));
-Operator<Tensor(const Tensor&, const Scalar&, const Scalar&)> torch_hardtanh("hardtanh", TORCH_FN(hardtanh));
-Operator<Tensor&(Tensor&, const Scalar&, const Scalar&)> torch_hardtanh_inplace("hardtanh_", TORCH_FN(hardtanh_));
-Operator<Tensor(const Tensor&, const Scalar&)> torch_leaky_relu("leaky_relu", TORCH_FN(leaky_relu));
-Operator<Tensor&(Tensor&, const Scalar&)> torch_leaky_relu_inplace("leaky_relu_", TORCH_FN(leaky_relu_));
+Operator<Tensor(const Tensor&)> torch_relu("relu", TORCH_FN(relu), "relu");
+Operator<Tensor&(Tensor&)> torch_relu_inplace("relu_", TORCH_FN(relu_), "relu_");
+Operator<Tensor(const Tensor&, const Scalar&, const Scalar&)> torch_threshold("threshold", TORCH_FN(threshold),
+                                                                              "threshold");
+Operator<Tensor&(Tensor&, const Scalar&, const Scalar&)> torch_threshold_inplace("threshold_", TORCH_FN(threshold_),
+                                                                                 "threshold_");
+Operator<Tensor(const Tensor&, const Scalar&, const Scalar&)> torch_hardtanh("hardtanh", TORCH_FN(hardtanh),
+                                                                             "hardtanh");
+Operator<Tensor&(Tensor&, const Scalar&, const Scalar&)> torch_hardtanh_inplace("hardtanh_", TORCH_FN(hardtanh_),
+                                                                                "hardtanh_");
+Operator<Tensor(const Tensor&, const Scalar&)> torch_leaky_relu("leaky_relu", TORCH_FN(leaky_relu), "leaky_relu");
+Operator<Tensor&(Tensor&, const Scalar&)> torch_leaky_relu_inplace("leaky_relu_", TORCH_FN(leaky_relu_), "leaky_relu_");
 Operator<Tensor(const Tensor&, const Tensor&)> torch_prelu("_prelu_kernel", TORCH_FN(prelu));
-Operator<Tensor(const Tensor&, double, bool)> torch_dropout("dropout", TORCH_FN(dropout));
-Operator<Tensor&(Tensor&, double, bool)> torch_dropout_inplace("dropout_", TORCH_FN(dropout_));
+Operator<Tensor(const Tensor&, double, bool)> torch_dropout("dropout", TORCH_FN(dropout), "native_dropout");
+Operator<Tensor&(Tensor&, double, bool)> torch_dropout_inplace("dropout_", TORCH_FN(dropout_), "native_dropout");
 
 }  // namespace
 }  // namespace freezekit::enable

@@ -1,6 +1,5 @@
 #include "torch/enable/enable.h"
 
-#include <algorithm>
 #include <array>
 #include <memory>
 
@@ -19,15 +18,12 @@ std::array<std::unique_ptr<torch::Library>, kKeys.size()> registrations;
 }  // namespace
 
 std::vector<std::string> enable() {
-  std::vector<std::string> others;
+  std::array<torch::Library*, kKeys.size()> libraries;
   for (size_t i = 0; i < kKeys.size(); ++i) {
-    auto library = std::make_unique<torch::Library>(torch::Library::IMPL, "aten", kKeys[i], __FILE__, __LINE__);
-    for (auto& name : AnyOperator::take_over(*library, kKeys[i])) {
-      if (std::find(others.begin(), others.end(), name) == others.end()) others.push_back(std::move(name));
-    }
-    registrations[i] = std::move(library);
+    registrations[i] = std::make_unique<torch::Library>(torch::Library::IMPL, "aten", kKeys[i], __FILE__, __LINE__);
+    libraries[i] = registrations[i].get();
   }
-  return others;
+  return AnyOperator::take_over(libraries, kKeys);
 }
 
 void disable() {

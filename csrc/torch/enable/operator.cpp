@@ -1,5 +1,6 @@
 #include "torch/enable/operator.h"
 
+#include <string_view>
 #include <utility>
 
 namespace freezekit::enable {
@@ -10,54 +11,63 @@ std::vector<AnyOperator*>& all() {
   return operators;
 }
 
-// Torch registers once and for good: its kernels stay callable.
-bool is_torch_s(const std::string& registered) {
-  for (const char* source : {"/torch/csrc/autograd/generated/VariableType", "RegisterCompositeImplicitAutograd"}) {
-    if (registered.find(source) != std::string::npos) return true;
-  }
-  return false;
+c10::OperatorHandle find(const std::string& name) {
+  const std::string base = name.substr(0, name.find('.'));
+  const std::string overload = name.size() > base.size() ? name.substr(base.size() + 1) : "";
+  return c10::Dispatcher::singleton().findSchemaOrThrow(("aten::" + base).c_str(), overload.c_str());
 }
 
-class Forward : public c10::OperatorKernel {
- public:
-  explicit Forward(c10::SafeKernelFunction kernel) : kernel_(std::move(kernel)) {}
-  void operator()(const c10::OperatorHandle& op, DispatchKeySet keys, torch::jit::Stack* stack) {
-    kernel_.callBoxed(op, keys, stack);
-  }
+// What is registered for an operator, as torch prints it: a line for each key. A look at the kernels would be shorter,
+// and leave something behind in them each time.
+std::string registrations(const char* name) { return find(name).dumpState(); }
 
- private:
-  c10::SafeKernelFunction kernel_;
-};
+// Whether another library's kernel answers on a key; `key` as in the lines, with "[alias]" for some.
+bool has_other(const std::string& lines, const std::string& key) {
+  const auto begin = lines.find("\n" + key + ": ");
+  if (begin == std::string::npos) return false;
+  const std::string line = lines.substr(begin + 1, lines.find('\n', begin + 1) - begin);
+  const auto has = [&line](const char* source) { return line.find(source) != std::string::npos; };
+  return !has("/torch/csrc/autograd/generated/VariableType") && !has("/aten/src/ATen/Register");
+}
+
+bool has_other_autograd(const std::string& lines, c10::DispatchKey key) {
+  return has_other(lines, c10::toString(key)) || has_other(lines, "Autograd[alias]") ||
+         has_other(lines, "CompositeImplicitAutograd[alias]");
+}
+
+// Below autograd. What torch itself has for Meta is registered from Python, as others' kernels are.
+bool has_other_kernel(const std::string& lines, c10::DispatchKey autograd) {
+  const auto key = c10::toRuntimePerBackendFunctionalityKey(c10::DispatchKey::Dense, c10::toBackendComponent(autograd));
+  return key != c10::DispatchKey::Meta && has_other(lines, c10::toString(key));
+}
 
 }  // namespace
 
-AnyOperator::AnyOperator(const char* name, torch::CppFunction (*stand_in)()) : name_(name), stand_in_(stand_in) {
+AnyOperator::AnyOperator(const char* name, torch::CppFunction (*stand_in)(), const char* computes)
+    : name_(name), stand_in_(stand_in), computes_(computes) {
   all().push_back(this);
 }
 
-// False where the kernel of `key` is not torch's own.
-bool AnyOperator::find_stock(c10::DispatchKey key) {
-  const std::string name = name_, base = name.substr(0, name.find('.'));
-  const std::string overload = name.size() > base.size() ? name.substr(base.size() + 1) : "";
-  const auto handle = c10::Dispatcher::singleton().findSchemaOrThrow(("aten::" + base).c_str(), overload.c_str());
-  if (handle.hasKernelForDispatchKey(key)) return false;
-  auto kernel = handle.getComputedKernelForDispatchKey(key);
-  if (!is_torch_s(kernel.debug())) return false;
-  if (stock_.isValid()) return true;
-  stock_ = c10::KernelFunction::makeFromBoxedFunctor(std::make_unique<Forward>(std::move(kernel)));
-  bind(handle);
-  return true;
-}
-
-std::vector<std::string> AnyOperator::take_over(torch::Library& library, c10::DispatchKey key) {
+std::vector<std::string> AnyOperator::take_over(c10::ArrayRef<torch::Library*> libraries,
+                                                c10::ArrayRef<c10::DispatchKey> keys) {
+  std::vector<std::pair<AnyOperator*, torch::Library*>> free;
   std::vector<std::string> others;
   for (AnyOperator* op : all()) {
-    if (op->find_stock(key)) {
-      library.impl(op->name_, op->stand_in_());
-    } else {
-      others.emplace_back(op->name_);
+    op->bind(find(op->name_));
+    const std::string own = registrations(op->name_);
+    const std::string computed = !op->computes_                                 ? ""
+                                 : std::string_view(op->computes_) == op->name_ ? own
+                                                                                : registrations(op->computes_);
+    const size_t before = free.size();
+    for (size_t i = 0; i < keys.size(); ++i) {
+      const bool is_other_s = has_other_autograd(own, keys[i]) || has_other_autograd(computed, keys[i]) ||
+                              has_other_kernel(computed, keys[i]);
+      if (!is_other_s) free.emplace_back(op, libraries[i]);
     }
+    if (free.size() < before + keys.size()) others.emplace_back(op->name_);
   }
+  // Not before: what is registered already looks like another library's.
+  for (const auto& [op, library] : free) library->impl(op->name_, op->stand_in_());
   return others;
 }
 

@@ -2,7 +2,7 @@
 // of CPU, CUDA and Meta, and hands every call that it gains nothing from to the kernel that torch has there.
 //
 //   Tensor relu(DispatchKeySet keys, const Tensor& x) { ... torch_relu.stock(keys, x) ... }
-//   Operator<Tensor(const Tensor&)> torch_relu("relu", TORCH_FN(relu));
+//   Operator<Tensor(const Tensor&)> torch_relu("relu", TORCH_FN(relu), "relu");
 #pragma once
 
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -22,23 +22,22 @@ class AnyOperator {
  public:
   AnyOperator(const AnyOperator&) = delete;
 
-  // The stand-ins are registered with `library`, those apart that another library has taken on its `key`: their names
-  // are returned.
-  static std::vector<std::string> take_over(torch::Library& library, c10::DispatchKey key);
+  // The stand-ins are registered with the libraries, one for each of `keys`, except where another library has taken the
+  // operator on the key. The names of those operators are returned.
+  static std::vector<std::string> take_over(c10::ArrayRef<torch::Library*> libraries,
+                                            c10::ArrayRef<c10::DispatchKey> keys);
   static std::vector<std::string> names();
 
  protected:
-  AnyOperator(const char* name, torch::CppFunction (*stand_in)());
+  AnyOperator(const char* name, torch::CppFunction (*stand_in)(), const char* computes);
   ~AnyOperator() = default;
-
-  c10::KernelFunction stock_;
 
  private:
   virtual void bind(const c10::OperatorHandle&) = 0;
-  bool find_stock(c10::DispatchKey key);
 
   const char* name_;
   torch::CppFunction (*stand_in_)();
+  const char* computes_;
 };
 
 template <class Signature>
@@ -48,12 +47,16 @@ template <class Result, class... Args>
 class Operator<Result(Args...)> final : public AnyOperator {
  public:
   // Kernels are functions known at compile time: a kernel without state can be called while it is being replaced.
+  // `computes`: the operator whose kernel on a CPU or a GPU the stand-in does without; none where it calls torch's.
   template <class StandIn>
-  Operator(const char* name, StandIn) : AnyOperator(name, [] { return torch::CppFunction(StandIn()); }) {}
+  Operator(const char* name, StandIn, const char* computes = nullptr)
+      : AnyOperator(name, [] { return torch::CppFunction(StandIn()); }, computes) {}
 
-  // What torch has for the call.
+  // What torch has for the call: one kernel for the autograd keys of all devices, of which no stand-in hides the last.
+  // `keys` may have keys above autograd's, which have had their turn.
   Result stock(DispatchKeySet keys, Args... args) const {
-    return stock_.call<Result, Args...>(*handle_, keys, std::forward<Args>(args)...);
+    const auto others = (keys & c10::after_autograd_keyset).add(c10::DispatchKey::AutogradOther);
+    return handle_->redispatch(others, std::forward<Args>(args)...);
   }
 
   // What torch's kernel does where no gradient is recorded, reverse or forward: it calls the one below.
@@ -72,7 +75,9 @@ class Operator<Result(Args...)> final : public AnyOperator {
   }
 
  private:
-  void bind(const c10::OperatorHandle& handle) override { handle_ = handle.typed<Result(Args...)>(); }
+  void bind(const c10::OperatorHandle& handle) override {
+    if (!handle_) handle_ = handle.typed<Result(Args...)>();  // once: another thread may be reading it
+  }
 
   std::optional<c10::TypedOperatorHandle<Result(Args...)>> handle_;
 };

@@ -194,10 +194,11 @@ Tensor replication_pad3d(DispatchKeySet keys, const Tensor& x, SymIntArrayRef pa
   return linear<&torch_replication_pad3d, 6>("freezekit::replication_pad", keys, x, padding);
 }
 
-MaxPool torch_max_pool1d("max_pool1d", TORCH_FN(max_pool1d));
-MaxPool torch_max_pool2d("max_pool2d", TORCH_FN(max_pool2d));
-MaxPool torch_max_pool3d("max_pool3d", TORCH_FN(max_pool3d));
-MaxPoolWithIndices torch_max_pool2d_with_indices("max_pool2d_with_indices", TORCH_FN(max_pool2d_with_indices));
+MaxPool torch_max_pool1d("max_pool1d", TORCH_FN(max_pool1d), "max_pool2d_with_indices");
+MaxPool torch_max_pool2d("max_pool2d", TORCH_FN(max_pool2d), "max_pool2d_with_indices");
+MaxPool torch_max_pool3d("max_pool3d", TORCH_FN(max_pool3d), "max_pool3d_with_indices");
+MaxPoolWithIndices torch_max_pool2d_with_indices("max_pool2d_with_indices", TORCH_FN(max_pool2d_with_indices),
+                                                 "max_pool2d_with_indices");
 MaxPoolWithIndices torch_max_pool3d_with_indices("max_pool3d_with_indices", TORCH_FN(max_pool3d_with_indices));
 AvgPool torch_avg_pool2d("avg_pool2d", TORCH_FN(avg_pool2d));
 AvgPool torch_avg_pool3d("avg_pool3d", TORCH_FN(avg_pool3d));
