@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import freezekit._C as _C
 from freezekit import backends
 from freezekit._twin import is_plain
+from freezekit.functional._torch import jit_trace, records_torch_s
 from freezekit.fusion.layers import ACTIVATIONS, CONVS, NORMS, activation_kind, norm_tensors, sources, why_unfused
 
 _frozen = torch.ops.freezekit.frozen_conv2d.default
@@ -37,11 +38,15 @@ def run(
         channels_last: the layout of the result; None leaves it to torch's rule.
         shares: returns x too, for its later readers: their gradients are added inside this one's dgrad.
     """
+    if jit_trace() is not None and not backends.demands_kernels():
+        return None  # an archive of torch's operators loads without freezekit
     if not torch.compiler.is_compiling():
         y = _run(x, conv, norm, activation, residual, channels_last, backends._current, shares)
         if y is not None:
             return y
     if not _runs_fused(x, conv, norm, activation, residual):
+        return None
+    if not backends.demands_kernels() and records_torch_s(x, residual, *sources(conv, norm)):
         return None
     result = _fused(_shared if shares else _frozen, x, conv, norm, activation, residual, channels_last)
     return result if shares else result[0]

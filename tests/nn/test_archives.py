@@ -1,13 +1,15 @@
-"""A converted model, traced or exported without gradients, is an archive of torch's operators alone."""
+"""A converted or fused model, traced or exported without gradients, is an archive of torch's operators alone."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import freezekit as fk
@@ -42,11 +44,30 @@ def model() -> nn.Module:
     return fk.convert(layers).eval()
 
 
+class Residual(nn.Module):
+    """Two blocks for `fuse`, the second with a residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3)
+        self.conv2, self.norm2 = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(self.norm2(self.conv2(y)) + x)
+
+
+def fused() -> nn.Module:
+    torch.manual_seed(0)
+    return fk.fuse(nn.Sequential(Residual(), Residual()).eval())
+
+
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("way", ["export", "trace"])
-def test_it_loads_without_freezekit(way: str, frozen: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", [model, fused])
+def test_it_loads_without_freezekit(make: Callable[[], nn.Module], way: str, frozen: bool, tmp_path: Path) -> None:
     """Frozen weights and an input that does not learn need no gradient; elsewhere `no_grad` says so."""
-    net, x = model().requires_grad_(not frozen), torch.linspace(-1, 1, 2 * 3 * 16 * 16).view(2, 3, 16, 16)
+    net, x = make().requires_grad_(not frozen), torch.linspace(-1, 1, 2 * 3 * 16 * 16).view(2, 3, 16, 16)
     path = str(tmp_path / ("archive.pt2" if way == "export" else "archive.pt"))
     with torch.set_grad_enabled(frozen or way == "trace"):
         if way == "export":
