@@ -33,8 +33,8 @@ struct OutputRow {
 };
 
 // Where a tap of an output is in its volume, and -1 where it is outside. Taps of one byte are looked up in a table made
-// once a call, since three divisions cost more than such a pooling itself. Taps may be any numbers; only places inside the
-// volume come out.
+// once a call, since three divisions cost more than such a pooling itself. Taps and settings may be any numbers; only places
+// inside the volume come out.
 class TapPositions {
  public:
   using Place = std::array<int64_t, 3>;
@@ -42,7 +42,7 @@ class TapPositions {
   explicit TapPositions(const Pooling3d& g)
       : g_(g), places_(g.places()), taps_(g.taps()),
         is_dilated_(g.dilation_d > 1 || g.plane.dilation_h > 1 || g.plane.dilation_w > 1) {
-    const size_t count = static_cast<size_t>(std::min<int64_t>(taps_, 256));
+    const auto count = static_cast<size_t>(std::clamp<int64_t>(taps_, 0, 256));
     for (size_t tap = 0; tap < count; ++tap) {
       const Place place = first_place(static_cast<int64_t>(tap));
       offsets_[tap] = index(place);
@@ -69,7 +69,7 @@ class TapPositions {
       const int64_t at = index(origin) + offsets_[tap];
       if (static_cast<uint64_t>(at) >= static_cast<uint64_t>(places_)) return -1;
       // Without dilation every window has a tap inside, which forward took: the check above is for memory's sake alone.
-      return !is_dilated_ || is_inside(origin, dilated_[tap]) ? at : -1;
+      return !is_dilated_ || (tap < dilated_.size() && is_inside(origin, dilated_[tap])) ? at : -1;
     } else {
       if (tap < 0 || tap >= taps_) return -1;
       const Place first = first_place(tap);
