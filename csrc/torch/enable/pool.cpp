@@ -31,16 +31,31 @@ bool is_in_range(IntArrayRef numbers) {
                      [](int64_t number) { return number > -kExtentLimit && number < kExtentLimit; });
 }
 
-// Whether a pooling over so many axes has settings that freezekit's takes; a list of one number stands for all of them.
-bool are_windows(size_t axes, IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation) {
+// Whether torch has no objection to a pooling over the last `axes` axes, and freezekit's takes its settings; a list of one
+// number stands for all axes. Errors are torch's to word.
+bool are_windows(const Tensor& x, int64_t axes, IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef padding,
+                 IntArrayRef dilation) {
   const auto fits = [axes](IntArrayRef numbers) {
-    return (numbers.size() == 1 || numbers.size() == axes) && is_in_range(numbers);
+    return (numbers.size() == 1 || static_cast<int64_t>(numbers.size()) == axes) && is_in_range(numbers);
   };
-  return fits(kernel_size) && (stride.empty() || fits(stride)) && fits(padding) && fits(dilation);
+  const int64_t first = x.dim() - axes;
+  if (first < 1 || !fits(kernel_size) || !(stride.empty() || fits(stride)) || !fits(padding) || !fits(dilation)) {
+    return false;
+  }
+  const auto extent = [&](int64_t axis) { return x.sym_size(axis).maybe_as_int().value_or(kExtentLimit); };
+  if (extent(first - 1) < 1) return false;
+  for (int64_t i = 0; i < axes; ++i) {
+    const auto at = [i](IntArrayRef numbers) { return numbers[numbers.size() == 1 ? 0 : i]; };
+    const int64_t kernel = at(kernel_size), pad = at(padding), reach = at(dilation) * (kernel - 1) + 1;
+    const bool is_positive = kernel > 0 && at(dilation) > 0 && (stride.empty() || at(stride) > 0);
+    const int64_t size = extent(first + i);
+    if (!is_positive || pad < 0 || pad > reach / 2 || size < 1 || size + 2 * pad < reach) return false;
+  }
+  return true;
 }
 
 bool has_taps(const Tensor& x, IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation) {
-  return x.dim() == 4 && are_windows(2, kernel_size, stride, padding, dilation) && gains(Op::max_pool2d, x);
+  return x.dim() == 4 && are_windows(x, 2, kernel_size, stride, padding, dilation) && gains(Op::max_pool2d, x);
 }
 
 PoolGeometry geometry(IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
@@ -54,7 +69,7 @@ Tensor max_pool1d(DispatchKeySet keys, const Tensor& x, IntArrayRef kernel_size,
   if (is_unseen(x) && is_unrecorded(x)) {
     return torch_max_pool1d.unrecorded(keys, x, kernel_size, stride, padding, dilation, ceil_mode);
   }
-  if (is_unrecorded(x) || x.dim() != 3 || !are_windows(1, kernel_size, stride, padding, dilation) ||
+  if (is_unrecorded(x) || x.dim() != 3 || !are_windows(x, 1, kernel_size, stride, padding, dilation) ||
       !gains(Op::max_pool2d, x)) {
     return torch_max_pool1d.stock(keys, x, kernel_size, stride, padding, dilation, ceil_mode);
   }
@@ -89,7 +104,7 @@ std::tuple<Tensor, Tensor> max_pool2d_with_indices(DispatchKeySet keys, const Te
 // The settings of a pooling over volumes that freezekit's serves.
 std::optional<Windows3d> windows(const Tensor& x, IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef padding,
                                  IntArrayRef dilation, bool ceil_mode) {
-  if (!are_windows(3, kernel_size, stride, padding, dilation) || !serves(Value::torch_s, x)) return std::nullopt;
+  if (!are_windows(x, 3, kernel_size, stride, padding, dilation) || !serves(Value::torch_s, x)) return std::nullopt;
   const Windows3d g(symbols(kernel_size), symbols(stride), symbols(padding), symbols(dilation), ceil_mode);
   return keeps_taps(x, g) ? std::optional(g) : std::nullopt;
 }
