@@ -24,7 +24,7 @@ from tests.dropin.test_public_errors import model
 warnings.simplefilter("ignore")
 torch.set_num_threads(1)
 os.chdir(tempfile.mkdtemp())
-ROUNDS = 4
+ROUNDS = 8
 GIVEN = [malformed.X, malformed.W, malformed.B, hostile.X, hostile.W, hostile.G, hostile.ONES]
 raw = [(op, arguments) for op, arguments in hostile.cases(0)][::3]
 
