@@ -26,7 +26,8 @@ _AUTOGRAD = (DispatchKey.AutogradCPU, DispatchKey.AutogradCUDA, DispatchKey.Auto
 
 _lock = threading.RLock()
 # A child forked while another thread switches would wait for it for ever.
-os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
+if hasattr(os, "register_at_fork"):  # a system that has fork
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 _depth = 0
 _warned: set[str] = set()
 _watching = threading.local()

@@ -346,8 +346,8 @@ Tensor copy_of(const Tensor& vector) {
 
 std::shared_ptr<Recipe> group_norm(const Tensor& x, const Tensor& mean, const Tensor& rstd, const Tensor& weight,
                                    const Tensor& bias, bool has_data) {
-  if (!can_be_made_again(x) || (!weight.defined() && !bias.defined()))
-    return nullptr;  // without, torch's formula differs
+  // Without parameters torch's formula is another.
+  if (!can_be_made_again(x) || (!weight.defined() && !bias.defined())) return nullptr;
   const int64_t n = x.size(0), c = x.size(1);
   const bool are_statistics =
       mean.dim() == 2 && mean.size(0) == n && mean.sizes() == rstd.sizes() && mean.size(1) > 0 && c % mean.size(1) == 0;
