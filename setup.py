@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -118,8 +119,11 @@ class Build(build_ext):
             hopper = "-DFREEZEKIT_SM90A" if "90a" in archs else ""  # whether there is code for Hopper's kernels
             flags = f"-std=c++17 -O3 -I{CSRC} -Xcompiler -fPIC,-fvisibility=hidden {small} {hopper}"
             flags = f"{flags} {' '.join(arch_flags(archs))}"
+            # nvcc reads these too: in the command, where they are set, others than before are compiled with again.
+            appended = os.environ.get("NVCC_APPEND_FLAGS")
+            begin = f"NVCC_APPEND_FLAGS={shlex.quote(appended)} {nvcc}" if appended else str(nvcc)
             extension.extra_objects += map(
-                str, ninja(build, "nvcc", f"{nvcc} {flags} -MD -MF $out.d -c $in -o $out", KERNELS)
+                str, ninja(build, "nvcc", f"{begin} {flags} -MD -MF $out.d -c $in -o $out", KERNELS)
             )
             lib = cuda_home(nvcc)
             extension.library_dirs += [

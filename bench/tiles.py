@@ -11,7 +11,6 @@ timed; the exit code is then 1. With `--json` the file is whole after each line.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -25,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import layer_lists
+from bench import document, layer_lists
 from bench.environment import describe
 from bench.layer_lists import LayerShape
 from bench.settings import DTYPES
@@ -236,7 +235,7 @@ def main(arguments: list[str] | None = None) -> int:
                     "rows": list(map(asdict, rows)),
                     "wrong": wrong,
                 }
-                options.json.write_text(json.dumps(content, indent=1) + "\n")
+                document.write(content, options.json)
             longest = max(longest, time.monotonic() - start)
     print(summary(rows))
     return 1 if wrong else 0

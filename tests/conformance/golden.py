@@ -18,10 +18,13 @@ FILE = Path(__file__).with_name("golden.npz")
 
 
 def save(path: Path, about: dict[str, Any], results: dict[str, Arrays], probes: list[Probe]) -> None:
-    """Writes the results of the probes that gave any."""
+    """Writes the results of the probes that gave any; replaces the file in one step, so that no sudden end spoils it."""
     about = {**about, "inputs": {p.name: digest(p.inputs()) for p in probes if p.name in results}}
     flat = {f"{name}/{key}": array for name, arrays in results.items() for key, array in arrays.items()}
-    np.savez_compressed(path, about=np.array(json.dumps(about, sort_keys=True)), **flat)
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:  # numpy would add its own suffix to a name
+        np.savez_compressed(file, about=np.array(json.dumps(about, sort_keys=True)), **flat)
+    part.replace(path)
 
 
 def load(path: Path) -> tuple[dict[str, Any], dict[str, Arrays]]:

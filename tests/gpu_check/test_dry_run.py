@@ -19,6 +19,7 @@ from tools.gpu_check.step import Step
 HANGING_TEST = """
 import pathlib, pytest, time
 def test_first(): pass
+def test_second(): assert "right" == "wrong"
 def test_hangs():
     pathlib.Path({marker!r}).touch()
     time.sleep(600)
@@ -49,9 +50,7 @@ def with_faults(plan: list[Step], marker: Path, tests: Path) -> list[Step]:
         # Drivers have a second together, or none where torch takes longer to import: they fail either way.
         "kernels": replace(faulty(made["kernels"], "hanging_driver", str(driver)), budget=step.SPARE + 4),
         "selftest": faulty(made["selftest"], "crash"),
-        "gpu tests": replace(
-            made["gpu tests"], command=(*pytest_alone, "-v", str(tests / "test_hanging.py")), not_here=""
-        ),
+        "gpu tests": replace(made["gpu tests"], command=(*pytest_alone, str(tests / "test_hanging.py")), not_here=""),
         "compare": faulty(made["compare"], "wrong_row"),
         "other tests": replace(made["other tests"], command=(*pytest_alone, str(tests / "test_fine.py"))),
     }
@@ -100,7 +99,9 @@ def test_faults_in_almost_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert summary["selftest"]["said"].startswith("exit code -6: ")
     assert summary["selftest"]["said"].endswith("  pass")
     assert summary["gpu tests"]["said"].startswith("ended after")
-    assert "test_first PASSED" in log, "what ran before the test that hangs is known"
+    assert "::test_second (call): AssertionError: assert 'right' == 'wrong'" in log, (
+        "what failed before the hang is known"
+    )
     rows = json.loads((folder / "compare.json").read_text())["rows"]
     assert {row["case"] for row in rows if row["failure"]} == {"pointwise"}
     assert len({row["case"] for row in rows if not row["failure"]}) == 4, "a wrong row is a row"

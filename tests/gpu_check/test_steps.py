@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -15,6 +18,7 @@ import torch
 from bench import options
 from tools.gpu_check import __main__ as command
 from tools.gpu_check import report, steps
+from tools.gpu_check.deadline import MARGIN
 from tools.gpu_check.machine import Host
 from tools.gpu_check.step import LOG_BYTES, NOT_RUN, ROOT, SPARE, Step, run
 
@@ -66,7 +70,7 @@ def test_every_limit_is_a_part_of_what_is_left() -> None:
     assert {s.name for s in plan if "{until}" not in s.command} == {"build"}
     sources = [*(ROOT / "tools/gpu_check").glob("*.py"), *(ROOT / "tests/conformance").glob("[!t]*.py")]
     sources += [ROOT / "bench/child.py", ROOT / "bench/tiles.py", ROOT / "freezekit/selftest.py"]
-    limits = [limit for path in sources for limit in re.findall(r"timeout=([^,)]+)", path.read_text())]
+    limits = [limit for path in sources for limit in re.findall(r"\btimeout=([^,)]+)", path.read_text())]
     assert len(limits) == 3
     assert not [limit for limit in limits if re.match(r"[\d.]|[A-Z_]+$", limit)]
 
@@ -113,6 +117,67 @@ def test_every_step_runs_whatever_became_of_those_before(tmp_path: Path, capsys:
     assert "passed   fine: right" in capsys.readouterr().out
 
 
+def test_whoever_takes_the_machine_away_gets_what_is_known(tmp_path: Path) -> None:
+    """SIGTERM in the middle of a step, of which nothing is left."""
+    folder, pid = tmp_path / "out", tmp_path / "pid"
+    slow = f"import os, time; print('half'); open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    program = f"""
+import sys
+from tests.gpu_check.test_steps import HERE, step
+from tools.gpu_check import __main__ as command, machine, steps
+machine.read = lambda *_: HERE
+steps.plan = lambda *_: [step("first", "print('whole')"), step("second", {slow!r}, 600), step("third", "print('ran')")]
+sys.exit(command.main(["--out", {str(folder)!r}]))
+"""
+    check = subprocess.Popen(script(program), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    start = time.monotonic()
+    while not pid.exists() or not pid.read_text():
+        assert check.poll() is None
+        assert time.monotonic() - start < 300
+        time.sleep(0.05)
+    check.send_signal(signal.SIGTERM)
+    said, _ = check.communicate(timeout=60)
+    assert check.returncode == 1, "one step failed"
+    found = {s["step"]: (s["result"], s["said"]) for s in json.loads((folder / "summary.json").read_text())["steps"]}
+    assert found["first"] == ("passed", "whole")
+    assert found["second"][0] == "failed"
+    assert re.fullmatch(r"asked to end from outside after \d+ s; last: half", found["second"][1])
+    assert found["third"] == ("not run", "the check was asked to end from outside")
+    assert "===== second: failed\nhalf\n" in (folder / "log.txt").read_text()
+    assert f"results in {folder}" in said
+    assert not is_running(int(pid.read_text()))
+
+
+def test_a_full_disk_costs_neither_the_check_nor_what_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write = Path.write_text
+
+    def full(path: Path, text: str) -> int:
+        if path.name.startswith("summary.json") and '"step": "second"' in text:
+            write(path, text[:10])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, text)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    outcomes = command.run_all([step("first", ""), step("second", "")], tmp_path, HERE, "make gpu-check", 60)
+    assert [o.result for o in outcomes] == ["passed", "passed"]
+    assert [s["step"] for s in json.loads((tmp_path / "summary.json").read_text())["steps"]] == ["first"]
+    assert "===== first: passed" in (tmp_path / "log.txt").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.txt", "summary.json", "summary.md"]
+    assert "No space left on device" in capsys.readouterr().out
+
+
+def test_what_a_step_left_unfinished_is_removed(tmp_path: Path) -> None:
+    outcomes = command.run_all(
+        [step("ended", f"open({str(tmp_path / 'compare.json.part')!r}, 'w').write('half')")], tmp_path, HERE, "", 60
+    )
+    assert [o.result for o in outcomes] == ["passed"]
+    assert not list(tmp_path.glob("*.part"))
+    (tmp_path / "golden.npz.part").touch()
+    assert report.empty(tmp_path), "of a check that was ended at once"
+
+
 def test_results_that_are_too_large_fail(tmp_path: Path) -> None:
     assert report.check_size(tmp_path) == ""
     big = step("big", f"open({str(tmp_path / 'layers.json')!r}, 'wb').truncate(17 << 20)")
@@ -150,6 +215,24 @@ def test_the_build_is_for_the_device_alone_and_its_waits_end() -> None:
     assert plan["build"].command[:3] == ("env", "NVCC_APPEND_FLAGS=-DFK_BOUNDED_WAITS", "FREEZEKIT_CUDA_ARCHS=90a")
 
 
+def test_what_was_built_with_other_flags_is_built_again(tmp_path: Path) -> None:
+    """What nvcc reads from the environment is in the command: else waits without end would stay in objects of before."""
+    for name, body in (("nvcc", "echo V13.0.1"), ("ninja", "exit 1")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    flags, build = "-DFK_BOUNDED_WAITS", tmp_path / "build"
+    environment = {
+        **os.environ,
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "NVCC_APPEND_FLAGS": flags,
+        "CUDA_HOME": "",
+    }
+    to = ("--build-temp", str(build), "--build-lib", str(tmp_path / "lib"))
+    command = [sys.executable, "setup.py", "-q", "build_ext", *to]
+    assert subprocess.run(command, cwd=ROOT, env=environment, capture_output=True).returncode != 0
+    assert f"command = NVCC_APPEND_FLAGS={flags} {tmp_path / 'nvcc'} -std=" in (build / "nvcc.ninja").read_text()
+
+
 def test_gpu_tests_are_looked_for_where_they_are() -> None:
     files = steps.gpu_files()
     assert {"tests/proof/test_on_gpu.py", "tests/operators/test_values.py"} <= set(files)
@@ -159,6 +242,7 @@ def test_gpu_tests_are_looked_for_where_they_are() -> None:
 
 def test_what_is_asked_of_compare_makes_sense(tmp_path: Path) -> None:
     plan = {s.name: s for s in steps.plan(tmp_path, emulated=True, about="")}
+    assert f"faulthandler_timeout={MARGIN - SPARE:g}" in plan["other tests"].command, "a hang shows where"
     for name, dtype in (("layers", torch.bfloat16), ("compare", torch.float32)):
         told = [part.replace("{until}", str(time.monotonic() + 100)) for part in plan[name].command]
         asked = options.parse(told[2:])

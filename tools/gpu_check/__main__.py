@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import machine, report, steps
-from .step import Outcome, Step, run
+from .step import Outcome, Step, end_when_asked, run
 
 SECONDS = 530.0  # of the whole: under nine minutes
 FIRST_LOOK = 30.0  # of those, for what the machine is
@@ -24,16 +24,24 @@ FIRST_LOOK = 30.0  # of those, for what the machine is
 def run_all(plan: Sequence[Step], folder: Path, here: machine.Host, command: str, seconds: float) -> list[Outcome]:
     """Runs the steps in order; the folder holds what is known after each."""
     end, outcomes = time.monotonic() + seconds, list[Outcome]()
-    report.write(folder, here, outcomes, command)
+    keep(folder, here, outcomes, command)
     for step in plan:
         outcome = run(step, end - time.monotonic())
         outcomes.append(outcome)
-        report.write(folder, here, outcomes, command)
+        keep(folder, here, outcomes, command)
         print(f"{outcome.seconds:4.0f} s  {outcome.result:8} {outcome.step}: {outcome.said}", flush=True)
     if too_much := report.check_size(folder):
         outcomes.append(Outcome("size of the results", "failed", 0.0, too_much))
-        report.write(folder, here, outcomes, command)
+        keep(folder, here, outcomes, command)
     return outcomes
+
+
+def keep(folder: Path, here: machine.Host, outcomes: Sequence[Outcome], command: str) -> None:
+    """Writes what is known; where that fails, on a full disk, what was written before stays, and the check goes on."""
+    try:
+        report.write(folder, here, outcomes, command)
+    except OSError as error:
+        print(f"the results are not in {folder}: {error.strerror}", flush=True)
 
 
 def find_cuda() -> None:
@@ -74,6 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"argument --only: no such step: {', '.join(sorted(unknown))}")
         plan = [step for step in plan if step.name in wanted]
     command = "make gpu-check" + (" EMULATED=1" if options.emulated else "")
+    end_when_asked()
     print(
         f"{here.device or 'no CUDA device'}, driver {here.driver}, torch {here.torch}, commit {here.commit}", flush=True
     )

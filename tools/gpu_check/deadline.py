@@ -3,7 +3,8 @@
     python -m pytest -p tools.gpu_check.deadline --until INSTANT
 
 A whole suite need not fit into what is left of nine minutes; what did not fit is said, and the run is then not a pass:
-it exits with NOT_RUN where nothing failed. So it does where every test was skipped.
+it exits with NOT_RUN where nothing failed. So it does where every test was skipped. A failure has a line at once: where
+a later test hangs, pytest's own report is never printed.
 """
 
 from __future__ import annotations
@@ -27,6 +28,26 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     until = item.config.getoption("--until")
     if until is not None and time.monotonic() > until - MARGIN:
         pytest.skip(LATE)
+
+
+class Told:
+    """Prints failures as they are known."""
+
+    def __init__(self, reporter: Any) -> None:
+        self.reporter = reporter
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            lines = report.longreprtext.splitlines()
+            why = next((line[1:].strip() for line in lines if line.startswith("E ")), "")
+            self.reporter.write_line(f"\nFAILED {report.nodeid} ({report.when}): {why}")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Told(reporter))
 
 
 @pytest.hookimpl(trylast=True)

@@ -11,6 +11,7 @@ from .step import Outcome
 
 # All that steps and this module write.
 FILES = ("summary.json", "summary.md", "log.txt", "golden.npz", "layers.json", "tiles.json", "compare.json")
+PART = ".part"  # of a file's name while it is written, here and by the steps
 MOST_FILES = 8
 MOST_BYTES = 16 << 20
 
@@ -38,18 +39,34 @@ def readable(machine: Host, outcomes: Sequence[Outcome], command: str) -> str:
 
 
 def write(folder: Path, machine: Host, outcomes: Sequence[Outcome], command: str) -> None:
-    """Writes the three files. Called after every step, so that an end from outside leaves what was known."""
+    """Writes the three files. Called after every step, so that an end from outside leaves what was known.
+
+    Each is replaced in one step: a write that fails leaves the one before.
+    """
     steps = [{"step": o.step, "result": o.result, "seconds": round(o.seconds, 1), "said": o.said} for o in outcomes]
     summary = {"machine": machine.to_dict(), "command": command, "steps": steps}
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    (folder / "summary.md").write_text(readable(machine, outcomes, command))
-    (folder / "log.txt").write_text("".join(f"===== {o.step}: {o.result}\n{o.log.rstrip()}\n\n" for o in outcomes))
+    log = "".join(f"===== {o.step}: {o.result}\n{o.log.rstrip()}\n\n" for o in outcomes)
+    texts = {
+        "summary.json": json.dumps(summary, indent=1) + "\n",
+        "summary.md": readable(machine, outcomes, command),
+        "log.txt": log,
+    }
+    for unfinished in folder.glob(f"*{PART}"):  # of a step that was ended
+        unfinished.unlink()
+    for name, text in texts.items():
+        part = folder / (name + PART)
+        try:
+            part.write_text(text)
+            part.replace(folder / name)
+        except OSError:
+            part.unlink(missing_ok=True)
+            raise
 
 
 def empty(folder: Path) -> bool:
     """Makes the folder, without results of an earlier check; False, and nothing done, if anything else is there."""
     found = list(folder.iterdir()) if folder.is_dir() else []
-    if any(path.name not in FILES for path in found) or (folder.exists() and not folder.is_dir()):
+    if any(path.name.removesuffix(PART) not in FILES for path in found) or (folder.exists() and not folder.is_dir()):
         return False
     for path in found:
         path.unlink()

@@ -24,6 +24,7 @@ NOT_RUN = 77
 LOG_BYTES = 1 << 20  # of a step, kept from the end
 MERCY = 3.0  # seconds between asking a process to end and ending it
 SPARE = 5.0  # seconds of a limit that a command is not told of: to end by itself, and to say so
+ASKED = "asked to end from outside"
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ def run(step: Step, seconds: float) -> Outcome:
     """Runs a step for at most its budget, and at most `seconds`, which are what is left of the whole."""
     if step.not_here:
         return Outcome(step.name, "not run", 0.0, step.not_here)
+    if _running.ended:
+        return Outcome(step.name, "not run", 0.0, f"the check was {ASKED}")
     limit = min(step.budget, seconds)
     if limit <= 0:
         return Outcome(step.name, "not run", 0.0, "no time was left")
@@ -76,6 +79,8 @@ def run(step: Step, seconds: float) -> Outcome:
     took = time.monotonic() - start
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     last = lines[-1][:200] if lines else "it printed nothing"
+    if _running.ended:
+        return Outcome(step.name, "failed", took, f"{ASKED} after {took:.0f} s; last: {last}", log)
     if code is None:
         return Outcome(step.name, "failed", took, f"ended after {limit:.0f} s, which is its budget; last: {last}", log)
     if code == NOT_RUN:
@@ -120,13 +125,41 @@ def _wait(command: Sequence[str], limit: float, output: BinaryIO, errors: int) -
         stderr=errors,
         stdin=subprocess.DEVNULL,
         start_new_session=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},  # what it said before it was ended is known
     )
+    _running.processes.append(process)
     try:
-        return process.wait(limit)
+        return None if _running.ended else process.wait(limit)
     except subprocess.TimeoutExpired:
         return None
     finally:
+        _running.processes.remove(process)
         _end_group(process)
+
+
+@dataclass
+class _Running:
+    """What would outlive this process, since it has sessions of its own; whether the check has been asked to end."""
+
+    processes: list[subprocess.Popen[bytes]]
+    ended: bool = False
+
+
+_running = _Running([])
+
+
+def end_when_asked() -> None:
+    """From now on SIGTERM ends the step under way, with all that it started; those after it are not run.
+
+    So whoever takes the machine away gets the folder with all that is known, and no process is left on the GPU.
+    """
+
+    def end(*_: object) -> None:
+        _running.ended = True
+        for process in list(_running.processes):
+            _end_group(process)
+
+    signal.signal(signal.SIGTERM, end)
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:

@@ -7,7 +7,8 @@ import re
 import sys
 from pathlib import Path
 
-from .step import ROOT, Step
+from .deadline import MARGIN
+from .step import ROOT, SPARE, Step
 
 NO_DEVICE = "no CUDA device"
 # They prove the emulator, and never touch a GPU: last, so that what is left out for want of time is theirs.
@@ -22,9 +23,10 @@ def python(*arguments: str) -> tuple[str, ...]:
 
 
 def pytest(*arguments: str, dist: str) -> tuple[str, ...]:
-    """On all cores where xdist is there; no test begins near the end of the step."""
+    """On all cores where xdist is there; no test begins near the end of the step, and one that hangs shows where."""
     workers = ("-n", "auto", "--dist", dist) if importlib.util.find_spec("xdist") else ()
-    return python("-m", "pytest", "-p", "tools.gpu_check.deadline", *UNTIL, *workers, *arguments)
+    hangs = ("-o", f"faulthandler_timeout={MARGIN - SPARE:g}")
+    return python("-m", "pytest", "-p", "tools.gpu_check.deadline", *UNTIL, *hangs, *workers, *arguments)
 
 
 def gpu_files() -> tuple[str, ...]:
