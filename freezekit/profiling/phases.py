@@ -40,6 +40,8 @@ _IN_KERNEL_NAME = {
     "wgrad": re.compile("wgrad|grad_weight|backward_weight"),
 }
 _GATE_KERNEL = re.compile("gate_kernel")
+# cuDNN's conversions between layouts; others, which have general names, count as a part of what they are run for.
+_LAYOUT_KERNEL = re.compile("nchw_?to_?nhwc|nhwc_?to_?nchw", re.IGNORECASE)
 
 
 def phases_of_operator(event: Event) -> tuple[str, ...]:
@@ -77,7 +79,10 @@ def phases_of_kernel(event: Event) -> tuple[str, ...]:
 
     Where one operator computes several, as an `aten::convolution_backward` that was asked for both gradients, the
     kernel's own name decides; a kernel that does not tell keeps them all, and one that convolves keeps its epilogue.
+    One that only lays a tensor out otherwise computes none.
     """
+    if _LAYOUT_KERNEL.search(event.name):
+        return ()
     found: tuple[str, ...] = ()
     for outer in event.ancestors():
         if not outer.on_device:

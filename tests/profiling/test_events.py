@@ -82,7 +82,9 @@ def test_a_sum_is_a_bias_gradient_only_inside_the_convolutions_node() -> None:
         ("conv_depthwise2d_grad_weight_kernel<float>", [True, True, False], ("wgrad",)),
         ("conv_depthwise3d_cuda_backward_input_kernel<float>", [True, True, False], ("dgrad",)),
         ("conv_depthwise3d_cuda_backward_weight_kernel<float>", [True, True, False], ("wgrad",)),
-        ("nchwToNhwcKernel", [True, True, False], ("dgrad", "wgrad")),
+        ("void cudnn::ops::nchwToNhwcKernel<float>", [True, True, False], ()),
+        ("void cudnn::engines_precompiled::nhwcToNchwKernel<float>", [True, False, False], ()),
+        ("a kernel that does not tell", [True, True, False], ("dgrad", "wgrad")),
         # A dgrad that a library runs with its fprop kernel: what was asked for decides.
         ("sm90_xmma_fprop_implicit_gemm_bf16", [True, False, False], ("dgrad",)),
     ],
