@@ -67,7 +67,8 @@ def max_pool2d(
         input: (N, C, H, W), or (C, H, W) unbatched.
         kernel_size, stride, padding, dilation: one number, or (height, width); stride defaults to kernel_size.
         ceil_mode: let the last window begin inside the input and end outside.
-        return_indices: also return int64 places h * W + w, which the caller then keeps.
+        return_indices: also return int64 places h * W + w, which the caller then keeps. On a GPU under backend
+            ``"auto"`` the call is then torch's own.
 
     Returns:
         (N, C, P, Q), or that and the indices.

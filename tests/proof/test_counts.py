@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -113,6 +114,28 @@ def test_once_proven_it_moves_no_more_than_stock_and_its_mask(name: str, dtype: 
     assert sum(moved for _, moved in own) <= sum(moved for _, moved in calls) + mask
     if name != "dropout":
         assert sum(moved for _, moved in own) < sum(moved for _, moved in calls)
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_a_pool_that_is_asked_for_indices_runs_what_stock_runs(enabled: bool) -> None:
+    """Always: from taps they would be made in a dozen passes of eight bytes per element."""
+    x = x_of(torch.float32)
+
+    def pool(function: Callable[..., Any]) -> Callable[[Tensor], Tensor]:
+        return lambda x: function(x, 3, 2, 1, return_indices=True)[0]
+
+    def operators(layer: Callable[[Tensor], Tensor]) -> list[str]:
+        with profile(activities=[ProfilerActivity.CPU]) as recorded:
+            step(layer, x)
+        return [event.name for event in recorded.events() if event.name.startswith("aten::")]
+
+    stock = operators(pool(F.max_pool2d))
+    with stand_in():
+        step(LAYERS["max_pool2d"][1], x)
+        with fk.enabled() if enabled else nullcontext(), launches() as kernels:
+            own = operators(pool(F.max_pool2d if enabled else fk.functional.max_pool2d))
+    assert kernels == []
+    assert own == stock
 
 
 # Without kernels of freezekit's on a GPU: how to make the layer, and the size of its input.

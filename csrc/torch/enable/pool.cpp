@@ -95,7 +95,7 @@ std::tuple<Tensor, Tensor> max_pool2d_with_indices(DispatchKeySet keys, const Te
   if (is_unrecorded(x)) {
     return torch_max_pool2d_with_indices.unrecorded(keys, x, kernel_size, stride, padding, dilation, ceil_mode);
   }
-  if (!has_taps(x, kernel_size, stride, padding, dilation)) {
+  if (!makes_indices(x, Backend::automatic) || !has_taps(x, kernel_size, stride, padding, dilation)) {
     return torch_max_pool2d_with_indices.stock(keys, x, kernel_size, stride, padding, dilation, ceil_mode);
   }
   return record_max_pool2d_with_indices(x, geometry(kernel_size, stride, padding, dilation, ceil_mode));

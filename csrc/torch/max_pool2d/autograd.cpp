@@ -128,8 +128,12 @@ Tensor record_max_pool1d(const Tensor& input, const PoolGeometry& g) {
   return record_max_pool2d(input.unsqueeze(-2), g).squeeze(-2);
 }
 
+bool makes_indices(const Tensor& input, Backend backend) {
+  return is_own(backend) || !choices::candidate_on(input.device().type());
+}
+
 std::tuple<Tensor, Tensor> record_max_pool2d_with_indices(const Tensor& input, const PoolGeometry& g) {
-  if (is_torch_s(input, g)) return indices_aten(input, g);
+  if (!makes_indices(input, g.backend) || is_torch_s(input, g)) return indices_aten(input, g);
   const auto [result, taps] = pool_and_record(input, g);
   return {result, max_pool2d_indices(taps, input.sym_sizes(), g)};
 }

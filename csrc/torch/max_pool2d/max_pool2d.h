@@ -49,6 +49,9 @@ Tensor record_max_pool2d(const Tensor& input, const PoolGeometry&);
 // The same of rows (N, C, W), by a geometry of rows.
 Tensor record_max_pool1d(const Tensor& input, const PoolGeometry&);
 std::tuple<Tensor, Tensor> record_max_pool2d_with_indices(const Tensor& input, const PoolGeometry&);
+// Whether indices are made of taps. That takes a dozen passes: on a GPU, unless kernels are demanded, torch's one kernel
+// makes them.
+bool makes_indices(const Tensor& input, Backend);
 
 // The value and, for each element of it, its tap.
 std::tuple<Tensor, Tensor> max_pool2d_taps(const Tensor& input, const PoolGeometry&);
