@@ -99,7 +99,7 @@ def load_choices(text: str) -> None:
         there, rows = dict(document["measured_with"]), [Choice(**row) for row in document["choices"]]
         for row in rows:
             _check(row)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"text must be what dump_choices() gave, got {text[:60]!r}: {error!r}") from error
     here = _here()
     if differing := [name for name in here if there.get(name, "unknown") != here[name]]:
@@ -132,5 +132,6 @@ def _check(row: Choice) -> None:
     seconds = (row.aten_seconds, row.native_seconds)
     if not isinstance(row.problem, str) or not isinstance(row.agree, bool) or not isinstance(row.note, str):
         raise TypeError(f"problem and note must be text, agree true or false, got {row!r}")
-    if not all(isinstance(s, (int, float)) and 0 <= s < float("inf") for s in seconds):
+    (row.problem + row.note).encode()  # JSON has halves of characters, which no text has
+    if not all(isinstance(s, (int, float)) and 0 <= float(s) < float("inf") for s in seconds):
         raise ValueError(f"seconds must be non-negative numbers, got {row!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import subprocess
 import threading
@@ -97,6 +98,7 @@ def test_a_class_is_of_one_kernel_dtype_layout_and_filter() -> None:
         (x, w, {"stride": 2}),
         (x, w, {"dilation": 2}),
         (x, w[:, :, :1, :1], {}),
+        (torch.randn(1, 4, 6, 6), torch.randn(4, 2, 3, 3), {"groups": 2}),
     ]
     with stand_in(FASTER):
         for i, (a, b, settings) in enumerate(calls):
@@ -181,6 +183,77 @@ def test_determinism_takes_what_was_loaded_alone(monkeypatch: pytest.MonkeyPatch
             torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.parametrize("benchmark", [False, True])
+def test_determinism_takes_the_loaded_class_of_a_problem_that_was_measured(
+    monkeypatch: pytest.MonkeyPatch, benchmark: bool
+) -> None:
+    x, w = leaves()
+    with stand_in():
+        kernels(x, w)
+        of_classes = dump_choices()
+        clear_choices()
+        load_choices(of_classes)
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+        kernels(x, w)
+        assert len(choices()) == 2 * len(OPERATORS)
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", benchmark)
+        monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+        assert kernels(x, w) == OPERATORS
+
+
+def test_explain_says_what_determinism_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w = leaves()
+    net = fk.convert(torch.nn.Conv2d(3, 4, 3, padding=1, bias=False))
+
+    def shown() -> list[str]:
+        return [text.split(": ", 1)[1] for text in next(iter(fk.explain(net, x))).kernel.split("; ")]
+
+    with stand_in():
+        kernels(x, w)
+        assert all(text.startswith("direct_") for text in shown())
+        monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+        assert set(shown()) == {"aten (ATen, since results are to repeat and no choice was loaded)"}
+        load_choices(dump_choices())
+        assert all(text.startswith("direct_") for text in shown())
+
+
+def test_explain_takes_no_class_where_each_problem_is_measured(each_problem: None) -> None:
+    x, w = leaves()
+    net = fk.convert(torch.nn.Conv2d(3, 4, 3, padding=1, bias=False))
+    with stand_in():
+        torch.backends.cudnn.benchmark = False  # the fixture puts it back
+        kernels(x, w)
+        assert "direct_" in next(iter(fk.explain(net, x))).kernel
+        torch.backends.cudnn.benchmark = True
+        assert "direct_" not in next(iter(fk.explain(net, x))).kernel
+
+
+class Heap(ctypes.Structure):
+    """What glibc's mallinfo2 gives."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in ("arena", *"abcdef", "used", "free", "top")]
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc's mallinfo2")
+def test_shapes_that_always_change_do_not_fill_the_memory() -> None:
+    """Each is answered from what is known of its class, and the answers that a thread remembers are bounded."""
+    info = ctypes.CDLL(None).mallinfo2
+    info.restype = Heap
+    w = torch.ones(1, 1, 1, 1, dtype=torch.float64)  # oneDNN, which remembers shapes too, has no such kernels
+
+    def meet(rows: range) -> int:
+        for h in rows:
+            for width in range(100, 200):
+                conv2d(torch.empty(1, 1, h, width, dtype=torch.float64), w)
+        return int(info().used)
+
+    with stand_in(SLOWER):
+        before, known = meet(range(1, 51)), len(choices())
+        after = meet(range(51, 151))
+        assert len(choices()) <= known + 2
+    assert after - before < 10_000 * 100, "bytes for each shape"
+
+
 def test_a_demanded_backend_is_held_against_nothing() -> None:
     with stand_in(), fk.backend("aten"):
         assert kernels(*leaves()) == []
@@ -203,7 +276,17 @@ def test_text_and_back() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[1]", "{}x", '{"choices": []}', '{"measured_with": {}, "choices": [{"problem": "x"}]}', "null", "[]"],
+    [
+        "",
+        "[1]",
+        "{}x",
+        '{"choices": []}',
+        '{"measured_with": {}, "choices": [{"problem": "x"}]}',
+        "null",
+        "[]",
+        "[" * 10**5,
+    ],
+    ids=lambda text: text[:40],
 )
 def test_corrupt_text_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"what dump_choices\(\) gave"):
@@ -216,8 +299,11 @@ def test_corrupt_text_is_refused(text: str) -> None:
         ("aten_seconds", -1.0),
         ("native_seconds", float("nan")),
         ("aten_seconds", "1"),
+        ("aten_seconds", 10**400),
         ("agree", 1),
         ("problem", 3),
+        ("problem", "\ud800"),
+        ("more", 1),
         ("note", None),
     ],
 )

@@ -39,8 +39,15 @@ bool is(const char* kernel, const char* how) {
 
 bool is_wrong(const char* kernel) { return is(kernel, "wrong"); }
 
+// Wrong in tensors alone that are larger than any that a proof makes for itself.
+bool is_far(const char* kernel, int64_t numel, int64_t least) { return is(kernel, "far") && numel >= least; }
+constexpr int64_t kFar = 20000, kFarOutputs = 3000;
+
+bool is_full = false;  // whether the device said that it has no memory
+
 Status refused(const char* kernel) {
-  return failing == kernel && way == "refused" ? Status::launch_failed : Status::success;
+  is_full = failing == kernel && way == "full";
+  return is_full || (failing == kernel && way == "refused") ? Status::launch_failed : Status::success;
 }
 
 double get(const void* data, int64_t i, DType dtype) {
@@ -104,7 +111,9 @@ void take_last(const MaxPool& m, DType dtype, const void* x, const void* y, void
 
 Status conv2d(Operator op, const Selection& s, const Conv2dProblem& p, DType dtype, const Conv2dTensors& t,
               const Epilogue& e, void* workspace, Stream stream) {
-  const bool wrong = is_wrong("conv2d"), nonzero = is("conv2d", "nonzero"), moved = is("conv2d", "moved");
+  const char* const name = op == Operator::fprop ? "fprop" : op == Operator::dgrad ? "dgrad" : "wgrad";
+  const bool wrong = is_wrong("conv2d") || is_wrong(name), nonzero = is("conv2d", "nonzero"),
+             moved = is("conv2d", "moved");
   Status status = emulated().conv2d(op, s, p, dtype, t, e, workspace, stream);
   void* const out = op == Operator::fprop ? t.y : op == Operator::dgrad ? t.x : t.filter;
   const int64_t last = (op == Operator::fprop   ? p.y_numel()
@@ -122,7 +131,7 @@ Status activation(const PiecewiseActivation& f, const void* x, void* y, uint32_t
                   Stream stream) {
   const auto read = failing == "activation" ? copy_of(x, numel, dtype) : std::vector<double>();
   Status status = emulated().activation(f, x, y, bits, numel, dtype, stream);
-  if (is_wrong("activation")) spoil(y, numel, dtype);
+  if (is_wrong("activation") || is_far("activation", numel, kFar)) spoil(y, numel, dtype);
   spoil_some("activation", read, y, dtype);
   if (is_wrong("bits")) bits[(numel - 1) / 32] ^= 1u << (numel - 1) % 32;
   if (f.kind == ActivationKind::leaky_relu && is_wrong("leaky_relu")) spoil(y, numel, dtype);
@@ -132,14 +141,14 @@ Status activation(const PiecewiseActivation& f, const void* x, void* y, uint32_t
 Status gate(const Gate& g, const void* x, const uint32_t* bits, void* out, int64_t numel, DType dtype, Stream stream) {
   const auto read = failing == "gate" ? copy_of(x, numel, dtype) : std::vector<double>();
   Status status = emulated().gate(g, x, bits, out, numel, dtype, stream);
-  if (is_wrong("gate")) spoil(out, numel, dtype);
+  if (is_wrong("gate") || is_far("gate", numel, kFar)) spoil(out, numel, dtype);
   spoil_some("gate", read, out, dtype);
   return status;
 }
 
 Status pack_bytes(const void* keep, uint32_t* bits, int64_t numel, Stream stream) {
   Status status = emulated().pack_bytes(keep, bits, numel, stream);
-  if (is_wrong("pack_bytes")) bits[(numel - 1) / 32] ^= 1u << (numel - 1) % 32;
+  if (is_wrong("pack_bytes") || is_far("pack_bytes", numel, kFar)) bits[(numel - 1) / 32] ^= 1u << (numel - 1) % 32;
   return status;
 }
 
@@ -151,19 +160,22 @@ Status max_pool(const MaxPool& m, DType dtype, const void* x, void* y, void* tap
   spoil_some("max_pool",
              failing == "max_pool" ? copy_of(y, m.n * m.c * m.window.p * m.window.q, dtype) : std::vector<double>(), y,
              dtype);
-  if (is_wrong("max_pool")) spoil(y, m.n * m.c * m.window.p * m.window.q, dtype);
+  const int64_t outputs = m.n * m.c * m.window.p * m.window.q;
+  if (is_wrong("max_pool") || is_far("max_pool", outputs, kFarOutputs)) spoil(y, outputs, dtype);
   return status;
 }
 
 Status max_pool_scatter(const MaxPool& m, DType dtype, const void* dy, const void* taps, void* dx, Stream stream) {
   Status status = emulated().max_pool_scatter(m, dtype, dy, taps, dx, stream);
-  if (is_wrong("scatter")) spoil(dx, m.n * m.c * m.window.h * m.window.w, dtype);
+  if (is_wrong("scatter") || is_far("scatter", m.n * m.c * m.window.p * m.window.q, kFarOutputs))
+    spoil(dx, m.n * m.c * m.window.h * m.window.w, dtype);
   return status;
 }
 
 }  // namespace
 
 extern "C" const char* freezekit_last_error() {
+  if (is_full) return "out of memory";  // as cudaGetErrorString says it
   return reinterpret_cast<const char* (*)()>(real("freezekit_last_error"))();
 }
 
@@ -191,11 +203,11 @@ extern "C" int set_fault(const char* kernel, const char* how) {
   const auto knows = [](std::initializer_list<const char*> names, const std::string& name) {
     return std::find(names.begin(), names.end(), name) != names.end();
   };
-  const bool known = knows({"", "conv2d", "conv2d_mask", "activation", "bits", "leaky_relu", "gate", "pack_bytes",
-                            "max_pool", "wide_pool", "scatter"},
+  const bool known = knows({"", "conv2d", "fprop", "dgrad", "wgrad", "conv2d_mask", "activation", "bits", "leaky_relu",
+                            "gate", "pack_bytes", "max_pool", "wide_pool", "scatter"},
                            failing) &&
                      knows({"", "wrong", "throws", "memory", "bad_alloc", "refused", "negative", "positive", "nan",
-                            "ties", "nonzero", "moved"},
+                            "ties", "nonzero", "moved", "far", "full"},
                            way);
   return known ? 0 : 1;
 }

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import freezekit as fk
 from freezekit.functional import conv2d
@@ -107,6 +108,28 @@ def test_one_wrong_element_is_found_and_reported_once(
     assert backends == {"Float": "aten", "BFloat16": "native"}  # another dtype is another kernel
 
 
+@pytest.mark.parametrize(
+    ("layer", "kernel"),
+    [
+        *(("relu", kernel) for kernel in ("activation", "gate")),
+        *(("dropout", kernel) for kernel in ("pack_bytes", "gate")),
+        *(("max_pool2d", kernel) for kernel in ("max_pool", "scatter")),
+    ],
+)
+def test_what_is_wrong_in_large_tensors_alone_is_found_by_one(
+    faulty: Faulty, told: Told, layer: str, kernel: str
+) -> None:
+    name, own, stock, kernels = LAYERS[layer]
+    faulty.fail(kernel, "far")
+    small, large = leaf(2, 5, 9, 8), leaf(64, 32, 32, 16)
+    assert launched(lambda: step(own, small))[-len(kernels) :] == kernels
+    fk.tuning.clear_choices()
+    found, texts = told(lambda: step(own, large))
+    assert not decided()[name].agree
+    assert len(texts) == 1
+    torch.testing.assert_close(found, step(stock, large), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("batch", BLANK)
 @pytest.mark.parametrize(("layer", "kernel", "values"), HIDDEN_FAULTS)
 def test_no_first_batch_hides_a_fault(
@@ -148,9 +171,9 @@ def test_a_kernel_that_fails_is_torch_s(faulty: Faulty, told: Told, how: str, sa
 
 
 @pytest.mark.parametrize(
-    "how", ["memory", "bad_alloc"]
-)  # torch's exception, as its allocator for GPUs throws, and C++'s
-@pytest.mark.parametrize("kernel", ["activation", "gate"])
+    ("kernel", "how"),  # torch's exception, as its allocator for GPUs throws, C++'s, and a launch's
+    [(kernel, how) for kernel in ("activation", "gate") for how in ("memory", "bad_alloc")] + [("activation", "full")],
+)
 def test_no_memory_is_no_fault_and_never_seen(faulty: Faulty, told: Told, kernel: str, how: str) -> None:
     x = leaf(7, 9)
     faulty.fail(kernel, how)
@@ -180,6 +203,40 @@ def test_convolutions_are_held_the_same_way(faulty: Faulty, told: Told, how: str
     assert len(texts) == (0 if how in ("memory", "bad_alloc") else 3)
     faulty.mend()
     assert launched(lambda: convolution(x, w)) == []
+
+
+@pytest.mark.parametrize("how", ["", "wrong", "nonzero"])
+def test_float32_that_may_be_rounded_to_tf32_is_a_dtype_of_its_own(
+    faulty: Faulty, told: Told, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU unless a program forbids it: sums of a caller's numbers differ by more, of integers in nothing."""
+    x, w = leaf(2, 16, 9, 9, channels_last=True), leaf(16, 16, 3, 3)
+    convolution(x, w)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    faulty.fail("conv2d" if how else "", how)
+    told(lambda: convolution(x, w))
+    in_tf32 = [choice for choice in fk.tuning.choices() if "Float(tf32)" in choice.problem]
+    assert len(in_tf32) == len(fk.tuning.choices()) - len(in_tf32) == 3
+    assert all("implicit_gemm" in choice.problem for choice in in_tf32)
+    assert {choice.agree for choice in in_tf32} == {not how}
+    torch.testing.assert_close(convolution(x, w)[0], F.conv2d(x, w, padding=1).detach(), rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("how", ["wrong", "throws", "memory"])
+@pytest.mark.parametrize("kernel", ["dgrad", "wgrad"])
+def test_what_fails_in_the_backward_pass_alone_costs_the_backward_pass_alone(
+    faulty: Faulty, told: Told, kernel: str, how: str, channels_last: bool
+) -> None:
+    x, w = leaf(2, 8, 7, 5, channels_last=channels_last), leaf(8, 8, 3, 3)
+    faulty.fail(kernel, how)
+    found, texts = told(lambda: convolution(x, w))
+    assert {name for name, choice in decided().items() if not choice.agree} == {f"conv2d_{kernel}"}
+    assert len(texts) == (how != "memory")
+    with fk.backend("aten"):
+        torch.testing.assert_close(found, convolution(x, w))
+    faulty.mend()
+    assert len(launched(lambda: convolution(x, w))) == 2
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

@@ -22,9 +22,7 @@ const char* layout_name(at::MemoryFormat layout) {
   return layout == at::MemoryFormat::ChannelsLast ? "channels_last" : "contiguous";
 }
 
-bool computes_in_tf32(const Setting& s) {
-  return s.dtype == at::kFloat && s.device == c10::DeviceType::CUDA && s.target.allow_tf32;
-}
+bool computes_in_tf32(const Setting& s) { return s.dtype == at::kFloat && s.target.allow_tf32; }
 
 std::string device_name(const Setting& s) {
   return std::string(" on ") + c10::DeviceTypeName(s.device, /*lower_case=*/true) + " sm_" +
@@ -51,9 +49,9 @@ std::string class_of(Operator op, const Conv2dProblem& p, const Setting& s, cons
   const uint64_t operations = p.y_numel() * p.c_per_group() * p.r * p.s;
   const int power = (std::bit_width(operations) - 1) / 2 * 2;
   std::ostringstream key;
-  key << operator_name(op, s) << " by " << kernel << " w=" << p.r << ',' << p.s << " stride=" << p.stride_h << ','
-      << p.stride_w << " dilation=" << p.dilation_h << ',' << p.dilation_w << " 2^" << power << " to 2^" << power + 2
-      << " products " << layout_name(s.layout) << device_name(s);
+  key << operator_name(op, s) << " by " << kernel << (p.groups > 1 ? " in groups" : "") << " w=" << p.r << ',' << p.s
+      << " stride=" << p.stride_h << ',' << p.stride_w << " dilation=" << p.dilation_h << ',' << p.dilation_w << " 2^"
+      << power << " to 2^" << power + 2 << " products " << layout_name(s.layout) << device_name(s);
   return key.str();
 }
 

@@ -29,8 +29,14 @@ namespace {
 
 // Of a tensor at least a GPU's share of DRAM traffic is timed.
 constexpr int64_t kTimedBytes = 16 << 20;
-// What is compared: blocks of threads and a rest, in which every value of x meets every one of dy.
+// What is compared at least: blocks of threads and a rest, in which every value of x meets every one of dy.
 constexpr int64_t kCompared = 16421;
+// Of a tensor large enough, what is compared once more: what is made for that together is less than a result.
+constexpr int64_t kShare = 16;
+
+int64_t compared_of(const Tensor& x) {
+  return std::clamp<int64_t>(x.numel() / kShare, kCompared, kTimedBytes / x.element_size());
+}
 
 // The first half of the elements in memory order, as one row: two results of it are as large as one of the layer's.
 Tensor half_of(const Tensor& x) {
@@ -88,9 +94,9 @@ constexpr std::array<Formula, 4> kActivations = {{kRelu,
                                                   {"leaky_relu", {ActivationKind::leaky_relu, 0.01}}}};
 
 // From element 0 on, out of place; from element 1 on, where no access is of 16 bytes, in place.
-std::string fault_of(const Formula& formula, const Tensor& like, int64_t first) {
+std::string fault_of(const Formula& formula, const Tensor& like, int64_t first, int64_t count = kCompared) {
   const auto& f = formula.f;
-  const auto row = [&](const Tensor& table) { return repeated(table, {kCompared + 1}).narrow(0, first, kCompared); };
+  const auto row = [&](const Tensor& table) { return repeated(table, {count + 1}).narrow(0, first, count); };
   const Tensor x = row(special_values(like, {f.a, f.b})), dy = row(special_values(like));
   const Tensor expected = formula.value(x), gradient = formula.gradient(dy, x, expected);
   const Tensor expected_bits = pack_bits(formula.passes(x)), bits = empty_bits(x);
@@ -106,9 +112,9 @@ std::string fault_of(const Formula& formula, const Tensor& like, int64_t first) 
 // The forward pass that draws is torch's own both times; a pass over x by the same mask stands for it.
 constexpr double kScale = 1 / (1 - 0.1);
 
-std::string fault_of_dropout(const Tensor& like, int64_t first) {
-  const Tensor x = repeated(special_values(like), {kCompared + 1}).narrow(0, first, kCompared);
-  const Tensor numbers = at::arange(kCompared, like.options().dtype(at::kInt));
+std::string fault_of_dropout(const Tensor& like, int64_t first, int64_t count = kCompared) {
+  const Tensor x = repeated(special_values(like), {count + 1}).narrow(0, first, count);
+  const Tensor numbers = at::arange(count, like.options().dtype(at::kInt));
   const Tensor mask = numbers.remainder(7).lt(numbers.remainder(5)), noise = mask.to(x.scalar_type());
   const Tensor expected = pack_bits(mask), of_bytes = empty_bits(mask), of_noise = empty_bits(mask);
   native::pack_bytes(mask, of_bytes);
@@ -190,6 +196,14 @@ class Pool {
   std::array<int64_t, 4> size_;
 };
 
+// Images of the caller's own size, of small numbers.
+std::string fault_of_large_pool(const Tensor& x, int64_t images) {
+  if (images == 0) return {};
+  const Tensor numbers = at::arange(23, x.options());
+  return Pool(repeated(numbers, {images, x.size(1), x.size(2), x.size(3)}, x.suggest_memory_format()), kCommon)
+      .faults();
+}
+
 std::string fault_of_pools(const Tensor& like) {
   const auto format = like.suggest_memory_format();
   constexpr std::array<int64_t, 4> size = {2, 8, 15, 14};
@@ -229,7 +243,8 @@ Contest activations(const Tensor& x) {
         if (text.empty()) text = fault_of(formula, x, first);
       }
     }
-    return text;
+    const int64_t count = compared_of(x);
+    return text.empty() && count > kCompared ? fault_of(kRelu, x, 0, count) : text;
   };
   const Tensor part = half_of(x);
   const auto run = [=](Backend on) {
@@ -246,7 +261,8 @@ Contest activations(const Tensor& x) {
 
 Contest dropout(const Tensor& x) {
   const auto faults = [=] {
-    return first_of([&] { return fault_of_dropout(x, 0); }, [&] { return fault_of_dropout(x, 1); });
+    const int64_t count = compared_of(x);
+    return first_of([&] { return fault_of_dropout(x, 1); }, [&] { return fault_of_dropout(x, 0, count); });
   };
   const Tensor part = half_of(x), mask = at::ones(part.sizes(), part.options().dtype(at::kBool));
   const auto run = [=](Backend on) {
@@ -264,7 +280,8 @@ Contest dropout(const Tensor& x) {
 
 Contest max_pool2d(const Tensor& x) {
   const int64_t image = x.numel() / x.size(0) * x.element_size(), half = (x.size(0) + 1) / 2;
-  const Pool pool(x.narrow(0, 0, std::clamp<int64_t>(kTimedBytes / image, 1, half)), kCommon);
+  const int64_t timed = std::clamp<int64_t>(kTimedBytes / image, 1, half);
+  const Pool pool(x.narrow(0, 0, timed), kCommon);
   const auto run = [=](Backend on) {
     if (on == Backend::aten) {
       const auto [y, indices] = pool.by_torch();
@@ -274,7 +291,11 @@ Contest max_pool2d(const Tensor& x) {
       pool.scattered_by_kernel(y, taps);
     }
   };
-  return contest_of([=] { return fault_of_pools(x); }, run, candidate_for(x));
+  const auto faults = [=] {
+    return first_of([&] { return fault_of_pools(x); },
+                    [&] { return fault_of_large_pool(x, std::min(timed, x.size(0) / kShare)); });
+  };
+  return contest_of(faults, run, candidate_for(x));
 }
 
 }  // namespace freezekit::proof

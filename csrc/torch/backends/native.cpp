@@ -36,8 +36,11 @@ Stream stream_of(const Tensor& on) {
 }
 
 void check_status(Status status, const char* kernel, const KernelLibrary& library) {
-  TORCH_CHECK(status == Status::success, "freezekit kernel ", kernel, " failed: ", to_string(status),
-              status == Status::launch_failed ? library.last_error() : "");
+  if (status == Status::success) return;
+  const std::string cause = status == Status::launch_failed ? library.last_error() : "";
+  // A launch may load code or enlarge stacks. What an allocator of torch's says then, others know how to handle.
+  TORCH_CHECK_WITH(OutOfMemoryError, cause != ": out of memory", "freezekit kernel ", kernel, " found no memory");
+  TORCH_CHECK(false, "freezekit kernel ", kernel, " failed: ", to_string(status), cause);
 }
 
 namespace {

@@ -168,9 +168,13 @@ bool must_be_repeatable() {
   return context.deterministicAlgorithms() || context.deterministicCuDNN();
 }
 
-std::optional<Measurement> verdict(const std::string& key, const Tensor& on, const std::function<Contest()>& contest) {
+std::optional<Measurement> known(const std::string& key) {
   const auto found = choices::find(key);
-  if (found) return !must_be_repeatable() || found->loaded ? found : std::nullopt;
+  return found && (!must_be_repeatable() || found->loaded) ? found : std::nullopt;
+}
+
+std::optional<Measurement> verdict(const std::string& key, const Tensor& on, const std::function<Contest()>& contest) {
+  if (const auto found = known(key)) return found;
   const auto candidate = choices::candidate_on(on.device().type());
   if (!candidate || !is_possible(on, *candidate) || !choices::claim(key)) return std::nullopt;
   const Measurement result = held(on, *candidate, contest);

@@ -52,7 +52,9 @@ bool is_watched();
 // torch's settings ask for results that are the same in every run. What depends on a clock is not.
 bool must_be_repeatable();
 
-// What is known of `key`, or is found out now on the device of `on`; none where it may not be: under capture, tracing,
+// What is known of `key`, if it counts now: where results must be the same in every run, what was loaded alone.
+std::optional<choices::Measurement> known(const std::string& key);
+// The same, or is found out now on the device of `on`; none where it may not be: under capture, tracing,
 // transforms, dispatch modes and determinism, where nothing may wait for the device, or while another thread is at it.
 std::optional<choices::Measurement> verdict(const std::string& key, const Tensor& on,
                                             const std::function<Contest()>& contest);

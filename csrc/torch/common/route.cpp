@@ -58,7 +58,10 @@ Answer answer_of(const std::optional<choices::Measurement>& found) {
   return {found && found->native_wins() ? Winner::kernel : Winner::torch, found.has_value()};
 }
 
-// The answers that this thread has asked for, as long as nothing new is known: a call must not pay for texts.
+// The answers that this thread has asked for, as long as nothing new is known: a call must not pay for texts. Shapes that
+// change all the time must not fill the memory.
+constexpr size_t kMostAnswers = 1 << 12;
+
 Winner remembered(const std::string& question, c10::function_ref<Answer()> ask) {
   thread_local uint64_t generation = 0;
   thread_local std::unordered_map<std::string, Winner> known;
@@ -66,6 +69,7 @@ Winner remembered(const std::string& question, c10::function_ref<Answer()> ask) 
   if (const auto found = known.find(question); found != known.end()) return found->second;
   const Answer answer = ask();
   const bool lasts = answer.lasts || proof::must_be_repeatable();  // there, nothing is found out later
+  if (known.size() >= kMostAnswers) known.clear();
   if (lasts && generation == choices::generation()) known[question] = answer.winner;
   return answer.winner;
 }
@@ -203,7 +207,7 @@ double rounding_of_sums(const Conv2dStep& step) {
 proof::Bound bound_on_caller_s(const Conv2dStep& step, const Target& target) {
   constexpr double tf32 = 0x1p-10, half = 0x1p-10, bfloat16 = 0x1p-7;
   const auto type = step.on.scalar_type();
-  const bool rounds_to_tf32 = type == at::kFloat && step.on.is_cuda() && target.allow_tf32;
+  const bool rounds_to_tf32 = type == at::kFloat && target.allow_tf32;
   const double of_values = type == at::kHalf ? half : type == at::kBFloat16 ? bfloat16 : rounds_to_tf32 ? tf32 : 0;
   const double bound = std::max(rounding_of_sums(step), of_values);
   return {2 * bound, bound};
@@ -242,11 +246,16 @@ std::string problem_key(Operator op, const Conv2dProblem& problem, const choices
   return choices::key_of(op, problem, setting) + (o.hopper ? std::string(" by ") + o.selection.kernel : "");
 }
 
+// Where torch looks for the fastest way per problem, so is done here; elsewhere one problem speaks for its class.
+bool each_problem() { return at::globalContext().benchmarkCuDNN(); }
+
 // What is known of the very problem, which may have been loaded whoever measures what, or of its class.
 std::optional<choices::Measurement> known_of(Operator op, const Conv2dProblem& problem, const choices::Setting& setting,
                                              const Option& option) {
-  auto found = choices::find(problem_key(op, problem, setting, option));
-  if (!found) found = choices::find(choices::class_of(op, problem, setting, option.selection.kernel));
+  auto found = proof::known(problem_key(op, problem, setting, option));
+  if (!found && (!each_problem() || proof::must_be_repeatable())) {
+    found = proof::known(choices::class_of(op, problem, setting, option.selection.kernel));
+  }
   return found;
 }
 
@@ -298,9 +307,9 @@ proof::Contest contest_for(const Conv2dStep& step, const Selection& selection, R
       if (text.empty()) text = proof::difference(expected, found, bound_on_integers(step));
     }
     if (!text.empty()) return text;
-    const Tensor expected = run(Backend::aten), found = run(candidate);
+    const Tensor found = run(candidate);  // first: what it converts is freed before there is a second result
     text = faults_beside(found);
-    return text.empty() ? proof::difference(expected, found, bound_on_caller_s(step, target)) : text;
+    return text.empty() ? proof::difference(run(Backend::aten), found, bound_on_caller_s(step, target)) : text;
   };
   return {faults, [run](Backend on) { run(on); }};
 }
@@ -308,11 +317,9 @@ proof::Contest contest_for(const Conv2dStep& step, const Selection& selection, R
 // The kernel that is proven for this problem, now or before.
 Winner proven(const Conv2dStep& step, Run run, Rehearse rehearse) {
   if (!native::dtype_of(step.on.scalar_type()) || step.on.layout() != at::kStrided) return Winner::torch;
-  const auto& context = at::globalContext();
-  // Where torch looks for the fastest way per problem, so is done here; elsewhere one problem speaks for its class.
-  const bool each = context.benchmarkCuDNN();
+  const bool each = each_problem();
   std::string question =
-      question_of(step.on, op_of(step.op), step.layout, each, context.allowTF32CuDNN(at::Float32Op::CONV));
+      question_of(step.on, op_of(step.op), step.layout, each, at::globalContext().allowTF32CuDNN(at::Float32Op::CONV));
   question.append(reinterpret_cast<const char*>(&step.problem), sizeof step.problem).append(step.variant);
   return remembered(question, [&]() -> Answer {
     const c10::DeviceGuard guard(step.on.device());
@@ -321,12 +328,11 @@ Winner proven(const Conv2dStep& step, Run run, Rehearse rehearse) {
     double least = HUGE_VAL;
     for (const Option& option : options_for(step.op, step.problem, setting)) {
       const native::HopperScope scope(option.hopper);
-      const std::string of_problem = problem_key(step.op, step.problem, setting, option);
-      auto found = choices::find(of_problem);
-      if (!found || (proof::must_be_repeatable() && !found->loaded)) {
-        const std::string of_class = choices::class_of(step.op, step.problem, setting, option.selection.kernel);
-        found = proof::verdict(each ? of_problem : of_class, step.on,
-                               [&] { return contest_for(step, option.selection, run, rehearse); });
+      auto found = known_of(step.op, step.problem, setting, option);
+      if (!found) {
+        const std::string key = each ? problem_key(step.op, step.problem, setting, option)
+                                     : choices::class_of(step.op, step.problem, setting, option.selection.kernel);
+        found = proof::verdict(key, step.on, [&] { return contest_for(step, option.selection, run, rehearse); });
       }
       if (!found) answer.lasts = false;
       if (!found || !found->native_wins() || share_of(*found) >= least) continue;
@@ -390,7 +396,9 @@ Tensor computed_by_choice(const Conv2dStep& step, Backend backend, Run run, Rehe
 
 Foreseen foreseen(Operator op, const Conv2dProblem& problem, const choices::Setting& setting) {
   const auto candidate = choices::candidate_on(setting.device);
-  Foreseen result = {Backend::aten, "", choices::kRule};
+  Foreseen result = {
+      Backend::aten, "",
+      proof::must_be_repeatable() ? "ATen, since results are to repeat and no choice was loaded" : choices::kRule};
   if (!candidate) return result;
   double least = HUGE_VAL;
   for (const Option& option : options_for(op, problem, setting)) {
