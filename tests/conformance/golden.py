@@ -18,7 +18,7 @@ FILE = Path(__file__).with_name("golden.npz")
 
 
 def save(path: Path, about: dict[str, Any], results: dict[str, Arrays], probes: list[Probe]) -> None:
-    """Writes the results of the probes that gave any; replaces the file in one step, so that no sudden end spoils it."""
+    """Writes the results of the probes that gave any; replaces the file in one step, so no sudden end spoils it."""
     about = {**about, "inputs": {p.name: digest(p.inputs()) for p in probes if p.name in results}}
     flat = {f"{name}/{key}": array for name, arrays in results.items() for key, array in arrays.items()}
     part = path.with_name(path.name + ".part")

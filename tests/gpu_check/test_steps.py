@@ -216,7 +216,7 @@ def test_the_build_is_for_the_device_alone_and_its_waits_end() -> None:
 
 
 def test_what_was_built_with_other_flags_is_built_again(tmp_path: Path) -> None:
-    """What nvcc reads from the environment is in the command: else waits without end would stay in objects of before."""
+    """What nvcc reads from the environment is in the command: else waits without end would stay in older objects."""
     for name, body in (("nvcc", "echo V13.0.1"), ("ninja", "exit 1")):
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / name).chmod(0o755)
