@@ -73,6 +73,7 @@ class Run:
         self.kernels: list[kernels.Profiled] = []
         self.rows: list[Measured] = []
         self.skipped: list[str] = []
+        self.late = 0  # cases that the time limit left out
 
     def go(self, sections: Iterable[str]) -> None:
         """Runs the sections in order: all that this process measures, then the sides that have one of their own."""
@@ -144,6 +145,7 @@ class Run:
                 left = end - start
                 if left <= longest:  # Another case as long as the longest so far would end too late.
                     count = len(turn.cases) - done
+                    self.late += count
                     self.skipped.append(
                         f"not run within the time limit: {count} of {len(turn.cases)} cases of {case.section}"
                         f"{turn.side and ', ' + turn.side} (--time-limit 0 runs all)"
@@ -230,19 +232,20 @@ def main(arguments: list[str] | None = None, console: Console | None = None) -> 
     result = run.document()
     document.validate(result)
     run.write()
-    _deliver(asked, report, result, run.rows)
+    _deliver(asked, report, result, run)
     if run.failures:
         report.line(f"{run.failures} rows FAILED", "bold red")
     return 1 if run.failures else 0
 
 
-def _deliver(asked: options.Asked, report: Printout, result: dict[str, Any], rows: list[Measured]) -> None:
+def _deliver(asked: options.Asked, report: Printout, result: dict[str, Any], run: Run) -> None:
     """What follows a run: its comparison with an earlier one, and its pictures."""
     report.line()
     if asked.json is not None:
-        report.line(f"written: {asked.json}")
+        late = f"; {run.late} cases were not run within the time limit" if run.late else ""
+        report.line(f"written: {asked.json}: {len(run.rows)} rows{late}")
     if asked.baseline is not None:
-        baseline.show(report, asked.baseline, rows)
+        baseline.show(report, asked.baseline, run.rows)
     if asked.plot is not None:
         from bench import plots  # Only pictures need matplotlib.
 

@@ -209,12 +209,12 @@ def main(arguments: list[str] | None = None) -> int:
     if options.device == "cpu":
         print("emulated on a CPU: these times say nothing of any GPU")
     problems = [(layer, operator) for layer in layer_lists.layers_of(options.layers) for operator in OPERATORS]
-    wrong, longest = list[str](), 0.0
+    wrong, longest, late = list[str](), 0.0, ""
     with cudnn_benchmark():
         for done, (layer, operator) in enumerate(problems):
             start = time.monotonic()
             if options.until is not None and start + longest >= options.until:
-                print(f"out of time: {len(problems) - done} of {len(problems)} problems are left out")
+                late = f"; out of time: {len(problems) - done} of {len(problems)} problems are left out"
                 break
             told = len(wrong)
             found = list[Timed]()
@@ -237,7 +237,7 @@ def main(arguments: list[str] | None = None) -> int:
                 }
                 document.write(content, options.json)
             longest = max(longest, time.monotonic() - start)
-    print(summary(rows))
+    print(summary(rows) + late)
     return 1 if wrong else 0
 
 

@@ -123,7 +123,9 @@ def test_time_limit_says_what_was_not_run(tmp_path: Path) -> None:
     path = tmp_path / "out.json"
     console = Console(record=True, width=160)
     assert compare.main([*TINY, "--section", "layers", "--time-limit", "1e-9", "--json", str(path)], console) == 0
-    assert "8 of 8 cases of layers" in console.export_text()
+    text = console.export_text()
+    assert "8 of 8 cases of layers" in text
+    assert text.splitlines()[-1].endswith("out.json: 0 rows; 8 cases were not run within the time limit")
     assert document.read(path)["skipped"]
 
 
