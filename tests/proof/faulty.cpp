@@ -68,9 +68,14 @@ void set(void* data, int64_t i, DType dtype, double value) {
     std::memcpy(&word, &single, sizeof word);
     static_cast<uint16_t*>(data)[i] = word >> 16;
   }
+  if (dtype == DType::f16) static_cast<uint16_t*>(data)[i] = value == 7 ? 0x4700 : 0x4800;  // of what is planted
 }
 
-void spoil_at(void* data, int64_t i, DType dtype) { set(data, i, dtype, get(data, i, dtype) == 7 ? 8 : 7); }
+void spoil_at(void* data, int64_t i, DType dtype) {
+  const bool is_seven =
+      dtype == DType::f16 ? static_cast<const uint16_t*>(data)[i] == 0x4700 : get(data, i, dtype) == 7;
+  set(data, i, dtype, is_seven ? 8 : 7);
+}
 
 // The last element: what is left over behind whole vectors and tiles.
 void spoil(void* data, int64_t numel, DType dtype) { spoil_at(data, numel - 1, dtype); }

@@ -108,6 +108,23 @@ def test_one_wrong_element_is_found_and_reported_once(
     assert backends == {"Float": "aten", "BFloat16": "native"}  # another dtype is another kernel
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("layer", "kernel"), [fault[:2] for fault in LAYER_FAULTS])
+def test_one_wrong_element_is_found_in_every_dtype_and_layout(
+    faulty: Faulty, told: Told, layer: str, kernel: str, dtype: torch.dtype, channels_last: bool
+) -> None:
+    name, own, stock, _ = LAYERS[layer]
+    faulty.fail(kernel, "wrong")
+    for size in ((1, 1, 2, 2), (3, 7, 5, 1)):
+        fk.tuning.clear_choices()
+        x = leaf(*size, dtype=dtype, channels_last=channels_last)
+        found, texts = told(lambda x=x: step(own, x))
+        assert not decided()[name].agree
+        assert len(texts) == 1
+        torch.testing.assert_close(found, step(stock, x), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("layer", "kernel"),
     [
@@ -203,6 +220,38 @@ def test_convolutions_are_held_the_same_way(faulty: Faulty, told: Told, how: str
     assert len(texts) == (0 if how in ("memory", "bad_alloc") else 3)
     faulty.mend()
     assert launched(lambda: convolution(x, w)) == []
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("channels", "filters", "settings"),
+    [
+        (8, (8, 8, 1, 1), {}),
+        (6, (9, 2, 3, 2), {"groups": 3, "padding": (2, 0)}),
+        (16, (16, 1, 3, 3), {"groups": 16, "padding": 1}),
+        (4, (8, 1, 5, 5), {"groups": 4, "stride": 2, "padding": 2}),
+        (3, (5, 3, 2, 3), {"stride": (2, 3), "dilation": (2, 1)}),
+    ],
+    ids=["pointwise", "grouped", "depthwise", "multiplier", "dilated"],
+)
+@pytest.mark.parametrize("kernel", ["fprop", "dgrad", "wgrad"])
+def test_one_wrong_element_of_any_convolution_is_found(
+    faulty: Faulty,
+    told: Told,
+    kernel: str,
+    channels: int,
+    filters: tuple[int, ...],
+    settings: dict[str, Any],
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> None:
+    x, w = leaf(2, channels, 9, 8, dtype=dtype, channels_last=channels_last), leaf(*filters, dtype=dtype)
+    faulty.fail(kernel, "wrong")
+    told(lambda: conv2d(x, w, **settings).sum().backward())
+    wrong = {name for name, choice in decided().items() if not choice.agree}
+    assert wrong == {"conv2d" if kernel == "fprop" else f"conv2d_{kernel}"}
+    assert len(decided()) == 3
 
 
 @pytest.mark.parametrize("how", ["", "wrong", "nonzero"])
