@@ -1,19 +1,23 @@
-"""Fused frozen blocks beside stock PyTorch on a CPU: six conv + BatchNorm + ReLU, forward and backward.
+"""Fused frozen blocks beside stock PyTorch on a CPU: six conv + BatchNorm + ReLU, or a network of torchvision.
 
     python bench/fuse.py [--rounds 15] [--threads 1] [--compile] [--check]
+    python bench/fuse.py --network resnet18 --batch 1 --size 224 [--forward]
 
-Everything is frozen and in eval mode; the input needs a gradient, as it does above trainable layers or for prompts. A
-step is one forward and one backward. Ratios are medians over interleaved rounds. The bounds are the project's own: 0.87
-of stock in channels_last, 0.75 in NCHW, and with --compile not slower than torch.compile of stock.
+Everything is frozen and in eval mode. The input needs a gradient, as it does above trainable layers or for prompts, and
+a step is one forward and one backward; with --forward it needs none, and a step is a forward. Ratios are medians over
+interleaved rounds. The bounds are the project's own, for the six blocks: 0.87 of stock in channels_last, 0.75 in NCHW,
+and with --compile not slower than torch.compile of stock.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +47,9 @@ def make_net(depth: int, channels: int, kernel: int, dtype: torch.dtype) -> nn.M
 
 
 def make_step(net: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], object]:
-    """A forward and a backward."""
+    """A forward, and a backward where the input needs a gradient."""
+    if not x.requires_grad:
+        return lambda: net(x)
     dy = torch.ones_like(net(x))
     return lambda: torch.autograd.grad(net(x), x, dy)
 
@@ -52,13 +58,22 @@ def measure(layout: str, args: argparse.Namespace) -> Interleaved:
     """Stock, fused and, if asked for, compiled stock."""
     torch.manual_seed(0)
     memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    stock = make_net(args.depth, args.channels, args.kernel, getattr(torch, args.dtype))
-    stock.to(memory_format=memory_format)  # type: ignore[call-overload]
-    x = torch.randn(args.batch, args.channels, args.size, args.size, dtype=getattr(torch, args.dtype))
-    x = x.to(memory_format=memory_format).requires_grad_()
-    steps = {"stock": make_step(stock, x), "fused": make_step(fuse(copy.deepcopy(stock)), x)}
+    dtype = getattr(torch, args.dtype)
+    if args.network:
+        torchvision: Any = importlib.import_module("torchvision")
+
+        stock = torchvision.models.get_model(args.network).eval().requires_grad_(False).to(dtype)
+    else:
+        stock = make_net(args.depth, args.channels, args.kernel, dtype)
+    stock.to(memory_format=memory_format)
+    x = torch.randn(args.batch, 3 if args.network else args.channels, args.size, args.size, dtype=dtype)
+    x = x.to(memory_format=memory_format).requires_grad_(not args.forward)
+    fused = fuse(copy.deepcopy(stock))
+    steps = {"stock": make_step(stock, x), "fused": make_step(fused, x)}
     if args.compile:
+        torch.compiler.reset()  # else the layouts share one limit of recompilations
         steps["compiled stock"] = make_step(torch.compile(copy.deepcopy(stock)), x)
+        steps["compiled fused"] = make_step(torch.compile(copy.deepcopy(fused)), x)
     return interleave(steps, clock=HostClock(), rounds=args.rounds)
 
 
@@ -66,17 +81,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in [("batch", 8), ("channels", 64), ("size", 56), ("depth", 6), ("kernel", 3), ("rounds", 15)]:
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--network", help="of torchvision.models, with random weights, in place of the six blocks")
+    parser.add_argument("--forward", action="store_true", help="a forward alone, of an input that needs no gradient")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--compile", action="store_true", help="measure torch.compile of stock too")
+    parser.add_argument("--compile", action="store_true", help="measure torch.compile of both too")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a ratio is above its bound")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
-    shape = f"{args.batch}x{args.channels}x{args.size}x{args.size}"
+    shape = f"{args.batch}x{3 if args.network else args.channels}x{args.size}x{args.size}"
+    blocks = f"{args.depth} x (conv {args.kernel}x{args.kernel} + BatchNorm + ReLU)"
+    step = "forward" if args.forward else "forward and backward"
     print(f"torch {torch.__version__}, freezekit {fk.__version__}, CPU, {args.threads} thread(s), {args.dtype}")
-    print(
-        f"{args.depth} x (conv {args.kernel}x{args.kernel} + BatchNorm + ReLU), frozen, {shape}, forward and backward"
-    )
+    print(f"{args.network or blocks}, frozen, {shape}, {step}")
     failed = False
     for layout, bound in BOUNDS.items():
         timed = measure(layout, args)

@@ -36,7 +36,6 @@ class blocks:
         norm: Any,
         activation: Any,
         residual: Any,
-        channels_last: bool | None,
         backend: str,
         shared: bool,
         /,

@@ -183,23 +183,23 @@ bool fits(const FrozenOperands& o, const Geometry& g) {
   return !r.defined() || (r.scalar_type() == dtype && r.device() == x.device() && r.sizes() == at::IntArrayRef(output));
 }
 
-// run(x, conv, norm, activation, residual, channels_last, backend, shared): y, or (y, x) if shared; or None. It is called
+// run(x, conv, norm, activation, residual, backend, shared): y, or (y, x) if shared; or None. It is called
 // for every block, and so takes its arguments without pybind11.
 PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == 8, "run takes 8 arguments, got ", count);
-  PyObject *const x = args[0], *const residual = args[4], *const layout = args[5];
+  TORCH_CHECK_TYPE(count == 7, "run takes 7 arguments, got ", count);
+  PyObject *const x = args[0], *const residual = args[4];
   if (!THPVariable_CheckExact(x) || at::impl::torch_function_mode_enabled()) Py_RETURN_NONE;
   if (residual != Py_None && !THPVariable_CheckExact(residual)) Py_RETURN_NONE;
   FrozenOperands o;
-  Geometry g({1}, {0}, {1}, 1, py::handle(args[6]).cast<std::string>());
+  Geometry g({1}, {0}, {1}, 1, py::handle(args[5]).cast<std::string>());
   o.input = THPVariable_Unpack(x);
   if (residual != Py_None) o.residual = THPVariable_Unpack(residual);
   if (!read_conv(args[1], &o, &g) || !read_norm(args[2], &o.norm)) Py_RETURN_NONE;
   const char* const activation = read_activation(args[3]);
   if (!activation || !fits(o, g) || any_global_hook()) Py_RETURN_NONE;
-  const FrozenConv2d f(activation, layout == Py_None ? std::nullopt : std::make_optional(layout == Py_True), g);
-  const bool shared = args[7] == Py_True;
+  const FrozenConv2d f(activation, g);
+  const bool shared = args[6] == Py_True;
   std::tuple<Tensor, Tensor> result;
   {
     const pybind11::gil_scoped_release no_gil;

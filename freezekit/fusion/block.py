@@ -26,7 +26,6 @@ def run(
     norm: nn.Module | None,
     activation: nn.Module | str | None,
     residual: Tensor | None,
-    channels_last: bool | None,
     shares: bool = False,
 ) -> Any:
     """activation(norm(conv(x)) + residual) as one operator; None where the layers have to run one by one.
@@ -35,20 +34,19 @@ def run(
         x: (N, C, H, W).
         conv, norm, activation: the layers; norm and activation may be absent, activation may be a function's name.
         residual: of the size of the result, or None.
-        channels_last: the layout of the result; None leaves it to torch's rule.
         shares: returns x too, for its later readers: their gradients are added inside this one's dgrad.
     """
     if jit_trace() is not None and not backends.demands_kernels():
         return None  # an archive of torch's operators loads without freezekit
     if not torch.compiler.is_compiling():
-        y = _run(x, conv, norm, activation, residual, channels_last, backends._current, shares)
+        y = _run(x, conv, norm, activation, residual, backends._current, shares)
         if y is not None:
             return y
     if not _runs_fused(x, conv, norm, activation, residual):
         return None
     if not backends.demands_kernels() and records_torch_s(x, residual, *sources(conv, norm)):
         return None
-    result = _fused(_shared if shares else _frozen, x, conv, norm, activation, residual, channels_last)
+    result = _fused(_shared if shares else _frozen, x, conv, norm, activation, residual)
     return result if shares else result[0]
 
 
@@ -59,7 +57,6 @@ def _fused(
     norm: nn.Module | None,
     activation: nn.Module | str | None,
     residual: Tensor | None,
-    channels_last: bool | None,
 ) -> Any:
     assert isinstance(conv, nn.Conv2d)
     settings = (activation_kind(activation), conv.stride, conv.padding, conv.dilation, conv.groups)
@@ -71,37 +68,8 @@ def _fused(
         residual,
         *settings,
         **live,
-        channels_last=channels_last,
         backend=backends._current,
     )
-
-
-def inner_layout(x: Tensor) -> bool | None:
-    """The layout of results that only blocks read: channels_last where kernels compute in it, else torch's rule."""
-    if is_plain(x) and x.device.type == "cpu" and x.dtype is not torch.float64:
-        return True
-    return True if backends.demands_kernels() else None
-
-
-def outer_layout(before: Tensor | bool | None, conv: nn.Conv2d) -> bool | None:
-    """Whether torch's result would be in channels_last, where the layers before it run in a layout of their own.
-
-    `before` is what goes into the convolution, or this function's word on it.
-    """
-    if isinstance(before, Tensor):
-        if not is_plain(before) or before.dim() != 4 or _is_transformed(before):
-            return None
-        before = _is_channels_last(before)
-    if before is None:
-        return None
-    if before and conv.padding_mode != "circular":
-        return True
-    weight = conv._parameters["weight"]
-    return weight is not None and not _is_transformed(weight) and _is_channels_last(weight)
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def _runs_fused(

@@ -33,8 +33,8 @@ class Emitter:
         self.sequences: list[str] = []
         self.values: dict[str, Any] = {}
 
-    def body(self, statements: list[ast.stmt], whole: bool = True) -> list[ast.stmt]:
-        """A list of statements, rewritten; `whole`: nothing is read of it once it has run."""
+    def body(self, statements: list[ast.stmt]) -> list[ast.stmt]:
+        """A list of statements, rewritten."""
         units = self._units(self.steps.of(statements), far=True)
         flat = list(_flat(units))
         for unit in flat:
@@ -43,7 +43,7 @@ class Emitter:
         for i, unit in enumerate(flat):
             if isinstance(unit, Block) and unit.norm is None and unit.final is not None:
                 unit.outside = self._norm_of(unit.final, flat[i + 1 :])
-        return self._written(units, places(flat, whole, self.steps.fresh), report=True)
+        return self._written(units, places(flat, self.steps.fresh), report=True)
 
     def _norm_of(self, name: str, units: list[Block | Statement]) -> str:
         """The path of the norm that a result goes into, for all that its name says."""
@@ -90,7 +90,7 @@ class Emitter:
             fields = dict(ast.iter_fields(node))
             for name in ("body", "orelse"):
                 if fields.get(name):
-                    fields[name] = self.body(fields[name], whole=False)
+                    fields[name] = self.body(fields[name])
             node = ast.copy_location(type(node)(**fields), node)
         return [node, *self._forget(names_read(step.node), step.node)]
 
@@ -103,12 +103,8 @@ class Emitter:
     def _opened(self, unit: Opened, found: dict[Block, Place]) -> ast.stmt:
         self.sequences += unit.sequences
         where = unit.items[0].node
-        inside = [found[one] for one in unit.units if isinstance(one, Block)]
-        layouts = [place.layout for place in inside if place.layout]
-        restore = [pair for place in inside for pair in place.restore if pair[1] not in layouts]
-        otherwise = self._text([*self._restoring(restore), *(f"{layout} = None" for layout in layouts)], where)
-        otherwise += self._near(unit.items)
-        return self._if(self._all(unit.conditions), self._written(unit.units, found, report=True), otherwise, where)
+        written = self._written(unit.units, found, report=True)
+        return self._if(self._all(unit.conditions), written, self._near(unit.items), where)
 
     def _block(self, block: Block, place: Place) -> list[ast.stmt]:
         where, result = block.conv.node, next(self.steps.fresh)
@@ -118,10 +114,6 @@ class Emitter:
         fails = [f"{place.hands_on} = {block.conv.value}"] if place.hands_on else []
         fails += [f"{variable} = {name}" for variable, name in place.reset]
         works = [f"{result}, {place.hands_on} = {result}"] if place.hands_on else []
-        if place.layout:
-            fails.append(f"{place.layout} = None")
-            before = place.base_layout or place.base
-            works.append(f"{place.layout} = {self._own('outer_layout')}({before}, {_callee(block.conv)})")
         if block.flag:
             fails.append(f"{block.flag} = False")
             works.append(f"{block.flag} = True")
@@ -129,7 +121,7 @@ class Emitter:
             assert block.norm is not None
             works.append(f"{result} = {_callee(block.norm)}.act({result})")
         works += ["return " + result] if block.final is None else [f"{block.final} = {result}", f"{result} = None"]
-        layers = self._text([*fails, *self._restoring(place.restore)], where)
+        layers = self._text(fails, where)
         if block.into is not None or any(condition.kind == "test" for condition in block.conditions):
             layers += self._near(block.items)
         else:
@@ -155,10 +147,6 @@ class Emitter:
         if block.activation is not None:
             assert block.activation.call is not None
             parts[3] = _callee(block.activation) or repr(block.activation.call.path)
-        if place.base_layout:
-            parts.append(f"before={place.base_layout}")
-        if place.inner:
-            parts.append("inner=True")
         if block.own:
             parts.append("owns=True")
         while parts[-1] == absent:
@@ -183,9 +171,6 @@ class Emitter:
                 asked = "is_still" if condition.kind == "still" else "is_list_of"
                 terms.append(f"{self._own(asked)}({text}, {name})")
         return " and ".join(terms)
-
-    def _restoring(self, restore: list[tuple[str, str]]) -> list[str]:
-        return [f"{name} = {self._own('outer')}({name}, {layout})" for name, layout in restore]
 
     def _own(self, name: str) -> str:
         return f"{self.prefix}_{name}"

@@ -13,13 +13,11 @@ from torch import Tensor, nn
 
 from freezekit._twin import is_plain
 from freezekit.fusion import block
-from freezekit.fusion.block import inner_layout, outer_layout
 from freezekit.fusion.layers import ACTIVATION_CALLS, CONVS, is_watched
 from freezekit.fusion.norms import has_activation
 from freezekit.fusion.sequences import has_shape, is_list_of, is_still
 
 ABSENT = object()  # a layer that the block does not have
-Before = Tensor | bool | None
 
 
 def fused(
@@ -28,8 +26,6 @@ def fused(
     norm: Any = ABSENT,
     activation: Any = ABSENT,
     residual: Any = ABSENT,
-    before: Before = None,
-    inner: bool = False,
     owns: bool = False,
 ) -> Tensor | None:
     """activation(norm(conv(x)) + residual) as one operator; None where the layers have to run one by one.
@@ -39,12 +35,10 @@ def fused(
         conv, norm, activation: the layers, or what takes their places; an activation may be a function or the name
             of a method.
         residual: what is added, of the size of the result.
-        before: what the layout of the result follows where x has a layout of its own, see `outer_layout`.
-        inner: whether blocks alone read the result, so that it may have a layout of its own.
         owns: whether the norm has an activation of its own, which is part of the block or runs behind it.
     """
     parts = _parts(conv, norm, activation, residual, owns)
-    return None if parts is None else block.run(x, conv, *parts, _layout(x, conv, before, inner))
+    return None if parts is None else block.run(x, conv, *parts)
 
 
 def shared(
@@ -53,16 +47,14 @@ def shared(
     norm: Any = ABSENT,
     activation: Any = ABSENT,
     residual: Any = ABSENT,
-    before: Before = None,
-    inner: bool = False,
     owns: bool = False,
 ) -> tuple[Tensor, Tensor] | None:
     """As `fused`; also gives x, for blocks that read it after: their gradients are added inside this one's dgrad."""
     if torch.compiler.is_compiling():
-        y = fused(x, conv, norm, activation, residual, before, inner, owns)
+        y = fused(x, conv, norm, activation, residual, owns)
         return None if y is None else (y, x)
     parts = _parts(conv, norm, activation, residual, owns)
-    return None if parts is None else block.run(x, conv, *parts, _layout(x, conv, before, inner), shares=True)
+    return None if parts is None else block.run(x, conv, *parts, shares=True)
 
 
 def _parts(conv: Any, norm: Any, activation: Any, residual: Any, owns: bool) -> tuple[Any, Any, Any] | None:
@@ -81,19 +73,6 @@ def _parts(conv: Any, norm: Any, activation: Any, residual: Any, owns: bool) -> 
     return norm, activation, residual
 
 
-def _layout(x: Tensor, conv: nn.Conv2d, before: Before, inner: bool) -> bool | None:
-    if inner:
-        return inner_layout(x)
-    return None if before is None else outer_layout(before, conv)
-
-
-def outer(x: Tensor, layout: bool | None) -> Tensor:
-    """A result that lay in a layout of its own, as torch's layers would have left it."""
-    if layout is None:
-        return x
-    return x.contiguous(memory_format=torch.channels_last if layout else torch.contiguous_format)
-
-
 def is_identity(module: Any) -> bool:
     return type(module) is nn.Identity and not is_watched(module)
 
@@ -108,8 +87,6 @@ NAMES = {
     "absent": ABSENT,
     "fused": fused,
     "shared": shared,
-    "outer": outer,
-    "outer_layout": outer_layout,
     "is_list_of": is_list_of,
     "has_shape": has_shape,
     "own_forward": nn.Sequential.forward,

@@ -82,9 +82,8 @@ Result record(const FrozenOperands& o, const FrozenConv2d& f, bool keep_mask, bo
                                     : torch::autograd::compute_requires_grad(o.input);
   if (needed && !keep_mask && f.has_mask() && !f.own_kernels() &&
       route(Op::frozen_conv2d, f.geometry.backend, o.input, o.residual).computer == Computer::formula) {
-    const Tensor y = by_aten(o, f);  // bits that no kernel packs cost more passes than they save bytes
-    const auto layout = f.channels_last.value_or(false) ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
-    return {f.channels_last ? y.contiguous(layout) : y, no_bits(o.input), o.input};
+    // Bits that no kernel packs cost more passes than they save bytes.
+    return {by_aten(o, f), no_bits(o.input), o.input};
   }
   NodePtr<FrozenConv2dBackward> node;
   if (needed) {
@@ -174,7 +173,7 @@ TORCH_LIBRARY_FRAGMENT(freezekit, m) {
       "frozen_conv2d_shared(Tensor(a) input, Tensor weight, Tensor? bias=None, Tensor? residual=None, "
       "str activation=\"none\", SymInt[2] stride=1, SymInt[2] padding=0, SymInt[2] dilation=1, SymInt groups=1, *, "
       "Tensor? norm_weight=None, Tensor? norm_bias=None, Tensor? running_mean=None, Tensor? running_var=None, "
-      "float eps=0.0, bool? channels_last=None, str backend=\"auto\") -> (Tensor, Tensor(a))");
+      "float eps=0.0, str backend=\"auto\") -> (Tensor, Tensor(a))");
 }
 TORCH_LIBRARY_IMPL(freezekit, CompositeImplicitAutograd, m) {
   m.impl("frozen_conv2d_shared", freezekit::FrozenSharedOperator::kernel<freezekit::frozen_shared>);

@@ -34,8 +34,8 @@ at::MemoryFormat format(bool channels_last) {
   return channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
 }
 
-bool result_is_channels_last(const FrozenConv2d& f, const FrozenOperands& o) {
-  return f.channels_last.value_or(layout_of(o.input, o.weight) == at::MemoryFormat::ChannelsLast);
+bool result_is_channels_last(const FrozenOperands& o) {
+  return layout_of(o.input, o.weight) == at::MemoryFormat::ChannelsLast;
 }
 
 void check_norm(const FixedNormTensors& norm, const Tensor& weight) {
@@ -118,7 +118,7 @@ Tensor frozen_by_kernels(const Conv2dProblem& problem, const FrozenOperands& o, 
 std::tuple<Tensor, Tensor> frozen_by_aten(const Conv2dProblem& problem, const FrozenOperands& o, const FrozenConv2d& f,
                                           bool channels_last, bool keep_mask) {
   const Geometry& g = f.geometry;
-  const Tensor x = channels_last ? o.input.contiguous(at::MemoryFormat::ChannelsLast) : o.input;
+  const Tensor& x = o.input;
   const Tensor r = o.residual.defined() ? o.residual.contiguous(format(channels_last)) : o.residual;
   const bool passes = x.is_cpu() && (o.norm.defined() || r.defined() || f.has_mask());
   const bool few = passes && few_positions::takes(problem, x, o.weight);
@@ -173,7 +173,7 @@ std::tuple<Tensor, Tensor> frozen_kernel(const FrozenOperands& o, const FrozenCo
   const Conv2dProblem problem = problem_of(o.input.sizes(), o.weight.sizes(), C10_AS_INTARRAYREF_SLOW(output), g);
   check_residual(o.input, o.residual, output);
   const BelowAutogradAndAutocast below;
-  const bool wanted = keep_mask && f.has_mask(), last = result_is_channels_last(f, o);
+  const bool wanted = keep_mask && f.has_mask(), last = result_is_channels_last(o);
   Tensor bits;
   const auto compute = [&](Backend on, const Conv2dProblem& p, const FrozenOperands& operands) {
     if (on == Backend::aten) {
@@ -284,7 +284,7 @@ Tensor frozen_dgrad_kernel(const FrozenGradCall& call) {
 std::tuple<Tensor, Tensor> frozen_meta(const FrozenOperands& o, const FrozenConv2d& f, bool keep_mask) {
   const auto size = check_operands(o, f.geometry);
   check_residual(o.input, o.residual, size);
-  const Tensor y = at::empty_symint(size, o.input.options(), format(result_is_channels_last(f, o)));
+  const Tensor y = at::empty_symint(size, o.input.options(), format(result_is_channels_last(o)));
   const c10::SymInt words = keep_mask && f.has_mask() ? (y.sym_numel() + 31) / 32 : c10::SymInt(0);
   return {y, at::empty_symint({words}, o.input.options().dtype(at::kInt))};
 }
@@ -299,8 +299,7 @@ Tensor frozen_dgrad_meta(const FrozenGradCall& call) {
 
 }  // namespace
 
-FrozenConv2d::FrozenConv2d(std::string_view name, std::optional<bool> channels_last, Geometry g)
-    : channels_last(channels_last), geometry(std::move(g)) {
+FrozenConv2d::FrozenConv2d(std::string_view name, Geometry g) : geometry(std::move(g)) {
   const auto found = std::find(kActivations.begin(), kActivations.end(), name);
   TORCH_CHECK_VALUE(found != kActivations.end(), "activation must be 'none', 'relu' or 'relu6', got '", name, "'");
   activation = static_cast<Activation>(found - kActivations.begin());
@@ -338,7 +337,7 @@ TORCH_LIBRARY_FRAGMENT(freezekit, m) {
       "frozen_conv2d(Tensor input, Tensor weight, Tensor? bias=None, Tensor? residual=None, str activation=\"none\", "
       "SymInt[2] stride=1, SymInt[2] padding=0, SymInt[2] dilation=1, SymInt groups=1, *, Tensor? norm_weight=None, "
       "Tensor? norm_bias=None, Tensor? running_mean=None, Tensor? running_var=None, float eps=0.0, "
-      "bool? channels_last=None, str backend=\"auto\", bool keep_mask=False) -> (Tensor, Tensor)",
+      "str backend=\"auto\", bool keep_mask=False) -> (Tensor, Tensor)",
       tags);
   m.def(
       "frozen_conv2d_dgrad(Tensor grad_output, Tensor weight, SymInt[] input_size, Tensor? residual=None, "

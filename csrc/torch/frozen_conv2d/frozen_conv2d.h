@@ -18,12 +18,11 @@
 namespace freezekit {
 
 struct FrozenConv2d {
-  FrozenConv2d(std::string_view activation, std::optional<bool> channels_last, Geometry);
+  FrozenConv2d(std::string_view activation, Geometry);
 
   enum class Activation { none, relu, relu6 };
 
   Activation activation;
-  std::optional<bool> channels_last;  // the layout of the result; none: channels_last if an operand is
   Geometry geometry;
 
   bool has_mask() const { return activation != Activation::none; }
@@ -72,21 +71,20 @@ inline Tensor tensor_of(const OptionalTensor& tensor) { return tensor.value_or(T
 struct FrozenCall {
   using Flat = Arguments<const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, std::string_view,
                          SymIntArrayRef, SymIntArrayRef, SymIntArrayRef, c10::SymInt, const OptionalTensor&,
-                         const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, double,
-                         std::optional<bool>, std::string_view>;
+                         const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, double, std::string_view>;
 
   FrozenCall(const FrozenOperands& o, const FrozenConv2d& f) : o(o), f(f) {}
   FrozenCall(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
              std::string_view activation, SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
              c10::SymInt groups, const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
              const OptionalTensor& running_mean, const OptionalTensor& running_var, double eps,
-             std::optional<bool> channels_last, std::string_view backend)
+             std::string_view backend)
       : o{input,
           weight,
           tensor_of(bias),
           tensor_of(residual),
           {tensor_of(norm_weight), tensor_of(norm_bias), tensor_of(running_mean), tensor_of(running_var), eps}},
-        f(activation, channels_last, Geometry(stride, padding, dilation, groups, backend)) {}
+        f(activation, Geometry(stride, padding, dilation, groups, backend)) {}
 
   template <class F>
   auto apply(const F& call) const {
@@ -95,7 +93,7 @@ struct FrozenCall {
         [&](const auto& stride, const auto& padding, const auto& dilation, const auto& groups, auto backend) {
           return call(o.input, o.weight, optional_of(o.bias), optional_of(o.residual), to_string(f.activation), stride,
                       padding, dilation, groups, optional_of(n.gamma), optional_of(n.beta), optional_of(n.mean),
-                      optional_of(n.var), n.eps, f.channels_last, backend);
+                      optional_of(n.var), n.eps, backend);
         });
   }
 
