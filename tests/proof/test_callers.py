@@ -97,6 +97,18 @@ def test_under_autocast_the_dtype_that_is_computed_in_is_decided() -> None:
     assert all("BFloat16" in choice.problem for choice in fk.tuning.choices())
 
 
+def test_a_compiled_convolution_is_decided_when_it_runs() -> None:
+    net, x = fk.convert(nn.Conv2d(4, 8, 3, padding=1)), leaf(2, 4, 8, 8)
+    expected = F.conv2d(x, net.weight, net.bias, padding=1).detach()
+    compiled = torch.compile(net, backend="aot_eager")
+    for found in ([], ["native"] * 3):
+        assert [choice.backend for choice in fk.tuning.choices()] == found
+        y = compiled(x)
+        torch.testing.assert_close(y, expected)
+        y.sum().backward()
+    assert len(launched(lambda: compiled(x).sum().backward())) == 3
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_of_nothing_nothing_is_decided(name: str) -> None:
     _, own, stock, _ = LAYERS[name]
