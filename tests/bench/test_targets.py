@@ -18,6 +18,9 @@ def test_overhead_reports_every_case(capsys: pytest.CaptureFixture[str]) -> None
     text = capsys.readouterr().out
     assert all(case.name in text for case in overhead.CASES)
     assert {case.bound for case in overhead.CASES} == {1.02, 1.05}
+    assert all(call.name in text for call in overhead._calls())
+    assert {call.bound for call in overhead._calls()} == {1.15, 1.05}
+    assert " disabled\n" in text
 
 
 @pytest.mark.parametrize(("bound", "code"), [(1e9, 0), (0.0, 1)])

@@ -42,9 +42,12 @@ using RecipePtr = std::shared_ptr<const Recipe>;
 // Who made an operand. Recipes go no deeper: an activation's operand comes from a norm, a product's from an activation.
 enum class Maker { norm, activation };
 
-// A recipe that gives `value`; null where there is none, and where hooks of others see what is saved: checkpoints count
-// it, offloading takes it away. `watched`: the hooks are freezekit's own, and so may be the stand-ins for tensors, which
-// have no data to try a recipe on.
+// Whether a node of such an operator of torch's is behind `value`. Most values have none: it is the first thing to ask.
+bool has_maker(const Tensor& value, Maker maker);
+
+// A recipe that gives `value`, which has such a maker; null where there is none, and where hooks of others see what is
+// saved: checkpoints count it, offloading takes it away. `watched`: the hooks are freezekit's own, and so may be the
+// stand-ins for tensors, which have no data to try a recipe on.
 RecipePtr recipe_for(const Tensor& value, Maker maker, bool watched);
 
 // While torch's kernel makes a node whose operands have recipes: no hook is to see what is not kept.

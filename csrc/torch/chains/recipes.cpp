@@ -120,13 +120,13 @@ class GroupNorm : public Recipe {
     return AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "freezekit::chain", [&] {
       using C = scalar_t;
       const int64_t n = x.size(0), c = x.size(1), groups = means.size(1), width = c / groups;
-      const C* mean = means.const_data_ptr<C>();
-      const C* rstd = rstds.const_data_ptr<C>();
+      const C *mean = means.const_data_ptr<C>(), *rstd = rstds.const_data_ptr<C>();
+      const C *weight = values_of<C>(weight_), *bias = values_of<C>(bias_);
       std::vector<C> scale(n * c), shift(n * c);
       for (int64_t i = 0; i < n * c; ++i) {
         const int64_t group = i / c * groups + i % c / width;
-        scale[i] = rstd[group] * value_of<C>(weight_, i % c, 1);
-        shift[i] = std::fma(-scale[i], mean[group], value_of<C>(bias_, i % c, 0));
+        scale[i] = rstd[group] * (weight ? weight[i % c] : C(1));
+        shift[i] = std::fma(-scale[i], mean[group], bias ? bias[i % c] : C(0));
       }
       const scalar_t* from = x.const_data_ptr<scalar_t>();
       const ChannelRows rows(x);
@@ -136,8 +136,8 @@ class GroupNorm : public Recipe {
   }
 
   template <class C>
-  static C value_of(const Tensor& parameter, int64_t i, C otherwise) {
-    return parameter.defined() ? parameter.const_data_ptr<C>()[i] : otherwise;
+  static const C* values_of(const Tensor& parameter) {
+    return parameter.defined() ? parameter.const_data_ptr<C>() : nullptr;
   }
 
   Held x_, mean_, rstd_;
@@ -311,7 +311,8 @@ bool is_in_memory(const Tensor& tensor) {
   return tensor.storage().nbytes() >= static_cast<size_t>(end) * tensor.element_size();
 }
 
-Held::Held(const Tensor& tensor) : tensor_(tensor.detach()), version_(tensor_._version()) {}
+// tensor_data is detach without the way through the dispatcher: the copy has the same versions.
+Held::Held(const Tensor& tensor) : tensor_(tensor.tensor_data()), version_(tensor_._version()) {}
 
 void Held::hold() {
   if (is_in_memory(tensor_)) content_ = content_of(tensor_);

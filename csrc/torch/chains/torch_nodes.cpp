@@ -53,9 +53,10 @@ const Note* note_of(const Node* node) {
   return nullptr;
 }
 
+Node* node_of(const Tensor& result) { return result.grad_fn().get(); }
+
 template <class T>
-T* node_of(const Tensor& result) {
-  Node* node = result.grad_fn().get();
+T* as(Node* node) {
   return node && typeid(*node) == typeid(T) ? static_cast<T*>(node) : nullptr;
 }
 
@@ -77,20 +78,21 @@ std::shared_ptr<Recipe> of_activation(const T& node, bool watched, bool has_data
 }
 
 std::shared_ptr<Recipe> candidate_for(const Tensor& value, Maker maker, bool watched, bool has_data) {
+  Node* const made = node_of(value);
   if (maker == Maker::norm) {
-    const auto* node = node_of<generated::NativeGroupNormBackward0>(value);
+    const auto* node = as<generated::NativeGroupNormBackward0>(made);
     return node ? of_group_norm(*node, watched, has_data) : nullptr;
   }
-  if (const auto* node = node_of<generated::SiluBackward0>(value)) {
+  if (const auto* node = as<generated::SiluBackward0>(made)) {
     return of_activation(*node, watched, has_data, [](const Tensor& x) { return at::silu(x); });
   }
-  if (const auto* node = node_of<generated::HardswishBackward0>(value)) {
+  if (const auto* node = as<generated::HardswishBackward0>(made)) {
     return of_activation(*node, watched, has_data, [](const Tensor& x) { return at::hardswish(x); });
   }
-  if (const auto* node = node_of<generated::MishBackward0>(value)) {
+  if (const auto* node = as<generated::MishBackward0>(made)) {
     return of_activation(*node, watched, has_data, [](const Tensor& x) { return at::mish(x); });
   }
-  if (const auto* node = node_of<generated::GeluBackward0>(value)) {
+  if (const auto* node = as<generated::GeluBackward0>(made)) {
     return of_activation(*node, watched, has_data,
                          [how = node->approximate](const Tensor& x) { return at::gelu(x, how); });
   }
@@ -123,31 +125,41 @@ class ComputedAgain : public SavedVariableHooks {
 };
 
 template <class T>
-SavedVariable* saved_self(const Tensor& result) {
-  T* node = node_of<T>(result);
-  return node ? &node->self_ : nullptr;
+SavedVariable* saved_self(Node* node) {
+  T* activation = as<T>(node);
+  return activation ? &activation->self_ : nullptr;
 }
 
-SavedVariable* saved(const Tensor& result, Operand operand) {
-  if (auto* node = node_of<generated::MulBackward0>(result)) {
-    return operand == Operand::self ? &node->self_ : &node->other_;
-  }
+SavedVariable* saved_of_activation(Node* node) {
   for (auto find : {saved_self<generated::SiluBackward0>, saved_self<generated::GeluBackward0>,
                     saved_self<generated::HardswishBackward0>, saved_self<generated::MishBackward0>}) {
-    if (SavedVariable* found = find(result)) return found;
+    if (SavedVariable* found = find(node)) return found;
   }
   return nullptr;
+}
+
+SavedVariable* saved(Node* node, Operand operand) {
+  auto* product = as<generated::MulBackward0>(node);
+  if (!product) return saved_of_activation(node);
+  return operand == Operand::self ? &product->self_ : &product->other_;
 }
 
 }  // namespace
 
 bool is_for_recipe() { return shows_recipe; }
 
+bool has_maker(const Tensor& value, Maker maker) {
+  if (value.is_view()) return false;  // torch makes its node anew when it is asked for it
+  Node* const node = node_of(value);
+  return maker == Maker::norm ? as<generated::NativeGroupNormBackward0>(node) != nullptr
+                              : saved_of_activation(node) != nullptr;
+}
+
 RecipePtr recipe_for(const Tensor& value, Maker maker, bool watched) {
   if (!watched && at::SavedTensorDefaultHooks::get_hooks()) return nullptr;
   const bool has_data = !value.is_meta() && !value.key_set().has(c10::DispatchKey::Python);
   const uint32_t written = maker == Maker::activation ? 1 : 0;  // by the maker, in place
-  if (value.is_view() || value.output_nr() != 0 || (!has_data && value._version() > written)) return nullptr;
+  if (value.output_nr() != 0 || (!has_data && value._version() > written)) return nullptr;
   try {
     const auto recipe = candidate_for(value, maker, watched, has_data);
     if (!recipe) return nullptr;
@@ -165,11 +177,11 @@ Unseen::Unseen() : before_(at::SavedTensorDefaultHooks::set_tracing(true)) {}
 Unseen::~Unseen() { at::SavedTensorDefaultHooks::set_tracing(before_); }
 
 void keep(const Tensor& result, Operand which, const Tensor& operand, const RecipePtr& recipe) {
-  SavedVariable* const variable = saved(result, which);
+  SavedVariable* const variable = saved(node_of(result), which);
   if (!variable || variable->has_hooks()) return;
   if (recipe) {
     variable->register_hooks(std::make_unique<ComputedAgain>(recipe));
-    new_note(result.grad_fn().get()).recipe = recipe;
+    new_note(node_of(result)).recipe = recipe;
     if (!at::SavedTensorDefaultHooks::get_hooks()) return;
     shows_recipe = true;
     const auto shown = c10::make_scope_exit([] { shows_recipe = false; });  // a hook may raise
@@ -180,7 +192,7 @@ void keep(const Tensor& result, Operand which, const Tensor& operand, const Reci
 }
 
 void note_bias(const Tensor& result, const Tensor& bias) {
-  const auto* node = node_of<generated::NativeGroupNormBackward0>(result);
+  const auto* node = as<generated::NativeGroupNormBackward0>(node_of(result));
   if (!node) return;
   Note& note = new_note(node);
   note.has_bias = bias.defined();

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "torch/backends/layer_proofs.h"
+#include "torch/common/unseen.h"
 
 namespace freezekit {
 namespace {
@@ -352,7 +353,7 @@ const char* obstacle_in(const Tensor& tensor) {
   constexpr c10::DispatchKeySet transforms(
       {c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper});
   if (tensor.key_set().has_any(transforms)) return "a tensor belongs to a torch.func transform";
-  if (torch::autograd::isFwGradDefined(tensor)) return "a tensor has a forward-mode gradient";
+  if (has_tangent(tensor)) return "a tensor has a forward-mode gradient";
   if (tensor.layout() != at::kStrided || tensor.is_nested()) return "a tensor is not a dense, strided one";
   if (!at::isFloatingType(tensor.scalar_type())) return kNotFloating;
   return nullptr;

@@ -24,11 +24,14 @@ bool is_unseen(const Tensors&... tensors) {
   return (keys | met) == met && !at::hasCallbacks();
 }
 
+// Whether a tensor has a forward-mode gradient. Torch's function for that counts a reference up and down.
+inline bool has_tangent(const at::Tensor& tensor) { return tensor.defined() && tensor._fw_grad(/*level=*/0).defined(); }
+
 // Whether torch's kernel on the autograd key would do no more than call the one below: no gradient is recorded, of
 // either kind.
 template <class... Tensors>
 bool is_unrecorded(const Tensors&... tensors) {
-  return !torch::autograd::compute_requires_grad(tensors...) && (!torch::autograd::isFwGradDefined(tensors) && ...);
+  return !torch::autograd::compute_requires_grad(tensors...) && (!has_tangent(tensors) && ...);
 }
 
 // Guards below autograd exclude its functionality, which belongs to no backend.

@@ -116,12 +116,12 @@ bool drops(const Tensor& x, double p, bool train) {
 }
 
 Tensor dropout(DispatchKeySet keys, const Tensor& x, double p, bool train) {
-  if (is_unseen(x) && is_unrecorded(x)) return torch_dropout.unrecorded(keys, x, p, train);
+  if (train && is_unseen(x) && is_unrecorded(x)) return torch_dropout.unrecorded(keys, x, p, train);
   return drops(x, p, train) ? record_dropout(x, p, train, Backend::automatic) : torch_dropout.stock(keys, x, p, train);
 }
 
 Tensor& dropout_(DispatchKeySet keys, Tensor& x, double p, bool train) {
-  if (is_unseen(x) && is_unrecorded(x)) return torch_dropout_inplace.unrecorded(keys, x, p, train);
+  if (train && is_unseen(x) && is_unrecorded(x)) return torch_dropout_inplace.unrecorded(keys, x, p, train);
   if (!drops(x, p, train)) return torch_dropout_inplace.stock(keys, x, p, train);
   record_dropout_(x, p, train, Backend::automatic);
   return x;

@@ -24,7 +24,7 @@ bool is_only(const Tensor& tensor, DispatchKeySet allowed) { return (tensor.key_
 bool has_kernels(const Tensor& tensor) {
   const auto dtype = tensor.scalar_type();
   return (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble) &&
-         !torch::autograd::isFwGradDefined(tensor);
+         !has_tangent(tensor);
 }
 
 }  // namespace

@@ -74,7 +74,7 @@ Operator<Tensor(const Tensor&, const Tensor&)> torch_mul("mul.Tensor", TORCH_FN(
 
 // A recipe is tried on the value, which on a GPU would have to be waited for. Compilers have chains of their own.
 RecipePtr recipe_for(const Tensor& value, Maker maker) {
-  const bool may_have = value.device().is_cpu() && value.requires_grad() && serves(Value::ours, value);
+  const bool may_have = value.device().is_cpu() && chain::has_maker(value, maker) && serves(Value::ours, value);
   return may_have ? chain::recipe_for(value, maker, detail::is_watched_here()) : nullptr;
 }
 

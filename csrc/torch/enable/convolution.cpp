@@ -20,7 +20,7 @@ extern Operator<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, SymI
 Tensor convolution(DispatchKeySet keys, const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                    SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation, bool transposed,
                    SymIntArrayRef output_padding, SymInt groups) {
-  const Tensor b = bias.value_or(Tensor());
+  const Tensor& b = tensor_of(bias);
   if (is_unrecorded(input, weight, b)) {
     return torch_convolution.unrecorded(keys, input, weight, bias, stride, padding, dilation, transposed,
                                         output_padding, groups);

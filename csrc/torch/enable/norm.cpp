@@ -34,14 +34,13 @@ extern GroupNorm torch_group_norm;
 
 bool learns(const Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); }
 
-Tensor tensor_of(const OptionalTensor& tensor) { return tensor.value_or(Tensor()); }
-
 // `rest`: what else torch's operator takes, behind the statistics.
 template <class Op, class Weight, class Statistic, class... Rest>
 auto batch_norm_by(const Op& op, DispatchKeySet keys, bool training, double eps, const Tensor& input,
                    const Weight& weight, const OptionalTensor& bias, const Statistic& running_mean,
                    const Statistic& running_var, Rest... rest) {
-  const Tensor w = tensor_of(weight), b = tensor_of(bias), mean = tensor_of(running_mean), var = tensor_of(running_var);
+  const Tensor &w = tensor_of(weight), &b = tensor_of(bias);
+  const Tensor &mean = tensor_of(running_mean), &var = tensor_of(running_var);
   if (is_unrecorded(input, w, b, mean, var)) {
     return op.unrecorded(keys, input, weight, bias, running_mean, running_var, rest...);
   }
@@ -83,7 +82,7 @@ bool is_for_bias_alone(const Tensor& input, const Tensor& weight, const Tensor& 
 
 Three native_layer_norm(DispatchKeySet keys, const Tensor& input, SymIntArrayRef shape, const OptionalTensor& weight,
                         const OptionalTensor& bias, double eps) {
-  const Tensor w = weight.value_or(Tensor()), b = bias.value_or(Tensor());
+  const Tensor &w = tensor_of(weight), &b = tensor_of(bias);
   if (is_unrecorded(input, w, b)) return torch_layer_norm.unrecorded(keys, input, shape, weight, bias, eps);
   if (!is_for_bias_alone(input, w, b)) return torch_layer_norm.stock(keys, input, shape, weight, bias, eps);
   auto results = torch_layer_norm.forward(keys, input, shape, weight, bias, eps);
@@ -93,7 +92,7 @@ Three native_layer_norm(DispatchKeySet keys, const Tensor& input, SymIntArrayRef
 
 Three native_group_norm(DispatchKeySet keys, const Tensor& input, const OptionalTensor& weight,
                         const OptionalTensor& bias, SymInt n, SymInt c, SymInt hw, int64_t groups, double eps) {
-  const Tensor w = weight.value_or(Tensor()), b = bias.value_or(Tensor());
+  const Tensor &w = tensor_of(weight), &b = tensor_of(bias);
   if (is_unrecorded(input, w, b)) return torch_group_norm.unrecorded(keys, input, weight, bias, n, c, hw, groups, eps);
   const bool is_batch = input.dim() >= 2 && input.sym_size(0) == n && input.sym_size(1) == c;
   if (!is_batch || !is_for_bias_alone(input, w, b)) {
