@@ -183,3 +183,22 @@ def test_a_gradient_passes_where_torch_s_kernels_for_gpus_let_it(name: str, dtyp
         dy = torch.arange(x.numel()).remainder(5).to(dtype)
         torch.testing.assert_close(dx, torch.where(passes, dy, (dy * slope).to(dtype)), rtol=1e-3, atol=0)
     assert launched(lambda: step(own, x)) == kernels
+
+
+@pytest.mark.parametrize(
+    "settings", [([3, 3], [2, 2], [1, 1], [1, 1]), ([2, 2], [2, 2], [0, 0], [1, 1]), ([3, 3], [1, 2], [1, 2], [2, 3])]
+)
+def test_taps_are_right_where_torch_leaves_an_index_of_zero(settings: tuple[list[int], ...]) -> None:
+    """As its kernel for NHWC on a GPU does for windows of minus infinity, in a step that is not proven."""
+    x = torch.full((1, 2, 9, 8), -float("inf"))
+    y, indices = F.max_pool2d(x, *settings, return_indices=True)
+    with fk.testing.emulated():
+        expected = torch.ops.freezekit.max_pool2d_taps(x, *settings, backend="emulated")[1]
+    library = torch.library.Library("aten", "IMPL")
+    try:
+        library.impl("max_pool2d_with_indices", lambda *_: (y, torch.zeros_like(indices)), "CPU")
+        _, taps = torch.ops.freezekit.max_pool2d_taps(x, *settings)
+    finally:
+        library._destroy()
+    assert torch.equal(taps, expected)
+    assert fk.tuning.choices() == []

@@ -37,8 +37,14 @@ Tensor taps_of_indices(const Tensor& indices, const Tensor& x, const PoolGeometr
   const auto options = indices.options();
   const Tensor p = at::arange(indices.sym_size(2), options).unsqueeze(1), q = at::arange(indices.sym_size(3), options);
   const c10::SymInt w = x.sym_size(3);
-  const Tensor row = (indices.div(w, "floor") - p.mul(g.stride[0]) + g.padding[0]).div(g.dilation[0], "floor");
-  const Tensor column = (indices.remainder(w) - q.mul(g.stride[1]) + g.padding[1]).div(g.dilation[1], "floor");
+  // Torch's kernel for NHWC on a GPU leaves index 0 for a window of nothing but -infinity, wherever that window is: its
+  // first tap inside of the input is meant.
+  const auto tap = [&](const Tensor& at, const Tensor& output, size_t axis) {
+    const Tensor origin = output.mul(g.stride[axis]) - g.padding[axis];
+    const Tensor first = origin.neg().clamp_min(0).add(g.dilation[axis] - 1).div(g.dilation[axis], "floor");
+    return (at - origin).div(g.dilation[axis], "floor").maximum(first);
+  };
+  const Tensor row = tap(indices.div(w, "floor"), p, 0), column = tap(indices.remainder(w), q, 1);
   return (row * g.kernel_size[1] + column).to(g.tap_type());
 }
 
