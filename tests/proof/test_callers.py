@@ -186,7 +186,7 @@ def test_a_gradient_passes_where_torch_s_kernels_for_gpus_let_it(name: str, dtyp
 
 
 @pytest.mark.parametrize(
-    "settings", [([3, 3], [2, 2], [1, 1], [1, 1]), ([2, 2], [2, 2], [0, 0], [1, 1]), ([3, 3], [1, 2], [1, 2], [2, 3])]
+    "settings", [([3, 3], [2, 2], [1, 1], [1, 1]), ([2, 2], [2, 2], [0, 0], [1, 1]), ([3, 3], [1, 2], [1, 1], [2, 3])]
 )
 def test_taps_are_right_where_torch_leaves_an_index_of_zero(settings: tuple[list[int], ...]) -> None:
     """As its kernel for NHWC on a GPU does for windows of minus infinity, in a step that is not proven."""
