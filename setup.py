@@ -82,13 +82,29 @@ def ninja(build: Path, name: str, command: str, sources: list[Path], header: Pat
         needed = f" | {out / header.name}.gch"
         lines += [f"build {out / header.name}.gch: {name} {header}", "  begin = -x c++-header"]
         lines[1] = lines[1].replace("$in", "$begin $in")
-    objects = [out / path.relative_to(CSRC).with_suffix(".o") for path in sources]
+    objects = [out / path.relative_to(CSRC if path.is_relative_to(CSRC) else out).with_suffix(".o") for path in sources]
     for path, target in zip(sources, objects):
         lines += [f"build {target}: {name} {path}{needed}"]
         lines += [f"  begin = -include {out / header.name} -Winvalid-pch"] if header else []
     (build / f"{name}.ninja").write_text("\n".join([*lines, ""]))
     subprocess.run(["ninja", "-j", JOBS, "-f", f"{name}.ninja"], cwd=build, check=True)
     return objects
+
+
+def one_per_folder(folder: Path, sources: list[Path]) -> list[Path]:
+    """Writes one source into `folder` for each directory of `sources`, which includes all of that directory.
+
+    In every file that includes torch the compiler instantiates the same templates: some seven seconds of work.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    together: dict[Path, str] = {}
+    for path in sources:
+        name = "_".join(path.parent.relative_to(CSRC).parts) + ".cpp"
+        together[folder / name] = together.get(folder / name, "") + f'#include "{path.relative_to(CSRC)}"\n'
+    for path, text in together.items():
+        if not path.exists() or path.read_text() != text:  # else all is compiled again
+            path.write_text(text)
+    return list(together)
 
 
 class Build(build_ext):
@@ -142,6 +158,7 @@ class Build(build_ext):
         # NDEBUG as torch has it: else each call through its dispatcher is traced and checked again, in its headers.
         flags = " ".join(["-std=c++20 -O2 -DNDEBUG -fPIC -fvisibility=hidden -Wall -Wno-psabi", *OPENMP, *includes])
         sources = [path for part in ("kernels", "torch", "python") for path in sorted((CSRC / part).rglob("*.cpp"))]
+        sources = one_per_folder(build / "torch", sources)
         command = f"{CXX} {flags} -MD -MF $out.d -c $in -o $out"
         return ninja(build, "torch", command, sources, CSRC / "torch/common/torch_headers.h")
 

@@ -35,8 +35,6 @@
 namespace freezekit {
 namespace {
 
-constexpr int64_t kWordsPerTask = 1024;
-
 constexpr std::array<const char*, 3> kKinds = {"relu", "hardtanh", "leaky_relu"};
 
 ActivationKind parse_kind(std::string_view name) {
@@ -219,7 +217,7 @@ void activation_inplace_entry(Tensor& input, const Piecewise& f) {
   torch::autograd::impl::rebase_history(input, {node, node->add_input_metadata(input)});
 }
 
-void register_entries(torch::Library& m) {
+void register_activations(torch::Library& m) {
   m.impl("activation", ActivationOperator::kernel<activation_entry>);
   m.impl("activation_", InplaceOperator::kernel<activation_inplace_entry>);
 }
@@ -276,7 +274,7 @@ TORCH_LIBRARY_IMPL(freezekit, Meta, m) {
   m.impl("activation_bits", BitsOperator::kernel<bits_meta>);
   m.impl("activation_bits_", InplaceBitsOperator::kernel<bits_inplace_meta>);
 }
-TORCH_LIBRARY_IMPL(freezekit, Autograd, m) { register_entries(m); }
-TORCH_LIBRARY_IMPL(freezekit, FuncTorchBatched, m) { register_entries(m); }
+TORCH_LIBRARY_IMPL(freezekit, Autograd, m) { register_activations(m); }
+TORCH_LIBRARY_IMPL(freezekit, FuncTorchBatched, m) { register_activations(m); }
 
 }  // namespace freezekit

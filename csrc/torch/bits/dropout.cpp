@@ -86,12 +86,12 @@ Tensor bits_inplace_kernel(Tensor& input, double p, Backend demand) {
   return bits;
 }
 
-std::tuple<Tensor, Tensor> bits_meta(const Tensor& input, double p, std::string_view) {
+std::tuple<Tensor, Tensor> dropout_meta(const Tensor& input, double p, std::string_view) {
   check(input, p);
   return {at::empty_like(input), empty_bits(input)};
 }
 
-Tensor bits_inplace_meta(Tensor& input, double p, std::string_view) {
+Tensor dropout_inplace_meta(Tensor& input, double p, std::string_view) {
   check(input, p);
   return empty_bits(input);
 }
@@ -152,7 +152,7 @@ void dropout_inplace_entry(Tensor& input, double p, bool train, std::string_view
   record_dropout_(input, p, train, parse_backend(backend));
 }
 
-void register_entries(torch::Library& m) {
+void register_dropout(torch::Library& m) {
   m.impl("dropout", dropout_entry);
   m.impl("dropout_", dropout_inplace_entry);
 }
@@ -203,10 +203,10 @@ TORCH_LIBRARY_IMPL(freezekit, CompositeExplicitAutograd, m) {
   m.impl("dropout_bits_", dropout_bits_);
 }
 TORCH_LIBRARY_IMPL(freezekit, Meta, m) {
-  m.impl("dropout_bits", bits_meta);
-  m.impl("dropout_bits_", bits_inplace_meta);
+  m.impl("dropout_bits", dropout_meta);
+  m.impl("dropout_bits_", dropout_inplace_meta);
 }
-TORCH_LIBRARY_IMPL(freezekit, Autograd, m) { register_entries(m); }
-TORCH_LIBRARY_IMPL(freezekit, FuncTorchBatched, m) { register_entries(m); }
+TORCH_LIBRARY_IMPL(freezekit, Autograd, m) { register_dropout(m); }
+TORCH_LIBRARY_IMPL(freezekit, FuncTorchBatched, m) { register_dropout(m); }
 
 }  // namespace freezekit

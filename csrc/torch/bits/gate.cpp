@@ -29,8 +29,6 @@
 namespace freezekit {
 namespace {
 
-constexpr int64_t kWordsPerTask = 1024;  // 32768 elements, as torch cuts elementwise work
-
 template <class T>
 FK_SIMD_CLONES void select_words(const T* x, T* y, const uint32_t* bits, int64_t numel, int64_t first, int64_t last) {
   cpu::apply_bits(x, y, bits, numel, first, last, cpu::Select<T>{});

@@ -17,6 +17,8 @@
 
 namespace freezekit {
 
+constexpr int64_t kWordsPerTask = 1024;  // 32768 elements, as torch cuts elementwise work
+
 struct GateRule {
   double on = 1;
   std::optional<double> off;

@@ -16,8 +16,6 @@ namespace {
 
 using at::Scalar;
 
-constexpr int64_t kWordsPerTask = 1024;
-
 template <class T>
 FK_SIMD_CLONES void threshold_words(const T* x, T* y, uint32_t* bits, int64_t numel, int64_t first, int64_t last,
                                     cpu::Threshold<T> rule) {

@@ -19,7 +19,7 @@ c10::OperatorHandle find(const std::string& name) {
 
 // What is registered for an operator, as torch prints it: a line for each key. A look at the kernels would be shorter,
 // and leave something behind in them each time.
-std::string registrations(const char* name) { return find(name).dumpState(); }
+std::string table_of(const char* name) { return find(name).dumpState(); }
 
 // Whether another library's kernel answers on a key; `key` as in the lines, with "[alias]" for some.
 bool has_other(const std::string& lines, const std::string& key) {
@@ -54,10 +54,10 @@ std::vector<std::string> AnyOperator::take_over(c10::ArrayRef<torch::Library*> l
   std::vector<std::string> others;
   for (AnyOperator* op : all()) {
     op->bind(find(op->name_));
-    const std::string own = registrations(op->name_);
+    const std::string own = table_of(op->name_);
     const std::string computed = !op->computes_                                 ? ""
                                  : std::string_view(op->computes_) == op->name_ ? own
-                                                                                : registrations(op->computes_);
+                                                                                : table_of(op->computes_);
     const size_t before = free.size();
     for (size_t i = 0; i < keys.size(); ++i) {
       const bool is_other_s = has_other_autograd(own, keys[i]) || has_other_autograd(computed, keys[i]) ||

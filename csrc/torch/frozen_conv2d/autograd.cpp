@@ -41,8 +41,6 @@ Tensor by_aten(const FrozenOperands& o, const FrozenConv2d& f) {
   return f.activation == FrozenConv2d::Activation::relu6 ? at::hardtanh(y, 0, 6) : y;
 }
 
-Tensor no_bits(const Tensor& like) { return at::empty({0}, like.options().dtype(at::kInt)); }
-
 bool needs_formulas(const FrozenOperands& o) {
   const FixedNormTensors& n = o.norm;
   for (const Tensor* t : {&o.input, &o.weight, &o.bias, &o.residual, &n.gamma, &n.beta, &n.mean, &n.var}) {

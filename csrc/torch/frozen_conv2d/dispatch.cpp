@@ -28,8 +28,6 @@ using Activation = FrozenConv2d::Activation;
 constexpr std::array<const char*, 3> kActivations = {"none", "relu", "relu6"};
 constexpr float kRelu6End = 6;
 
-Tensor no_bits(const Tensor& like) { return at::empty({0}, like.options().dtype(at::kInt)); }
-
 at::MemoryFormat format(bool channels_last) {
   return channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
 }

@@ -18,7 +18,7 @@
 namespace freezekit {
 namespace {
 
-constexpr int64_t kWordsPerTask = 512;
+constexpr int64_t kWordsPerPass = 512;
 
 template <class T, bool kResidual, class Rule>
 FK_SIMD_CLONES void finish_words(T* y, const T* residual, uint32_t* bits, const cpu::ChannelAffine<T>& affine,
@@ -138,7 +138,7 @@ Tensor finish_(Tensor& y, const Affine& affine, const Tensor& residual, FrozenCo
     const Channels<scalar_t> channels(affine.scale, affine.shift, y);
     scalar_t* const to = y.mutable_data_ptr<scalar_t>();
     const scalar_t* const added = residual.defined() ? residual.const_data_ptr<scalar_t>() : nullptr;
-    at::parallel_for(0, mask_words(numel), kWordsPerTask, [&](int64_t first, int64_t last) {
+    at::parallel_for(0, mask_words(numel), kWordsPerPass, [&](int64_t first, int64_t last) {
       const auto run = added ? finish_as<scalar_t, true> : finish_as<scalar_t, false>;
       run(activation, to, added, words, channels.affine(), numel, first, last);
     });
@@ -155,7 +155,7 @@ Tensor scale_back(const Tensor& dy, const Tensor& bits, const Tensor& scale) {
     const Channels<scalar_t> channels(scale, Tensor(), dy);
     const scalar_t* const from = dy.const_data_ptr<scalar_t>();
     scalar_t* const to = out.mutable_data_ptr<scalar_t>();
-    at::parallel_for(0, mask_words(numel), kWordsPerTask, [&](int64_t first, int64_t last) {
+    at::parallel_for(0, mask_words(numel), kWordsPerPass, [&](int64_t first, int64_t last) {
       scale_back_words(from, to, words, channels.affine(), numel, first, last);
     });
   });

@@ -9,6 +9,8 @@
 // which the result is computed: NHWC by freezekit's kernels whatever the layout of the result, else that of the result.
 #pragma once
 
+#include <ATen/ops/empty.h>
+
 #include <tuple>
 #include <vector>
 
@@ -36,6 +38,9 @@ struct FrozenOperands {
   Tensor input, weight, bias, residual;
   FixedNormTensors norm;
 };
+
+// What stands for bits where there are none.
+inline Tensor no_bits(const Tensor& like) { return at::empty({0}, like.options().dtype(at::kInt)); }
 
 // (y, bits); bits are empty unless they are asked for and there is an activation.
 std::tuple<Tensor, Tensor> frozen_conv2d(const FrozenOperands&, const FrozenConv2d&, bool keep_mask);
