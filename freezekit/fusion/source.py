@@ -103,6 +103,9 @@ def _compile(tree: ast.FunctionDef, function: FunctionType, more: tuple[str, ...
     assert isinstance(inner, ast.FunctionDef)
     outer.args.args = [ast.arg(name) for name in (*code.co_freevars, *more)]
     around.name = owner[0] if owner and owner[0].isidentifier() else "_"
+    if around.name not in (*code.co_freevars, *more):
+        # What the definition calls by the class's name is a global: the class here must not stand in front of it.
+        outer.body.insert(0, ast.Global([around.name]))
     own = tree.args
     inner.name, inner.body = tree.name, tree.body
     inner.args.posonlyargs, inner.args.args, inner.args.kwonlyargs = (

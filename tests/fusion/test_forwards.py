@@ -310,6 +310,72 @@ class Private(Base):
         return self.act(self.__own(x))
 
 
+class NamesItself(Base):
+    """By the name that its private names are spelled with, too."""
+
+    factor = 2.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.__own = nn.Conv2d(4, 4, 1)
+
+    @staticmethod
+    def half(x: Tensor) -> Tensor:
+        return x / 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = NamesItself.half(self.act(self.norm(self.conv(x))))
+        scales = [NamesItself.factor for _ in range(2)]
+        return self.act(self.__own(y)) * sum(scales) if isinstance(self, NamesItself) else y
+
+
+class _NamesItselfPrivately(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.__own = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.__own(x)) * len(_NamesItselfPrivately.__mro__)
+
+
+class NamesItselfToSuper(ReturnsTuple):
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        again = super().forward(x)
+        return (*super(NamesItselfToSuper, self).forward(x), *again, self.act(self.head(x)))  # noqa: UP008
+
+
+class Around(Base):
+    """The class inside reads a global of its own name, and the name of the class around it."""
+
+    class NoGrad(Base):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.act(self.norm(self.conv(x)))
+            return y * 2 if isinstance(self, (NoGrad, Around)) else y * 3
+
+
+def named_in_a_function() -> type[nn.Module]:
+    class Local(Base):
+        factor = 3.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(self.norm(self.conv(x))) * Local.factor
+
+    return Local
+
+
+def _(x: Tensor) -> Tensor:
+    return x * 3
+
+
+def given_a_forward() -> type[nn.Module]:
+    """One that stood in no class, and reads a global with the name that such a class would get."""
+
+    def forward(self: Base, x: Tensor) -> Tensor:
+        return _(self.act(self.norm(self.conv(x))))
+
+    return type("Given", (Base,), {"forward": forward})
+
+
 def doubled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Tensor:
@@ -355,6 +421,12 @@ KINDS = [
         Decorated,
         DecoratedNoGrad,
         closed_over(3.0),
+        NamesItself,
+        _NamesItselfPrivately,
+        NamesItselfToSuper,
+        Around.NoGrad,
+        named_in_a_function(),
+        given_a_forward(),
     ),
 ]
 
@@ -403,6 +475,7 @@ def test_in_every_mode_and_with_some_of_it_trainable(kind: type[nn.Module]) -> N
 
 
 FUSES_WHOLE = [ReversesGradient, NoGrad, Inference, OptionalSkip, Checkpoints, AsksForGradMode, ReturnsTuple, Shared]
+FUSES_WHOLE += [NamesItself, Around.NoGrad, named_in_a_function(), given_a_forward()]
 
 
 @pytest.mark.parametrize("kind", FUSES_WHOLE)
