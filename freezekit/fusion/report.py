@@ -36,8 +36,13 @@ class BlockReport:
 
     def __str__(self) -> str:
         parts = [self.conv, self.norm, "add" if self.residual else "", self.activation.replace("none", "")]
-        text = " + ".join(filter(None, parts)) + (": fused" if self.fused else f": not fused, {self.reason}")
-        return f"{text}, but {self.outside} behind it runs on its own" if self.fused and self.outside else text
+        text = " + ".join(filter(None, parts))
+        if not self.fused:
+            return f"{text}: not fused, {self.reason}"
+        if self.outside:
+            return f"{text}: fused, but {self.outside} behind it runs on its own"
+        # A norm behind it may stand in the caller, which the report cannot see from here.
+        return f"{text}: fused, the convolution alone" if text == self.conv else f"{text}: fused"
 
 
 def fusion_report(model: nn.Module) -> list[BlockReport]:

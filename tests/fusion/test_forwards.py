@@ -485,6 +485,23 @@ def test_what_stands_around_layers_does_not_keep_them_from_fusing(kind: type[nn.
     assert [row.activation for row in rows if row.conv == "conv" and row.fused][:1] == ["relu"]
 
 
+class NormsInTheCaller(Base):
+    """As DenseNet's layers: one method runs the convolution, another the norm behind it."""
+
+    def reduced(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.act(self.norm(self.reduced(x))))
+
+
+def test_a_convolution_whose_norm_another_method_runs_is_said_to_be_alone() -> None:
+    fused, stock = pair(NormsInTheCaller)
+    rows = {row.conv: str(row) for row in fusion_report(fused)}
+    assert rows["conv"] == "conv: fused, the convolution alone"
+    assert_alike(fused, stock, (image(),))
+
+
 UNREADABLE = {
     Decorated: "its forward is wrapped by a decorator",
     Raises: "no forward that could be read calls it by this name",

@@ -81,26 +81,30 @@ def check(stock: nn.Module, *rows: str) -> nn.Module:
 
 
 def test_a_frozen_batch_norm_is_taken_in() -> None:
-    fused = check(net(FrozenBatchNorm2d(4), nn.ReLU()), "0 + 1 + relu: fused", "3: fused")
+    fused = check(net(FrozenBatchNorm2d(4), nn.ReLU()), "0 + 1 + relu: fused", "3: fused, the convolution alone")
     assert kept(fused, (image(),)) == -(-2 * 4 * 6 * 5 // 32) * 4  # one bit per element, in words
     assert all(row.fused for row in fusion_report(fused.train()))
 
 
 def test_a_name_is_not_enough() -> None:
-    check(net(DoublingNorm2d(4), nn.ReLU()), "0: fused, but 1 behind it runs on its own", "3: fused")
+    check(
+        net(DoublingNorm2d(4), nn.ReLU()),
+        "0: fused, but 1 behind it runs on its own",
+        "3: fused, the convolution alone",
+    )
 
 
 @pytest.mark.parametrize("norm", [FrozenBatchNorm2d, BatchNormAct2d])
 def test_a_norm_is_first_met_where_there_is_no_data(norm: type[nn.Module]) -> None:
     model = net(norm(4), *[nn.ReLU()] * (norm is FrozenBatchNorm2d))
     explain(model, image())
-    check(model, "0 + 1 + relu: fused", f"{len(model) - 1}: fused")
+    check(model, "0 + 1 + relu: fused", f"{len(model) - 1}: fused, the convolution alone")
 
 
 @pytest.mark.parametrize("act", [nn.ReLU, nn.SiLU, nn.Hardswish, nn.Identity])
 def test_a_norm_with_an_activation(act: type[nn.Module]) -> None:
     row = "0 + 1 + relu: fused" if act is nn.ReLU else "0 + 1: fused"
-    fused = check(net(BatchNormAct2d(4, act)), row, "2: fused")
+    fused = check(net(BatchNormAct2d(4, act)), row, "2: fused, the convolution alone")
     fused[1].drop, x = nn.Dropout(0.5).train(), image(False)
     torch.manual_seed(0)
     ours = fused(x)
@@ -126,14 +130,18 @@ def test_a_norm_that_comes_later_brings_its_activation() -> None:
 @pytest.mark.parametrize("act", [nn.SiLU, nn.Hardswish, nn.GELU, nn.LeakyReLU])
 def test_other_activations_keep_one_tensor(act: type[nn.Module]) -> None:
     stock = net(nn.BatchNorm2d(4), act())
-    fused = check(stock, "0 + 1: fused", "3: fused")
+    fused = check(stock, "0 + 1: fused", "3: fused, the convolution alone")
     x = image()
     assert kept(fused, (x,)) == x.numel() * x.element_size()
     assert kept(stock, (x,)) > 2 * x.numel() * x.element_size()
 
 
 def test_a_norm_outside_is_named() -> None:
-    check(net(nn.GroupNorm(2, 4), nn.ReLU()), "0: fused, but 1 behind it runs on its own", "3: fused")
+    check(
+        net(nn.GroupNorm(2, 4), nn.ReLU()),
+        "0: fused, but 1 behind it runs on its own",
+        "3: fused, the convolution alone",
+    )
 
 
 class Renormalised(nn.BatchNorm2d):
@@ -142,9 +150,9 @@ class Renormalised(nn.BatchNorm2d):
 
 def test_norms_can_be_registered() -> None:
     model = net(Renormalised(4), nn.ReLU())
-    check(model, "0: fused, but 1 behind it runs on its own", "3: fused")
+    check(model, "0: fused, but 1 behind it runs on its own", "3: fused, the convolution alone")
     norms.register_norm(Renormalised, always_fixed=False)
-    check(model.eval(), "0 + 1 + relu: fused", "3: fused")
+    check(model.eval(), "0 + 1 + relu: fused", "3: fused, the convolution alone")
     wrong: Any = nn.ReLU()
     with pytest.raises(TypeError, match=r"kind must be a class of nn.Module, got ReLU\(\)"):
         norms.register_norm(wrong, always_fixed=True)
