@@ -335,13 +335,14 @@ class _NamesItselfPrivately(Base):
         self.__own = nn.Conv2d(4, 4, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.__own(x)) * len(_NamesItselfPrivately.__mro__)
+        y = self.act(self.norm(self.conv(x)))
+        return self.__own(y) * len(_NamesItselfPrivately.__mro__[:2])
 
 
 class NamesItselfToSuper(ReturnsTuple):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        again = super().forward(x)
-        return (*super(NamesItselfToSuper, self).forward(x), *again, self.act(self.head(x)))  # noqa: UP008
+        y = self.act(self.norm(self.conv(x)))
+        return (*super(NamesItselfToSuper, self).forward(y), *super().forward(x))  # noqa: UP008
 
 
 class Around(Base):
@@ -475,7 +476,14 @@ def test_in_every_mode_and_with_some_of_it_trainable(kind: type[nn.Module]) -> N
 
 
 FUSES_WHOLE = [ReversesGradient, NoGrad, Inference, OptionalSkip, Checkpoints, AsksForGradMode, ReturnsTuple, Shared]
-FUSES_WHOLE += [NamesItself, Around.NoGrad, named_in_a_function(), given_a_forward()]
+FUSES_WHOLE += [
+    NamesItself,
+    _NamesItselfPrivately,
+    NamesItselfToSuper,
+    Around.NoGrad,
+    named_in_a_function(),
+    given_a_forward(),
+]
 
 
 @pytest.mark.parametrize("kind", FUSES_WHOLE)
