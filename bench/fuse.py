@@ -55,7 +55,7 @@ def make_step(net: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], object
 
 
 def measure(layout: str, args: argparse.Namespace) -> Interleaved:
-    """Stock, fused and, if asked for, compiled stock."""
+    """Stock and fused, the six blocks' convolutions alone and, if asked for, both compiled."""
     torch.manual_seed(0)
     memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     dtype = getattr(torch, args.dtype)
@@ -70,6 +70,8 @@ def measure(layout: str, args: argparse.Namespace) -> Interleaved:
     x = x.to(memory_format=memory_format).requires_grad_(not args.forward)
     fused = fuse(copy.deepcopy(stock))
     steps = {"stock": make_step(stock, x), "fused": make_step(fused, x)}
+    if not args.network:  # what no fusion can save
+        steps["convolutions"] = make_step(nn.Sequential(*(m for m in stock if isinstance(m, nn.Conv2d))), x)
     if args.compile:
         torch.compiler.reset()  # else the layouts share one limit of recompilations
         steps["compiled stock"] = make_step(torch.compile(copy.deepcopy(stock)), x)

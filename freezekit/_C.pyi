@@ -28,7 +28,13 @@ def select(
 
 class blocks:
     @staticmethod
-    def know(convs: frozenset[Any], norms: dict[Any, bool], activations: dict[Any, str]) -> None: ...
+    def know(
+        convs: frozenset[Any],
+        norms: dict[Any, bool],
+        activations: dict[Any, str],
+        own: tuple[str, ...],
+        forwards: dict[Any, Any],
+    ) -> None: ...
     @staticmethod
     def run(
         x: Any,

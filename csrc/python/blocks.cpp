@@ -28,17 +28,31 @@ struct Name {
 };
 
 // Known classes: convolutions; norms, and whether they normalise with fixed statistics even while training; activations
-// and the operator's names for them. Never destroyed: Python is gone by then.
+// and the operator's names for them. Names that a layer must not have of its own, and what must be in the classes still.
+// Never destroyed: Python is gone by then.
 struct Kinds {
-  PyObject *convs = nullptr, *norms = nullptr, *activations = nullptr;
+  PyObject *convs = nullptr, *norms = nullptr, *activations = nullptr, *own = nullptr, *forwards = nullptr;
+  PyObject *module = nullptr, *call = nullptr, *conv = nullptr, *conv_forward = nullptr;
 };
 Kinds& kinds() {
   static auto& known = *new Kinds();
   return known;
 }
 
-void know(const py::object& convs, const py::dict& norms, const py::dict& activations) {
-  kinds() = {py::object(convs).release().ptr(), py::dict(norms).release().ptr(), py::dict(activations).release().ptr()};
+void know(const py::object& convs, const py::dict& norms, const py::dict& activations, const py::tuple& own,
+          const py::dict& forwards) {
+  const auto keep = [](py::object object) { return object.release().ptr(); };
+  const py::module_ nn = py::module_::import("torch.nn");
+  const py::object module = nn.attr("Module"), conv = nn.attr("Conv2d");
+  kinds() = {keep(convs),
+             keep(norms),
+             keep(activations),
+             keep(own),
+             keep(forwards),
+             keep(module),
+             keep(module.attr("__call__")),
+             keep(conv),
+             keep(conv.attr("_conv_forward"))};
 }
 
 // Borrowed; null where it is absent.
@@ -48,11 +62,26 @@ PyObject* get(PyObject* dict, const Name& name) {
 
 PyObject* type_of(PyObject* object) { return reinterpret_cast<PyObject*>(Py_TYPE(object)); }
 
+// Whether an attribute of a class is this object.
+bool is_still(PyObject* type, const Name& name, PyObject* object) {
+  const auto now = py::reinterpret_steal<py::object>(PyObject_GetAttr(type, name.object));
+  if (!now) throw py::error_already_set();
+  return now.ptr() == object;
+}
+
+// Whether somebody has put another method into the classes that layers inherit from.
+bool any_patched() {
+  static const auto& call = *new Name("__call__");
+  static const auto& conv_forward = *new Name("_conv_forward");
+  const Kinds& known = kinds();
+  return !is_still(known.module, call, known.call) || !is_still(known.conv, conv_forward, known.conv_forward);
+}
+
 // A layer's attributes: what its dictionary holds, borrowed.
 class Layer {
  public:
   explicit Layer(PyObject* module)
-      : dict_(py::reinterpret_steal<py::object>(PyObject_GenericGetDict(module, nullptr))) {
+      : type_(type_of(module)), dict_(py::reinterpret_steal<py::object>(PyObject_GenericGetDict(module, nullptr))) {
     if (!dict_) throw py::error_already_set();
   }
 
@@ -63,7 +92,10 @@ class Layer {
     static const auto& names =
         *new std::array<Name, 4>{"_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"};
     static const auto& forward = *new Name("forward");
-    if (attribute(forward)) return false;
+    if (!is_still(type_, forward, PyDict_GetItemWithError(kinds().forwards, type_))) return false;
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(kinds().own); ++i) {
+      if (PyDict_GetItemWithError(dict_.ptr(), PyTuple_GET_ITEM(kinds().own, i))) return false;
+    }
     for (const Name& name : names) {
       PyObject* const hooks = attribute(name);
       if (!hooks || !PyDict_Check(hooks) || PyDict_Size(hooks) != 0) return false;
@@ -86,6 +118,7 @@ class Layer {
   }
 
  private:
+  PyObject* type_;
   py::object dict_;
 };
 
@@ -134,7 +167,8 @@ bool read_conv(PyObject* module, FrozenOperands* o, Geometry* g) {
          o->weight.defined() && o->weight.dim() == 4 && layer.tensor(bias, &o->bias);
 }
 
-bool read_norm(PyObject* module, FixedNormTensors* norm) {
+// `always_fixed`: whether its class normalises with fixed statistics even while training.
+bool read_norm(PyObject* module, FixedNormTensors* norm, bool* always_fixed) {
   static const auto& training = *new Name("training");
   static const auto& eps = *new Name("eps");
   static const auto& weight = *new Name("weight");
@@ -147,10 +181,10 @@ bool read_norm(PyObject* module, FixedNormTensors* norm) {
   const Layer layer(module);
   PyObject *const trains = layer.attribute(training), *const small = layer.attribute(eps);
   if ((fixed != Py_True && trains != Py_False) || !small || !PyFloat_CheckExact(small)) return false;
-  norm->eps = PyFloat_AS_DOUBLE(small);
-  return layer.is_unwatched() && layer.tensor(weight, &norm->gamma) && layer.tensor(bias, &norm->beta) &&
-         layer.tensor(mean, &norm->mean) && layer.tensor(var, &norm->var) && norm->mean.defined() &&
-         norm->var.defined();
+  norm->eps = PyFloat_AS_DOUBLE(small), *always_fixed = fixed == Py_True;
+  return norm->eps >= 0 && layer.is_unwatched() && layer.tensor(weight, &norm->gamma) &&
+         layer.tensor(bias, &norm->beta) && layer.tensor(mean, &norm->mean) && layer.tensor(var, &norm->var) &&
+         norm->mean.defined() && norm->var.defined();
 }
 
 // The operator's name for an activation: a module, a function's name, or None; null if it is another one.
@@ -161,8 +195,19 @@ const char* read_activation(PyObject* activation) {
   return kind && Layer(activation).is_unwatched() ? PyUnicode_AsUTF8(kind) : nullptr;
 }
 
+// Whether a norm takes values of this dtype and gives them back in it. Torch's batch norm takes 16 bits beside parameters
+// of float32; norms that are always fixed multiply and add, where the wider dtype wins.
+bool keeps_dtype(const FixedNormTensors& norm, bool always_fixed, at::ScalarType dtype) {
+  if (!norm.defined()) return true;
+  const at::ScalarType own = norm.var.scalar_type();
+  for (const Tensor* tensor : {&norm.gamma, &norm.beta, &norm.mean}) {
+    if (tensor->defined() && tensor->scalar_type() != own) return false;
+  }
+  return own == dtype || (!always_fixed && own == at::kFloat && (dtype == at::kBFloat16 || dtype == at::kHalf));
+}
+
 // Sizes and dtypes that the operator takes; where they are wrong the layers themselves say so.
-bool fits(const FrozenOperands& o, const Geometry& g) {
+bool fits(const FrozenOperands& o, const Geometry& g, bool always_fixed) {
   const Tensor &x = o.input, &w = o.weight;
   if (x.dim() != 4 || x.device() != w.device() || !at::isFloatingType(x.scalar_type())) return false;
   const int64_t groups = g.groups.expect_int();
@@ -179,6 +224,7 @@ bool fits(const FrozenOperands& o, const Geometry& g) {
   const at::ScalarType dtype = autocast.value_or(x.scalar_type());
   if (autocast && (x.scalar_type() == at::kDouble || w.scalar_type() == at::kDouble)) return false;
   if (!autocast && x.scalar_type() != w.scalar_type()) return false;
+  if (!keeps_dtype(o.norm, always_fixed, dtype)) return false;
   const Tensor& r = o.residual;
   return !r.defined() || (r.scalar_type() == dtype && r.device() == x.device() && r.sizes() == at::IntArrayRef(output));
 }
@@ -195,9 +241,10 @@ PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Geometry g({1}, {0}, {1}, 1, py::handle(args[5]).cast<std::string>());
   o.input = THPVariable_Unpack(x);
   if (residual != Py_None) o.residual = THPVariable_Unpack(residual);
-  if (!read_conv(args[1], &o, &g) || !read_norm(args[2], &o.norm)) Py_RETURN_NONE;
+  bool always_fixed = false;
+  if (!read_conv(args[1], &o, &g) || !read_norm(args[2], &o.norm, &always_fixed)) Py_RETURN_NONE;
   const char* const activation = read_activation(args[3]);
-  if (!activation || !fits(o, g) || any_global_hook()) Py_RETURN_NONE;
+  if (!activation || !fits(o, g, always_fixed) || any_global_hook() || any_patched()) Py_RETURN_NONE;
   const FrozenConv2d f(activation, g);
   const bool shared = args[6] == Py_True;
   std::tuple<Tensor, Tensor> result;
@@ -220,7 +267,7 @@ PyMethodDef run_method = {"run", reinterpret_cast<PyCFunction>(reinterpret_cast<
 void bind_blocks(py::module_& parent) {
   py::module_ m = parent.def_submodule("blocks", "Calls of fused blocks.");
   m.attr("run") = py::reinterpret_steal<py::object>(PyCFunction_New(&run_method, nullptr));
-  m.def("know", &know, py::arg("convs"), py::arg("norms"), py::arg("activations"),
+  m.def("know", &know, py::arg("convs"), py::arg("norms"), py::arg("activations"), py::arg("own"), py::arg("forwards"),
         "The classes that blocks are made of.");
 }
 

@@ -11,13 +11,23 @@ import freezekit._C as _C
 from freezekit import backends
 from freezekit._twin import is_plain
 from freezekit.functional._torch import jit_trace, records_torch_s
-from freezekit.fusion.layers import ACTIVATIONS, CONVS, NORMS, activation_kind, norm_tensors, sources, why_unfused
+from freezekit.fusion.layers import (
+    ACTIVATIONS,
+    CONVS,
+    FORWARDS,
+    NORMS,
+    OWN,
+    activation_kind,
+    norm_tensors,
+    sources,
+    why_unfused,
+)
 
 _frozen = torch.ops.freezekit.frozen_conv2d.default
 _shared = torch.ops.freezekit.frozen_conv2d_shared.default
 # The call where all is plainly fit for one operator, without Python; None where it is not, and `_runs_fused` decides.
 _run = _C.blocks.run
-_C.blocks.know(CONVS, NORMS, ACTIVATIONS)
+_C.blocks.know(CONVS, NORMS, ACTIVATIONS, OWN, FORWARDS)
 
 
 def run(
@@ -89,7 +99,21 @@ def _runs_fused(
         dtype = torch.get_autocast_dtype(x.device.type)
     elif dtype != weight.dtype:
         return False
+    if norm is not None and not _keeps_dtype(norm, dtype):
+        return False
     return residual is None or (residual.dtype == dtype and _adds(x, conv, residual))
+
+
+def _keeps_dtype(norm: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether a norm takes values of this dtype and gives them back in it.
+
+    torch's batch norm takes 16 bits beside parameters of float32. Norms that are always fixed multiply and add: there
+    the wider dtype wins.
+    """
+    own = {tensor.dtype for tensor in norm_tensors(norm).values() if isinstance(tensor, Tensor)}
+    if own == {dtype}:
+        return True
+    return not NORMS[type(norm)] and dtype in (torch.bfloat16, torch.float16) and own == {torch.float32}
 
 
 def _is_transformed(tensor: Tensor) -> bool:

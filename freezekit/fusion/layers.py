@@ -27,6 +27,16 @@ ACTIVATIONS: dict[type[nn.Module], str] = {**dict.fromkeys(_RELUS, "relu"), **di
 
 _NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 
+# What a class's forward calls or reads: a layer that has one of these of its own does something else.
+OWN = ("forward", "_call_impl", "_compiled_call_impl", "_conv_forward", "_check_input_dim", *_NORM_TENSORS)
+# The forwards that blocks stand for: somebody may have put, or put later, another one into a class.
+FORWARDS: dict[type[nn.Module], Any] = {
+    kind: kind.forward
+    for kind in (*CONVS, *NORMS, *ACTIVATIONS)
+    if kind.forward.__module__.startswith(("torch.nn.modules.", "freezekit."))
+}
+_CALL, _CONV_FORWARD = nn.Module.__call__, nn.Conv2d._conv_forward
+
 # As functions and as names of methods.
 ACTIVATION_CALLS: dict[Any, str] = {
     F.relu: "relu",
@@ -90,6 +100,8 @@ def why_unfused(conv: nn.Module, norm: nn.Module | None, activation: nn.Module |
     for layer in (conv, norm, activation):
         if isinstance(layer, nn.Module) and is_watched(layer):
             return f"a {type(layer).__name__} in it has hooks or a forward of its own"
+        if isinstance(layer, nn.Module) and is_patched(type(layer)):
+            return f"{type(layer).__name__} has another forward than its library gave it"
     return "hooks are registered for all modules" if has_global_hooks() else ""
 
 
@@ -100,7 +112,8 @@ def _why_norm_is_live(norm: nn.Module) -> str:
         return "the batch norm has no running statistics"
     if _is_trainable(norm):
         return "the batch norm is trainable"
-    return ""
+    eps: Any = norm.eps
+    return "" if eps >= 0 else "the batch norm has a negative eps"
 
 
 def _is_trainable(layer: nn.Module) -> bool:
@@ -117,9 +130,18 @@ def is_watched(layer: nn.Module) -> bool:
     """Whether calling a module does more than its class's forward says."""
     own = layer.__dict__
     return bool(
-        "forward" in own
+        any(name in own for name in OWN)
         or own["_forward_hooks"]
         or own["_forward_pre_hooks"]
         or own["_backward_hooks"]
         or own["_backward_pre_hooks"]
+    )
+
+
+def is_patched(kind: type[nn.Module]) -> bool:
+    """Whether somebody has put another forward into a class that blocks are made of, or into those that it calls."""
+    return (
+        kind.forward is not FORWARDS.get(kind)
+        or nn.Module.__call__ is not _CALL
+        or nn.Conv2d._conv_forward is not _CONV_FORWARD
     )

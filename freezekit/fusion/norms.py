@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from freezekit.fusion.layers import NORMS
+from freezekit.fusion.layers import FORWARDS, NORMS
 
 # By name, and whether the statistics are fixed while training too.
 _NAMES = {
@@ -49,7 +49,7 @@ def register_norm(kind: type[nn.Module], *, always_fixed: bool) -> None:
     """
     if not isinstance(kind, type) or not issubclass(kind, nn.Module):
         raise TypeError(f"kind must be a class of nn.Module, got {kind!r}")
-    NORMS[kind] = always_fixed
+    NORMS[kind], FORWARDS[kind] = always_fixed, kind.forward
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -58,7 +58,7 @@ def is_norm(module: nn.Module) -> bool:
     fixed = _NAMES.get(f"{kind.__module__}.{kind.__qualname__}")
     if kind not in NORMS and kind not in _refused and fixed is not None:
         if _computes_it(module):
-            NORMS[kind] = fixed
+            NORMS[kind], FORWARDS[kind] = fixed, kind.forward
         else:
             _refused.add(kind)
     return kind in NORMS

@@ -405,6 +405,15 @@ def closed_over(factor: float) -> type[nn.Module]:
     return Closure
 
 
+NAME_A_CLASS = [
+    NamesItself,
+    _NamesItselfPrivately,
+    NamesItselfToSuper,
+    Around.NoGrad,
+    named_in_a_function(),
+    given_a_forward(),
+]
+
 KINDS = [
     *(ReversesGradient, NoGrad, Inference, SwitchesAutocastOff, SwitchesGradientsOff, AsksForGradMode),
     *(SetsRequiresGrad, CallsRequiresGrad, HooksAGradient, DetachesBetween, OptionalSkip, ComparesByIdentity),
@@ -422,12 +431,7 @@ KINDS = [
         Decorated,
         DecoratedNoGrad,
         closed_over(3.0),
-        NamesItself,
-        _NamesItselfPrivately,
-        NamesItselfToSuper,
-        Around.NoGrad,
-        named_in_a_function(),
-        given_a_forward(),
+        *NAME_A_CLASS,
     ),
 ]
 
@@ -476,14 +480,7 @@ def test_in_every_mode_and_with_some_of_it_trainable(kind: type[nn.Module]) -> N
 
 
 FUSES_WHOLE = [ReversesGradient, NoGrad, Inference, OptionalSkip, Checkpoints, AsksForGradMode, ReturnsTuple, Shared]
-FUSES_WHOLE += [
-    NamesItself,
-    _NamesItselfPrivately,
-    NamesItselfToSuper,
-    Around.NoGrad,
-    named_in_a_function(),
-    given_a_forward(),
-]
+FUSES_WHOLE += NAME_A_CLASS
 
 
 @pytest.mark.parametrize("kind", FUSES_WHOLE)

@@ -124,7 +124,7 @@ std::tuple<Tensor, Tensor> frozen_by_aten(const Conv2dProblem& problem, const Fr
       o.bias.defined() && o.bias.scalar_type() == x.scalar_type() && !few && !(passes && o.norm.defined());
   Tensor y = few ? few_positions::conv2d(problem, x, o.weight)
                  : aten::conv2d(x, o.weight, inside ? std::make_optional(o.bias) : std::nullopt, g);
-  y = y.contiguous(format(channels_last));
+  y = finish(y, format(channels_last));
   const Tensor left = inside ? Tensor() : o.bias;  // of the bias, to be added
   if (passes && (o.norm.defined() || r.defined() || left.defined())) {
     const Tensor bits = finish_(y, affine_of(o.norm, left, x, Backend::aten), r, f.activation, keep_mask);
@@ -223,7 +223,7 @@ Tensor dgrad_by_aten(const Conv2dProblem& problem, const FrozenGrad& o, const Te
   }
   Tensor dx =
       few_positions::takes(problem, dy, w) ? few_positions::dgrad(problem, dy, w) : aten::dgrad(dy, w, o.input_size, g);
-  dx = dx.contiguous(format(o.channels_last));
+  dx = finish(dx, format(o.channels_last));
   if (o.residual.defined()) dx.add_(o.residual);
   if (o.mask.defined()) gate_inplace(dx, o.mask, {}, Backend::automatic);
   return dx;
