@@ -2,27 +2,33 @@
 
 Without data every tensor that is reached becomes a fake one, of the same shape, layout, dtype and device: operators
 then only work out what they would return, and choose their kernels as on the real device. What cannot be reached, such
-as a tensor in another library's cache, is made fake where it is used, and never written to. With data every tensor is
-copied, which takes as much memory again as the model has.
+as a tensor in another library's cache, is made fake where it is used, and never written to; what a run adds to such a
+cache has data in the end. With data every tensor is copied, which takes as much memory again as the model has.
 """
 
 from __future__ import annotations
 
 import copy
 import random
+import sys
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
-from types import CellType, FunctionType, MethodType
+from inspect import signature, unwrap
+from types import FunctionType, MethodType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parameter import is_lazy
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from freezekit._constants import Constants
+from freezekit._copies import Copies
 from freezekit._inputs import Arguments
+from freezekit._strangers import kept, modules_in, names_of, strangers_of
 
 Result = TypeVar("Result")
 
@@ -32,7 +38,8 @@ class Twin:
 
     Args:
         function: a module; a method of one, or of an object that has some, such as ``model.decode``; a function that
-            runs modules by names of its own; or a `functools.partial` of these.
+            runs modules by names of its own, or those of objects, lists and dictionaries that it names; or a
+            `functools.partial` of these.
         inputs: its arguments. Tensors on the meta device are taken for tensors on the model's.
         data: whether the copies hold data.
 
@@ -42,6 +49,7 @@ class Twin:
         has_device: whether the model is on a device: not, where all of it is on the meta device.
         roots: the copied modules that ``function`` runs, by the names it has for them; "" for the one of a module and
             of a module's method.
+        strangers: modules that are not copied, since those that are know them by names alone.
 
     Raises:
         TypeError: no module is found in ``function``, or something in it cannot be copied.
@@ -53,19 +61,32 @@ class Twin:
         tensors = [t for module in originals.values() for t in (*module.parameters(), *module.buffers())]
         if any(is_lazy(t) for t in tensors):
             raise ValueError("model has lazy parameters, whose shapes are not known before a first forward pass")
+        for name, module in ((name, m) for root in originals.values() for name, m in root.named_modules()):
+            if isinstance(module, torch.jit.ScriptModule):
+                raise TypeError(f"model must be of modules whose calls can be seen, got a ScriptModule ({name!r})")
         if data and not has_data(originals, inputs):
             raise ValueError("model and inputs must hold data to be run on it, got a tensor on the meta device")
         self._devices = {t.device for t in tensors if not t.is_meta}
         self.has_data, self.has_device = data, bool(self._devices)
-        self._fake = None if data else _fake_mode()
-        copies = _Copies(self._stand_in)
-        with copies:
+        self._fake = None if data else FakeTensorMode(allow_non_fake_inputs=True)
+        self._constants = None if self._fake is None else Constants(self._fake)
+        self._storages: dict[int, torch.UntypedStorage] = {}
+        self._originals = {module for root in originals.values() for module in root.modules()}
+        self.strangers = strangers_of(self._originals)
+        copies = Copies(self._stand_in)
+        with copies, torch.inference_mode(False):
             for module in originals.values():
                 copies.add(module)
             self.roots = {name: copies.of(module) for name, module in originals.items()}
             self.function = copies.of(function)
             self.inputs = Arguments(*copies.of(tuple(inputs)))
             copies.finish()
+        self._shared = copies.shared
+        for name, module in self.named_modules():
+            if module in self._originals:
+                raise TypeError(
+                    f"{type(module).__name__} ({name}) is run on a copy, and is its own copy by __deepcopy__"
+                )
         for _, module in self.named_modules():
             module.__dict__.pop("_compiled_call_impl", None)  # what Module.compile leaves; the class has None
 
@@ -88,19 +109,51 @@ class Twin:
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
         """Within it the copies can be run; random numbers that they draw are drawn again by others."""
+        with ExitStack() as stack:
+            stack.enter_context(self._random_numbers_kept())
+            stack.enter_context(kept([*self._originals, *self.strangers], self._shared))
+            stack.enter_context(torch.inference_mode(False))
+            for mode in (self._fake, self._constants):  # those of a twin without data
+                stack.enter_context(mode or nullcontext())
+            yield
+
+    def settle(self) -> None:
+        """To be done once the copies have run, and the graph is gone: see `Constants`."""
+        if self._constants is not None:
+            attributes = [vars(module) for _, module in self.named_modules()]
+            with self._random_numbers_kept():
+                self._constants.settle({id(value) for value in tree_leaves(attributes) if isinstance(value, Tensor)})
+
+    @contextmanager
+    def _random_numbers_kept(self) -> Iterator[None]:
         devices = sorted({device.index or 0 for device in self._devices if device.type == "cuda"})
-        state = random.getstate()
+        state, numpy = random.getstate(), sys.modules.get("numpy")
+        state_of_numpy = numpy.random.get_state() if numpy else None
         try:
-            with torch.random.fork_rng(devices), self._fake or nullcontext():
+            with torch.random.fork_rng(devices):
                 yield
         finally:
             random.setstate(state)
+            if numpy:
+                numpy.random.set_state(state_of_numpy)
 
     def _stand_in(self, tensor: Tensor) -> Tensor:
         """The copy of one tensor."""
         source = tensor if tensor.is_leaf else tensor.detach()
-        if self._fake is None:
+        plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+        plain = plain and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
+        if self._fake is None and plain:
+            # Views of each other stay views: what they share is kept once.
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._storages:
+                self._storages[storage._cdata] = storage.clone()
+            made = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+            made.set_(self._storages[storage._cdata], tensor.storage_offset(), tensor.shape, tensor.stride())
+            made = nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+        elif self._fake is None:
             made = copy.deepcopy(source) if isinstance(source, nn.Parameter) else source.detach().clone()
+        elif tensor.layout is not torch.strided:
+            raise NotImplementedError(f"a tensor of layout {tensor.layout} has no known size without data")
         elif tensor.is_meta:
             device = next(iter(self._devices), torch.device("cpu"))
             with self._fake:
@@ -121,13 +174,21 @@ def roots_of(function: Any) -> dict[str, nn.Module]:
     >>> list(roots_of(lambda x: vae(x).sin())), list(roots_of(vae.forward))
     (['vae'], [''])
     """
+    given: dict[str, Any] = {}
     while isinstance(function, partial):
+        given.update(zip(_parameters(function.func), function.args))
+        given.update(function.keywords)
         function = function.func
     owner = function.__self__ if isinstance(function, MethodType) else function
     if isinstance(owner, nn.Module):
         return {"": owner}
-    known = _names(owner) if isinstance(owner, FunctionType) else getattr(owner, "__dict__", {})
-    found = {name: value for name, value in known.items() if isinstance(value, nn.Module)}
+    owner = unwrap(owner) if callable(owner) else owner
+    known = names_of(owner) if isinstance(owner, FunctionType) else getattr(owner, "__dict__", {})
+    found = {
+        ".".join(filter(None, (name, inner))): module
+        for name, value in {**known, **given}.items()
+        for inner, module in modules_in(value).items()
+    }
     if not (found and callable(function)):
         raise TypeError(
             "model must be an nn.Module, or a callable that runs one, such as model.decode, got "
@@ -136,19 +197,12 @@ def roots_of(function: Any) -> dict[str, nn.Module]:
     return found
 
 
-def _names(function: FunctionType) -> dict[str, Any]:
-    """What the names of a function refer to, outside of it."""
-    code = function.__code__
-    known = {name: function.__globals__[name] for name in code.co_names if name in function.__globals__}
-    cells = zip(code.co_freevars, function.__closure__ or ())
-    return {**known, **{name: cell.cell_contents for name, cell in cells if _is_filled(cell)}}
-
-
-def _is_filled(cell: CellType) -> bool:
+def _parameters(function: Callable[..., Any]) -> list[str]:
+    """Names of a callable's parameters; none of one that does not tell."""
     try:
-        return cell.cell_contents is not None
-    except ValueError:  # of a variable that has no value yet
-        return False
+        return list(signature(function).parameters)
+    except (TypeError, ValueError):
+        return []
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -176,11 +230,17 @@ def on_twin(
         ValueError: if ``data`` is True and there is none.
     """
     if not data:
+        twin = None
         try:
-            return act(Twin(function, inputs, data=False))
+            twin = Twin(function, inputs, data=False)
+            return act(twin)
         except Exception as error:  # whatever a model raises that misses the values of its tensors
+            traceback.clear_frames(error.__traceback__)  # which hold its graph
             if data is False or not has_data(roots_of(function), inputs):
                 raise _without_data(function, error) from error
+        finally:
+            if twin is not None:
+                twin.settle()
     try:
         return act(Twin(function, inputs, data=True))
     except (RuntimeError, NotImplementedError) as error:
@@ -199,85 +259,3 @@ def _without_data(function: Callable[..., Any], error: Exception) -> Exception:
 
 def _name(function: Any) -> str:
     return type(function).__name__ if isinstance(function, nn.Module) else getattr(function, "__qualname__", "it")
-
-
-def _fake_mode() -> Any:
-    # Here, since the import takes about a second.
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    return FakeTensorMode(allow_non_fake_inputs=True)
-
-
-# What a closure may hold that is copied with its function; anything else stays the same object.
-_HOLDERS = (Tensor, nn.Module, dict, list, set, tuple, FunctionType, MethodType, partial)
-
-
-class _Copies(TorchFunctionMode):
-    """`copy.deepcopy` that makes stand-ins of tensors, and copies what functions hold in closures.
-
-    To `copy` a function is a constant; but one that is a module's attribute, or a hook on it, often holds the module,
-    or a list that it writes to.
-    """
-
-    def __init__(self, stand_in: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self._stand_in = stand_in
-        self._memo: dict[int, Any] = {}
-        self._functions: list[tuple[FunctionType, FunctionType]] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.__deepcopy__:
-            return self.tensor(args[0])
-        if func is Tensor.clone:  # how a parameter is copied
-            return self._stand_in(args[0])
-        return func(*args, **(kwargs or {}))
-
-    def tensor(self, tensor: Tensor) -> Tensor:
-        if id(tensor) not in self._memo:
-            with torch._C.DisableTorchFunction():
-                self._memo[id(tensor)] = self._stand_in(tensor)
-        return self._memo[id(tensor)]
-
-    def add(self, module: nn.Module) -> None:
-        """Registers what `copy.deepcopy` would not take for what it is: parameters, and functions with closures."""
-        for tensor in (*module.parameters(), *module.buffers()):
-            self.tensor(tensor)
-        for part in module.modules():
-            for value in vars(part).values():
-                for one in value.values() if isinstance(value, dict) else (value,):
-                    if isinstance(one, FunctionType) and one.__closure__:
-                        self._function(one)
-
-    def of(self, value: Any) -> Any:
-        """The copy of anything."""
-        if isinstance(value, FunctionType):
-            return self._function(value)
-        if isinstance(value, partial):
-            return partial(self.of(value.func), *self.of(value.args), **self.of(value.keywords))
-        try:
-            return copy.deepcopy(value, self._memo)
-        except Exception as error:  # of any class that is reached
-            raise TypeError(f"{type(value).__name__} is run on a copy, and cannot be copied: {error}") from error
-
-    def finish(self) -> None:
-        """Fills the closures, once all that they may hold is copied."""
-        for old, new in self._functions:  # grows while it is gone through
-            for source, target in zip(old.__closure__ or (), new.__closure__ or ()):
-                if _is_filled(source):
-                    held = source.cell_contents
-                    target.cell_contents = self.of(held) if isinstance(held, _HOLDERS) else held
-
-    def _function(self, function: FunctionType) -> FunctionType:
-        if id(function) in self._memo:
-            return self._memo[id(function)]
-        code, known = function.__code__, function.__globals__
-        modules = {name: known[name] for name in code.co_names if isinstance(known.get(name), nn.Module)}
-        if modules:
-            known = {**known, **{name: self.of(module) for name, module in modules.items()}}
-        cells = tuple(CellType() for _ in code.co_freevars)
-        made = FunctionType(code, known, function.__name__, function.__defaults__, cells)
-        made.__kwdefaults__ = function.__kwdefaults__
-        made.__dict__.update(vars(function))
-        self._memo[id(function)] = made
-        self._functions.append((function, made))
-        return made

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from freezekit import _C
 from freezekit._inputs import Arguments
+from freezekit._storages import storages_of
 from freezekit._twin import Twin, on_twin
 from freezekit.enabling import enabled, watched
 
@@ -108,9 +109,8 @@ class _Seen(TorchFunctionMode):
         storages: dict[int, torch.UntypedStorage] = {}
 
         def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self.own and not _C.chains.is_for_recipe():
-                storages[storage._cdata] = storage
+            if not _C.chains.is_for_recipe():
+                storages.update((s._cdata, s) for s in storages_of(tensor) if s._cdata not in self.own)
             return tensor
 
         with saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -145,7 +145,7 @@ def functional_calls(model: nn.Module, inputs: Arguments) -> list[FunctionCall]:
 
     def run(twin: Twin) -> _Seen:
         seen = _Seen()
-        seen.own = {t.untyped_storage()._cdata for t in twin.tensors()}
+        seen.own = {storage._cdata for t in twin.tensors() for storage in storages_of(t)}
         for name, module in twin.named_modules():
             module.register_forward_pre_hook(lambda *_, name=name: seen.modules.append(name))
             module.register_forward_hook(lambda *_: seen.modules.pop() and None, always_call=True)

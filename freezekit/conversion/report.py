@@ -13,6 +13,8 @@ from freezekit.conversion.calls import functional_calls
 from freezekit.conversion.swap import SWAPS, reason_to_leave, stock_base
 
 _ENABLE = "freezekit.enable() reaches the operators that it calls"
+# Layers that call operators of those kinds.
+_CALLING = (nn.modules.pooling._LPPoolNd, nn.LocalResponseNorm)
 _INDEXED = (nn.modules.pooling._AdaptiveMaxPoolNd, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
 
 
@@ -80,7 +82,7 @@ def _reason_of_a_relative(module: nn.Module) -> str:
     """Of a layer that keeps what a kind of freezekit's would not, though it is of none of them; "" of any other."""
     kind = f"freezekit has no layer for {type(module).__module__}.{type(module).__qualname__}"
     leaky_relu = isinstance(module, nn.RReLU) and not module.training
-    if leaky_relu or isinstance(module, nn.Threshold | nn.modules.batchnorm._NormBase):
+    if leaky_relu or isinstance(module, (nn.Threshold, nn.modules.batchnorm._NormBase, *_CALLING)):
         return f"{kind}; {_ENABLE}"
     if isinstance(module, _INDEXED):
         return f"{kind}: it keeps its input and int64 indices, of which max pools over equal windows keep a byte"

@@ -17,6 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from freezekit import _C
 from freezekit._inputs import Arguments
+from freezekit._storages import storages_of
 from freezekit._twin import Twin, on_twin
 from freezekit.conversion import SWAPS
 from freezekit.enabling import watched
@@ -72,8 +73,11 @@ class Recorder:
         outside = not isinstance(twin.function, nn.Module)
         self._active: list[tuple[nn.Module, int]] = [(next(iter(twin.roots.values())), 0)] if outside else []
         self._entries = 0
-        self._not_counted = {tensor.untyped_storage()._cdata for tensor in twin.tensors()}
+        of_strangers = [tensor for module in twin.strangers for tensor in module.buffers(recurse=False)]
+        there = [*twin.tensors(), *of_strangers]
+        self._not_counted = {storage._cdata for tensor in there for storage in storages_of(tensor)}
         self._alive: list[Any] = []
+        self._packed: list[list[Tensor]] = []
         self._functions = Functions(self)
         self._fused = FusedBlocks(twin.roots.values())
         self._blocks_run: Counter[int] = Counter()
@@ -130,21 +134,34 @@ class Recorder:
             note(call, None, output)
         self._active.pop()
 
-    def _pack(self, tensor: Tensor) -> Tensor:
+    def _pack(self, tensor: Tensor) -> list[Tensor]:
+        packed = [tensor]
+        self._packed.append(packed)
+        self._count(tensor)
+        return packed
+
+    def _count(self, tensor: Tensor) -> None:
         if isinstance(tensor, nn.Parameter):  # one that the twin does not have: of a module made in the forward
-            return tensor
+            return
         # An autograd function keeps its tensors once its forward is done, and is no torch function itself.
-        index, storage = self._current_index("autograd function"), tensor.untyped_storage()
-        key = storage._cdata
-        if index is not None and key in self.kept and _C.chains.is_for_recipe():
-            self.kept[key].chained.append(index)
-        elif index is not None and key not in self._not_counted:
-            if key not in self.kept:
-                self.kept[key] = Kept(storage.nbytes())
-                self._alive.append(storage)  # so that no other storage takes its address
-            if index not in self.kept[key].holders:
-                self.kept[key].holders.append(index)
-        return tensor
+        index = self._current_index("autograd function")
+        if index is None:
+            return
+        for storage in storages_of(tensor):
+            key = storage._cdata
+            if key in self.kept and _C.chains.is_for_recipe():
+                self.kept[key].chained.append(index)
+            elif key not in self._not_counted:
+                if key not in self.kept:
+                    self.kept[key] = Kept(storage.nbytes())
+                    self._alive.append(storage)  # so that no other storage takes its address
+                if index not in self.kept[key].holders:
+                    self.kept[key].holders.append(index)
+
+    def _let_go(self) -> None:
+        """Of all that a graph keeps, which the copies may keep in turn."""
+        for packed in self._packed:
+            packed.clear()
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -158,7 +175,8 @@ class Recorder:
                     stack.callback(after.remove)
             stack.enter_context(self.twin.undisturbed())
             stack.enter_context(torch.enable_grad())
-            stack.enter_context(saved_tensors_hooks(self._pack, lambda tensor: tensor))
+            stack.enter_context(saved_tensors_hooks(self._pack, lambda packed: packed[0]))
+            stack.callback(self._let_go)
             stack.enter_context(self._functions)
             stack.enter_context(Operators(self))
             stack.enter_context(watched())

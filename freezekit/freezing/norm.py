@@ -86,12 +86,13 @@ def statistics_of(module: nn.Module) -> dict[str, torch.Tensor]:
     """
     pairs = [("running_mean", "running_var"), ("_u", "_v")]
     pairs += [(f"{h.name}_u", f"{h.name}_v") for h in module._forward_pre_hooks.values() if isinstance(h, SpectralNorm)]
+    own = dict(module._buffers.items())  # not itself a dict in a ScriptModule
     found: dict[str, torch.Tensor] = {}
     for pair in pairs:
-        buffers = {name: module._buffers.get(name) for name in pair}
+        buffers = {name: own.get(name) for name in pair}
         if None not in buffers.values():
             found.update((name, buffer) for name, buffer in buffers.items() if buffer is not None)
-    counter = module._buffers.get("num_batches_tracked")
+    counter = own.get("num_batches_tracked")
     if "running_mean" in found and counter is not None:
         found["num_batches_tracked"] = counter
     return found

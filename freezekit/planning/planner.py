@@ -160,7 +160,7 @@ class _Planner:
             def backward() -> object:
                 return torch.autograd.grad(outputs, wanted, ones, retain_graph=True, allow_unused=True)
 
-            elapsed = seconds(backward, next(twin.tensors()).device) if outputs else 0.0
+            elapsed = seconds(backward, next(twin.tensors()).device) if outputs and wanted else 0.0
         return replace(option, measured_bytes=count, measured_seconds=elapsed)
 
 

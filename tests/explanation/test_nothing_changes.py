@@ -214,8 +214,13 @@ class Pipeline:
         return self.vae.decode(z)
 
 
+def decoded(net: Autoencoder, x: Tensor) -> Tensor:
+    return net.decode(x)
+
+
 def test_any_callable_over_a_model_is_explained() -> None:
     vae, z = Autoencoder(), torch.randn(1, 4, 6, 6)
+    pipeline, nets = Pipeline(vae), {"vae": vae, "size": 8}
     expected = fk.explain(vae.decoder, z)
     assert expected.bytes_kept > 0
     for call, prefix in (
@@ -224,6 +229,11 @@ def test_any_callable_over_a_model_is_explained() -> None:
         (lambda x: vae.decode(x), "vae.decoder"),
         (Pipeline(vae), "vae.decoder"),
         (Pipeline(vae).__call__, "vae.decoder"),
+        (lambda x, *, net=vae: net.decode(x), "net.decoder"),
+        (partial(decoded, vae), "net.decoder"),
+        (lambda x: pipeline.vae.decode(x), "pipeline.vae.decoder"),
+        (lambda x: nets["vae"].decode(x), "nets.vae.decoder"),
+        (torch.enable_grad()(lambda x: vae.decode(x)), "vae.decoder"),
     ):
         explained = fk.explain(call, z)
         assert [row.name for row in explained] == [f"{prefix}.0", f"{prefix}.1"]

@@ -17,6 +17,7 @@ import freezekit as fk
 from freezekit import nn as layers
 from freezekit.conversion import SWAPS, conversion_report, convert, revert
 from freezekit.freezing import PatternError
+from tests.enabled.helpers import kept
 
 ARGUMENTS: dict[str, tuple[object, ...]] = {
     **{f"Conv{t}{i}d": (2, 4, 3) for i in (1, 2, 3) for t in ("", "Transpose")},
@@ -68,6 +69,44 @@ def test_every_layer_is_its_stock_layer_and_comes_back(stock: type[nn.Module]) -
     assert type(made) is SWAPS[stock]
     assert type(pickle.loads(pickle.dumps(made))) is type(copy.deepcopy(made)) is SWAPS[stock]
     assert type(revert(made)) is stock
+
+
+def layer_of_torch(name: str) -> nn.Module | None:
+    """One of torch.nn's layers that takes images, volumes or sequences; None of any other."""
+    arguments = {
+        **ARGUMENTS,
+        **{f"{kind}Pool{i}d": (2, 2) for i in (1, 2, 3) for kind in ("LP", "AdaptiveMax")},
+        **{f"FractionalMaxPool{i}d": (2, 2) for i in (2, 3)},
+        **{"SyncBatchNorm": (4,), "LocalResponseNorm": (2,), "CrossMapLRN2d": (2,), "RMSNorm": (4,), "Linear": (4, 4)},
+        **{"Threshold": (0.1, 0.2), "AdaptiveMaxPool1d": (2,)},
+    }
+    kind = getattr(nn, name)
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)) or name.startswith("Lazy"):
+        return None
+    try:
+        return kind(*arguments.get(name, ()))
+    except TypeError:  # it needs arguments, and is none that computes with neighbours or statistics
+        return None
+
+
+def test_the_report_names_every_layer_of_torch_that_keeps_more_than_it_would_while_enabled() -> None:
+    found = []
+    for name in dir(nn):
+        layer = layer_of_torch(name)
+        axes = next((int(digit) for digit in name if digit.isdigit()), 2)
+        x = torch.randn(2, 2 if "Conv" in name else 4, *[4] * axes, requires_grad=True)
+        try:
+            assert layer is not None
+            layer.requires_grad_(False)
+            stock = kept(lambda: layer(x.clone()), layer.parameters())  # noqa: B023 (it is called here)
+        except (AssertionError, RuntimeError, TypeError, ValueError, NotImplementedError):
+            continue  # takes no images
+        with fk.enabled():
+            enabled = kept(lambda: layer(x.clone()), layer.parameters())  # noqa: B023
+        if enabled < stock:
+            found.append(name)
+            assert conversion_report(layer), name
+    assert {"LPPool2d", "LocalResponseNorm", "Threshold", "PReLU"} <= {*found}
 
 
 def test_every_layer_has_a_stock_class() -> None:

@@ -1,0 +1,309 @@
+"""Whatever a forward reaches stays as it was, by whichever way: functions, weak references, caches, global names."""
+
+from __future__ import annotations
+
+import random
+import types
+import weakref
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import freezekit as fk
+from tests.explanation.test_explain import kept_on_data
+from tests.explanation.test_nothing_changes import MACHINE, picture, same
+
+
+class Net(nn.Module):
+    """A convolution and a norm in train mode, whose statistics tell whether they ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+class ByDefault(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.run = lambda x, body=self.body, *, again=self.body[1]: again(body(x)).relu()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x)
+
+
+class ByClosures(Net):
+    """Functions in lists, tuples, dictionaries and partials, and one with a variable that is None."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        body, act = self.body, None
+
+        def run(x: Tensor, scale: float = 1) -> Tensor:
+            return scale * (body(x) if act is None else act(body(x)))
+
+        self.runs = [run, (run,), {"run": {"run": run}}, partial(run, scale=2), partial(F.relu)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second, third, fourth, last = self.runs
+        return last(first(x) + second[0](x) + third["run"]["run"](x) + fourth(x))
+
+
+class Child(nn.Module):
+    def __init__(self, parent: nn.Module) -> None:
+        super().__init__()
+        self.parent = weakref.ref(parent)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.parent().body(x).sigmoid()
+
+
+class ByWeakReference(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.child = Child(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.child(x)
+
+
+def patched() -> nn.Module:
+    model = Net()
+    before = model.forward
+    model.forward = types.MethodType(lambda self, x: before(x).relu() + self.body[0](x), model)
+    return model
+
+
+class Extractor:
+    """Keeps what layers put out, by hooks that hold it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.found: dict[str, Tensor] = {}
+        for name, layer in model.named_modules():
+            layer.register_forward_hook(self.hook(name))
+
+    def hook(self, name: str) -> Callable[..., None]:
+        def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+            self.found[name] = output
+
+        return keep
+
+
+EXTRACTORS: list[Extractor] = []
+SEEN: list[Tensor] = []
+
+
+def extracted() -> nn.Module:
+    model = Net()
+    EXTRACTORS[:] = [Extractor(model)]
+    return model
+
+
+def listed() -> nn.Module:
+    model = Net()
+    SEEN.clear()
+    model.body.register_forward_hook(lambda module, args, output: SEEN.append(output))
+    return model
+
+
+@lru_cache
+def grid(size: int) -> Tensor:
+    return torch.meshgrid(torch.linspace(0, 1, size), torch.zeros(size), indexing="ij")[0][..., None].squeeze(-1)
+
+
+ARRAYS: dict[int, Tensor] = {}
+
+
+def array(like: Tensor) -> Tensor:
+    """As StyleGAN's constants."""
+    size = like.shape[-1]
+    if size not in ARRAYS:
+        ARRAYS[size] = torch.as_tensor(np.arange(size, dtype=np.float32)) + like.new_ones(size)
+        ARRAYS[size][1:3] = 7
+    return ARRAYS[size]
+
+
+class Positions(Net):
+    """Caches that the model does not hold, one that it holds, and its last output with all that it was made from."""
+
+    cache: ClassVar[dict[int, Tensor]] = {}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cached = lru_cache(maxsize=1)(self.place)
+
+    def place(self, size: int) -> Tensor:
+        return torch.arange(size, dtype=torch.float32).cumsum(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        size = y.shape[-1]
+        here = self.cache.setdefault(size, torch.ones(size))
+        self.last = y * grid(size).view(1, 1, size, size) * array(y) * here * self.cached(size)
+        return self.last
+
+
+class Values(Positions):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y[:, : int(y.detach().abs().sum().clamp(2, 2).item())]
+
+
+STRANGER = nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.Dropout(0.5))
+
+
+class ByGlobalName(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        y = STRANGER(super().forward(x))
+        STRANGER[0].seen = y
+        STRANGER[2].eval()
+        return y.relu()
+
+
+class Drawing(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.own, self.plain = np.random.default_rng(0), torch.Generator().manual_seed(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (
+            super().forward(x)
+            * (np.random.rand() + self.own.random() + random.random())
+            * torch.rand((), generator=self.plain)
+        )
+
+
+class Views(Net):
+    """Views of parameters and buffers as plain attributes, and parameters that share their memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("pair", torch.rand(2, 3, 1, 1))
+        self.scale, self.shift = self.pair
+        self.more = nn.Conv2d(3, 3, 3)
+        self.more.weight.data = self.body[0].weight.data
+        self.part = self.more.weight.data[:, :1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.more(super().forward(x) * self.scale + self.shift) * self.part.sum()
+
+
+class Graph(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.plain = nn.Linear(8, 8), torch.eye(8).to_sparse()
+        self.register_buffer("adjacent", torch.eye(8).to_sparse_csr())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x[0, 0])
+        return (self.adjacent @ y).sigmoid() + torch.sparse.mm(self.plain, y)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    **{kind.__name__: kind for kind in (ByDefault, ByClosures, ByWeakReference, Positions, Values, ByGlobalName)},
+    **{"patched": patched, "extracted": extracted, "listed": listed, "Drawing": Drawing, "Views": Views},
+}
+
+
+@pytest.fixture(autouse=True)
+def empty_caches() -> Iterator[None]:
+    def clear() -> None:
+        grid.cache_clear()
+        ARRAYS.clear()
+        Positions.cache.clear()
+        STRANGER.train().__dict__.pop("seen", None)
+
+    clear()
+    yield
+    clear()
+
+
+def outside() -> list[Any]:
+    """All that the models reach and do not hold; caches aside."""
+    state = np.random.get_state()
+    found = [extractor.found.get("body") for extractor in EXTRACTORS]
+    return [*picture(STRANGER), *SEEN, *found, state[1].tolist(), state[2:]]
+
+
+@pytest.mark.parametrize("measure", [None, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_nothing_changes(name: str, measure: bool | None) -> None:
+    model, x = MODELS[name](), torch.randn(2, 3, 8, 8)
+    model(torch.randn(2, 3, 9, 9))  # caches have something, for another size
+    before, around = picture(model), outside()
+    fk.explain(model, x, measure=measure)
+    fk.plan(model, x, machine=MACHINE, measure=bool(measure))
+    fk.conversion.conversion_report(model, x)
+    fk.audit(model, inputs=x)
+    assert all(same(a, b) for a, b in zip(before, picture(model), strict=True))
+    assert all(same(a, b) for a, b in zip(around, outside(), strict=True))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_afterwards_is_what_it_was(name: str) -> None:
+    x, gradients = torch.randn(2, 3, 8, 8), []
+    for explained in (False, True):
+        torch.manual_seed(0)
+        np.random.seed(0)
+        random.seed(0)
+        model = MODELS[name]()
+        STRANGER.train()
+        if explained:
+            fk.explain(model, x)
+        y = model(x)
+        assert type(y) is Tensor
+        y.square().mean().backward()
+        gradients.append([p.grad for p in model.parameters()])
+        grid.cache_clear()
+        ARRAYS.clear()
+        Positions.cache.clear()
+    for a, b in zip(*gradients, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", [*MODELS, "Graph"])
+def test_bytes_are_those_of_a_real_step(name: str) -> None:
+    model, x = {**MODELS, "Graph": Graph}[name](), torch.randn(2, 3, 8, 8)
+    explained = fk.explain(model, x)
+    assert explained.measured == (name in ("Values", "Graph", "Drawing"))
+    assert explained.bytes_kept == fk.explain(model, x, measure=True).bytes_kept
+    if name == "Graph":
+        return  # plain hooks do not see where a sparse tensor is
+    if name == "ByGlobalName":
+        model.stranger = STRANGER  # whose parameters are not counted either
+    assert explained.bytes_kept == kept_on_data(model, x)
+
+
+def test_what_is_its_own_copy_is_refused() -> None:
+    class Shared(nn.Conv2d):
+        def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+            return self
+
+    model = nn.Sequential(nn.ReLU(), Shared(3, 3, 3))
+    with pytest.raises(TypeError, match=r"Shared \(1\) is run on a copy, and is its own copy"):
+        fk.explain(model, torch.randn(1, 3, 8, 8))
+    assert type(model[1]) is Shared
+
+
+def test_a_script_module_is_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 3), torch.jit.script(nn.ReLU()))
+    with pytest.raises(TypeError, match=r"got a ScriptModule \('1'\)"):
+        fk.explain(model, torch.randn(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize("where", [torch.inference_mode, torch.no_grad], ids=lambda where: where.__name__)
+def test_the_mode_of_the_caller_does_not_matter(where: Callable[[], Any]) -> None:
+    expected = fk.explain(Net(), torch.randn(2, 3, 8, 8)).bytes_kept
+    for measure in (None, True):
+        with where():
+            assert fk.explain(Net(), torch.randn(2, 3, 8, 8), measure=measure).bytes_kept == expected
+            assert fk.plan(Net(), torch.randn(2, 3, 8, 8), machine=MACHINE).options[0].bytes_kept == expected
