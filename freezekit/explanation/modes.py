@@ -64,6 +64,8 @@ class Operators(TorchDispatchMode):
         if block:
             self.recorder.start_block()
         result = func(*args, **kwargs)
+        if kind is torch.ops.aten.native_batch_norm and not self.recorder.has_data:
+            result = _with_mixed_statistics(args, result)
         call = self.recorder.current()
         if call is None:
             return result
@@ -76,6 +78,17 @@ class Operators(TorchDispatchMode):
             tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor)]
             call.moved += sum(t.numel() * t.element_size() for t in tensors)
         return result
+
+
+def _with_mixed_statistics(args: Any, result: Any) -> Any:
+    """A batch norm's result as a CPU gives it: statistics are as wide as the parameters, of a narrow input too.
+
+    Without data torch gives them the input's dtype.
+    """
+    x, *parameters = (t for t in args if isinstance(t, Tensor))
+    if x.device.type != "cpu" or not parameters or parameters[0].dtype == x.dtype:
+        return result
+    return (result[0], *(statistic.to(parameters[0].dtype) for statistic in result[1:]))
 
 
 def note(call: Call, arguments: Any, result: Any) -> None:

@@ -205,7 +205,7 @@ def learning(inputs: Arguments) -> Arguments:
 
     def learns(value: Any) -> Any:
         if isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex()):
-            return value.detach().requires_grad_()
+            return (value.clone() if value.is_inference() else value.detach()).requires_grad_()
         return value
 
     return tree_map(learns, inputs)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import reprlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,8 @@ Predicate = Callable[[str, nn.Parameter], bool]
 Pattern = str | type[nn.Module] | nn.Module | nn.Parameter | Predicate
 Patterns = Pattern | Iterable[Pattern]
 
+# Each is iterable, and one pattern, or none.
+_NO_LISTS = (str, bytes, type, Mapping, Tensor, nn.Module)
 _MODULES = "names of modules, globs over them, subclasses of nn.Module or modules of the model"
 _PARAMETERS = f"{_MODULES}, names of parameters, parameters, or predicates(name, parameter)"
 
@@ -72,6 +74,8 @@ class _Index:
         norms: set[int] = set()
         if isinstance(pattern, nn.Parameter):
             return {id(pattern)} & self.names.keys(), norms
+        if isinstance(pattern, nn.ParameterList | nn.ParameterDict):
+            return {id(p) for p in pattern.parameters()} & self.names.keys(), norms
         if isinstance(pattern, str):
             params = {id(p) for name, p in self.params.items() if self._is_meant(name, pattern)}
             if pattern in self.params:
@@ -142,7 +146,12 @@ def meeting(modules: dict[str, nn.Module], pattern: Any, argument: str, expected
             return [pattern] if pattern else []
         return [name for name in modules if name and fnmatch.fnmatchcase(name, pattern)]
     if isinstance(pattern, nn.Module):
-        return [name for name, module in modules.items() if module is pattern]
+        found = [name for name, module in modules.items() if module is pattern]
+        # A slice of a Sequential is a new one, with the same layers.
+        parts = set(pattern.children()) if type(pattern) in (nn.Sequential, nn.ModuleList, nn.ModuleDict) else set()
+        if not found and parts <= set(modules.values()):
+            found = [name for name, module in modules.items() if module in parts]
+        return found
     if isinstance(pattern, type) and issubclass(pattern, nn.Module):
         return [name for name, module in modules.items() if isinstance(module, pattern)]
     raise TypeError(f"{argument} must be {expected};\ngot {shown(pattern)}")
@@ -173,13 +182,13 @@ def named_modules(model: nn.Module, patterns: Iterable[Any], argument: str) -> d
 
 
 def flat(patterns: Iterable[Any], argument: str = "patterns") -> Iterator[Any]:
-    """The patterns in ``patterns``, and in lists, sets and iterators among them, such as ``layer.parameters()``.
+    """The patterns in ``patterns``, and in lists, sets, iterators and the like among them, as ``layer.parameters()``.
 
     Raises:
         PatternError: a list that holds nothing: it selects nothing, and must not pass for "everything".
     """
     for pattern in patterns:
-        if isinstance(pattern, list | tuple | set | frozenset | Iterator):
+        if isinstance(pattern, Iterable) and not isinstance(pattern, _NO_LISTS):
             inside = list(flat(pattern, argument))
             if not inside:
                 raise PatternError(f"{argument}: an empty {type(pattern).__name__} selects nothing")

@@ -307,3 +307,5 @@ def test_the_mode_of_the_caller_does_not_matter(where: Callable[[], Any]) -> Non
         with where():
             assert fk.explain(Net(), torch.randn(2, 3, 8, 8), measure=measure).bytes_kept == expected
             assert fk.plan(Net(), torch.randn(2, 3, 8, 8), machine=MACHINE).options[0].bytes_kept == expected
+            model, x = Net(), torch.randn(2, 3, 8, 8)
+        assert fk.explain(model, x, measure=measure).bytes_kept == expected  # of tensors that were made there

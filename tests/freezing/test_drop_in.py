@@ -6,6 +6,7 @@ import copy
 import subprocess
 import sys
 import warnings
+from collections import deque
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,22 @@ def test_lists_are_taken() -> None:
     freeze(model, model[0].parameters(), model[1].parameters(), norm="batch")  # iterators
     assert [p.requires_grad for p in model.parameters()] == [False] * 4 + [True] * 2
     unfreeze(model, list(model.parameters()))
+    assert all(p.requires_grad for p in model.parameters())
+    for take in (
+        lambda model: dict(model[:2].named_parameters()).values(),
+        lambda model: dict(model[:2].named_parameters()).keys(),
+        lambda model: deque(model[:2].parameters()),
+        lambda model: nn.ParameterList(model[:2].parameters()),
+        lambda model: model[:2],
+        lambda model: nn.ModuleList(model[:2]),
+        lambda model: nn.ModuleDict({"a": model[0], "b": model[1]}),
+    ):
+        model = net()
+        freeze(model, take(model), norm="batch")
+        assert [p.requires_grad for p in model.parameters()] == [False] * 4 + [True] * 2
+    with pytest.raises(PatternError, match="this Sequential is no part of the model"):
+        freeze(model, nn.Sequential(model[0], nn.Conv2d(3, 3, 3)))
+    unfreeze(model)
     assert all(p.requires_grad for p in model.parameters())
 
 
