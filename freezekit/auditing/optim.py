@@ -208,17 +208,20 @@ def check_duplicates(subject: Subject) -> Iterator[Finding]:
 
 
 def check_idle(subject: Subject) -> Iterator[Finding]:
-    """Optimizers all of whose parameters are frozen, in a model that trains."""
+    """Optimizers that have no parameter left, or frozen ones alone, in a model that trains."""
     for optimizer in subject.optimizers if subject.trainable else ():
         params = [p for group in optimizer.param_groups for p in group["params"]]
-        if params and not any(p.requires_grad for p in params):
+        if not any(p.requires_grad for p in params):
             names = tuple(subject.names[id(p)] for p in params if id(p) in subject.names)
+            kind = type(optimizer).__name__
+            what = (
+                f"all {len(params)} parameter(s) of {kind} are frozen" if params else f"{kind} has no parameters left"
+            )
             yield Finding(
                 "nothing-to-step",
                 "warning",
-                brief(names),
-                f"all {len(params)} parameter(s) of {type(optimizer).__name__} are frozen: its step does nothing, and "
-                "GradScaler.step() fails on an optimizer without gradients",
+                brief(names) if names else kind,
+                f"{what}: its step does nothing, and GradScaler.step() fails on an optimizer without gradients",
                 "leave the optimizer out of the step while its parameters are frozen",
                 names,
             )

@@ -115,7 +115,7 @@ def check_held(subject: Subject) -> Iterator[Finding]:
     held = []
     for path, module in subject.modules():
         parameters = list(module.parameters(recurse=False))
-        if holds_unasked(module) and parameters and all(p.requires_grad for p in parameters):
+        if holds_unasked(module) and any(p.requires_grad for p in parameters):
             held.append(path)
     if held:
         yield Finding(
@@ -129,22 +129,34 @@ def check_held(subject: Subject) -> Iterator[Finding]:
         )
 
 
+# Of timm and torchvision: they drop whole branches.
+_DROPPING = ("DropPath", "StochasticDepth")
+
+
+def _dropout_of(module: nn.Module) -> float:
+    """The probability by which a module drops elements, heads or branches in train mode."""
+    if isinstance(module, nn.RNNBase):
+        return module.dropout if module.num_layers > 1 else 0.0
+    if isinstance(module, nn.MultiheadAttention):
+        return module.dropout
+    if isinstance(module, _DropoutNd) or type(module).__name__ in _DROPPING:
+        return getattr(module, "drop_prob", getattr(module, "p", 0.0)) or 0.0
+    return 0.0
+
+
 def check_dropout(subject: Subject) -> Iterator[Finding]:
     """Dropout in train mode in a frozen part: its output is random, however frozen it is."""
     active = [
         path
         for path, module in subject.model.named_modules()
-        if isinstance(module, _DropoutNd)
-        and module.training
-        and module.p > 0
-        and is_in_frozen_block(subject.model, path)
+        if module.training and _dropout_of(module) > 0 and is_in_frozen_block(subject.model, path)
     ]
     if active and subject.trainable:
         yield Finding(
             "active-dropout",
             "info",
             brief(active),
-            f"{len(active)} dropout layer(s) of frozen parts are in train mode: what these parts put out is random",
+            f"{len(active)} layer(s) of frozen parts drop at random, in train mode: what these parts put out is random",
             "nothing, where that is wanted; else call .eval() on the frozen part after every model.train()",
             tuple(active),
         )

@@ -155,8 +155,9 @@ def unfreeze(
     for name, module in selection.norms.items():
         if statistics.is_held(module) != (norm == "freeze"):
             set_statistics(result, model, name, module, held=norm == "freeze")
-    if norm == "freeze":
-        for module in selection.norms.values():
+    selected = set(params)
+    for module in model.modules():  # of one that stays held, whatever of it was selected is meant to train
+        if not selected.isdisjoint(module.parameters(recurse=False)):
             statistics.train_parameters(module)
     for one in optimizers:
         _keep_way_back(result, one, params, names, state)

@@ -26,6 +26,18 @@ def test_a_norm_that_is_held_while_its_parameters_train_by_hand() -> None:
     assert not found(audit(model), "held-statistics")
 
 
+def test_a_norm_that_is_held_while_one_of_its_parameters_trains() -> None:
+    model = net()
+    freeze(model, norm="freeze")
+    model[1].bias.requires_grad_(True)
+    assert the(audit(model), "held-statistics").names == ("1",)
+    model[1].bias.requires_grad_(False)
+    unfreeze(model, "*.bias")  # said so
+    assert model[1].bias.requires_grad
+    assert not model[1].training
+    assert not found(audit(model), "held-statistics")
+
+
 def test_dropout_that_stays_active_in_a_frozen_part() -> None:
     model = nn.Sequential(nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5), nn.Dropout(0.0)), nn.Linear(3, 1))
     assert not found(audit(model), "active-dropout")
@@ -35,12 +47,40 @@ def test_dropout_that_stays_active_in_a_frozen_part() -> None:
     assert not found(audit(model), "active-dropout")
 
 
+class DropPath(nn.Module):
+    """As timm's."""
+
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+
+@pytest.mark.parametrize(
+    ("active", "still"),
+    [
+        (nn.LSTM(3, 3, 2, dropout=0.5), nn.LSTM(3, 3, 2)),
+        (nn.MultiheadAttention(4, 2, dropout=0.5), nn.MultiheadAttention(4, 2)),
+        (DropPath(0.1), DropPath(0.0)),
+        (nn.FeatureAlphaDropout(0.1), nn.Identity()),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_dropout_inside_a_layer(active: nn.Module, still: nn.Module) -> None:
+    for layer, names in ((active, ("0.0",)), (still, None)):
+        model = nn.Sequential(nn.Sequential(layer.train(), nn.Linear(3, 3)), nn.Linear(3, 1))
+        freeze(model, "0")
+        findings = found(audit(model), "active-dropout")
+        assert [finding.names for finding in findings] == ([names] if names else [])
+
+
 def test_an_optimizer_left_with_nothing_to_step() -> None:
     model = net()
     body, head = (torch.optim.SGD(part.parameters(), lr=0.1) for part in (model[0], model[4]))
     freeze(model, "0", "1", norm="freeze")
     assert the(audit(model, [body, head]), "nothing-to-step").names == ("0.weight", "0.bias")
     assert not found(audit(model, head), "nothing-to-step")
+    freeze(model, "0", optimizer=body, remove=True)
+    assert "SGD has no parameters left" in the(audit(model, [body, head]), "nothing-to-step").why
 
 
 @pytest.mark.parametrize("once_accumulated", [False, True])
