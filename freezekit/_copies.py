@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from freezekit._strangers import is_filled, modules_in
 
 _CONTAINERS = (dict, list, set)
+_MOST_ROUNDS = 100  # each follows what functions hold one step further
 # What is copied with a function that holds it. An object of any other class may hold half of the program.
 _HOLDERS = (Tensor, nn.Module, *_CONTAINERS, tuple, FunctionType, MethodType, partial)
 
@@ -75,15 +76,24 @@ class Copies(TorchFunctionMode):
             raise TypeError(f"{type(value).__name__} is run on a copy, and cannot be copied: {error}") from error
 
     def finish(self) -> None:
-        """Puts copies where `copy` took something for a constant, in all that was copied."""
+        """Puts copies where `copy` took something for a constant, in all that was copied.
+
+        Raises:
+            TypeError: there is no end to it: an object's ``__deepcopy__`` makes new ones each time.
+        """
         mended, filled = {id(self._memo)}, 0  # under its own id a memo keeps originals alive
-        while new := [key for key in self._memo if key not in mended]:
-            mended.update(new)
-            for key in new:
-                self._mend(self._memo[key])
-            while filled < len(self._functions):
-                self._fill(*self._functions[filled])
-                filled += 1
+        for _ in range(_MOST_ROUNDS):
+            new = [key for key in self._memo if key not in mended]
+            if not new and filled == len(self._functions):
+                return
+            for copied in [self._memo[key] for key in new]:
+                self._mend(copied)
+                self._memo[id(copied)] = copied  # what holds a copy, as its methods do, is to keep it
+            mended.update(new, (id(self._memo[key]) for key in new))
+            todo, filled = self._functions[filled:], len(self._functions)
+            for function, made in todo:
+                self._fill(function, made)
+        raise TypeError("model is run on a copy, and copying it makes new objects for ever")
 
     def _mend(self, copied: Any) -> None:
         if type(copied) is partial:

@@ -114,6 +114,40 @@ def listed() -> nn.Module:
     return model
 
 
+class Renewed:
+    """A hook whose copies are new ones, each with a function that holds it."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        count = self.count
+        self.look = lambda: count()
+
+    def count(self) -> None:
+        self.calls += 1
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Renewed:
+        return type(self)()
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        self.look()
+
+
+class RenewedWithin(Renewed):
+    """A new one in each copy, which no copying knows of: there is no end to them."""
+
+    def __init__(self, depth: int = 2) -> None:
+        super().__init__()
+        if depth:
+            count = type(self)(depth - 1).count
+            self.look = lambda: count()
+
+
+def renewed() -> nn.Module:
+    model = Net()
+    model.body.register_forward_pre_hook(Renewed())
+    return model
+
+
 @lru_cache
 def grid(size: int) -> Tensor:
     return torch.meshgrid(torch.linspace(0, 1, size), torch.zeros(size), indexing="ij")[0][..., None].squeeze(-1)
@@ -210,6 +244,7 @@ class Graph(nn.Module):
 MODELS: dict[str, Callable[[], nn.Module]] = {
     **{kind.__name__: kind for kind in (ByDefault, ByClosures, ByWeakReference, Positions, Values, ByGlobalName)},
     **{"patched": patched, "extracted": extracted, "listed": listed, "Drawing": Drawing, "Views": Views},
+    "renewed": renewed,
 }
 
 
@@ -292,6 +327,13 @@ def test_what_is_its_own_copy_is_refused() -> None:
     with pytest.raises(TypeError, match=r"Shared \(1\) is run on a copy, and is its own copy"):
         fk.explain(model, torch.randn(1, 3, 8, 8))
     assert type(model[1]) is Shared
+
+
+def test_copies_without_end_are_refused() -> None:
+    model = Net()
+    model.body.register_forward_pre_hook(RenewedWithin())
+    with pytest.raises(TypeError, match="makes new objects for ever"):
+        fk.explain(model, torch.randn(2, 3, 8, 8))
 
 
 def test_a_script_module_is_refused() -> None:
