@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -51,6 +52,13 @@ def place(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
     """(backend, device): ATen and the emulated kernels on the CPU, the CUDA kernels on a GPU. The test runs on it."""
     with on(request.param):
         yield request.param, "cuda" if request.param == "native" else "cpu"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def collected_once() -> None:
+    """Tests that count bytes collect garbage often, while a worker holds millions of imported objects: leave those out."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
