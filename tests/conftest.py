@@ -56,7 +56,7 @@ def place(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
 
 @pytest.fixture(scope="module", autouse=True)
 def collected_once() -> None:
-    """Tests that count bytes collect garbage often, while a worker holds millions of imported objects: leave those out."""
+    """Tests that count bytes collect garbage often: spare them the millions of objects that a worker has imported."""
     gc.collect()
     gc.freeze()
 

@@ -32,18 +32,18 @@ def network(dtype: torch.dtype = torch.float32) -> ResNet:
     return model.to(dtype).eval()
 
 
-@cache
-def stock_bytes(dtype: torch.dtype) -> int:
-    model, x = network(dtype).requires_grad_(False), torch.randn(SIZE, dtype=dtype, requires_grad=True)
-    return bytes_kept(model, x)
-
-
-@pytest.mark.parametrize(("dtype", "share"), [(torch.float32, 0.017), (torch.bfloat16, 0.034)], ids=str)
-def test_all_frozen_keeps_bits(dtype: torch.dtype, share: float) -> None:
-    model, x = fk.convert(network(dtype)).requires_grad_(False), torch.randn(SIZE, dtype=dtype, requires_grad=True)
-    kept = bytes_kept(model, x)
-    print(f"\n{dtype}: {kept / 2**20:.3f} MiB of {stock_bytes(dtype) / 2**20:.1f}, {kept / stock_bytes(dtype):.5f}")
-    assert kept <= share * stock_bytes(dtype)
+# A processor without bfloat16 takes a minute for the larger images, of which the same share is kept.
+@pytest.mark.parametrize(
+    ("dtype", "size", "share"),
+    [(torch.float32, SIZE, 0.017), (torch.bfloat16, (1, 3, 64, 64), 0.034)],
+    ids=["float32", "bfloat16"],
+)
+def test_all_frozen_keeps_bits(dtype: torch.dtype, size: tuple[int, ...], share: float) -> None:
+    x = torch.randn(size, dtype=dtype, requires_grad=True)
+    stock = bytes_kept(network(dtype).requires_grad_(False), x)
+    kept = bytes_kept(fk.convert(network(dtype)).requires_grad_(False), x)
+    print(f"\n{dtype}: {kept / 2**20:.3f} MiB of {stock / 2**20:.1f}, {kept / stock:.5f}")
+    assert kept <= share * stock
 
 
 @pytest.mark.parametrize("regime", REGIMES)
