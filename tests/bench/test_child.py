@@ -28,6 +28,13 @@ def settings_of(*more: str) -> Settings:
     return options.parse(["--device", "cpu", "--layers", "tiny", "--repeat", "1", *more]).settings
 
 
+def take_four_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One more than the losses after which a side's process is not started again."""
+    assert Child.MOST_LOSSES == 3
+    cases = sections.SECTIONS["layers"]
+    monkeypatch.setitem(sections.SECTIONS, "layers", lambda settings: cases(settings)[:4])
+
+
 def hang(pipe: Connection) -> None:
     pipe.send(READY)
     pipe.recv()
@@ -96,6 +103,7 @@ def test_it_is_started_again_but_not_for_ever() -> None:
 def test_what_is_known_is_written_before_a_process_may_hang(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     lost = sides.Side("freezekit_channels_last", lambda module: module, channels_last=True, hopper=True)
     monkeypatch.setitem(sides.SIDES, lost.name, lost)
+    take_four_layers(monkeypatch)
     settings, file = replace(settings_of(), sides=("stock", lost.name)), tmp_path / "compare.json"
     seen = []
 
@@ -106,26 +114,28 @@ def test_what_is_known_is_written_before_a_process_may_hang(monkeypatch: pytest.
     monkeypatch.setattr(Child, "start", lambda self: None)
     monkeypatch.setattr(Child, "ask", look)
     compare.Run(settings, Printout(Console(quiet=True)), None, file).go(["layers"])
-    assert seen == [["stock"] * 8 + [lost.name] * i for i in range(8)]
+    assert seen == [["stock"] * 4 + [lost.name] * i for i in range(4)]
 
 
 def test_a_run_goes_on_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     lost = sides.Side("freezekit_channels_last", lambda module: module, channels_last=True, hopper=True)
     monkeypatch.setitem(sides.SIDES, lost.name, lost)
+    take_four_layers(monkeypatch)
     settings = replace(settings_of(), sides=("stock", "stock_channels_last", lost.name))
     run = compare.Run(settings, Printout(Console(quiet=True)), None)
     assert run.here == ("stock", "stock_channels_last")
     run.children = {lost.name: Child(crash)}
     run.go(["layers"])
-    assert len(run.rows) == 8 * 3
+    assert len(run.rows) == 4 * 3
     assert {bool(row.failure) for row in run.rows if row.side == lost.name} == {True}
     assert {row.failure for row in run.rows if row.side != lost.name} == {""}
-    assert run.failures == 8
+    assert run.failures == 4
 
 
 def test_a_hang_costs_half_of_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     lost = sides.Side("freezekit_channels_last", lambda module: module, channels_last=True, hopper=True)
     monkeypatch.setitem(sides.SIDES, lost.name, lost)
+    take_four_layers(monkeypatch)
     limits = []
 
     def hang_for(self: Child, work: object, seconds: float) -> object:
@@ -136,7 +146,7 @@ def test_a_hang_costs_half_of_what_is_left(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(Child, "ask", hang_for)
     run = compare.Run(replace(settings_of(), sides=("stock", lost.name)), Printout(Console(quiet=True)), 1e6)
     run.go(["layers"])
-    assert len(limits) == 8
+    assert len(limits) == 4
     assert all(0 < limit <= 1e6 / 2 for limit in limits)
 
 
