@@ -16,6 +16,7 @@ from torch import nn
 
 from freezekit._arguments import check_module
 from freezekit._inputs import arguments
+from freezekit.freezing.optim import group_of
 from freezekit.freezing.wrapping import layers
 
 from . import attributes, forward, optim, tensors, wrappers
@@ -68,7 +69,7 @@ def _plainest(given: Any) -> torch.optim.Optimizer:
     if not optimizers:
         shown = reprlib.repr(given)  # not all of a tensor
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, a sequence of them, or None, got {shown}")
-    members = [{id(p) for group in one.param_groups for p in group["params"]} for one in optimizers]
+    members = [group_of(one).keys() for one in optimizers]
     # A shard of ZeroRedundancyOptimizer has some of the parameters only.
     return [one for one, ids in zip(optimizers, members) if ids == members[0]][-1]
 

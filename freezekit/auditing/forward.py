@@ -19,7 +19,7 @@ from freezekit._twin import Twin
 from freezekit.distributed import unwrapped
 from freezekit.freezing.bits import same_bits
 
-from .report import Finding, brief
+from .report import Finding, about
 from .subject import Subject, can_train, is_in_frozen_block
 from .tensors import moves_statistics
 
@@ -123,14 +123,13 @@ def _moved(subject: Subject, probe: Probe) -> Iterator[Finding]:
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     parameters = [name for name in probe.moved if name in frozen]
     if parameters:
-        yield Finding(
+        yield about(
+            parameters,
             "moving-parameter",
             "error",
-            brief(parameters),
             f"{len(parameters)} frozen parameter(s) were written to in one forward pass, as nn.Embedding(max_norm=...) "
             "does",
             "keep the forward from writing to them, or unfreeze them",
-            tuple(parameters),
         )
     buffers = dict(model.named_buffers())
     values: list[str] = []
@@ -143,13 +142,12 @@ def _moved(subject: Subject, probe: Probe) -> Iterator[Finding]:
     # An integer buffer is most often a counter that the output does not depend on.
     for names, severity in ((values, "error"), (counters, "info")):
         if names:
-            yield Finding(
+            yield about(
+                names,
                 "moving-buffer",
                 severity,
-                brief(names),
                 f"{len(names)} buffer(s) of frozen modules changed in one forward pass",
                 "call .eval() on these modules, or write the buffer in train mode only",
-                tuple(names),
             )
 
 
@@ -159,14 +157,13 @@ def _gradients(subject: Subject, probe: Probe) -> Iterator[Finding]:
     checkpointed = any("CheckpointFunction" in n for n in probe.nodes)
     if probe.lost and probe.unrecorded:
         doubt = "some of " if checkpointed else ""
-        yield Finding(
+        yield about(
+            probe.unrecorded,
             "reentrant-checkpoint",
             "error",
-            brief(probe.unrecorded),
             "reentrant checkpointing over inputs that need no gradient (a frozen prefix): "
             f"{doubt}{len(probe.unrecorded)} trainable module(s) inside get none",
             "checkpoint(..., use_reentrant=False), or make the input of the first block require grad",
-            tuple(probe.unrecorded),
         )
         return
     if checkpointed:
@@ -183,11 +180,10 @@ def _gradients(subject: Subject, probe: Probe) -> Iterator[Finding]:
         return
     missed = tuple(n for n, p in subject.trainable.items() if id(p) not in probe.reached)
     if missed:
-        yield Finding(
+        yield about(
+            missed,
             "unreached",
             "info",
-            brief(missed),
             f"{len(missed)} trainable parameter(s) get no gradient from these inputs",
             "freeze them if that is always so; under DDP they need find_unused_parameters=True",
-            missed,
         )

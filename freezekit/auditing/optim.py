@@ -4,22 +4,16 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch.nn.parameter import is_lazy
 
-from freezekit.freezing.causes import causes
+from freezekit.freezing.causes import causes, momenta
+from freezekit.freezing.optim import group_of
 
-from .report import Finding, brief
-from .steps import moves_at_zero, remembers, why_not_stepped, would_move
+from .report import Finding, about, brief
+from .steps import moves_at_zero, why_not_stepped, would_move
 from .subject import Subject
-
-
-def _groups(subject: Subject) -> Iterator[tuple[torch.optim.Optimizer, int, dict[str, Any]]]:
-    for optimizer in subject.optimizers:
-        for i, group in enumerate(optimizer.param_groups):
-            yield optimizer, i, group
 
 
 def not_stepped(subject: Subject) -> Iterator[tuple[str, str]]:
@@ -37,34 +31,31 @@ def check_moves(subject: Subject) -> Iterator[Finding]:
     """
     moving: dict[tuple[str, int, str], list[tuple[str, float | None]]] = defaultdict(list)
     still: dict[tuple[str, int], list[str]] = defaultdict(list)
-    for optimizer, i, group in _groups(subject):
-        kind = type(optimizer).__name__
-        for p in group["params"]:
-            name = subject.names.get(id(p))
-            if name is None or p.requires_grad or p.grad is None:
-                continue
-            moved = would_move(optimizer, group, p)
-            why = causes(optimizer, group, p)
-            if moved == 0.0 or (moved is None and not why):
-                still[kind, i].append(name)
-            else:
-                moving[kind, i, "; ".join(why) or ".grad is not None"].append((name, moved))
+    for optimizer, i, name, p in subject.members():
+        if p.requires_grad or p.grad is None:
+            continue
+        kind, group = type(optimizer).__name__, optimizer.param_groups[i]
+        moved = would_move(optimizer, group, p)
+        why = causes(optimizer, group, p)
+        if moved == 0.0 or (moved is None and not why):
+            still[kind, i].append(name)
+        else:
+            moving[kind, i, "; ".join(why) or ".grad is not None"].append((name, moved))
     mend = "set .grad = None when freezing, as freezekit's freeze does; zeros are not enough"
     for (kind, i, reason), found in moving.items():
         names = tuple(n for n, _ in found)
         sizes = [m for _, m in found if m is not None]
         size = f"would move by up to {max(sizes):.3g}" if sizes else "would probably move"
         why_text = f"frozen, but {size} at the next {kind}.step() (group {i}): {reason}"
-        yield Finding("would-move", "error", brief(names), why_text, mend, names)
+        yield about(names, "would-move", "error", why_text, mend)
     for (kind, i), held in still.items():
-        yield Finding(
+        yield about(
+            held,
             "stale-grad",
             "warning",
-            brief(held),
             f"{len(held)} frozen parameter(s) of group {i} hold a .grad: {kind} does not move them now, yet momentum "
             "or decay would, it takes memory, and gradient clipping counts it",
             mend,
-            tuple(held),
         )
 
 
@@ -72,75 +63,66 @@ def check_stray_grads(subject: Subject) -> Iterator[Finding]:
     """Frozen parameters outside every optimizer, with a gradient left."""
     names = [n for n, p in subject.frozen.items() if p.grad is not None and id(p) not in subject.optimized]
     if names:
-        yield Finding(
+        yield about(
+            names,
             "stray-grad",
             "warning",
-            brief(names),
             f"{len(names)} frozen parameter(s) hold a .grad that no optimizer clears: clip_grad_norm_ over "
             "model.parameters() counts it in the norm, and it takes memory",
             "set .grad = None on them",
-            tuple(names),
         )
 
 
 def check_orphan_state(subject: Subject) -> Iterator[Finding]:
     """State of tensors that are in no group any more: ``state_dict()`` raises KeyError."""
     for optimizer in subject.optimizers:
-        members = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        orphans = [p for p in optimizer.state if isinstance(p, torch.Tensor) and id(p) not in members]
+        inside = group_of(optimizer)
+        orphans = [p for p in optimizer.state if isinstance(p, torch.Tensor) and id(p) not in inside]
         if orphans:
             names = tuple(subject.names.get(id(p), "(not of this model)") for p in orphans)
-            yield Finding(
+            yield about(
+                names,
                 "orphan-state",
                 "error",
-                brief(names),
                 f"{type(optimizer).__name__} keeps state of {len(orphans)} tensor(s) that were taken out of its "
                 "groups: optimizer.state_dict() raises KeyError, and the state takes memory",
                 "pop optimizer.state[p] too when a parameter is taken out (freeze(..., remove=True) does both)",
-                names,
             )
 
 
 def check_membership(subject: Subject) -> Iterator[Finding]:
     """Trainable parameters that no optimizer steps, optimizers of another model, and frozen members."""
-    if not subject.optimizers:
-        return
-    own = set(subject.names)
     idle = [n for n, p in subject.trainable.items() if id(p) not in subject.optimized]
-    foreign = [p for _, _, g in _groups(subject) for p in g["params"] if id(p) not in own]
+    everything = (p for o in subject.optimizers for group in o.param_groups for p in group["params"])
+    foreign = [p for p in everything if id(p) not in subject.names]
     shapes = {subject.trainable[n].shape for n in idle if not is_lazy(subject.trainable[n])}
     stale = [p for p in foreign if not is_lazy(p) and p.shape in shapes]
     if idle and stale:
-        yield Finding(
+        yield about(
+            idle,
             "stale-parameters",
             "error",
-            brief(idle),
             f"{len(idle)} trainable parameter(s) are in no optimizer, while it holds {len(stale)} of the same "
             "shapes that are not the model's: the parameters were replaced after the optimizer was made",
             "make the optimizer after the model was moved, converted or loaded",
-            tuple(idle),
         )
     elif idle:
-        yield Finding(
+        yield about(
+            idle,
             "not-optimized",
             "warning",
-            brief(idle),
             f"{len(idle)} trainable parameter(s) are in no optimizer: backward computes their gradients and "
             "accumulates them into .grad, nothing uses them, and optimizer.zero_grad() does not clear them",
             "freeze them (requires_grad_(False)), or pass them to the optimizer",
-            tuple(idle),
         )
-    held = [subject.names[id(p)] for _, _, g in _groups(subject) for p in g["params"]
-            if id(p) in own and not p.requires_grad]  # fmt: skip
-    held = [n for n in held if subject.parameters[n].grad is None]
+    held = [name for _, _, name, p in subject.members() if not p.requires_grad and p.grad is None]
     if held:
-        yield Finding(
+        yield about(
+            held,
             "frozen-in-optimizer",
             "info",
-            brief(held),
             f"{len(held)} frozen parameter(s) are in the optimizer; steps skip them as long as .grad is None",
             "nothing to do; freeze(..., remove=True) takes them out",
-            tuple(held),
         )
     if not subject.trainable:
         yield Finding(
@@ -154,23 +136,19 @@ def check_membership(subject: Subject) -> Iterator[Finding]:
 
 def check_state(subject: Subject) -> Iterator[Finding]:
     """Momentum kept from before the freeze: it moves the parameter at its first step after unfreezing."""
-    kept = []
-    for optimizer, _, group in _groups(subject):
-        for p in group["params"]:
-            name = subject.names.get(id(p))
-            if name is None or p.requires_grad or p.grad is not None:
-                continue
-            if remembers(optimizer.state.get(p, {})):
-                kept.append(name)
+    kept = [
+        name
+        for optimizer, _, name, p in subject.members()
+        if not p.requires_grad and p.grad is None and momenta(optimizer, p)
+    ]
     if kept:
-        yield Finding(
+        yield about(
+            kept,
             "kept-state",
             "info",
-            brief(kept),
             f"{len(kept)} frozen parameter(s) keep momentum from before the freeze: it takes memory, and moves them "
             "after unfreezing even at zero gradient",
             'unfreeze with state="reset", unless the old momentum is wanted',
-            tuple(kept),
         )
 
 
@@ -181,29 +159,27 @@ def check_scheduled(subject: Subject) -> Iterator[Finding]:
         if late and len(late) < len(optimizer.param_groups):
             names = tuple(subject.names[id(p)] for i in late for p in optimizer.param_groups[i]["params"]
                           if id(p) in subject.names)  # fmt: skip
-            yield Finding(
+            yield about(
+                names,
                 "unscheduled-group",
                 "warning",
-                brief(names),
                 f"group(s) {late} of {type(optimizer).__name__} were added after its learning-rate scheduler was made: "
                 "at its next step LambdaLR raises ValueError, OneCycleLR KeyError, others leave the rate as it is",
                 "keep frozen parameters in their group (freeze does), or build a new scheduler",
-                names,
             )
 
 
 def check_duplicates(subject: Subject) -> Iterator[Finding]:
     """Parameters that are stepped twice: twice in one group, or in two optimizers."""
-    count = Counter(id(p) for _, _, group in _groups(subject) for p in group["params"])
-    twice = [subject.names[i] for i, n in count.items() if n > 1 and i in subject.names]
+    count = Counter(name for _, _, name, _ in subject.members())
+    twice = [name for name, times in count.items() if times > 1]
     if twice:
-        yield Finding(
+        yield about(
+            twice,
             "duplicate-parameter",
             "error",
-            brief(twice),
             f"{len(twice)} parameter(s) are listed more than once in the optimizers, and move more than once a step",
             "list each parameter once",
-            tuple(twice),
         )
 
 
@@ -241,20 +217,18 @@ def _may_be_masked(p: torch.Tensor) -> bool:
 def check_masked(subject: Subject) -> Iterator[Finding]:
     """Parameters whose gradient a hook masks: momentum and decay move the masked part all the same."""
     found: list[str] = []
-    for optimizer, _, group in _groups(subject):
-        for p in group["params"]:
-            name = subject.names.get(id(p))
-            if name is not None and p.requires_grad and _may_be_masked(p):
-                moved = moves_at_zero(optimizer, group, p)
-                if moved or (moved is None and group.get("weight_decay")):
-                    found.append(name)
+    for optimizer, i, name, p in subject.members():
+        if p.requires_grad and _may_be_masked(p):
+            group = optimizer.param_groups[i]
+            moved = moves_at_zero(optimizer, group, p)
+            if moved or (moved is None and group.get("weight_decay")):
+                found.append(name)
     if found:
-        yield Finding(
+        yield about(
+            found,
             "masked-gradient",
             "warning",
-            brief(found),
             f"{len(found)} parameter(s) have a hook on their gradient, and their optimizer moves elements whose "
             "gradient is zero, by weight decay or momentum: a hook that sets part of it to zero freezes nothing",
             "freeze part of a tensor by a parametrization (see docs/two_step.md), or set weight_decay=0 and momentum=0",
-            tuple(found),
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +49,7 @@ class AuditError(RuntimeError):
         self.report = report
 
 
-def brief(names: tuple[str, ...] | list[str]) -> str:
+def brief(names: Sequence[str]) -> str:
     """The first name, and how many more there are.
 
     >>> brief(["a", "b", "c"])
@@ -58,6 +58,11 @@ def brief(names: tuple[str, ...] | list[str]) -> str:
     if not names:
         return "-"
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def about(names: Sequence[str], code: str, severity: str, why: str, mend: str) -> Finding:
+    """What was seen of several parameters, buffers or modules."""
+    return Finding(code, severity, brief(names), why, mend, tuple(names))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from freezekit.freezing.bits import local, same_bits
-from freezekit.freezing.causes import any_nonzero
 from freezekit.freezing.optim import ATTRIBUTE
 
 
@@ -103,8 +102,3 @@ def moves_at_zero(optimizer: torch.optim.Optimizer, group: dict[str, Any], p: to
     """Whether a step moves elements of ``p`` whose gradient is zero: by momentum or weight decay. None: unknown."""
     twin = step_of_copy(optimizer, group, p, torch.zeros_like(p))
     return None if twin is None else not same_bits(twin, p)
-
-
-def remembers(state: dict[str, Any]) -> bool:
-    """Whether an optimizer's state of one tensor holds momentum, which moves the tensor at zero gradient."""
-    return any(isinstance(v := state.get(k), torch.Tensor) and any_nonzero(v) for k in ("momentum_buffer", "exp_avg"))

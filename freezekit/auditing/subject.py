@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -59,6 +59,14 @@ class Subject:
     def optimized(self) -> set[int]:
         """``id`` of every tensor in a group of an optimizer."""
         return {id(p) for o in self.optimizers for group in o.param_groups for p in group["params"]}
+
+    def members(self) -> Iterator[tuple[torch.optim.Optimizer, int, str, nn.Parameter]]:
+        """Optimizer, index of the group, name and parameter, for each parameter of the model in each optimizer."""
+        for optimizer in self.optimizers:
+            for index, group in enumerate(optimizer.param_groups):
+                for p in group["params"]:
+                    if id(p) in self.names:
+                        yield optimizer, index, self.names[id(p)], p
 
     def modules(self) -> Iterable[tuple[str, nn.Module]]:
         """Name -> module, each once; the root's name is written ``(root)``."""

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from freezekit.freezing.norm import holds_unasked
 
-from .report import Finding, brief
+from .report import Finding, about
 from .subject import Subject, is_in_frozen_block
 
 
@@ -26,13 +26,12 @@ def check_tied(subject: Subject) -> Iterator[Finding]:
     for p in subject.frozen.values():
         names = subject.all_names[id(p)]
         if len(names) > 1:
-            yield Finding(
+            yield about(
+                names,
                 "tied",
                 "warning",
-                brief(names),
                 f"one tensor under {len(names)} names ({', '.join(names)}): freezing any of them froze all",
                 "nothing, when both were meant; else give one of them a parameter of its own (a clone) before freezing",
-                names,
             )
 
 
@@ -89,24 +88,22 @@ def check_statistics(subject: Subject) -> Iterator[Finding]:
         if moves_statistics(module) and is_in_frozen_block(subject.model, path):
             (spectral if isinstance(module, _SpectralNorm) else norms).append(path or "(root)")
     if norms:
-        yield Finding(
+        yield about(
+            norms,
             "moving-statistics",
             "error",
-            brief(norms),
             f"{len(norms)} frozen normalisation layer(s) are in train mode: running_mean and running_var move at every "
             "forward pass, and the output depends on the other samples of the batch",
             'freeze with norm="freeze", or call .eval() on them after every model.train()',
-            tuple(norms),
         )
     if spectral:
-        yield Finding(
+        yield about(
+            spectral,
             "moving-statistics",
             "error",
-            brief(spectral),
             f"spectral norm of {len(spectral)} frozen weight(s) is in train mode: each forward pass runs a power "
             "iteration, which changes the weight that the layer uses",
             "call .eval() on the layer after every model.train()",
-            tuple(spectral),
         )
 
 
@@ -118,14 +115,13 @@ def check_held(subject: Subject) -> Iterator[Finding]:
         if holds_unasked(module) and any(p.requires_grad for p in parameters):
             held.append(path)
     if held:
-        yield Finding(
+        yield about(
+            held,
             "held-statistics",
             "warning",
-            brief(held),
             f"{len(held)} norm(s) train their parameters, and freeze() still holds their statistics: they stay in eval "
             "mode whatever train() says",
             "call freezekit.unfreeze(model, ...) instead of setting requires_grad by hand",
-            tuple(held),
         )
 
 
@@ -152,11 +148,10 @@ def check_dropout(subject: Subject) -> Iterator[Finding]:
         if module.training and _dropout_of(module) > 0 and is_in_frozen_block(subject.model, path)
     ]
     if active and subject.trainable:
-        yield Finding(
+        yield about(
+            active,
             "active-dropout",
             "info",
-            brief(active),
             f"{len(active)} layer(s) of frozen parts drop at random, in train mode: what these parts put out is random",
             "nothing, where that is wanted; else call .eval() on the frozen part after every model.train()",
-            tuple(active),
         )

@@ -11,7 +11,7 @@ from torch import nn
 
 from freezekit import distributed
 
-from .report import Finding, brief
+from .report import Finding, about
 from .subject import Subject, all_frozen
 
 _FSDP1 = "torch.distributed.fsdp.fully_sharded_data_parallel"
@@ -31,26 +31,24 @@ def check_ddp(subject: Subject) -> Iterator[Finding]:
     for name, ddp in distributed.wrappers(subject.model):
         found = distributed.mismatch(ddp)
         if found.unfrozen:
-            yield Finding(
+            yield about(
+                found.unfrozen,
                 "ddp-unfrozen",
                 "error",
-                brief(found.unfrozen),
                 f"{len(found.unfrozen)} parameter(s) became trainable after DDP wrapped {name or '(root)'}: their "
                 "gradients are not reduced, and the ranks diverge without a word",
                 "ddp = freezekit.distributed.rewrap(ddp)",
-                found.unfrozen,
             )
         if found.frozen:
             fatal = distributed.waits_for_frozen(ddp)
-            yield Finding(
+            yield about(
+                found.frozen,
                 "ddp-frozen",
                 "error" if fatal else "info",
-                brief(found.frozen),
                 f"{len(found.frozen)} parameter(s) were frozen after DDP wrapped {name or '(root)'}: "
                 + ("DDP waits for their gradients, and the next iteration raises" if fatal
                    else "find_unused_parameters copes with it, at the cost of a graph walk per iteration"),
                 "ddp = freezekit.distributed.rewrap(ddp)",
-                found.frozen,
             )  # fmt: skip
         if found.unnamed:
             yield Finding(
@@ -73,14 +71,13 @@ def check_fsdp1(subject: Subject) -> Iterator[Finding]:
         fqns = getattr(flat, "_fqns", ())
         frozen = tuple(n for n, p in zip(fqns, originals, strict=False) if not p.requires_grad)
         if frozen and flat.requires_grad:
-            yield Finding(
+            yield about(
+                frozen,
                 "fsdp1-mixed",
                 "warning",
-                brief(frozen),
                 f"{len(frozen)} of {len(originals)} parameters in the FSDP1 unit {name} are frozen: the unit is one "
                 "flat tensor, so gradients are computed, kept and reduced for all of it",
                 "wrap frozen and trainable layers in units of their own before training, or use FSDP2 (fully_shard)",
-                frozen,
             )
 
 
@@ -117,15 +114,14 @@ def check_compile(subject: Subject) -> Iterator[Finding]:
     if subject.schedule is not None:
         entries = subject.schedule.compile_entries()
         if entries > limit:
-            yield Finding(
+            yield about(
+                [name for name, _ in compiled],
                 "recompile-limit",
                 "warning",
-                brief([n for n, _ in compiled]),
                 f"the schedule needs {entries} compiled versions (each stage once in training and once under no_grad), "
                 f"and torch.compile stops at {limit}: later stages run uncompiled",
                 "use fewer stages, call torch._dynamo.reset() at a stage change, or raise "
                 "torch._dynamo.config.recompile_limit",
-                tuple(n for n, _ in compiled),
             )
 
 
@@ -143,12 +139,11 @@ def check_autocast(subject: Subject) -> Iterator[Finding]:
             if weight.dtype == torch.float32 and device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
                 found.append(name)
     if found:
-        yield Finding(
+        yield about(
+            found,
             "autocast-cast",
             "info",
-            brief(found),
             f"autocast casts the frozen weights of {len(found)} layer(s) at every call: its cache holds only weights "
             "that require grad",
             "convert the model with freezekit, or store these weights in the low-precision dtype",
-            tuple(found),
         )

@@ -8,9 +8,6 @@ import torch
 from torch import nn
 from torch.optim import LBFGS, Optimizer
 
-# State that moves a parameter at zero gradient: SGD, RMSprop and Muon; the Adam family. Second moments do not.
-_MOMENTUM = ("momentum_buffer", "exp_avg")
-
 
 def step_kind(group: dict[str, Any]) -> str:
     """How the group is stepped: "fused", "foreach" or "single-tensor"; torch's default is foreach on accelerators."""
@@ -29,6 +26,13 @@ def any_nonzero(tensor: torch.Tensor) -> bool:
     return bool((tensor != 0).any())
 
 
+def momenta(optimizer: Optimizer, param: nn.Parameter) -> list[str]:
+    """What of the optimizer's state moves ``param`` at zero gradient: momentum. Second moments do not."""
+    state = optimizer.state.get(param, {})
+    kept = {key: state.get(key) for key in ("momentum_buffer", "exp_avg")}  # of SGD, RMSprop and Muon; of the Adams
+    return [key for key, value in kept.items() if isinstance(value, torch.Tensor) and any_nonzero(value)]
+
+
 def causes(optimizer: Optimizer, group: dict[str, Any], param: nn.Parameter) -> list[str]:
     """What would move ``param``, whose ``grad`` is not None, in the next step; empty when nothing is known to."""
     lr = group.get("lr")
@@ -38,10 +42,7 @@ def causes(optimizer: Optimizer, group: dict[str, Any], param: nn.Parameter) -> 
     if any_nonzero(param.grad):
         found.append("its .grad is stale: it was left from before the freeze, or written since")
     zero = "" if found else " at a gradient of zeros"
-    for key in _MOMENTUM:
-        value = optimizer.state[param].get(key) if param in optimizer.state else None
-        if isinstance(value, torch.Tensor) and any_nonzero(value):
-            found.append(f"momentum ({key}) moves it{zero}")
+    found += [f"momentum ({key}) moves it{zero}" for key in momenta(optimizer, param)]
     for key in ("weight_decay", "lambd"):
         if group.get(key):
             found.append(f"weight decay ({key}={float(group[key]):g}) moves it{zero}")
