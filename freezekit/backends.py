@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import Literal, get_args
 
 from freezekit import _C
@@ -76,9 +75,7 @@ class switched:
         _set(self.name, self.hopper)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         _set(*self._outer.pop())
 
 

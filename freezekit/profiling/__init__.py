@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -56,12 +55,10 @@ class profile(Shown):
         self._profiler.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: Any) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self._profiler.__exit__(kind, value, trace)
+        self._profiler.__exit__(*error)
         self._events = read(self._profiler)
 
     def kernels(self) -> KernelTable:
