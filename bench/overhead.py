@@ -26,6 +26,7 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import freezekit as fk
+from bench.options import threads
 from bench.timing import HostClock, Interleaved, interleave
 
 
@@ -181,10 +182,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.rounds < 1 or args.calls < 1:
         parser.error(f"--rounds and --calls must be at least 1, got {args.rounds} and {args.calls}")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     failed = False
-    try:
+    with threads(1):
         print(f"torch {torch.__version__}, freezekit {fk.__version__}, CPU, 1 thread")
         print(f"{'layer':36} {'stock us':>9} {'freezekit us':>13} {'ratio':>14} {'bound':>6}")
         options = {"rounds": args.rounds, "calls": args.calls, "seed": args.seed}
@@ -194,8 +193,6 @@ def main(arguments: list[str] | None = None) -> int:
         for call in _calls():
             timed = measure_call(call, **options)
             failed |= _show(call.name, timed, call.bound, f"{timed.ratio('disabled', 'stock').median:10.3f}")
-    finally:
-        torch.set_num_threads(threads)
     return 1 if args.check and failed else 0
 
 

@@ -57,7 +57,7 @@ class Constants(TorchDispatchMode):
         self._fake = fake
         self._numbers: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._calls: list[_Call] = []
-        self._storages: list[int] = []  # by number of a tensor
+        self._storages: list[torch.UntypedStorage] = []  # by number of a tensor; here no other takes their addresses
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = (args, kwargs or {})
@@ -70,8 +70,7 @@ class Constants(TorchDispatchMode):
             made = [t for t in tree_leaves(result) if isinstance(t, Tensor) and _has_no_data(t)]
             if made:
                 noted = tree_map_only(Tensor, self._note, given)
-                known = {t.untyped_storage()._cdata: self._numbers[t] for t in read if t in self._numbers}
-                self._calls.append(_Call(func, noted, [self._number(t, known) for t in made]))
+                self._calls.append(_Call(func, noted, list(map(self._number, made))))
         elif func._schema.is_mutable:  # by something of the twin's
             written = {t.untyped_storage()._cdata for t in read}
             for t in [t for t in self._numbers if t.untyped_storage()._cdata in written]:
@@ -89,12 +88,14 @@ class Constants(TorchDispatchMode):
             return _Form(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, tensor.device)
         return tensor
 
-    def _number(self, tensor: Tensor, read: dict[int, int]) -> int:
+    def _number(self, tensor: Tensor) -> int:
         if tensor not in self._numbers:
             self._numbers[tensor] = len(self._storages)
-            source = read.get(tensor.untyped_storage()._cdata)
-            self._storages.append(len(self._storages) if source is None else self._storages[source])
+            self._storages.append(tensor.untyped_storage())
         return self._numbers[tensor]
+
+    def _storage_of(self, number: int) -> int:
+        return self._storages[number]._cdata
 
     def settle(self, own: set[int]) -> None:
         """Computes the tensors that are still there, once the run is over and its graph gone.
@@ -105,7 +106,7 @@ class Constants(TorchDispatchMode):
         left = sorted(((n, t) for t, n in self._numbers.items() if id(t) not in own), reverse=True)
         self._numbers.clear()  # its weak references would be in the way, and those of the mode
         self._fake.fake_tensor_converter = None  # type: ignore[assignment]
-        calls = self._needed({self._storages[number] for number, _ in left})
+        calls = self._needed({self._storage_of(number) for number, _ in left})
         values: dict[int, Tensor] = {}
         with torch._C._AutoDispatchBelowADInplaceOrView():
             for func, given, numbers in calls:
@@ -122,11 +123,9 @@ class Constants(TorchDispatchMode):
         found: list[_Call] = []
         while self._calls:
             call = self._calls.pop()
-            if any(self._storages[number] in storages for number in call.numbers):
+            if any(self._storage_of(number) in storages for number in call.numbers):
                 found.append(call)
-                storages |= {
-                    self._storages[known.number] for known in tree_leaves(call.given) if isinstance(known, _Known)
-                }
+                storages |= {self._storage_of(t.number) for t in tree_leaves(call.given) if isinstance(t, _Known)}
         return found[::-1]
 
 

@@ -63,35 +63,25 @@ def strangers_of(modules: Iterable[nn.Module]) -> list[nn.Module]:
     return list({part for module in named for part in module.modules()} - own)
 
 
-class _Contents:
-    """What lists, dictionaries and sets hold."""
-
-    def __init__(self, containers: Iterable[Any]) -> None:
-        self._contents = [(container, copy.copy(container)) for container in containers]
-
-    def restore(self) -> None:
-        for container, content in self._contents:
-            if _identities(container) != _identities(content):
-                container.clear()
-                container.extend(content) if isinstance(container, list) else container.update(content)
-
-
-def _identities(container: Any) -> list[Any]:
-    return [(k, id(v)) for k, v in container.items()] if isinstance(container, dict) else [id(v) for v in container]
-
-
 @contextmanager
 def kept(modules: Iterable[nn.Module], containers: Iterable[Any]) -> Iterator[None]:
     """Afterwards attributes and buffers of these modules, not of what is in them, and the containers are as before."""
     attributes = [vars(module) for module in modules]
     inner = [value for held in attributes for value in held.values() if isinstance(value, _CONTAINERS)]
-    contents = _Contents([*attributes, *inner, *containers])
+    contents = [(container, copy.copy(container)) for container in (*attributes, *inner, *containers)]
     buffers = [(t, t.detach().clone()) for m in modules for t in m.buffers(recurse=False) if t.layout is torch.strided]
     try:
         yield
     finally:
-        contents.restore()
+        for container, content in contents:
+            if _identities(container) != _identities(content):
+                container.clear()
+                container.extend(content) if isinstance(container, list) else container.update(content)
         with torch.no_grad():
             for buffer, value in buffers:
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
+
+
+def _identities(container: Any) -> list[Any]:
+    return [(k, id(v)) for k, v in container.items()] if isinstance(container, dict) else [id(v) for v in container]

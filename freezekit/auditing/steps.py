@@ -14,11 +14,8 @@ from typing import Any
 import torch
 
 from freezekit.freezing.bits import local, same_bits
+from freezekit.freezing.held import copied
 from freezekit.freezing.optim import ATTRIBUTE
-
-
-def _clone(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value)
 
 
 def why_not_stepped(optimizer: torch.optim.Optimizer) -> str:
@@ -73,10 +70,10 @@ def step_of_copy(
     shadow.__dict__.update({name: copy.deepcopy(v) for name, v in vars(optimizer).items() if not _is_replaced(name)})
     shadow.__dict__["_optimizer_step_pre_hooks"] = OrderedDict()
     shadow.__dict__["_optimizer_step_post_hooks"] = OrderedDict()
-    shadow.param_groups = [{**{k: _clone(v) for k, v in group.items() if k != "params"}, "params": [twin]}]
+    shadow.param_groups = [{**{k: copied(v) for k, v in group.items() if k != "params"}, "params": [twin]}]
     state: defaultdict[torch.Tensor, Any] = defaultdict(dict)
     if p in optimizer.state:
-        state[twin] = {k: _clone(v) for k, v in optimizer.state[p].items()}
+        state[twin] = {k: copied(v) for k, v in optimizer.state[p].items()}
     shadow.state = state
     try:
         type(optimizer).step(shadow)

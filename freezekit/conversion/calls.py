@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
-from freezekit import _C
+from freezekit import _C, functional
 from freezekit._inputs import Arguments
 from freezekit._storages import storages_of
 from freezekit._twin import Twin, on_twin
@@ -31,19 +31,12 @@ _C_NN = torch._C._nn
 INSTALLED = tuple({sysconfig.get_paths()[key] for key in ("stdlib", "platstdlib", "purelib", "platlib")})
 _OWN = (str(Path(torch.__file__).parent), str(Path(__file__).resolve().parents[1]), *INSTALLED)
 
-_NAMES = (
-    *("relu", "relu6", "leaky_relu", "hardtanh", "dropout", "avg_pool1d", "avg_pool2d", "avg_pool3d"),
-    *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "pad", "batch_norm", "layer_norm"),
-    *("max_pool1d", "max_pool2d", "max_pool3d", "instance_norm", "prelu", "silu", "gelu", "hardswish", "mish"),
-    *("group_norm", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
-)
-
 
 def _table() -> dict[Callable[..., Any], tuple[str, str]]:
     """function -> (how it is written, the function of freezekit that keeps less)."""
     found: dict[Callable[..., Any], tuple[str, str]] = {}
     places = (("F", F), ("torch", torch), ("Tensor", Tensor))
-    for name in _NAMES:
+    for name in functional.__all__:
         for spelling in (name, f"{name}_"):
             for prefix, place in places:
                 if hasattr(place, spelling):

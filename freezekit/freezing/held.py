@@ -85,10 +85,12 @@ def copy_state(optimizer: Optimizer, param: nn.Parameter) -> dict[str, Any] | No
     """A copy of what ``optimizer`` remembers of ``param``; None when it is nothing."""
     if isinstance(optimizer, LBFGS) or param not in optimizer.state:
         return None
-    return {
-        key: value.clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value)
-        for key, value in optimizer.state[param].items()
-    }
+    return {key: copied(value) for key, value in optimizer.state[param].items()}
+
+
+def copied(value: Any) -> Any:
+    """A copy of an entry of an optimizer's state, or of an option of a group."""
+    return value.detach().clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value)
 
 
 def put_state(optimizer: Optimizer, param: nn.Parameter, saved: dict[str, Any] | None) -> None:

@@ -14,7 +14,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from freezekit import _C, backends
 from freezekit._arguments import Size2, number, numbers, plain
 from freezekit.backends import Backend, check_backend
-from freezekit.functional._torch import records_torch_s
+from freezekit.functional._torch import padded_to_same, records_torch_s
 
 # A call of plain tensors and numbers; None of any other.
 _quick = _C.quick.conv2d
@@ -241,8 +241,8 @@ def _pair(name: str, value: Size2) -> tuple[int, int]:
 
 def _resolve_padding(
     padding: str, input: Tensor, weight: Tensor, stride: Size2, dilation: Size2
-) -> tuple[Tensor, tuple[int, int]]:
-    """String padding as numbers; "same" of an even span pads one row or column more at the end, in a copy of input."""
+) -> tuple[Tensor, tuple[int, ...]]:
+    """String padding as numbers, see `padded_to_same`."""
     if padding == "valid":
         return input, (0, 0)
     if padding != "same":
@@ -253,11 +253,7 @@ def _resolve_padding(
         raise RuntimeError(f"weight must have 4 dimensions, got {weight.dim()}: {list(weight.shape)}")
     # A trace records sizes as tensors, which the operator takes for no number; a kernel's are constants.
     kernel = [int(k) if isinstance(k, Tensor) else k for k in weight.shape[2:]]
-    total = [d * (k - 1) for d, k in zip(_pair("dilation", dilation), kernel)]
-    if min(total) < 0:
+    spans = [d * (k - 1) for d, k in zip(_pair("dilation", dilation), kernel)]
+    if min(spans) < 0:
         raise RuntimeError(f"dilation must be positive and the kernel not empty, got {dilation}, {list(weight.shape)}")
-    start = (total[0] // 2, total[1] // 2)
-    extra = [t % 2 for t in total]
-    if any(extra):
-        input = F.pad(input, [0, extra[1], 0, extra[0]])
-    return input, start
+    return padded_to_same(input, spans)

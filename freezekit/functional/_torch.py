@@ -8,6 +8,7 @@ from numbers import Real
 from typing import Any, TypeVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.overrides import handle_torch_function, has_torch_function
@@ -95,6 +96,16 @@ def are_numbers(*values: object) -> bool:
 def is_integer(value: object) -> bool:
     """Whether it is one integer; numpy's are, tensors are left to torch."""
     return isinstance(value, int) or (hasattr(value, "__index__") and not isinstance(value, Tensor))
+
+
+def padded_to_same(input: Tensor, spans: Sequence[int]) -> tuple[Tensor, tuple[int, ...]]:
+    """Padding that keeps sizes where a kernel reaches over `spans` elements more than one.
+
+    An odd span needs one element more at the end, which is put there in a copy of `input`.
+    """
+    if any(span % 2 for span in spans):
+        input = F.pad(input, [side for span in reversed(spans) for side in (0, span % 2)])
+    return input, tuple(span // 2 for span in spans)
 
 
 def sizes(value: object, axes: int) -> tuple[int, ...] | None:

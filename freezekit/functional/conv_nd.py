@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from freezekit import _C
-from freezekit.functional._torch import LEFT_TO_TORCH, SizeN, are_tensors, as_torch, is_integer, sizes
+from freezekit.functional._torch import LEFT_TO_TORCH, SizeN, are_tensors, as_torch, is_integer, padded_to_same, sizes
 
 _conv_nd = torch.ops.freezekit.convolution.default
 
@@ -181,13 +181,10 @@ def _convolve(
 def _resolve_padding(
     axes: int, input: Tensor, weight: Tensor, *, stride: object, padding: str, dilation: object, **_: object
 ) -> tuple[Tensor, tuple[int, ...] | None]:
-    """String padding as numbers; "same" of an even span pads one element more at the end, in a copy of input."""
+    """String padding as numbers, see `padded_to_same`."""
     if padding == "valid":
         return input, (0,) * axes
     spread = sizes(dilation, axes)
     if padding != "same" or sizes(stride, axes) != (1,) * axes or spread is None:
         return input, None
-    total = [d * (k - 1) for d, k in zip(spread, weight.shape[2:])]
-    if any(t % 2 for t in total):
-        input = F.pad(input, [side for t in reversed(total) for side in (0, t % 2)])
-    return input, tuple(t // 2 for t in total)
+    return padded_to_same(input, [d * (k - 1) for d, k in zip(spread, weight.shape[2:])])

@@ -9,14 +9,7 @@ from torch import Tensor, nn
 from freezekit import functional
 
 
-class _MaxPool:
-    kernel_size: Any
-    stride: Any
-    padding: Any
-    dilation: Any
-    ceil_mode: bool
-    return_indices: bool
-
+class _MaxPool(nn.modules.pooling._MaxPoolNd):
     def _pool(self, function: Any, input: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         settings = (self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode, self.return_indices)
         return function(input, *settings)
@@ -133,7 +126,12 @@ class AdaptiveAvgPool3d(nn.AdaptiveAvgPool3d):
         return functional.adaptive_avg_pool3d(input, self.output_size)
 
 
-class ReflectionPad1d(nn.ReflectionPad1d):
+class _ReflectionPad(nn.modules.padding._ReflectionPadNd):
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.pad(input, self.padding, "reflect")
+
+
+class ReflectionPad1d(_ReflectionPad, nn.ReflectionPad1d):
     """An `nn.ReflectionPad1d` that keeps sizes instead of its input.
 
     >>> import torch, freezekit as fk
@@ -141,11 +139,8 @@ class ReflectionPad1d(nn.ReflectionPad1d):
     tensor([[[2., 1., 2., 3., 2.]]])
     """
 
-    def forward(self, input: Tensor) -> Tensor:
-        return functional.pad(input, self.padding, "reflect")
 
-
-class ReflectionPad2d(nn.ReflectionPad2d):
+class ReflectionPad2d(_ReflectionPad, nn.ReflectionPad2d):
     """An `nn.ReflectionPad2d` that keeps sizes instead of its input.
 
     >>> import torch, freezekit as fk
@@ -153,11 +148,8 @@ class ReflectionPad2d(nn.ReflectionPad2d):
     torch.Size([1, 1, 6, 6])
     """
 
-    def forward(self, input: Tensor) -> Tensor:
-        return functional.pad(input, self.padding, "reflect")
 
-
-class ReflectionPad3d(nn.ReflectionPad3d):
+class ReflectionPad3d(_ReflectionPad, nn.ReflectionPad3d):
     """An `nn.ReflectionPad3d` that keeps sizes instead of its input.
 
     >>> import torch, freezekit as fk
@@ -165,11 +157,13 @@ class ReflectionPad3d(nn.ReflectionPad3d):
     torch.Size([1, 1, 6, 6, 6])
     """
 
+
+class _ReplicationPad(nn.modules.padding._ReplicationPadNd):
     def forward(self, input: Tensor) -> Tensor:
-        return functional.pad(input, self.padding, "reflect")
+        return functional.pad(input, self.padding, "replicate")
 
 
-class ReplicationPad1d(nn.ReplicationPad1d):
+class ReplicationPad1d(_ReplicationPad, nn.ReplicationPad1d):
     """An `nn.ReplicationPad1d` that keeps sizes instead of its input.
 
     >>> import torch, freezekit as fk
@@ -177,11 +171,8 @@ class ReplicationPad1d(nn.ReplicationPad1d):
     tensor([[[1., 1., 2., 2.]]])
     """
 
-    def forward(self, input: Tensor) -> Tensor:
-        return functional.pad(input, self.padding, "replicate")
 
-
-class ReplicationPad2d(nn.ReplicationPad2d):
+class ReplicationPad2d(_ReplicationPad, nn.ReplicationPad2d):
     """An `nn.ReplicationPad2d` that keeps sizes instead of its input.
 
     >>> import torch, freezekit as fk
@@ -189,17 +180,11 @@ class ReplicationPad2d(nn.ReplicationPad2d):
     torch.Size([1, 1, 6, 6])
     """
 
-    def forward(self, input: Tensor) -> Tensor:
-        return functional.pad(input, self.padding, "replicate")
 
-
-class ReplicationPad3d(nn.ReplicationPad3d):
+class ReplicationPad3d(_ReplicationPad, nn.ReplicationPad3d):
     """An `nn.ReplicationPad3d` that keeps sizes instead of its input.
 
     >>> import torch, freezekit as fk
     >>> fk.nn.ReplicationPad3d(1)(torch.ones(1, 1, 4, 4, 4)).shape
     torch.Size([1, 1, 6, 6, 6])
     """
-
-    def forward(self, input: Tensor) -> Tensor:
-        return functional.pad(input, self.padding, "replicate")

@@ -7,7 +7,7 @@ from typing import Any
 
 from freezekit._showing import Shown
 from freezekit.profiling.phases import PHASES
-from freezekit.profiling.table import KernelTable
+from freezekit.profiling.table import KernelTable, aligned
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,7 @@ class ProfileDiff(Shown):
             (f"{c.instances[0]} -> {c.instances[1]}", f"{c.nanoseconds[0]} -> {c.nanoseconds[1]}", c.name)
             for c in self.kernels
         ]
-        widths = [max(len(row[i]) for row in [head, *rows]) for i in range(2)]
-        lines += ["  ".join([row[0].rjust(widths[0]), row[1].rjust(widths[1]), row[2]]) for row in [head, *rows]]
-        return "\n".join(lines)
+        return "\n".join([*lines, *aligned([head, *rows])])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""

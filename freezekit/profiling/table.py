@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -62,6 +62,12 @@ class KernelRow:
         )
 
 
+def aligned(lines: Sequence[tuple[str, ...]]) -> list[str]:
+    """The lines' cells in columns, right-aligned but for the last one."""
+    *numbers, _ = (max(map(len, column)) for column in zip(*lines))
+    return ["  ".join([*map(str.rjust, line, numbers), line[-1]]) for line in lines]
+
+
 @dataclass(frozen=True)
 class KernelTable:
     """Rows by falling total time; prints as the table, iterates over its rows."""
@@ -81,13 +87,8 @@ class KernelTable:
 
     def __str__(self) -> str:
         lines = [COLUMNS, *(row.cells() for row in self.rows)]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS) - 1)]
-        text = []
-        for line in lines:
-            numbers = "  ".join(cell.rjust(width) for cell, width in zip(line, widths))
-            text.append(f"{numbers}  {line[-1]}")
-        rule = "  ".join("-" * width for width in widths) + "  " + "-" * max(len(line[-1]) for line in lines)
-        return "\n".join([text[0], rule, *text[1:]])
+        rule = tuple("-" * max(map(len, column)) for column in zip(*lines))
+        return "\n".join(aligned([COLUMNS, rule, *lines[1:]]))
 
     def to_dicts(self) -> list[dict[str, Any]]:
         """The rows as plain dictionaries, ready for JSON."""

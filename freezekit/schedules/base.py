@@ -100,18 +100,18 @@ class Schedule:
         if not (new or old):
             return Change(self.steps)
         inner = unwrapped(self.model)
-        if isinstance(self.model, DDP):
-            sync_buffers(self.model)
+        ddp = self.model if isinstance(self.model, DDP) else None
+        if ddp:
+            sync_buffers(ddp)
         if new:
             freeze(inner, *(p for layer in new for p in layer.patterns), optimizer=self.optimizer, remove=self.remove,
                    state=self.state, norm="freeze")  # fmt: skip
         if old:
             unfreeze(inner, *(p for layer in old for p in layer.patterns), optimizer=self.optimizer, state=self.state)
         self._frozen = wanted
-        wrapped = isinstance(self.model, DDP)
-        if isinstance(self.model, DDP):
-            self.model = rewrap(self.model)
-        return Change(self.steps, tuple(x.name for x in new), tuple(x.name for x in old), wrapped)
+        if ddp:
+            self.model = rewrap(ddp)
+        return Change(self.steps, tuple(x.name for x in new), tuple(x.name for x in old), ddp is not None)
 
     def _config(self) -> dict[str, Any]:
         """What must be the same for a saved state to fit."""

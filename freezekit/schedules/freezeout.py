@@ -95,7 +95,7 @@ class FreezeOut(Schedule):
         self.times = dict(zip((x.name for x in self.layers), freeze_times(len(self.layers), t0, how), strict=True))
         self._freeze_at = self._quantise()
         self._groups = self._group_layers() if anneal else []
-        self._base = [_number(self._groups_of(i)["lr"]) for i, _ in enumerate(self._groups)]
+        self._base = [float(group["lr"]) for _, group in self._annealed()]
         self._set_rates()
 
     @staticmethod
@@ -166,10 +166,6 @@ class FreezeOut(Schedule):
         self._set_rates()
         return change
 
-    def _groups_of(self, i: int) -> dict[str, Any]:
-        assert self.optimizer is not None
-        return self.optimizer.param_groups[i]
-
     def _group_layers(self) -> list[str]:
         """The layer of each group of the optimizer."""
         if self.optimizer is None:
@@ -186,18 +182,17 @@ class FreezeOut(Schedule):
             found.append(str(names.pop()))
         return found
 
+    def _annealed(self) -> list[tuple[str, dict[str, Any]]]:
+        """The groups whose rate the schedule sets, each with its layer."""
+        return list(zip(self._groups, self.optimizer.param_groups)) if self.optimizer else []
+
     def _set_rates(self) -> None:
-        for i, layer in enumerate(self._groups):
-            rate = self._base[i] * self.lr_factor(layer, self.steps)
-            group = self._groups_of(i)
+        for base, (layer, group) in zip(self._base, self._annealed()):
+            rate = base * self.lr_factor(layer, self.steps)
             if isinstance(group["lr"], torch.Tensor):
                 group["lr"].fill_(rate)
             else:
                 group["lr"] = rate
-
-
-def _number(lr: float | torch.Tensor) -> float:
-    return float(lr)
 
 
 def _check(t0: float, total_steps: int, how: str, stages: int | None, layers: int) -> None:
