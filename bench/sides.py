@@ -149,7 +149,7 @@ SIDES = {
     )
 }
 
-# Who takes part in a run of everything; the other sides are variants of these, for a closer look.
+# The sides that take part in a run of everything; the other sides are variants of these, for a closer look.
 COMPETITORS = (
     *("freezekit", "freezekit_fused", "freezekit_native", "freezekit_aten"),
     *("stock_channels_last", "stock_compiled", "memsave_torch", "checkpoint"),

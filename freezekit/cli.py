@@ -47,7 +47,7 @@ _MORE = {
 With --choices it runs a training step of the model twice and lists what backend "auto" has decided for it on this GPU:
 which kernels were equal to torch's operators and not slower, with the times, and what differed where they were not.
 Nothing is decided on a CPU.""",
-    "explain": """One row a layer, from a forward pass without data: nothing is computed, and a model too big for the
+    "explain": """One row per layer, from a forward pass without data: nothing is computed, and a model too big for the
 machine can be explained.
 
   runs              what a training step runs now: fprop, dgrad, wgrad, db

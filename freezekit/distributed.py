@@ -179,7 +179,7 @@ def check(ddp: DDP) -> None:
 class _Watch:
     """Forward pre-hook of a DDP wrapper, or of a module inside one: checks what is frozen before every forward pass.
 
-    What the reducer holds is asked once a reducer, and kept; after that a pass costs one look at each parameter.
+    What the reducer holds is asked once per reducer, and kept; after that a pass costs one look at each parameter.
     """
 
     def __init__(self) -> None:

@@ -239,7 +239,7 @@ def _in_a_child(what: str, until: float, *arguments: str) -> int:
     if seconds <= 0:
         print(f"FAIL: {what} were not run: no time was left")
         return 1
-    # A second earlier for what it may start itself: who started it, tells of it.
+    # A second earlier for what it may start itself: the process that started it reports it.
     command = [sys.executable, "-m", "freezekit.selftest", *arguments, "--until", str(until - 1)]
     try:
         code = subprocess.run(command, timeout=seconds).returncode

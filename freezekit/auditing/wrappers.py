@@ -61,7 +61,7 @@ def check_ddp(subject: Subject) -> Iterator[Finding]:
 
 
 def check_fsdp1(subject: Subject) -> Iterator[Finding]:
-    """FSDP1 keeps one flat tensor a unit: part of it cannot be frozen."""
+    """FSDP1 keeps one flat tensor per unit: part of it cannot be frozen."""
     for name, unit in _instances(subject, _FSDP1, "FullyShardedDataParallel"):
         handle = getattr(unit, "_handle", None)
         flat = getattr(handle, "flat_param", None)

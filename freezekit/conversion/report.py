@@ -44,7 +44,7 @@ def conversion_report(model: nn.Module, inputs: Any = None) -> list[LayerReport]
 
     Lists layers of the kinds that freezekit replaces, with subclasses and other layers that do the same, a shared one
     once. Calls of functions cannot be swapped: with `inputs`, the model runs once and the report also names those of
-    `torch.nn.functional` and alike that keep more than freezekit's would, with their place and what they kept.
+    `torch.nn.functional` and the like that keep more than freezekit's would, with their place and what they kept.
 
     Args:
         model: any module.

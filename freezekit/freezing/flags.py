@@ -1,4 +1,4 @@
-"""Who does not read ``requires_grad`` at each call is told that it changed: torch.compile."""
+"""Tells torch.compile, which does not read ``requires_grad`` at each call, that it changed."""
 
 from __future__ import annotations
 

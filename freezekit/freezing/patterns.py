@@ -37,7 +37,7 @@ class PatternError(ValueError):
 class Selection:
     """What patterns mean in one model.
 
-    params: name -> parameter; one name a parameter (its first), found by identity, never by value.
+    params: name -> parameter; one name per parameter (its first), found by identity, never by value.
     norms: name -> layer with running statistics, when the pattern covers the layer or all parameters it owns.
     shared: the names of each selected parameter that has more than one.
     """

@@ -102,7 +102,7 @@ def layer_norm(
 ) -> Tensor:
     """`torch.nn.functional.layer_norm`; where the bias alone learns it keeps nothing.
 
-    The gradient of the input reads the input and two statistics a row, frozen weight or not: that is what torch keeps,
+    The gradient of the input reads the input and two statistics per row, frozen weight or not: that is what torch keeps,
     and what this keeps wherever `input` needs a gradient.
 
     Args:
@@ -129,7 +129,7 @@ def group_norm(
 ) -> Tensor:
     """`torch.nn.functional.group_norm`; where the bias alone learns it keeps nothing.
 
-    Where it keeps its input, a smooth activation behind it keeps nothing: :func:`silu`, :func:`gelu` and alike.
+    Where it keeps its input, a smooth activation behind it keeps nothing: :func:`silu`, :func:`gelu` and the like.
 
     Args:
         input: (N, C, ...).

@@ -15,8 +15,8 @@ class Machine:
     """What predictions of time are made from, measured by `measure`.
 
     Attributes:
-        flops: floating-point operations a second of a matrix product.
-        bandwidth: bytes a second, read and written, of a copy.
+        flops: floating-point operations per second, of a matrix product.
+        bandwidth: bytes per second, read and written, of a copy.
     """
 
     flops: float

@@ -51,7 +51,7 @@ class FreezeOut(Schedule):
             the value before it is cubed, as in the paper.
         total_steps: length of the training, in steps.
         how: spacing of the times, ``"linear"`` or ``"cubic"``.
-        stages: how many times something is frozen; None for once a layer. Each costs torch.compile a recompilation:
+        stages: how many times something is frozen; None for once per layer. Each costs torch.compile a recompilation:
             three, with a validation pass under no_grad, just fit its limit of 8 versions.
         optimizer: needed for ``remove``, ``state`` and ``anneal``.
         layers: the modules to treat as layers, in forward order: names, globs, classes; by default see `layers_of`.

@@ -88,7 +88,7 @@ class Timetable(Shown):
     def plot(self, path: str | PathLike[str]) -> None:
         """Draw the plan to an image file (its suffix gives the format).
 
-        Below, a bar a layer: blue while it trains, grey while it is frozen. Above, the curves, if there are any.
+        Below, one bar per layer: blue while it trains, grey while it is frozen. Above, the curves, if there are any.
 
         Raises:
             ImportError: matplotlib is not installed (``pip install freezekit[plot]``).

@@ -24,7 +24,7 @@ class UpdateNorm(Schedule):
 
         ||w_now - w_then|| / (every ||w_then||),
 
-    the mean change a step as a share of the weights. A layer below ``threshold`` for ``patience`` measurements in a
+    the mean change per step as a share of the weights. A layer below ``threshold`` for ``patience`` measurements in a
     row is frozen. Call `step` once after each ``optimizer.step()``. It keeps one copy of the parameters that train.
 
     The ranks of a DDP or FSDP2 training measure the same numbers, so they decide alike.
@@ -32,7 +32,7 @@ class UpdateNorm(Schedule):
     Args:
         model: the model; under DDP use ``schedule.model`` after a change (see `Schedule`).
         optimizer: the optimizer that steps it.
-        threshold: relative update a step below which a layer counts as still; above 0.
+        threshold: relative update per step below which a layer counts as still; above 0.
         every: steps between two measurements.
         patience: how many measurements in a row must be below.
         thaw_after: a frozen layer is unfrozen after so many measurements, and must show again that it is still; None
@@ -179,7 +179,7 @@ class UpdateNorm(Schedule):
             sizes={x.name: sum(p.numel() for p in tensors(inner, x)) for x in self.layers},
             spans={name: tuple(found) for name, found in spans.items()},
             curves=curves,
-            curves_label="relative update a step",
+            curves_label="relative update per step",
             threshold=self.threshold,
         )
 
