@@ -16,7 +16,6 @@ from torch.overrides import TorchFunctionMode
 from freezekit._strangers import is_filled, modules_in
 
 _CONTAINERS = (dict, list, set)
-_MOST_ROUNDS = 100  # each follows what functions hold one step further
 # What is copied with a function that holds it. An object of any other class may hold half of the program.
 _HOLDERS = (Tensor, nn.Module, *_CONTAINERS, tuple, FunctionType, MethodType, partial)
 
@@ -39,7 +38,8 @@ class Copies(TorchFunctionMode):
         super().__init__()
         self._stand_in = stand_in
         self._memo: dict[int, Any] = {}
-        self._functions: list[tuple[FunctionType, FunctionType]] = []
+        # Where `copy` keeps alive what it has copied, since a memo knows it by its id.
+        self._originals: list[Any] = self._memo.setdefault(id(self._memo), [])
         self.shared: list[Any] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -66,88 +66,78 @@ class Copies(TorchFunctionMode):
         Raises:
             TypeError: it has none.
         """
-        known, functions = len(self._memo), len(self._functions)
+        known = len(self._memo)
         try:
-            return self._constant(copy.deepcopy(value, self._memo))
+            return self._constant(value, copy.deepcopy(value, self._memo))
         except Exception as error:  # of any class that is reached
             for key in list(self._memo)[known:]:  # of copies that are not complete
                 del self._memo[key]
-            del self._functions[functions:]
             raise TypeError(f"{type(value).__name__} is run on a copy, and cannot be copied: {error}") from error
 
     def finish(self) -> None:
         """Puts copies where `copy` took something for a constant, in all that was copied.
 
-        Raises:
-            TypeError: there is no end to it: an object's ``__deepcopy__`` makes new ones each time.
+        What an object's own ``__deepcopy__`` made anew stays: it is in no original.
         """
-        mended, filled = {id(self._memo)}, 0  # under its own id a memo keeps originals alive
-        for _ in range(_MOST_ROUNDS):
-            new = [key for key in self._memo if key not in mended]
-            if not new and filled == len(self._functions):
-                return
-            for copied in [self._memo[key] for key in new]:
-                self._mend(copied)
-                self._memo[id(copied)] = copied  # what holds a copy, as its methods do, is to keep it
-            mended.update(new, (id(self._memo[key]) for key in new))
-            todo, filled = self._functions[filled:], len(self._functions)
-            for function, made in todo:
-                self._fill(function, made)
-        raise TypeError("model is run on a copy, and copying it makes new objects for ever")
+        for original in self._originals:  # to which this adds more
+            if id(original) in self._memo:
+                self._mend(original, self._memo[id(original)])
 
-    def _mend(self, copied: Any) -> None:
+    def _mend(self, original: Any, copied: Any) -> None:
         if type(copied) is partial:
-            held = self._constant(copied.func), self._constant(copied.args), copied.keywords, vars(copied)
-            copied.__setstate__(held)  # type: ignore[attr-defined]
-        for holder in (copied, getattr(copied, "__dict__", None)):
-            if isinstance(holder, dict | list):
-                for key, value in list(holder.items() if isinstance(holder, dict) else enumerate(holder)):
-                    if (made := self._constant(value)) is not value:
-                        holder[key] = made
+            func, args = self._constant(original.func, copied.func), self._constant(original.args, copied.args)
+            copied.__setstate__((func, args, copied.keywords, vars(copied)))  # type: ignore[attr-defined]
+        for source, target in ((original, copied), (_attributes(original), _attributes(copied))):
+            entries = _entries(target)
+            for key, value in _entries(source).items():
+                key = self._memo.get(id(key), key)
+                if key in entries and (made := self._constant(value, entries[key])) is not entries[key]:
+                    target[key] = made
 
-    def _constant(self, value: Any) -> Any:
-        """The copy of what is a constant to `copy`, also within a tuple; anything else as it is."""
-        kind = type(value)
-        if kind is FunctionType:
-            return self._function(value)
-        if kind is MethodType:
-            function = self._constant(value.__func__)
-            return value if function is value.__func__ else MethodType(function, value.__self__)
-        if kind is ref:
-            return ref(self._memo[id(value())]) if id(value()) in self._memo else value
-        if kind is _lru_cache_wrapper:
-            wrapped = self.of(value.__wrapped__)
-            return value if wrapped == value.__wrapped__ else lru_cache(**value.cache_parameters())(wrapped)
-        if issubclass(kind, tuple):
-            parts = [self._constant(part) for part in value]
-            if any(a is not b for a, b in zip(parts, value)):
+    def _constant(self, original: Any, copied: Any) -> Any:
+        """What `copy` made, with copies of what it took for a constant: the original itself, or a part of it."""
+        kind = type(copied)
+        if copied is original:
+            if kind is FunctionType:
+                return self._function(original)
+            if kind is ref:
+                return ref(self._memo[id(original())]) if id(original()) in self._memo else original
+            if kind is _lru_cache_wrapper:
+                wrapped = self.of(original.__wrapped__)
+                same = wrapped == original.__wrapped__
+                return original if same else lru_cache(**original.cache_parameters())(wrapped)
+        if kind is MethodType and type(original) is kind:
+            function = self._constant(original.__func__, copied.__func__)
+            return copied if function is copied.__func__ else MethodType(function, copied.__self__)
+        if issubclass(kind, tuple) and type(original) is kind:
+            parts = list(map(self._constant, original, copied))
+            if any(a is not b for a, b in zip(parts, copied)):
                 return kind._make(parts) if hasattr(kind, "_make") else tuple(parts)
-        return value
+        return copied
 
     def _function(self, function: FunctionType) -> FunctionType:
-        """A copy, to be filled, if the function holds something or runs modules by names of its own."""
+        """A copy, if the function holds something or runs modules by names of its own."""
         if id(function) in self._memo:
             return self._memo[id(function)]
-        code, known = function.__code__, function.__globals__
+        code, known, cells = function.__code__, function.__globals__, function.__closure__ or ()
         modules = {name: known[name] for name in code.co_names if modules_in(known.get(name))}
         self.shared += [known[name] for name in code.co_names if isinstance(known.get(name), _CONTAINERS)]
-        defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
-        if not (function.__closure__ or modules or any(isinstance(value, _HOLDERS) for value in defaults)):
+        defaults, named = function.__defaults__, function.__kwdefaults__
+        held = (*(defaults or ()), *(named or {}).values())
+        if not (cells or modules or any(isinstance(value, _HOLDERS) for value in held)):
             return function
-        if modules:
-            known = {**known, **{name: self._held(held) for name, held in modules.items()}}
-        made = FunctionType(code, known, function.__name__, None, tuple(CellType() for _ in code.co_freevars))
+        names = dict(known) if modules else known
+        made = FunctionType(code, names, function.__name__, None, tuple(CellType() for _ in cells))
         made.__dict__.update(vars(function))
-        self._memo[id(function)] = self._memo[id(made)] = made
-        self._functions.append((function, made))
-        return made
-
-    def _fill(self, function: FunctionType, made: FunctionType) -> None:
-        for source, target in zip(function.__closure__ or (), made.__closure__ or ()):
+        self._note(function, made)  # which what it holds may hold
+        for name, value in modules.items():
+            names[name] = self._held(value)
+        for source, target in zip(cells, made.__closure__ or ()):
             if is_filled(source):
                 target.cell_contents = self._held(source.cell_contents)
-        made.__defaults__ = function.__defaults__ and tuple(map(self._held, function.__defaults__))
-        made.__kwdefaults__ = function.__kwdefaults__ and {k: self._held(v) for k, v in function.__kwdefaults__.items()}
+        made.__defaults__ = defaults and tuple(map(self._held, defaults))
+        made.__kwdefaults__ = named and {name: self._held(value) for name, value in named.items()}
+        return made
 
     def _held(self, value: Any) -> Any:
         """What a function's copy holds. What is not copied is to be put back, since it may hold what a run makes."""
@@ -158,7 +148,7 @@ class Copies(TorchFunctionMode):
                 pass
         elif modules := modules_in(value):
             if id(value) not in self._memo:
-                made = self._memo[id(value)] = copy.copy(value)
+                made = self._note(value, copy.copy(value))
                 vars(made).update({name: self.of(module) for name, module in modules.items()})
             return self._memo[id(value)]
         if isinstance(value, _CONTAINERS):
@@ -166,3 +156,17 @@ class Copies(TorchFunctionMode):
         elif isinstance(getattr(value, "__dict__", None), dict) and not isinstance(value, _HOLDERS):
             self.shared += [vars(value), *(held for held in vars(value).values() if isinstance(held, _CONTAINERS))]
         return value
+
+    def _note(self, original: Any, made: Any) -> Any:
+        self._memo[id(original)] = made
+        self._originals.append(original)
+        return made
+
+
+def _attributes(value: Any) -> Any:
+    return getattr(value, "__dict__", None)
+
+
+def _entries(holder: Any) -> dict[Any, Any]:
+    """What a list or a dictionary holds, by index or key; of anything else nothing."""
+    return dict(enumerate(holder)) if isinstance(holder, list) else dict(holder) if isinstance(holder, dict) else {}

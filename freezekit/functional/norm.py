@@ -102,8 +102,8 @@ def layer_norm(
 ) -> Tensor:
     """`torch.nn.functional.layer_norm`; where the bias alone learns it keeps nothing.
 
-    The gradient of the input reads the input and two statistics per row, frozen weight or not: that is what torch keeps,
-    and what this keeps wherever `input` needs a gradient.
+    The gradient of the input reads the input and two statistics per row, frozen weight or not: that is what torch
+    keeps, and what this keeps wherever `input` needs a gradient.
 
     Args:
         input: (..., *normalized_shape).
