@@ -34,7 +34,7 @@ _watching = threading.local()
 
 
 def enable() -> None:
-    """From here on, torch's own operators keep for backward what the gradients asked for read, in the whole process.
+    """From here on, torch's own operators keep for backward only what the requested gradients read, process-wide.
 
     The model stays as it is: classes, names, pickles and graphs are torch's. Every call in which freezekit
     saves nothing goes to torch's kernel as before. The switch holds in all threads of the process. Each `enable` needs

@@ -42,9 +42,10 @@ class LayerReport:
 def conversion_report(model: nn.Module, inputs: Any = None) -> list[LayerReport]:
     """What of `model` is freezekit's, what `convert` would swap, and what it leaves alone, and why.
 
-    Lists layers of the kinds that freezekit replaces, with subclasses and other layers that do the same, a shared one
-    once. Calls of functions cannot be swapped: with `inputs`, the model runs once and the report also names those of
-    `torch.nn.functional` and the like that keep more than freezekit's would, with their place and what they kept.
+    Lists layers of the kinds that freezekit replaces, their subclasses, and other layers that do the same; a shared
+    layer is listed once. Calls of functions cannot be swapped: with `inputs`, the model runs once and the report also
+    names those of `torch.nn.functional` and the like that keep more than freezekit's would, with their place and what
+    they kept.
 
     Args:
         model: any module.

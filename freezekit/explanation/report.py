@@ -154,7 +154,7 @@ def explain(model: Callable[..., Any], inputs: Any, *, measure: bool | None = No
     """What a training step of `model` computes and keeps now, layer by layer.
 
     A copy of the model runs one forward pass, in the mode that the model is in; nothing of the model itself changes.
-    Where it can be told so the copy holds no data: then nothing is computed, and a model too big for the machine can be
+    Where that is enough the copy holds no data: then nothing is computed, and a model too big for the machine can be
     explained. Bytes are those that autograd keeps between forward and backward; parameters and buffers are not counted,
     since they are there anyway.
 
@@ -164,8 +164,8 @@ def explain(model: Callable[..., Any], inputs: Any, *, measure: bool | None = No
         inputs: a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments of its forward.
             Without data only shapes, dtypes and `requires_grad` matter: tensors on the meta device do.
         measure: True runs the copy on data and measures; the copy takes as much memory as the model, the step what a
-            training step takes. False never does. None does it where it cannot be told without data, if the inputs
-            have some: for a forward that reads the values of its tensors (``.item()``), and for LSTMs, whose
+            training step takes. False never does. None does where data is needed to tell, if the inputs hold some:
+            for a forward that reads the values of its tensors (``.item()``), and for LSTMs, whose
             workspace is known to their library alone.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Layers as functions: as in `torch.nn.functional`, keeping for backward what the gradients asked for read."""
+"""Layers as functions, as in `torch.nn.functional`, that keep for backward only what the requested gradients read."""
 
 from freezekit.functional._conv2d import conv2d, conv2d_bias_grad, conv2d_dgrad, conv2d_wgrad
 from freezekit.functional.activation import dropout, hardtanh, leaky_relu, prelu, relu, relu6
