@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from torch._C import DisableTorchFunction
 from torch.overrides import TorchFunctionMode
 
-from freezekit._strangers import is_filled, modules_in
+from freezekit._strangers import CONTAINERS, is_filled, modules_in
 
-_CONTAINERS = (dict, list, set)
 # What is copied with a function that holds it. An object of any other class may hold half of the program.
-_HOLDERS = (Tensor, nn.Module, *_CONTAINERS, tuple, FunctionType, MethodType, partial)
+_HOLDERS = (Tensor, nn.Module, *CONTAINERS, tuple, FunctionType, MethodType, partial)
 
 
 class Copies(TorchFunctionMode):
@@ -121,7 +120,7 @@ class Copies(TorchFunctionMode):
             return self._memo[id(function)]
         code, known, cells = function.__code__, function.__globals__, function.__closure__ or ()
         modules = {name: known[name] for name in code.co_names if modules_in(known.get(name))}
-        self.shared += [known[name] for name in code.co_names if isinstance(known.get(name), _CONTAINERS)]
+        self.shared += [known[name] for name in code.co_names if isinstance(known.get(name), CONTAINERS)]
         defaults, named = function.__defaults__, function.__kwdefaults__
         held = (*(defaults or ()), *(named or {}).values())
         if not (cells or modules or any(isinstance(value, _HOLDERS) for value in held)):
@@ -151,10 +150,10 @@ class Copies(TorchFunctionMode):
                 made = self._note(value, copy.copy(value))
                 vars(made).update({name: self.of(module) for name, module in modules.items()})
             return self._memo[id(value)]
-        if isinstance(value, _CONTAINERS):
+        if isinstance(value, CONTAINERS):
             self.shared.append(value)
         elif isinstance(getattr(value, "__dict__", None), dict) and not isinstance(value, _HOLDERS):
-            self.shared += [vars(value), *(held for held in vars(value).values() if isinstance(held, _CONTAINERS))]
+            self.shared += [vars(value), *(held for held in vars(value).values() if isinstance(held, CONTAINERS))]
         return value
 
     def _note(self, original: Any, made: Any) -> Any:

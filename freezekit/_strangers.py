@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-_CONTAINERS = (dict, list, set)
+CONTAINERS = (dict, list, set)  # which a run may write to
 
 
 def names_of(function: FunctionType) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def strangers_of(modules: Iterable[nn.Module]) -> list[nn.Module]:
 def kept(modules: Iterable[nn.Module], containers: Iterable[Any]) -> Iterator[None]:
     """Afterwards attributes and buffers of these modules, not of what is in them, and the containers are as before."""
     attributes = [vars(module) for module in modules]
-    inner = [value for held in attributes for value in held.values() if isinstance(value, _CONTAINERS)]
+    inner = [value for held in attributes for value in held.values() if isinstance(value, CONTAINERS)]
     contents = [(container, copy.copy(container)) for container in (*attributes, *inner, *containers)]
     buffers = [(t, t.detach().clone()) for m in modules for t in m.buffers(recurse=False) if t.layout is torch.strided]
     try:

@@ -123,8 +123,7 @@ def mismatch(ddp: DDP) -> Mismatch:
     Returns:
         A `Mismatch`, falsy when the wrapper fits.
     """
-    built = reduced(ddp)
-    return _compare(ddp, built)
+    return _compare(ddp, reduced(ddp))
 
 
 def _compare(ddp: DDP, built: frozenset[str] | None) -> Mismatch:

@@ -45,8 +45,7 @@ def max_pool1d(
     >>> fk.functional.max_pool1d(torch.tensor([[[1.0, 3.0, 2.0, 0.0]]]), 2)
     tensor([[[3., 2.]]])
     """
-    settings = (kernel_size, stride, padding, dilation, ceil_mode, return_indices)
-    return _maximum(1, input, *settings)
+    return _maximum(1, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
 
 
 @as_torch(F.max_pool2d, _C.quick.max_pool2d)
@@ -85,8 +84,7 @@ def max_pool2d(
             [0., 0., 0., 0.],
             [0., 1., 0., 1.]])
     """
-    settings = (kernel_size, stride, padding, dilation, ceil_mode, return_indices)
-    return _maximum(2, input, *settings)
+    return _maximum(2, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
 
 
 @as_torch(F.max_pool3d, _C.quick.max_pool3d)
@@ -107,8 +105,7 @@ def max_pool3d(
     >>> fk.functional.max_pool3d(torch.arange(8.0).view(1, 1, 2, 2, 2), 2).item()
     7.0
     """
-    settings = (kernel_size, stride, padding, dilation, ceil_mode, return_indices)
-    return _maximum(3, input, *settings)
+    return _maximum(3, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
 
 
 @as_torch(F.avg_pool1d)
@@ -287,8 +284,6 @@ def _adaptive_average(axes: int, input: Tensor, output_size: MaybeSizeN) -> Tens
     if not fits or set(wanted) == {1} or not all(n is None or is_integer(n) for n in wanted) or output_size is None:
         return LEFT_TO_TORCH
     whole = [own if new is None else new for own, new in zip(input.shape[-axes:], wanted)]
-    return (
-        _adaptive_avg_pool(input, whole)
-        if axes > 1
-        else _adaptive_avg_pool(input.unsqueeze(-2), [1, *whole]).squeeze(-2)
-    )
+    if axes > 1:
+        return _adaptive_avg_pool(input, whole)
+    return _adaptive_avg_pool(input.unsqueeze(-2), [1, *whole]).squeeze(-2)
