@@ -20,12 +20,7 @@ WITHOUT_CHOICE = "always the same"  # of a layer without kernels of its own
 _WITHOUT_KERNELS = tuple(getattr(layers, name) for names in WITHOUT_KERNELS.values() for name in names)
 
 OPERATORS = ("conv2d", "conv2d_dgrad", "conv2d_wgrad")
-NATIVE_DTYPES = {
-    torch.float32: "float32",
-    torch.float64: "float64",
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-}
+NATIVE_DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 
 def kernels_of(call: Call, has_device: bool) -> str:
@@ -58,8 +53,8 @@ def kernels_of(call: Call, has_device: bool) -> str:
 
 def _choices(call: Call, conv: nn.Conv2d, device: torch.device) -> dict[str, dict[str, Any]]:
     """`_C.select`'s answer for each operator; empty where it cannot be asked."""
-    dtype = NATIVE_DTYPES.get(conv.weight.dtype)
-    if dtype is None or isinstance(conv.padding, str) or len(call.inputs) != 4:
+    dtype = str(conv.weight.dtype).removeprefix("torch.")
+    if dtype not in NATIVE_DTYPES or isinstance(conv.padding, str) or len(call.inputs) != 4:
         return {}
     size, padding = call.inputs, conv.padding
     if conv.padding_mode != "zeros":

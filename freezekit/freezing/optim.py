@@ -89,11 +89,13 @@ def complete_fused_momentum(optimizer: Optimizer) -> None:
 
 def reset(optimizer: Optimizer, params: Iterable[nn.Parameter]) -> State:
     """Make ``optimizer`` forget the state of ``params``; returns what it forgot."""
+    if isinstance(optimizer, LBFGS):  # one history over all
+        forgotten = {p: s for p, s in optimizer.state.items() if s}
+        optimizer.state.clear()
+        return forgotten
     record = removed_from(optimizer)
     inside = group_of(optimizer)
-    forgotten: State = {}
-    if isinstance(optimizer, LBFGS):
-        return _reset_lbfgs(optimizer)
+    forgotten = {}
     for param in params:
         old = optimizer.state.pop(param, None) or record.state.pop(param, None)
         if old:
@@ -102,12 +104,6 @@ def reset(optimizer: Optimizer, params: Iterable[nn.Parameter]) -> State:
             fresh = fresh_state(optimizer, param, optimizer.param_groups[inside[id(param)]])
             if fresh:
                 optimizer.state[param] = fresh
-    return forgotten
-
-
-def _reset_lbfgs(optimizer: LBFGS) -> State:
-    forgotten = {p: s for p, s in optimizer.state.items() if s}
-    optimizer.state.clear()
     return forgotten
 
 

@@ -41,7 +41,7 @@ class ByDefault(Net):
 
 
 class ByClosures(Net):
-    """Functions in lists, tuples, dictionaries and partials, and one with a variable that is None."""
+    """Functions in lists, tuples, dictionaries and partials, one by its layer, and one with a variable that is None."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,11 +50,11 @@ class ByClosures(Net):
         def run(x: Tensor, scale: float = 1) -> Tensor:
             return scale * (body(x) if act is None else act(body(x)))
 
-        self.runs = [run, (run,), {"run": {"run": run}}, partial(run, scale=2), partial(F.relu)]
+        self.runs = [run, (run,), {"run": {"run": run}}, partial(run, scale=2), {body: run}, partial(F.relu)]
 
     def forward(self, x: Tensor) -> Tensor:
-        first, second, third, fourth, last = self.runs
-        return last(first(x) + second[0](x) + third["run"]["run"](x) + fourth(x))
+        first, second, third, fourth, fifth, last = self.runs
+        return last(first(x) + second[0](x) + third["run"]["run"](x) + fourth(x) + fifth[self.body](x))
 
 
 class Child(nn.Module):
