@@ -33,8 +33,6 @@
 namespace freezekit {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
-
 std::atomic<Backend> backend = Backend::automatic;
 
 // A call's arguments, of which the last may be missing.
@@ -246,18 +244,14 @@ Tensor quick_batch_norm(const Given& given) {
   });
 }
 
-// With a bias alone that learns, freezekit keeps less than torch; else layer and group norm are torch's.
-bool is_for_bias_alone(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias) {
-  return bias && bias->requires_grad() && !x.requires_grad() && !(weight && weight->requires_grad());
-}
-
+// Layer and group norm are torch's, but where the bias alone learns and freezekit keeps less.
 Tensor quick_layer_norm(const Given& given) {
   Tensor x;
   OptionalTensor weight, bias;
   double eps = 1e-5;
   c10::SmallVector<int64_t, 4> shape;
   if (!read(given[0], &x) || !read(given[1], &shape) || !read(given[2], &weight) || !read(given[3], &bias) ||
-      !read(given[4], &eps) || is_for_bias_alone(x, weight, bias)) {
+      !read(given[4], &eps) || is_for_bias_alone(x, tensor_of(weight), tensor_of(bias))) {
     return {};
   }
   return without_gil(
@@ -270,7 +264,7 @@ Tensor quick_group_norm(const Given& given) {
   int64_t groups = 0;
   double eps = 1e-5;
   if (!read(given[0], &x) || !read(given[1], &groups) || !read(given[2], &weight) || !read(given[3], &bias) ||
-      !read(given[4], &eps) || is_for_bias_alone(x, weight, bias)) {
+      !read(given[4], &eps) || is_for_bias_alone(x, tensor_of(weight), tensor_of(bias))) {
     return {};
   }
   // Of one value per group torch says in Python that there is nothing to normalise.

@@ -4,8 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 
-#include <optional>
-
+#include "torch/common/optional.h"
 #include "torch/common/route.h"
 #include "torch/common/unseen.h"
 #include "torch/enable/enable.h"
@@ -16,13 +15,6 @@ using at::Tensor;
 
 // Whether freezekit computes the value too, or torch's operator below autograd does, as in stock.
 enum class Value { torch_s, ours };
-
-// An argument that may be absent: an undefined tensor then.
-inline const Tensor& tensor_of(const Tensor& tensor) { return tensor; }
-inline const Tensor& tensor_of(const std::optional<Tensor>& tensor) {
-  static const Tensor none;
-  return tensor ? *tensor : none;
-}
 
 namespace detail {
 bool is_plain(const Tensor&);

@@ -11,7 +11,6 @@ namespace {
 
 using c10::SymInt;
 using c10::SymIntArrayRef;
-using OptionalTensor = std::optional<Tensor>;
 
 extern Operator<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, SymIntArrayRef, SymIntArrayRef,
                        SymIntArrayRef, bool, SymIntArrayRef, SymInt)>

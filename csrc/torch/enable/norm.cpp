@@ -13,7 +13,6 @@ namespace {
 
 using c10::SymInt;
 using c10::SymIntArrayRef;
-using OptionalTensor = std::optional<Tensor>;
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
@@ -31,8 +30,6 @@ extern CudnnBatchNorm torch_cudnn_batch_norm;
 extern FixedBatchNorm torch_fixed_batch_norm;
 extern LayerNorm torch_layer_norm;
 extern GroupNorm torch_group_norm;
-
-bool learns(const Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); }
 
 // `rest`: what else torch's operator takes, behind the statistics.
 template <class Op, class Weight, class Statistic, class... Rest>
@@ -76,15 +73,15 @@ Four cudnn_batch_norm(DispatchKeySet keys, const Tensor& input, const Tensor& we
                        training, momentum, eps);
 }
 
-bool is_for_bias_alone(const Tensor& input, const Tensor& weight, const Tensor& bias) {
-  return learns(bias) && !input.requires_grad() && !learns(weight) && serves(Value::torch_s, input, weight, bias);
+bool serves_bias_alone(const Tensor& input, const Tensor& weight, const Tensor& bias) {
+  return is_for_bias_alone(input, weight, bias) && serves(Value::torch_s, input, weight, bias);
 }
 
 Three native_layer_norm(DispatchKeySet keys, const Tensor& input, SymIntArrayRef shape, const OptionalTensor& weight,
                         const OptionalTensor& bias, double eps) {
   const Tensor &w = tensor_of(weight), &b = tensor_of(bias);
   if (is_unrecorded(input, w, b)) return torch_layer_norm.unrecorded(keys, input, shape, weight, bias, eps);
-  if (!is_for_bias_alone(input, w, b)) return torch_layer_norm.stock(keys, input, shape, weight, bias, eps);
+  if (!serves_bias_alone(input, w, b)) return torch_layer_norm.stock(keys, input, shape, weight, bias, eps);
   auto results = torch_layer_norm.forward(keys, input, shape, weight, bias, eps);
   torch::autograd::set_history(std::get<0>(results), layer_norm_bias_node(b));
   return results;
@@ -95,7 +92,7 @@ Three native_group_norm(DispatchKeySet keys, const Tensor& input, const Optional
   const Tensor &w = tensor_of(weight), &b = tensor_of(bias);
   if (is_unrecorded(input, w, b)) return torch_group_norm.unrecorded(keys, input, weight, bias, n, c, hw, groups, eps);
   const bool is_batch = input.dim() >= 2 && input.sym_size(0) == n && input.sym_size(1) == c;
-  if (!is_batch || !is_for_bias_alone(input, w, b)) {
+  if (!is_batch || !serves_bias_alone(input, w, b)) {
     auto results = torch_group_norm.stock(keys, input, weight, bias, n, c, hw, groups, eps);
     if (is_batch) note_group_norm(std::get<0>(results), b);
     return results;

@@ -16,6 +16,7 @@
 
 #include "torch/common/fixed_norm.h"
 #include "torch/common/operators.h"
+#include "torch/common/optional.h"
 
 namespace freezekit {
 
@@ -65,12 +66,9 @@ Tensor scaled_by_norm(const Tensor& grad_output, const FixedNormTensors&);
 // The strides by which bits are laid out.
 std::vector<c10::SymInt> dense_stride(SymIntArrayRef size, bool channels_last);
 
-using OptionalTensor = std::optional<Tensor>;
 inline OptionalTensor optional_of(const Tensor& tensor) {
   return tensor.defined() ? std::make_optional(tensor) : std::nullopt;
 }
-
-inline Tensor tensor_of(const OptionalTensor& tensor) { return tensor.value_or(Tensor()); }
 
 // The operators' arguments, one by one in their schemas and bundled here.
 struct FrozenCall {

@@ -32,13 +32,6 @@ FK_SIMD_CLONES void pool_pixels(const T* x, T* y, Tap* taps, const cpu::Pooling3
   cpu::max_pool_pixels(x, y, taps, g, row, channels, best, tap);
 }
 
-template <class F>
-void for_tap_type(at::ScalarType type, const F& f) {
-  if (type == at::kByte) return f(uint8_t());
-  if (type == at::kShort) return f(int16_t());
-  f(int32_t());
-}
-
 // f(an element of the dtype, a tap of the type of taps)
 template <class F>
 void dispatch(const Tensor& values, const Tensor& taps, const F& f) {

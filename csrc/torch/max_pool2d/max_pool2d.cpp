@@ -179,11 +179,6 @@ MaxPool PoolGeometry::problem(IntArrayRef input_size, IntArrayRef output_size, a
           static_cast<int>(c10::elementSize(tap_type()))};
 }
 
-at::ScalarType PoolGeometry::tap_type() const {
-  const int64_t taps = kernel_size[0] * kernel_size[1];
-  return taps <= 256 ? at::kByte : taps <= 32768 ? at::kShort : at::kInt;
-}
-
 std::tuple<Tensor, Tensor> max_pool2d_taps(const Tensor& input, const PoolGeometry& g) {
   if (reaches_kernel(input)) return taps_kernel(input, g);
   static const PoolPairOperator op("freezekit::max_pool2d_taps");

@@ -11,6 +11,11 @@
 
 namespace freezekit {
 
+// Of taps in a window of so many: one byte up to 256, two up to 32768, four beyond.
+constexpr at::ScalarType tap_type_for(int64_t taps) {
+  return taps <= 256 ? at::kByte : taps <= 32768 ? at::kShort : at::kInt;
+}
+
 // The settings as the schemas have them; a list of one number stands for both axes, an empty stride for the kernel. Where
 // they are symbolic they are fixed, as by torch's own pooling, which has no operator for symbols.
 struct PoolGeometry {
@@ -31,8 +36,7 @@ struct PoolGeometry {
 
   // The same as numbers, with sizes of concrete tensors (N, C, H, W) and (N, C, P, Q) and the layout of all of them.
   MaxPool problem(IntArrayRef input_size, IntArrayRef output_size, at::MemoryFormat format) const;
-  // One byte up to 256 taps, two up to 32768, four beyond.
-  at::ScalarType tap_type() const;
+  at::ScalarType tap_type() const { return tap_type_for(kernel_size[0] * kernel_size[1]); }
 
   std::array<int64_t, 2> kernel_size, stride, padding, dilation;
   bool ceil_mode = false;

@@ -1,6 +1,7 @@
 // What computes max pooling on tensors with data, once sizes are checked and results allocated.
 #pragma once
 
+#include <cstdint>
 #include <utility>
 
 #include "cpu/max_pool.h"
@@ -18,6 +19,14 @@ struct CpuPool {
       : window(window), n(n), c(c), channels_last(channels_last) {}
   CpuPool(const MaxPool& m) : CpuPool({m.window}, m.n, m.c, m.nhwc) {}
 };
+
+// Calls f with a value of the type that taps have: see tap_type_for.
+template <class F>
+void for_tap_type(at::ScalarType type, const F& f) {
+  if (type == at::kByte) return f(uint8_t());
+  if (type == at::kShort) return f(int16_t());
+  f(int32_t());
+}
 
 // x, y, taps (dy, taps, dx) dense and all of the layout that CpuPool says; dx holds zeros.
 void forward_cpu(const CpuPool&, const Tensor& x, const Tensor& y, const Tensor& taps);

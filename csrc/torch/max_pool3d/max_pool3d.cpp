@@ -71,13 +71,6 @@ void for_each_output(const Tensor& outputs, at::MemoryFormat format, const Windo
   });
 }
 
-template <class F>
-void for_tap_type(at::ScalarType type, const F& f) {
-  if (type == at::kByte) return f(uint8_t());
-  if (type == at::kShort) return f(int16_t());
-  f(int32_t());
-}
-
 // Which tap along an axis reads `place`. Where nothing exceeds -inf, ATen's NHWC kernel on a CPU puts indices in the first
 // plane, window or not; rounding up and clamping makes that the window's first tap inside the input, as elsewhere.
 int64_t tap_along(size_t axis, int64_t place, int64_t origin, const Windows3d& g) {
@@ -91,7 +84,7 @@ Tensor taps_on_cpu(const Tensor& given, IntArrayRef input_size, const Windows3d&
   const Tensor taps = at::empty_like(indices, indices.options().dtype(g.tap_type()));
   const int64_t* from = indices.const_data_ptr<int64_t>();
   const int64_t h = input_size[3], w = input_size[4];
-  for_tap_type(g.tap_type(), [&](auto tap) {
+  max_pool::for_tap_type(g.tap_type(), [&](auto tap) {
     auto* to = static_cast<decltype(tap)*>(taps.mutable_data_ptr());
     for_each_output(taps, format, g, [&](int64_t i, const Place& origin) {
       const int64_t row = from[i] / w;
@@ -272,10 +265,7 @@ bool Windows3d::has_taps() const {
   return static_cast<double>(kernel_size[0]) * kernel_size[1] * kernel_size[2] < kExtentLimit;
 }
 
-at::ScalarType Windows3d::tap_type() const {
-  const int64_t taps = kernel_size[0] * kernel_size[1] * kernel_size[2];
-  return taps <= 256 ? at::kByte : taps <= 32768 ? at::kShort : at::kInt;
-}
+at::ScalarType Windows3d::tap_type() const { return tap_type_for(kernel_size[0] * kernel_size[1] * kernel_size[2]); }
 
 bool keeps_taps(const Tensor& input, const Windows3d& g) {
   // On a GPU taps would take ten passes over the indices that torch keeps.

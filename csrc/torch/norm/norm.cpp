@@ -35,12 +35,6 @@
 namespace freezekit {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
-
-Tensor or_undefined(const OptionalTensor& tensor) { return tensor.value_or(Tensor()); }
-
-bool learns(const Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); }
-
 // Sum over all dimensions but `dim`.
 Tensor sum_but(const Tensor& tensor, int64_t dim) {
   std::vector<int64_t> dims;
@@ -138,7 +132,7 @@ AnyNodePtr batch_norm_node(const Tensor& input, const Tensor& weight, const Tens
 
 Tensor record_batch_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                          const Tensor& mean, const Tensor& var, double eps) {
-  const Tensor w = or_undefined(weight), b = or_undefined(bias);
+  const Tensor &w = tensor_of(weight), &b = tensor_of(bias);
   // While one of these learns, the formula reads the input, and torch keeps it.
   const bool reads_input = learns(w) || learns(mean) || learns(var);
   if (reads_input || input.dim() < 2 ||
@@ -161,9 +155,8 @@ Tensor group_norm_aten(const Tensor& input, int64_t groups, const OptionalTensor
   return at::group_norm(input, groups, weight, bias, eps);
 }
 
-// Where the bias alone learns its gradient is a sum of the output's, and that reads no activation.
-bool is_for_bias_alone(Op op, const Tensor& input, const Tensor& weight, const Tensor& bias) {
-  return learns(bias) && !learns(input) && !learns(weight) &&
+bool keeps_nothing(Op op, const Tensor& input, const Tensor& weight, const Tensor& bias) {
+  return is_for_bias_alone(input, weight, bias) &&
          route(op, Backend::automatic, input, weight, bias).computer != Computer::formula;
 }
 
@@ -206,14 +199,14 @@ namespace {
 Tensor layer_norm(const Tensor& input, SymIntArrayRef shape, const OptionalTensor& weight, const OptionalTensor& bias,
                   double eps) {
   const auto compute = [&] { return layer_norm_aten(input, shape, weight, bias, eps); };
-  if (!is_for_bias_alone(Op::layer_norm, input, or_undefined(weight), or_undefined(bias))) return compute();
+  if (!keeps_nothing(Op::layer_norm, input, tensor_of(weight), tensor_of(bias))) return compute();
   return recorded(layer_norm_bias_node(*bias), compute);
 }
 
 Tensor group_norm(const Tensor& input, int64_t groups, const OptionalTensor& weight, const OptionalTensor& bias,
                   double eps) {
   const auto compute = [&] { return group_norm_aten(input, groups, weight, bias, eps); };
-  if (!is_for_bias_alone(Op::group_norm, input, or_undefined(weight), or_undefined(bias))) return compute();
+  if (!keeps_nothing(Op::group_norm, input, tensor_of(weight), tensor_of(bias))) return compute();
   return recorded(group_norm_bias_node(*bias), compute);
 }
 

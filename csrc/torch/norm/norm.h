@@ -4,11 +4,12 @@
 #include <ATen/core/Tensor.h>
 
 #include "torch/autograd/formula.h"
+#include "torch/common/optional.h"
 
 namespace freezekit {
 
 // freezekit::batch_norm where autograd has its turn.
-Tensor record_batch_norm(const Tensor& input, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+Tensor record_batch_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                          const Tensor& mean, const Tensor& var, double eps);
 
 // By given statistics and with a weight that is frozen or undefined; the bias may be undefined. Input or bias requires
@@ -16,7 +17,12 @@ Tensor record_batch_norm(const Tensor& input, const std::optional<Tensor>& weigh
 AnyNodePtr batch_norm_node(const Tensor& input, const Tensor& weight, const Tensor& bias, const Tensor& var,
                            double eps);
 
-// Where the bias alone requires a gradient.
+// Whether of a layer norm or group norm the bias alone learns: its gradient is a sum of the output's, and reads no
+// activation.
+inline bool is_for_bias_alone(const Tensor& input, const Tensor& weight, const Tensor& bias) {
+  return learns(bias) && !learns(input) && !learns(weight);
+}
+// The nodes of these.
 AnyNodePtr layer_norm_bias_node(const Tensor& bias);
 AnyNodePtr group_norm_bias_node(const Tensor& bias);
 
