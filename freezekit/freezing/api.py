@@ -92,8 +92,7 @@ def freeze(
     _set_requires_grad(result, selection, names, False)
     _drop_grads(result, selection, names)
     for name, module in selection.norms.items():
-        if statistics.is_held(module) != (norm == "freeze"):
-            set_statistics(result, model, name, module, held=norm == "freeze")
+        set_statistics(result, model, name, module, held=norm == "freeze")
     for one in optimizers:
         _keep_way_back(result, one, params, names, state)
         leaving = params if remove else optim.orphans(one, params)
@@ -153,8 +152,7 @@ def unfreeze(
     result.on_restore(partial(announce, model, params))
     _set_requires_grad(result, selection, names, True)
     for name, module in selection.norms.items():
-        if statistics.is_held(module) != (norm == "freeze"):
-            set_statistics(result, model, name, module, held=norm == "freeze")
+        set_statistics(result, model, name, module, held=norm == "freeze")
     selected = set(params)
     for module in model.modules():  # of one that stays held, whatever of it was selected is meant to train
         if not selected.isdisjoint(module.parameters(recurse=False)):
@@ -248,7 +246,9 @@ def _drop_grads(result: Frozen, selection: Selection, names: dict[int, tuple[str
 
 
 def set_statistics(result: Frozen, model: nn.Module, name: str, module: nn.Module, held: bool) -> None:
-    """Hold or release one layer of ``model``, and note it in ``result``."""
+    """Hold or release one layer of ``model`` that is not so yet, and note it in ``result``."""
+    if statistics.is_held(module) == held:
+        return
     parent = model.get_submodule(name.rpartition(".")[0]) if name else None
     do, undo = (statistics.hold, statistics.release) if held else (statistics.release, statistics.hold)
     do(module, parent)

@@ -107,8 +107,7 @@ def load_freeze_state(
     removed = check_removed(state["removed"], params, optimizers)
     _apply_flags(result, params, set(state["frozen"]), names)
     for name, (module, held) in norms.items():
-        if statistics.is_held(module) != held:
-            set_statistics(result, model, name, module, held)
+        set_statistics(result, model, name, module, held)
     for one, entries in zip(optimizers, removed, strict=True):
         was = optim.Membership.of(one, params.values())
         if isinstance(one, LBFGS):  # one history over all: it fits no other set of parameters

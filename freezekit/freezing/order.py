@@ -35,7 +35,8 @@ def _registered_before(model: nn.Module, until: str) -> tuple[set[int], set[int]
     norms: set[int] = set()
     for module_name, module in model.named_modules(remove_duplicate=False):
         if module_name == until:
-            return params - _own_ids(model, until), norms
+            # One that is shared with an earlier layer is not before ``until``.
+            return params - {id(p) for p in module.parameters()}, norms
         for name, param in module._parameters.items():
             if f"{module_name}.{name}".lstrip(".") == until:
                 return params - {id(param)}, norms
@@ -44,11 +45,6 @@ def _registered_before(model: nn.Module, until: str) -> tuple[set[int], set[int]
         if has_statistics(module):
             norms.add(id(module))
     raise AssertionError(f"{until} is a name of the model and was not met")
-
-
-def _own_ids(model: nn.Module, name: str) -> set[int]:
-    """Parameters of the module ``name``: one that is shared with an earlier layer is not before ``name``."""
-    return {id(p) for p in model.get_submodule(name).parameters()}
 
 
 def _called_before(model: nn.Module, until: str, inputs: Any) -> tuple[set[int], set[int]]:
