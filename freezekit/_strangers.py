@@ -69,7 +69,8 @@ def kept(modules: Iterable[nn.Module], containers: Iterable[Any]) -> Iterator[No
     attributes = [vars(module) for module in modules]
     inner = [value for held in attributes for value in held.values() if isinstance(value, CONTAINERS)]
     contents = [(container, copy.copy(container)) for container in (*attributes, *inner, *containers)]
-    buffers = [(t, t.detach().clone()) for m in modules for t in m.buffers(recurse=False) if t.layout is torch.strided]
+    tensors = [t for m in modules for t in m.buffers(recurse=False) if t.layout is torch.strided and not t.is_meta]
+    buffers = [(t, t.detach().clone()) for t in tensors]
     try:
         yield
     finally:

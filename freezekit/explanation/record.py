@@ -47,13 +47,18 @@ class Call:
 class Kept:
     """One storage that autograd keeps for backward.
 
-    nbytes: its bytes; holders: the calls that hold it, first one first; chained: those whose operand is made again from
-    it.
+    nbytes: its bytes; holds: the calls that hold it, first one first, each as often as it does; chained: those whose
+    operand is made again from it.
     """
 
     nbytes: int
-    holders: list[int] = field(default_factory=list)
+    holds: list[int] = field(default_factory=list)
     chained: list[int] = field(default_factory=list)
+
+    @property
+    def holders(self) -> list[int]:
+        """The calls that hold it, each once."""
+        return list(dict.fromkeys(self.holds))
 
 
 @dataclass

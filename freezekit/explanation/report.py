@@ -230,10 +230,15 @@ def _row(advisor: Advisor, traced: Trace, index: int, call: Call, key: Key, held
         db=call.learns("bias"),
         bytes_kept=held.first,
         bytes_shared=held.shared,
-        made_from=tuple(dict.fromkeys(_title(calls[kept.holders[0]]) for kept in traced.kept if index in kept.chained)),
+        made_from=tuple(dict.fromkeys(_title(calls[first]) for first in _sources(traced, index) if first != index)),
         kernel=kernels_of(call, traced.has_device),
         advice=advisor.advise(call, key, held),
     )
+
+
+def _sources(traced: Trace, index: int) -> Iterator[int]:
+    """The calls that keep what the operand of call `index` is made from."""
+    return (kept.holders[0] for kept in traced.kept if index in kept.chained)
 
 
 def _runs(row: Row) -> str:

@@ -149,14 +149,17 @@ class Recorder:
             return
         for storage in storages_of(tensor):
             key = storage._cdata
-            if key in self.kept and _C.chains.is_for_recipe():
+            if key in self.kept and _C.chains.is_let_go():
+                self.kept[key].holds.pop(0)  # by the call that made it
+                if not self.kept[key].holds:
+                    del self.kept[key]
+            elif key in self.kept and _C.chains.is_for_recipe():
                 self.kept[key].chained.append(index)
             elif key not in self._not_counted:
                 if key not in self.kept:
                     self.kept[key] = Kept(storage.nbytes())
                     self._alive.append(storage)  # so that no other storage takes its address
-                if index not in self.kept[key].holders:
-                    self.kept[key].holders.append(index)
+                self.kept[key].holds.append(index)
 
     def _let_go(self) -> None:
         """Of all that a graph keeps, which the copies may keep in turn."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -22,9 +23,11 @@ def tables() -> dict[str, str]:
 def kept(call: Callable[[], Any], owned: Iterable[Tensor] = ()) -> int:
     """Bytes of the storages that autograd keeps after `call`, those of `owned` and of its results aside."""
     storages: dict[int, int] = {}
+    holds = Counter[int]()
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
+        holds[storage._cdata] += -1 if fk._C.chains.is_let_go() else 1
         storages[storage._cdata] = storage.nbytes()
         return tensor
 
@@ -33,7 +36,7 @@ def kept(call: Callable[[], Any], owned: Iterable[Tensor] = ()) -> int:
     assert result is not None
     for tensor in owned:
         storages.pop(tensor.untyped_storage()._cdata, None)
-    return sum(storages.values())
+    return sum(nbytes for key, nbytes in storages.items() if holds[key])
 
 
 def gradients(call: Callable[..., Any], *inputs: Tensor) -> list[Tensor | None]:

@@ -28,8 +28,10 @@ NAMES = {
     *(f"nn.functional.{name}" for name in ("batch_norm", "instance_norm", "layer_norm", "group_norm")),
     *(f"nn.functional.{name}" for name in ("relu", "relu6", "threshold", "hardtanh", "leaky_relu", "prelu", "rrelu")),
     *(f"nn.functional.{name}" for name in ("dropout", "dropout2d", "feature_alpha_dropout", "pad")),
-    *(f"nn.functional.{name}" for name in ("silu", "gelu", "hardswish", "mish")),
+    *(f"nn.functional.{name}" for name in ("silu", "gelu", "hardswish", "mish", "elu", "softplus")),
     "mul",
+    "nn.functional.mse_loss",
+    "pow",
     "native_batch_norm",
     "native_layer_norm",
 }

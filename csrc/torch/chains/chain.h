@@ -6,6 +6,7 @@
 //   operator              what made its operand        the operand's recipe
 //   silu, gelu, ...       group norm                   x * scale + shift, of the norm's input
 //   product               silu, gelu, ...              the activation, of its input, or of its input's recipe
+//   product, power, mse   sigmoid, difference, ...     the formula, of tensors that nodes keep
 //
 // A recipe is kept only if it gives the operand's very bits: it is tried when it is kept. So nothing is assumed of who
 // else wrote to the operand, by which way, and nothing of how torch rounds. What a recipe reads is held with its version,
@@ -40,15 +41,17 @@ class Recipe {
 using RecipePtr = std::shared_ptr<const Recipe>;
 
 // Who made an operand. Recipes go no deeper: an activation's operand comes from a norm, a product's from an activation.
-enum class Maker { norm, activation };
+// A formula is of tensors that are kept themselves.
+enum class Maker { norm, activation, formula };
 
 // Whether a node of such an operator of torch's is behind `value`. Most values have none: it is the first thing to ask.
 bool has_maker(const Tensor& value, Maker maker);
 
 // A recipe that gives `value`, which has such a maker; null where there is none, and where hooks of others see what is
 // saved: checkpoints count it, offloading takes it away. `watched`: the hooks are freezekit's own, and so may be the
-// stand-ins for tensors, which have no data to try a recipe on.
-RecipePtr recipe_for(const Tensor& value, Maker maker, bool watched);
+// stand-ins for tensors, which have no data to try a recipe on. `beside`: a tensor that the node will keep, from which a
+// formula may start, or an undefined one.
+RecipePtr recipe_for(const Tensor& value, Maker maker, bool watched, const Tensor& beside = Tensor());
 
 // While torch's kernel makes a node whose operands have recipes: no hook is to see what is not kept.
 class Unseen {
@@ -67,8 +70,17 @@ enum class Operand { self, other };
 // recipe, and hooks see what that reads; else they see the operand after all.
 void keep(const Tensor& result, Operand which, const Tensor& operand, const RecipePtr& recipe);
 
+// `value`, for which there is a recipe, was kept by the node that made it, too: no more.
+void let_go(const Tensor& value, const RecipePtr& recipe, bool watched);
+
+// Of a power's node, which keeps its operand: formulas may start from it.
+void note_power(const Tensor& result);
+
 // Whether a hook of this thread is being shown what a recipe reads.
 bool is_for_recipe();
+
+// Whether a hook of this thread is being shown what a node has kept so far, and keeps no more.
+bool is_let_go();
 
 // Torch's node of a group norm does not keep the bias, which may move: its values are noted as they are.
 void note_bias(const Tensor& result, const Tensor& bias);

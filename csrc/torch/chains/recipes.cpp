@@ -6,6 +6,7 @@
 #include <ATen/TensorIterator.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/native_group_norm.h>
 
 #include <algorithm>
 #include <atomic>
@@ -279,6 +280,40 @@ class FunctionOf : public Recipe {
   Function f_;
 };
 
+class FormulaOf : public Recipe {
+ public:
+  FormulaOf(std::vector<Held> kept, Formula f) : kept_(std::move(kept)), f_(std::move(f)) {}
+
+  void hold() override {
+    for (Held& held : kept_) held.hold();
+  }
+
+  void check(bool bytes) const override {
+    for (const Held& held : kept_) held.check(bytes);
+  }
+
+  Tensor compute() const override {
+    return unrecorded([&] { return f_(reads()); });
+  }
+
+  bool gives(const Tensor& value) const override {
+    const Tensor made = compute();
+    return made.scalar_type() == value.scalar_type() && made.sizes() == value.sizes() &&
+           made.strides() == value.strides() && made.is_non_overlapping_and_dense() && is_in_memory(value) &&
+           std::memcmp(made.const_data_ptr(), value.const_data_ptr(), value.nbytes()) == 0;
+  }
+
+  std::vector<Tensor> reads() const override {
+    std::vector<Tensor> all;
+    for (const Held& held : kept_) all.push_back(held.tensor());
+    return all;
+  }
+
+ private:
+  std::vector<Held> kept_;
+  Formula f_;
+};
+
 }  // namespace
 
 std::optional<Rows> rows_of(const Tensor& tensor) {
@@ -331,11 +366,9 @@ void Held::check(bool bytes) const {
               "]. The operand of an operator behind it is kept as a recipe of freezekit's, which reads it.");
 }
 
-// Torch rounds the statistics of low precision. Of few elements in a channel the parameters' values weigh as much as what
-// is saved.
+// Of few elements in a channel the parameters' values weigh as much as what is saved.
 bool can_be_made_again(const Tensor& x) {
-  const bool is_wide = x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble;
-  return is_wide && x.device().is_cpu() && x.dim() >= 2 && x.size(1) > 0 && x.numel() >= 16 * x.size(1);
+  return x.device().is_cpu() && x.dim() >= 2 && x.size(1) > 0 && x.numel() >= 16 * x.size(1);
 }
 
 Tensor copy_of(const Tensor& vector) {
@@ -346,25 +379,37 @@ Tensor copy_of(const Tensor& vector) {
 }
 
 std::shared_ptr<Recipe> group_norm(const Tensor& x, const Tensor& mean, const Tensor& rstd, const Tensor& weight,
-                                   const Tensor& bias, bool has_data) {
-  // Without parameters torch's formula is another.
-  if (!can_be_made_again(x) || (!weight.defined() && !bias.defined())) return nullptr;
+                                   const Tensor& bias, double eps, bool has_data) {
+  if (!can_be_made_again(x) || (has_data && !is_in_memory(x))) return nullptr;
   const int64_t n = x.size(0), c = x.size(1);
   const bool are_statistics =
       mean.dim() == 2 && mean.size(0) == n && mean.sizes() == rstd.sizes() && mean.size(1) > 0 && c % mean.size(1) == 0;
   if (!are_statistics) return nullptr;
   for (const Tensor* vector : {&mean, &rstd, &weight, &bias}) {
-    if (!vector->defined()) continue;
-    if (vector->scalar_type() != x.scalar_type() || !vector->is_contiguous() || (has_data && !is_in_memory(*vector))) {
-      return nullptr;
-    }
+    if (vector->defined() && (!vector->is_contiguous() || (has_data && !is_in_memory(*vector)))) return nullptr;
   }
   for (const Tensor* vector : {&weight, &bias}) {
     if (vector->defined() && (vector->dim() != 1 || vector->size(0) != c)) return nullptr;
   }
-  const bool is_ordered = x.is_contiguous() || x.is_contiguous(x.suggest_memory_format());
-  if (!is_ordered || (has_data && !is_in_memory(x))) return nullptr;
-  return std::make_shared<GroupNorm>(x, mean, rstd, weight.defined() ? copy_of(weight) : weight, bias);
+  const Tensor weight_now = weight.defined() ? copy_of(weight) : weight;
+  const auto is_of = [](at::ScalarType dtype) {
+    return [dtype](const Tensor* vector) { return !vector->defined() || vector->scalar_type() == dtype; };
+  };
+  const auto all = {&x, &mean, &rstd, &weight, &bias};
+  // Without parameters torch's formula is another.
+  if ((weight.defined() || bias.defined()) && (std::all_of(all.begin(), all.end(), is_of(at::kFloat)) ||
+                                               std::all_of(all.begin(), all.end(), is_of(at::kDouble)))) {
+    const bool is_ordered = x.is_contiguous() || x.is_contiguous(x.suggest_memory_format());
+    return is_ordered ? std::make_shared<GroupNorm>(x, mean, rstd, weight_now, bias) : nullptr;
+  }
+  // Torch rounds the statistics of low precision: they are computed again. In channels_last, torch's sums depend on the
+  // number of threads.
+  if (!x.is_contiguous()) return nullptr;
+  return std::make_shared<FormulaOf>(
+      std::vector<Held>{Held(x)},
+      [weight_now, bias, n, c, eps, length = x.numel() / (n * c), groups = mean.size(1)](at::TensorList kept) {
+        return std::get<0>(at::native_group_norm(kept[0], weight_now, bias, n, c, length, groups, eps));
+      });
 }
 
 std::shared_ptr<Recipe> function_of(const Tensor& x, Function f, bool has_data) {
@@ -374,6 +419,16 @@ std::shared_ptr<Recipe> function_of(const Tensor& x, Function f, bool has_data) 
 
 std::shared_ptr<Recipe> function_of(RecipePtr x, Function f) {
   return std::make_shared<FunctionOf<RecipePtr>>(std::move(x), std::move(f));
+}
+
+std::shared_ptr<Recipe> formula_of(const std::vector<Tensor>& kept, Formula f, bool has_data) {
+  if (kept.size() == 1) {
+    return function_of(kept[0], [f = std::move(f)](const Tensor& x) { return f(x); }, has_data);
+  }
+  for (const Tensor& tensor : kept) {
+    if (has_data && !is_in_memory(tensor)) return nullptr;
+  }
+  return std::make_shared<FormulaOf>(std::vector<Held>(kept.begin(), kept.end()), std::move(f));
 }
 
 }  // namespace freezekit::chain

@@ -3,6 +3,7 @@
 
 #include <functional>
 #include <optional>
+#include <vector>
 
 #include "torch/chains/chain.h"
 
@@ -39,14 +40,19 @@ bool can_be_made_again(const Tensor& x);
 Tensor copy_of(const Tensor& vector);
 
 // Of a group norm: x as its node keeps it, mean and rstd of (N, groups), weight of (C,) as it is now, bias of (C,) as it was
-// then; these two or one of them may be undefined. Null for what is not computed here.
+// then; these two may be undefined. Null for what is not computed here.
 std::shared_ptr<Recipe> group_norm(const Tensor& x, const Tensor& mean, const Tensor& rstd, const Tensor& weight,
-                                   const Tensor& bias, bool has_data);
+                                   const Tensor& bias, double eps, bool has_data);
 
 using Function = std::function<Tensor(const Tensor&)>;
 
 // f(x), by torch's operator, of a tensor that is kept or of what another recipe gives.
 std::shared_ptr<Recipe> function_of(const Tensor& x, Function f, bool has_data);
 std::shared_ptr<Recipe> function_of(RecipePtr x, Function f);
+
+using Formula = std::function<Tensor(at::TensorList)>;
+
+// f(kept), by torch's elementwise operators, of tensors that broadcast.
+std::shared_ptr<Recipe> formula_of(const std::vector<Tensor>& kept, Formula f, bool has_data);
 
 }  // namespace freezekit::chain

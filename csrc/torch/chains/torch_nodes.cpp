@@ -1,9 +1,11 @@
 // Torch's own nodes, which keep their operands in members that everybody can see.
 #include <ATen/SavedTensorHooks.h>
+#include <ATen/ops/elu.h>
 #include <ATen/ops/gelu.h>
 #include <ATen/ops/hardswish.h>
 #include <ATen/ops/mish.h>
 #include <ATen/ops/silu.h>
+#include <ATen/ops/softplus.h>
 #include <c10/util/ScopeExit.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/PyInterpreter.h>
@@ -12,8 +14,10 @@
 #include <torch/csrc/utils/torch_dispatch_mode.h>
 
 #include <array>
+#include <vector>
 
 #include "torch/autograd/node.h"
+#include "torch/chains/formulas.h"
 #include "torch/chains/recipes.h"
 
 namespace freezekit::chain {
@@ -36,7 +40,15 @@ struct Note {
 thread_local std::array<Note, 16> notes;
 thread_local size_t next_note = 0;
 
-thread_local bool shows_recipe = false;
+thread_local bool shows_recipe = false, shows_let_go = false;
+
+// A hook on what is saved is shown tensors while the flag is set; it may raise.
+void show(bool& flag, const std::vector<Tensor>& tensors) {
+  if (!at::SavedTensorDefaultHooks::get_hooks()) return;
+  flag = true;
+  const auto shown = c10::make_scope_exit([&] { flag = false; });
+  for (const Tensor& tensor : tensors) SavedVariable(tensor, /*is_output=*/false);
+}
 
 Note& new_note(const Node* node) {
   Note& note = notes[next_note++ % notes.size()];
@@ -66,7 +78,7 @@ std::shared_ptr<Recipe> of_group_norm(const generated::NativeGroupNormBackward0&
   if (!note || note->has_bias != note->bias.defined()) return nullptr;
   const AnyNodePtr self = pointer_to(const_cast<generated::NativeGroupNormBackward0&>(node));
   return group_norm(node.input_.unpack(), node.result1_.unpack(self), node.result2_.unpack(self), node.weight_.unpack(),
-                    note->bias, has_data);
+                    note->bias, node.eps, has_data);
 }
 
 template <class T>
@@ -77,7 +89,9 @@ std::shared_ptr<Recipe> of_activation(const T& node, bool watched, bool has_data
   return function_of(node.self_.unpack(), std::move(f), has_data);
 }
 
-std::shared_ptr<Recipe> candidate_for(const Tensor& value, Maker maker, bool watched, bool has_data) {
+std::shared_ptr<Recipe> candidate_for(const Tensor& value, Maker maker, bool watched, const Tensor& beside,
+                                      bool has_data) {
+  if (maker == Maker::formula) return formula_for(value, beside, watched, has_data);
   Node* const made = node_of(value);
   if (maker == Maker::norm) {
     const auto* node = as<generated::NativeGroupNormBackward0>(made);
@@ -95,6 +109,17 @@ std::shared_ptr<Recipe> candidate_for(const Tensor& value, Maker maker, bool wat
   if (const auto* node = as<generated::GeluBackward0>(made)) {
     return of_activation(*node, watched, has_data,
                          [how = node->approximate](const Tensor& x) { return at::gelu(x, how); });
+  }
+  if (const auto* node = as<generated::EluBackward0>(made)) {
+    return of_activation(*node, watched, has_data,
+                         [alpha = node->alpha, scale = node->scale, input_scale = node->input_scale](const Tensor& x) {
+                           return at::elu(x, alpha, scale, input_scale);
+                         });
+  }
+  if (const auto* node = as<generated::SoftplusBackward0>(made)) {
+    return of_activation(*node, watched, has_data, [beta = node->beta, threshold = node->threshold](const Tensor& x) {
+      return at::softplus(x, beta, threshold);
+    });
   }
   return nullptr;
 }
@@ -132,36 +157,54 @@ SavedVariable* saved_self(Node* node) {
 
 SavedVariable* saved_of_activation(Node* node) {
   for (auto find : {saved_self<generated::SiluBackward0>, saved_self<generated::GeluBackward0>,
-                    saved_self<generated::HardswishBackward0>, saved_self<generated::MishBackward0>}) {
+                    saved_self<generated::HardswishBackward0>, saved_self<generated::MishBackward0>,
+                    saved_self<generated::EluBackward0>, saved_self<generated::SoftplusBackward0>}) {
     if (SavedVariable* found = find(node)) return found;
   }
   return nullptr;
 }
 
 SavedVariable* saved(Node* node, Operand operand) {
-  auto* product = as<generated::MulBackward0>(node);
-  if (!product) return saved_of_activation(node);
-  return operand == Operand::self ? &product->self_ : &product->other_;
+  const bool is_self = operand == Operand::self;
+  if (auto* product = as<generated::MulBackward0>(node)) return is_self ? &product->self_ : &product->other_;
+  if (auto* loss = as<generated::MseLossBackward0>(node)) return is_self ? &loss->self_ : &loss->target_;
+  if (auto* power = as<generated::PowBackward0>(node)) return &power->self_;
+  return saved_of_activation(node);
 }
 
 }  // namespace
 
 bool is_for_recipe() { return shows_recipe; }
 
-bool has_maker(const Tensor& value, Maker maker) {
-  if (value.is_view()) return false;  // torch makes its node anew when it is asked for it
-  Node* const node = node_of(value);
-  return maker == Maker::norm ? as<generated::NativeGroupNormBackward0>(node) != nullptr
-                              : saved_of_activation(node) != nullptr;
+bool is_let_go() { return shows_let_go; }
+
+bool keeps_recipe(const Node* node) {
+  const Note* note = note_of(node);
+  return note && !note->recipe.expired();
 }
 
-RecipePtr recipe_for(const Tensor& value, Maker maker, bool watched) {
+bool has_maker(const Tensor& value, Maker maker) {
+  // Torch makes the node of a view anew when it is asked for it, once the view was written to.
+  if (value.is_view() && (maker != Maker::formula || value._version() > 0)) return false;
+  Node* const node = node_of(value);
+  switch (maker) {
+    case Maker::norm:
+      return as<generated::NativeGroupNormBackward0>(node) != nullptr;
+    case Maker::activation:
+      return saved_of_activation(node) != nullptr;
+    case Maker::formula:
+      return makes_formula(node);
+  }
+  return false;
+}
+
+RecipePtr recipe_for(const Tensor& value, Maker maker, bool watched, const Tensor& beside) {
   if (!watched && at::SavedTensorDefaultHooks::get_hooks()) return nullptr;
   const bool has_data = !value.is_meta() && !value.key_set().has(c10::DispatchKey::Python);
   const uint32_t written = maker == Maker::activation ? 1 : 0;  // by the maker, in place
   if (value.output_nr() != 0 || (!has_data && value._version() > written)) return nullptr;
   try {
-    const auto recipe = candidate_for(value, maker, watched, has_data);
+    const auto recipe = candidate_for(value, maker, watched, beside, has_data);
     if (!recipe) return nullptr;
     recipe->check(/*bytes=*/false);  // of a recipe that is held already
     if (has_data && !recipe->gives(value)) return nullptr;
@@ -182,13 +225,26 @@ void keep(const Tensor& result, Operand which, const Tensor& operand, const Reci
   if (recipe) {
     variable->register_hooks(std::make_unique<ComputedAgain>(recipe));
     new_note(node_of(result)).recipe = recipe;
-    if (!at::SavedTensorDefaultHooks::get_hooks()) return;
-    shows_recipe = true;
-    const auto shown = c10::make_scope_exit([] { shows_recipe = false; });  // a hook may raise
-    for (const Tensor& tensor : recipe->reads()) SavedVariable(tensor, /*is_output=*/false);
+    show(shows_recipe, recipe->reads());
   } else if (at::SavedTensorDefaultHooks::get_hooks()) {
     *variable = SavedVariable(operand, /*is_output=*/false);
   }
+}
+
+void let_go(const Tensor& value, const RecipePtr& recipe, bool watched) {
+  Node* const node = node_of(value);
+  SavedVariable* const result = saved_result(node);
+  // One that was written to is an error of torch's in backward.
+  if (!result || value._version() > 0 || keeps_recipe(node) || (result->has_hooks() && !watched)) return;
+  try {
+    const Unseen unseen;
+    if (result->has_hooks()) *result = SavedVariable(value, /*is_output=*/true);
+    result->register_hooks(std::make_unique<ComputedAgain>(recipe));
+  } catch (const c10::Error&) {
+    return;  // the node's graph is freed
+  }
+  new_note(node).recipe = recipe;
+  show(shows_let_go, {value});
 }
 
 void note_bias(const Tensor& result, const Tensor& bias) {

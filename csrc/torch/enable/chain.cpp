@@ -12,11 +12,17 @@ namespace {
 using chain::Maker;
 using chain::Operand;
 
+using at::Scalar;
+
 extern Operator<Tensor(const Tensor&)> torch_silu, torch_hardswish, torch_mish;
 extern Operator<Tensor&(Tensor&)> torch_silu_inplace, torch_hardswish_inplace, torch_mish_inplace;
 extern Operator<Tensor(const Tensor&, std::string_view)> torch_gelu;
 extern Operator<Tensor&(Tensor&, std::string_view)> torch_gelu_inplace;
+extern Operator<Tensor(const Tensor&, const Scalar&, const Scalar&, const Scalar&)> torch_elu;
+extern Operator<Tensor(const Tensor&, const Scalar&, const Scalar&)> torch_softplus;
 extern Operator<Tensor(const Tensor&, const Tensor&)> torch_mul;
+extern Operator<Tensor(const Tensor&, const Scalar&)> torch_pow;
+extern Operator<Tensor(const Tensor&, const Tensor&, int64_t)> torch_mse_loss;
 
 // `x` may be the result as well.
 template <class Op, class X, class... Rest>
@@ -45,19 +51,67 @@ Tensor& gelu_(DispatchKeySet keys, Tensor& x, std::string_view approximate) {
   return activation(torch_gelu_inplace, keys, x, approximate);
 }
 
-// A factor is kept for the other's gradient.
-Tensor mul(DispatchKeySet keys, const Tensor& a, const Tensor& b) {
-  if (is_unrecorded(a, b)) return torch_mul.unrecorded(keys, a, b);
-  if (!a.requires_grad() || !b.requires_grad()) return torch_mul.stock(keys, a, b);
-  const RecipePtr of_a = recipe_for(a, Maker::activation), of_b = recipe_for(b, Maker::activation);
-  if (!of_a && !of_b) return torch_mul.stock(keys, a, b);
+Tensor elu(DispatchKeySet keys, const Tensor& x, const Scalar& alpha, const Scalar& scale, const Scalar& input_scale) {
+  return activation(torch_elu, keys, x, alpha, scale, input_scale);
+}
+Tensor softplus(DispatchKeySet keys, const Tensor& x, const Scalar& beta, const Scalar& threshold) {
+  return activation(torch_softplus, keys, x, beta, threshold);
+}
+
+RecipePtr recipe_of_any(const Tensor& value) {
+  const RecipePtr recipe = recipe_for(value, Maker::activation);
+  return recipe ? recipe : recipe_for(value, Maker::formula);
+}
+
+template <class Op, class... Rest>
+Tensor of_two(const Op& op, DispatchKeySet keys, const Tensor& a, const RecipePtr& of_a, const Tensor& b,
+              const RecipePtr& of_b, Rest... rest) {
+  if (!of_a && !of_b) return op.stock(keys, a, b, rest...);
   const Tensor y = [&] {
     const chain::Unseen unseen;
-    return torch_mul.stock(keys, a, b);
+    return op.stock(keys, a, b, rest...);
   }();
   chain::keep(y, Operand::self, a, of_a);
   chain::keep(y, Operand::other, b, of_b);
   return y;
+}
+
+// A factor is kept for the other's gradient. As in x * sigmoid(x), one may be a formula of the other; sigmoid has kept its
+// result as well.
+Tensor mul(DispatchKeySet keys, const Tensor& a, const Tensor& b) {
+  if (is_unrecorded(a, b)) return torch_mul.unrecorded(keys, a, b);
+  if (!a.requires_grad() || !b.requires_grad()) return torch_mul.stock(keys, a, b);
+  RecipePtr of_a = recipe_for(a, Maker::activation), of_b = recipe_for(b, Maker::activation);
+  const auto formula = [](const Tensor& factor, const Tensor& other, const RecipePtr& of_other) {
+    return recipe_for(factor, Maker::formula, of_other ? Tensor() : other);
+  };
+  if (!of_a) of_a = formula(a, b, of_b);
+  if (!of_b) of_b = formula(b, a, of_a);
+  const Tensor y = of_two(torch_mul, keys, a, of_a, b, of_b);
+  const bool watched = detail::is_watched_here();
+  if (of_a) chain::let_go(a, of_a, watched);
+  if (of_b) chain::let_go(b, of_b, watched);
+  return y;
+}
+
+Tensor pow(DispatchKeySet keys, const Tensor& x, const Scalar& exponent) {
+  if (is_unrecorded(x)) return torch_pow.unrecorded(keys, x, exponent);
+  if (const RecipePtr recipe = recipe_of_any(x)) {
+    const Tensor y = [&] {
+      const chain::Unseen unseen;
+      return torch_pow.stock(keys, x, exponent);
+    }();
+    chain::keep(y, Operand::self, x, recipe);
+    return y;
+  }
+  const Tensor y = torch_pow.stock(keys, x, exponent);
+  if (x.device().is_cpu() && serves(Value::ours, x)) chain::note_power(y);
+  return y;
+}
+
+Tensor mse_loss(DispatchKeySet keys, const Tensor& a, const Tensor& b, int64_t reduction) {
+  if (is_unrecorded(a, b)) return torch_mse_loss.unrecorded(keys, a, b, reduction);
+  return of_two(torch_mse_loss, keys, a, recipe_of_any(a), b, recipe_of_any(b), reduction);
 }
 
 Operator<Tensor(const Tensor&)> torch_silu("silu", TORCH_FN(silu));
@@ -68,14 +122,18 @@ Operator<Tensor(const Tensor&)> torch_mish("mish", TORCH_FN(mish));
 Operator<Tensor&(Tensor&)> torch_mish_inplace("mish_", TORCH_FN(mish_));
 Operator<Tensor(const Tensor&, std::string_view)> torch_gelu("gelu", TORCH_FN(gelu));
 Operator<Tensor&(Tensor&, std::string_view)> torch_gelu_inplace("gelu_", TORCH_FN(gelu_));
+Operator<Tensor(const Tensor&, const Scalar&, const Scalar&, const Scalar&)> torch_elu("elu", TORCH_FN(elu));
+Operator<Tensor(const Tensor&, const Scalar&, const Scalar&)> torch_softplus("softplus", TORCH_FN(softplus));
 Operator<Tensor(const Tensor&, const Tensor&)> torch_mul("mul.Tensor", TORCH_FN(mul));
+Operator<Tensor(const Tensor&, const Scalar&)> torch_pow("pow.Tensor_Scalar", TORCH_FN(pow));
+Operator<Tensor(const Tensor&, const Tensor&, int64_t)> torch_mse_loss("mse_loss", TORCH_FN(mse_loss));
 
 }  // namespace
 
 // A recipe is tried on the value, which on a GPU would have to be waited for. Compilers have chains of their own.
-RecipePtr recipe_for(const Tensor& value, Maker maker) {
+RecipePtr recipe_for(const Tensor& value, Maker maker, const Tensor& beside) {
   const bool may_have = value.device().is_cpu() && chain::has_maker(value, maker) && serves(Value::ours, value);
-  return may_have ? chain::recipe_for(value, maker, detail::is_watched_here()) : nullptr;
+  return may_have ? chain::recipe_for(value, maker, detail::is_watched_here(), beside) : nullptr;
 }
 
 void note_group_norm(const Tensor& result, const Tensor& bias) {

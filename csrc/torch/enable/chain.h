@@ -9,7 +9,7 @@ using at::Tensor;
 using chain::RecipePtr;
 
 // A recipe for the operand of a call; null where there is none, and where the call is torch's alone.
-RecipePtr recipe_for(const Tensor& value, chain::Maker maker);
+RecipePtr recipe_for(const Tensor& value, chain::Maker maker, const Tensor& beside = Tensor());
 
 // After a group norm of torch's over (N, C, ...), for the activation behind it.
 void note_group_norm(const Tensor& result, const Tensor& bias);

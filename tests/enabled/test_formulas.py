@@ -1,0 +1,357 @@
+"""Operands that are cheap formulas of what the graph keeps are not kept, and gradients are stock's to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import freezekit as fk
+from bench.memory import bytes_kept
+from tests.enabled.helpers import gradients
+
+pytestmark = pytest.mark.usefixtures("no_older_notes")
+
+SIZE = (2, 8, 16, 16)
+
+
+def normalized(x: Tensor, eps: float = 1e-10) -> Tensor:
+    """As lpips does it: along channels to a length of one."""
+    return x / (torch.sqrt(torch.sum(x**2, dim=1, keepdim=True)) + eps)
+
+
+def variance(x: Tensor) -> Tensor:
+    """As DISTS does it, of features that a pool of squares has kept, and of means that a similarity has."""
+    pooled = (x**2).mean((2, 3), keepdim=True).sqrt()
+    mean = x.mean((2, 3), keepdim=True)
+    return pooled + mean**2 + ((x - mean) ** 2).mean((2, 3), keepdim=True)
+
+
+# A call of two inputs, and what it keeps in stock and while enabled, in tensors of the size of x. It sees copies, which
+# nothing but the graph holds.
+FORMULAS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], int, int]] = {
+    "swish": (lambda x, y: x * torch.sigmoid(x), 2, 1),
+    "swish, the other way round": (lambda x, y: torch.sigmoid(x) * x, 2, 1),
+    "quick gelu": (lambda x, y: x * torch.sigmoid(1.702 * x), 2, 1),
+    "quick gelu, divided": (lambda x, y: x * torch.sigmoid(x / 0.5), 2, 1),
+    "mish": (lambda x, y: x * torch.tanh(F.softplus(x)), 2, 1),
+    "tanh of a cube": (lambda x, y: x * torch.tanh(0.8 * (x + 0.044715 * torch.pow(x, 3))), 2, 1),
+    "difference of features": (lambda x, y: (normalized(x) - normalized(y)) ** 2, 3, 2),
+    "square of that": (lambda x, y: (normalized(x) - normalized(y)).square(), 3, 2),
+    "product of that": (lambda x, y: (d := normalized(x) - normalized(y)) * d, 3, 2),
+    "loss of features": (lambda x, y: F.mse_loss(normalized(x), normalized(y)), 4, 2),
+    "loss of each": (lambda x, y: F.mse_loss(normalized(x), normalized(y), reduction="none"), 4, 2),
+    "loss of one": (lambda x, y: F.mse_loss(normalized(x), y.detach().clone()), 3, 2),
+    "variance": (lambda x, y: variance(x), 2, 1),
+}
+
+
+def copied(call: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda x, y: call(x * 1, y * 1)
+
+
+@pytest.fixture
+def inputs() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(SIZE, generator=generator).requires_grad_() for _ in range(2))  # type: ignore[return-value]
+
+
+def assert_same(call: Callable[..., Any], *inputs: Tensor) -> None:
+    """Values and gradients enabled are stock's."""
+    expected = gradients(call, *inputs)
+    with fk.enabled():  # a checkpoint's forward runs again in backward
+        found = gradients(call, *inputs)
+    for a, b in zip(found, expected, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None and b is not None:
+            assert a.stride() == b.stride()
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_what_is_kept(name: str, inputs: tuple[Tensor, Tensor]) -> None:
+    call, stock, enabled = FORMULAS[name]
+    x, y = inputs
+    learns = lambda x: copied(call)(x, y)  # noqa: E731
+    assert bytes_kept(learns, x) // x.nbytes == stock
+    with fk.enabled():
+        assert bytes_kept(learns, x) // x.nbytes == enabled
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
+@pytest.mark.parametrize("name", FORMULAS)
+def test_gradients(
+    name: str, memory_format: torch.memory_format, dtype: torch.dtype, inputs: tuple[Tensor, Tensor]
+) -> None:
+    x, y = (t.detach().to(dtype, memory_format=memory_format).requires_grad_() for t in inputs)
+    assert_same(copied(FORMULAS[name][0]), x, y)
+    assert_same(copied(FORMULAS[name][0]), x, y.detach())
+    assert_same(FORMULAS[name][0], x, y)  # of leaves
+
+
+@pytest.mark.parametrize("size", [(2, 3, 37, 41), (1, 257, 1, 1), (3, 2, 300, 1), (2, 1, 5, 5)], ids=str)
+@pytest.mark.parametrize("name", FORMULAS)
+def test_sizes(name: str, size: tuple[int, ...]) -> None:
+    assert_same(copied(FORMULAS[name][0]), *(torch.randn(size, requires_grad=True) for _ in range(2)))
+
+
+def test_a_difference_of_what_nobody_keeps_is_kept(inputs: tuple[Tensor, Tensor]) -> None:
+    """Torch lets its operands be written to, and so does this."""
+
+    def call(x: Tensor, y: Tensor) -> Tensor:
+        a = x * 1
+        squared = (a - y.mean(1, keepdim=True)) ** 2
+        a.mul_(2)
+        return squared + a
+
+    assert_same(call, *inputs)
+
+
+def test_in_place_on_the_operand_afterwards(inputs: tuple[Tensor, Tensor]) -> None:
+    """In stock an error; here the gradient of what was computed, or the same error."""
+
+    def run() -> Tensor:
+        x = inputs[0] * 1
+        s = torch.sigmoid(1.5 * x)
+        y = x * s
+        with torch.no_grad():
+            s.zero_()
+        return torch.autograd.grad(y.sum(), inputs[0])[0]
+
+    x = inputs[0] * 1
+    (expected,) = torch.autograd.grad((x * torch.sigmoid(1.5 * x)).sum(), inputs[0])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        run()
+    with fk.enabled():
+        assert torch.equal(run(), expected)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda t: t.data.mul_(2),
+        lambda t: t.detach().numpy().__imul__(2),
+        lambda t: torch.no_grad()(lambda: t.mul_(2))(),
+        lambda t: t.data.view(-1)[-1:].neg_(),
+    ],
+    ids=["data", "numpy", "no_grad", "one element"],
+)
+@pytest.mark.parametrize("what", ["x", "s", "d"])
+def test_writes_in_between(what: str, write: Callable[[Tensor], object], inputs: tuple[Tensor, Tensor]) -> None:
+    """Before the product or the power: what it reads is what it keeps. Where stock refuses, so may this."""
+
+    def run() -> tuple[Tensor, ...] | str:
+        x, y = (t * 1 for t in inputs)
+        s = torch.sigmoid(1.5 * x)
+        d = normalized(x) - normalized(y)
+        write({"x": x, "s": s, "d": d}[what])
+        try:
+            return torch.autograd.grad((x * s).sum() + (d**2).sum(), (x, y, s, d), allow_unused=True)
+        except RuntimeError as error:
+            return str(error).split(":")[0]
+
+    expected = run()
+    with fk.enabled():
+        found = run()
+    if isinstance(expected, str) or isinstance(found, str):
+        assert found == expected
+    else:
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("write", [lambda t: t.data.zero_(), lambda t: t.untyped_storage().resize_(0)])
+@pytest.mark.parametrize("of", ["sigmoid", "difference"])
+def test_an_unseen_write_to_the_source_is_an_error(
+    of: str, write: Callable[[Tensor], object], inputs: tuple[Tensor, Tensor]
+) -> None:
+    with fk.enabled():
+        x = inputs[0] * 1
+        inner = 1.5 * x if of == "sigmoid" else normalized(x) - normalized(inputs[1])
+        z = x * torch.sigmoid(inner) if of == "sigmoid" else inner**2
+    write(x)
+    with pytest.raises(RuntimeError, match="a way that autograd does not see"):
+        torch.autograd.grad(z.sum(), inner)
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_situations(name: str, inputs: tuple[Tensor, Tensor]) -> None:
+    """Double backward, retained graphs, checkpoints, offloading, autocast."""
+    call = copied(FORMULAS[name][0])
+
+    def twice(x: Tensor, y: Tensor) -> Tensor:
+        dx, dy = torch.autograd.grad(call(x, y * 2).square().sum(), (x, y), create_graph=True, materialize_grads=True)
+        return dx.square() + dy
+
+    def retained(x: Tensor, y: Tensor) -> Tensor:
+        z = call(x, y)
+        (dx,) = torch.autograd.grad(z.sum(), x, retain_graph=True)
+        return z.sum() * dx.sum() + x
+
+    def offloaded(x: Tensor, y: Tensor) -> Tensor:
+        with torch.autograd.graph.save_on_cpu():
+            return call(x, y)
+
+    def low(x: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return call(torch.matmul(x, x), y)
+
+    for situation in (
+        twice,
+        retained,
+        offloaded,
+        low,
+        lambda x, y: checkpoint(call, x, y, use_reentrant=False),
+    ):
+        assert_same(situation, *inputs)
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_reentrant_checkpoints(name: str, inputs: tuple[Tensor, Tensor]) -> None:
+    def step() -> list[Tensor | None]:
+        x, y = (t.detach().clone().requires_grad_() for t in inputs)
+        checkpoint(copied(FORMULAS[name][0]), x, y, use_reentrant=True).sum().backward()
+        return [x.grad, y.grad]
+
+    expected = step()
+    with fk.enabled():
+        for a, b in zip(step(), expected, strict=True):
+            assert (a is None and b is None) or torch.equal(a, b)
+
+
+def test_hooks_on_inner_tensors(inputs: tuple[Tensor, Tensor]) -> None:
+    def call(x: Tensor, y: Tensor) -> Tensor:
+        s = torch.sigmoid(1.5 * x)
+        d = normalized(x) - normalized(y)
+        for inner in (s, d):
+            inner.register_hook(lambda grad: grad * 2)
+            inner.retain_grad()
+        z = (x * s).sum() + (d**2).sum()
+        z.backward(retain_graph=True)
+        assert s.grad is not None
+        assert d.grad is not None
+        return z * 0 + s.grad + d.grad
+
+    assert_same(call, *inputs)
+
+
+def test_others_hooks_on_what_is_saved_see_all_of_it(inputs: tuple[Tensor, Tensor]) -> None:
+    def seen() -> list[torch.Size]:
+        shapes: list[torch.Size] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(t.shape) or t, lambda t: t):
+            for call, _, _ in FORMULAS.values():
+                call(*inputs)
+        return shapes
+
+    stock = seen()
+    with fk.enabled():
+        assert seen() == stock
+
+
+def test_a_sigmoid_of_which_the_graph_is_freed(inputs: tuple[Tensor, Tensor]) -> None:
+    """A forward raises nothing of its own, and another use of the result has what it needs."""
+
+    def call(x: Tensor, y: Tensor) -> Tensor:
+        s = torch.sigmoid(x)
+        (first,) = torch.autograd.grad(s.sum(), x)
+        x * s
+        s = torch.sigmoid(x)
+        x * s
+        y * s
+        (second,) = torch.autograd.grad((x * s + s.square()).sum(), x)
+        return (first + second) * y
+
+    assert_same(call, *inputs)
+
+
+def test_the_graph_is_torch_s_own(inputs: tuple[Tensor, Tensor]) -> None:
+    with fk.enabled():
+        z = inputs[0] * torch.sigmoid(inputs[0])
+    assert z.grad_fn is not None
+    assert z.grad_fn.name() == "MulBackward0"
+    assert z.grad_fn.next_functions[1][0].name() == "SigmoidBackward0"
+
+
+def test_nothing_outlives_the_graph(inputs: tuple[Tensor, Tensor]) -> None:
+    with fk.enabled():
+        x = inputs[0] * 1
+        alive = torch.multiprocessing.reductions.StorageWeakRef(x.untyped_storage())
+        z = x * torch.sigmoid(x) + variance(x)
+        del x
+        assert not alive.expired()
+        del z
+    assert alive.expired()
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_compiled(name: str, inputs: tuple[Tensor, Tensor]) -> None:
+    call = copied(FORMULAS[name][0])
+    expected = gradients(call, *inputs)
+    torch._dynamo.reset()
+    with fk.enabled():
+        found = gradients(torch.compile(call, backend="aot_eager"), *inputs)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", ["quick gelu", "mish", "variance"])
+def test_compiled_autograd(name: str, inputs: tuple[Tensor, Tensor]) -> None:
+    call = copied(FORMULAS[name][0])
+    x = inputs[0]
+    (expected,) = torch.autograd.grad(call(*inputs).sum(), x)
+    with fk.enabled():
+        z = call(*inputs).sum()
+    from torch._dynamo import compiled_autograd
+
+    with compiled_autograd._enable(lambda graph: torch.compile(graph, backend="eager")):
+        z.backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, expected)
+
+
+class Network(nn.Module):
+    """A formula behind a layer."""
+
+    def __init__(self, call: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.call = nn.Conv2d(8, 8, 1), call
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.conv(x)
+        return self.call(a, self.conv(a)).sum()
+
+
+@pytest.mark.parametrize("measure", [False, True])
+@pytest.mark.parametrize("name", FORMULAS)
+def test_explain_and_plan_count_formulas(name: str, measure: bool, inputs: tuple[Tensor, Tensor]) -> None:
+    model, x = Network(FORMULAS[name][0]).requires_grad_(False), inputs[0]
+    with fk.enabled():
+        kept, told = bytes_kept(model, x), fk.explain(model, x, measure=measure).bytes_kept
+        planned = {option.name: option.bytes_kept for option in fk.plan(model, x)}
+    assert planned["input learns"] == told
+    assert 0 <= kept - told <= 4 * 8  # numbers, which no hook sees
+
+
+def test_explain_tells_of_formulas(inputs: tuple[Tensor, Tensor]) -> None:
+    model = Network(lambda x, y: normalized(x) - normalized(y)).requires_grad_(False)
+    squared = Network(lambda x, y: (normalized(x) - normalized(y)).pow(2)).requires_grad_(False)
+    with fk.enabled():
+        assert fk.explain(squared, inputs[0]).bytes_kept == fk.explain(model, inputs[0]).bytes_kept
+        made_from = {row.layer: row.made_from for row in fk.explain(squared, inputs[0]) if row.made_from}
+    assert made_from == {"Network: pow": ("Network: div",)}  # and from what it keeps itself
+
+
+@pytest.mark.parametrize("activation", [F.elu, F.softplus, lambda x: F.elu(x, 0.5)])
+def test_other_activations_behind_a_group_norm(
+    activation: Callable[[Tensor], Tensor], inputs: tuple[Tensor, Tensor]
+) -> None:
+    norm = nn.GroupNorm(2, 8).requires_grad_(False)
+    x, gate = inputs[0], inputs[1].mean((2, 3), keepdim=True).detach().requires_grad_()
+    with fk.enabled():
+        assert bytes_kept(lambda x: activation(norm(x)), x) // x.nbytes == 1
+        assert bytes_kept(lambda x: activation(norm(x)) * gate, x) // x.nbytes == 1
+    assert_same(lambda x, g: activation(norm(x)) * g, x, gate)
