@@ -47,14 +47,14 @@ def timm() -> Iterator[Network]:
     """Of each file of timm's, a small model by its name, at its own size."""
     import timm
 
-    def size(name: str) -> tuple[int, int, str]:
+    def smallness(name: str) -> tuple[int, int, str]:
         words = ("test", "atto", "pico", "nano", "tiny", "xxs", "xs", "small", "_s", "_0", "0")
         return next((i for i, word in enumerate(words) if word in name), len(words)), len(name), name
 
     for module in timm.list_modules():
-        name = min(timm.list_models(module=module), key=size)
-        size = timm.get_pretrained_cfg(name).input_size
-        yield Network("timm", name, partial(timm.create_model, name), (2, *size))
+        name = min(timm.list_models(module=module), key=smallness)
+        shape = (2, *timm.get_pretrained_cfg(name).input_size)
+        yield Network("timm", name, partial(timm.create_model, name), shape)
 
 
 def torchvision() -> Iterator[Network]:
