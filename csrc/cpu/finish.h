@@ -19,30 +19,52 @@ struct ChannelAffine {
   int64_t channels, plane;
 };
 
-// Scales and shifts of 32 elements.
+// Scales and shifts of word after word of elements. Divisions for each would cost as much as the word itself.
 template <class T>
-struct WordAffine {
-  Compute<T> own_scale[32], own_shift[32];
-  const Compute<T>*scale, *shift;
+class WordAffine {
+ public:
+  FK_INLINE WordAffine(const ChannelAffine<T>& affine, int64_t first)
+      : affine_(affine), channel_(first / affine.plane % affine.channels), left_(affine.plane - first % affine.plane) {}
 
-  FK_INLINE void move_to(const ChannelAffine<T>& affine, int64_t first, int64_t count) {
-    if (affine.plane == 1) {
-      const int64_t channel = first % affine.channels;
-      scale = affine.scale + channel, shift = affine.shift + channel;
+  // Those of the next `count` elements.
+  FK_INLINE void next(int64_t count) {
+    if (affine_.plane == 1) {
+      scale = affine_.scale + channel_, shift = affine_.shift + channel_;
+      for (channel_ += count; channel_ >= affine_.channels;) channel_ -= affine_.channels;
       return;
     }
-    int64_t channel = first / affine.plane % affine.channels, left = affine.plane - first % affine.plane;
-    if (left >= 32) {
-      for (int i = 0; i < 32; ++i) own_scale[i] = affine.scale[channel];
-      for (int i = 0; i < 32; ++i) own_shift[i] = affine.shift[channel];
-    } else {
-      for (int64_t i = 0; i < count; ++i) {
-        own_scale[i] = affine.scale[channel], own_shift[i] = affine.shift[channel];
-        if (--left == 0) left = affine.plane, channel = channel + 1 == affine.channels ? 0 : channel + 1;
-      }
+    scale = own_scale_, shift = own_shift_;
+    if (left_ >= 32) {
+      if (filled_ != channel_) fill(0, 32);
+      filled_ = channel_;
+      skip(count);
+      return;
     }
-    scale = own_scale, shift = own_shift;
+    filled_ = -1;
+    for (int64_t i = 0; i < count;) {
+      const int64_t run = std::min(left_, count - i);
+      fill(i, i + run);
+      skip(run);
+      i += run;
+    }
   }
+
+  const Compute<T>*scale = nullptr, *shift = nullptr;
+
+ private:
+  FK_INLINE void fill(int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) own_scale_[i] = affine_.scale[channel_];
+    for (int64_t i = first; i < last; ++i) own_shift_[i] = affine_.shift[channel_];
+  }
+  FK_INLINE void skip(int64_t count) {
+    left_ -= count;
+    if (left_ == 0) left_ = affine_.plane, channel_ = channel_ + 1 == affine_.channels ? 0 : channel_ + 1;
+  }
+
+  ChannelAffine<T> affine_;
+  int64_t channel_, left_;  // of the element that comes next, and how many of its plane are left
+  int64_t filled_ = -1;     // the channel of all that is below
+  Compute<T> own_scale_[32], own_shift_[32];
 };
 
 // No activation, and so no bits.
@@ -56,10 +78,10 @@ struct Identity {
 template <bool kResidual, class T, class Rule>
 FK_INLINE void finish(T* y, const T* residual, uint32_t* bits, const ChannelAffine<T>& affine, int64_t numel,
                       int64_t first, int64_t last, Rule rule) {
-  WordAffine<T> at;
+  WordAffine<T> at(affine, 32 * first);
   for (int64_t word = first; word < last; ++word) {
     const int64_t offset = 32 * word, count = std::min<int64_t>(32, numel - offset);
-    at.move_to(affine, offset, count);
+    at.next(count);
     T* const to = y + offset;
     const T* const added = kResidual ? residual + offset : nullptr;
     const auto value = [&](int64_t i) {
@@ -90,10 +112,10 @@ FK_INLINE void finish(T* y, const T* residual, uint32_t* bits, const ChannelAffi
 template <class T>
 FK_INLINE void scale_back(const T* dy, T* out, const uint32_t* bits, const ChannelAffine<T>& affine, int64_t numel,
                           int64_t first, int64_t last) {
-  WordAffine<T> at;
+  WordAffine<T> at(affine, 32 * first);
   for (int64_t word = first; word < last; ++word) {
     const int64_t offset = 32 * word, count = std::min<int64_t>(32, numel - offset);
-    at.move_to(affine, offset, count);
+    at.next(count);
     const uint32_t packed = bits ? bits[word] : ~uint32_t{0};
     auto* const to = reinterpret_cast<Shared<T>*>(out) + offset;
     const auto value = [&](int64_t i) {
