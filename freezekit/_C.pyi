@@ -33,7 +33,8 @@ class blocks:
         norms: dict[Any, bool],
         activations: dict[Any, str],
         own: tuple[str, ...],
-        forwards: dict[Any, Any],
+        methods: dict[Any, dict[str, Any]],
+        functions: tuple[tuple[Any, str, Any], ...],
     ) -> None: ...
     @staticmethod
     def run(

@@ -28,11 +28,11 @@ struct Name {
 };
 
 // Known classes: convolutions; norms, and whether they normalise with fixed statistics even while training; activations
-// and the operator's names for them. Names that a layer must not have of its own, and what must be in the classes still.
-// Never destroyed: Python is gone by then.
+// and the operator's names for them. Names that a layer must not have of its own. Methods of classes, and functions as
+// (owner, name, function), that must still be what they were. Never destroyed: Python is gone by then.
 struct Kinds {
-  PyObject *convs = nullptr, *norms = nullptr, *activations = nullptr, *own = nullptr, *forwards = nullptr;
-  PyObject *module = nullptr, *call = nullptr, *conv = nullptr, *conv_forward = nullptr;
+  PyObject *convs = nullptr, *norms = nullptr, *activations = nullptr, *own = nullptr, *methods = nullptr;
+  PyObject* functions = nullptr;
 };
 Kinds& kinds() {
   static auto& known = *new Kinds();
@@ -40,19 +40,9 @@ Kinds& kinds() {
 }
 
 void know(const py::object& convs, const py::dict& norms, const py::dict& activations, const py::tuple& own,
-          const py::dict& forwards) {
+          const py::dict& methods, const py::tuple& functions) {
   const auto keep = [](py::object object) { return object.release().ptr(); };
-  const py::module_ nn = py::module_::import("torch.nn");
-  const py::object module = nn.attr("Module"), conv = nn.attr("Conv2d");
-  kinds() = {keep(convs),
-             keep(norms),
-             keep(activations),
-             keep(own),
-             keep(forwards),
-             keep(module),
-             keep(module.attr("__call__")),
-             keep(conv),
-             keep(conv.attr("_conv_forward"))};
+  kinds() = {keep(convs), keep(norms), keep(activations), keep(own), keep(methods), keep(functions)};
 }
 
 // Borrowed; null where it is absent.
@@ -62,19 +52,41 @@ PyObject* get(PyObject* dict, const Name& name) {
 
 PyObject* type_of(PyObject* object) { return reinterpret_cast<PyObject*>(Py_TYPE(object)); }
 
-// Whether an attribute of a class is this object.
-bool is_still(PyObject* type, const Name& name, PyObject* object) {
-  const auto now = py::reinterpret_steal<py::object>(PyObject_GetAttr(type, name.object));
+// Whether an attribute of a class or a Python module is this object.
+bool is_still(PyObject* owner, PyObject* name, PyObject* object) {
+  const auto now = py::reinterpret_steal<py::object>(PyObject_GetAttr(owner, name));
   if (!now) throw py::error_already_set();
   return now.ptr() == object;
 }
 
-// Whether somebody has put another method into the classes that layers inherit from.
-bool any_patched() {
-  static const auto& call = *new Name("__call__");
-  static const auto& conv_forward = *new Name("_conv_forward");
-  const Kinds& known = kinds();
-  return !is_still(known.module, call, known.call) || !is_still(known.conv, conv_forward, known.conv_forward);
+// Whether somebody has replaced a function that layers and forwards call.
+bool any_replaced() {
+  PyObject* const functions = kinds().functions;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(functions); ++i) {
+    PyObject* const each = PyTuple_GET_ITEM(functions, i);
+    if (!is_still(PyTuple_GET_ITEM(each, 0), PyTuple_GET_ITEM(each, 1), PyTuple_GET_ITEM(each, 2))) return true;
+  }
+  return false;
+}
+
+// Whether somebody has put other methods into a class.
+bool is_patched(PyObject* type) {
+  PyObject* const methods = PyDict_GetItemWithError(kinds().methods, type);
+  if (!methods) return true;
+  PyObject *name = nullptr, *method = nullptr;
+  Py_ssize_t position = 0;
+  while (PyDict_Next(methods, &position, &name, &method)) {
+    if (!is_still(type, name, method)) return true;
+  }
+  return false;
+}
+
+// Whether a transform stands before a tensor, which knows no operator that hands its input on.
+bool is_wrapped(const Tensor& tensor) {
+  using c10::DispatchKey;
+  constexpr c10::DispatchKeySet transforms(
+      {DispatchKey::FuncTorchBatched, DispatchKey::FuncTorchGradWrapper, DispatchKey::Functionalize});
+  return tensor.defined() && tensor.key_set().has_any(transforms);
 }
 
 // A layer's attributes: what its dictionary holds, borrowed.
@@ -91,8 +103,7 @@ class Layer {
   bool is_unwatched() const {
     static const auto& names =
         *new std::array<Name, 4>{"_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"};
-    static const auto& forward = *new Name("forward");
-    if (!is_still(type_, forward, PyDict_GetItemWithError(kinds().forwards, type_))) return false;
+    if (is_patched(type_)) return false;
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(kinds().own); ++i) {
       if (PyDict_GetItemWithError(dict_.ptr(), PyTuple_GET_ITEM(kinds().own, i))) return false;
     }
@@ -103,7 +114,7 @@ class Layer {
     return true;
   }
 
-  // A frozen parameter or a buffer that no transform stands before; undefined for None. False where it is neither.
+  // A frozen parameter or a buffer, dense and without a transform; undefined for None. False where it is neither.
   bool tensor(const Name& name, Tensor* result) const {
     static const auto& parameters = *new Name("_parameters");
     static const auto& buffers = *new Name("_buffers");
@@ -112,9 +123,7 @@ class Layer {
     if (found == Py_None) return true;
     if (!found || !THPVariable_CheckExact(found)) return false;
     *result = THPVariable_Unpack(found);
-    constexpr c10::DispatchKeySet transforms(
-        {c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper});
-    return !result->requires_grad() && !result->key_set().has_any(transforms);
+    return !result->requires_grad() && result->layout() == at::kStrided && !is_wrapped(*result);
   }
 
  private:
@@ -206,10 +215,19 @@ bool keeps_dtype(const FixedNormTensors& norm, bool always_fixed, at::ScalarType
   return own == dtype || (!always_fixed && own == at::kFloat && (dtype == at::kBFloat16 || dtype == at::kHalf));
 }
 
-// Sizes and dtypes that the operator takes; where they are wrong the layers themselves say so.
-bool fits(const FrozenOperands& o, const Geometry& g, bool always_fixed) {
-  const Tensor &x = o.input, &w = o.weight;
-  if (x.dim() != 4 || x.device() != w.device() || !at::isFloatingType(x.scalar_type())) return false;
+// Sizes and dtypes that the operator takes; where they are wrong the layers themselves say so. And layouts of which it
+// makes what they make.
+bool fits(const FrozenOperands& o, const FrozenConv2d& f, bool always_fixed) {
+  const Geometry& g = f.geometry;
+  const Tensor &x = o.input, &w = o.weight, &b = o.bias;
+  if (x.dim() != 4 || x.layout() != at::kStrided || !at::isFloatingType(x.scalar_type())) return false;
+  if (b.defined() && b.scalar_type() != w.scalar_type()) return false;
+  const FixedNormTensors& n = o.norm;
+  for (const Tensor* vector : {&b, &n.gamma, &n.beta, &n.mean, &n.var}) {
+    if (vector->defined() && (vector->dim() != 1 || vector->size(0) != w.size(0))) return false;
+    if (vector->defined() && vector->device() != x.device()) return false;
+  }
+  if (x.device() != w.device()) return false;
   const int64_t groups = g.groups.expect_int();
   if (groups < 1 || w.size(0) % groups != 0 || x.size(1) != w.size(1) * groups) return false;
   const auto stride = ints(g.stride), padding = ints(g.padding), dilation = ints(g.dilation);
@@ -226,7 +244,9 @@ bool fits(const FrozenOperands& o, const Geometry& g, bool always_fixed) {
   if (!autocast && x.scalar_type() != w.scalar_type()) return false;
   if (!keeps_dtype(o.norm, always_fixed, dtype)) return false;
   const Tensor& r = o.residual;
-  return !r.defined() || (r.scalar_type() == dtype && r.device() == x.device() && r.sizes() == at::IntArrayRef(output));
+  const bool adds = !r.defined() || (r.scalar_type() == dtype && r.device() == x.device() &&
+                                     r.layout() == at::kStrided && r.sizes() == at::IntArrayRef(output));
+  return adds && is_laid_out_as_by_layers(o, f, c10::fromIntArrayRefSlow(output));
 }
 
 // run(x, conv, norm, activation, residual, backend, shared): y, or (y, x) if shared; or None. It is called
@@ -244,13 +264,18 @@ PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t count) {
   bool always_fixed = false;
   if (!read_conv(args[1], &o, &g) || !read_norm(args[2], &o.norm, &always_fixed)) Py_RETURN_NONE;
   const char* const activation = read_activation(args[3]);
-  if (!activation || !fits(o, g, always_fixed) || any_global_hook() || any_patched()) Py_RETURN_NONE;
-  const FrozenConv2d f(activation, g);
+  if (!activation) Py_RETURN_NONE;
+  const FrozenConv2d f(activation, std::move(g));
+  if (!fits(o, f, always_fixed) || any_global_hook() || any_replaced()) Py_RETURN_NONE;
   const bool shared = args[6] == Py_True;
   std::tuple<Tensor, Tensor> result;
   {
     const pybind11::gil_scoped_release no_gil;
-    result = shared ? frozen_conv2d_shared(o, f) : frozen_conv2d(o, f, /*keep_mask=*/false);
+    if (shared && !is_wrapped(o.input) && !is_wrapped(o.residual)) {
+      result = frozen_conv2d_shared(o, f);
+    } else {
+      result = {std::get<0>(frozen_conv2d(o, f, /*keep_mask=*/false)), o.input};
+    }
   }
   if (!shared) return THPVariable_Wrap(std::get<0>(std::move(result)));
   const auto y = py::reinterpret_steal<py::object>(THPVariable_Wrap(std::get<0>(std::move(result))));
@@ -267,8 +292,8 @@ PyMethodDef run_method = {"run", reinterpret_cast<PyCFunction>(reinterpret_cast<
 void bind_blocks(py::module_& parent) {
   py::module_ m = parent.def_submodule("blocks", "Calls of fused blocks.");
   m.attr("run") = py::reinterpret_steal<py::object>(PyCFunction_New(&run_method, nullptr));
-  m.def("know", &know, py::arg("convs"), py::arg("norms"), py::arg("activations"), py::arg("own"), py::arg("forwards"),
-        "The classes that blocks are made of.");
+  m.def("know", &know, py::arg("convs"), py::arg("norms"), py::arg("activations"), py::arg("own"), py::arg("methods"),
+        py::arg("functions"), "The classes that blocks are made of, and what they call.");
 }
 
 }  // namespace freezekit

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
+from torch.overrides import _get_current_function_mode_stack
 
 import freezekit._C as _C
 from freezekit import backends
@@ -14,7 +16,8 @@ from freezekit.functional._torch import jit_trace, records_torch_s
 from freezekit.fusion.layers import (
     ACTIVATIONS,
     CONVS,
-    FORWARDS,
+    FUNCTIONS,
+    METHODS,
     NORMS,
     OWN,
     activation_kind,
@@ -24,10 +27,9 @@ from freezekit.fusion.layers import (
 )
 
 _frozen = torch.ops.freezekit.frozen_conv2d.default
-_shared = torch.ops.freezekit.frozen_conv2d_shared.default
 # The call where all is plainly fit for one operator, without Python; None where it is not, and `_runs_fused` decides.
 _run = _C.blocks.run
-_C.blocks.know(CONVS, NORMS, ACTIVATIONS, OWN, FORWARDS)
+_C.blocks.know(CONVS, NORMS, ACTIVATIONS, OWN, METHODS, FUNCTIONS)
 
 
 def run(
@@ -44,7 +46,7 @@ def run(
         x: (N, C, H, W).
         conv, norm, activation: the layers; norm and activation may be absent, activation may be a function's name.
         residual: of the size of the result, or None.
-        shares: returns x too, for its later readers: their gradients are added inside this one's dgrad.
+        shares: returns x too, for its later readers: their gradients are added inside this one's dgrad where possible.
     """
     if jit_trace() is not None and not backends.demands_kernels():
         return None  # an archive of torch's operators loads without freezekit
@@ -56,22 +58,21 @@ def run(
         return None
     if not backends.demands_kernels() and records_torch_s(x, residual, *sources(conv, norm)):
         return None
-    result = _fused(_shared if shares else _frozen, x, conv, norm, activation, residual)
-    return result if shares else result[0]
+    y = _fused(x, conv, norm, activation, residual)
+    return (y, x) if shares else y
 
 
 def _fused(
-    operator: Any,
     x: Tensor,
     conv: nn.Module,
     norm: nn.Module | None,
     activation: nn.Module | str | None,
     residual: Tensor | None,
-) -> Any:
+) -> Tensor:
     assert isinstance(conv, nn.Conv2d)
     settings = (activation_kind(activation), conv.stride, conv.padding, conv.dilation, conv.groups)
     live = {} if norm is None else norm_tensors(norm)
-    return operator(
+    y, _ = _frozen(
         x,
         conv._parameters["weight"],
         conv._parameters["bias"],
@@ -80,17 +81,24 @@ def _fused(
         **live,
         backend=backends._current,
     )
+    return y
 
 
 def _runs_fused(
     x: Tensor, conv: nn.Module, norm: nn.Module | None, activation: nn.Module | str | None, residual: Tensor | None
 ) -> bool:
-    if why_unfused(conv, norm, activation):
+    if why_unfused(conv, norm, activation) or _is_watched_by_a_mode():
         return False
     assert isinstance(conv, nn.Conv2d)
-    weight = conv._parameters["weight"]
+    weight, bias = conv._parameters["weight"], conv._parameters["bias"]
     assert weight is not None
-    if not _is_plain(x, weight) or not _fits(x, conv) or any(map(_is_transformed, sources(conv, norm))):
+    own = sources(conv, norm)
+    if not all(map(_is_plain, (x, *own))) or any(map(_is_transformed, own)):
+        return False
+    if x.dim() != 4 or not x.is_floating_point() or any(tensor.device != x.device for tensor in own):
+        return False
+    size = _output_size(x, conv, weight)
+    if min(size) < 1 or any(t.dim() != 1 or t.shape[0] != weight.shape[0] for t in own if t is not weight):
         return False
     dtype = x.dtype
     if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
@@ -99,9 +107,53 @@ def _runs_fused(
         dtype = torch.get_autocast_dtype(x.device.type)
     elif dtype != weight.dtype:
         return False
+    if bias is not None and bias.dtype != weight.dtype:
+        return False
     if norm is not None and not _keeps_dtype(norm, dtype):
         return False
-    return residual is None or (residual.dtype == dtype and _adds(x, conv, residual))
+    if residual is not None and not (
+        _is_plain(residual)
+        and (residual.dtype, residual.device) == (dtype, x.device)
+        and tuple(residual.shape) == (x.shape[0], weight.shape[0], *size)
+    ):
+        return False
+    return _is_laid_out_as_by_layers(x, weight, norm, activation, residual, (x.shape[0], weight.shape[0], *size))
+
+
+def _is_watched_by_a_mode() -> bool:
+    """Whether somebody's mode may make something else of torch's functions; torch's own and freezekit's do not."""
+    if torch.compiler.is_compiling():
+        return False
+    known = ("torch.", "freezekit.")
+    return any(not type(mode).__module__.startswith(known) for mode in _get_current_function_mode_stack())
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return is_plain(tensor) and tensor.layout is torch.strided
+
+
+def _is_transformed(tensor: Tensor) -> bool:
+    """Whether torch.func wraps a tensor; a compiler looks for itself."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def _output_size(x: Tensor, conv: nn.Conv2d, weight: Tensor) -> tuple[int, int]:
+    """Of a result; (0, 0) where sizes or numbers are not right: the layers themselves say so."""
+    p, s, d, groups = conv.padding, conv.stride, conv.dilation, conv.groups
+    pairs: Any = ((p, 0), (s, 1), (d, 1))
+    if not all(
+        type(pair) is tuple and len(pair) == 2 and all(type(n) is int and n >= least for n in pair)
+        for pair, least in pairs
+    ):
+        return 0, 0
+    if type(groups) is not int or groups < 1 or weight.dim() != 4 or weight.shape[0] % groups:
+        return 0, 0
+    if x.shape[1] != weight.shape[1] * groups:
+        return 0, 0
+    height, width = (
+        (x.shape[2 + i] + 2 * int(p[i]) - d[i] * (weight.shape[2 + i] - 1) - 1) // s[i] + 1 for i in range(2)
+    )
+    return height, width
 
 
 def _keeps_dtype(norm: nn.Module, dtype: torch.dtype) -> bool:
@@ -116,32 +168,24 @@ def _keeps_dtype(norm: nn.Module, dtype: torch.dtype) -> bool:
     return not NORMS[type(norm)] and dtype in (torch.bfloat16, torch.float16) and own == {torch.float32}
 
 
-def _is_transformed(tensor: Tensor) -> bool:
-    """Whether torch.func wraps a tensor; a compiler looks for itself."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+def _is_laid_out_as_by_layers(
+    x: Tensor,
+    weight: Tensor,
+    norm: nn.Module | None,
+    activation: nn.Module | str | None,
+    residual: Tensor | None,
+    size: tuple[int, int, int, int],
+) -> bool:
+    """Whether the layers give a result of this size the operator's strides, in place or not, added in either order.
 
-
-def _is_plain(x: Tensor, weight: Tensor) -> bool:
-    return is_plain(x) and x.dim() == 4 and x.device == weight.device and x.is_floating_point()
-
-
-def _fits(x: Tensor, conv: nn.Conv2d) -> bool:
-    """Whether sizes are right; where they are not, the layers themselves say so."""
-    return x.shape[1] == conv.in_channels and min(_output_size(x, conv)) >= 1
-
-
-def _output_size(x: Tensor, conv: nn.Conv2d) -> tuple[int, int]:
-    p, d, k, s = conv.padding, conv.dilation, conv.kernel_size, conv.stride
-    return (
-        (x.shape[2] + 2 * int(p[0]) - d[0] * (k[0] - 1) - 1) // s[0] + 1,
-        (x.shape[3] + 2 * int(p[1]) - d[1] * (k[1] - 1) - 1) // s[1] + 1,
-    )
-
-
-def _adds(x: Tensor, conv: nn.Conv2d, residual: Tensor) -> bool:
-    """Whether a residual is added element by element; one that is broadcast is left to the layers."""
-    return (
-        is_plain(residual)
-        and residual.device == x.device
-        and tuple(residual.shape) == (x.shape[0], conv.out_channels, *_output_size(x, conv))
-    )
+    The same as in csrc/torch/frozen_conv2d, for calls that are traced.
+    """
+    both = size[1] == 1 or size[2:] == (1, 1)  # one block of memory is NCHW and NHWC
+    last = torch.channels_last in map(suggest_memory_format, (x, weight)) and not (both and norm is not None)
+    if last and both and not (activation is None and residual is None):
+        return False
+    if residual is None:
+        return True
+    _, c, h, w = size
+    strides = (h * w * c, 1, w * c, c) if last else (c * h * w, h * w, w, 1)
+    return residual.stride() == strides

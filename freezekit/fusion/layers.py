@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -29,13 +30,30 @@ _NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 # What a class's forward calls or reads: a layer that has one of these of its own does something else.
 OWN = ("forward", "_call_impl", "_compiled_call_impl", "_conv_forward", "_check_input_dim", *_NORM_TENSORS)
-# The forwards that blocks stand for: somebody may have put, or put later, another one into a class.
-FORWARDS: dict[type[nn.Module], Any] = {
-    kind: kind.forward
+
+
+def methods_of(kind: type[nn.Module]) -> dict[str, Any]:
+    """What runs when a layer of a class is called."""
+    names = ("__call__", "_call_impl", "forward", "_conv_forward", "_check_input_dim")
+    return {name: getattr(kind, name) for name in names if hasattr(kind, name)}
+
+
+# The methods that blocks stand for: somebody may have put, or put later, others into a class.
+METHODS: dict[type[nn.Module], dict[str, Any]] = {
+    kind: methods_of(kind)
     for kind in (*CONVS, *NORMS, *ACTIVATIONS)
     if kind.forward.__module__.startswith(("torch.nn.modules.", "freezekit."))
 }
-_CALL, _CONV_FORWARD = nn.Module.__call__, nn.Conv2d._conv_forward
+# And the functions that these and forwards call, which profilers replace.
+FUNCTIONS: tuple[tuple[Any, str, Any], ...] = tuple(
+    (owner, name, getattr(owner, name))
+    for owner, names in {
+        F: ("conv2d", "batch_norm", "relu", "relu6", "hardtanh"),
+        torch: ("batch_norm", "relu", "relu_"),
+        Tensor: ("__add__", "__iadd__", "add_", "relu", "relu_"),
+    }.items()
+    for name in names
+)
 
 # As functions and as names of methods.
 ACTIVATION_CALLS: dict[Any, str] = {
@@ -47,6 +65,11 @@ ACTIVATION_CALLS: dict[Any, str] = {
     "relu": "relu",
     "relu_": "relu",
 }
+
+
+def function_kind(function: Any) -> str | None:
+    """ "relu" or "relu6" for a function, or for the name of a method; else None."""
+    return ACTIVATION_CALLS.get(function) if type(function) in (str, FunctionType, BuiltinFunctionType) else None
 
 
 def activation_kind(activation: nn.Module | str | None) -> str | None:
@@ -88,7 +111,7 @@ def why_unfused(conv: nn.Module, norm: nn.Module | None, activation: nn.Module |
     if activation_kind(activation) is None:
         return f"{type(activation).__name__} is no plain ReLU or ReLU6"
     assert isinstance(conv, nn.Conv2d)
-    if _is_trainable(conv):
+    if any(tensor.requires_grad for tensor in sources(conv, None)):
         return "the convolution is trainable"
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return f"padding {conv.padding!r} with mode {conv.padding_mode!r} is not by numbers of zeros"
@@ -102,6 +125,8 @@ def why_unfused(conv: nn.Module, norm: nn.Module | None, activation: nn.Module |
             return f"a {type(layer).__name__} in it has hooks or a forward of its own"
         if isinstance(layer, nn.Module) and is_patched(type(layer)):
             return f"{type(layer).__name__} has another forward than its library gave it"
+    if name := replaced_function():
+        return f"torch's {name} is replaced by another function"
     return "hooks are registered for all modules" if has_global_hooks() else ""
 
 
@@ -110,17 +135,10 @@ def _why_norm_is_live(norm: nn.Module) -> str:
         return "the batch norm normalises with the statistics of the batch"
     if tensor_of(norm, "running_mean") is None or tensor_of(norm, "running_var") is None:
         return "the batch norm has no running statistics"
-    if _is_trainable(norm):
+    if any(isinstance(value, Tensor) and value.requires_grad for value in norm_tensors(norm).values()):
         return "the batch norm is trainable"
     eps: Any = norm.eps
     return "" if eps >= 0 else "the batch norm has a negative eps"
-
-
-def _is_trainable(layer: nn.Module) -> bool:
-    for parameter in layer._parameters.values():  # noqa: SIM110, a generator costs more than what it runs over
-        if parameter is not None and parameter.requires_grad:
-            return True
-    return False
 
 
 has_global_hooks = _module._has_any_global_hook
@@ -135,13 +153,26 @@ def is_watched(layer: nn.Module) -> bool:
         or own["_forward_pre_hooks"]
         or own["_backward_hooks"]
         or own["_backward_pre_hooks"]
+        or (torch.compiler.is_compiling() and not _calls_its_class(layer))
+    )
+
+
+def _calls_its_class(layer: nn.Module) -> bool:
+    """Asks once more what a module's dictionary told: compiled code does not look at dictionaries again, but here."""
+    kind = type(layer)
+    return all(
+        getattr(layer, name).__func__ is getattr(kind, name)
+        for name in ("forward", "_call_impl", "_conv_forward", "_check_input_dim")
+        if hasattr(kind, name)
     )
 
 
 def is_patched(kind: type[nn.Module]) -> bool:
-    """Whether somebody has put another forward into a class that blocks are made of, or into those that it calls."""
-    return (
-        kind.forward is not FORWARDS.get(kind)
-        or nn.Module.__call__ is not _CALL
-        or nn.Conv2d._conv_forward is not _CONV_FORWARD
-    )
+    """Whether somebody has put other methods into a class that blocks are made of."""
+    known = METHODS.get(kind)
+    return known is None or any(getattr(kind, name) is not method for name, method in known.items())
+
+
+def replaced_function() -> str:
+    """The name of a function of torch's that somebody has replaced; "" without one."""
+    return next((name for owner, name, function in FUNCTIONS if getattr(owner, name) is not function), "")

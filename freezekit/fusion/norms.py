@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from freezekit.fusion.layers import FORWARDS, NORMS
+from freezekit.fusion.layers import METHODS, NORMS, has_global_hooks, methods_of
 
 # By name, and whether the statistics are fixed while training too.
 _NAMES = {
@@ -49,16 +49,17 @@ def register_norm(kind: type[nn.Module], *, always_fixed: bool) -> None:
     """
     if not isinstance(kind, type) or not issubclass(kind, nn.Module):
         raise TypeError(f"kind must be a class of nn.Module, got {kind!r}")
-    NORMS[kind], FORWARDS[kind] = always_fixed, kind.forward
+    NORMS[kind], METHODS[kind] = always_fixed, methods_of(kind)
 
 
 def is_norm(module: nn.Module) -> bool:
     """Whether a block may take in a layer of this class."""
     kind = type(module)
     fixed = _NAMES.get(f"{kind.__module__}.{kind.__qualname__}")
-    if kind not in NORMS and kind not in _refused and fixed is not None:
+    # Hooks for all modules are not for a layer of ours: such a class is met another time.
+    if kind not in NORMS and kind not in _refused and fixed is not None and not has_global_hooks():
         if _computes_it(module):
-            NORMS[kind], FORWARDS[kind] = fixed, kind.forward
+            NORMS[kind], METHODS[kind] = fixed, methods_of(kind)
         else:
             _refused.add(kind)
     return kind in NORMS
@@ -73,9 +74,12 @@ def _computes_it(module: nn.Module) -> bool:
     """Whether a layer of the same settings gives a batch norm's values, on tensors that would show it if not."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad(), torch.device("cpu"):
-        # All its tensors are drawn anew, and none is copied: those of a layer that `explain` looks at hold no data.
-        drawn = {id(tensor): _drawn(tensor, generator) for tensor in (*module.parameters(), *module.buffers())}
-        norm: Any = copy.deepcopy(module, drawn).eval()
+        # All its tensors are drawn anew, and none is copied: those of a layer that `explain` looks at hold no data. Nor
+        # are hooks: they are somebody's who waits for other values.
+        new: dict[int, Any] = {id(t): _drawn(t, generator) for t in (*module.parameters(), *module.buffers())}
+        for part in module.modules():
+            new |= {id(value): type(value)() for name, value in vars(part).items() if name.endswith("_hooks")}
+        norm: Any = copy.deepcopy(module, new).eval()
         tensors = [getattr(norm, name, None) for name in _TENSORS]
         if any(tensor is not None and not isinstance(tensor, Tensor) for tensor in tensors):
             return False

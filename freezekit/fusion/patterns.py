@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from freezekit.fusion.layers import ACTIVATION_CALLS, ACTIVATIONS, CONVS
+from freezekit.fusion.layers import ACTIVATIONS, CONVS, function_kind
 from freezekit.fusion.norms import is_norm
 from freezekit.fusion.sequences import is_plain_sequence, members
 
@@ -58,10 +58,15 @@ class LayerCall:
 
 
 class Lookup:
-    """Expressions of one function, as they are now for one module."""
+    """Expressions of one function, as they are now for one module.
+
+    Attributes:
+        held: by the names of variables that hold a module's children, that module and its path.
+    """
 
     def __init__(self, module: nn.Module, function: FunctionType, local: frozenset[str], self_name: str) -> None:
         self.module, self.function, self.local, self.self_name = module, function, local, self_name
+        self.held: dict[str, tuple[str, nn.Module]] = {}
 
     def child(self, node: ast.expr) -> tuple[str, nn.Module] | None:
         """The child module that an expression is, and its path from the module."""
@@ -73,6 +78,8 @@ class Lookup:
         if not isinstance(node, ast.Subscript) or not isinstance(node.slice, ast.Constant):
             return None
         index, value = node.slice.value, node.value
+        if isinstance(value, ast.Name) and value.id in self.held and isinstance(index, str):
+            return _child(*self.held[value.id], index, direct=True)
         if isinstance(value, ast.Attribute) and value.attr == "_modules" and isinstance(index, str):
             found = self.child(value.value)
             return found and _child(*found, index, direct=True)
@@ -87,7 +94,7 @@ class Lookup:
         if not isinstance(node, ast.Call) or any(isinstance(a, ast.Starred) for a in node.args):
             return None
         if isinstance(node.func, ast.Attribute) and not node.args and not node.keywords:
-            kind = ACTIVATION_CALLS.get(node.func.attr)
+            kind = function_kind(node.func.attr)
             if kind is not None and self.child(node.func.value) is None:
                 return LayerCall("activation", node.func.value, None, kind)
         if not node.args:
@@ -101,17 +108,16 @@ class Lookup:
                 else None
             )
         function = self.value_of(node.func)
-        if function not in ACTIVATION_CALLS or isinstance(function, str) or not _only_in_place(node):
-            return None
-        return LayerCall("activation", argument, node.func, ACTIVATION_CALLS[function])
+        kind = None if isinstance(function, str) else function_kind(function)
+        return LayerCall("activation", argument, node.func, kind) if kind and _only_in_place(node) else None
 
     def value_of(self, node: ast.expr) -> Any:
         """What a global name, or an attribute of a Python module, is now; None for anything else."""
         if isinstance(node, ast.Name) and node.id not in self.local:
-            return _hashable(self.function.__globals__.get(node.id))
+            return self.function.__globals__.get(node.id)
         if isinstance(node, ast.Attribute):
             value = self.value_of(node.value)
-            return _hashable(getattr(value, node.attr, None)) if isinstance(value, ModuleType) else None
+            return getattr(value, node.attr, None) if isinstance(value, ModuleType) else None
         return None
 
     def test(self, node: ast.expr) -> Any:
@@ -213,10 +219,6 @@ def _only_in_place(node: ast.Call) -> bool:
     return len(more) == len(node.args) + len(node.keywords) - 1 <= 1 and all(
         isinstance(value, ast.Constant) and isinstance(value.value, bool) for value in more
     )
-
-
-def _hashable(value: Any) -> Any:
-    return None if isinstance(value, (list, dict, set)) else value
 
 
 @dataclass(frozen=True)

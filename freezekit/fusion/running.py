@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from freezekit._twin import is_plain
 from freezekit.fusion import block
-from freezekit.fusion.layers import ACTIVATION_CALLS, CONVS, is_watched
+from freezekit.fusion.layers import CONVS, function_kind, is_watched
 from freezekit.fusion.norms import has_activation
-from freezekit.fusion.sequences import has_shape, is_list_of, is_still
+from freezekit.fusion.sequences import children_of_list, children_of_sequence, has_shape
 
 ABSENT = object()  # a layer that the block does not have
 
@@ -66,7 +66,7 @@ def _parts(conv: Any, norm: Any, activation: Any, residual: Any, owns: bool) -> 
     if norm is not ABSENT and has_activation(norm) is not owns:
         return None
     if not isinstance(activation, nn.Module) and activation is not ABSENT:
-        activation = ACTIVATION_CALLS.get(activation)
+        activation = function_kind(activation)
         if activation is None:
             return None
     norm, activation, residual = (None if part is ABSENT else part for part in (norm, activation, residual))
@@ -87,10 +87,10 @@ NAMES = {
     "absent": ABSENT,
     "fused": fused,
     "shared": shared,
-    "is_list_of": is_list_of,
+    "children_of_list": children_of_list,
+    "children_of_sequence": children_of_sequence,
     "has_shape": has_shape,
     "own_forward": nn.Sequential.forward,
-    "is_still": is_still,
     "is_identity": is_identity,
     "drops_nothing": drops_nothing,
     "torch_add": torch.add,

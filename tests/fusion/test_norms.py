@@ -55,6 +55,7 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
     """The classes above under the libraries' names; what is learnt of them is forgotten after."""
     for kind, fixed in ((FrozenBatchNorm2d, True), (DoublingNorm2d, True), (BatchNormAct2d, False)):
         monkeypatch.setitem(norms._NAMES, f"{kind.__module__}.{kind.__qualname__}", fixed)
+    monkeypatch.setattr(norms, "_refused", set())
     before = dict(NORMS)
     yield
     NORMS.clear()
@@ -84,6 +85,30 @@ def test_a_frozen_batch_norm_is_taken_in() -> None:
     fused = check(net(FrozenBatchNorm2d(4), nn.ReLU()), "0 + 1 + relu: fused", "3: fused, the convolution alone")
     assert kept(fused, (image(),)) == -(-2 * 4 * 6 * 5 // 32) * 4  # one bit per element, in words
     assert all(row.fused for row in fusion_report(fused.train()))
+
+
+@pytest.mark.parametrize("name", ["weight", "running_var"])
+def test_a_buffer_that_learns(name: str) -> None:
+    stock = net(FrozenBatchNorm2d(4), nn.ReLU())
+    fused = fuse(copy.deepcopy(stock))
+    gradients = []
+    for model in (fused, stock):
+        learns = getattr(model[1], name).requires_grad_()
+        x = torch.linspace(-1, 1, 2 * 4 * 30, dtype=torch.float64).view(2, 4, 6, 5)
+        gradients.append(torch.autograd.grad(model(x).square().sum(), learns)[0])
+    torch.testing.assert_close(*gradients)
+    assert fusion_report(fused)[0].reason == "the batch norm is trainable"
+
+
+def test_hooks_do_not_see_how_a_norm_is_met() -> None:
+    stock, seen = net(FrozenBatchNorm2d(4), nn.ReLU()), []
+    handle = stock[1].register_forward_hook(lambda module, args, y: seen.append(y) or 2 * y)
+    fused = fuse(copy.deepcopy(stock))
+    assert not seen
+    handle.remove()
+    assert FrozenBatchNorm2d not in norms._refused
+    check(stock, "0 + 1 + relu: fused", "3: fused, the convolution alone")
+    assert_alike(fused, fused, (image(),))
 
 
 def test_a_name_is_not_enough() -> None:

@@ -186,6 +186,37 @@ def test_the_kernels_mask_costs_no_pass_between_two() -> None:
     assert calls.count["freezekit::frozen_conv2d_dgrad"] == 2
 
 
+ORDERS = [(0, 1, 2, 3), (0, 2, 3, 1), (0, 1, 3, 2), (1, 0, 2, 3), (3, 2, 1, 0), (2, 0, 3, 1)]
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=str)
+@pytest.mark.parametrize("batch", [1, 8], ids=["scales the gradient", "scales the filter"])
+def test_a_gradient_in_any_order_of_memory(batch: int, order: tuple[int, ...], place: tuple[str, str]) -> None:
+    """Behind a norm without an activation, where nothing lays it out first: the scales are those of its channels."""
+    backend, device = place
+    x, w = (
+        torch.randint(-2, 3, (batch, 4, 7, 6)).to(device).float(),
+        torch.randint(-2, 3, (6, 4, 3, 3)).to(device).float(),
+    )
+    var, gamma = torch.full((6,), 1 - 2**-6, device=device), torch.tensor([1.0, -2, 4, 0.5, -1, 8], device=device)
+    y, _ = frozen(
+        x.requires_grad_(), w, norm_weight=gamma, running_mean=var, running_var=var, eps=2**-6, backend=backend
+    )
+    dy = cotangent(y)
+    laid_out = dy.permute(order).contiguous().permute([order.index(i) for i in range(4)])
+    for gradient in (laid_out, laid_out.expand(y.shape), laid_out[:1].expand(y.shape)):
+        expected = conv2d_dgrad(gradient.contiguous() * gamma.view(1, -1, 1, 1), w, x.shape)
+        assert torch.equal(torch.autograd.grad(y, x, gradient, retain_graph=True)[0], expected)
+
+
+def test_bits_of_a_gradient_are_in_a_known_order() -> None:
+    x, w, _, _ = tensors(torch.float32, {}, "cpu", False)
+    y, bits = frozen(x, w, None, None, "relu", keep_mask=True)
+    dy = y.transpose(2, 3).contiguous().transpose(2, 3)
+    with pytest.raises(RuntimeError, match="grad_output must be contiguous or channels_last under a grad_mask"):
+        torch.ops.freezekit.frozen_conv2d_dgrad.default(dy, w, x.shape, grad_mask=bits)
+
+
 @pytest.mark.parametrize("look", ["hook", "retain_grad", "grad"])
 def test_who_looks_at_a_gradient_sees_it_unmasked(look: str) -> None:
     x = torch.randn(2, 8, 6, 6, requires_grad=True)

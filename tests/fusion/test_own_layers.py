@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import freezekit as fk
 from freezekit.fusion.norms import register_norm
@@ -25,6 +28,11 @@ def circular(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) ->
 
 def own_conv_forward(net: nn.Sequential) -> None:
     net[0]._conv_forward = circular.__get__(net[0], nn.Conv2d)
+
+
+def own_forward(net: nn.Sequential) -> None:
+    forward = net[1].forward
+    net[1].forward = lambda x: forward(x) + 1
 
 
 def own_call(net: nn.Sequential) -> None:
@@ -62,17 +70,162 @@ def test_what_a_layer_has_of_its_own_runs(change: Callable[[nn.Sequential], None
     assert torch.equal(ours(x), stock(x))
 
 
-PLACES = [(nn.Conv2d, "forward"), (nn.Conv2d, "_conv_forward"), (nn.BatchNorm2d, "forward"), (nn.ReLU, "forward")]
+@pytest.mark.parametrize("change", [own_forward, own_conv_forward], ids=lambda f: f.__name__)
+def test_compiled_code_looks_again(change: Callable[[nn.Sequential], None]) -> None:
+    x, ours = torch.randn(2, 3, 6, 6), fk.fuse(block())
+    compiled = torch.compile(ours, backend="eager")
+    compiled(x)
+    change(ours)
+    torch.testing.assert_close(compiled(x), ours(x))
+    torch.compiler.reset()
 
 
-@pytest.mark.parametrize(("kind", "name"), PLACES, ids=lambda part: getattr(part, "__name__", part))
-def test_what_was_put_into_a_class_runs(kind: type[nn.Module], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+PLACES = [
+    *[(nn.Conv2d, "forward"), (nn.Conv2d, "_conv_forward"), (nn.BatchNorm2d, "forward"), (nn.ReLU, "forward")],
+    *[(kind, name) for kind in (nn.Conv2d, nn.BatchNorm2d, nn.ReLU) for name in ("__call__", "_call_impl")],
+    *[(nn.Module, "_call_impl"), (F, "conv2d"), (F, "batch_norm"), (F, "relu"), (torch, "batch_norm")],
+]
+
+
+@pytest.mark.parametrize(("owner", "name"), PLACES, ids=lambda part: getattr(part, "__name__", part))
+def test_what_was_put_into_a_class_or_library_runs(owner: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x, stock, ours = torch.randn(2, 3, 6, 6), block(), fk.fuse(block())
-    original = getattr(kind, name)
+    original, untouched = getattr(owner, name), stock(x)
     with monkeypatch.context() as patch:
-        patch.setattr(kind, name, lambda self, *arguments: original(self, *arguments) + 1)
+        patch.setattr(owner, name, lambda *arguments, **more: original(*arguments, **more) + 1)
+        assert not torch.equal(stock(x), untouched)
         assert torch.equal(ours(x), stock(x))
     torch.testing.assert_close(ours(x), stock(x))
+
+
+def test_a_check_that_was_put_into_a_class_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, seen = fk.fuse(block()), []
+    monkeypatch.setattr(nn.BatchNorm2d, "_check_input_dim", lambda self, x: seen.append(x.dim()))
+    ours(torch.randn(2, 3, 6, 6))
+    assert seen == [4]
+
+
+@pytest.mark.parametrize("add", [operator.add, operator.iadd], ids=["__add__", "__iadd__"])
+def test_another_addition_runs(add: Callable[[Tensor, Tensor], Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            if self.in_place:
+                y += x
+                return y
+            return y + x
+
+    stock = Sum().requires_grad_(False)
+    stock.in_place = add is operator.iadd
+    ours, x = fk.fuse(copy.deepcopy(stock)), torch.randn(2, 3, 6, 6)
+    monkeypatch.setattr(Tensor, f"__{add.__name__}__", lambda a, b: torch.sub(a, b))
+    assert torch.equal(ours(x), stock(x))
+
+
+def test_a_mode_s_function_runs() -> None:
+    class Doubles(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            return 2 * result if func is F.conv2d else result
+
+    x, stock, ours = torch.randn(2, 3, 6, 6), block(), fk.fuse(block())
+    with Doubles():
+        assert torch.equal(ours(x), stock(x))
+    with torch.device("cpu"):  # a mode of torch's own
+        assert ours(x.requires_grad_()).grad_fn.name() == "FreezekitFrozenConv2dBackward"
+
+
+class Doubled(Tensor):
+    """As quantised and scaled weights are: what is computed of it is not what its memory says."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (F.conv2d, F.batch_norm, torch.batch_norm):
+            meant = lambda one: 2 * one.as_subclass(Tensor) if isinstance(one, cls) else one  # noqa: E731
+            return func(*map(meant, args), **{name: meant(one) for name, one in (kwargs or {}).items()})
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("path", ["0.weight", "0.bias", "1.weight", "1.running_mean"])
+def test_a_tensor_of_another_class_computes_by_it(path: str) -> None:
+    layer, _, name = path.partition(".")
+    x, stock, ours = torch.randn(2, 3, 6, 6), block(), fk.fuse(block())
+    untouched = stock(x)
+    for net in (stock, ours):
+        of = net[int(layer)]
+        own = getattr(of, name).detach().as_subclass(Doubled)
+        setattr(of, name, nn.Parameter(own, requires_grad=False) if name in of._parameters else own)
+    assert path == "1.running_mean" or not torch.equal(stock(x), untouched)  # a mean of zeros
+    assert torch.equal(ours(x), stock(x))
+
+
+def outcome(net: nn.Module, x: Tensor) -> Tensor | tuple[type[Exception], str]:
+    try:
+        return net(x)
+    except Exception as error:
+        return type(error), str(error)
+
+
+NUMBERS: list[tuple[str, Any]] = [
+    *[("padding", value) for value in (1, (1,), (1, 1, 1), (-1, -1), (True, 1), 1.0, [1, 1])],
+    *[("stride", value) for value in (2, (2,), (0, 1), 0, (1.0, 1.0))],
+    *[("dilation", value) for value in (2, (0, 0), (2,))],
+    *[("groups", value) for value in (0, 3, 1.0, True)],
+]
+
+
+@pytest.mark.parametrize(("name", "value"), NUMBERS, ids=str)
+def test_numbers_of_a_convolution_are_taken_or_refused_as_torch_does(name: str, value: Any) -> None:
+    x, stock, ours = torch.randn(2, 3, 6, 6), block(), fk.fuse(block())
+    for net in (stock, ours):
+        setattr(net[0], name, value)
+    mine, theirs = outcome(ours, x), outcome(stock, x)
+    assert type(mine) is type(theirs)
+    torch.testing.assert_close(mine, theirs) if isinstance(theirs, Tensor) else None
+    assert isinstance(theirs, Tensor) or mine == theirs
+
+
+def vectors_of_one(net: nn.Sequential) -> None:
+    net[1] = PlainNorm(1)
+
+
+def three_channels(net: nn.Sequential) -> None:
+    net[1] = nn.BatchNorm2d(3).eval()
+
+
+def wide_bias(net: nn.Sequential) -> None:
+    net[0].bias.data = net[0].bias.data.double()
+
+
+def narrow_weight(net: nn.Sequential) -> None:
+    net[0].weight.data = net[0].weight.data[:, :2].clone()
+
+
+def fewer_filters(net: nn.Sequential) -> None:
+    net[0].weight.data = net[0].weight.data[:1].clone()
+    net[0].bias.data = net[0].bias.data[:1].clone()
+
+
+@pytest.mark.parametrize("change", [vectors_of_one, three_channels, wide_bias, narrow_weight, fewer_filters])
+def test_tensors_of_other_sizes_and_dtypes_are_the_layers_affair(change: Callable[[nn.Sequential], None]) -> None:
+    x, stock = torch.randn(2, 3, 6, 6), block()
+    ours = fk.fuse(copy.deepcopy(stock))
+    for net in (stock, ours):
+        torch.manual_seed(1)
+        change(net)
+    mine, theirs = outcome(ours, x), outcome(stock, x)
+    assert isinstance(theirs, Tensor) or mine == theirs
+    torch.testing.assert_close(mine, theirs) if isinstance(theirs, Tensor) else None
+
+
+def test_an_input_in_the_layout_of_onednn() -> None:
+    stock = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).requires_grad_(False)
+    ours, x = fk.fuse(copy.deepcopy(stock)), torch.randn(2, 3, 6, 6).to_mkldnn()
+    torch.testing.assert_close(ours(x).to_dense(), stock(x).to_dense())
 
 
 def test_another_call_of_modules_runs(monkeypatch: pytest.MonkeyPatch) -> None:

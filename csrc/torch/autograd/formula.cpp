@@ -2,6 +2,8 @@
 
 #include <ATen/ops/zeros_like.h>
 
+#include "torch/autograd/linked.h"
+
 namespace freezekit {
 namespace {
 
@@ -24,8 +26,6 @@ struct LinkFormula {
   }
 };
 
-Tensor linked(const Tensor& gradient, const edge_list& to, const LinkFormula& formula);
-
 class LinkNode : public FormulaNode<LinkFormula> {
  public:
   using FormulaNode::FormulaNode;
@@ -33,23 +33,23 @@ class LinkNode : public FormulaNode<LinkFormula> {
   variable_list apply(variable_list&& grads) override {
     variable_list result = FormulaNode::apply(std::move(grads));
     if (formula_.lasting && result[0].defined() && c10::GradMode::is_enabled()) {
-      result[0] = linked(result[0], {next_edges().begin() + 1, next_edges().end()}, formula_);
+      result[0] = linked(result[0], {next_edges().begin() + 1, next_edges().end()}, formula_.zeros, formula_.lasting);
     }
     return result;
   }
 };
 
-Tensor linked(const Tensor& gradient, const edge_list& to, const LinkFormula& formula) {
+}  // namespace
+
+Tensor linked(const Tensor& gradient, const edge_list& to, bool zeros, bool lasting) {
   edge_list edges = {torch::autograd::impl::gradient_edge(gradient)};
   edges.insert(edges.end(), to.begin(), to.end());
-  auto node = make_node<LinkNode>("FreezekitLinkBackward", formula);
+  auto node = make_node<LinkNode>("FreezekitLinkBackward", LinkFormula{zeros, lasting});
   node->set_next_edges(std::move(edges));
   Tensor result = gradient.detach();
   torch::autograd::set_history(result, node);
   return result;
 }
-
-}  // namespace
 
 void BackwardNode::release_variables() {
   const std::lock_guard<std::mutex> lock(mutex_);
@@ -74,7 +74,7 @@ void BackwardNode::add_links(const Link& link, variable_list& gradients) {
   }
   if (to.empty()) return;
   for (Tensor& gradient : gradients) {
-    if (gradient.defined()) gradient = linked(gradient, to, {link.zeros, link.lasting});
+    if (gradient.defined()) gradient = linked(gradient, to, link.zeros, link.lasting);
   }
 }
 

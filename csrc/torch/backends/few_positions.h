@@ -12,8 +12,8 @@
 
 namespace freezekit::few_positions {
 
-// Whether this is a convolution for it, by sizes and by whose memory is dense.
-bool takes(const Conv2dProblem&, const Tensor& activation, const Tensor& weight);
+// Whether this is a convolution for it, or a dgrad, by sizes and by whose memory is dense.
+bool takes(Operator, const Conv2dProblem&, const Tensor& activation, const Tensor& weight);
 
 // Results are channels_last.
 Tensor conv2d(const Conv2dProblem&, const Tensor& input, const Tensor& weight);

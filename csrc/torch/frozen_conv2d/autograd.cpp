@@ -10,6 +10,7 @@
 #include "torch/backends/aten.h"
 #include "torch/bits/gate.h"
 #include "torch/common/checks.h"
+#include "torch/common/layout.h"
 #include "torch/common/route.h"
 #include "torch/frozen_conv2d/frozen_conv2d.h"
 #include "torch/frozen_conv2d/node.h"
@@ -85,7 +86,8 @@ Result record(const FrozenOperands& o, const FrozenConv2d& f, bool keep_mask, bo
   }
   NodePtr<FrozenConv2dBackward> node;
   if (needed) {
-    node = make_node<FrozenConv2dBackward>(f, o);
+    const bool channels_last = layout_of(o.input, o.weight) == at::MemoryFormat::ChannelsLast;
+    node = make_node<FrozenConv2dBackward>(f, o.input.sym_sizes(), channels_last, o.weight, o.norm);
     node->set_next_edges(with_residual ? torch::autograd::collect_next_edges(o.input, o.residual)
                                        : torch::autograd::collect_next_edges(o.input));
   }

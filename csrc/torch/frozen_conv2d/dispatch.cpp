@@ -27,14 +27,16 @@ namespace {
 using Activation = FrozenConv2d::Activation;
 constexpr std::array<const char*, 3> kActivations = {"none", "relu", "relu6"};
 constexpr float kRelu6End = 6;
+constexpr auto kLast = at::MemoryFormat::ChannelsLast;
 
 at::MemoryFormat format(bool channels_last) {
   return channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
 }
 
-bool result_is_channels_last(const FrozenOperands& o) {
-  return layout_of(o.input, o.weight) == at::MemoryFormat::ChannelsLast;
-}
+bool is_nchw_or_nhwc(const Tensor& tensor) { return tensor.is_contiguous() || tensor.is_contiguous(kLast); }
+
+// One block of memory is NCHW and NHWC.
+bool is_both_formats(SymIntArrayRef size) { return size[1] == 1 || (size[2] == 1 && size[3] == 1); }
 
 void check_norm(const FixedNormTensors& norm, const Tensor& weight) {
   const auto check = [&](const Tensor& tensor, const char* name) {
@@ -119,7 +121,7 @@ std::tuple<Tensor, Tensor> frozen_by_aten(const Conv2dProblem& problem, const Fr
   const Tensor& x = o.input;
   const Tensor r = o.residual.defined() ? o.residual.contiguous(format(channels_last)) : o.residual;
   const bool passes = x.is_cpu() && (o.norm.defined() || r.defined() || f.has_mask());
-  const bool few = passes && few_positions::takes(problem, x, o.weight);
+  const bool few = passes && few_positions::takes(Operator::fprop, problem, x, o.weight);
   const bool inside =
       o.bias.defined() && o.bias.scalar_type() == x.scalar_type() && !few && !(passes && o.norm.defined());
   Tensor y = few ? few_positions::conv2d(problem, x, o.weight)
@@ -171,7 +173,7 @@ std::tuple<Tensor, Tensor> frozen_kernel(const FrozenOperands& o, const FrozenCo
   const Conv2dProblem problem = problem_of(o.input.sizes(), o.weight.sizes(), C10_AS_INTARRAYREF_SLOW(output), g);
   check_residual(o.input, o.residual, output);
   const BelowAutogradAndAutocast below;
-  const bool wanted = keep_mask && f.has_mask(), last = result_is_channels_last(o);
+  const bool wanted = keep_mask && f.has_mask(), last = result_is_channels_last(o, output);
   Tensor bits;
   const auto compute = [&](Backend on, const Conv2dProblem& p, const FrozenOperands& operands) {
     if (on == Backend::aten) {
@@ -180,7 +182,7 @@ std::tuple<Tensor, Tensor> frozen_kernel(const FrozenOperands& o, const FrozenCo
       return y;
     }
     bits = at::empty({wanted ? mask_words(p.y_numel()) : 0}, operands.input.options().dtype(at::kInt));
-    return frozen_by_kernels(p, operands, f, bits, on).contiguous(format(last));
+    return finish(frozen_by_kernels(p, operands, f, bits, on), format(last));
   };
   const std::string variant = variant_of(o.input, {{o.bias.defined(), "bias"},
                                                    {o.norm.defined(), "norm"},
@@ -216,13 +218,13 @@ Tensor dgrad_by_aten(const Conv2dProblem& problem, const FrozenGrad& o, const Te
   if (into_weight) {
     w = by_channel(w, scale, 0);
   } else if (dy.is_cpu() && (scale.defined() || o.grad_mask.defined())) {
-    dy = scale_back(dy.is_non_overlapping_and_dense() ? dy : dy.contiguous(), o.grad_mask, scale);
+    dy = scale_back(is_nchw_or_nhwc(dy) ? dy : dy.contiguous(), o.grad_mask, scale);
   } else {
     if (o.grad_mask.defined()) dy = gate(dy, o.grad_mask, {dy.sym_strides(), GateRule(), Backend::automatic});
     if (scale.defined()) dy = by_channel(dy, scale, 1);
   }
-  Tensor dx =
-      few_positions::takes(problem, dy, w) ? few_positions::dgrad(problem, dy, w) : aten::dgrad(dy, w, o.input_size, g);
+  Tensor dx = few_positions::takes(Operator::dgrad, problem, dy, w) ? few_positions::dgrad(problem, dy, w)
+                                                                    : aten::dgrad(dy, w, o.input_size, g);
   dx = finish(dx, format(o.channels_last));
   if (o.residual.defined()) dx.add_(o.residual);
   if (o.mask.defined()) gate_inplace(dx, o.mask, {}, Backend::automatic);
@@ -252,13 +254,14 @@ Tensor frozen_dgrad_kernel(const FrozenGradCall& call) {
   check_residual(o.grad_output, o.residual, o.input_size);
   check_mask(o.mask, problem.x_numel(), "mask");
   check_mask(o.grad_mask, problem.y_numel(), "grad_mask");
-  TORCH_CHECK(!o.grad_mask.defined() || o.grad_output.is_non_overlapping_and_dense(),
-              "grad_output must be dense under a grad_mask, got strides ", o.grad_output.strides());
+  TORCH_CHECK(!o.grad_mask.defined() || is_nchw_or_nhwc(o.grad_output),
+              "grad_output must be contiguous or channels_last under a grad_mask, got strides ",
+              o.grad_output.strides());
   const BelowAutogradAndAutocast below;
   const auto compute = [&](Backend on, const Conv2dProblem& p, const FrozenGrad& grad) {
     const Tensor scale = affine_of(grad.norm, Tensor(), grad.grad_output, on).scale;
     if (on == Backend::aten) return dgrad_by_aten(p, grad, scale, g);
-    return dgrad_by_kernels(p, grad, scale, g.with(on)).contiguous(format(grad.channels_last));
+    return finish(dgrad_by_kernels(p, grad, scale, g.with(on)), format(grad.channels_last));
   };
   const std::string variant = variant_of(o.grad_output, {{o.norm.defined(), "norm"},
                                                          {o.residual.defined(), "residual"},
@@ -282,7 +285,7 @@ Tensor frozen_dgrad_kernel(const FrozenGradCall& call) {
 std::tuple<Tensor, Tensor> frozen_meta(const FrozenOperands& o, const FrozenConv2d& f, bool keep_mask) {
   const auto size = check_operands(o, f.geometry);
   check_residual(o.input, o.residual, size);
-  const Tensor y = at::empty_symint(size, o.input.options(), format(result_is_channels_last(o)));
+  const Tensor y = at::empty_symint(size, o.input.options(), format(result_is_channels_last(o, size)));
   const c10::SymInt words = keep_mask && f.has_mask() ? (y.sym_numel() + 31) / 32 : c10::SymInt(0);
   return {y, at::empty_symint({words}, o.input.options().dtype(at::kInt))};
 }
@@ -316,6 +319,18 @@ Tensor scaled_by_norm(const Tensor& grad_output, const FixedNormTensors& norm) {
   Tensor scale = norm.var.to(wide).add(norm.eps).rsqrt();
   if (norm.gamma.defined()) scale = scale * norm.gamma.to(wide);
   return (grad_output * scale.view({1, -1, 1, 1})).to(grad_output.scalar_type());
+}
+
+// ATen's convolution takes either operand's word for channels_last; its batch norm asks for NCHW first.
+bool result_is_channels_last(const FrozenOperands& o, SymIntArrayRef size) {
+  if (layout_of(o.input, o.weight) != at::MemoryFormat::ChannelsLast) return false;
+  return !o.norm.defined() || !is_both_formats(size);
+}
+
+bool is_laid_out_as_by_layers(const FrozenOperands& o, const FrozenConv2d& f, SymIntArrayRef size) {
+  const bool last = result_is_channels_last(o, size);
+  if (last && is_both_formats(size) && (f.has_mask() || o.residual.defined())) return false;
+  return !o.residual.defined() || is_laid_out(o.residual, format(last));
 }
 
 std::tuple<Tensor, Tensor> frozen_conv2d(const FrozenOperands& o, const FrozenConv2d& f, bool keep_mask) {

@@ -32,8 +32,12 @@ FK_SIMD_CLONES void scale_back_words(const T* dy, T* out, const uint32_t* bits, 
   cpu::scale_back(dy, out, bits, affine, numel, first, last);
 }
 
-// Whether a tensor is laid out as NHWC. Sizes of 1 may make it both, which is then the same.
-bool is_nhwc(const Tensor& dense) { return !dense.is_contiguous(); }
+// Whether a tensor that is NCHW or NHWC is the latter. Sizes of 1 may make it both, which is then the same.
+bool is_nhwc(const Tensor& dense) {
+  if (dense.is_contiguous()) return false;
+  TORCH_INTERNAL_ASSERT(dense.is_contiguous(at::MemoryFormat::ChannelsLast));
+  return true;
+}
 
 // The channels of a tensor as the passes read them, and the memory that they are in.
 template <class T>

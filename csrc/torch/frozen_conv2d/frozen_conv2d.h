@@ -40,6 +40,13 @@ struct FrozenOperands {
   FixedNormTensors norm;
 };
 
+// Whether the result, whose size is given, is laid out as NHWC: as that of torch's layers.
+bool result_is_channels_last(const FrozenOperands&, SymIntArrayRef size);
+
+// Whether torch's layers give their result these strides whatever they do in place and in whichever order they add. What
+// they read tells where they do not: a residual in another layout, an activation on what is both NCHW and NHWC.
+bool is_laid_out_as_by_layers(const FrozenOperands&, const FrozenConv2d&, SymIntArrayRef size);
+
 // What stands for bits where there are none.
 inline Tensor no_bits(const Tensor& like) { return at::empty({0}, like.options().dtype(at::kInt)); }
 
@@ -50,7 +57,7 @@ std::tuple<Tensor, Tensor> frozen_conv2d(const FrozenOperands&, const FrozenConv
 std::tuple<Tensor, Tensor> frozen_conv2d_shared(const FrozenOperands&, const FrozenConv2d&);
 
 // mask ? dgrad(grad_mask ? grad_output * scale : 0, weight) + residual : 0, where undefined masks are all set. Of the norm
-// gamma and var are read. grad_mask is in grad_output's memory order, which is then dense; mask as said above.
+// gamma and var are read. grad_mask is in grad_output's memory order, NCHW or NHWC; mask as said above.
 struct FrozenGrad {
   Tensor grad_output, weight;
   SymIntArrayRef input_size;

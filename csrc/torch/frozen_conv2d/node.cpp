@@ -5,7 +5,9 @@
 #include <torch/csrc/autograd/graph_task.h>
 
 #include "torch/autograd/formula.h"
+#include "torch/autograd/linked.h"
 #include "torch/bits/gate.h"
+#include "torch/common/layout.h"
 
 namespace freezekit {
 namespace {
@@ -58,12 +60,12 @@ variable_list backward_of_values(const variable_list& grads, const std::vector<c
 }  // namespace
 
 // On a CPU a mask is a pass of its own wherever it is applied, and the one that scales dy can do it too.
-FrozenConv2dBackward::FrozenConv2dBackward(FrozenConv2d f, const FrozenOperands& o)
-    : f_(std::move(f)), input_size_(owned(o.input.sym_sizes())),
-      input_is_channels_last_(o.input.suggest_memory_format() == at::MemoryFormat::ChannelsLast), eps_(o.norm.eps),
-      has_norm_(o.norm.defined()), masks_in_dgrad_(o.input.is_cpu() && !f_.own_kernels()),
-      weight_(o.weight, /*is_output=*/false), gamma_(o.norm.gamma, /*is_output=*/false),
-      var_(o.norm.var, /*is_output=*/false) {}
+FrozenConv2dBackward::FrozenConv2dBackward(FrozenConv2d f, SymIntArrayRef input_size, bool dx_is_channels_last,
+                                           const Tensor& weight, const FixedNormTensors& norm)
+    : f_(std::move(f)), input_size_(owned(input_size)), dx_is_channels_last_(dx_is_channels_last), eps_(norm.eps),
+      has_norm_(norm.defined()), masks_in_dgrad_(weight.is_cpu() && !f_.own_kernels()),
+      weight_(weight, /*is_output=*/false), gamma_(norm.gamma, /*is_output=*/false),
+      var_(norm.var, /*is_output=*/false) {}
 
 void FrozenConv2dBackward::keep(const Tensor& y, const Tensor& bits) {
   if (!f_.has_mask()) return;
@@ -90,6 +92,7 @@ std::vector<bool> FrozenConv2dBackward::wanted() const {
 
 variable_list FrozenConv2dBackward::apply(variable_list&& grads) {
   const std::lock_guard<std::mutex> lock(mutex_);
+  if (at::GradMode::is_enabled() && grads[0].defined()) return apply_recording(grads);
   variable_list result(num_outputs());
   const Tensor passed = passed_on(grads);
   const bool wants_input = task_should_compute_output(kInput);
@@ -98,7 +101,7 @@ variable_list FrozenConv2dBackward::apply(variable_list&& grads) {
     return result;
   }
   const bool wants_residual = num_outputs() > kResidual && task_should_compute_output(kResidual);
-  if (has_bits_ && has_norm_ && masks_in_dgrad_ && wants_input && !wants_residual && !at::GradMode::is_enabled()) {
+  if (has_bits_ && has_norm_ && masks_in_dgrad_ && wants_input && !wants_residual) {
     // Nothing else reads the masked dy.
     const auto format = bits_are_channels_last_ ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
     result[kInput] = input_gradient(grads[0].contiguous(format), bits_.unpack(), passed);
@@ -108,6 +111,42 @@ variable_list FrozenConv2dBackward::apply(variable_list&& grads) {
   if (wants_residual) result[kResidual] = dy;
   if (wants_input) result[kInput] = input_gradient(dy, {}, passed);
   return result;
+}
+
+// Of differentiable operators, under create_graph. What is saved is unpacked once: checkpoints refuse a second time.
+variable_list FrozenConv2dBackward::apply_recording(const variable_list& grads) {
+  variable_list result(num_outputs());
+  const std::vector<bool> wants = wanted();
+  const Tensor weight = weight_.unpack();
+  const FixedNormTensors fixed = norm();
+  Tensor dy = grads[0];
+  if (has_bits_) {
+    // Stock's relu reads its result in the backward pass, relu6 its input.
+    const bool reads_result = f_.activation == FrozenConv2d::Activation::relu;
+    const AnyNodePtr read =
+        reads_result ? pointer_to<torch::autograd::Node>(*this) : before_activation(dy, weight, fixed);
+    dy = linked(gate(dy, bits_.unpack(), {bits_stride_, GateRule(), f_.geometry.backend}), {{read, 0}}, /*zeros=*/true,
+                /*lasting=*/true);
+  }
+  if (wants.size() > kResidual && wants[kResidual]) result[kResidual] = dy;
+  if (wants[kInput]) {
+    const auto layout = dx_is_channels_last_ ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+    const Tensor dx =
+        plain_input_gradient(in_layout(dy, layout), weight, fixed, input_size_, passed_on(grads), f_.geometry);
+    result[kInput] = linked(dx, {next_edge(kInput)}, /*zeros=*/false, /*lasting=*/false);
+  }
+  return result;
+}
+
+// A node for what the activation read.
+AnyNodePtr FrozenConv2dBackward::before_activation(const Tensor& dy, const Tensor& weight,
+                                                   const FixedNormTensors& norm) const {
+  FrozenConv2d f = f_;
+  f.activation = FrozenConv2d::Activation::none;
+  const auto node = make_node<FrozenConv2dBackward>(std::move(f), input_size_, dx_is_channels_last_, weight, norm);
+  node->set_next_edges(torch::autograd::edge_list(next_edges()));
+  node->add_input_metadata(dy);
+  return node;
 }
 
 // dy where this one's activation let the value through.
@@ -130,12 +169,10 @@ FixedNormTensors FrozenConv2dBackward::norm() const {
 }
 
 Tensor FrozenConv2dBackward::input_gradient(const Tensor& dy, const Tensor& grad_mask, const Tensor& passed) {
-  const Tensor weight = weight_.unpack();
-  if (at::GradMode::is_enabled()) return plain_input_gradient(dy, weight, norm(), input_size_, passed, f_.geometry);
   FrozenConv2dBackward* maker = maker_of_input();
   const Tensor bits = maker ? maker->lend() : Tensor();
   const Tensor dx = frozen_conv2d_dgrad(
-      {dy, weight, input_size_, passed, bits, grad_mask, norm(), input_is_channels_last_}, f_.geometry);
+      {dy, weight_.unpack(), input_size_, passed, bits, grad_mask, norm(), dx_is_channels_last_}, f_.geometry);
   if (bits.defined()) maker->mark(dx);
   return dx;
 }
@@ -145,7 +182,7 @@ FrozenConv2dBackward* FrozenConv2dBackward::maker_of_input() const {
   const auto& edge = next_edge(kInput);
   auto* maker = dynamic_cast<FrozenConv2dBackward*>(edge.function.get());
   if (!maker || edge.input_nr != 0 || !maker->has_bits_ || masks_in_dgrad_) return nullptr;
-  if (maker->bits_are_channels_last_ != (f_.own_kernels() || input_is_channels_last_)) return nullptr;
+  if (maker->bits_are_channels_last_ != (f_.own_kernels() || dx_is_channels_last_)) return nullptr;
   if (!maker->tensor_pre_hooks().empty() || !maker->pre_hooks().empty() || !maker->retains_grad_hooks().empty()) {
     return nullptr;
   }
@@ -173,9 +210,8 @@ bool FrozenConv2dBackward::is_marked(const Tensor& grad) const {
 }
 
 bool FrozenConv2dBackward::may_write(const Tensor& dy) const {
-  return !at::GradMode::is_enabled() && dy.use_count() == 1 && !at::isTensorSubclassLike(dy) && dy.has_storage() &&
-         dy.storage().use_count() == 1 && dy.sym_strides() == SymIntArrayRef(bits_stride_) &&
-         dy.is_non_overlapping_and_dense();
+  return dy.use_count() == 1 && !at::isTensorSubclassLike(dy) && dy.has_storage() && dy.storage().use_count() == 1 &&
+         dy.sym_strides() == SymIntArrayRef(bits_stride_) && dy.is_non_overlapping_and_dense();
 }
 
 void FrozenConv2dBackward::compiled_args(CompiledNodeArgs& args) const {

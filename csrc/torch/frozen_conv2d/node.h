@@ -10,6 +10,8 @@
 //   - no mask is lent where something looks at that gradient (a hook, retain_grad, autograd.grad for it): dL/dy of an
 //     activation is not zero where the activation is.
 //
+// Under create_graph nothing is shared, and gradients are functions of what stock's are, by links (autograd/formula.h).
+//
 // A node may have a second output, the input handed on to its other readers: what flows back to them is added in
 // dgrad's epilogue, where autograd would sum in a pass of its own.
 #pragma once
@@ -23,6 +25,7 @@
 #include <vector>
 
 #include "torch/autograd/compiled.h"
+#include "torch/autograd/node.h"
 #include "torch/frozen_conv2d/frozen_conv2d.h"
 
 namespace freezekit {
@@ -32,7 +35,8 @@ class FrozenConv2dBackward : public torch::autograd::Node {
  public:
   using variable_list = torch::autograd::variable_list;
 
-  FrozenConv2dBackward(FrozenConv2d f, const FrozenOperands&);
+  FrozenConv2dBackward(FrozenConv2d f, SymIntArrayRef input_size, bool dx_is_channels_last, const Tensor& weight,
+                       const FixedNormTensors&);
 
   // After the forward pass: the bits and their layout.
   void keep(const Tensor& y, const Tensor& bits);
@@ -44,6 +48,8 @@ class FrozenConv2dBackward : public torch::autograd::Node {
   variable_list apply_with_saved(const variable_list& grads, SwapSavedVariables& saved) override;
 
  private:
+  variable_list apply_recording(const variable_list& grads);
+  AnyNodePtr before_activation(const Tensor& dy, const Tensor& weight, const FixedNormTensors&) const;
   Tensor masked(Tensor&& dy);
   Tensor input_gradient(const Tensor& dy, const Tensor& grad_mask, const Tensor& passed);
   FixedNormTensors norm() const;
@@ -56,7 +62,7 @@ class FrozenConv2dBackward : public torch::autograd::Node {
 
   FrozenConv2d f_;
   std::vector<c10::SymInt> input_size_, bits_stride_;
-  bool input_is_channels_last_ = false, bits_are_channels_last_ = false, has_bits_ = false;
+  bool dx_is_channels_last_ = false, bits_are_channels_last_ = false, has_bits_ = false;
   double eps_ = 0;
   bool has_norm_ = false, masks_in_dgrad_ = false;
   torch::autograd::SavedVariable weight_, gamma_, var_, bits_;
