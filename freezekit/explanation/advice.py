@@ -19,7 +19,6 @@ from torch import nn
 from freezekit import conversion
 from freezekit.conversion.calls import INSTALLED
 from freezekit.enabling import enabled, is_enabled
-from freezekit.explanation.fused import block_layers
 from freezekit.explanation.record import Call, Trace
 from freezekit.explanation.units import bytes_text, flops_text
 from freezekit.freezing import freeze
@@ -27,6 +26,7 @@ from freezekit.freezing.norm import has_statistics
 from freezekit.fusion.classes import original_class, plan_of
 from freezekit.fusion.layers import why_unfused
 from freezekit.fusion.plan import make_plan
+from freezekit.fusion.report import block_layers
 
 Key = tuple[str, str, int]  # a call by module, function, and how many like it came before
 Again = Callable[[Callable[[str, nn.Module], object], bool], Trace]
@@ -186,6 +186,6 @@ def _fusible(modules: Iterable[nn.Module]) -> dict[int, str]:
         for names in make_plan(module, original_class(module)).blocks:
             layers = block_layers(module, names)
             rest = [part for part in (names.norm, "add" if names.adds else "", names.activation) if part]
-            if rest and not why_unfused(*layers):
+            if rest and layers is not None and not why_unfused(*layers):
                 found[id(layers[0])] = f"fuse with {', '.join(rest)}: one kernel each way instead of {len(rest) + 1}"
     return found

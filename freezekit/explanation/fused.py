@@ -14,6 +14,7 @@ from torch import nn
 from freezekit.fusion.classes import plan_of
 from freezekit.fusion.layers import why_unfused
 from freezekit.fusion.plan import BlockNames
+from freezekit.fusion.report import block_layers
 
 OPERATORS = (torch.ops.freezekit.frozen_conv2d.default, torch.ops.freezekit.frozen_conv2d_shared.default)
 
@@ -26,13 +27,13 @@ class FusedBlocks:
         self.unwatched: set[int] = set()
         for module in (part for model in models for part in model.modules()):
             plan = plan_of(module)
-            if plan is None or id(module) in self.unwatched:
+            if plan is None or "forward" in module.__dict__ or id(module) in self.unwatched:
                 continue
             # A hook on a sequence that the plan looks into would change what runs.
             self.unwatched |= {id(module.get_submodule(path)) for path in plan.sequences}
             for names in plan.blocks:
                 layers = block_layers(module, names)
-                if not why_unfused(*layers):
+                if layers is not None and not why_unfused(*layers):
                     self.labels.setdefault(id(module), []).append("fused " + label(names))
                     self.unwatched |= {id(layer) for layer in layers if isinstance(layer, nn.Module)}
 
@@ -40,15 +41,6 @@ class FusedBlocks:
         """What the `number`-th fused operator in a module's forward stands for; "" for a module without any."""
         labels = self.labels.get(id(module))
         return labels[min(max(number, 1), len(labels)) - 1] if labels else ""
-
-
-def block_layers(module: nn.Module, names: BlockNames) -> tuple[nn.Module, nn.Module | None, nn.Module | str | None]:
-    """A block's convolution, norm and activation; an activation that is a function is its name."""
-    activation: nn.Module | str | None = names.activation
-    if names.activation is not None and not names.calls_function:
-        activation = module.get_submodule(names.activation)
-    norm = None if names.norm is None else module.get_submodule(names.norm)
-    return module.get_submodule(names.conv), norm, activation
 
 
 def label(names: BlockNames) -> str:

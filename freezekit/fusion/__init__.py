@@ -53,6 +53,8 @@ def fuse(model: Model) -> Model:
     check_module(model)
     for module in list(model.modules()):
         if not _may_rewrite(module):
+            if "forward" in module.__dict__:
+                unfuse_module(module)  # it was given that since
             continue
         plan = make_plan(module, original_class(module))
         if plan.blocks:

@@ -24,10 +24,13 @@ from freezekit.fusion.steps import Statement
 class Condition:
     """What is asked ahead of a block: a test of the forward's, or whether a child is what it was taken for."""
 
-    kind: str  # "test", "still" (a sequence), "list", "identity", "drops nothing" (a norm), "torch.add"
+    kind: (
+        str  # "test", "sequence" or "list" (whose children are held), "identity", "drops nothing" (a norm), "torch.add"
+    )
     node: ast.expr
     taken: bool = True
     shape: Shape | tuple[str, ...] = ()
+    children: str = ""
 
 
 @dataclass(eq=False)
@@ -145,21 +148,23 @@ class Finder:
             assert item.call is not None
             assert item.call.callee is not None
             assert item.call.module is not None
-            conditions.append(Condition("still", item.call.callee, shape=shape(item.call.module)))
             steps, paths = self.unfold(item), [item.call.path]
+            inside = shape(item.call.module)
+            conditions.append(Condition("sequence", item.call.callee, shape=inside, children=item.children))
             paths += [f"{item.call.path}.{path}" for path in nested(item.call.module)]
         elif item.kind == "loop" and not conditions:
             assert item.over is not None
             node, path, module = item.over
-            conditions.append(Condition("list", node, shape=tuple(module._modules)))
+            conditions.append(Condition("list", node, shape=tuple(module._modules), children=item.children))
             steps, paths = list(item.body), [path]
         else:
             return None
         more = len(steps)
-        last = max(k for k, step in enumerate(steps) if step.kind == "conv")
+        last = max((k for k, step in enumerate(steps) if step.kind == "conv"), default=None)
+        if last is None:
+            return None
         steps += self.items[i + 1 :]
-        inside = Finder(steps, self.uses, self.captured, self.unfold)
-        block = inside.block(last, previous if last == 0 else None)
+        block = Finder(steps, self.uses, self.captured, self.unfold).block(last, previous if last == 0 else None)
         end = max(more if item.kind == "loop" else 0, 0 if block is None else last + len(block.items))
         if end <= more and item.kind == "sequence":
             return None

@@ -11,6 +11,7 @@ import copy
 import copyreg
 from collections.abc import Callable
 from functools import wraps
+from types import FunctionType
 from typing import Any
 
 from torch import nn
@@ -21,9 +22,6 @@ from freezekit.fusion.sequences import ORIGINAL, original_class
 _NEW_OBJECT = getattr(copyreg, "__newobj__")  # noqa: B009, the type stubs lack it
 _PLAN = "_freezekit_plan"
 
-# By class: plans of its instances. Modules of one structure share one.
-_known: dict[type[nn.Module], list[type[nn.Module]]] = {}
-
 
 def plan_of(module: nn.Module) -> FusionPlan | None:
     """The plan that a module runs; None if it is not fused."""
@@ -33,13 +31,10 @@ def plan_of(module: nn.Module) -> FusionPlan | None:
 def fuse_module(module: nn.Module, plan: FusionPlan) -> None:
     """Gives a module the methods of a plan."""
     kind = original_class(module)
-    for known in _known.setdefault(kind, []):
-        if getattr(known, _PLAN).key == plan.key:
-            module.__class__ = known
-            return
-    made = _subclass(kind, plan)
-    _known[kind].append(made)
-    module.__class__ = made
+    # Modules of one structure share a class.
+    made = (known for known in type.__subclasses__(kind) if _PLAN in vars(known))
+    same = (known for known in made if getattr(known, _PLAN).key == plan.key)
+    module.__class__ = next(same, None) or _subclass(kind, plan)
 
 
 def unfuse_module(module: nn.Module) -> None:
@@ -72,13 +67,20 @@ def _subclass(kind: type[nn.Module], plan: FusionPlan) -> type[nn.Module]:
     return type(kind)(kind.__name__, (kind,), body | methods)  # type: ignore[misc]
 
 
-def _method(kind: type[nn.Module], name: str, own: Callable[..., Any], made: Callable[..., Any]) -> Callable[..., Any]:
-    """What was made of a class's method, for as long as the class has that method."""
+def _method(kind: type[nn.Module], name: str, own: FunctionType, made: FunctionType) -> Callable[..., Any]:
+    """What was made of a class's method, for as long as the class has that method as it was."""
+    code = own.__code__
 
     @wraps(own)
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         now = getattr(kind, name)
-        return (made if now is own else now)(self, *args, **kwargs)
+        same = (
+            now is own
+            and own.__code__ is code
+            and own.__defaults__ is made.__defaults__
+            and own.__kwdefaults__ is made.__kwdefaults__
+        )
+        return (made if same else now)(self, *args, **kwargs)
 
     return method
 
@@ -98,6 +100,10 @@ def _deepcopy(module: nn.Module, kind: type[nn.Module], memo: dict[int, Any]) ->
     own = getattr(kind, "__deepcopy__", None)
     if own is not None:
         result = own(module, memo)
+    elif not is_ours(module):
+        # A class that others made of it, as torch does for parametrizations, whose modules refuse to be reduced.
+        result = memo[id(module)] = module.__new__(type(module))
+        result.__dict__.update(copy.deepcopy(vars(module), memo))
     else:
         make, args, state, *_ = _stock_reduce(module, kind, 4)
         result = make(*copy.deepcopy(args, memo))

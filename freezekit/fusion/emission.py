@@ -168,8 +168,8 @@ class Emitter:
             else:
                 name = next(self.steps.fresh)
                 self.values[name] = condition.shape
-                asked = "is_still" if condition.kind == "still" else "is_list_of"
-                terms.append(f"{self._own(asked)}({text}, {name})")
+                asked = self._own(f"children_of_{condition.kind}")
+                terms.append(f"({condition.children} := {asked}({text}, {name}))")
         return " and ".join(terms)
 
     def _own(self, name: str) -> str:

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import ast
 import inspect
+from abc import ABCMeta
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import Any
@@ -59,7 +60,7 @@ class FusionPlan:
         key: equal for plans that are the same.
     """
 
-    methods: Mapping[str, tuple[Callable[..., Any], Callable[..., Any]]]
+    methods: Mapping[str, tuple[FunctionType, FunctionType]]
     blocks: tuple[BlockNames, ...]
     sequences: tuple[str, ...] = ()
     reason: str = ""
@@ -68,6 +69,8 @@ class FusionPlan:
 
 def make_plan(module: nn.Module, kind: type[nn.Module]) -> FusionPlan:
     """What `fuse` makes of `module`, whose own class is `kind`; never fails, a plan may be to rewrite nothing."""
+    if reason := _why_no_subclass(kind):
+        return FusionPlan({}, (), (), reason)
     if (
         issubclass(kind, nn.Sequential)
         and kind.forward is nn.Sequential.forward
@@ -88,6 +91,16 @@ def make_plan(module: nn.Module, kind: type[nn.Module]) -> FusionPlan:
             continue
         waiting += _methods_called(source, kind)
     return _plan_of(written, "; ".join(dict.fromkeys(reasons)))
+
+
+def _why_no_subclass(kind: type[nn.Module]) -> str:
+    """Why no class is made of one: somebody would be told of it, and may register it, or want to be told more."""
+    if type(kind) not in (type, ABCMeta) and type(kind).__module__ != "typing":
+        return f"its class has a metaclass of its own, {type(kind).__name__}"
+    for base in kind.__mro__[:-1]:
+        if "__init_subclass__" in vars(base) and base.__module__ != "typing":
+            return f"{base.__name__} has an __init_subclass__, which is told of each class that is made"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -125,8 +138,9 @@ def _rewrite(module: nn.Module, source: Source) -> _Written:
         prefix += "_"
     fresh = (f"{prefix}{i}" for i in range(10**9))
     uses = Counter(names_read(tree))
-    steps = Steps(Lookup(module, function, frozenset(taken), self_name), uses, fresh)
-    emitter = Emitter(steps, uses, frozenset(function.__code__.co_cellvars), prefix)
+    captured = frozenset(function.__code__.co_cellvars)
+    steps = Steps(Lookup(module, function, frozenset(taken), self_name), uses, captured, fresh)
+    emitter = Emitter(steps, uses, captured, prefix)
     body = emitter.body(tree.body)
     new = ast.FunctionDef(**{**dict(ast.iter_fields(tree)), "body": body, "decorator_list": []})
     ast.copy_location(new, tree)

@@ -68,7 +68,7 @@ def fusion_report(model: nn.Module) -> list[BlockReport]:
         plan = plan_of(module)
         if name in inside:
             continue
-        if plan is None:
+        if plan is None or "forward" in module.__dict__:
             reasons[name] = _why_not_rewritten(module)
             continue
         inside.update(f"{name}.{path}" if name else path for path in plan.sequences)
@@ -87,14 +87,26 @@ def fusion_report(model: nn.Module) -> list[BlockReport]:
     return rows
 
 
-def _row(module: nn.Module, prefix: str, names: BlockNames) -> BlockReport:
-    conv = module.get_submodule(names.conv)
-    norm = None if names.norm is None else module.get_submodule(names.norm)
+def block_layers(
+    module: nn.Module, names: BlockNames
+) -> tuple[nn.Module, nn.Module | None, nn.Module | str | None] | None:
+    """A block's convolution, norm and activation; an activation that is a function is its name. None if one is gone."""
     activation: nn.Module | str | None = names.activation
-    if names.activation is not None and not names.calls_function:
-        activation = module.get_submodule(names.activation)
-    reason = why_unfused(conv, norm, activation)
-    kind = activation_kind(activation) or type(activation).__name__
+    try:
+        if names.activation is not None and not names.calls_function:
+            activation = module.get_submodule(names.activation)
+        norm = None if names.norm is None else module.get_submodule(names.norm)
+        return module.get_submodule(names.conv), norm, activation
+    except AttributeError:
+        return None
+
+
+def _row(module: nn.Module, prefix: str, names: BlockNames) -> BlockReport:
+    layers = block_layers(module, names)
+    reason, kind = "a layer of it is gone", names.activation or "none"
+    if layers is not None:
+        reason, activation = why_unfused(*layers), layers[-1]
+        kind = activation_kind(activation) or type(activation).__name__
     outside = prefix + names.outside if names.outside else ""
     return BlockReport(
         prefix + names.conv,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
 
@@ -12,6 +12,11 @@ from freezekit.fusion.layers import has_global_hooks, is_watched
 ORIGINAL = "_freezekit_original"
 # Names of a sequence's children, and of theirs where they are sequences too.
 Shape = tuple[tuple[str, "Shape | None"], ...]
+# The dictionary that a loop over a module goes over to its end, whatever takes the module's place meanwhile.
+Children: TypeAlias = dict[str, nn.Module | None]
+
+
+_CALL, _CALL_IMPL = nn.Module.__call__, nn.Module._call_impl
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
@@ -27,7 +32,8 @@ def is_plain_sequence(module: nn.Module | None) -> bool:
     return (
         kind.forward is nn.Sequential.forward
         and kind.__iter__ is nn.Sequential.__iter__
-        and kind.__call__ is nn.Module.__call__
+        and kind.__call__ is _CALL
+        and kind._call_impl is _CALL_IMPL
         and not is_watched(module)
         and getattr(module, "_compiled_call_impl", None) is None
         and not has_global_hooks()
@@ -59,21 +65,21 @@ def nested(sequence: nn.Module) -> list[str]:
 
 
 def shape(sequence: nn.Module) -> Shape:
-    """What `is_still` compares."""
+    """What `children_of_sequence` compares."""
     return tuple(
         (name, shape(child) if child is not None and is_plain_sequence(child) else None)
         for name, child in sequence._modules.items()
     )
 
 
-def is_list_of(module: nn.Module | None, names: tuple[str, ...]) -> bool:
-    """Whether a loop over a module goes over the children of these names."""
-    return is_iterated_plainly(module) and tuple(module._modules) == names  # type: ignore[union-attr]
+def children_of_list(module: nn.Module, names: tuple[str, ...]) -> Children | None:
+    """What a loop over a module goes over, if these are the names of its children now."""
+    return module._modules if is_iterated_plainly(module) and tuple(module._modules) == names else None
 
 
-def is_still(sequence: nn.Module | None, expected: Shape) -> bool:
-    """Whether a sequence that was looked into is plain, and made up as it was; its layers may be others."""
-    return is_plain_sequence(sequence) and has_shape(sequence, expected)  # type: ignore[arg-type]
+def children_of_sequence(sequence: nn.Module, expected: Shape) -> Children | None:
+    """What a sequence that was looked into calls, if it is plain and made up as it was; its layers may be others."""
+    return sequence._modules if is_plain_sequence(sequence) and has_shape(sequence, expected) else None
 
 
 def has_shape(sequence: nn.Module, expected: Shape) -> bool:
@@ -82,6 +88,6 @@ def has_shape(sequence: nn.Module, expected: Shape) -> bool:
     if len(children) != len(expected):
         return False
     for (name, child), (wanted, inside) in zip(children.items(), expected, strict=True):
-        if name != wanted or child is None or (inside is not None and not is_still(child, inside)):
+        if name != wanted or child is None or (inside is not None and children_of_sequence(child, inside) is None):
             return False
     return True

@@ -37,6 +37,7 @@ class Statement:
         taken: of a test, whether it is met now.
         body: of a test, the steps that it leads to now; of a loop, all its rounds.
         over: of a loop, the module whose children it is over.
+        children: of a sequence or a loop, the variable that holds the children while they run one by one.
     """
 
     node: ast.stmt
@@ -50,6 +51,7 @@ class Statement:
     taken: bool = False
     body: list[Statement] = field(default_factory=list)
     over: tuple[ast.expr, str, nn.Module] | None = None
+    children: str = ""
 
 
 class Steps:
@@ -57,14 +59,15 @@ class Steps:
 
     Args:
         uses: how often each name is read in the function.
+        captured: names that functions in it read.
         fresh: names that the function does not know.
 
     Attributes:
         made: those of them that stand for what had no name; each is read once.
     """
 
-    def __init__(self, lookup: Lookup, uses: Counter[str], fresh: Iterator[str]) -> None:
-        self.lookup, self.uses, self.fresh = lookup, uses, fresh
+    def __init__(self, lookup: Lookup, uses: Counter[str], captured: frozenset[str], fresh: Iterator[str]) -> None:
+        self.lookup, self.uses, self.captured, self.fresh = lookup, uses, captured, fresh
         self.made: set[str] = set()
 
     def _new(self) -> str:
@@ -114,10 +117,11 @@ class Steps:
         assert call.callee is not None
         assert call.module is not None
         inside = members(call.module)
+        item.children = item.children or self._held(call.path, call.module)
         for i, (path, module) in enumerate(inside):
-            callee = call.callee
-            for name in path:
-                callee = ast.Subscript(ast.Attribute(callee, "_modules", ast.Load()), ast.Constant(name), ast.Load())
+            callee = _child(ast.Name(item.children, ast.Load()), path[0])
+            for name in path[1:]:
+                callee = _child(ast.Attribute(callee, "_modules", ast.Load()), name)
             target = item.target if i == len(inside) - 1 else self._new()
             result = ast.Call(callee, [ast.Name(value, ast.Load())], [])
             node = ast.Return(result) if target is None else _assign(target, result)
@@ -127,6 +131,12 @@ class Steps:
             steps.append(Statement(_at(node, item.node), found.kind, target, value, found))
             value = str(target)
         return steps
+
+    def _held(self, path: str, module: nn.Module) -> str:
+        """A name for a module's children."""
+        name = next(self.fresh)
+        self.lookup.held[name] = path, module
+        return name
 
     def _of_test(self, node: ast.If) -> Statement:
         try:
@@ -148,16 +158,17 @@ class Steps:
         if (
             not simple
             or len(reads) != self.uses[node.target.id]
+            or node.target.id in self.captured
             or not any(kind_of(m) == "conv" for m in over.children())
         ):
             return Statement(node)
-        body = []
+        body, children = [], self._held(path, over)
         for name in over._modules:
-            callee = ast.Subscript(ast.Attribute(node.iter, "_modules", ast.Load()), ast.Constant(name), ast.Load())
+            callee = _child(ast.Name(children, ast.Load()), name)
             for statement in node.body:
                 made = _replaced(statement, {id(one): callee for one in reads})
                 body += self._of_one(_at(made, statement))
-        return Statement(node, "loop", body=body, over=(node.iter, path, over))
+        return Statement(node, "loop", body=body, over=(node.iter, path, over), children=children)
 
     def _speaks(self, node: ast.expr) -> bool:
         """Whether there is a layer or an addition where it can be taken out."""
@@ -258,6 +269,10 @@ def _replaced(node: Node, new: dict[int, ast.expr]) -> Node:
 def _shallow(node: ast.AST) -> ast.AST:
     fields = {name: list(value) if isinstance(value, list) else value for name, value in ast.iter_fields(node)}
     return ast.copy_location(type(node)(**fields), node)
+
+
+def _child(children: ast.expr, name: str) -> ast.expr:
+    return ast.Subscript(children, ast.Constant(name), ast.Load())
 
 
 def _assign(name: str, value: ast.expr) -> ast.Assign:

@@ -6,6 +6,7 @@ import copy
 import functools
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -285,6 +286,105 @@ class Loops(Base):
         return x + y
 
 
+class LoopsOverChildren(Base):
+    """What a loop goes over stays what it was, and what is made in it sees the last child."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)])
+
+    def renew(self, x: Tensor) -> Tensor:
+        return x
+
+
+class CallsTheLastChildLater(LoopsOverChildren):
+    def forward(self, x: Tensor) -> Tensor:
+        later = []
+        for layer in self.layers:
+            x = self.act(layer(x))
+            later = [*later, lambda h: layer(h)]  # noqa: B023
+        return later[0](x)
+
+
+class AsksTheLastChildLater(LoopsOverChildren):
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = self.act(layer(x))
+            sizes = (layer.kernel_size[0] for _ in range(2))
+        return x * sum(sizes)
+
+
+class RenewsItsChildren(LoopsOverChildren):
+    def renew(self, x: Tensor) -> Tensor:
+        self.layers = nn.ModuleList(self.layers)
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = self.act(layer(x))
+            x = self.renew(x)
+        return x
+
+
+class LosesItsChildren(LoopsOverChildren):
+    def renew(self, x: Tensor) -> Tensor:
+        self.kept = self.layers
+        self.layers = nn.ModuleList()
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not len(self.layers):
+            self.layers = self.kept
+        for layer in self.layers:
+            x = self.act(layer(x))
+            x = self.renew(x)
+        return x
+
+
+class ExchangesAChild(LoopsOverChildren):
+    def renew(self, x: Tensor) -> Tensor:
+        self.layers[1] = self.head
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = self.act(layer(x))
+            x = self.renew(x)
+        return x
+
+
+class CheckpointsItsChildren(LoopsOverChildren):
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=False)
+        return self.act(self.conv(x))
+
+
+class ReadsItsChildren(LoopsOverChildren):
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x * layer.weight.mean()
+        return self.act(self.conv(x))
+
+
+@dataclass
+class Scale:
+    """It cannot be hashed."""
+
+    factor: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
+scale = Scale(2.0)
+
+
+class CallsAnObject(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return scale(self.act(self.conv(scale(x))))
+
+
 class Draws(Base):
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(self.conv(x))
@@ -424,6 +524,14 @@ KINDS = [
         ReadsTwice,
         Raises,
         Loops,
+        CallsTheLastChildLater,
+        AsksTheLastChildLater,
+        RenewsItsChildren,
+        LosesItsChildren,
+        ExchangesAChild,
+        CheckpointsItsChildren,
+        ReadsItsChildren,
+        CallsAnObject,
         Draws,
         Shared,
         Super,

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import random
+import weakref
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Generic, TypeVar
 
 import pytest
 import torch
@@ -66,6 +70,138 @@ def test_copies_are_fused_and_independent() -> None:
         other[0].conv1.weight.zero_()
     assert not torch.equal(other(x), expected)
     assert torch.equal(model(x), expected)
+
+
+class Registered(nn.Module):
+    """Is told of each class that is made of it, and tolerates none twice."""
+
+    kinds: ClassVar[dict[str, type[nn.Module]]] = {}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.act = nn.Conv2d(8, 8, 1), nn.ReLU()
+
+    def __init_subclass__(cls, *, key: str) -> None:
+        assert key not in Registered.kinds
+        Registered.kinds[key] = cls
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.conv(x))
+
+
+class Told(Registered, key="told"):
+    pass
+
+
+class Listed(type):
+    kinds: ClassVar[list[type]] = []
+
+    def __new__(cls, *arguments: Any) -> Any:
+        cls.kinds.append(super().__new__(cls, *arguments))
+        return cls.kinds[-1]
+
+
+class Met(nn.Module, metaclass=Listed):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.act = nn.Conv2d(8, 8, 1), nn.ReLU()
+
+    forward = Registered.forward
+
+
+class Abstract(ABC):
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor: ...
+
+
+class Typed(nn.Module, Abstract, Generic[TypeVar("T")]):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.act = nn.Conv2d(8, 8, 1), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.conv(x))
+
+
+@pytest.mark.parametrize(("kind", "reason"), [(Told, "__init_subclass__"), (Met, "metaclass"), (Typed, "")])
+def test_no_class_is_made_where_somebody_is_told_of_it(kind: type[nn.Module], reason: str) -> None:
+    known = dict(Registered.kinds), list(Listed.kinds)
+    model = fuse(kind().requires_grad_(False))
+    assert (type(model) is kind) is bool(reason)
+    assert reason in fusion_report(model)[0].reason
+    assert (dict(Registered.kinds), list(Listed.kinds)) == known
+    assert isinstance(model, kind)
+    assert not isinstance(model, Abstract) or kind is Typed
+    assert model(x()).shape == (2, 8, 8, 8)
+
+
+def test_no_class_outlives_its_models() -> None:
+    class Local(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.act = nn.Conv2d(8, 8, 1), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(self.conv(x))
+
+    models = [fuse(Local()), fuse(Local())]
+    assert type(models[0]) is type(models[1]) is not Local
+    kind = weakref.ref(Local)
+    del models, Local
+    gc.collect()
+    assert kind() is None
+
+
+def test_a_forward_that_is_edited_is_obeyed() -> None:
+    class Net(Typed):
+        def forward(self, x: Tensor, factor: float = 1.0, *, shift: float = 0.0) -> Tensor:
+            return self.act(self.conv(x)) * factor + shift
+
+    def edited(self: Any, x: Tensor, factor: float = 1.0, *, shift: float = 0.0) -> Tensor:
+        return self.act(self.conv(x)) * factor * 100
+
+    model = Net()
+    stock = copy.deepcopy(model)
+    fuse(model)
+    input = x()
+    for change in (
+        lambda: setattr(Net.forward, "__defaults__", (5.0,)),
+        lambda: Net.forward.__kwdefaults__.update(shift=3.0),
+        lambda: setattr(Net.forward, "__kwdefaults__", {"shift": 4.0}),
+        lambda: setattr(Net.forward, "__code__", edited.__code__),  # as autoreload does
+    ):
+        change()
+        torch.testing.assert_close(model(input), stock(input))
+
+
+def test_a_copy_of_what_others_made_of_a_fused_model() -> None:
+    class Twice(nn.Module):
+        def forward(self, value: Tensor) -> Tensor:
+            return value * 2
+
+    model = fuse(net())
+    model[0].scale = nn.Parameter(torch.ones(1), requires_grad=False)
+    nn.utils.parametrize.register_parametrization(model[0], "scale", Twice())
+    other = copy.deepcopy(model)
+    assert type(other[0]) is type(model[0])
+    input = x()
+    torch.testing.assert_close(other(input), model(input))
+    assert other[0].parametrizations.scale.original is not model[0].parametrizations.scale.original
+
+
+def test_an_instance_s_own_forward_is_what_the_report_is_about() -> None:
+    model = fuse(settled(nn.Sequential(*plain(1, 8))))
+    model.forward = lambda x: x
+    for _ in range(2):
+        assert fusion_report(model)[0].reason == "the module around it has a forward of its own instance"
+        fuse(model)
+    assert type(model) is nn.Sequential
+
+
+def test_the_report_names_a_block_of_which_a_layer_is_gone() -> None:
+    model = fuse(settled(nn.Sequential(*plain(2, 8))))
+    del model[-1]
+    assert fusion_report(model)[-1].reason == "a layer of it is gone"
 
 
 def test_a_pickle_is_that_of_the_stock_model() -> None:
