@@ -11,6 +11,7 @@ import copy
 import copyreg
 from collections.abc import Callable
 from functools import wraps
+from operator import methodcaller
 from types import FunctionType
 from typing import Any
 
@@ -89,10 +90,13 @@ def _stock_reduce(module: nn.Module, kind: type[nn.Module], protocol: Any) -> An
     """What the module's own class would answer."""
     mine = type(module)
     parts = list(kind.__reduce_ex__(module, protocol))
+    parts[0] = kind if parts[0] is mine else parts[0]
     parts[1] = tuple(kind if part is mine else part for part in parts[1])
+    # pickle takes this one for the object's present class alone.
     if parts[0] is _NEW_OBJECT and len(parts[1]) == 1:
-        # pickle takes this one for the object's present class alone.
         parts[:2] = copyreg._reconstructor, (kind, object, None)  # type: ignore[attr-defined]
+    elif parts[0] is _NEW_OBJECT:
+        parts[:2] = methodcaller("__new__", *parts[1]), (kind,)
     return tuple(parts)
 
 
@@ -105,13 +109,13 @@ def _deepcopy(module: nn.Module, kind: type[nn.Module], memo: dict[int, Any]) ->
         result = memo[id(module)] = module.__new__(type(module))
         result.__dict__.update(copy.deepcopy(vars(module), memo))
     else:
-        make, args, state, *_ = _stock_reduce(module, kind, 4)
+        make, args, *rest = _stock_reduce(module, kind, 4)
         result = make(*copy.deepcopy(args, memo))
         memo[id(module)] = result
-        state = copy.deepcopy(state, memo)
-        if hasattr(result, "__setstate__"):
+        state = copy.deepcopy(rest[0], memo) if rest else None
+        if state is not None and hasattr(result, "__setstate__"):
             result.__setstate__(state)
-        else:
+        elif state is not None:
             result.__dict__.update(state)
     if type(result) is kind:
         result.__class__ = type(module)

@@ -26,6 +26,7 @@ _NAMES = {
     "timm.layers.norm_act.FrozenBatchNormAct2d": True,
 }
 _TENSORS = ("weight", "bias", "running_mean", "running_var")
+_registered: dict[type[nn.Module], bool] = {}
 _refused: set[type[nn.Module]] = set()
 
 
@@ -35,11 +36,12 @@ def register_norm(kind: type[nn.Module], *, always_fixed: bool) -> None:
     Args:
         kind: its class. Its layers have ``eps`` and the tensors ``weight``, ``bias`` (either may be None),
             ``running_mean`` and ``running_var``, and compute ``(x - running_mean) / sqrt(running_var + eps) * weight +
-            bias``; then they may pass through a ``drop`` and an ``act`` of theirs. Subclasses are other classes.
+            bias``; then they may pass through a ``drop`` and an ``act`` of theirs. The first one that `fuse` meets must
+            give these values, or none is taken in. Subclasses are other classes.
         always_fixed: whether it does so while training too, and not in eval mode alone.
 
     Raises:
-        TypeError: if `kind` is no class of modules.
+        TypeError: if `kind` is no class of modules, or `always_fixed` no bool.
 
     >>> from torch import nn
     >>> from freezekit.fusion.norms import register_norm
@@ -49,13 +51,16 @@ def register_norm(kind: type[nn.Module], *, always_fixed: bool) -> None:
     """
     if not isinstance(kind, type) or not issubclass(kind, nn.Module):
         raise TypeError(f"kind must be a class of nn.Module, got {kind!r}")
-    NORMS[kind], METHODS[kind] = always_fixed, methods_of(kind)
+    if not isinstance(always_fixed, bool):
+        raise TypeError(f"always_fixed must be a bool, got {always_fixed!r}")
+    _registered[kind] = always_fixed
+    _refused.discard(kind)
 
 
 def is_norm(module: nn.Module) -> bool:
     """Whether a block may take in a layer of this class."""
     kind = type(module)
-    fixed = _NAMES.get(f"{kind.__module__}.{kind.__qualname__}")
+    fixed = _registered.get(kind, _NAMES.get(f"{kind.__module__}.{kind.__qualname__}"))
     # Hooks for all modules are not for a layer of ours: such a class is met another time.
     if kind not in NORMS and kind not in _refused and fixed is not None and not has_global_hooks():
         if _computes_it(module):
@@ -66,8 +71,8 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def has_activation(module: nn.Module | None) -> bool:
-    """Whether a norm drops out and activates on its own."""
-    return module is not None and "act" in module._modules and "drop" in module._modules
+    """Whether a norm activates on its own, and may drop out before."""
+    return module is not None and module._modules.get("act") is not None
 
 
 def _computes_it(module: nn.Module) -> bool:
@@ -84,13 +89,15 @@ def _computes_it(module: nn.Module) -> bool:
         if any(tensor is not None and not isinstance(tensor, Tensor) for tensor in tensors):
             return False
         weight, bias, mean, var = tensors
-        if mean is None or var is None:
+        if mean is None or var is None or not isinstance(getattr(norm, "eps", None), float):
             return False
         x = torch.randn(2, mean.numel(), 2, 3, generator=generator, dtype=torch.float64)
         expected = nn.functional.batch_norm(x, mean, var, weight, bias, eps=float(norm.eps))
         if has_activation(norm):
-            expected = norm.act(norm.drop(expected.clone()))
-        return torch.allclose(norm(x), expected, rtol=1e-9, atol=1e-9)
+            drop = norm._modules.get("drop")
+            expected = norm.act(expected.clone() if drop is None else drop(expected.clone()))
+        given = norm(x)
+        return given.shape == expected.shape and torch.allclose(given, expected, rtol=1e-9, atol=1e-9)
 
 
 def _drawn(tensor: Tensor, generator: torch.Generator) -> Tensor:

@@ -134,7 +134,8 @@ def _rewrite(module: nn.Module, source: Source) -> _Written:
         raise Unreadable(f"its forward gives {self_name} another value")
     taken = {*function.__code__.co_varnames, *function.__code__.co_cellvars, *function.__code__.co_freevars}
     prefix = "_fk"
-    while any(name.startswith(prefix) for name in (*taken, *function.__code__.co_names)):
+    named = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    while any(name.startswith(prefix) for name in (*taken, *named)):
         prefix += "_"
     fresh = (f"{prefix}{i}" for i in range(10**9))
     uses = Counter(names_read(tree))

@@ -79,7 +79,9 @@ def is_identity(module: Any) -> bool:
 
 def drops_nothing(norm: Any) -> bool:
     """Whether a norm with an activation of its own passes all on to it."""
-    return isinstance(norm, nn.Module) and has_activation(norm) and is_identity(norm._modules["drop"])
+    if not isinstance(norm, nn.Module) or not has_activation(norm):
+        return False
+    return "drop" not in norm._modules or is_identity(norm._modules["drop"])
 
 
 # By their names in rewritten forwards, less the prefix.

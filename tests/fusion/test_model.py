@@ -8,6 +8,7 @@ import pickle
 import random
 import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar, Generic, TypeVar
 
 import pytest
@@ -202,6 +203,38 @@ def test_the_report_names_a_block_of_which_a_layer_is_gone() -> None:
     model = fuse(settled(nn.Sequential(*plain(2, 8))))
     del model[-1]
     assert fusion_report(model)[-1].reason == "a layer of it is gone"
+
+
+class WithArguments(Typed):
+    def __getnewargs__(self) -> tuple[int]:
+        return (3,)
+
+    def __new__(cls, *arguments: int) -> WithArguments:
+        made = super().__new__(cls)
+        made.made_of = arguments
+        return made
+
+
+class WithoutState(Typed):
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
+
+
+class WithNoState(Typed):
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (), None
+
+
+@pytest.mark.parametrize("kind", [WithArguments, WithoutState, WithNoState])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_of_classes_that_say_how(kind: type[nn.Module], copied: Callable[[nn.Module], nn.Module]) -> None:
+    stock, fused = kind(), fuse(kind())
+    mine, theirs = copied(fused), copied(stock)
+    assert isinstance(mine, kind)
+    assert {name: type(value) for name, value in vars(mine).items()} == {
+        name: type(value) for name, value in vars(theirs).items()
+    }
+    assert getattr(mine, "made_of", None) == getattr(theirs, "made_of", None)
 
 
 def test_a_pickle_is_that_of_the_stock_model() -> None:

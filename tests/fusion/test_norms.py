@@ -56,6 +56,7 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
     for kind, fixed in ((FrozenBatchNorm2d, True), (DoublingNorm2d, True), (BatchNormAct2d, False)):
         monkeypatch.setitem(norms._NAMES, f"{kind.__module__}.{kind.__qualname__}", fixed)
     monkeypatch.setattr(norms, "_refused", set())
+    monkeypatch.setattr(norms, "_registered", {})
     before = dict(NORMS)
     yield
     NORMS.clear()
@@ -171,6 +172,30 @@ def test_a_norm_outside_is_named() -> None:
 
 class Renormalised(nn.BatchNorm2d):
     pass
+
+
+class Activated(FrozenBatchNorm2d):
+    """With an activation, and nothing that drops out."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.act = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(super().forward(x))
+
+
+class NoNorm(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def test_a_registered_norm_is_held_to_its_word() -> None:
+    for kind in (Activated, DoublingNorm2d, NoNorm):
+        norms.register_norm(kind, always_fixed=True)
+    check(net(Activated(4)), "0 + 1: fused", "2: fused, the convolution alone")
+    check(net(DoublingNorm2d(4)), "0: fused, but 1 behind it runs on its own", "2: fused, the convolution alone")
+    check(net(NoNorm()), "0: fused, but 1 behind it runs on its own", "2: fused, the convolution alone")
 
 
 def test_norms_can_be_registered() -> None:
