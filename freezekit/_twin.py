@@ -81,6 +81,7 @@ class Twin:
             self.function = copies.of(function)
             self.inputs = Arguments(*copies.of(tuple(inputs)))
             copies.finish()
+        self._keep_from_being_leaves(inputs)
         self._shared = copies.shared
         for name, module in self.named_modules():
             if module in self._originals:
@@ -89,6 +90,14 @@ class Twin:
                 )
         for _, module in self.named_modules():
             module.__dict__.pop("_compiled_call_impl", None)  # what Module.compile leaves; the class has None
+
+    def _keep_from_being_leaves(self, inputs: Arguments) -> None:
+        """Lets the copies of computed inputs be computed as well: to a leaf that learns nothing may be written."""
+        root = torch.zeros((), requires_grad=True)
+        with torch.inference_mode(False), torch.enable_grad():
+            for original, copied in zip(tree_leaves(tuple(inputs)), tree_leaves(tuple(self.inputs))):
+                if isinstance(original, Tensor) and not original.is_leaf and copied.is_leaf:
+                    _Computed.apply(root, copied.requires_grad_(False))
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """Name and copied module, each module once."""
@@ -162,6 +171,19 @@ class Twin:
         else:
             made = self._fake.from_tensor(source, static_shapes=True)
         return made.requires_grad_(tensor.requires_grad)
+
+
+class _Computed(torch.autograd.Function):
+    """Makes a tensor one that was computed, without another to hold what it holds."""
+
+    @staticmethod
+    def forward(ctx: Any, root: Tensor, tensor: Tensor) -> Tensor:
+        ctx.mark_dirty(tensor)
+        return tensor
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        return None, None
 
 
 def roots_of(function: Any) -> dict[str, nn.Module]:

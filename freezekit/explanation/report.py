@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -192,7 +193,11 @@ def explain(model: Callable[..., Any], inputs: Any, *, measure: bool | None = No
     traced = trace(model, given, measure)
 
     def again(prepare: Callable[[str, nn.Module], object], learns: bool) -> Trace:
-        return trace(model, learning(given) if learns else given, traced.measured, prepare)
+        try:
+            return trace(model, learning(given) if learns else given, traced.measured, prepare)
+        except Exception as error:  # of any class: the model was never run like this
+            warnings.warn(f"no advice from a run of the model converted, frozen or enabled: {error}", stacklevel=4)
+            return traced  # in which nothing is saved
 
     advisor = Advisor(traced, again)
     rows = [_row(advisor, traced, i, *found) for i, found in enumerate(keyed(traced))]
@@ -201,14 +206,16 @@ def explain(model: Callable[..., Any], inputs: Any, *, measure: bool | None = No
 
 
 def learning(inputs: Arguments) -> Arguments:
-    """The same inputs, of which all that can need a gradient do."""
+    """The same inputs, of which all that can need a gradient do, as if they had been computed: no leaves."""
 
     def learns(value: Any) -> Any:
         if isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex()):
-            return (value.clone() if value.is_inference() else value.detach()).requires_grad_()
+            leaf = (value.clone() if value.is_inference() else value.detach()).requires_grad_()
+            return leaf.view_as(leaf)
         return value
 
-    return tree_map(learns, inputs)
+    with torch.inference_mode(False), torch.enable_grad():
+        return tree_map(learns, inputs)
 
 
 def _title(call: Call) -> str:

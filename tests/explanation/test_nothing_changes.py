@@ -277,3 +277,57 @@ def test_advice_is_only_for_what_saves() -> None:
         assert "layer_norm" not in row.advice
     library = fk.explain(nn.TransformerEncoderLayer(8, 2, 8, batch_first=True), torch.randn(2, 3, 8))
     assert not any("fk.functional" in row.advice for row in library)  # its forward is not the reader's to edit
+
+
+class Centred(nn.Module):
+    """A forward that prepares its input in place, and keeps it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean, self.conv = torch.full((3, 1, 1), 0.45), nn.Conv2d(3, 3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x.sub_(self.mean))
+
+
+INPUTS: dict[str, Callable[[], Tensor]] = {
+    "given": lambda: torch.randn(2, 3, 8, 8),
+    "computed": lambda: torch.randn(2, 3, 8, 8, requires_grad=True) * 1,
+    "a view": lambda: torch.randn(2, 3, 9, 9)[:, :, 1:],
+}
+
+
+@pytest.mark.parametrize("measure", [False, True])
+@pytest.mark.parametrize("name", INPUTS)
+def test_a_forward_may_write_to_its_input(name: str, measure: bool) -> None:
+    x, model = INPUTS[name](), Centred()
+    given = x.detach().clone()
+    assert fk.explain(model, x, measure=measure).bytes_kept == x.untyped_storage().nbytes()
+    options = {option.name: option for option in fk.plan(model, x, machine=MACHINE, measure=measure)}
+    assert options["input learns"].bytes_kept == x.untyped_storage().nbytes()
+    assert options["input learns"].backward_flops > 0
+    if measure:
+        assert all(option.bytes_kept == option.measured_bytes for option in options.values())
+    assert torch.equal(x, given)
+
+
+def test_a_leaf_that_learns_is_not_to_be_written_to_as_in_a_real_step() -> None:
+    with pytest.raises(RuntimeError, match="a leaf Variable that requires grad"):
+        fk.explain(Centred(), torch.randn(2, 3, 8, 8, requires_grad=True))
+
+
+def test_a_model_that_does_not_run_converted_is_explained_without_that_advice() -> None:
+    class Particular(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if type(self.conv) is not nn.Conv2d:
+                raise KeyError("not a Conv2d")
+            return self.conv(x).relu()
+
+    with pytest.warns(UserWarning, match="no advice from a run of the model converted.*not a Conv2d"):
+        rows = fk.explain(Particular(), torch.randn(2, 3, 8, 8, requires_grad=True)).rows
+    assert [row.layer for row in rows] == ["Conv2d", "Particular: relu"]
+    assert rows[0].advice.endswith("FLOP")  # no bytes are known to be saved
