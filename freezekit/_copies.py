@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Callable
 from functools import _lru_cache_wrapper, lru_cache, partial
 from types import CellType, FunctionType, MethodType
@@ -27,10 +28,6 @@ class Copies(TorchFunctionMode):
 
     Args:
         stand_in: makes the copy of a tensor.
-
-    Attributes:
-        shared: lists, dictionaries and sets that functions reach and that are not copied: those known by a global name,
-            by which the forward may know them too, and those of objects of any class.
     """
 
     def __init__(self, stand_in: Callable[[Tensor], Tensor]) -> None:
@@ -39,7 +36,6 @@ class Copies(TorchFunctionMode):
         self._memo: dict[int, Any] = {}
         # Where `copy` keeps alive what it has copied, since a memo knows it by its id.
         self._originals: list[Any] = self._memo.setdefault(id(self._memo), [])
-        self.shared: list[Any] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__deepcopy__:
@@ -120,7 +116,6 @@ class Copies(TorchFunctionMode):
             return self._memo[id(function)]
         code, known, cells = function.__code__, function.__globals__, function.__closure__ or ()
         modules = {name: known[name] for name in code.co_names if modules_in(known.get(name))}
-        self.shared += [known[name] for name in code.co_names if isinstance(known.get(name), CONTAINERS)]
         defaults, named = function.__defaults__, function.__kwdefaults__
         held = (*(defaults or ()), *(named or {}).values())
         if not (cells or modules or any(isinstance(value, _HOLDERS) for value in held)):
@@ -139,7 +134,7 @@ class Copies(TorchFunctionMode):
         return made
 
     def _held(self, value: Any) -> Any:
-        """What a function's copy holds. What is not copied is to be put back, since it may hold what a run makes."""
+        """What a function's copy holds: not all is copied."""
         if isinstance(value, _HOLDERS):
             try:
                 return self.of(value)
@@ -150,10 +145,6 @@ class Copies(TorchFunctionMode):
                 made = self._note(value, copy.copy(value))
                 vars(made).update({name: self.of(module) for name, module in modules.items()})
             return self._memo[id(value)]
-        if isinstance(value, CONTAINERS):
-            self.shared.append(value)
-        elif isinstance(getattr(value, "__dict__", None), dict) and not isinstance(value, _HOLDERS):
-            self.shared += [vars(value), *(held for held in vars(value).values() if isinstance(held, CONTAINERS))]
         return value
 
     def _note(self, original: Any, made: Any) -> Any:
@@ -167,5 +158,11 @@ def _attributes(value: Any) -> Any:
 
 
 def _entries(holder: Any) -> dict[Any, Any]:
-    """What a list or a dictionary holds, by index or key; of anything else nothing."""
-    return dict(enumerate(holder)) if isinstance(holder, list) else dict(holder) if isinstance(holder, dict) else {}
+    """What a list, a deque or a dictionary holds, by index or key; of anything else nothing."""
+    return (
+        dict(enumerate(holder))
+        if isinstance(holder, list | deque)
+        else dict(holder)
+        if isinstance(holder, dict)
+        else {}
+    )

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from types import CellType, FunctionType, ModuleType
+import random
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable
+from functools import _lru_cache_wrapper, partial
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules import module as hooks
 
-CONTAINERS = (dict, list, set)  # which a run may write to
+CONTAINERS = (dict, list, set, deque)  # which a run may write to
+_VALUES = (type(None), bool, int, float, complex, str, bytes, ModuleType, nn.Parameter)
+_WEAK = ("weakref", "_weakrefset")  # from whose containers things vanish by themselves
+# Attributes of theirs are not the user's.
+_PLAIN = (*CONTAINERS, tuple, FunctionType, type, MethodType, staticmethod, classmethod, property, partial, Tensor)
+_LIBRARIES = sys.stdlib_module_names | {"torch", "freezekit"}  # whose functions know no tensors of a user's
 
 
 def names_of(function: FunctionType) -> dict[str, Any]:
@@ -54,35 +62,117 @@ def is_filled(cell: CellType) -> bool:
     return True
 
 
-def strangers_of(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """The modules that methods of these know by a global name or a closure, and that are not among them."""
-    own = set(modules)
-    kinds = {base for module in own for base in type(module).__mro__ if not base.__module__.startswith("torch.")}
-    methods = (value for kind in kinds for value in vars(kind).values() if isinstance(value, FunctionType))
-    named = {value for method in methods for value in names_of(method).values() if isinstance(value, nn.Module)}
-    return list({part for module in named for part in module.modules()} - own)
+class Surroundings:
+    """All that some values reach, as it is now: lists, dictionaries, sets, deques, attributes, generators.
 
+    Followed are functions, to what they name, modules and classes, containers in containers; and objects of any class,
+    but not from one to the next: that might be half of the program, and another thread's.
 
-@contextmanager
-def kept(modules: Iterable[nn.Module], containers: Iterable[Any]) -> Iterator[None]:
-    """Afterwards attributes and buffers of these modules, not of what is in them, and the containers are as before."""
-    attributes = [vars(module) for module in modules]
-    inner = [value for held in attributes for value in held.values() if isinstance(value, CONTAINERS)]
-    contents = [(container, copy.copy(container)) for container in (*attributes, *inner, *containers)]
-    tensors = [t for m in modules for t in m.buffers(recurse=False) if t.layout is torch.strided and not t.is_meta]
-    buffers = [(t, t.detach().clone()) for t in tensors]
-    try:
-        yield
-    finally:
-        for container, content in contents:
-            if _identities(container) != _identities(content):
-                container.clear()
-                container.extend(content) if isinstance(container, list) else container.update(content)
+    Args:
+        values: where to start; the hooks of all modules are added.
+        data: whether tensors may be written to, parameters aside: a copy of each is kept then.
+
+    Attributes:
+        modules: those that were reached.
+    """
+
+    def __init__(self, values: Iterable[Any], *, data: bool) -> None:
+        self.modules: list[nn.Module] = []
+        self._data = data
+        self._undo: list[Callable[[], object]] = []
+        self._seen: dict[int, tuple[Any, int]] = {}
+        everywhere = (hooks._global_forward_pre_hooks, hooks._global_forward_hooks)
+        left = [(value, 1) for value in (*values, *everywhere)]
+        while left:
+            value, objects = left.pop()  # how many objects may still be followed
+            if type(value).__module__ in _WEAK or isinstance(value, _VALUES):
+                continue
+            if self._seen.get(id(value), (None, -1))[1] >= objects:
+                continue
+            self._seen[id(value)] = (value, objects)
+            left += [(part, objects) for part in self._parts(value)]
+            if objects or isinstance(value, nn.Module):
+                left += [(part, objects - (not isinstance(value, nn.Module))) for part in self._attributes(value)]
+
+    def put_back(self) -> None:
+        """Undoes what was done to it since."""
         with torch.no_grad():
-            for buffer, value in buffers:
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
+            for undo in self._undo:
+                undo()
+
+    def _parts(self, value: Any) -> Iterable[Any]:
+        """What a container holds or a function names; what is no container, and can be written to, is noted."""
+        if isinstance(value, CONTAINERS):
+            content = list(value.items() if isinstance(value, dict) else value)
+            self._undo.append(partial(_fill, value, content))
+            return [part for _, part in content] if isinstance(value, dict) else content
+        if isinstance(value, tuple):
+            return value
+        if isinstance(value, FunctionType | type):
+            if (value.__module__ or "").partition(".")[0] in _LIBRARIES:
+                return ()
+            if isinstance(value, type):
+                self._undo.append(partial(_name, value, _own(value)))
+                return (*value.__bases__, *vars(value).values())
+            known = {name: value.__globals__[name] for name in value.__code__.co_names if name in value.__globals__}
+            self._undo.append(partial(_bind, value.__globals__, value.__code__.co_names, known))
+            return names_of(value).values()
+        if isinstance(value, MethodType | staticmethod | classmethod):
+            return (value.__func__, getattr(value, "__self__", None))
+        if isinstance(value, property | partial | _lru_cache_wrapper):
+            names = ("fget", "func", "args", "keywords", "__wrapped__")
+            return [getattr(value, name, None) for name in names]
+        if isinstance(value, Tensor):
+            if self._data and value.layout is torch.strided and not value.is_meta:
+                self._undo.append(partial(_write, value, value.detach().clone()))
+        elif isinstance(value, torch.Generator):
+            self._undo.append(partial(value.set_state, value.get_state()))
+        elif type(value) is random.Random:
+            self._undo.append(partial(value.setstate, value.getstate()))
+        elif type(value).__module__.startswith("numpy.random") and hasattr(value, "bit_generator"):
+            self._undo.append(partial(setattr, value.bit_generator, "state", value.bit_generator.state))
+        elif isinstance(value, nn.Module):
+            self.modules.append(value)
+        return ()
+
+    def _attributes(self, value: Any) -> Iterable[Any]:
+        """Of an object that is none of those: its attributes and its class."""
+        held = getattr(value, "__dict__", None)
+        return (held, type(value)) if isinstance(held, dict) and not isinstance(value, _PLAIN) else ()
 
 
-def _identities(container: Any) -> list[Any]:
-    return [(k, id(v)) for k, v in container.items()] if isinstance(container, dict) else [id(v) for v in container]
+def _fill(container: Any, content: list[Any]) -> None:
+    now = list(container.items() if isinstance(container, dict) else container)
+    if _identities(now) != _identities(content):
+        container.clear()
+        container.extend(content) if isinstance(container, list | deque) else container.update(content)
+
+
+def _identities(content: list[Any]) -> list[Any]:
+    return [(id(part[0]), id(part[1])) if type(part) is tuple and len(part) == 2 else id(part) for part in content]
+
+
+def _own(kind: type) -> dict[str, Any]:
+    return {name: value for name, value in vars(kind).items() if not name.startswith("__")}
+
+
+def _name(kind: type, attributes: dict[str, Any]) -> None:
+    now = _own(kind)
+    for name in now.keys() - attributes.keys():
+        delattr(kind, name)
+    for name, value in attributes.items():
+        if name not in now or now[name] is not value:
+            setattr(kind, name, value)
+
+
+def _bind(known: dict[str, Any], names: Iterable[str], values: dict[str, Any]) -> None:
+    for name in names:
+        if name in values:
+            known[name] = values[name]
+        else:
+            known.pop(name, None)
+
+
+def _write(tensor: Tensor, value: Tensor) -> None:
+    if not torch.equal(tensor, value):
+        tensor.copy_(value)

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from freezekit._constants import Constants
 from freezekit._copies import Copies
 from freezekit._inputs import Arguments
-from freezekit._strangers import kept, modules_in, names_of, strangers_of
+from freezekit._strangers import Surroundings, modules_in, names_of
 
 Result = TypeVar("Result")
 
@@ -72,7 +72,8 @@ class Twin:
         self._constants = None if self._fake is None else Constants(self._fake)
         self._storages: dict[int, torch.UntypedStorage] = {}
         self._originals = {module for root in originals.values() for module in root.modules()}
-        self.strangers = strangers_of(self._originals)
+        self._surroundings = Surroundings([function, *originals.values()], data=data)
+        self.strangers = [module for module in self._surroundings.modules if module not in self._originals]
         copies = Copies(self._stand_in)
         with copies, torch.inference_mode(False):
             for module in originals.values():
@@ -82,7 +83,6 @@ class Twin:
             self.inputs = Arguments(*copies.of(tuple(inputs)))
             copies.finish()
         self._keep_from_being_leaves(inputs)
-        self._shared = copies.shared
         for name, module in self.named_modules():
             if module in self._originals:
                 raise TypeError(
@@ -120,7 +120,7 @@ class Twin:
         """Within it the copies can be run; random numbers that they draw are drawn again by others."""
         with ExitStack() as stack:
             stack.enter_context(self._random_numbers_kept())
-            stack.enter_context(kept([*self._originals, *self.strangers], self._shared))
+            stack.callback(self._surroundings.put_back)
             stack.enter_context(torch.inference_mode(False))
             for mode in (self._fake, self._constants):  # those of a twin without data
                 stack.enter_context(mode or nullcontext())

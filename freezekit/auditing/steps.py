@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.optim import optimizer as optim
 
+from freezekit._strangers import Surroundings
 from freezekit.freezing.bits import local, same_bits
 from freezekit.freezing.held import copied
 from freezekit.freezing.optim import ATTRIBUTE
@@ -75,11 +79,31 @@ def step_of_copy(
     if p in optimizer.state:
         state[twin] = {k: copied(v) for k, v in optimizer.state[p].items()}
     shadow.state = state
+    # What is its own copy may be written to, and so may attributes of the class.
+    held = [value for value in optimizer.state.get(p, {}).values() if not isinstance(value, torch.Tensor)]
+    surroundings = Surroundings([type(optimizer), *held], data=True)
     try:
-        type(optimizer).step(shadow)
+        with _no_hooks_of_all():
+            type(optimizer).step(shadow)
     except Exception:  # an optimizer of any make, on a copy: whatever it raises means only that it cannot be asked
         return None
+    finally:
+        surroundings.put_back()
     return twin
+
+
+@contextmanager
+def _no_hooks_of_all() -> Iterator[None]:
+    """Within it no hook of all optimizers runs: what counts or logs steps is to see none that was not made."""
+    hooks = (optim._global_optimizer_pre_hooks, optim._global_optimizer_post_hooks)
+    saved = [dict(each) for each in hooks]
+    for each in hooks:
+        each.clear()
+    try:
+        yield
+    finally:
+        for each, content in zip(hooks, saved):
+            each.update(content)
 
 
 def would_move(optimizer: torch.optim.Optimizer, group: dict[str, Any], p: torch.Tensor) -> float | None:

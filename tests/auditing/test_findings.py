@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from freezekit.auditing import AuditError, audit
 from tests.auditing.helpers import found, images, net, the
@@ -240,3 +242,45 @@ def test_wrong_arguments() -> None:
         audit(net(), schedule=3)
     with pytest.raises(ValueError, match="severity"):
         audit(net()).of("fatal")
+
+
+class Table:
+    """An entry of an optimizer's state that is its own copy."""
+
+    def __init__(self) -> None:
+        self.total = torch.zeros(())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Table:
+        return self
+
+
+class Counting(torch.optim.SGD):
+    """Counts its steps, in its class and in a table that all parameters share."""
+
+    steps = 0
+
+    def step(self, closure: Any = None) -> Any:
+        Counting.steps += 1
+        for state in self.state.values():
+            if "table" in state:
+                state["table"].total += 1
+        return super().step(closure)
+
+
+def test_a_step_of_a_copy_is_no_step_to_what_counts_steps() -> None:
+    model, table, steps = net(), Table(), []
+    optimizer = Counting(model.parameters(), lr=0.1, weight_decay=0.1)
+    for p in model.parameters():
+        optimizer.state[p]["table"] = table
+    model(images()).sum().backward()
+    model[0].requires_grad_(False)
+    before = register_optimizer_step_pre_hook(lambda *args: steps.append("before"))
+    after = register_optimizer_step_post_hook(lambda *args: steps.append("after"))
+    try:
+        assert found(audit(model, optimizer), "would-move")
+        assert (steps, Counting.steps, table.total.item()) == ([], 0, 0)
+        optimizer.step()
+        assert (set(steps), Counting.steps, table.total.item()) == ({"before", "after"}, 1, len(optimizer.state))
+    finally:
+        before.remove()
+        after.remove()

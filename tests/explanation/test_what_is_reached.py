@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import types
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from typing import Any, ClassVar
@@ -241,9 +242,81 @@ class Graph(nn.Module):
         return (self.adjacent @ y).sigmoid() + torch.sparse.mm(self.plain, y)
 
 
+class Shared:
+    """An attribute that is its own copy, as a cache or a configuration may be."""
+
+    def __init__(self) -> None:
+        self.count, self.mean = 0, torch.zeros(3)
+        self.kept: dict[str, list[Tensor]] = {"all": []}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
+        return self
+
+
+STORE: dict[str, list[Tensor]] = {"all": []}
+QUEUE: deque[Tensor] = deque()
+LAST: Any = None
+DRAWN = [torch.Generator(), random.Random(0), np.random.default_rng(0)]
+
+
+def store(output: Tensor) -> None:
+    global LAST
+    LAST = output
+    STORE["all"].append(output)
+
+
+class Keeping(Net):
+    """Keeps what it computes in its class, by global names, in an object that holds it, and in one that it shares."""
+
+    log: ClassVar[list[Tensor]] = []
+    stats: ClassVar[dict[str, Tensor]] = {}
+    count: ClassVar[int] = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = Shared()
+        self.watcher = Watcher(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        Keeping.count += 1
+        self.log.append(y.mean())
+        self.stats["mean"] = self.stats.get("mean", torch.zeros(())) * 0.9 + y.mean()
+        store(y)
+        QUEUE.append(y)
+        self.shared.count += 1
+        self.shared.mean += y.detach().mean((0, 2, 3))
+        self.shared.kept["all"].append(y)
+        return y
+
+
+class Watcher:
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.by_name = model, {"body": deque()}
+        model.body.register_forward_hook(lambda module, args, output: self.by_name["body"].append(output))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Watcher:
+        return self
+
+
+class DrawingElsewhere(Net):
+    """From generators in a closure, and by a global name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = generator = torch.Generator().manual_seed(0)
+        self.noise = lambda y: torch.rand(y.shape, generator=generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        one, two, three = DRAWN
+        return y + self.noise(y) + torch.rand(y.shape, generator=one) * two.random() * three.random()
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     **{kind.__name__: kind for kind in (ByDefault, ByClosures, ByWeakReference, Positions, Values, ByGlobalName)},
     **{"patched": patched, "extracted": extracted, "listed": listed, "Drawing": Drawing, "Views": Views},
+    **{kind.__name__: kind for kind in (Keeping, DrawingElsewhere)},
     **{"renewed": renewed, "renewed within": partial(renewed, RenewedWithin)},
 }
 
@@ -254,6 +327,10 @@ def empty_caches() -> Iterator[None]:
         grid.cache_clear()
         ARRAYS.clear()
         Positions.cache.clear()
+        STORE["all"].clear()
+        QUEUE.clear()
+        Keeping.log.clear()
+        Keeping.stats.clear()
         STRANGER.train().__dict__.pop("seen", None)
 
     clear()
@@ -265,7 +342,17 @@ def outside() -> list[Any]:
     """All that the models reach and do not hold; caches aside."""
     state = np.random.get_state()
     found = [extractor.found.get("body") for extractor in EXTRACTORS]
-    return [*picture(STRANGER), *SEEN, *found, state[1].tolist(), state[2:]]
+    kept = [*STORE["all"], *QUEUE, LAST, *Keeping.log, *Keeping.stats.values(), Keeping.count]
+    one, two, three = DRAWN
+    drawn = [one.get_state(), two.getstate(), str(three.bit_generator.state)]
+    return [*picture(STRANGER), *SEEN, *found, state[1].tolist(), state[2:], *kept, *drawn]
+
+
+def of_objects(model: nn.Module) -> list[Any]:
+    if not isinstance(model, Keeping):
+        return []
+    shared = model.shared
+    return [shared.count, shared.mean.clone(), *shared.kept["all"], *model.watcher.by_name["body"]]
 
 
 @pytest.mark.parametrize("measure", [None, True])
@@ -273,13 +360,14 @@ def outside() -> list[Any]:
 def test_nothing_changes(name: str, measure: bool | None) -> None:
     model, x = MODELS[name](), torch.randn(2, 3, 8, 8)
     model(torch.randn(2, 3, 9, 9))  # caches have something, for another size
-    before, around = picture(model), outside()
+    before, around, held = picture(model), outside(), of_objects(model)
     fk.explain(model, x, measure=measure)
     fk.plan(model, x, machine=MACHINE, measure=bool(measure))
     fk.conversion.conversion_report(model, x)
     fk.audit(model, inputs=x)
     assert all(same(a, b) for a, b in zip(before, picture(model), strict=True))
     assert all(same(a, b) for a, b in zip(around, outside(), strict=True))
+    assert all(same(a, b) for a, b in zip(held, of_objects(model), strict=True))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -289,6 +377,7 @@ def test_a_step_afterwards_is_what_it_was(name: str) -> None:
         torch.manual_seed(0)
         np.random.seed(0)
         random.seed(0)
+        DRAWN[:] = [torch.Generator().manual_seed(0), random.Random(0), np.random.default_rng(0)]
         model = MODELS[name]()
         STRANGER.train()
         if explained:
@@ -309,7 +398,7 @@ def test_a_step_afterwards_is_what_it_was(name: str) -> None:
 def test_bytes_are_those_of_a_real_step(name: str) -> None:
     model, x = {**MODELS, "Graph": Graph}[name](), torch.randn(2, 3, 8, 8)
     explained = fk.explain(model, x)
-    assert explained.measured == (name in ("Values", "Graph", "Drawing"))
+    assert explained.measured == (name in ("Values", "Graph", "Drawing", "DrawingElsewhere"))
     assert explained.bytes_kept == fk.explain(model, x, measure=True).bytes_kept
     if name == "Graph":
         return  # plain hooks do not see where a sparse tensor is
@@ -344,3 +433,19 @@ def test_the_mode_of_the_caller_does_not_matter(where: Callable[[], Any]) -> Non
             assert fk.plan(Net(), torch.randn(2, 3, 8, 8), machine=MACHINE).options[0].bytes_kept == expected
             model, x = Net(), torch.randn(2, 3, 8, 8)
         assert fk.explain(model, x, measure=measure).bytes_kept == expected  # of tensors that were made there
+
+
+def test_hooks_of_all_modules_are_run_and_what_they_write_is_put_back() -> None:
+    calls, outputs = [0], {"all": []}
+
+    def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+        calls[0] += 1
+        outputs["all"].append(output)
+
+    handle = nn.modules.module.register_module_forward_hook(hook)
+    try:
+        fk.explain(Net(), torch.randn(2, 3, 8, 8))
+    finally:
+        handle.remove()
+    assert calls == [0]
+    assert outputs == {"all": []}
