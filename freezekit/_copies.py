@@ -67,7 +67,21 @@ class Copies(TorchFunctionMode):
         except Exception as error:  # of any class that is reached
             for key in list(self._memo)[known:]:  # of copies that are not complete
                 del self._memo[key]
-            raise TypeError(f"{type(value).__name__} is run on a copy, and cannot be copied: {error}") from error
+            why = f"{self._culprit(value)}{error}"
+            raise TypeError(f"{type(value).__name__} is run on a copy, and cannot be copied: {why}") from error
+
+    def _culprit(self, value: Any) -> str:
+        """The attribute that keeps a module from being copied, and what to do; "" where that is not known."""
+        modules = dict(value.named_modules()) if isinstance(value, nn.Module) else {}
+        known = {**self._memo, **{id(module): module for module in modules.values()}}
+        for name, module in modules.items():
+            for attribute, held in vars(module).items():
+                try:
+                    copy.deepcopy(held, dict(known))
+                except Exception:  # of any class, as above
+                    path = f"{name}.{attribute}" if name else attribute
+                    return f"hold {path!r} in an object whose __deepcopy__ returns the object itself; "
+        return ""
 
     def finish(self) -> None:
         """Puts copies where `copy` took something for a constant, in all that was copied.

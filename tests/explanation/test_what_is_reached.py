@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 import types
 import weakref
 from collections import deque
@@ -449,3 +450,22 @@ def test_hooks_of_all_modules_are_run_and_what_they_write_is_put_back() -> None:
         handle.remove()
     assert calls == [0]
     assert outputs == {"all": []}
+
+
+def test_what_cannot_be_copied_is_named_and_can_be_held_by_what_is_its_own_copy() -> None:
+    class Locked(Net):
+        def __init__(self, lock: Any) -> None:
+            super().__init__()
+            self.again, self.lock = lambda: self.lock, lock
+
+        def forward(self, x: Tensor) -> Tensor:
+            with getattr(self.lock, "held", self.lock):
+                return super().forward(x)
+
+    shared, x = Shared(), torch.randn(2, 3, 8, 8)
+    shared.held = threading.Lock()
+    with pytest.raises(
+        TypeError, match=r"cannot be copied: hold '1.lock' in an object whose __deepcopy__ returns.*lock"
+    ):
+        fk.explain(nn.Sequential(nn.ReLU(), Locked(threading.Lock())), x)
+    assert fk.explain(Locked(shared), x).bytes_kept == fk.explain(Net(), x).bytes_kept
