@@ -7,7 +7,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable
 from functools import _lru_cache_wrapper, partial
-from types import CellType, FunctionType, MethodType, ModuleType
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -114,14 +114,15 @@ class Surroundings:
             if isinstance(value, type):
                 self._undo.append(partial(_name, value, _own(value)))
                 return (*value.__bases__, *vars(value).values())
-            known = {name: value.__globals__[name] for name in value.__code__.co_names if name in value.__globals__}
-            self._undo.append(partial(_bind, value.__globals__, value.__code__.co_names, known))
-            return names_of(value).values()
+            names = _names_in(value.__code__)
+            known = {name: value.__globals__[name] for name in names if name in value.__globals__}
+            self._undo.append(partial(_bind, value.__globals__, names, known))
+            return (*known.values(), *names_of(value).values())
         if isinstance(value, MethodType | staticmethod | classmethod):
             return (value.__func__, getattr(value, "__self__", None))
         if isinstance(value, property | partial | _lru_cache_wrapper):
-            names = ("fget", "func", "args", "keywords", "__wrapped__")
-            return [getattr(value, name, None) for name in names]
+            held = ("fget", "func", "args", "keywords", "__wrapped__")
+            return [getattr(value, name, None) for name in held]
         if isinstance(value, Tensor):
             if self._data and value.layout is torch.strided and not value.is_meta:
                 self._undo.append(partial(_write, value, value.detach().clone()))
@@ -131,6 +132,8 @@ class Surroundings:
             self._undo.append(partial(value.setstate, value.getstate()))
         elif type(value).__module__.startswith("numpy.random") and hasattr(value, "bit_generator"):
             self._undo.append(partial(setattr, value.bit_generator, "state", value.bit_generator.state))
+        elif type(value).__module__.startswith("numpy.random") and hasattr(value, "set_state"):
+            self._undo.append(partial(value.set_state, value.get_state()))
         elif isinstance(value, nn.Module):
             self.modules.append(value)
         return ()
@@ -139,6 +142,12 @@ class Surroundings:
         """Of an object that is none of those: its attributes and its class."""
         held = getattr(value, "__dict__", None)
         return (held, type(value)) if isinstance(held, dict) and not isinstance(value, _PLAIN) else ()
+
+
+def _names_in(code: CodeType) -> list[str]:
+    """What code and the functions within it name, attributes included."""
+    inner = [_names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
+    return [*code.co_names, *(name for names in inner for name in names)]
 
 
 def _fill(container: Any, content: list[Any]) -> None:

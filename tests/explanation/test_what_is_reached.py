@@ -257,7 +257,7 @@ class Shared:
 STORE: dict[str, list[Tensor]] = {"all": []}
 QUEUE: deque[Tensor] = deque()
 LAST: Any = None
-DRAWN = [torch.Generator(), random.Random(0), np.random.default_rng(0)]
+DRAWN = [torch.Generator(), random.Random(0), np.random.default_rng(0), np.random.RandomState(0)]
 
 
 def store(output: Tensor) -> None:
@@ -284,7 +284,7 @@ class Keeping(Net):
         self.log.append(y.mean())
         self.stats["mean"] = self.stats.get("mean", torch.zeros(())) * 0.9 + y.mean()
         store(y)
-        QUEUE.append(y)
+        [QUEUE.append(part) for part in y]
         self.shared.count += 1
         self.shared.mean += y.detach().mean((0, 2, 3))
         self.shared.kept["all"].append(y)
@@ -310,8 +310,8 @@ class DrawingElsewhere(Net):
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
-        one, two, three = DRAWN
-        return y + self.noise(y) + torch.rand(y.shape, generator=one) * two.random() * three.random()
+        one, two, three, four = DRAWN
+        return y + self.noise(y) + torch.rand(y.shape, generator=one) * two.random() * three.random() * four.normal()
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -344,8 +344,8 @@ def outside() -> list[Any]:
     state = np.random.get_state()
     found = [extractor.found.get("body") for extractor in EXTRACTORS]
     kept = [*STORE["all"], *QUEUE, LAST, *Keeping.log, *Keeping.stats.values(), Keeping.count]
-    one, two, three = DRAWN
-    drawn = [one.get_state(), two.getstate(), str(three.bit_generator.state)]
+    one, two, three, four = DRAWN
+    drawn = [one.get_state(), two.getstate(), str(three.bit_generator.state), str(four.get_state())]
     return [*picture(STRANGER), *SEEN, *found, state[1].tolist(), state[2:], *kept, *drawn]
 
 
@@ -378,7 +378,7 @@ def test_a_step_afterwards_is_what_it_was(name: str) -> None:
         torch.manual_seed(0)
         np.random.seed(0)
         random.seed(0)
-        DRAWN[:] = [torch.Generator().manual_seed(0), random.Random(0), np.random.default_rng(0)]
+        DRAWN[:] = [torch.Generator(), random.Random(0), np.random.default_rng(0), np.random.RandomState(0)]
         model = MODELS[name]()
         STRANGER.train()
         if explained:
