@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import threading
@@ -114,8 +115,11 @@ class enabled(ContextDecorator):
         if isinstance(function, type) or not callable(function):
             raise TypeError(f"enabled() decorates functions, got {function!r}")
         runs_later = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
-        if any(kind(called) for kind in runs_later for called in (function, type(function).__call__)):
-            raise TypeError(f"enabled() decorates functions, got the generator or coroutine {function!r}")
+        body: Any = function
+        while isinstance(body, (functools.partial, functools._lru_cache_wrapper, staticmethod)):
+            body = body.func if isinstance(body, functools.partial) else body.__wrapped__
+        if any(kind(called) for kind in runs_later for called in (body, type(body).__call__)):
+            raise TypeError(f"enabled() decorates functions, got the generator or coroutine {body!r}")
         return super().__call__(function)
 
 

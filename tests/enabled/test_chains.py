@@ -162,14 +162,26 @@ def test_parameters_that_move_before_backward(moved: str, write: Callable[[Tenso
     assert_equal(list(ours), list(stock))
 
 
-def test_an_input_that_was_changed_is_an_error() -> None:
+def write_to_the_source(made: bool, anomaly: bool) -> str:
+    """The error of a backward pass through a chain whose source was written to."""
     layer, x = norm(), torch.randn(SIZE, requires_grad=True)
+    source = x * 1 if made else x
+    with torch.autograd.set_detect_anomaly(anomaly):
+        y = F.silu(layer(source))
+        with torch.no_grad():
+            source.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation") as error:
+            y.sum().backward()
+    return str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore:.*Anomaly|Error detected")
+@pytest.mark.parametrize("made", [False, True], ids=["leaf", "made"])
+@pytest.mark.parametrize("anomaly", [False, True], ids=["hint", "anomaly"])
+def test_an_input_that_was_changed_is_torch_s_error(made: bool, anomaly: bool) -> None:
+    stock = write_to_the_source(made, anomaly)
     with fk.enabled():
-        h = x * 1
-        y = F.silu(layer(h))
-        h.mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.sum().backward()
+        assert write_to_the_source(made, anomaly) == stock
 
 
 def test_the_graph_is_torch_s_own() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -222,6 +223,32 @@ def test_out_variants_are_untouched() -> None:
         out = torch.empty(0)
         torch._C._nn.avg_pool2d(x, 2, out=out)
         assert torch.equal(out, F.avg_pool2d(x, 2))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_sparse_gradient_is_taken_where_torch_takes_it(case: OperatorCase) -> None:
+    call = copy.deepcopy(case.call).float() if isinstance(case.call, nn.Module) else case.call
+
+    def found() -> Tensor | type:
+        torch.manual_seed(0)
+        x = torch.ones(case.size, requires_grad=True)
+        made = call(x)
+        y = made[0] if isinstance(made, tuple) else made
+        try:
+            return torch.autograd.grad(y, x, torch.ones_like(y).to_sparse())[0]
+        except RuntimeError as error:
+            return type(error)
+
+    stock = found()
+    with fk.enabled():
+        ours = found()
+    if isinstance(stock, Tensor) and isinstance(ours, Tensor):
+        assert torch.equal(ours.to_dense(), stock.to_dense())
+        assert ours.layout == stock.layout
+    else:
+        assert isinstance(stock, type)
+        assert isinstance(ours, type)
+        assert issubclass(ours, stock)
 
 
 def test_double_backward() -> None:

@@ -103,7 +103,15 @@ def test_what_runs_after_the_call_is_refused() -> None:
     class Later:
         async def __call__(self) -> None: ...
 
-    for later in (numbers, functools.partial(numbers), Later()):
+    cached = functools.lru_cache(numbers)
+    for later in (
+        numbers,
+        functools.partial(numbers),
+        cached,
+        functools.partial(cached),
+        staticmethod(numbers),
+        Later(),
+    ):
         with pytest.raises(TypeError, match="generator or coroutine .*(numbers|Later)"):
             fk.enabled()(later)
 

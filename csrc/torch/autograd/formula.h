@@ -142,6 +142,9 @@ void each_field(F& formula, const Visit& visit) {
 }  // namespace formula
 
 template <class F>
+constexpr bool takes_sparse = requires { F::kTakesSparse; };
+
+template <class F>
 class FormulaNode : public BackwardNode {
  public:
   FormulaNode(const char* name, F formula) : BackwardNode(name), formula_(std::move(formula)) {}
@@ -149,6 +152,11 @@ class FormulaNode : public BackwardNode {
   variable_list apply(variable_list&& grads) override {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (!grads[0].defined()) return variable_list(num_outputs());
+    if constexpr (!takes_sparse<F>) {
+      const auto layout = grads[0].layout();
+      TORCH_CHECK_NOT_IMPLEMENTED(layout == at::kStrided, name_, " takes no gradient of layout ", layout,
+                                  ", as torch's own operator takes none");
+    }
     const auto kept = [&](size_t i) { return kept_[i].unpack(); };
     variable_list gradients = formula_.gradients(grads[0], kept, wanted());
     if (c10::GradMode::is_enabled()) add_links(formula_.link(), gradients);

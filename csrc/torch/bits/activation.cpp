@@ -14,7 +14,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/hardtanh.h>
 #include <ATen/ops/leaky_relu.h>
 #include <ATen/ops/relu.h>
@@ -29,6 +28,7 @@
 #include "torch/backends/cpu_formats.h"
 #include "torch/backends/native_layers.h"
 #include "torch/bits/gate.h"
+#include "torch/common/layout.h"
 #include "torch/common/route.h"
 #include "torch/common/unseen.h"
 
@@ -71,6 +71,11 @@ struct Piecewise : PiecewiseActivation {
       at::leaky_relu_(x, a);
     }
   }
+  // Torch makes a hardtanh's result like its input.
+  Tensor empty_result(const Tensor& x) const {
+    if (kind != ActivationKind::hardtanh || !x.is_non_overlapping_and_dense()) return empty_elementwise(x);
+    return empty_beside(x, x.sym_sizes(), x.sym_strides(), x.scalar_type());
+  }
   // Where the piece is the one with slope 1; NaN as in the formulas that torch has for GPUs.
   Tensor mask_by_aten(const Tensor& x) const {
     if (kind == ActivationKind::relu) return x.le(0).logical_not();
@@ -78,11 +83,15 @@ struct Piecewise : PiecewiseActivation {
     return x.gt(0);
   }
   GateRule rule() const { return {1, kind == ActivationKind::leaky_relu ? std::optional<double>(a) : std::nullopt}; }
-  // relu's backward operator reads the result, and leaky_relu's that of a call in place; else they read the input.
-  GateGradient gradient(SymIntArrayRef stride, bool inplace) const {
+  // relu's backward operator reads the result, and leaky_relu's that of a call in place; else they read the input, of a
+  // call in place a copy of it.
+  GateGradient gradient(const Tensor& x, const Tensor* y) const {
+    const bool inplace = !y;
     const bool of_result = kind == ActivationKind::relu || (inplace && kind == ActivationKind::leaky_relu);
     const Link link{of_result ? Link::To::result : Link::To::operands, 1, /*zeros=*/true, /*lasting=*/true};
-    return {{stride, rule(), backend}, link};
+    Operand operand = of_result || inplace ? Operand() : Operand(x);
+    operand.is_first = kind != ActivationKind::hardtanh;
+    return {{dense_strides(of_result && y ? *y : x), rule(), backend}, link, std::move(operand)};
   }
 };
 
@@ -146,8 +155,8 @@ std::tuple<Tensor, Tensor> bits_kernel(const Tensor& input, const Piecewise& f) 
   check_dtype(input);
   const Tensor x = dense(input);
   const Computer computer = route_step(Op::activation, f.backend, x).computer;
-  if (!has_kernel(computer)) return {f.by_aten(x), pack_bits(f.mask_by_aten(x))};
-  const Tensor y = x.is_same(input) ? empty_beside(x, x.sym_sizes(), x.sym_strides(), x.scalar_type()) : x;
+  if (!has_kernel(computer)) return {f.by_aten(input), pack_bits(f.mask_by_aten(x))};
+  const Tensor y = x.is_same(input) ? f.empty_result(x) : x;
   const Tensor bits = empty_bits(x);
   by_kernel(computer, x, y, bits, f);
   return {y, bits};
@@ -168,9 +177,9 @@ Tensor bits_inplace_kernel(Tensor& input, const Piecewise& f) {
   return bits;
 }
 
-std::tuple<Tensor, Tensor> bits_meta(const Tensor& input, const Piecewise&) {
+std::tuple<Tensor, Tensor> bits_meta(const Tensor& input, const Piecewise& f) {
   check_dtype(input);
-  return {at::empty_like(input), empty_bits(input)};
+  return {f.empty_result(input), empty_bits(input)};
 }
 
 Tensor bits_inplace_meta(Tensor& input, const Piecewise&) {
@@ -196,7 +205,7 @@ Tensor activation_entry(const Tensor& input, const Piecewise& f) {
     const at::AutoDispatchBelowADInplaceOrView below;
     return activation_bits(input, f);
   }();
-  const auto node = formula_node("FreezekitActivationBackward", f.gradient(result.sym_strides(), false), input);
+  const auto node = formula_node("FreezekitActivationBackward", f.gradient(input, &result), input);
   if (!node) return result;
   node->keep(bits);
   torch::autograd::set_history(result, node);
@@ -206,7 +215,7 @@ Tensor activation_entry(const Tensor& input, const Piecewise& f) {
 void activation_inplace_entry(Tensor& input, const Piecewise& f) {
   if (route(Op::activation, f.backend, input).computer == Computer::formula) return f.by_aten_(input);
   torch::autograd::check_inplace(input, torch::autograd::compute_requires_grad(input));
-  const auto node = formula_node("FreezekitActivationBackward", f.gradient(dense_strides(input), true), input);
+  const auto node = formula_node("FreezekitActivationBackward", f.gradient(input, /*y=*/nullptr), input);
   const Tensor bits = [&] {
     const at::AutoDispatchBelowADInplaceOrView below;
     return activation_bits_(input, f);

@@ -11,11 +11,13 @@
 #include <ATen/ops/dropout.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/native_dropout.h>
+#include <ATen/ops/ones.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/library.h>
 
 #include "torch/backends/native_layers.h"
 #include "torch/bits/gate.h"
+#include "torch/common/layout.h"
 #include "torch/common/route.h"
 #include "torch/common/unseen.h"
 
@@ -65,7 +67,8 @@ std::tuple<Tensor, Tensor> bits_kernel(const Tensor& input, double p, Backend de
   const Backend backend = settled(x, demand);
   if (draws_noise(x, /*inplace=*/false)) {
     const Tensor bits = draw_noise(x, p, backend);
-    return {gate(x, bits, {x.sym_strides(), rule_of(x, p, false), backend}), bits};
+    const Tensor y = gate(x, bits, {x.sym_strides(), rule_of(x, p, false), backend});
+    return {is_elementwise(y, input) ? y : finish_elementwise(y, {input, x}), bits};
   }
   const auto [y, mask] = at::native_dropout(x, p, true);
   return {y, pack_drawn(dense(mask), backend)};
@@ -88,7 +91,7 @@ Tensor bits_inplace_kernel(Tensor& input, double p, Backend demand) {
 
 std::tuple<Tensor, Tensor> dropout_meta(const Tensor& input, double p, std::string_view) {
   check(input, p);
-  return {at::empty_like(input), empty_bits(input)};
+  return {empty_elementwise(input), empty_bits(input)};
 }
 
 Tensor dropout_inplace_meta(Tensor& input, double p, std::string_view) {
@@ -140,9 +143,22 @@ bool is_torch_s(const Tensor& input, double p, bool train, Backend backend) {
   return route(Op::dropout, backend, input).computer == Computer::formula || input.sym_numel() == 0;
 }
 
-GateGradient gradient(const Tensor& input, SymIntArrayRef stride, double p, bool inplace, Backend backend) {
-  return {{stride, rule_of(input, p, inplace), backend}, {}};
-}
+// Torch multiplies dy by noise that is laid out as the input, without gaps. Such a product takes sparse tensors, too.
+struct DropoutGradient : GateGradient {
+  static constexpr bool kTakesSparse = true;
+
+  DropoutGradient() = default;
+  DropoutGradient(const Tensor& input, double p, bool inplace, Backend backend)
+      : GateGradient{{dense_strides(input), rule_of(input, p, inplace), backend}, {}, {}} {
+    operand.is_first = false;
+  }
+
+  variable_list gradients(const Tensor& grad, Kept kept, const std::vector<bool>& wanted) const {
+    if (!wanted[0] || grad.layout() == at::kStrided) return GateGradient::gradients(grad, kept, wanted);
+    const Tensor ones = at::ones_symint(grad.sym_sizes(), grad.options().layout(at::kStrided));
+    return {grad.mul(freezekit::gate(ones, kept(0), gate))};
+  }
+};
 
 Tensor dropout_entry(const Tensor& input, double p, bool train, std::string_view backend) {
   return record_dropout(input, p, train, parse_backend(backend));
@@ -165,8 +181,8 @@ Tensor record_dropout(const Tensor& input, double p, bool train, Backend backend
     const at::AutoDispatchBelowADInplaceOrView below;
     return call_bits(input, p, backend);
   }();
-  const auto node = formula_node("FreezekitDropoutBackward",
-                                 gradient(input, result.sym_strides(), p, /*inplace=*/false, backend), input);
+  const auto node =
+      formula_node("FreezekitDropoutBackward", DropoutGradient(input, p, /*inplace=*/false, backend), input);
   node->keep(bits);
   torch::autograd::set_history(result, node);
   return result;
@@ -178,8 +194,8 @@ void record_dropout_(Tensor& input, double p, bool train, Backend backend) {
     return;
   }
   torch::autograd::check_inplace(input, /*requires_grad=*/true);
-  const auto node = formula_node("FreezekitDropoutBackward",
-                                 gradient(input, dense_strides(input), p, /*inplace=*/true, backend), input);
+  const auto node =
+      formula_node("FreezekitDropoutBackward", DropoutGradient(input, p, /*inplace=*/true, backend), input);
   const Tensor bits = [&] {
     const at::AutoDispatchBelowADInplaceOrView below;
     return call_bits_(input, p, backend);

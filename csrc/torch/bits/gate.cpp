@@ -23,6 +23,8 @@
 #include "torch/backends/cpu_formats.h"
 #include "torch/backends/native.h"
 #include "torch/backends/native_layers.h"
+#include "torch/backends/proof.h"
+#include "torch/common/layout.h"
 #include "torch/common/route.h"
 #include "torch/common/unseen.h"
 
@@ -114,7 +116,7 @@ Tensor gate_kernel(const Tensor& input, const Tensor& bits, const GateSettings& 
   const GateRule& rule = settings.rule;
   check_gate(input, bits, settings);
   Tensor result = empty_dense(input, settings.stride);
-  const bool same = input.strides() == result.strides();
+  const bool same = is_in_place(input, result.strides());
   switch (route_step(Op::gate, settings.backend, input).computer) {
     case Computer::cpu:
       gate_cpu(same ? input : result.copy_(input), result, bits.contiguous(), rule);
@@ -137,7 +139,7 @@ Tensor gate_entry(const Tensor& input, const Tensor& bits, const GateSettings& s
   if (route(Op::gate, settings.backend, input).computer == Computer::formula) {
     return gate_by_aten(input, bits, settings.stride, settings.rule);
   }
-  const auto node = formula_node("FreezekitGateBackward", GateGradient{settings, {}}, input);
+  const auto node = formula_node("FreezekitGateBackward", GateGradient{settings, {}, {}}, input);
   if (node) node->keep(bits);
   return recorded(node, [&] { return gate(input, bits, settings); });
 }
@@ -153,7 +155,19 @@ Tensor gate(const Tensor& input, const Tensor& bits, const GateSettings& setting
 }
 
 variable_list GateGradient::gradients(const Tensor& grad, Kept kept, const std::vector<bool>& wanted) const {
-  return {wanted[0] ? freezekit::gate(grad, kept(0), gate) : Tensor()};
+  return {wanted[0] ? operand.finish(freezekit::gate(grad, kept(0), gate), grad, gate.stride) : Tensor()};
+}
+
+Tensor Operand::finish(Tensor dx, const Tensor& dy, SymIntArrayRef stride_of_bits, const Tensor& slope) const {
+  if (!proof::is_plain(dy)) return dx;  // what looks on has layouts of its own
+  const IntArrayRef own = C10_AS_INTARRAYREF_SLOW(stride.empty() ? stride_of_bits : SymIntArrayRef(stride));
+  if (own == dy.strides() && own == dx.strides()) {  // mostly, and then that is what comes out
+    if (slope.defined() ? is_laid_out(dx, at::MemoryFormat::Contiguous) : is_elementwise(dx, dx)) return dx;
+  }
+  const Tensor operand = at::empty({0}, dy.options());  // for its layout: nothing reads it
+  operand.unsafeGetTensorImpl()->set_sizes_and_strides(dy.sizes(), own);
+  if (slope.defined()) return finish_elementwise(std::move(dx), {operand, slope, dy});
+  return finish_elementwise(std::move(dx), {is_first ? operand : dy, is_first ? dy : operand});
 }
 
 Tensor empty_bits(const Tensor& like) {
@@ -175,9 +189,12 @@ Tensor dense(const Tensor& input) {
   return at::empty_like(input).copy_(input);
 }
 
-std::vector<c10::SymInt> dense_strides(const Tensor& input) {
-  if (input.is_non_overlapping_and_dense()) return owned(input.sym_strides());
-  return owned(at::empty_like(input, input.options().device(at::kMeta)).sym_strides());
+SizeVector dense_strides(const Tensor& input) {
+  const auto owned = [](const Tensor& tensor) -> SizeVector {
+    return {tensor.sym_strides().begin(), tensor.sym_strides().end()};
+  };
+  if (input.is_non_overlapping_and_dense()) return owned(input);
+  return owned(at::empty_like(input, input.options().device(at::kMeta)));
 }
 
 void gate_inplace(const Tensor& dense, const Tensor& bits, const GateRule& rule, Backend backend) {

@@ -46,12 +46,30 @@ struct GateSettings {
 
 Tensor gate(const Tensor& input, const Tensor& bits, const GateSettings&);
 
-// The backward pass through a gate whose bits are kept. `linked`: what stock's backward operator reads besides.
+// The operand that torch's own backward operator reads beside dy. How the two are laid out decides how dx is.
+struct Operand {
+  Operand() = default;
+  // The layer's input; else one with the strides that bits are laid out by.
+  explicit Operand(const Tensor& x) {
+    if (!x.is_non_overlapping_and_dense()) stride.assign(x.sym_strides().begin(), x.sym_strides().end());
+  }
+
+  // `dx`, which nobody else holds yet, with the strides that torch gives it. `slope`: what torch reads besides.
+  Tensor finish(Tensor dx, const Tensor& dy, SymIntArrayRef stride_of_bits, const Tensor& slope = {}) const;
+
+  SizeVector stride;  // where they are not those of bits
+  bool is_first = true;
+};
+
+// The backward pass through a gate whose bits are kept.
 struct GateGradient {
   GateSettings gate;
   Link linked;
+  Operand operand;
 
-  auto fields() { return std::tie(gate.stride, gate.rule.on, gate.rule.off, gate.backend); }
+  auto fields() {
+    return std::tie(gate.stride, gate.rule.on, gate.rule.off, gate.backend, operand.stride, operand.is_first);
+  }
   Link link() const { return linked; }
   variable_list gradients(const Tensor& grad, Kept, const std::vector<bool>& wanted) const;
 };
@@ -65,7 +83,7 @@ Tensor pack_bits(const Tensor& mask);
 Tensor dense(const Tensor& input);
 
 // The strides of dense(input).
-std::vector<c10::SymInt> dense_strides(const Tensor& input);
+SizeVector dense_strides(const Tensor& input);
 
 // Bit = (input > 0) of a dense tensor without NaN.
 Tensor positive_bits(const Tensor& input, Backend);

@@ -11,12 +11,14 @@
 #include <ATen/ops/_prelu_kernel.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/bitwise_not.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/prelu.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/library.h>
 
 #include "torch/bits/gate.h"
+#include "torch/common/layout.h"
 #include "torch/common/route.h"
 #include "torch/common/shape_only.h"
 
@@ -38,18 +40,22 @@ double number_of(const Tensor& slope) {
 }
 
 struct PreluGradient {
-  SizeVector stride;
+  SizeVector stride;  // of bits
+  Operand operand;
   Backend backend = Backend::automatic;
 
-  auto fields() { return std::tie(stride, backend); }
+  auto fields() { return std::tie(stride, operand.stride, backend); }
   Link link() const { return {Link::To::operands, /*count=*/1, /*zeros=*/true}; }
 
   variable_list gradients(const Tensor& grad, Kept kept, const std::vector<bool>& wanted) const {
     if (!wanted[0]) return {Tensor()};
     const Tensor bits = kept(0), slope = kept(1);
-    if (is_number(slope)) return {gate(grad, bits, {stride, {1, number_of(slope)}, backend})};
+    const auto finished = [&](Tensor dx) -> variable_list {
+      return {operand.finish(std::move(dx), grad, stride, slope)};
+    };
+    if (is_number(slope)) return finished(gate(grad, bits, {stride, {1, number_of(slope)}, backend}));
     const Tensor above = gate(grad, bits, {stride, {}, backend});
-    return {above.add(gate(grad.mul(slope), bits.bitwise_not(), {stride, {}, backend}))};
+    return finished(above.add(gate(grad.mul(slope), bits.bitwise_not(), {stride, {}, backend})));
   }
 };
 
@@ -115,14 +121,16 @@ bool is_slope_of(const Tensor& x, const Tensor& slope) {
 
 Tensor record_prelu(const Tensor& x, const Tensor& slope, Backend backend) {
   Tensor y, bits;
-  SizeVector stride;
   {
     const at::AutoDispatchBelowADInplaceOrView below;
     std::tie(y, bits) = leaky_relu_bits(x, is_number(slope) ? number_of(slope) : 0, backend);
-    stride.assign(y.sym_strides().begin(), y.sym_strides().end());
-    if (!is_number(slope)) y = at::_prelu_kernel(x, slope);
+    if (!is_number(slope)) {
+      y = at::_prelu_kernel(x, slope);
+    } else if (is_plain_on_cpu(x) && x.is_non_overlapping_and_dense() && !restride(y, x.strides())) {
+      y = at::empty_like(x);  // torch makes a prelu's result like its input, and here there are no elements to move
+    }
   }
-  const auto node = formula_node("FreezekitPReLUBackward", PreluGradient{std::move(stride), backend}, x);
+  const auto node = formula_node("FreezekitPReLUBackward", PreluGradient{dense_strides(x), Operand(x), backend}, x);
   if (!node) return y;
   node->keep(bits, slope);
   torch::autograd::set_history(y, node);

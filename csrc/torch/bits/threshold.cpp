@@ -9,7 +9,7 @@
 #include "cpu/simd.h"
 #include "torch/backends/cpu_formats.h"
 #include "torch/bits/gate.h"
-#include "torch/common/unseen.h"
+#include "torch/common/layout.h"
 
 namespace freezekit {
 namespace {
@@ -40,9 +40,10 @@ Tensor threshold_bits(const Tensor& x, const Tensor& y, const Scalar& threshold,
   return bits;
 }
 
-auto node_of(const Tensor& x, SymIntArrayRef stride) {
+auto node_of(const Tensor& x, Operand operand) {
   const Link link{Link::To::operands, /*count=*/1, /*zeros=*/true, /*lasting=*/true};
-  return formula_node("FreezekitActivationBackward", GateGradient{{stride, GateRule(), Backend::automatic}, link}, x);
+  GateGradient gradient{{dense_strides(x), GateRule(), Backend::automatic}, link, std::move(operand)};
+  return formula_node("FreezekitActivationBackward", std::move(gradient), x);
 }
 
 }  // namespace
@@ -52,10 +53,10 @@ Tensor record_threshold(const Tensor& x, const Scalar& threshold, const Scalar& 
   {
     const at::AutoDispatchBelowADInplaceOrView below;
     const Tensor whole = dense(x);
-    y = whole.is_same(x) ? empty_beside(x, x.sym_sizes(), x.sym_strides(), x.scalar_type()) : whole;
+    y = whole.is_same(x) ? empty_elementwise(x) : whole;
     bits = threshold_bits(whole, y, threshold, value);
   }
-  const auto node = node_of(x, y.sym_strides());
+  const auto node = node_of(x, Operand(x));
   node->keep(bits);
   torch::autograd::set_history(y, node);
   return y;
@@ -63,7 +64,7 @@ Tensor record_threshold(const Tensor& x, const Scalar& threshold, const Scalar& 
 
 void record_threshold_(Tensor& x, const Scalar& threshold, const Scalar& value) {
   torch::autograd::check_inplace(x, /*requires_grad=*/true);
-  const auto node = node_of(x, dense_strides(x));
+  const auto node = node_of(x, Operand());
   {
     const at::AutoDispatchBelowADInplaceOrView below;
     const Tensor whole = dense(x);

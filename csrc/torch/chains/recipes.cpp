@@ -1,12 +1,13 @@
 #include "torch/chains/recipes.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/ExpandUtils.h>
 #include <ATen/Parallel.h>
 #include <ATen/TensorIterator.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/native_group_norm.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/autograd/variable.h>
 
 #include <algorithm>
 #include <atomic>
@@ -17,6 +18,7 @@
 
 #include "cpu/affine.h"
 #include "torch/backends/cpu_formats.h"
+#include "torch/common/layout.h"
 #include "torch/common/unseen.h"
 
 namespace freezekit::chain {
@@ -204,8 +206,8 @@ class FunctionOf : public Recipe {
     return unrecorded([&] {
       const Tensor x = source();
       const auto rows = rows_of(x);
-      if (!rows || value.scalar_type() != x.scalar_type() || value.sizes() != x.sizes() ||
-          value.strides() != at::IntArrayRef(strides_beside(x)) || !is_in_memory(value)) {
+      if (!rows || value.scalar_type() != x.scalar_type() || value.sizes() != x.sizes() || !is_elementwise(value, x) ||
+          !is_in_memory(value)) {
         return false;
       }
       const Tensor matrix = x.as_strided({rows->count, rows->length}, {rows->stride, 1});
@@ -254,11 +256,6 @@ class FunctionOf : public Recipe {
     } else {
       return x_->compute();
     }
-  }
-
-  // The strides that torch's elementwise operators give a result.
-  static std::vector<int64_t> strides_beside(const Tensor& x) {
-    return x.is_non_overlapping_and_dense() ? x.strides().vec() : at::infer_dense_strides(x.sizes(), x.strides());
   }
 
   // From element i on: the rest of a row, or whole rows; no more than fits the cache, and none beyond `last`.
@@ -347,23 +344,36 @@ bool is_in_memory(const Tensor& tensor) {
 }
 
 // tensor_data is detach without the way through the dispatcher: the copy has the same versions.
-Held::Held(const Tensor& tensor) : tensor_(tensor.tensor_data()), version_(tensor_._version()) {}
+Held::Held(const Tensor& tensor)
+    : tensor_(tensor.tensor_data()), original_(tensor.getIntrusivePtr()), version_(tensor_._version()) {}
 
 void Held::hold() {
   if (is_in_memory(tensor_)) content_ = content_of(tensor_);
 }
 
 void Held::check(bool bytes) const {
-  TORCH_CHECK(tensor_._version() == version_,
-              "one of the variables needed for gradient computation has been modified by an inplace operation: [",
-              tensor_.toString(), " ", tensor_.sizes(), "] is at version ", tensor_._version(), "; expected version ",
-              version_, " instead.");
+  if (tensor_._version() != version_) raise_torch_s();
   if (!bytes) return;
   TORCH_CHECK(is_in_memory(tensor_) && content_of(tensor_) == content_,
               "one of the variables needed for gradient computation has been written to, or its memory released, in a "
               "way that autograd does not see (.data, numpy, its storage): [",
               tensor_.toString(), " ", tensor_.sizes(),
               "]. The operand of an operator behind it is kept as a recipe of freezekit's, which reads it.");
+}
+
+// Of a twin that torch saves and whose version then moves: so torch words it, and adds what made the tensor and a hint.
+void Held::raise_torch_s() const {
+  namespace variable = torch::autograd::impl;
+  const Unseen unseen;
+  const auto alive = original_.lock();
+  const Tensor original = alive ? Tensor(alive) : tensor_;
+  const Tensor twin = original.is_leaf() ? torch::autograd::make_variable(tensor_)
+                                         : torch::autograd::make_variable(tensor_, variable::gradient_edge(original));
+  variable::set_version_counter(twin, c10::VariableVersion(version_));
+  const torch::autograd::SavedVariable saved(twin, /*is_output=*/false);
+  variable::set_version_counter(twin, c10::VariableVersion(tensor_._version()));
+  saved.unpack();
+  TORCH_INTERNAL_ASSERT(false, "torch takes a tensor that was written to");
 }
 
 // Of few elements in a channel the parameters' values weigh as much as what is saved.

@@ -28,7 +28,10 @@ class Held {
   const Tensor& tensor() const { return tensor_; }
 
  private:
+  [[noreturn]] void raise_torch_s() const;
+
   Tensor tensor_;
+  c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl> original_;
   uint32_t version_;
   uint64_t content_ = 0;
 };

@@ -1,14 +1,18 @@
-// The memory format that a convolution's result has: ATen's rule, channels_last if either operand is.
+// How torch lays out what operators make. Callers see it: a `.view` that stock allows must not fail.
+//
+// Along axes of size 1, too, strides are torch's: of a tensor with one channel, one row or one pixel they tell its format.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
+
 namespace freezekit {
 
+// The memory format of a convolution's result: ATen's rule, channels_last if either operand is.
 inline at::MemoryFormat layout_of(const at::Tensor& a, const at::Tensor& b) {
-  const bool channels_last = a.suggest_memory_format() == at::MemoryFormat::ChannelsLast ||
-                             b.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
-  return channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+  const auto format = a.suggest_memory_format();
+  return format == at::MemoryFormat::Contiguous ? b.suggest_memory_format() : format;
 }
 
 // `tensor` laid out so that layout_of reads `format` from it, copied only where it must be. Sizes of 1 let one block of
@@ -21,13 +25,22 @@ inline at::Tensor in_layout(const at::Tensor& tensor, at::MemoryFormat format) {
   return dense.suggest_memory_format() == format ? dense : dense.clone(format);
 }
 
-// Whether a tensor of four axes has exactly the strides of `format`, along axes of size 1 as well.
+// Whether a tensor is known to have no elements. Freezekit saves nothing there, and torch gives the gradient of an empty
+// input of a convolution the input's own strides.
+inline bool is_empty(const at::Tensor& tensor) { return tensor.sym_numel().maybe_as_int() == 0; }
+
+// Whether a tensor has exactly the strides of `format`.
 inline bool is_laid_out(const at::Tensor& tensor, at::MemoryFormat format) {
-  constexpr int rows[] = {3, 2, 1, 0}, pixels[] = {1, 3, 2, 0};  // innermost first
+  const bool by_pixels = format != at::MemoryFormat::Contiguous;
   int64_t step = 1;
-  for (const int axis : format == at::MemoryFormat::ChannelsLast ? pixels : rows) {
-    if (tensor.stride(axis) != step) return false;
-    step *= tensor.size(axis);
+  const auto is_next = [&](int64_t axis) {  // from the innermost outwards
+    const bool fits = tensor.stride(axis) == step;
+    step *= std::max<int64_t>(tensor.size(axis), 1);
+    return fits;
+  };
+  if (by_pixels && !is_next(1)) return false;
+  for (int64_t axis = tensor.dim() - 1; axis >= 0; --axis) {
+    if (!(by_pixels && axis == 1) && !is_next(axis)) return false;
   }
   return true;
 }
@@ -39,5 +52,28 @@ inline at::Tensor finish(at::Tensor result, at::MemoryFormat format) {
   result.unsafeGetTensorImpl()->empty_tensor_restride(format);
   return result;
 }
+
+// Whether a tensor's elements are where those with these strides are.
+inline bool is_in_place(const at::Tensor& tensor, at::IntArrayRef strides) {
+  for (int64_t i = 0; i < tensor.dim(); ++i) {
+    if (tensor.size(i) != 1 && tensor.stride(i) != strides[i]) return false;
+  }
+  return true;
+}
+
+// Gives these strides to a result that nobody else holds yet, if that moves none of its elements.
+inline bool restride(const at::Tensor& result, at::IntArrayRef strides) {
+  if (!is_in_place(result, strides)) return false;
+  if (result.strides() != strides) result.unsafeGetTensorImpl()->set_sizes_and_strides(result.sizes(), strides);
+  return true;
+}
+
+// An empty tensor as torch's elementwise operators lay out what they make of x, and whether one that is not empty is.
+at::Tensor empty_elementwise(const at::Tensor& x);
+bool is_elementwise(const at::Tensor& result, const at::Tensor& x);
+
+// A result that nobody else holds yet, as torch's elementwise operators lay out what they make of `operands`, which
+// broadcast to its size.
+at::Tensor finish_elementwise(at::Tensor result, c10::ArrayRef<at::Tensor> operands);
 
 }  // namespace freezekit

@@ -52,8 +52,8 @@ struct TrilinearGradients {
       const auto [dx, dw, db] = aten::gradients(grad, input, weight, wanted[bias], geometry);
       return {finish(dx, layout), finish(dw, layout), db};
     }
-    if (wanted[0]) result[0] = finished(derivative(first, second, operands[1], grad));
-    if (wanted[1]) result[1] = finished(derivative(second, first, operands[0], grad));
+    if (wanted[0]) result[0] = derivative(first, second, operands[1], grad);
+    if (wanted[1]) result[1] = derivative(second, first, operands[0], grad);
     if (wanted.size() > bias && wanted[bias]) {
       result[bias] = is_own(backend) ? conv2d_bias_grad(grad, backend) : dy.sum({0, 2, 3});
     }
@@ -75,9 +75,9 @@ struct TrilinearGradients {
     operand[static_cast<size_t>(computes)] = grad;
     operand[static_cast<size_t>(left)] = other;
     const auto& [x, w, y] = operand;
-    if (missing == Role::output) return conv2d(x, w, std::nullopt, geometry);
-    return missing == Role::input ? conv2d_dgrad(y, w, input_size, geometry)
-                                  : conv2d_wgrad(y, x, weight_size, geometry);
+    if (missing == Role::input) return conv2d_dgrad(y, w, input_size, geometry, layout);
+    return finished(missing == Role::output ? conv2d(x, w, std::nullopt, geometry)
+                                            : conv2d_wgrad(y, x, weight_size, geometry));
   }
 };
 
@@ -104,7 +104,8 @@ Tensor record_conv2d(const Tensor& input, const Tensor& weight, const Tensor& bi
 Tensor record_conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Geometry& g) {
   check_same(input, "input", weight, "weight");
   const Tensor b = bias.value_or(Tensor());
-  if (route(Op::conv2d, g.backend, input, weight, b).computer == Computer::formula) {
+  const bool is_torch_s = is_empty(input) && !is_own(g.backend);
+  if (route(Op::conv2d, g.backend, input, weight, b).computer == Computer::formula || is_torch_s) {
     check_conv2d(input, weight, bias, g);
     return aten::conv2d(input, weight, bias, g);
   }

@@ -15,4 +15,8 @@ Tensor record_conv2d(const Tensor& input, const Tensor& weight, const std::optio
 Tensor record_conv2d(const Tensor& input, const Tensor& weight, const Tensor& bias, const Geometry&,
                      c10::function_ref<Tensor()> compute);
 
+// dgrad of a layer whose result has this layout. In the gradient of one channel and one pixel it does not show.
+Tensor conv2d_dgrad(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size, const Geometry&,
+                    at::MemoryFormat layout);
+
 }  // namespace freezekit

@@ -8,6 +8,7 @@
 #include "torch/common/layout.h"
 #include "torch/common/route.h"
 #include "torch/common/unseen.h"
+#include "torch/conv2d/autograd.h"
 
 namespace freezekit {
 namespace {
@@ -79,17 +80,23 @@ Tensor conv2d(const Tensor& input, const Tensor& weight, const std::optional<Ten
 
 // Sizes are those of a forward pass, and whoever got them elsewhere has checked them: ATen, which compares them again, is
 // asked at once. Freezekit's kernels trust nobody. What reaches a kernel past the dispatcher is plain, on a CPU.
-Tensor conv2d_dgrad(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size, const Geometry& g) {
+Tensor conv2d_dgrad(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size, const Geometry& g,
+                    at::MemoryFormat layout) {
   if (reaches_kernel(grad_output, weight)) {
-    if (!is_left_to_aten(g.backend, grad_output)) return dgrad_kernel(grad_output, weight, input_size, g);
+    if (!is_left_to_aten(g.backend, grad_output)) {
+      return in_layout(dgrad_kernel(grad_output, weight, input_size, g), layout);
+    }
     const BelowAutogradAndAutocast below;
     TORCH_CHECK(!grad_output.is_complex(), "conv2d_dgrad takes no complex grad_output, got ",
                 grad_output.scalar_type());
-    const auto layout = layout_of(grad_output, weight);
     return finish(aten::dgrad_on_cpu(grad_output, weight, input_size, layout, g), layout);
   }
   static const Conv2dGradOperator op("freezekit::conv2d_dgrad");
-  return op(grad_output, weight, input_size, g);
+  return in_layout(op(grad_output, weight, input_size, g), layout);
+}
+
+Tensor conv2d_dgrad(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size, const Geometry& g) {
+  return conv2d_dgrad(grad_output, weight, input_size, g, layout_of(grad_output, weight));
 }
 
 Tensor conv2d_wgrad(const Tensor& grad_output, const Tensor& input, SymIntArrayRef weight_size, const Geometry& g) {

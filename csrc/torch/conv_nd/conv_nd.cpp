@@ -13,6 +13,7 @@
 #include "torch/autograd/formula.h"
 #include "torch/backends/aten.h"
 #include "torch/common/checks.h"
+#include "torch/common/layout.h"
 #include "torch/common/route.h"
 #include "torch/common/shape_only.h"
 #include "torch/common/unseen.h"
@@ -29,16 +30,16 @@ using ConvNdOperator =
 // transposed convolution, or the plain one of a transposed one. The transposed convolution ends where the last window
 // does: output_padding restores what is beyond. A transposed convolution's own output_padding can make its dgrad longer
 // than x: what is past its end is cut, and the rest is copied, since torch's gradient is dense.
-Tensor dgrad(const Tensor& dy, const Tensor& weight, SymIntArrayRef input_size, ConvNdGeometry g) {
+Tensor dgrad(const Tensor& dy, const Tensor& weight, SymIntArrayRef input_size, at::MemoryFormat format,
+             ConvNdGeometry g) {
   if (is_plain_on_cpu(dy) && is_plain_on_cpu(weight)) {
-    const Tensor x = shape_only(input_size, dy, dy.suggest_memory_format());
+    const Tensor x = shape_only(input_size, dy, format);
     return std::get<0>(at::convolution_backward_symint(dy, x, weight, /*bias_sizes=*/std::nullopt, g.stride, g.padding,
                                                        g.dilation, g.transposed, g.output_padding, g.groups,
                                                        {true, false, false}));
   }
   if (!g.transposed) {
-    const Tensor dx = aten::depthwise_dgrad(dy, weight, input_size, at::MemoryFormat::Contiguous, g.stride, g.padding,
-                                            g.dilation, g.groups);
+    const Tensor dx = aten::depthwise_dgrad(dy, weight, input_size, format, g.stride, g.padding, g.dilation, g.groups);
     if (dx.defined()) return dx;
   }
   const int64_t axes = dy.dim() - 2;
@@ -52,7 +53,7 @@ Tensor dgrad(const Tensor& dy, const Tensor& weight, SymIntArrayRef input_size, 
   for (int64_t i = 0; i < axes; ++i) {
     if (dx.sym_size(2 + i) != input_size[2 + i]) dx = dx.narrow_symint(2 + i, 0, input_size[2 + i]);
   }
-  return dx.contiguous(dx.suggest_memory_format());
+  return in_layout(dx, format);
 }
 
 // ATen's interface wants a weight for its size and layout.
@@ -103,10 +104,12 @@ void check_convolution(const Tensor& input, const Tensor& weight, const Optional
 struct ConvNdGradients {
   ConvNdGeometry geometry;
   Numbers input_size, weight_size;
+  at::MemoryFormat format = at::MemoryFormat::Contiguous;  // of the result, so of dx
 
   auto fields() {
     ConvNdGeometry& g = geometry;
-    return std::tie(g.stride, g.padding, g.dilation, g.output_padding, g.transposed, g.groups, input_size, weight_size);
+    return std::tie(g.stride, g.padding, g.dilation, g.output_padding, g.transposed, g.groups, input_size, weight_size,
+                    format);
   }
   Link link() const { return {Link::To::operands, /*count=*/2}; }
 
@@ -120,7 +123,7 @@ struct ConvNdGradients {
       return {dx, dw, db};
     }
     variable_list result(wanted.size());
-    if (wanted[0]) result[0] = dgrad(grad, weight, input_size, geometry);
+    if (wanted[0]) result[0] = dgrad(grad, weight, input_size, format, geometry);
     if (wanted[1]) result[1] = wgrad(grad, input, weight_size, geometry);
     if (wanted[2]) result[2] = bias_gradient(grad);
     return result;
@@ -131,9 +134,8 @@ struct ConvNdGradients {
 
 Tensor record_convolution(const Tensor& input, const Tensor& weight, const Tensor& bias, const ConvNdGeometry& g,
                           c10::function_ref<Tensor()> compute) {
-  const auto node =
-      formula_node("FreezekitConvolutionBackward",
-                   ConvNdGradients{g, owned(input.sym_sizes()), owned(weight.sym_sizes())}, input, weight, bias);
+  ConvNdGradients gradients{g, owned(input.sym_sizes()), owned(weight.sym_sizes()), layout_of(input, weight)};
+  const auto node = formula_node("FreezekitConvolutionBackward", std::move(gradients), input, weight, bias);
   node->keep(weight.requires_grad() ? input : Tensor(), input.requires_grad() ? weight : Tensor());
   return recorded(node, compute);
 }
@@ -142,7 +144,7 @@ Tensor record_convolution(const Tensor& input, const Tensor& weight, const Optio
                           const ConvNdGeometry& g) {
   check_convolution(input, weight, bias, g);
   const Tensor b = bias.value_or(Tensor());
-  if (route(Op::convolution, Backend::automatic, input, weight, b).computer == Computer::formula) {
+  if (is_empty(input) || route(Op::convolution, Backend::automatic, input, weight, b).computer == Computer::formula) {
     return g.convolution(input, weight, bias);
   }
   return record_convolution(input, weight, b, g, [&] { return g.convolution(input, weight, bias); });

@@ -1,6 +1,7 @@
 // Convolutions of one to three dimensions, transposed ones too, with a frozen weight: the input is not kept.
 #include <ATen/core/Tensor.h>
 
+#include "torch/common/layout.h"
 #include "torch/conv2d/autograd.h"
 #include "torch/conv_nd/conv_nd.h"
 #include "torch/enable/call.h"
@@ -27,7 +28,7 @@ Tensor convolution(DispatchKeySet keys, const Tensor& input, const Tensor& weigh
   const size_t axes = input.dim() - 2;
   const auto fits = [axes](SymIntArrayRef numbers) { return numbers.size() == 1 || numbers.size() == axes; };
   const bool gains = !weight.requires_grad() && weight.dim() == input.dim() && axes >= 1 && axes <= 3 && fits(stride) &&
-                     fits(padding) && fits(dilation) && fits(output_padding);
+                     fits(padding) && fits(dilation) && fits(output_padding) && !is_empty(input);
   if (!gains || !serves(Value::torch_s, input, weight, b)) {
     return torch_convolution.stock(keys, input, weight, bias, stride, padding, dilation, transposed, output_padding,
                                    groups);

@@ -169,7 +169,8 @@ struct LinearGradient {
   variable_list gradients(const Tensor& grad, Kept, const std::vector<bool>& wanted) const {
     if (!wanted[0]) return {Tensor()};
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-    return {in_layout(layer.gradient(grad, without_data(input_size, grad, format)), format)};
+    const Tensor x = without_data(input_size, grad, format), dx = layer.gradient(grad, x);
+    return {x.is_contiguous(format) ? dx : in_layout(dx, format)};  // a stand-in that is seen has no layout of its own
   }
 };
 

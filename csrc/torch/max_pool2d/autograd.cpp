@@ -9,7 +9,9 @@
 #include <torch/library.h>
 
 #include "torch/autograd/formula.h"
+#include "torch/backends/proof.h"
 #include "torch/common/checks.h"
+#include "torch/common/layout.h"
 #include "torch/common/route.h"
 #include "torch/max_pool2d/max_pool2d.h"
 #include "torch/max_pool2d/steps.h"
@@ -40,9 +42,21 @@ struct ScatterGradient : PoolFormula {
   }
 };
 
-// Of the pooling itself: torch's backward operator reads the input.
+// Of the pooling itself: torch's backward operator reads the input. Of one tap in a channel the format says nothing.
 struct PoolGradient : ScatterGradient {
+  PoolGradient() = default;
+  PoolGradient(const PoolGeometry& geometry, const Tensor& input)
+      : ScatterGradient{PoolFormula(geometry, input.sym_sizes())}, format(input.suggest_memory_format()) {}
+
+  at::MemoryFormat format = at::MemoryFormat::Contiguous;  // of the input
+
+  auto fields() { return std::tuple_cat(ScatterGradient::fields(), std::tie(format)); }
   Link link() const { return {Link::To::operands, /*count=*/1, /*zeros=*/true}; }
+  variable_list gradients(const Tensor& grad, Kept taps, const std::vector<bool>& wanted) const {
+    if (!wanted[0]) return {Tensor()};
+    const Tensor dx = max_pool2d_scatter(grad, taps(0), input_size, geometry);
+    return {proof::is_plain(grad) ? finish(dx, format) : dx};
+  }
 };
 
 // Of the scatter: its gradient gathers.
@@ -58,8 +72,7 @@ std::pair<Tensor, Tensor> pool_and_record(const Tensor& input, const PoolGeometr
     const at::AutoDispatchBelowADInplaceOrView below;
     return max_pool2d_taps(input, g);
   }();
-  const auto node =
-      formula_node("FreezekitMaxPool2dBackward", PoolGradient{{PoolFormula(g, input.sym_sizes())}}, input);
+  const auto node = formula_node("FreezekitMaxPool2dBackward", PoolGradient(g, input), input);
   if (!node) return {result, taps};
   node->keep(taps);
   torch::autograd::set_history(result, node);
@@ -135,7 +148,8 @@ bool makes_indices(const Tensor& input, Backend backend) {
 std::tuple<Tensor, Tensor> record_max_pool2d_with_indices(const Tensor& input, const PoolGeometry& g) {
   if (!makes_indices(input, g.backend) || is_torch_s(input, g)) return indices_aten(input, g);
   const auto [result, taps] = pool_and_record(input, g);
-  return {result, max_pool2d_indices(taps, input.sym_sizes(), g)};
+  const Tensor indices = max_pool2d_indices(taps, input.sym_sizes(), g);
+  return {result, proof::is_plain(indices) ? finish(indices, input.suggest_memory_format()) : indices};
 }
 
 TORCH_LIBRARY_IMPL(freezekit, CompositeExplicitAutograd, m) {

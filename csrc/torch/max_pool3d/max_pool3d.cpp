@@ -268,8 +268,9 @@ bool Windows3d::has_taps() const {
 at::ScalarType Windows3d::tap_type() const { return tap_type_for(kernel_size[0] * kernel_size[1] * kernel_size[2]); }
 
 bool keeps_taps(const Tensor& input, const Windows3d& g) {
-  // On a GPU taps would take ten passes over the indices that torch keeps.
-  return !input.is_cuda() && (input.dim() == 4 || input.dim() == 5) && g.has_taps() &&
+  // On a GPU taps would take ten passes over the indices that torch keeps. A volume in channels_last torch refuses.
+  const bool is_refused = input.dim() == 4 && input.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
+  return !input.is_cuda() && !is_refused && (input.dim() == 4 || input.dim() == 5) && g.has_taps() &&
          route(Op::max_pool3d, Backend::automatic, input).computer != Computer::formula;
 }
 

@@ -16,7 +16,6 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/batch_norm.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/group_norm.h>
 #include <ATen/ops/layer_norm.h>
 #include <ATen/ops/mul.h>
@@ -28,6 +27,7 @@
 
 #include "torch/autograd/formula.h"
 #include "torch/backends/proof.h"
+#include "torch/common/layout.h"
 #include "torch/common/route.h"
 #include "torch/common/shape_only.h"
 #include "torch/common/unseen.h"
@@ -85,24 +85,49 @@ Tensor scale_of(const Tensor& var, const Tensor& weight, double eps, int64_t dim
   return scale;
 }
 
-// grad * scale in grad's dtype. Parameters may be of a wider one than activations; the product is rounded once. On a GPU the
-// form with an output reads and writes grad's dtype alone; else the product is stored in the wider dtype and read again.
-Tensor scaled(const Tensor& grad, const Tensor& scale) {
-  if (scale.scalar_type() == grad.scalar_type()) return grad * scale;
-  if (c10::GradMode::is_enabled() || !proof::is_plain(grad) || !proof::is_plain(scale) || proof::is_watched()) {
-    return (grad * scale).to(grad.scalar_type());
+// grad * scale in grad's dtype and in the input's format. Parameters may be of a wider dtype than activations; the product
+// is rounded once. The form with an output reads and writes once, whatever the dtypes and layouts are.
+Tensor scaled(const Tensor& grad, const Tensor& scale, at::MemoryFormat format) {
+  if (!proof::is_plain(grad) || !proof::is_plain(scale)) return (grad * scale).to(grad.scalar_type());
+  if (c10::GradMode::is_enabled() || proof::is_watched()) {
+    return finish((grad * scale).to(grad.scalar_type()), format);
   }
-  Tensor out = at::empty_like(grad);
+  Tensor out = empty_beside(grad, grad.sym_sizes(), format, grad.scalar_type());
   return at::mul_out(out, grad, scale);
 }
+
+// The format in which a tensor has no gaps; what it suggests where there is none.
+at::MemoryFormat dense_format(const Tensor& tensor) {
+  using at::MemoryFormat;
+  for (const auto format : {MemoryFormat::Contiguous, MemoryFormat::ChannelsLast3d, MemoryFormat::ChannelsLast}) {
+    if (tensor.is_contiguous(format)) return format;
+  }
+  return tensor.suggest_memory_format();
+}
+
+// How torch lays out dx. It has a kernel for tensors without gaps that suggest one format; of one channel, or a batch of
+// one, that is not the format they are in.
+struct FormatOfInput {
+  FormatOfInput() = default;
+  explicit FormatOfInput(const Tensor& x)
+      : suggested(x.suggest_memory_format()), dense(proof::is_plain(x) ? dense_format(x) : suggested) {}
+
+  at::MemoryFormat beside(const Tensor& dy) const {
+    if (dense == suggested || !proof::is_plain(dy) || dy.suggest_memory_format() != suggested) return suggested;
+    return dy.is_contiguous(dense_format(dy)) ? dense : suggested;
+  }
+
+  at::MemoryFormat suggested = at::MemoryFormat::Contiguous, dense = at::MemoryFormat::Contiguous;
+};
 
 // kept: var and, where there is one, the weight; nothing where dx is never asked for.
 struct BatchNormGradients {
   double eps = 0;
   bool has_weight = false;
   at::ScalarType bias_dtype = at::kFloat;
+  FormatOfInput format;
 
-  auto fields() { return std::tie(eps, has_weight, bias_dtype); }
+  auto fields() { return std::tie(eps, has_weight, bias_dtype, format.suggested, format.dense); }
   Link link() const { return {Link::To::operands}; }
 
   variable_list gradients(const Tensor& grad, Kept kept, const std::vector<bool>& wanted) const {
@@ -110,7 +135,7 @@ struct BatchNormGradients {
     variable_list result(wanted.size());
     if (wanted[0]) {
       const Tensor scale = scale_of(kept(0), has_weight ? kept(1) : Tensor(), eps, grad.dim());
-      result[0] = scaled(grad, scale);
+      result[0] = scaled(grad, scale, format.beside(grad));
     }
     if (wanted[1]) result[1] = sum_but(grad, 1).to(bias_dtype);
     return result;
@@ -122,8 +147,8 @@ struct BatchNormGradients {
 AnyNodePtr batch_norm_node(const Tensor& input, const Tensor& weight, const Tensor& bias, const Tensor& var,
                            double eps) {
   const at::ScalarType bias_dtype = bias.defined() ? bias.scalar_type() : input.scalar_type();
-  const auto node =
-      formula_node("FreezekitBatchNormBackward", BatchNormGradients{eps, weight.defined(), bias_dtype}, input, bias);
+  BatchNormGradients gradients{eps, weight.defined(), bias_dtype, FormatOfInput(input)};
+  const auto node = formula_node("FreezekitBatchNormBackward", std::move(gradients), input, bias);
   if (input.requires_grad()) {
     weight.defined() ? node->keep(var, weight) : node->keep(var);
   }
