@@ -1,6 +1,6 @@
 """What networks of other libraries keep between forward and backward, converted and enabled, against stock.
 
-    PYTHONPATH=.:build/clients python bench/kept.py [--client NAME ...]
+    PYTHONPATH=.:build/clients python -m tests.clients.kept [--client NAME ...]
 
 Some 250 networks, frozen, while their input learns. They run without data, so that each takes seconds: bytes are
 counted, and nothing is computed. `python -m tests.clients` measures fewer of them on data.
@@ -17,14 +17,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import freezekit as fk
 from freezekit._inputs import arguments

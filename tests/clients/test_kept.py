@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 from torch import nn
 
-from bench.kept import Counted, Network, count, main, summary
+from tests.clients.kept import Counted, Network, count, main, summary
 
 
 def test_a_network_is_counted_in_each_way() -> None:
@@ -24,6 +24,6 @@ def test_mean_and_median() -> None:
 
 
 def test_a_client_that_is_missing_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("bench.kept.missing", lambda client: f"{client} is not installed")
+    monkeypatch.setattr("tests.clients.kept.missing", lambda client: f"{client} is not installed")
     assert main(["--client", "lpips"]) == 1
     assert "lpips is not installed" in capsys.readouterr().err
