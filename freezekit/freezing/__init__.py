@@ -1,8 +1,8 @@
 """Freezing in one call: autograd's flag, the stale gradient, the running statistics and the optimizer."""
 
-from freezekit.freezing.api import NormWarning, freeze, unfreeze
+from freezekit.freezing.api import freeze, unfreeze
 from freezekit.freezing.checkpoint import freeze_state, load_freeze_state
-from freezekit.freezing.norm import is_held
+from freezekit.freezing.norm import NormWarning, is_held
 from freezekit.freezing.patterns import PatternError
 from freezekit.freezing.result import Frozen
 

@@ -167,10 +167,6 @@ def unfreeze(
     return result
 
 
-class NormWarning(UserWarning):
-    """`freeze` was not told what is to become of norms in train mode, and changed what they compute."""
-
-
 def _tell_of_norms(names: list[str]) -> None:
     """Warn the caller of `freeze` that these layers were in train mode until now."""
     if names:
@@ -179,7 +175,7 @@ def _tell_of_norms(names: list[str]) -> None:
             f"freeze: {layers} went from train mode to running statistics that hold still, which changes what the "
             'model computes. Say norm="freeze" if that is meant (fine-tuning), norm="batch" to leave norms as '
             "requires_grad_(False) does (a discriminator that is frozen for the generator's step)",
-            NormWarning,
+            statistics.NormWarning,
             stacklevel=3,
         )
 

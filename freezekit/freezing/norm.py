@@ -14,6 +14,11 @@ read by no forward, so nothing recompiles. ``deepcopy`` copies it with its modul
 standard library alone, which holds the layer just as well: a frozen stock model loads where freezekit is not installed
 (``del layer.train`` releases the layer there), and stays frozen in a process that it was sent to.
 
+A trainer that records ``module.training`` before an evaluation and writes it back afterwards goes past ``train``: a
+layer held in between is put into train mode. Nothing of the instance can refuse that write, so it is looked for after
+every optimizer step of the process: the layer is put right, and a `NormWarning` says that its statistics moved. A
+warning, for the step may be that of another model.
+
 What builds a new module loses it: convert to SyncBatchNorm first, then freeze. What writes to the buffers themselves
 is not stopped by it but seen by `guard`: ``torch.optim.swa_utils.update_bn`` resets the statistics of every batch norm,
 held or not.
@@ -27,14 +32,25 @@ Only `is_held` answers whether a layer is held.
 from __future__ import annotations
 
 import copy
-from functools import partial
+import warnings
+from functools import cache, partial
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
 from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from freezekit._arguments import check_module
+
+
+class NormWarning(UserWarning):
+    """What a norm computes changed under ``freeze``, or its frozen statistics moved, without anybody having asked.
+
+    Either `freeze` was not told what is to become of norms in train mode, or one that it holds was put into train mode
+    past ``train()``.
+    """
 
 
 class Hold:
@@ -49,25 +65,57 @@ class Hold:
     def __init__(self, module: nn.Module, parent: nn.Module | None) -> None:
         self.module = module
         self.before = module.__dict__.get("train")
-        self.asked = module.training
+        self.asked = self.trained = module.training
         # A layer that was put into another mode than its surroundings by hand returns to that mode.
         self.follows = parent is not None and parent.training == module.training
         self.parameters_train = False
+        _holding().add(module)
 
     def __call__(self, mode: bool = True) -> nn.Module:
         if not isinstance(mode, bool):
             raise ValueError(f"mode must be a bool, got {mode!r}")
         self.asked = mode
+        self.trained = self.trained or mode
         type(self.module).train(self.module, False)
         return self.module
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Hold:
         twin = memo[id(self)] = object.__new__(Hold)
         twin.__dict__.update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
+        _holding().add(twin.module)
         return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
         return partial, _stand_in(self.module)
+
+
+@cache
+def _holding() -> WeakSet[nn.Module]:
+    """The layers that this process holds, which every optimizer step looks at from the first of them on.
+
+    After the step, so that `guard`, which looks before it, comes first.
+    """
+    register_optimizer_step_post_hook(_check_modes)
+    return WeakSet()
+
+
+def _check_modes(*step: Any) -> None:
+    """Put held layers that are in train mode back into eval mode, and warn if there are any."""
+    if torch.compiler.is_compiling():  # a step inside a compiled function: its graph is to be the same without us
+        return
+    wrong = [module for module in _holding() if module.training and is_held(module)]
+    for module in wrong:
+        module.training = False
+    if wrong:
+        layers = f"{wrong[0]}" + (f" and {len(wrong) - 1} more" if len(wrong) > 1 else "")
+        warnings.warn(
+            f"{layers}: frozen by freeze(), but .training was set to True past train(), as a trainer does that records "
+            "every module's mode before an evaluation and restores it afterwards. Its running statistics moved in "
+            "every forward since; from here they hold still again. Call freeze() outside of the evaluation (in "
+            "Lightning: on_train_epoch_start, not on_validation_*)",
+            NormWarning,
+            stacklevel=2,
+        )
 
 
 def _stand_in(module: nn.Module) -> tuple[Any, ...]:
@@ -139,8 +187,9 @@ def release(module: nn.Module, parent: nn.Module | None = None) -> None:
     """Undo `hold`: the layer follows the mode of ``parent`` again. No effect on one that is not held.
 
     Not the mode that was last asked of the layer: a trainer that records every module's ``training`` and restores it
-    asks a held layer for eval, which was not intended. That mode counts where there is no parent, and for a layer whose
-    mode differed from its parent's when it was held.
+    asks a held layer for eval, which was not intended. That mode counts only for a layer whose mode differed from its
+    parent's when it was held. Without a parent, a layer that was in train mode when it was held, or was asked for it
+    since, returns to train mode.
     """
     if not is_held(module):
         return
@@ -149,7 +198,9 @@ def release(module: nn.Module, parent: nn.Module | None = None) -> None:
     if isinstance(holder, Hold):
         if holder.before is not None:
             module.__dict__["train"] = holder.before
-        if parent is None or not holder.follows:
+        if parent is None:
+            mode = holder.trained
+        elif not holder.follows:
             mode = holder.asked
     module.train(mode)
 

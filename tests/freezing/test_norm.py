@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from freezekit.freezing import freeze, is_held, unfreeze
+from freezekit.freezing import NormWarning, freeze, is_held, unfreeze
 from freezekit.freezing.norm import has_statistics
 from freezekit.guarding import FrozenMoved, guard
 
@@ -80,6 +80,52 @@ def test_a_norm_that_was_in_eval_returns_to_eval() -> None:
     freeze(model)
     unfreeze(model)
     assert not model[0].training
+
+
+def test_a_norm_that_is_the_root_trains_again_after_a_trainer_restored_its_mode() -> None:
+    norm = nn.BatchNorm1d(2)
+    freeze(norm)
+    recorded = norm.training
+    norm.eval()
+    norm.train(recorded)
+    unfreeze(norm)
+    assert norm.training
+    norm.eval()
+    freeze(norm)
+    norm.eval()
+    unfreeze(norm)
+    assert not norm.training
+
+
+@pytest.mark.parametrize("duplicate", [lambda model: model, copy.deepcopy])
+def test_a_norm_frozen_between_recording_and_restoring_is_told_and_put_right_at_the_next_step(
+    duplicate: Callable[[nn.Module], nn.Module],
+) -> None:
+    """As Lightning does around a validation: its modes are attributes that it writes, past ``train()``."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    recorded = [module.training for module in model.modules()]
+    freeze(model.eval(), "1")
+    model = duplicate(model)
+    for module, mode in zip(model.modules(), recorded, strict=True):
+        module.training = mode
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = torch.randn(4, 2)
+    model(x).sum().backward()
+    with pytest.warns(NormWarning, match=r"^BatchNorm1d\(2, .*past train\(\).*on_train_epoch_start"):
+        optimizer.step()
+    before = model[1].running_mean.clone()
+    model(x).sum().backward()
+    optimizer.step()
+    assert torch.equal(model[1].running_mean, before)
+
+
+def test_a_released_norm_in_train_mode_is_left_alone() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    freeze(model, "1")
+    unfreeze(model, "1")
+    model(torch.randn(4, 2)).sum().backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert model[1].training
 
 
 def test_norm_batch_freezes_parameters_alone_and_releases() -> None:
