@@ -11,17 +11,13 @@ on what is frozen, which `check_ranks` asks them.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
-from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.hooks import RemovableHandle
 
@@ -229,44 +225,15 @@ def watch(module: nn.Module) -> RemovableHandle:
     return module.register_forward_pre_hook(_Watch())
 
 
-class _Wrapping:
-    """Whether this process has built a DDP wrapper; until it has, the models whose first wrapper is to be watched.
-
-    A hook on a model is in the way of ``torch.jit.script``, so none is placed where no wrapper can be around the model.
-    A wrapper that is built later is met as it registers its module, and is watched itself.
-    """
-
-    def __init__(self) -> None:
-        self.changed: WeakSet[nn.Module] = WeakSet()
-        register_module_module_registration_hook(self._registered)
-        # Objects that gc.freeze() put aside are not among those that gc lists.
-        self.seen = gc.get_freeze_count() > 0 or any(issubclass(type(o), DDP) for o in gc.get_objects())
-
-    def _registered(self, parent: nn.Module, name: str, child: nn.Module) -> None:
-        if isinstance(parent, DDP):
-            self.seen = True
-            if not self.changed.isdisjoint(child.modules()):
-                watch(parent)
-
-
-_wrapping = cache(_Wrapping)
-
-
 def note_freeze(model: nn.Module) -> None:
     """To be called when ``requires_grad`` of parameters of ``model`` changed: watches every DDP in and around it.
 
     `freezekit.freezing.freeze` and ``unfreeze`` call it. Does nothing unless torch.distributed is initialised, and
-    nothing when called again. While the process has built no DDP, the model gets no hook: the wrapper that is built
-    around it later does.
+    nothing when called again.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return
-    targets: list[nn.Module] = [ddp for _, ddp in wrappers(model)]
-    if not targets:
-        if not _wrapping().seen:
-            _wrapping().changed.add(model)
-            return
-        targets = [model]
+    targets: list[nn.Module] = [ddp for _, ddp in wrappers(model)] or [model]
     for target in targets:
         if not any(isinstance(hook, _Watch) for hook in target._forward_pre_hooks.values()):
             watch(target)

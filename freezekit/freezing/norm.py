@@ -65,7 +65,7 @@ class Hold:
     def __init__(self, module: nn.Module, parent: nn.Module | None) -> None:
         self.module = module
         self.before = module.__dict__.get("train")
-        self.asked = self.trained = module.training
+        self.asked = module.training
         # A layer that was put into another mode than its surroundings by hand returns to that mode.
         self.follows = parent is not None and parent.training == module.training
         self.parameters_train = False
@@ -75,7 +75,6 @@ class Hold:
         if not isinstance(mode, bool):
             raise ValueError(f"mode must be a bool, got {mode!r}")
         self.asked = mode
-        self.trained = self.trained or mode
         type(self.module).train(self.module, False)
         return self.module
 
@@ -187,9 +186,8 @@ def release(module: nn.Module, parent: nn.Module | None = None) -> None:
     """Undo `hold`: the layer follows the mode of ``parent`` again. No effect on one that is not held.
 
     Not the mode that was last asked of the layer: a trainer that records every module's ``training`` and restores it
-    asks a held layer for eval, which was not intended. That mode counts only for a layer whose mode differed from its
-    parent's when it was held. Without a parent, a layer that was in train mode when it was held, or was asked for it
-    since, returns to train mode.
+    asks a held layer for eval, which was not intended. That mode counts where there is no parent, and for a layer whose
+    mode differed from its parent's when it was held.
     """
     if not is_held(module):
         return
@@ -198,9 +196,7 @@ def release(module: nn.Module, parent: nn.Module | None = None) -> None:
     if isinstance(holder, Hold):
         if holder.before is not None:
             module.__dict__["train"] = holder.before
-        if parent is None:
-            mode = holder.trained
-        elif not holder.follows:
+        if parent is None or not holder.follows:
             mode = holder.asked
     module.train(mode)
 

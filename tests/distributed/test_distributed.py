@@ -13,7 +13,7 @@ from freezekit.distributed import note_freeze
 from tests.distributed.harness import names, outcomes
 
 HERE = Path(__file__).parent
-WORKERS = ("ddp_worker", "rewrap_worker", "fsdp_worker", "unwrapped_worker")
+WORKERS = ("ddp_worker", "rewrap_worker", "fsdp_worker")
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 results = cache(outcomes)

@@ -82,21 +82,6 @@ def test_a_norm_that_was_in_eval_returns_to_eval() -> None:
     assert not model[0].training
 
 
-def test_a_norm_that_is_the_root_trains_again_after_a_trainer_restored_its_mode() -> None:
-    norm = nn.BatchNorm1d(2)
-    freeze(norm)
-    recorded = norm.training
-    norm.eval()
-    norm.train(recorded)
-    unfreeze(norm)
-    assert norm.training
-    norm.eval()
-    freeze(norm)
-    norm.eval()
-    unfreeze(norm)
-    assert not norm.training
-
-
 @pytest.mark.parametrize("duplicate", [lambda model: model, copy.deepcopy])
 def test_a_norm_frozen_between_recording_and_restoring_is_told_and_put_right_at_the_next_step(
     duplicate: Callable[[nn.Module], nn.Module],
