@@ -70,7 +70,10 @@ def seed() -> None:
 
 @pytest.fixture
 def no_older_notes() -> None:
-    """Sixteen notes that hold nothing: a bias of an earlier test would be released while a later one counts bytes."""
+    """Sixteen notes that hold nothing: a bias of an earlier call would be released while a later one counts bytes.
+
+    So a test that explains as well counts first.
+    """
     x = torch.randn(2, 1, 4, 4, requires_grad=True)
     with fk.enabled():
         for _ in range(16):

@@ -416,7 +416,7 @@ def test_explain_and_plan_tell_of_chains(measure: bool) -> None:
     model = Gated().requires_grad_(False)
     x = torch.randn(2, 8, 32, 32, requires_grad=True)
     with fk.enabled():
-        told, kept = fk.explain(model, x, measure=measure), bytes_kept(model, x)
+        kept, told = bytes_kept(model, x), fk.explain(model, x, measure=measure)
         planned = {option.name: option.bytes_kept for option in fk.plan(model, x)}
     assert told.bytes_kept == kept == planned["input learns"]
     made_from = {f"{row.name}, {row.layer}": row.made_from for row in told if row.made_from}
@@ -427,7 +427,7 @@ def test_explain_and_plan_tell_of_chains(measure: bool) -> None:
 def test_explain_tells_of_halves(measure: bool) -> None:
     model, x = Geglu().requires_grad_(False), torch.randn(4, 32, 8, requires_grad=True)
     with fk.enabled():
-        told, kept = fk.explain(model, x, measure=measure), bytes_kept(model, x)
+        kept, told = bytes_kept(model, x), fk.explain(model, x, measure=measure)
     assert told.bytes_kept == kept == 2 * x.nbytes
     assert {row.layer: row.made_from for row in told if row.made_from} == {"Geglu: mul": ("Geglu: gelu",)}
 
