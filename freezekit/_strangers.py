@@ -154,7 +154,8 @@ def _fill(container: Any, content: list[Any]) -> None:
     now = list(container.items() if isinstance(container, dict) else container)
     if _identities(now) != _identities(content):
         container.clear()
-        container.extend(content) if isinstance(container, list | deque) else container.update(content)
+        add = container.extend if isinstance(container, list | deque) else container.update
+        add(content)
 
 
 def _identities(content: list[Any]) -> list[Any]:

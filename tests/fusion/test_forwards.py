@@ -341,15 +341,9 @@ class LosesItsChildren(LoopsOverChildren):
         return x
 
 
-class ExchangesAChild(LoopsOverChildren):
+class ExchangesAChild(RenewsItsChildren):
     def renew(self, x: Tensor) -> Tensor:
         self.layers[1] = self.head
-        return x
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = self.act(layer(x))
-            x = self.renew(x)
         return x
 
 
