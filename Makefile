@@ -97,9 +97,12 @@ fuzz: build  ## a long run of the fuzzer: make fuzz N=10000
 clean:  ## remove what was built
 	rm -rf build freezekit/*.so freezekit/_build_info.json
 
+# pip would compile all that is installed, one file after the other, for a minute; what every process imports is enough.
+COMPILED = torch sympy numpy
 $(VENV)/.ready: requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install -q -r requirements-dev.txt
+	$(VENV)/bin/python -m pip install -q --no-compile -r requirements-dev.txt
+	$(VENV)/bin/python -m compileall -qq -j 0 $(foreach name,$(COMPILED),$(VENV)/lib/python*/site-packages/$(name)) || true
 	touch $@
 
 # The pinned setuptools is one that some releases of torch refuse.
