@@ -25,8 +25,8 @@ py::object activation(const py::object& torch_s, const py::object& input, const 
   return y;
 }
 
-void note_group_norm(const at::Tensor& result, const std::optional<at::Tensor>& bias) {
-  enable::note_group_norm(result, bias.value_or(at::Tensor()));
+void note_group_norm(const at::Tensor& result, const std::optional<at::Tensor>& bias, double eps) {
+  enable::note_group_norm(result, bias.value_or(at::Tensor()), eps);
 }
 
 }  // namespace

@@ -271,7 +271,7 @@ Tensor quick_group_norm(const Given& given) {
   if (x.dim() < 2 || groups < 1 || x.numel() <= x.size(0) * groups) return {};
   return without_gil([&] {
     const Tensor y = at::group_norm(x, groups, weight, bias, eps, at::globalContext().userEnabledCuDNN());
-    enable::note_group_norm(y, bias.value_or(Tensor()));
+    enable::note_group_norm(y, bias.value_or(Tensor()), eps);
     return y;
   });
 }

@@ -160,7 +160,7 @@ def _noted(input: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor |
         return LEFT_TO_TORCH
     y = F.group_norm(input, num_groups, weight, bias, eps)
     if isinstance(y, Tensor):
-        _C.chains.note_group_norm(y, bias)
+        _C.chains.note_group_norm(y, bias, eps)
     return y
 
 

@@ -34,6 +34,7 @@ struct Note {
   const Node* node = nullptr;
   bool has_bias = false;
   Tensor bias;  // a copy
+  double eps = 0;
   std::weak_ptr<const Recipe> recipe;
 };
 
@@ -78,7 +79,7 @@ std::shared_ptr<Recipe> of_group_norm(const generated::NativeGroupNormBackward0&
   if (!note || note->has_bias != note->bias.defined()) return nullptr;
   const AnyNodePtr self = pointer_to(const_cast<generated::NativeGroupNormBackward0&>(node));
   return group_norm(node.input_.unpack(), node.result1_.unpack(self), node.result2_.unpack(self), node.weight_.unpack(),
-                    note->bias, node.eps, has_data);
+                    note->bias, note->eps, has_data);
 }
 
 template <class T>
@@ -247,11 +248,12 @@ void let_go(const Tensor& value, const RecipePtr& recipe, bool watched) {
   show(shows_let_go, {value});
 }
 
-void note_bias(const Tensor& result, const Tensor& bias) {
+void note_group_norm(const Tensor& result, const Tensor& bias, double eps) {
   const auto* node = as<generated::NativeGroupNormBackward0>(node_of(result));
   if (!node) return;
   Note& note = new_note(node);
   note.has_bias = bias.defined();
+  note.eps = eps;
   if (note.has_bias && can_be_made_again(result)) note.bias = copy_of(bias);
 }
 

@@ -136,8 +136,8 @@ RecipePtr recipe_for(const Tensor& value, Maker maker, const Tensor& beside) {
   return may_have ? chain::recipe_for(value, maker, detail::is_watched_here(), beside) : nullptr;
 }
 
-void note_group_norm(const Tensor& result, const Tensor& bias) {
-  if (result.device().is_cpu() && serves(Value::ours, result, bias)) chain::note_bias(result, bias);
+void note_group_norm(const Tensor& result, const Tensor& bias, double eps) {
+  if (result.device().is_cpu() && serves(Value::ours, result, bias)) chain::note_group_norm(result, bias, eps);
 }
 
 }  // namespace freezekit::enable

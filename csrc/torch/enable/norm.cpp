@@ -94,7 +94,7 @@ Three native_group_norm(DispatchKeySet keys, const Tensor& input, const Optional
   const bool is_batch = input.dim() >= 2 && input.sym_size(0) == n && input.sym_size(1) == c;
   if (!is_batch || !serves_bias_alone(input, w, b)) {
     auto results = torch_group_norm.stock(keys, input, weight, bias, n, c, hw, groups, eps);
-    if (is_batch) note_group_norm(std::get<0>(results), b);
+    if (is_batch) note_group_norm(std::get<0>(results), b, eps);
     return results;
   }
   auto results = torch_group_norm.forward(keys, input, weight, bias, n, c, hw, groups, eps);
