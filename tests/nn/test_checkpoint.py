@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -34,6 +36,34 @@ def test_a_checkpointed_block_may_end_with_any_layer(name: str) -> None:
     for run in (block, lambda t: checkpoint(block, t, use_reentrant=False)):
         torch.manual_seed(0)
         gradients += torch.autograd.grad(run(x).square().sum(), x)
+    assert torch.equal(*gradients)
+
+
+def written_and_read_whole(x: Tensor, activation: nn.Module) -> Tensor:
+    whole = x.sin()
+    part = whole[:, :2]
+    activation(part).mul_(2)
+    return whole
+
+
+VIEWS: dict[str, Callable[[Tensor, nn.Module], Tensor]] = {
+    "view": lambda x, activation: activation(x.sin().view(2, -1)),
+    "slice": lambda x, activation: activation(x.sin()[:, :2]),
+    "instance norm": lambda x, activation: activation(F.instance_norm(x)),
+    "whole": written_and_read_whole,
+}
+
+
+@pytest.mark.parametrize("way", VIEWS)
+@pytest.mark.parametrize("name", ["ReLU", "LeakyReLU", "Hardtanh"])
+def test_a_view_may_be_written_to_in_a_checkpoint_under_create_graph(name: str, way: str) -> None:
+    gradients = []
+    x = torch.randn(2, 4, 4, 4, requires_grad=True)
+    for package in (nn, layers):
+        activation = getattr(package, name)(inplace=True)
+        y = checkpoint(VIEWS[way], x * 1, activation, use_reentrant=False)
+        (dx,) = torch.autograd.grad(y.square().mean(), x, create_graph=True)
+        gradients += torch.autograd.grad(dx.square().sum(), x)
     assert torch.equal(*gradients)
 
 

@@ -48,6 +48,11 @@ LAYERS: dict[str, tuple[Call, Call, Sequence[tuple[int, ...]]]] = {
     ),
     "relu": (ff.relu, F.relu, [IMAGES]),
     "relu in place": (lambda x: ff.relu(x * 1, inplace=True), lambda x: F.relu(x * 1, inplace=True), [IMAGES]),
+    "relu in place on a view": (
+        lambda x: ff.relu((x * 1)[:, :2], inplace=True),
+        lambda x: F.relu((x * 1)[:, :2], inplace=True),
+        [IMAGES],
+    ),
     "relu6": (lambda x: ff.relu6(x * 5), lambda x: F.relu6(x * 5), [IMAGES]),
     "hardtanh in place": (
         lambda x: ff.hardtanh(x * 1, inplace=True),

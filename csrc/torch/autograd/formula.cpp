@@ -66,7 +66,8 @@ void BackwardNode::add_links(const Link& link, variable_list& gradients) {
   if (link.to == Link::To::nothing) return;
   edge_list to;
   if (link.to == Link::To::result) {
-    to.emplace_back(pointer_to<torch::autograd::Node>(*this), 0);
+    const AnyNodePtr view = view_.lock();
+    to.emplace_back(view ? view : pointer_to<torch::autograd::Node>(*this), 0);
   } else {
     for (size_t i = 0; i < link.count; ++i) {
       if (next_edge(i).is_valid()) to.push_back(next_edge(i));

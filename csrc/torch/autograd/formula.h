@@ -65,6 +65,9 @@ class BackwardNode : public torch::autograd::Node {
     (kept_.emplace_back(tensors, /*is_output=*/false), ...);
   }
 
+  // After a call in place on a view: the gradient of the view comes through the whole tensor's node, which runs this one.
+  void set_view(const Tensor& result) { view_ = WeakNodePtr(result.grad_fn()); }
+
   std::string name() const override { return name_; }
   void release_variables() override;
 
@@ -75,6 +78,9 @@ class BackwardNode : public torch::autograd::Node {
 
   const char* name_;
   std::vector<torch::autograd::SavedVariable> kept_;
+
+ private:
+  WeakNodePtr view_{AnyNodePtr()};
 };
 
 namespace formula {

@@ -17,6 +17,7 @@ struct RebindPointer;
 template <class T, class U>
 struct RebindPointer<T, std::shared_ptr<U>> {
   using type = std::shared_ptr<T>;
+  using weak = std::weak_ptr<T>;
   template <class... Args>
   static type make(Args&&... args) {
     // deleteNode walks the graph without recursion: a plain delete overflows the stack on a deep one.
@@ -28,6 +29,7 @@ struct RebindPointer<T, std::shared_ptr<U>> {
 template <class T, class U>
 struct RebindPointer<T, c10::intrusive_ptr<U>> {
   using type = c10::intrusive_ptr<T>;
+  using weak = c10::weak_intrusive_ptr<T>;
   template <class... Args>
   static type make(Args&&... args) {
     return c10::make_intrusive<T>(std::forward<Args>(args)...);
@@ -37,6 +39,7 @@ struct RebindPointer<T, c10::intrusive_ptr<U>> {
 
 template <class T>
 using NodePtr = typename RebindPointer<T, AnyNodePtr>::type;
+using WeakNodePtr = RebindPointer<torch::autograd::Node, AnyNodePtr>::weak;
 
 template <class T, class... Args>
 NodePtr<T> make_node(Args&&... args) {

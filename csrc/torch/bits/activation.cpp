@@ -224,6 +224,7 @@ void activation_inplace_entry(Tensor& input, const Piecewise& f) {
   if (!node) return;
   node->keep(bits);
   torch::autograd::impl::rebase_history(input, {node, node->add_input_metadata(input)});
+  if (input.is_view()) node->set_view(input);
 }
 
 void register_activations(torch::Library& m) {
