@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    checkpoint_sequential,
+    create_selective_checkpoint_contexts,
+)
 
 import freezekit as fk
 from tests.dropin.twins import assert_same, gradients, turns
@@ -94,9 +100,7 @@ CHECKPOINTS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
         net,
         x,
         use_reentrant=False,
-        context_fn=lambda: torch.utils.checkpoint.create_selective_checkpoint_contexts(
-            [torch.ops.freezekit.conv2d.default, torch.ops.aten.convolution.default]
-        ),
+        context_fn=lambda: create_selective_checkpoint_contexts([torch.ops.aten.convolution.default]),
     ),
 }
 
@@ -110,6 +114,25 @@ def test_checkpointing(how: str, frozen: bool, way: str) -> None:
         net[2].requires_grad_(not frozen)
         results.append(gradients(lambda x, net=net: CHECKPOINTS[how](net, x), x, net))
     assert_same(*results)
+
+
+def test_the_policy_of_a_selective_checkpoint_meets_torch_s_convolution(way: str) -> None:
+    counts = []
+    for net in turns(way):
+        met = []
+
+        def policy(ctx: Any, op: Any, *args: Any, met: list[bool] = met, **kwargs: Any) -> CheckpointPolicy:
+            is_convolution = op is torch.ops.aten.convolution.default
+            met.append(is_convolution)
+            return CheckpointPolicy.MUST_SAVE if is_convolution else CheckpointPolicy.PREFER_RECOMPUTE
+
+        def contexts(policy: Any = policy) -> Any:
+            return create_selective_checkpoint_contexts(policy)
+
+        x = torch.randn(2, 3, 8, 8, requires_grad=True)
+        checkpoint(net, x, use_reentrant=False, context_fn=contexts).sum().backward()
+        counts.append(sum(met))
+    assert counts[0] == counts[1] > 0
 
 
 def test_saved_tensor_hooks_see_what_is_kept_and_no_more() -> None:

@@ -6,6 +6,8 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/convolution.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/library.h>
 
 #include "torch/autograd/formula.h"
@@ -109,7 +111,17 @@ Tensor record_conv2d(const Tensor& input, const Tensor& weight, const std::optio
     check_conv2d(input, weight, bias, g);
     return aten::conv2d(input, weight, bias, g);
   }
-  return record_conv2d(input, weight, b, g, [&] { return conv2d(input, weight, bias, g); });
+  return record_conv2d(input, weight, b, g, [&]() -> Tensor {
+    // A mode of the user's, as for selective checkpointing, is to meet the operator whose name it knows.
+    if (!is_left_to_aten(g.backend, input) ||
+        !c10::impl::TorchDispatchModeTLS::any_modes_set(/*skip_infra_modes=*/true)) {
+      return conv2d(input, weight, bias, g);
+    }
+    check_conv2d(input, weight, bias, g);
+    const Tensor y = at::convolution_symint(input, weight, bias, g.stride, g.padding, g.dilation, /*transposed=*/false,
+                                            /*output_padding=*/SizeVector{0, 0}, g.groups);
+    return finish(y, layout_of(input, weight));
+  });
 }
 
 namespace {
