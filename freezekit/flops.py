@@ -1,4 +1,10 @@
-"""What `torch.utils.flop_counter` counts for freezekit's operators: what it counts for torch's."""
+"""What `torch.utils.flop_counter` counts for freezekit's operators: what it counts for torch's.
+
+Its count of a weight gradient ignores groups, and is `groups` times too high; so is the count here. In a double
+backward torch computes a grouped weight gradient group by group and counts it right, where freezekit's operator is
+counted as in the first order: of a converted, trainable, grouped convolution the count is higher there, for the same
+work.
+"""
 
 from __future__ import annotations
 

@@ -49,3 +49,23 @@ def test_they_are_torch_s(way: str, frozen: bool) -> None:
         model = fk.fuse(model)
     with fk.enabled() if way == "enabled" else nullcontext():
         assert flops(model) == stock
+
+
+def second_order(layer: nn.Module) -> int:
+    x = torch.randn(2, 4, 9, 9, requires_grad=True)
+    y = layer(x)
+    with FlopCounterMode(display=False) as counter:
+        (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        dx.square().sum().backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_in_second_order_groups_are_counted_as_in_the_first(kind: type[nn.Conv2d]) -> None:
+    for groups in (1, 2):
+        layer = kind(4, 8, 3, groups=groups)
+        stock = second_order(layer)
+        windows = 49 if kind is nn.Conv2d else 81
+        ungrouped = 2 * 2 * windows * 4 * 8 * 9  # what torch counts for a weight gradient, whatever the groups
+        converted = second_order(fk.convert(nn.Sequential(layer)))
+        assert converted - stock == ungrouped - ungrouped // groups
