@@ -19,7 +19,7 @@ from freezekit._inputs import arguments
 from freezekit.freezing.optim import group_of
 from freezekit.freezing.wrapping import layers
 
-from . import attributes, forward, optim, tensors, wrappers
+from . import attributes, forward, hooks, optim, tensors, wrappers
 from .report import SEVERITIES, AuditError, Finding, Report
 from .subject import Subject
 
@@ -49,7 +49,7 @@ _OPTIMIZER: tuple[_Check, ...] = (
     optim.check_duplicates,
     optim.check_scheduled,
     optim.check_idle,
-    optim.check_masked,
+    hooks.check_masked,
 )
 
 

@@ -12,7 +12,7 @@ from freezekit.freezing.causes import causes, momenta
 from freezekit.freezing.optim import group_of
 
 from .report import Finding, about, brief
-from .steps import moves_at_zero, why_not_stepped, would_move
+from .steps import why_not_stepped, would_move
 from .subject import Subject
 
 
@@ -201,34 +201,3 @@ def check_idle(subject: Subject) -> Iterator[Finding]:
                 "leave the optimizer out of the step while its parameters are frozen",
                 names,
             )
-
-
-def _may_be_masked(p: torch.Tensor) -> bool:
-    """Whether a hook may set part of the gradient to zero, or one that runs once it is accumulated has done so."""
-    if p._backward_hooks:
-        return True
-    # Optimizers that step in the backward pass use such hooks as well.
-    if not p._post_accumulate_grad_hooks or p.grad is None:
-        return False
-    nonzero = int(torch.count_nonzero(p.grad))
-    return 0 < nonzero < p.grad.numel()
-
-
-def check_masked(subject: Subject) -> Iterator[Finding]:
-    """Parameters whose gradient a hook masks: momentum and decay move the masked part all the same."""
-    found: list[str] = []
-    for optimizer, i, name, p in subject.members():
-        if p.requires_grad and _may_be_masked(p):
-            group = optimizer.param_groups[i]
-            moved = moves_at_zero(optimizer, group, p)
-            if moved or (moved is None and group.get("weight_decay")):
-                found.append(name)
-    if found:
-        yield about(
-            found,
-            "masked-gradient",
-            "warning",
-            f"{len(found)} parameter(s) have a hook on their gradient, and their optimizer moves elements whose "
-            "gradient is zero, by weight decay or momentum: a hook that sets part of it to zero freezes nothing",
-            "freeze part of a tensor by a parametrization (see docs/two_step.md), or set weight_decay=0 and momentum=0",
-        )

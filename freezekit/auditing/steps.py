@@ -74,10 +74,11 @@ def step_of_copy(
     shadow.__dict__.update({name: copy.deepcopy(v) for name, v in vars(optimizer).items() if not _is_replaced(name)})
     shadow.__dict__["_optimizer_step_pre_hooks"] = OrderedDict()
     shadow.__dict__["_optimizer_step_post_hooks"] = OrderedDict()
-    shadow.param_groups = [{**{k: copied(v) for k, v in group.items() if k != "params"}, "params": [twin]}]
+    twins = {id(p): twin}  # which an option of the group may hold as well
+    shadow.param_groups = [{**{k: copied(v, twins) for k, v in group.items() if k != "params"}, "params": [twin]}]
     state: defaultdict[torch.Tensor, Any] = defaultdict(dict)
     if p in optimizer.state:
-        state[twin] = {k: copied(v) for k, v in optimizer.state[p].items()}
+        state[twin] = {k: copied(v, twins) for k, v in optimizer.state[p].items()}
     shadow.state = state
     # What is its own copy may be written to, and so may attributes of the class.
     held = [value for value in optimizer.state.get(p, {}).values() if not isinstance(value, torch.Tensor)]

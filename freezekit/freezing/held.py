@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -88,9 +90,15 @@ def copy_state(optimizer: Optimizer, param: nn.Parameter) -> dict[str, Any] | No
     return {key: copied(value) for key, value in optimizer.state[param].items()}
 
 
-def copied(value: Any) -> Any:
-    """A copy of an entry of an optimizer's state, or of an option of a group."""
-    return value.detach().clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value)
+def copied(value: Any, twins: Mapping[int, torch.Tensor] = MappingProxyType({})) -> Any:
+    """A copy of an entry of an optimizer's state, or of an option of a group.
+
+    Args:
+        twins: ``id`` of a tensor -> its copy, where there is one already.
+    """
+    if isinstance(value, torch.Tensor):
+        return twins[id(value)] if id(value) in twins else value.detach().clone()
+    return copy.deepcopy(value, dict(twins))
 
 
 def put_state(optimizer: Optimizer, param: nn.Parameter, saved: dict[str, Any] | None) -> None:

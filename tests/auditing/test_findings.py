@@ -87,6 +87,29 @@ def test_an_optimizer_that_cannot_be_asked_is_judged_by_its_gradient() -> None:
     assert the(audit(model, opt), "stale-grad").names == ("0.weight",)
 
 
+class Shrinking(torch.optim.SGD):
+    """Writes to its parameters through another entry of the group."""
+
+    def __init__(self, params: list[nn.Parameter]) -> None:
+        super().__init__(params, lr=0.1)
+        self.param_groups[0]["shrunk"] = params
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for p in self.param_groups[0]["shrunk"]:
+            p.mul_(0.5)
+
+
+def test_an_optimizer_that_moves_through_another_entry_of_its_group() -> None:
+    model = net()
+    optimizer = Shrinking(list(model.parameters()))
+    model(images()).sum().backward()
+    model[0].requires_grad_(False)
+    before = [p.detach().clone() for p in model.parameters()]
+    assert the(audit(model, optimizer), "would-move").names == ("0.weight", "0.bias")
+    assert all(map(torch.equal, before, model.parameters()))
+
+
 def test_scheduler_and_step_hooks_do_not_run() -> None:
     model, opt = trained("Adam")
     torch.optim.lr_scheduler.StepLR(opt, 1)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -108,6 +112,93 @@ def test_part_of_a_tensor_is_not_frozen_by_a_hook_under_decay_or_momentum(once_a
         model(images()).square().mean().backward()
         optimizer.step()
         assert torch.equal(before[:2], model[0].weight[:2]) is not trap, "what audit said is so"
+
+
+HALF = torch.tensor([0.0, 0.0, 1.0, 1.0]).view(4, 1, 1, 1)
+MASKS = {"0.weight": HALF}
+SCALE, PAIR = torch.tensor(0.5), torch.tensor([0.0, 1.0])
+
+
+class Mask:
+    def __init__(self) -> None:
+        self.mask = HALF
+
+    def __call__(self, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * self.mask
+
+    def method(self, gradient: torch.Tensor) -> torch.Tensor:
+        return self(gradient) * self.mask
+
+
+class MaskModule(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", HALF)
+
+    def forward(self, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * self.mask
+
+
+def first_two_to_zero(gradient: torch.Tensor) -> torch.Tensor:
+    gradient = gradient.clone()
+    gradient[:2] = 0
+    return gradient
+
+
+def notes(model: nn.Module, seen: dict[str, torch.Tensor]) -> Callable[[torch.Tensor], None]:
+    def note(gradient: torch.Tensor) -> None:
+        seen["norm"] = gradient.norm()
+
+    return note
+
+
+masking: dict[str, Callable[[torch.Tensor], Any]] = {
+    "global": lambda gradient: gradient * HALF,
+    "bool": lambda gradient, held=HALF == 0: gradient.masked_fill(held, 0),
+    "dictionary": lambda gradient: gradient * MASKS["0.weight"],
+    "partial": partial(torch.mul, other=HALF),
+    "builtin": HALF.mul,
+    "object": Mask(),
+    "method": Mask().method,
+    "module": MaskModule(),
+    "method of a module": MaskModule().forward,
+    "part": first_two_to_zero,
+}
+harmless: dict[str, Callable[[torch.Tensor], Any]] = {
+    "clip": lambda gradient: gradient.clamp(-1, 1),
+    "scale": lambda gradient: gradient * SCALE,
+    "scale each filter": partial(torch.mul, other=torch.tensor([0.1, 0.2, 0.3, 1.0]).view(4, 1, 1, 1)),
+    "log": lambda gradient, log=[]: log.append(gradient.norm()),
+    "log by name": notes(net(), {}),
+    "other shape": lambda gradient: gradient + PAIR.sum(),
+}
+
+
+@pytest.mark.parametrize("kind", [*masking, *harmless])
+def test_a_hook_that_masks_is_told_from_one_that_clips_scales_or_logs(kind: str) -> None:
+    model = net().eval()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model[0].weight.register_hook({**masking, **harmless}[kind])
+    model(images()).square().mean().backward()
+    said = [f.names for f in found(audit(model, optimizer), "masked-gradient")]
+    assert said == [("0.weight",)] * (kind in masking)
+
+
+@pytest.mark.parametrize("place", ["accumulated", "step"])
+def test_a_mask_in_a_hook_on_the_accumulated_gradient_or_before_the_step(place: str) -> None:
+    model = net().eval()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    weight = model[0].weight
+
+    def hide(*_: object) -> None:
+        assert weight.grad is not None
+        weight.grad.mul_(HALF)
+
+    if place == "accumulated":
+        weight.register_post_accumulate_grad_hook(hide)
+    else:
+        optimizer.register_step_pre_hook(hide)
+    assert the(audit(model, optimizer), "masked-gradient").names == ("0.weight",)
 
 
 class Renormed(nn.Embedding):

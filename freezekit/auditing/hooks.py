@@ -1,0 +1,106 @@
+"""Hooks that set part of a gradient to zero, in place of freezing it. They are looked at and never run."""
+
+from __future__ import annotations
+
+import dis
+from collections.abc import Iterator
+from functools import partial
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from freezekit._strangers import names_of
+
+from .report import Finding, about
+from .steps import moves_at_zero
+from .subject import Subject
+
+
+def _function_of(hook: Any) -> FunctionType | None:
+    """What runs when a hook is called; None where it is not written in Python."""
+    if isinstance(hook, partial):
+        return _function_of(hook.func)
+    if isinstance(hook, nn.Module):
+        return _function_of(hook.forward)
+    if not isinstance(hook, FunctionType | MethodType):
+        hook = type(hook).__call__
+    function = getattr(hook, "__func__", hook)
+    return function if isinstance(function, FunctionType) else None
+
+
+def _held_by(hook: Any) -> Iterator[Any]:
+    """What a hook was given, is bound to and names, with the attributes of these that it names; and what lists hold."""
+    function = _function_of(hook)
+    held: list[Any] = []
+    while isinstance(hook, partial):
+        held += (*hook.args, *hook.keywords.values())
+        hook = hook.func
+    held.append(getattr(hook, "__self__", hook))
+    if function is not None:
+        held += names_of(function).values()
+        for value in held[:]:
+            buffers = value._buffers if isinstance(value, nn.Module) else {}
+            attributes = {**getattr(value, "__dict__", {}), **buffers}
+            held += [attributes[name] for name in function.__code__.co_names if name in attributes]
+    for value in held:
+        if isinstance(value, dict):
+            yield from value.values()
+        elif isinstance(value, list | tuple):
+            yield from value
+        else:
+            yield value
+
+
+def _is_mask(value: Any, p: Tensor) -> bool:
+    """Whether it is a tensor of zeros and ones that fits a gradient of ``p``."""
+    if not isinstance(value, Tensor) or value.requires_grad or value.layout is not torch.strided or value.is_meta:
+        return False
+    if value.dim() > p.dim():
+        return False
+    if any(n not in (1, of_p) for n, of_p in zip(reversed(value.shape), reversed(p.shape))):
+        return False
+    zeros, ones = int((value == 0).sum()), int((value == 1).sum())
+    return min(zeros, ones) > 0 and zeros + ones == value.numel()
+
+
+def _writes_to_part(hook: Any) -> bool:
+    """Whether a hook assigns to a subscript, as of ``gradient[:2] = 0``."""
+    function = _function_of(hook)
+    steps = dis.get_instructions(function) if function is not None else ()
+    return any(step.opname in ("STORE_SUBSCR", "STORE_SLICE") for step in steps)
+
+
+def _is_masked(optimizer: torch.optim.Optimizer, p: Tensor) -> bool:
+    own = [*(p._backward_hooks or {}).values(), *(p._post_accumulate_grad_hooks or {}).values()]
+    every = [*own, *getattr(optimizer, "_optimizer_step_pre_hooks", {}).values()]  # what wraps one may lack it
+    if any(_is_mask(value, p) for hook in every for value in _held_by(hook)):
+        return True
+    if p.grad is None or not any(map(_writes_to_part, own)):
+        return False
+    return 0 < int(torch.count_nonzero(p.grad)) < p.grad.numel()
+
+
+def check_masked(subject: Subject) -> Iterator[Finding]:
+    """Parameters whose gradient a hook masks: momentum and decay move the masked part all the same.
+
+    A hook that clips, scales or logs holds no mask. What a module's backward hook does to a gradient is not seen.
+    """
+    found: list[str] = []
+    for optimizer, i, name, p in subject.members():
+        if p.requires_grad and _is_masked(optimizer, p):
+            group = optimizer.param_groups[i]
+            moved = moves_at_zero(optimizer, group, p)
+            if moved or (moved is None and group.get("weight_decay")):
+                found.append(name)
+    if found:
+        yield about(
+            found,
+            "masked-gradient",
+            "warning",
+            f"{len(found)} parameter(s) have a hook that seems to set part of their gradient to zero (it holds a mask "
+            "of zeros and ones, or assigns to part of a gradient that has zeros), and their optimizer moves such "
+            "elements, by weight decay or momentum: they are not frozen",
+            "freeze part of a tensor by a parametrization (see docs/two_step.md), or set weight_decay=0 and momentum=0",
+        )
