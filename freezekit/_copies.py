@@ -92,7 +92,17 @@ class Copies(TorchFunctionMode):
             if id(original) in self._memo:
                 self._mend(original, self._memo[id(original)])
 
+    def _complete(self, original: nn.Module, copied: nn.Module) -> None:
+        """Adds attributes that a class keeps from a pickle by its ``__getstate__``, and its forward may read."""
+        for name in vars(original).keys() - vars(copied).keys() - {"_compiled_call_impl"}:
+            try:
+                vars(copied)[name] = self.of(vars(original)[name])
+            except TypeError:  # what cannot be pickled, mostly
+                continue
+
     def _mend(self, original: Any, copied: Any) -> None:
+        if isinstance(original, nn.Module) and not hasattr(type(original), "__deepcopy__"):
+            self._complete(original, copied)
         if type(copied) is partial:
             func, args = self._constant(original.func, copied.func), self._constant(original.args, copied.args)
             copied.__setstate__((func, args, copied.keywords, vars(copied)))  # type: ignore[attr-defined]

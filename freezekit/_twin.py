@@ -205,16 +205,22 @@ def roots_of(function: Any) -> dict[str, nn.Module]:
     if isinstance(owner, nn.Module):
         return {"": owner}
     owner = unwrap(owner) if callable(owner) else owner
-    known = names_of(owner) if isinstance(owner, FunctionType) else getattr(owner, "__dict__", {})
+    known = names_of(owner) if isinstance(owner, FunctionType) else dict(getattr(owner, "__dict__", {}))
+    if isinstance(function, MethodType) and isinstance(function.__func__, FunctionType):
+        known = {**names_of(function.__func__), **known}
     found = {
         ".".join(filter(None, (name, inner))): module
         for name, value in {**known, **given}.items()
         for inner, module in modules_in(value).items()
     }
     if not (found and callable(function)):
+        cure = (
+            f" {getattr(function, '__qualname__', '')}, which names no module, nor an object, list or dictionary with "
+            "one right in it. Let a function name it: module = pipe.parts['unet']; explain(lambda x: module(x), x)"
+        )
         raise TypeError(
             "model must be an nn.Module, or a callable that runs one, such as model.decode, got "
-            f"{type(function).__name__}"
+            f"{type(function).__name__}{cure if callable(function) else ''}"
         )
     return found
 

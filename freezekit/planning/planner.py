@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cached_property
@@ -9,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_leaves
 
 from freezekit._arguments import check_flag, check_real
@@ -98,14 +101,16 @@ class _Planner:
     def depths(self) -> Iterator[Option]:
         frozen: list[str] = []
         yield self._option("depth 0", frozen)
-        for depth, layer in enumerate(self._layers, 1):
+        called = {name for layer in self._layers for name in layer}
+        rest = [name for name in self.sizes if name not in called]
+        for depth, layer in enumerate([*self._layers, *([rest] if rest else [])], 1):
             frozen += layer
             yield self._option(f"depth {depth}", frozen)
 
     def regimes(self) -> Iterator[Option]:
         modules = [item for prefix, root in self.roots.items() for item in root.named_modules(prefix=prefix)]
         norms = {name for prefix, m in modules if _is_norm(m) for name, _ in m.named_parameters(prefix)}
-        last = set(self._layers[-1])
+        last = set(self._layers[-1]) if self._layers else set()
         learning: dict[str, Callable[[str], bool]] = {
             "biases learn": lambda name: name.endswith("bias"),
             "norms learn": lambda name: name in norms,
@@ -117,16 +122,18 @@ class _Planner:
 
     @cached_property
     def _layers(self) -> list[list[str]]:
-        """Names of the parameters of each layer that has some, in forward order; those never called come last."""
+        """Names of the parameters of each layer that has some and is called, in forward order."""
+        owned: dict[str, list[str]] = defaultdict(list)
+        for name in self.sizes:
+            owned[_layer_of(name.rpartition(".")[0])].append(name)
         order: dict[str, list[str]] = {}
         for call in self._trace("depth 0", []).calls:
-            if call.module is not None and not call.function:
-                own = [name for name, _ in call.module.named_parameters(call.name, recurse=False) if name in self.sizes]
-                if own:
-                    order.setdefault(call.name, own)
-        called = {name for layer in order.values() for name in layer}
-        rest = [name for name in self.sizes if name not in called]
-        return [*order.values(), *([rest] if rest else [])]
+            layer = _layer_of(call.name)
+            # A parametrized layer has children, and is known by the functions that it calls.
+            parametrized = layer != call.name or (call.module is not None and is_parametrized(call.module))
+            if layer in owned and (parametrized or not call.function):
+                order.setdefault(layer, owned[layer])
+        return list(order.values())
 
     def _option(self, name: str, frozen: list[str]) -> Option:
         traced = self._trace(name, frozen)
@@ -175,6 +182,15 @@ def _freezer(frozen: list[str]) -> Callable[[str, nn.Module], None]:
             freeze(root, held, norm="freeze")
 
     return play
+
+
+def _layer_of(path: str) -> str:
+    """The module at a path, or the one whose parametrization it is part of.
+
+    >>> _layer_of("0.1"), _layer_of("0.parametrizations.weight.0")
+    ('0.1', '0')
+    """
+    return re.sub(r"(^|\.)parametrizations(\..*)?$", "", path)
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -246,6 +246,38 @@ def test_any_callable_over_a_model_is_explained() -> None:
         fk.explain(torch.relu, z)
 
 
+NAMED = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sigmoid())
+
+
+class Parts:
+    def __init__(self) -> None:
+        self.parts = {"unet": {"decoder": NAMED}}
+
+    @classmethod
+    def of_class(cls, x: Tensor) -> Tensor:
+        return NAMED(x)
+
+    def of_object(self, x: Tensor) -> Tensor:
+        return NAMED(x) + 0 * len(self.parts)
+
+    def out_of_sight(self, x: Tensor) -> Tensor:
+        return self.parts["unet"]["decoder"](x)
+
+
+@pytest.mark.parametrize("measure", [None, True])
+def test_a_method_may_name_a_module_that_its_object_does_not_hold(measure: bool | None) -> None:
+    x = torch.randn(1, 3, 8, 8)
+    expected = fk.explain(NAMED, x).bytes_kept
+    for call in (Parts.of_class, Parts().of_class, Parts().of_object):
+        explained = fk.explain(call, x, measure=measure)
+        assert [row.name for row in explained][:2] == ["NAMED.0", "NAMED.1"]
+        assert explained.bytes_kept == expected
+    with pytest.raises(TypeError, match=r"got method Parts\.out_of_sight, which names no module.*Let a function name"):
+        fk.explain(Parts().out_of_sight, x, measure=measure)
+    module = Parts().parts["unet"]["decoder"]
+    assert fk.explain(lambda x: module(x), x, measure=measure).bytes_kept == expected
+
+
 def test_plan_plays_freeze_with_its_norms() -> None:
     model, x = (
         fk.convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3))),

@@ -40,6 +40,36 @@ def test_depths_grow_and_cost_shrinks() -> None:
     assert depths[-1].bytes_kept == depths[-1].backward_flops == depths[-1].trainable == 0
 
 
+def test_parametrized_layers_stand_in_forward_order() -> None:
+    spectral, weight = nn.utils.parametrizations.spectral_norm, nn.utils.parametrizations.weight_norm
+    model = nn.Sequential(spectral(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4), weight(nn.Conv2d(4, 4, 3)), nn.PReLU(4))
+    made = list(plan(model, torch.empty(2, 3, 8, 8), machine=MACHINE))
+    assert [sorted({name[0] for name in option.frozen}) for option in made[:5]] == [
+        [],
+        ["0"],
+        ["0", "1"],
+        ["0", "1", "2"],
+        ["0", "1", "2", "3"],
+    ]
+    alone = list(plan(spectral(nn.Linear(8, 8)), torch.empty(2, 8), machine=MACHINE))
+    assert [len(option.frozen) for option in alone[:2]] == [0, 2]
+
+
+def test_what_no_layer_holds_is_not_the_last_layer() -> None:
+    class WithToken(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Linear(4, 4), nn.Linear(4, 4))
+            self.token = nn.Parameter(torch.zeros(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x + self.token)
+
+    made = {option.name: option for option in plan(WithToken(), torch.empty(2, 4), machine=MACHINE)}
+    assert set(made["last layer learns"].frozen) == {"token", "0.weight", "0.bias"}
+    assert "token" in made["depth 3"].frozen
+    assert "token" not in made["depth 2"].frozen
+
+
 def test_regimes() -> None:
     made = {option.name: option for option in plan(net(), torch.empty(2, 3, 16, 16), machine=MACHINE)}
     assert made["norms learn"].trainable == 16

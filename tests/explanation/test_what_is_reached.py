@@ -469,3 +469,29 @@ def test_what_cannot_be_copied_is_named_and_can_be_held_by_what_is_its_own_copy(
     ):
         fk.explain(nn.Sequential(nn.ReLU(), Locked(threading.Lock())), x)
     assert fk.explain(Locked(shared), x).bytes_kept == fk.explain(Net(), x).bytes_kept
+
+
+class Dropping(nn.Module):
+    """Keeps some attributes out of pickles, one of which cannot be copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.seen = [torch.zeros(1)]
+        self.lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("seen", "lock")}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(x)
+        return self.conv(x).relu()
+
+
+@pytest.mark.parametrize("measure", [None, True])
+def test_a_forward_may_read_what_its_class_keeps_from_pickles(measure: bool | None) -> None:
+    model, x = Dropping(), torch.randn(1, 3, 8, 8)
+    explained = fk.explain(model, x, measure=measure)
+    assert [row.name for row in explained] == ["conv", ""]
+    assert len(model.seen) == 1
+    assert len(list(fk.plan(model, x, machine=MACHINE))) > 1
