@@ -66,8 +66,9 @@ class Hold:
         self.module = module
         self.before = module.__dict__.get("train")
         self.asked = module.training
-        # A layer that was put into another mode than its surroundings by hand returns to that mode.
-        self.follows = parent is not None and parent.training == module.training
+        # A layer that was put into another mode than its surroundings by hand returns to that mode. Where these are not
+        # known, one that trains was not put into eval mode.
+        self.follows = module.training if parent is None else parent.training == module.training
         self.parameters_train = False
         _holding().add(module)
 
@@ -186,8 +187,8 @@ def release(module: nn.Module, parent: nn.Module | None = None) -> None:
     """Undo `hold`: the layer follows the mode of ``parent`` again. No effect on one that is not held.
 
     Not the mode that was last asked of the layer: a trainer that records every module's ``training`` and restores it
-    asks a held layer for eval, which was not intended. That mode counts where there is no parent, and for a layer whose
-    mode differed from its parent's when it was held.
+    asks a held layer for eval, which was not intended. That mode counts where there is no parent, since nothing tells a
+    trainer from a user who evaluates, and for a layer whose mode differed from its parent's when it was held.
     """
     if not is_held(module):
         return

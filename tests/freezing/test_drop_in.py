@@ -41,6 +41,27 @@ def test_a_norm_follows_the_model_again_after_a_trainer_restored_every_mode(rest
     assert not model[1].training
 
 
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_a_norm_that_was_frozen_by_itself_follows_the_model_that_it_is_unfrozen_in(by_hand: bool) -> None:
+    model = net().train()
+    model[1].train(not by_hand)
+    freeze(model[1], norm="freeze")
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    for module, mode in modes.items():
+        module.train(mode)
+    unfreeze(model, "1")
+    assert model[1].training is not by_hand
+
+
+def test_a_norm_that_is_unfrozen_by_itself_stays_as_it_was_evaluated() -> None:
+    model = net().train()
+    freeze(model[1], norm="freeze")
+    model.eval()
+    unfreeze(model[1])
+    assert not model[1].training
+
+
 def test_it_follows_the_part_that_it_is_in() -> None:
     model = nn.ModuleDict({"backbone": net(), "head": net()}).train()
     model["backbone"].eval()
