@@ -214,13 +214,14 @@ def roots_of(function: Any) -> dict[str, nn.Module]:
         for inner, module in modules_in(value).items()
     }
     if not (found and callable(function)):
+        got = " ".join((type(function).__name__, getattr(function, "__qualname__", ""))).rstrip()
         cure = (
-            f" {getattr(function, '__qualname__', '')}, which names no module, nor an object, list or dictionary with "
-            "one right in it. Let a function name it: module = pipe.parts['unet']; explain(lambda x: module(x), x)"
+            ", which names no module, nor an object, list or dictionary with one right in it. Let a function name it: "
+            "module = pipe.parts['unet']; explain(lambda x: module(x), x)"
         )
         raise TypeError(
             "model must be an nn.Module, or a callable that runs one, such as model.decode, got "
-            f"{type(function).__name__}{cure if callable(function) else ''}"
+            f"{got}{cure if callable(function) else ''}"
         )
     return found
 

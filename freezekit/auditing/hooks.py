@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from freezekit._strangers import names_of
 
 from .report import Finding, about
-from .steps import moves_at_zero
+from .steps import moved_at_zero
 from .subject import Subject
 
 
@@ -72,14 +72,26 @@ def _writes_to_part(hook: Any) -> bool:
     return any(step.opname in ("STORE_SUBSCR", "STORE_SLICE") for step in steps)
 
 
-def _is_masked(optimizer: torch.optim.Optimizer, p: Tensor) -> bool:
+def _masked_parts(optimizer: torch.optim.Optimizer, p: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """What hooks seem to mask of ``p``: of a mask, both of its sides, since either may be the one that is held."""
     own = [*(p._backward_hooks or {}).values(), *(p._post_accumulate_grad_hooks or {}).values()]
     every = [*own, *getattr(optimizer, "_optimizer_step_pre_hooks", {}).values()]  # what wraps one may lack it
-    if any(_is_mask(value, p) for hook in every for value in _held_by(hook)):
-        return True
-    if p.grad is None or not any(map(_writes_to_part, own)):
+    for value in (value for hook in every for value in _held_by(hook)):
+        if _is_mask(value, p):
+            yield value == 0, value != 0
+    if p.grad is not None and any(map(_writes_to_part, own)) and p.grad.count_nonzero():
+        yield (p.grad == 0,)
+
+
+def _is_moved(optimizer: torch.optim.Optimizer, group: dict[str, Any], p: Tensor) -> bool:
+    """Whether the optimizer moves what hooks mask of ``p``."""
+    parts = list(_masked_parts(optimizer, p))
+    if not parts:
         return False
-    return 0 < int(torch.count_nonzero(p.grad)) < p.grad.numel()
+    moved = moved_at_zero(optimizer, group, p)
+    if moved is None:
+        return bool(group.get("weight_decay"))
+    return any(all(bool((moved & side).any()) for side in sides) for sides in parts)
 
 
 def check_masked(subject: Subject) -> Iterator[Finding]:
@@ -87,13 +99,11 @@ def check_masked(subject: Subject) -> Iterator[Finding]:
 
     A hook that clips, scales or logs holds no mask. What a module's backward hook does to a gradient is not seen.
     """
-    found: list[str] = []
-    for optimizer, i, name, p in subject.members():
-        if p.requires_grad and _is_masked(optimizer, p):
-            group = optimizer.param_groups[i]
-            moved = moves_at_zero(optimizer, group, p)
-            if moved or (moved is None and group.get("weight_decay")):
-                found.append(name)
+    found = [
+        name
+        for optimizer, i, name, p in subject.members()
+        if p.requires_grad and _is_moved(optimizer, optimizer.param_groups[i], p)
+    ]
     if found:
         yield about(
             found,

@@ -120,7 +120,7 @@ def would_move(optimizer: torch.optim.Optimizer, group: dict[str, Any], p: torch
     return 0.0 if same_bits(twin, p) else float((local(twin) - local(p.detach())).abs().max())
 
 
-def moves_at_zero(optimizer: torch.optim.Optimizer, group: dict[str, Any], p: torch.Tensor) -> bool | None:
-    """Whether a step moves elements of ``p`` whose gradient is zero: by momentum or weight decay. None: unknown."""
+def moved_at_zero(optimizer: torch.optim.Optimizer, group: dict[str, Any], p: torch.Tensor) -> torch.Tensor | None:
+    """Which elements of ``p`` a step moves where all of its gradient is zero: by momentum or decay. None: unknown."""
     twin = step_of_copy(optimizer, group, p, torch.zeros_like(p))
-    return None if twin is None else not same_bits(twin, p)
+    return None if twin is None else twin != p.detach()

@@ -201,6 +201,20 @@ def test_a_mask_in_a_hook_on_the_accumulated_gradient_or_before_the_step(place: 
     assert the(audit(model, optimizer), "masked-gradient").names == ("0.weight",)
 
 
+def test_a_mask_that_was_there_from_the_start_holds_under_momentum_without_decay() -> None:
+    model = net().eval()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    weight = model[0].weight
+    weight.register_hook(HALF.mul)
+    before = weight.detach().clone()
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(images()).square().mean().backward()
+        optimizer.step()
+    assert torch.equal(before[:2], weight[:2])
+    assert not found(audit(model, optimizer), "masked-gradient")
+
+
 class Renormed(nn.Embedding):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x.long().clamp(0, 3))
