@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 import freezekit as fk
@@ -450,7 +451,7 @@ def test_torch_compile_leaves_chains_to_the_compiler() -> None:
 @pytest.mark.parametrize(
     "write", [lambda t: t.data.zero_(), lambda t: t.detach().numpy().fill(0), lambda t: t.untyped_storage().resize_(0)]
 )
-@pytest.mark.parametrize("what", ["the norm's input", "the activation's input", "mean"])
+@pytest.mark.parametrize("what", ["the norm's input", "the activation's input"])
 def test_an_unseen_write_to_the_source_is_an_error(what: str, write: Callable[[Tensor], object]) -> None:
     """Stock has kept the operand, and gives the gradient that does not go through the norm: no wrong value here."""
     layer, gate = norm(), torch.randn(2, 8, 1, 1, requires_grad=True)
@@ -460,11 +461,59 @@ def test_an_unseen_write_to_the_source_is_an_error(what: str, write: Callable[[T
         if what == "the activation's input":
             source, wanted, z = h, gate, F.silu(h) * gate
         else:
-            y, mean, _ = torch.native_group_norm(h, layer.weight, layer.bias, 2, 8, 63, 4, 1e-5)
-            source, wanted, z = h if what == "the norm's input" else mean, y, F.silu(y)
+            y = layer(h)
+            source, wanted, z = h, y, F.silu(y)
     write(source)
     with pytest.raises(RuntimeError, match="a way that autograd does not see"):
         torch.autograd.grad(z.sum(), wanted)
+
+
+@pytest.mark.parametrize("which", ["mean", "rstd"])
+def test_an_unseen_write_to_the_statistics_changes_nothing(which: str) -> None:
+    layer, x = norm(), torch.randn(SIZE, requires_grad=True)
+
+    def run() -> tuple[Tensor, ...]:
+        y, mean, rstd = torch.native_group_norm(x, layer.weight, layer.bias, 2, 8, 63, 4, 1e-5)
+        z = F.silu(y)
+        (mean if which == "mean" else rstd).data.zero_()
+        return torch.autograd.grad(z.sum(), y)
+
+    stock = run()
+    with fk.enabled():
+        ours = run()
+    assert_equal(list(ours), list(stock))
+
+
+@pytest.mark.parametrize("moves", [False, True], ids=["stays", "moves"])
+def test_the_bias_as_the_norm_read_it(moves: bool) -> None:
+    """Where it is no more when the activation reads the result, the activation keeps that."""
+    layer = norm()
+
+    def call(x: Tensor) -> Tensor:
+        y = layer(x)
+        if moves:
+            assert layer.bias is not None
+            layer.bias.data.add_(1)
+        return F.silu(y)
+
+    x = torch.randn(2, 8, 32, 32, requires_grad=True)
+    assert (tensors_kept(call, x) < 1.02) != moves
+    layer = norm()
+    stock = gradients(call, x)
+    layer = norm()
+    with fk.enabled():
+        assert_equal(gradients(call, x), stock)
+
+
+def test_the_bias_s_memory_is_not_held() -> None:
+    layer = norm()
+    assert layer.bias is not None
+    held = StorageWeakRef(layer.bias.untyped_storage())
+    with fk.enabled():
+        y = layer(torch.randn(SIZE, requires_grad=True))
+    layer.bias = None
+    assert held.expired()
+    F.silu(y).sum().backward()
 
 
 def test_parameters_whose_memory_goes() -> None:

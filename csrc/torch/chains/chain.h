@@ -82,7 +82,8 @@ bool is_for_recipe();
 // Whether a hook of this thread is being shown what a node has kept so far, and keeps no more.
 bool is_let_go();
 
-// Torch's node of a group norm does not keep the bias, which may move, nor, from torch 2.14 on, eps: both are noted.
+// Torch's node of a group norm does not keep the bias, nor, from torch 2.14 on, eps: eps is noted, and where the bias is.
+// Should that move before there is a recipe, there will be none.
 void note_group_norm(const Tensor& result, const Tensor& bias, double eps);
 
 }  // namespace freezekit::chain

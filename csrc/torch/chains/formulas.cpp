@@ -1,6 +1,7 @@
 #include "torch/chains/formulas.h"
 
 #include <ATen/ExpandUtils.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/div.h>
 #include <ATen/ops/mul.h>
@@ -147,12 +148,19 @@ class Reader {
   Formula start(const Tensor& tensor) {
     if (!tensor.defined()) return {};
     if (tensor.dim() == 0) {
-      return [number = has_data_ ? copy_of(tensor) : tensor](at::TensorList) { return number; };
+      return [number = has_data_ ? copy_of_number(tensor) : tensor](at::TensorList) { return number; };
     }
     if (tensor.scalar_type() != dtype_) return {};
     auto found = std::find_if(kept_.begin(), kept_.end(), [&](const Tensor& other) { return other.is_same(tensor); });
     if (found == kept_.end()) found = kept_.insert(found, tensor);
     return [i = found - kept_.begin()](at::TensorList kept) { return kept[i]; };
+  }
+
+  // In the dtype to which torch's operators would convert it each time. In low precision they compute with it as it is.
+  Tensor copy_of_number(const Tensor& number) const {
+    const bool is_converted = dtype_ == at::kFloat || dtype_ == at::kDouble;
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return number.to(is_converted ? dtype_ : number.scalar_type(), /*non_blocking=*/false, /*copy=*/true);
   }
 
   const at::ScalarType dtype_;

@@ -72,24 +72,40 @@ struct ChannelRows {
   }
 };
 
+// x * scale + shift. What is made of parameters and statistics is its own: nobody else can write to it.
+template <class T>
 class GroupNorm : public Recipe {
  public:
-  GroupNorm(const Tensor& x, const Tensor& mean, const Tensor& rstd, const Tensor& weight, const Tensor& bias)
-      : x_(x), mean_(mean), rstd_(rstd), weight_(weight), bias_(bias) {}
-
-  void hold() override {
-    for (Held* held : {&x_, &mean_, &rstd_}) held->hold();
+  // weight, bias: (C,), as they were for x, or undefined. mean, rstd: (N, groups).
+  GroupNorm(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean, const Tensor& rstd)
+      : x_(x), scales_and_shifts_(unrecorded([&] {
+          const c10::SymInt count = 2 * x.size(0) * x.size(1);
+          return empty_beside(x, count, at::MemoryFormat::Contiguous, x.scalar_type());
+        })) {
+    if (!is_in_memory(x)) return;
+    const auto values_of = [](const Tensor& vector) { return vector.defined() ? vector.const_data_ptr<T>() : nullptr; };
+    const T *const w = values_of(weight), *const b = values_of(bias);
+    const T *m = values_of(mean), *r = values_of(rstd);
+    const int64_t n = x.size(0), c = x.size(1), width = c / mean.size(1);
+    T *scale = scales_and_shifts_.mutable_data_ptr<T>(), *shift = scale + n * c;
+    for (int64_t i = 0; i < n * c; i += width, ++m, ++r) {
+      for (int64_t channel = i % c, end = channel + width; channel < end; ++channel, ++scale, ++shift) {
+        *scale = *r * (w ? w[channel] : T(1));
+        *shift = std::fma(-*scale, *m, b ? b[channel] : T(0));
+      }
+    }
   }
 
-  void check(bool bytes) const override {
-    for (const Held* held : {&x_, &mean_, &rstd_}) held->check(bytes);
-  }
+  void hold() override { x_.hold(); }
+
+  void check(bool bytes) const override { x_.check(bytes); }
 
   Tensor compute() const override {
-    const Tensor y = unrecorded([&] { return at::empty_like(x_.tensor()); });
-    all_rows([&](const auto* x, auto channels, int64_t at, int64_t length) {
-      write_row(x, channels, y.mutable_data_ptr<std::remove_const_t<std::remove_pointer_t<decltype(x)>>>() + at,
-                length);
+    const Tensor& x = x_.tensor();
+    const Tensor y = empty_beside(x, x.sym_sizes(), x.sym_strides(), x.scalar_type());
+    T* to = y.mutable_data_ptr<T>();
+    all_rows([&](const T* row, auto channels, int64_t at, int64_t length) {
+      write_row(row, channels, to + at, length);
       return true;
     });
     return y;
@@ -101,50 +117,26 @@ class GroupNorm : public Recipe {
         !is_in_memory(value)) {
       return false;
     }
-    return all_rows([&](const auto* x, auto channels, int64_t at, int64_t length) {
-      const auto* y = value.const_data_ptr<std::remove_const_t<std::remove_pointer_t<decltype(x)>>>();
-      return is_row(x, channels, y + at, length);
-    });
+    const T* y = value.const_data_ptr<T>();
+    return all_rows(
+        [&](const T* row, auto channels, int64_t at, int64_t length) { return is_row(row, channels, y + at, length); });
   }
 
-  std::vector<Tensor> reads() const override {
-    std::vector<Tensor> all = {x_.tensor(), mean_.tensor(), rstd_.tensor()};
-    for (const Tensor* parameter : {&weight_, &bias_}) {
-      if (parameter->defined()) all.push_back(*parameter);
-    }
-    return all;
-  }
+  std::vector<Tensor> reads() const override { return {x_.tensor(), scales_and_shifts_}; }
 
  private:
   // f(the row of x, its scales and shifts, its offset, its length) for each row, as long as it returns true.
   template <class F>
   bool all_rows(const F& f) const {
-    const Tensor &x = x_.tensor(), &means = mean_.tensor(), &rstds = rstd_.tensor();
-    return AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "freezekit::chain", [&] {
-      using C = scalar_t;
-      const int64_t n = x.size(0), c = x.size(1), groups = means.size(1), width = c / groups;
-      const C *mean = means.const_data_ptr<C>(), *rstd = rstds.const_data_ptr<C>();
-      const C *weight = values_of<C>(weight_), *bias = values_of<C>(bias_);
-      std::vector<C> scale(n * c), shift(n * c);
-      for (int64_t i = 0; i < n * c; ++i) {
-        const int64_t group = i / c * groups + i % c / width;
-        scale[i] = rstd[group] * (weight ? weight[i % c] : C(1));
-        shift[i] = std::fma(-scale[i], mean[group], bias ? bias[i % c] : C(0));
-      }
-      const scalar_t* from = x.const_data_ptr<scalar_t>();
-      const ChannelRows rows(x);
-      return rows.all(scale.data(), shift.data(), c,
-                      [&](int64_t at, auto channels) { return f(from + at, channels, at, rows.length); });
-    });
+    const Tensor& x = x_.tensor();
+    const T *from = x.const_data_ptr<T>(), *scale = scales_and_shifts_.const_data_ptr<T>();
+    const ChannelRows rows(x);
+    return rows.all(scale, scale + x.size(0) * x.size(1), x.size(1),
+                    [&](int64_t at, auto channels) { return f(from + at, channels, at, rows.length); });
   }
 
-  template <class C>
-  static const C* values_of(const Tensor& parameter) {
-    return parameter.defined() ? parameter.const_data_ptr<C>() : nullptr;
-  }
-
-  Held x_, mean_, rstd_;
-  Tensor weight_, bias_;
+  Held x_;
+  Tensor scales_and_shifts_;  // (2, N, C)
 };
 
 constexpr int64_t kHashed = 1 << 16;  // bytes in one piece
@@ -200,7 +192,7 @@ class FunctionOf : public Recipe {
  public:
   FunctionOf(Source x, Function f) : x_(std::move(x)), f_(std::move(f)) {}
 
-  // In pieces that stay in the cache. Torch computes the last elements of a thread's share and of a row otherwise than
+  // In pieces that fit the cache. Torch computes the last elements of a thread's share and of a row otherwise than
   // the others: where its shares are not those taken for granted here, all at once has the last word.
   bool gives(const Tensor& value) const override {
     return unrecorded([&] {
@@ -210,6 +202,7 @@ class FunctionOf : public Recipe {
           !is_in_memory(value)) {
         return false;
       }
+      if (x.numel() <= kElementsPerTask) return is_at(value, 0, f_(x));
       const Tensor matrix = x.as_strided({rows->count, rows->length}, {rows->stride, 1});
       std::atomic<bool> same = true;
       at::parallel_for(0, x.numel(), at::internal::GRAIN_SIZE, [&](int64_t first, int64_t last) {
@@ -376,11 +369,6 @@ void Held::raise_torch_s() const {
   TORCH_INTERNAL_ASSERT(false, "torch takes a tensor that was written to");
 }
 
-// Of few elements in a channel the parameters' values weigh as much as what is saved.
-bool can_be_made_again(const Tensor& x) {
-  return x.device().is_cpu() && x.dim() >= 2 && x.size(1) > 0 && x.numel() >= 16 * x.size(1);
-}
-
 Tensor copy_of(const Tensor& vector) {
   if (!is_in_memory(vector) || !vector.is_contiguous()) return unrecorded([&] { return vector.clone(); });
   const Tensor copy = empty_beside(vector, vector.sym_sizes(), at::MemoryFormat::Contiguous, vector.scalar_type());
@@ -388,37 +376,53 @@ Tensor copy_of(const Tensor& vector) {
   return copy;
 }
 
-std::shared_ptr<Recipe> group_norm(const Tensor& x, const Tensor& mean, const Tensor& rstd, const Tensor& weight,
-                                   const Tensor& bias, double eps, bool has_data) {
-  if (!can_be_made_again(x) || (has_data && !is_in_memory(x))) return nullptr;
+Vector::Vector(const Tensor& tensor)
+    : storage_(tensor.storage().getWeakStorageImpl()), offset_(tensor.storage_offset()), size_(tensor.numel()),
+      dtype_(tensor.dtype()) {}
+
+Tensor Vector::tensor() const {
+  auto storage = storage_.lock();
+  if (!storage) return {};
+  Tensor result = at::detail::make_tensor<c10::TensorImpl>(c10::Storage(std::move(storage)),
+                                                           c10::DispatchKeySet(c10::DispatchKey::CPU), dtype_);
+  result.unsafeGetTensorImpl()->set_storage_offset(offset_);
+  result.unsafeGetTensorImpl()->set_sizes_contiguous(size_);
+  return result;
+}
+
+std::shared_ptr<Recipe> group_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean,
+                                   const Tensor& rstd, double eps, bool has_data) {
+  if (x.dim() < 2 || x.numel() == 0 || (has_data && !is_in_memory(x))) return nullptr;
   const int64_t n = x.size(0), c = x.size(1);
   const bool are_statistics =
       mean.dim() == 2 && mean.size(0) == n && mean.sizes() == rstd.sizes() && mean.size(1) > 0 && c % mean.size(1) == 0;
-  if (!are_statistics) return nullptr;
+  // Scales and shifts weigh at most half of what is saved.
+  if (!are_statistics || x.numel() < 4 * n * c) return nullptr;
   for (const Tensor* vector : {&mean, &rstd, &weight, &bias}) {
     if (vector->defined() && (!vector->is_contiguous() || (has_data && !is_in_memory(*vector)))) return nullptr;
   }
   for (const Tensor* vector : {&weight, &bias}) {
     if (vector->defined() && (vector->dim() != 1 || vector->size(0) != c)) return nullptr;
   }
-  const Tensor weight_now = weight.defined() ? copy_of(weight) : weight;
-  const auto is_of = [](at::ScalarType dtype) {
-    return [dtype](const Tensor* vector) { return !vector->defined() || vector->scalar_type() == dtype; };
+  const auto are_of = [&](at::ScalarType dtype) {
+    const auto is_of = [dtype](const Tensor* tensor) { return !tensor->defined() || tensor->scalar_type() == dtype; };
+    const auto all = {&x, &mean, &rstd, &weight, &bias};
+    return std::all_of(all.begin(), all.end(), is_of);
   };
-  const auto all = {&x, &mean, &rstd, &weight, &bias};
   // Without parameters torch's formula is another.
-  if ((weight.defined() || bias.defined()) && (std::all_of(all.begin(), all.end(), is_of(at::kFloat)) ||
-                                               std::all_of(all.begin(), all.end(), is_of(at::kDouble)))) {
-    const bool is_ordered = x.is_contiguous() || x.is_contiguous(x.suggest_memory_format());
-    return is_ordered ? std::make_shared<GroupNorm>(x, mean, rstd, weight_now, bias) : nullptr;
+  if ((weight.defined() || bias.defined()) && (are_of(at::kFloat) || are_of(at::kDouble))) {
+    if (!x.is_contiguous() && !x.is_contiguous(x.suggest_memory_format())) return nullptr;
+    if (x.scalar_type() == at::kFloat) return std::make_shared<GroupNorm<float>>(x, weight, bias, mean, rstd);
+    return std::make_shared<GroupNorm<double>>(x, weight, bias, mean, rstd);
   }
   // Torch rounds the statistics of low precision: they are computed again. In channels_last, torch's sums depend on the
   // number of threads.
   if (!x.is_contiguous()) return nullptr;
+  const auto copy = [](const Tensor& vector) { return vector.defined() ? copy_of(vector) : vector; };
   return std::make_shared<FormulaOf>(
-      std::vector<Held>{Held(x)},
-      [weight_now, bias, n, c, eps, length = x.numel() / (n * c), groups = mean.size(1)](at::TensorList kept) {
-        return std::get<0>(at::native_group_norm(kept[0], weight_now, bias, n, c, length, groups, eps));
+      std::vector<Held>{Held(x)}, [weight = copy(weight), bias = copy(bias), n, c, eps, length = x.numel() / (n * c),
+                                   groups = mean.size(1)](at::TensorList kept) {
+        return std::get<0>(at::native_group_norm(kept[0], weight, bias, n, c, length, groups, eps));
       });
 }
 

@@ -36,16 +36,26 @@ class Held {
   uint64_t content_ = 0;
 };
 
-// Whether there may be a recipe for the group norm of x, or for one with that result.
-bool can_be_made_again(const Tensor& x);
-
 // A vector's values as they are now. Beside a tiny norm, torch's operator for it takes a good part of the time.
 Tensor copy_of(const Tensor& vector);
 
-// Of a group norm: x as its node keeps it, mean and rstd of (N, groups), weight of (C,) as it is now, bias of (C,) as it was
-// then; these two may be undefined. Null for what is not computed here.
-std::shared_ptr<Recipe> group_norm(const Tensor& x, const Tensor& mean, const Tensor& rstd, const Tensor& weight,
-                                   const Tensor& bias, double eps, bool has_data);
+// A contiguous vector in memory, as long as that is there. It is no reference to the tensor, which others may swap only
+// while there is none.
+class Vector {
+ public:
+  explicit Vector(const Tensor& tensor);
+  Tensor tensor() const;  // undefined where the memory is gone
+
+ private:
+  c10::weak_intrusive_ptr<c10::StorageImpl> storage_;
+  int64_t offset_, size_;
+  caffe2::TypeMeta dtype_;
+};
+
+// Of a group norm: x, mean and rstd of (N, groups) as its node keeps them, weight and bias of (C,) as they are now, which
+// may be undefined. Null for what is not computed here.
+std::shared_ptr<Recipe> group_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean,
+                                   const Tensor& rstd, double eps, bool has_data);
 
 using Function = std::function<Tensor(const Tensor&)>;
 

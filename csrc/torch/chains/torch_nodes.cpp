@@ -6,6 +6,7 @@
 #include <ATen/ops/mish.h>
 #include <ATen/ops/silu.h>
 #include <ATen/ops/softplus.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <c10/util/ScopeExit.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/PyInterpreter.h>
@@ -14,6 +15,7 @@
 #include <torch/csrc/utils/torch_dispatch_mode.h>
 
 #include <array>
+#include <optional>
 #include <vector>
 
 #include "torch/autograd/node.h"
@@ -33,8 +35,8 @@ using torch::autograd::SavedVariableHooks;
 struct Note {
   const Node* node = nullptr;
   bool has_bias = false;
-  Tensor bias;  // a copy
   double eps = 0;
+  std::optional<Vector> bias;
   std::weak_ptr<const Recipe> recipe;
 };
 
@@ -43,12 +45,13 @@ thread_local size_t next_note = 0;
 
 thread_local bool shows_recipe = false, shows_let_go = false;
 
-// A hook on what is saved is shown tensors while the flag is set; it may raise.
-void show(bool& flag, const std::vector<Tensor>& tensors) {
+// A hook on what is saved is shown what `tensors` gives while the flag is set; it may raise.
+template <class F>
+void show(bool& flag, const F& tensors) {
   if (!at::SavedTensorDefaultHooks::get_hooks()) return;
   flag = true;
   const auto shown = c10::make_scope_exit([&] { flag = false; });
-  for (const Tensor& tensor : tensors) SavedVariable(tensor, /*is_output=*/false);
+  for (const Tensor& tensor : tensors()) SavedVariable(tensor, /*is_output=*/false);
 }
 
 Note& new_note(const Node* node) {
@@ -76,10 +79,17 @@ T* as(Node* node) {
 std::shared_ptr<Recipe> of_group_norm(const generated::NativeGroupNormBackward0& node, bool watched, bool has_data) {
   if ((node.input_.has_hooks() || node.weight_.has_hooks()) && !watched) return nullptr;
   const Note* note = note_of(&node);
-  if (!note || note->has_bias != note->bias.defined()) return nullptr;
-  const AnyNodePtr self = pointer_to(const_cast<generated::NativeGroupNormBackward0&>(node));
-  return group_norm(node.input_.unpack(), node.result1_.unpack(self), node.result2_.unpack(self), node.weight_.unpack(),
-                    note->bias, note->eps, has_data);
+  if (!note) return nullptr;
+  const Tensor bias = note->bias ? note->bias->tensor() : Tensor();
+  if (has_data && note->has_bias != bias.defined()) return nullptr;
+  // A tensor that hooks have not taken is there without what autograd knows of it.
+  const auto statistic = [&](const SavedVariable& variable) {
+    if (const auto raw = variable.get_raw_data()) return *raw;
+    return variable.unpack(pointer_to(const_cast<generated::NativeGroupNormBackward0&>(node)));
+  };
+  const Tensor mean = statistic(node.result1_), rstd = statistic(node.result2_);
+  if (!mean.defined() || !rstd.defined()) return nullptr;  // the graph is freed
+  return group_norm(node.input_.unpack(), node.weight_.unpack(), bias, mean, rstd, note->eps, has_data);
 }
 
 template <class T>
@@ -131,7 +141,8 @@ class ComputedAgain : public SavedVariableHooks {
   void call_pack_hook(const Tensor&) override {}
   // What was saved is no work of the backward pass: modes of dispatch do not see it, as they do not see a tensor saved.
   Tensor call_unpack_hook() override {
-    const torch::torch_dispatch_mode::StashTorchDispatchStackGuard no_modes;
+    std::optional<torch::torch_dispatch_mode::StashTorchDispatchStackGuard> no_modes;
+    if (c10::impl::TorchDispatchModeTLS::any_modes_set()) no_modes.emplace();
     recipe_->check(/*bytes=*/true);
     return recipe_->compute();
   }
@@ -226,7 +237,7 @@ void keep(const Tensor& result, Operand which, const Tensor& operand, const Reci
   if (recipe) {
     variable->register_hooks(std::make_unique<ComputedAgain>(recipe));
     new_note(node_of(result)).recipe = recipe;
-    show(shows_recipe, recipe->reads());
+    show(shows_recipe, [&] { return recipe->reads(); });
   } else if (at::SavedTensorDefaultHooks::get_hooks()) {
     *variable = SavedVariable(operand, /*is_output=*/false);
   }
@@ -245,7 +256,7 @@ void let_go(const Tensor& value, const RecipePtr& recipe, bool watched) {
     return;  // the node's graph is freed
   }
   new_note(node).recipe = recipe;
-  show(shows_let_go, {value});
+  show(shows_let_go, [&] { return std::array{value}; });
 }
 
 void note_group_norm(const Tensor& result, const Tensor& bias, double eps) {
@@ -254,7 +265,7 @@ void note_group_norm(const Tensor& result, const Tensor& bias, double eps) {
   Note& note = new_note(node);
   note.has_bias = bias.defined();
   note.eps = eps;
-  if (note.has_bias && can_be_made_again(result)) note.bias = copy_of(bias);
+  if (note.has_bias && is_in_memory(bias) && bias.is_contiguous()) note.bias.emplace(bias);
 }
 
 }  // namespace freezekit::chain
