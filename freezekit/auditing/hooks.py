@@ -5,11 +5,12 @@ from __future__ import annotations
 import dis
 from collections.abc import Iterator
 from functools import partial
-from types import FunctionType, MethodType
+from types import BuiltinMethodType, FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from freezekit._strangers import names_of
 
@@ -24,10 +25,11 @@ def _function_of(hook: Any) -> FunctionType | None:
         return _function_of(hook.func)
     if isinstance(hook, nn.Module):
         return _function_of(hook.forward)
-    if not isinstance(hook, FunctionType | MethodType):
+    if isinstance(hook, MethodType):
+        hook = hook.__func__
+    elif not isinstance(hook, FunctionType):
         hook = type(hook).__call__
-    function = getattr(hook, "__func__", hook)
-    return function if isinstance(function, FunctionType) else None
+    return hook if isinstance(hook, FunctionType) else None
 
 
 def _held_by(hook: Any) -> Iterator[Any]:
@@ -37,12 +39,12 @@ def _held_by(hook: Any) -> Iterator[Any]:
     while isinstance(hook, partial):
         held += (*hook.args, *hook.keywords.values())
         hook = hook.func
-    held.append(getattr(hook, "__self__", hook))
+    held.append(hook.__self__ if isinstance(hook, MethodType | BuiltinMethodType) else hook)
     if function is not None:
         held += names_of(function).values()
         for value in held[:]:
             buffers = value._buffers if isinstance(value, nn.Module) else {}
-            attributes = {**getattr(value, "__dict__", {}), **buffers}
+            attributes = {**vars(value), **buffers} if type(value).__dictoffset__ else {}
             held += [attributes[name] for name in function.__code__.co_names if name in attributes]
     for value in held:
         if isinstance(value, dict):
@@ -74,13 +76,16 @@ def _writes_to_part(hook: Any) -> bool:
 
 def _masked_parts(optimizer: torch.optim.Optimizer, p: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """What hooks seem to mask of ``p``: of a mask, both of its sides, since either may be the one that is held."""
+    if is_traceable_wrapper_subclass(p):  # a distributed tensor: to look at its values is to talk to other processes
+        return
     own = [*(p._backward_hooks or {}).values(), *(p._post_accumulate_grad_hooks or {}).values()]
     every = [*own, *getattr(optimizer, "_optimizer_step_pre_hooks", {}).values()]  # what wraps one may lack it
     for value in (value for hook in every for value in _held_by(hook)):
         if _is_mask(value, p):
             yield value == 0, value != 0
-    if p.grad is not None and any(map(_writes_to_part, own)) and p.grad.count_nonzero():
-        yield (p.grad == 0,)
+    grad = p.grad
+    if grad is not None and grad.layout is torch.strided and any(map(_writes_to_part, own)) and grad.any():
+        yield (grad == 0,)
 
 
 def _is_moved(optimizer: torch.optim.Optimizer, group: dict[str, Any], p: Tensor) -> bool:

@@ -201,6 +201,28 @@ def test_a_mask_in_a_hook_on_the_accumulated_gradient_or_before_the_step(place: 
     assert the(audit(model, optimizer), "masked-gradient").names == ("0.weight",)
 
 
+class Opaque:
+    """Answers to every name."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+    def __call__(self, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient
+
+
+def test_hooks_of_any_kind_and_sparse_gradients_are_looked_at_without_harm() -> None:
+    model = nn.Sequential(nn.Embedding(4, 3, sparse=True))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    nested: list[Any] = [1]
+    nested.append(nested)
+    for hook in (Opaque(), torch.neg, partial(partial(torch.mul, other=2)), lambda gradient: nested and None):
+        model[0].weight.register_hook(hook)
+    model(torch.tensor([1])).sum().backward()
+    model[0].weight.register_hook(first_two_to_zero)
+    assert not found(audit(model, optimizer), "masked-gradient")
+
+
 def test_a_mask_that_was_there_from_the_start_holds_under_momentum_without_decay() -> None:
     model = net().eval()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
