@@ -9,9 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-
-import freezekit as fk
 
 # Tensors of tests are tiny: a second thread costs more than it computes, and test workers want the cores.
 torch.set_num_threads(1)
@@ -66,15 +63,3 @@ def seed() -> None:
     torch.manual_seed(0)
     # The kernels obey it, emulated or not: float32 is float32 here unless a test says otherwise.
     torch.backends.cudnn.allow_tf32 = False
-
-
-@pytest.fixture
-def no_older_notes() -> None:
-    """Sixteen notes that hold nothing: a bias of an earlier call would be released while a later one counts bytes.
-
-    So a test that explains as well counts first.
-    """
-    x = torch.randn(2, 1, 4, 4, requires_grad=True)
-    with fk.enabled():
-        for _ in range(16):
-            F.silu(x * 2) * x

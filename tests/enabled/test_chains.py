@@ -17,8 +17,6 @@ import freezekit as fk
 from bench.memory import bytes_kept
 from tests.enabled.helpers import gradients
 
-pytestmark = pytest.mark.usefixtures("no_older_notes")
-
 SIZE = (2, 8, 9, 7)
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,

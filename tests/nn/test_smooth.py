@@ -18,8 +18,6 @@ from torch.utils.checkpoint import checkpoint
 import freezekit as fk
 from bench.memory import bytes_kept
 
-pytestmark = pytest.mark.usefixtures("no_older_notes")
-
 KINDS: dict[str, Callable[[], nn.Module]] = {
     "SiLU": nn.SiLU,
     "SiLU in place": lambda: nn.SiLU(inplace=True),
