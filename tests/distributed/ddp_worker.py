@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from freezekit.distributed import (
     sync_buffers,
     watch,
 )
+from freezekit.enabling import enabled
 from freezekit.freezing import freeze, unfreeze
 from tests.distributed.harness import raises, run, same_on_all_ranks
 
@@ -271,6 +273,46 @@ def check_both_ways_through_freeze_and_unfreeze() -> None:
     train(ddp, optimizer, range(4, 6))
     assert not torch.equal(model[0].weight, held["0.weight"])
     same_on_all_ranks(parameters(model))
+
+
+def check_formulas_that_are_computed_again() -> None:
+    """Buckets are filled from hooks within a backward pass that computes operands again: gradients are stock's."""
+
+    def gradients(enable: bool, **settings: object) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        ddp = DDP(Formulas(), **settings)
+        with enabled() if enable else nullcontext():
+            for step in range(2):  # a static graph is known after the first
+                ddp.zero_grad()
+                ddp(batch(step)).square().mean().backward()
+        found = {n: p.grad for n, p in ddp.module.named_parameters() if p.grad is not None}
+        same_on_all_ranks(found)
+        return found
+
+    for settings in ({}, {"static_graph": True}, {"gradient_as_bucket_view": True}, {"find_unused_parameters": True}):
+        expected, found = (gradients(enable, **settings) for enable in (False, True))
+        assert expected.keys() == found.keys() == {"first.weight", "first.bias", "scale"}
+        for name, gradient in expected.items():
+            assert torch.equal(found[name], gradient), (settings, name)
+
+
+class Formulas(nn.Module):
+    """GELU, swish and a norm with its activation, written out, between layers of which the first ones learn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 64), nn.Linear(64, 2).requires_grad_(False)
+        self.norm = nn.GroupNorm(2, 64).requires_grad_(False)
+        self.scale = nn.Parameter(torch.ones(64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x)
+        h = 0.5 * h * (1.0 + torch.tanh(0.8 * (h + 0.044715 * torch.pow(h, 3.0))))
+        h = h * self.scale
+        h = h * 0.5 * (1.0 + torch.erf(h / 1.41))
+        h = h * torch.sigmoid(1.702 * h)
+        h = h[..., None].expand(-1, -1, 32) * 1
+        return self.last(nn.functional.silu(self.norm(h)).mean(2))
 
 
 if __name__ == "__main__":

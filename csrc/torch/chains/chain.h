@@ -34,6 +34,8 @@ class Recipe {
   virtual void check(bool bytes) const = 0;
   // Of what it reads as that is now.
   virtual Tensor compute() const = 0;
+  // For the last node that asks for it in a backward pass.
+  virtual Tensor take() const { return compute(); }
   // The tensors that are kept for it.
   virtual std::vector<Tensor> reads() const = 0;
 };
@@ -70,9 +72,6 @@ enum class Operand { self, other };
 // recipe, and hooks see what that reads; else they see the operand after all.
 void keep(const Tensor& result, Operand which, const Tensor& operand, const RecipePtr& recipe);
 
-// `value`, for which there is a recipe, was kept by the node that made it, too: no more.
-void let_go(const Tensor& value, const RecipePtr& recipe, bool watched);
-
 // Of a power's node, which keeps its operand: formulas may start from it.
 void note_power(const Tensor& result);
 
@@ -81,6 +80,9 @@ bool is_for_recipe();
 
 // Whether a hook of this thread is being shown what a node has kept so far, and keeps no more.
 bool is_let_go();
+
+// Of the sum of a tensor and a number, as Python writes it: torch's node does not keep the number.
+void note_number(const Tensor& result, const Tensor& number);
 
 // Torch's node of a group norm does not keep the bias, nor, from torch 2.14 on, eps: eps is noted, and where the bias is.
 // Should that move before there is a recipe, there will be none.

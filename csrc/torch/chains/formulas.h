@@ -5,6 +5,8 @@
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/saved_variable.h>
 
+#include <optional>
+
 #include "torch/chains/recipes.h"
 
 namespace freezekit::chain {
@@ -18,7 +20,18 @@ torch::autograd::SavedVariable* saved_result(torch::autograd::Node* node);
 // Null where some part of the formula is kept by nobody. `beside`, `watched`: as for recipe_for.
 std::shared_ptr<Recipe> formula_for(const Tensor& value, const Tensor& beside, bool watched, bool has_data);
 
-// Whether the node's operand is itself a recipe.
+// There is a recipe, which is held, for what the node keeps in `variable`: it keeps the value no more. What is returned
+// serves it and a node that asks sooner in backward; null where the node stays as it is.
+RecipePtr let_go(torch::autograd::Node* node, torch::autograd::SavedVariable& variable, bool is_result,
+                 const Tensor& value, RecipePtr recipe, bool watched);
+
+// Whether what the node keeps is itself a recipe.
 bool keeps_recipe(const torch::autograd::Node* node);
+
+// The value of a tensor without dimensions, if that is at hand.
+std::optional<at::Scalar> number_in(const Tensor& tensor);
+
+// The number that was added to a tensor, if it was one.
+std::optional<at::Scalar> number_added(const torch::autograd::Node* node);
 
 }  // namespace freezekit::chain

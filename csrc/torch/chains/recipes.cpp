@@ -13,6 +13,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <mutex>
 #include <utility>
 #include <vector>
 
@@ -250,7 +251,6 @@ class FunctionOf : public Recipe {
       return x_->compute();
     }
   }
-
   // From element i on: the rest of a row, or whole rows; no more than fits the cache, and none beyond `last`.
   static Tensor piece_of(const Tensor& matrix, int64_t i, int64_t last) {
     const int64_t length = matrix.size(1), row = i / length, column = i % length;
@@ -302,6 +302,32 @@ class FormulaOf : public Recipe {
  private:
   std::vector<Held> kept_;
   Formula f_;
+};
+
+class Shared : public Recipe {
+ public:
+  explicit Shared(RecipePtr recipe) : recipe_(std::move(recipe)) {}
+
+  bool gives(const Tensor& value) const override { return recipe_->gives(value); }
+  void hold() override {}  // so it does
+  void check(bool bytes) const override { recipe_->check(bytes); }
+  std::vector<Tensor> reads() const override { return recipe_->reads(); }
+
+  Tensor compute() const override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!value_.defined()) value_ = recipe_->compute();
+    return value_;
+  }
+
+  Tensor take() const override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return value_.defined() ? std::exchange(value_, Tensor()) : recipe_->compute();
+  }
+
+ private:
+  const RecipePtr recipe_;
+  mutable std::mutex mutex_;
+  mutable Tensor value_;
 };
 
 }  // namespace
@@ -444,5 +470,7 @@ std::shared_ptr<Recipe> formula_of(const std::vector<Tensor>& kept, Formula f, b
   }
   return std::make_shared<FormulaOf>(std::vector<Held>(kept.begin(), kept.end()), std::move(f));
 }
+
+std::shared_ptr<Recipe> shared(RecipePtr recipe) { return std::make_shared<Shared>(std::move(recipe)); }
 
 }  // namespace freezekit::chain

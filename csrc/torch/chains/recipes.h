@@ -68,4 +68,7 @@ using Formula = std::function<Tensor(at::TensorList)>;
 // f(kept), by torch's elementwise operators, of tensors that broadcast.
 std::shared_ptr<Recipe> formula_of(const std::vector<Tensor>& kept, Formula f, bool has_data);
 
+// What two nodes ask for in a backward pass, one soon after the other: computed for the first, it is there for the second.
+std::shared_ptr<Recipe> shared(RecipePtr recipe);
+
 }  // namespace freezekit::chain

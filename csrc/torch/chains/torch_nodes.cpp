@@ -38,6 +38,7 @@ struct Note {
   double eps = 0;
   std::optional<Vector> bias;
   std::weak_ptr<const Recipe> recipe;
+  std::optional<at::Scalar> number;
 };
 
 thread_local std::array<Note, 16> notes;
@@ -137,14 +138,14 @@ std::shared_ptr<Recipe> candidate_for(const Tensor& value, Maker maker, bool wat
 
 class ComputedAgain : public SavedVariableHooks {
  public:
-  explicit ComputedAgain(RecipePtr recipe) : recipe_(std::move(recipe)) {}
+  ComputedAgain(RecipePtr recipe, bool is_last) : recipe_(std::move(recipe)), is_last_(is_last) {}
   void call_pack_hook(const Tensor&) override {}
   // What was saved is no work of the backward pass: modes of dispatch do not see it, as they do not see a tensor saved.
   Tensor call_unpack_hook() override {
     std::optional<torch::torch_dispatch_mode::StashTorchDispatchStackGuard> no_modes;
     if (c10::impl::TorchDispatchModeTLS::any_modes_set()) no_modes.emplace();
     recipe_->check(/*bytes=*/true);
-    return recipe_->compute();
+    return is_last_ ? recipe_->take() : recipe_->compute();
   }
 
   // Compiled autograd traces a function of Python and what it is given: the value itself, which each backward pass asks
@@ -158,7 +159,8 @@ class ComputedAgain : public SavedVariableHooks {
   }
 
  private:
-  RecipePtr recipe_;
+  const RecipePtr recipe_;
+  const bool is_last_;  // of the nodes that ask for it
 };
 
 template <class T>
@@ -221,7 +223,11 @@ RecipePtr recipe_for(const Tensor& value, Maker maker, bool watched, const Tenso
     recipe->check(/*bytes=*/false);  // of a recipe that is held already
     if (has_data && !recipe->gives(value)) return nullptr;
     recipe->hold();
-    return recipe;
+    // Its node keeps it, too.
+    Node* const node = node_of(value);
+    SavedVariable* const result = maker == Maker::formula ? saved_result(node) : nullptr;
+    const RecipePtr again = result ? let_go(node, *result, /*is_result=*/true, value, recipe, watched) : nullptr;
+    return again ? again : recipe;
   } catch (const c10::Error&) {
     return nullptr;  // what the maker saved is gone, or was written to: backward says so, if there is one
   }
@@ -235,7 +241,7 @@ void keep(const Tensor& result, Operand which, const Tensor& operand, const Reci
   SavedVariable* const variable = saved(node_of(result), which);
   if (!variable || variable->has_hooks()) return;
   if (recipe) {
-    variable->register_hooks(std::make_unique<ComputedAgain>(recipe));
+    variable->register_hooks(std::make_unique<ComputedAgain>(recipe, /*is_last=*/false));
     new_note(node_of(result)).recipe = recipe;
     show(shows_recipe, [&] { return recipe->reads(); });
   } else if (at::SavedTensorDefaultHooks::get_hooks()) {
@@ -243,20 +249,31 @@ void keep(const Tensor& result, Operand which, const Tensor& operand, const Reci
   }
 }
 
-void let_go(const Tensor& value, const RecipePtr& recipe, bool watched) {
-  Node* const node = node_of(value);
-  SavedVariable* const result = saved_result(node);
+RecipePtr let_go(Node* node, SavedVariable& variable, bool is_result, const Tensor& value, RecipePtr recipe,
+                 bool watched) {
   // One that was written to is an error of torch's in backward.
-  if (!result || value._version() > 0 || keeps_recipe(node) || (result->has_hooks() && !watched)) return;
+  if (value._version() > 0 || keeps_recipe(node) || (variable.has_hooks() && !watched)) return nullptr;
+  const RecipePtr again = shared(std::move(recipe));
   try {
     const Unseen unseen;
-    if (result->has_hooks()) *result = SavedVariable(value, /*is_output=*/true);
-    result->register_hooks(std::make_unique<ComputedAgain>(recipe));
+    if (variable.has_hooks()) variable = SavedVariable(value, is_result);
+    variable.register_hooks(std::make_unique<ComputedAgain>(again, /*is_last=*/true));
   } catch (const c10::Error&) {
-    return;  // the node's graph is freed
+    return nullptr;  // the node's graph is freed
   }
-  new_note(node).recipe = recipe;
+  new_note(node).recipe = again;
   show(shows_let_go, [&] { return std::array{value}; });
+  return again;
+}
+
+std::optional<at::Scalar> number_added(const Node* node) {
+  const Note* note = note_of(node);
+  return note ? note->number : std::nullopt;
+}
+
+void note_number(const Tensor& result, const Tensor& number) {
+  if (!as<generated::AddBackward0>(node_of(result))) return;
+  if (const auto value = number_in(number)) new_note(node_of(result)).number = value;
 }
 
 void note_group_norm(const Tensor& result, const Tensor& bias, double eps) {

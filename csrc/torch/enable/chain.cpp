@@ -21,6 +21,7 @@ extern Operator<Tensor&(Tensor&, std::string_view)> torch_gelu_inplace;
 extern Operator<Tensor(const Tensor&, const Scalar&, const Scalar&, const Scalar&)> torch_elu;
 extern Operator<Tensor(const Tensor&, const Scalar&, const Scalar&)> torch_softplus;
 extern Operator<Tensor(const Tensor&, const Tensor&)> torch_mul;
+extern Operator<Tensor(const Tensor&, const Tensor&, const Scalar&)> torch_add;
 extern Operator<Tensor(const Tensor&, const Scalar&)> torch_pow;
 extern Operator<Tensor(const Tensor&, const Tensor&, int64_t)> torch_mse_loss;
 
@@ -76,8 +77,7 @@ Tensor of_two(const Op& op, DispatchKeySet keys, const Tensor& a, const RecipePt
   return y;
 }
 
-// A factor is kept for the other's gradient. As in x * sigmoid(x), one may be a formula of the other; sigmoid has kept its
-// result as well.
+// A factor is kept for the other's gradient. As in x * sigmoid(x), one may be a formula of the other.
 Tensor mul(DispatchKeySet keys, const Tensor& a, const Tensor& b) {
   if (is_unrecorded(a, b)) return torch_mul.unrecorded(keys, a, b);
   if (!a.requires_grad() || !b.requires_grad()) return torch_mul.stock(keys, a, b);
@@ -87,10 +87,16 @@ Tensor mul(DispatchKeySet keys, const Tensor& a, const Tensor& b) {
   };
   if (!of_a) of_a = formula(a, b, of_b);
   if (!of_b) of_b = formula(b, a, of_a);
-  const Tensor y = of_two(torch_mul, keys, a, of_a, b, of_b);
-  const bool watched = detail::is_watched_here();
-  if (of_a) chain::let_go(a, of_a, watched);
-  if (of_b) chain::let_go(b, of_b, watched);
+  return of_two(torch_mul, keys, a, of_a, b, of_b);
+}
+
+// Keeps nothing; but x * (1 + tanh(x)) is a formula of x as long as the number is known.
+Tensor add(DispatchKeySet keys, const Tensor& a, const Tensor& b, const Scalar& alpha) {
+  if (is_unrecorded(a, b)) return torch_add.unrecorded(keys, a, b, alpha);
+  const Tensor y = torch_add.stock(keys, a, b, alpha);
+  if (b.unsafeGetTensorImpl()->is_wrapped_number() && a.device().is_cpu() && serves(Value::ours, a)) {
+    chain::note_number(y, b);
+  }
   return y;
 }
 
@@ -125,6 +131,7 @@ Operator<Tensor&(Tensor&, std::string_view)> torch_gelu_inplace("gelu_", TORCH_F
 Operator<Tensor(const Tensor&, const Scalar&, const Scalar&, const Scalar&)> torch_elu("elu", TORCH_FN(elu));
 Operator<Tensor(const Tensor&, const Scalar&, const Scalar&)> torch_softplus("softplus", TORCH_FN(softplus));
 Operator<Tensor(const Tensor&, const Tensor&)> torch_mul("mul.Tensor", TORCH_FN(mul));
+Operator<Tensor(const Tensor&, const Tensor&, const Scalar&)> torch_add("add.Tensor", TORCH_FN(add));
 Operator<Tensor(const Tensor&, const Scalar&)> torch_pow("pow.Tensor_Scalar", TORCH_FN(pow));
 Operator<Tensor(const Tensor&, const Tensor&, int64_t)> torch_mse_loss("mse_loss", TORCH_FN(mse_loss));
 
