@@ -1,7 +1,7 @@
 // What a frozen block does to its convolution's result in one pass, and to the gradient that comes back, on a CPU.
 //
 //   finish:      y[i] = rule.value(v),  bit[i] = rule.bit(v),  v = round(y[i] * scale[k] + shift[k] + residual[i])
-//   scale_back:  out[i] = bit[i] ? dy[i] * scale[k] : 0
+//   scale_back:  out[i] = (bit[i] ? dy[i] : 0) * scale[k], which is NaN where a masked element meets an infinite scale
 //
 // k is element i's channel. Elements are taken in memory order, words of bits as in gate.h.
 #pragma once
@@ -119,8 +119,8 @@ FK_INLINE void scale_back(const T* dy, T* out, const uint32_t* bits, const Chann
     const uint32_t packed = bits ? bits[word] : ~uint32_t{0};
     auto* const to = reinterpret_cast<Shared<T>*>(out) + offset;
     const auto value = [&](int64_t i) {
-      const Bits<T> scaled = bits_as<Bits<T>>(down<T>(up(dy[offset + i]) * at.scale[i]));
-      return Select<T>{}(static_cast<Bits<T>>((packed >> i) & 1u), scaled);
+      const Bits<T> let = Select<T>{}(static_cast<Bits<T>>((packed >> i) & 1u), bits_as<Bits<T>>(dy[offset + i]));
+      return bits_as<Bits<T>>(down<T>(up(bits_as<T>(let)) * at.scale[i]));
     };
     if (count == 32) {
       Bits<T> values[32];

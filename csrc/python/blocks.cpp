@@ -14,7 +14,9 @@
 
 #include "python/bindings.h"
 #include "torch/common/layout.h"
+#include "torch/common/optional.h"
 #include "torch/frozen_conv2d/frozen_conv2d.h"
+#include "torch/frozen_conv2d/node.h"
 
 namespace freezekit {
 namespace {
@@ -114,7 +116,7 @@ class Layer {
     return true;
   }
 
-  // A frozen parameter or a buffer, dense and without a transform; undefined for None. False where it is neither.
+  // A parameter or a buffer, dense and without a transform; undefined for None. False where it is neither.
   bool tensor(const Name& name, Tensor* result) const {
     static const auto& parameters = *new Name("_parameters");
     static const auto& buffers = *new Name("_buffers");
@@ -123,7 +125,7 @@ class Layer {
     if (found == Py_None) return true;
     if (!found || !THPVariable_CheckExact(found)) return false;
     *result = THPVariable_Unpack(found);
-    return !result->requires_grad() && result->layout() == at::kStrided && !is_wrapped(*result);
+    return result->layout() == at::kStrided && !is_wrapped(*result);
   }
 
  private:
@@ -223,7 +225,9 @@ bool fits(const FrozenOperands& o, const FrozenConv2d& f, bool always_fixed) {
   if (x.dim() != 4 || x.layout() != at::kStrided || !at::isFloatingType(x.scalar_type())) return false;
   if (b.defined() && b.scalar_type() != w.scalar_type()) return false;
   const FixedNormTensors& n = o.norm;
+  if (w.requires_grad()) return false;
   for (const Tensor* vector : {&b, &n.gamma, &n.beta, &n.mean, &n.var}) {
+    if (learns(*vector)) return false;
     if (vector->defined() && (vector->dim() != 1 || vector->size(0) != w.size(0))) return false;
     if (vector->defined() && vector->device() != x.device()) return false;
   }
@@ -262,7 +266,9 @@ PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t count) {
   o.input = THPVariable_Unpack(x);
   if (residual != Py_None) o.residual = THPVariable_Unpack(residual);
   bool always_fixed = false;
-  if (!read_conv(args[1], &o, &g) || !read_norm(args[2], &o.norm, &always_fixed)) Py_RETURN_NONE;
+  if (!read_conv(args[1], &o, &g)) Py_RETURN_NONE;
+  if (o.weight.requires_grad() && !autocast_dtype(o.input.device().type())) will_be_kept(o.input);
+  if (!read_norm(args[2], &o.norm, &always_fixed)) Py_RETURN_NONE;
   const char* const activation = read_activation(args[3]);
   if (!activation) Py_RETURN_NONE;
   const FrozenConv2d f(activation, std::move(g));

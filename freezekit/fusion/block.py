@@ -59,6 +59,8 @@ def run(
     if not backends.demands_kernels() and records_torch_s(x, residual, *sources(conv, norm)):
         return None
     y = _fused(x, conv, norm, activation, residual)
+    if not _is_laid_out_as_by_layers(y, activation, residual):
+        return None
     return (y, x) if shares else y
 
 
@@ -111,13 +113,11 @@ def _runs_fused(
         return False
     if norm is not None and not _keeps_dtype(norm, dtype):
         return False
-    if residual is not None and not (
+    return residual is None or (
         _is_plain(residual)
         and (residual.dtype, residual.device) == (dtype, x.device)
         and tuple(residual.shape) == (x.shape[0], weight.shape[0], *size)
-    ):
-        return False
-    return _is_laid_out_as_by_layers(x, weight, norm, activation, residual, (x.shape[0], weight.shape[0], *size))
+    )
 
 
 def _is_watched_by_a_mode() -> bool:
@@ -168,24 +168,13 @@ def _keeps_dtype(norm: nn.Module, dtype: torch.dtype) -> bool:
     return not NORMS[type(norm)] and dtype in (torch.bfloat16, torch.float16) and own == {torch.float32}
 
 
-def _is_laid_out_as_by_layers(
-    x: Tensor,
-    weight: Tensor,
-    norm: nn.Module | None,
-    activation: nn.Module | str | None,
-    residual: Tensor | None,
-    size: tuple[int, int, int, int],
-) -> bool:
-    """Whether the layers give a result of this size the operator's strides, in place or not, added in either order.
+def _is_laid_out_as_by_layers(y: Tensor, activation: nn.Module | str | None, residual: Tensor | None) -> bool:
+    """Whether the layers give the operator's strides, in place or not, added in either order.
 
-    The same as in csrc/torch/frozen_conv2d, for calls that are traced.
+    The operator's own layout is asked of what it made, which while tracing costs nothing.
     """
-    both = size[1] == 1 or size[2:] == (1, 1)  # one block of memory is NCHW and NHWC
-    last = torch.channels_last in map(suggest_memory_format, (x, weight)) and not (both and norm is not None)
-    if last and both and not (activation is None and residual is None):
-        return False
-    if residual is None:
+    if activation is None and residual is None:
         return True
-    _, c, h, w = size
-    strides = (h * w * c, 1, w * c, c) if last else (c * h * w, h * w, w, 1)
-    return residual.stride() == strides
+    # What is both formats turns to NCHW in torch's elementwise operators.
+    turns = y.is_contiguous() and suggest_memory_format(y) is torch.channels_last
+    return not turns and (residual is None or residual.stride() == y.stride())

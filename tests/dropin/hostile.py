@@ -20,6 +20,7 @@ POOLED, TAPS = torch.ones(2, 4, 4, 4), torch.zeros(2, 4, 4, 4, dtype=torch.uint8
 ONES = torch.ones(4)
 VOLUME = torch.ones(1, 2, 4, 4, 4)
 WORDS = torch.zeros(2 * 4 * 8 * 8 // 32, dtype=torch.int32)
+BYTES, CHECKSUM = torch.zeros(4, dtype=torch.uint8), torch.tensor([2993748317624755689])
 
 # One call of each operator that is right.
 RIGHT: dict[str, dict[str, Any]] = {
@@ -66,6 +67,7 @@ RIGHT: dict[str, dict[str, Any]] = {
     "adaptive_avg_pool": dict(input=X, output_size=[3, 3]),
     "reflection_pad": dict(input=X, padding=[1, 1, 1, 1]),
     "replication_pad": dict(input=X, padding=[1, 1, 1, 1]),
+    "restore_bytes": dict(bytes=BYTES, checksum=CHECKSUM, dtype=torch.int32, size=[1], stride=[1]),
 }  # fmt: skip
 
 NUMBERS = [0, -1, 3, 255, 2**31 - 1, 2**31, 2**40, 2**62, 2**63 - 1, -(2**63)]

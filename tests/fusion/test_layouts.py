@@ -80,12 +80,19 @@ class AddedInPlace(Block):
         return self.relu(y)
 
 
+class AddedSix(Block):
+    """Torch's ReLU6 lays its gradient out as dy, ReLU as its result."""
+
+    def forward(self, x: Tensor, r: Tensor) -> Tensor:
+        return F.relu6(self.norm(self.conv(x)) + r)
+
+
 class Sum(Block):
     def forward(self, x: Tensor, r: Tensor) -> Tensor:
         return r + self.conv(x)
 
 
-BLOCKS = (Plain, Bare, InPlace, Added, AddedTo, AddedInPlace, Sum)
+BLOCKS = (Plain, Bare, InPlace, Added, AddedTo, AddedInPlace, AddedSix, Sum)
 # Channels, output channels, height, width, kernel: some that leave one block of memory NCHW and NHWC.
 SIZES = [(3, 4, 5, 6, 3), (3, 1, 5, 6, 3), (1, 4, 5, 6, 1), (1, 1, 5, 6, 3), (3, 4, 1, 1, 1), (3, 4, 5, 1, 1)]
 

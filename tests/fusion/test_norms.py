@@ -206,3 +206,33 @@ def test_norms_can_be_registered() -> None:
     wrong: Any = nn.ReLU()
     with pytest.raises(TypeError, match=r"kind must be a class of nn.Module, got ReLU\(\)"):
         norms.register_norm(wrong, always_fixed=True)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("size", [(3, 4), (40, 4)], ids=["few positions", "many"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("running_var", v) for v in (0.0, -1.0, float("inf"), float("nan"))]
+    + [("running_mean", v) for v in (float("inf"), float("nan"))]
+    + [("weight", v) for v in (0.0, float("inf"), float("nan"))]
+    + [("bias", v) for v in (float("inf"), float("nan"))],
+)
+def test_statistics_that_are_out_of_order(
+    name: str, value: float, size: tuple[int, int], layout: torch.memory_format
+) -> None:
+    """One channel is divided by 0 or worse: infinities and NaN are where stock has them, in gradients too."""
+    torch.manual_seed(0)
+    for bias, relu, eps in ((True, False, 0.0), (True, True, 0.0), (False, True, 1e-5)):
+        layers = [nn.Conv2d(3, 4, 3, padding=1, bias=bias), nn.BatchNorm2d(4, eps=eps), *[nn.ReLU()] * relu]
+        stock = settled(nn.Sequential(*layers)).to(memory_format=layout)
+        with torch.no_grad():
+            getattr(stock[1], name)[1] = value
+            stock[1].running_mean[2] = 0
+        x = torch.randn(2, 3, *size).to(memory_format=layout)
+        found = []
+        for model in (fuse(copy.deepcopy(stock)), stock):
+            leaf = x.clone().requires_grad_()
+            y = model(leaf)
+            assert (y.grad_fn.name() == "FreezekitFrozenConv2dBackward") is (model is not stock)
+            found.append([y, torch.autograd.grad(y, leaf, torch.linspace(-1, 1, y.numel()).view(y.shape))[0]])
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4, equal_nan=True)

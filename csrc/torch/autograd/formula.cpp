@@ -53,7 +53,7 @@ Tensor linked(const Tensor& gradient, const edge_list& to, bool zeros, bool last
 
 void BackwardNode::release_variables() {
   const std::lock_guard<std::mutex> lock(mutex_);
-  for (auto& variable : kept_) variable.reset_data();
+  for (KeptTensor& kept : kept_) kept.variable.reset_data();
 }
 
 std::vector<bool> BackwardNode::wanted() const {

@@ -17,7 +17,6 @@
 #include <c10/util/SmallVector.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
-#include <torch/csrc/autograd/saved_variable.h>
 
 #include <algorithm>
 #include <array>
@@ -28,6 +27,7 @@
 #include <vector>
 
 #include "torch/autograd/compiled.h"
+#include "torch/autograd/kept.h"
 #include "torch/autograd/node.h"
 
 namespace freezekit {
@@ -62,7 +62,7 @@ class BackwardNode : public torch::autograd::Node {
 
   template <class... Tensors>
   void keep(const Tensors&... tensors) {
-    (kept_.emplace_back(tensors, /*is_output=*/false), ...);
+    (kept_.emplace_back(tensors), ...);
   }
 
   // After a call in place on a view: the gradient of the view comes through the whole tensor's node, which runs this one.
@@ -77,7 +77,7 @@ class BackwardNode : public torch::autograd::Node {
   void add_links(const Link&, variable_list& gradients);
 
   const char* name_;
-  std::vector<torch::autograd::SavedVariable> kept_;
+  std::vector<KeptTensor> kept_;
 
  private:
   WeakNodePtr view_{AnyNodePtr()};
@@ -173,7 +173,7 @@ class FormulaNode : public BackwardNode {
     args.collect(name());
     formula::each_field(const_cast<F&>(formula_), [&](const auto& field) { formula::collect(args, field); });
     for (const bool want : wanted()) args.collect(want);
-    args.collect(kept_, /*is_output=*/false);
+    for (const KeptTensor& kept : kept_) args.collect(kept.variable, /*is_output=*/false);
   }
 
   variable_list apply_with_saved(const variable_list& grads, SwapSavedVariables& saved) override {
@@ -181,15 +181,15 @@ class FormulaNode : public BackwardNode {
       formula::each_field(formula_, [&](auto& field) { formula::each_size(field, f); });
     };
     each_size([&](c10::SymInt& size) { saved.before(size); });
-    saved.before(kept_);
+    for (KeptTensor& kept : kept_) saved.before(kept.variable);
     PackedArgs arguments;
     formula::each_field(formula_, [&](const auto& field) { formula::pack(arguments, field); });
     arguments.pack(static_cast<int64_t>(kept_.size()));
-    for (const auto& variable : kept_) arguments.pack(variable.unpack());
+    for (const KeptTensor& kept : kept_) arguments.pack(kept.unpack());
     arguments.pack(wanted());
     variable_list gradients = trace_call(*this, name(), of_values, grads, std::move(arguments), saved);
     each_size([&](c10::SymInt& size) { saved.after(size); });
-    saved.after(kept_);
+    for (KeptTensor& kept : kept_) saved.after(kept.variable);
     return gradients;
   }
 

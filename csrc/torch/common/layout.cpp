@@ -12,7 +12,7 @@ namespace freezekit {
 namespace {
 
 // The format that x is in, the first of those that torch's TensorIterator asks for.
-std::optional<at::MemoryFormat> format_of(const at::Tensor& x) {
+std::optional<at::MemoryFormat> dense_format(const at::Tensor& x) {
   if (x.is_contiguous()) return at::MemoryFormat::Contiguous;
   if (x.is_contiguous(at::MemoryFormat::ChannelsLast)) return at::MemoryFormat::ChannelsLast;
   return std::nullopt;
@@ -21,13 +21,13 @@ std::optional<at::MemoryFormat> format_of(const at::Tensor& x) {
 }  // namespace
 
 at::Tensor empty_elementwise(const at::Tensor& x) {
-  if (const auto format = format_of(x)) return empty_beside(x, x.sym_sizes(), *format, x.scalar_type());
+  if (const auto format = dense_format(x)) return empty_beside(x, x.sym_sizes(), *format, x.scalar_type());
   if (x.is_non_overlapping_and_dense()) return empty_beside(x, x.sym_sizes(), x.sym_strides(), x.scalar_type());
   return at::empty_like(x);
 }
 
 bool is_elementwise(const at::Tensor& result, const at::Tensor& x) {
-  if (const auto format = format_of(x)) return is_laid_out(result, *format);
+  if (const auto format = dense_format(x)) return is_laid_out(result, *format);
   if (x.is_non_overlapping_and_dense()) return result.strides() == x.strides();
   return result.strides() == at::IntArrayRef(at::infer_dense_strides(x.sizes(), x.strides()));
 }

@@ -15,6 +15,17 @@ inline at::MemoryFormat layout_of(const at::Tensor& a, const at::Tensor& b) {
   return format == at::MemoryFormat::Contiguous ? b.suggest_memory_format() : format;
 }
 
+inline at::MemoryFormat format_of(bool channels_last) {
+  return channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+}
+
+// The memory format that torch's batch norm and elementwise operators give what they make of a tensor of this size in
+// `format`. They ask for NCHW first, and one block of memory may be both.
+inline at::MemoryFormat elementwise_format(at::MemoryFormat format, c10::SymIntArrayRef size) {
+  const bool both = size[1] == 1 || (size[2] == 1 && size[3] == 1);
+  return both ? at::MemoryFormat::Contiguous : format;
+}
+
 // `tensor` laid out so that layout_of reads `format` from it, copied only where it must be. Sizes of 1 let one block of
 // memory be both formats: contiguous() then leaves the strides as they are, and they tell the other format.
 inline at::Tensor in_layout(const at::Tensor& tensor, at::MemoryFormat format) {

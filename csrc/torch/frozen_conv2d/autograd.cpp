@@ -128,7 +128,7 @@ Tensor frozen_dgrad_autograd(const FrozenGradCall& call) {
     const auto stride = dense_stride(o.input_size, o.channels_last || is_own(g.backend));
     dx = gate(dx, o.mask, {stride, GateRule(), Backend::automatic});
   }
-  return dx.contiguous(o.channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous);
+  return dx.contiguous(format_of(o.channels_last));
 }
 
 // (y, input), the latter for the input's other readers. Autocast has no say in a composite operator, so it is asked here.

@@ -29,14 +29,7 @@ constexpr std::array<const char*, 3> kActivations = {"none", "relu", "relu6"};
 constexpr float kRelu6End = 6;
 constexpr auto kLast = at::MemoryFormat::ChannelsLast;
 
-at::MemoryFormat format(bool channels_last) {
-  return channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
-}
-
 bool is_nchw_or_nhwc(const Tensor& tensor) { return tensor.is_contiguous() || tensor.is_contiguous(kLast); }
-
-// One block of memory is NCHW and NHWC.
-bool is_both_formats(SymIntArrayRef size) { return size[1] == 1 || (size[2] == 1 && size[3] == 1); }
 
 void check_norm(const FixedNormTensors& norm, const Tensor& weight) {
   const auto check = [&](const Tensor& tensor, const char* name) {
@@ -116,20 +109,25 @@ Tensor frozen_by_kernels(const Conv2dProblem& problem, const FrozenOperands& o, 
 
 // (y, bits) by ATen's convolution, in the wanted layout. On a CPU one pass does what is left; elsewhere torch's operators.
 std::tuple<Tensor, Tensor> frozen_by_aten(const Conv2dProblem& problem, const FrozenOperands& o, const FrozenConv2d& f,
-                                          bool channels_last, bool keep_mask) {
+                                          at::MemoryFormat format, bool keep_mask) {
   const Geometry& g = f.geometry;
   const Tensor& x = o.input;
-  const Tensor r = o.residual.defined() ? o.residual.contiguous(format(channels_last)) : o.residual;
+  const Tensor r = o.residual.defined() ? o.residual.contiguous(format) : o.residual;
   const bool passes = x.is_cpu() && (o.norm.defined() || r.defined() || f.has_mask());
   const bool few = passes && few_positions::takes(Operator::fprop, problem, x, o.weight);
   const bool inside =
       o.bias.defined() && o.bias.scalar_type() == x.scalar_type() && !few && !(passes && o.norm.defined());
   Tensor y = few ? few_positions::conv2d(problem, x, o.weight)
                  : aten::conv2d(x, o.weight, inside ? std::make_optional(o.bias) : std::nullopt, g);
-  y = finish(y, format(channels_last));
+  y = finish(y, format);
   const Tensor left = inside ? Tensor() : o.bias;  // of the bias, to be added
   if (passes && (o.norm.defined() || r.defined() || left.defined())) {
-    const Tensor bits = finish_(y, affine_of(o.norm, left, x, Backend::aten), r, f.activation, keep_mask);
+    Affine affine = affine_of(o.norm, left, x, Backend::aten);
+    if (left.defined() && !affine.is_finite) {  // then the order of sums and products decides between infinity and NaN
+      y.add_(left.view({1, -1, 1, 1}));
+      affine = affine_of(o.norm, Tensor(), x, Backend::aten);
+    }
+    const Tensor bits = finish_(y, affine, r, f.activation, keep_mask);
     return {y, bits};
   }
   if (left.defined()) y.add_(left.view({1, -1, 1, 1}));
@@ -144,8 +142,8 @@ std::tuple<Tensor, Tensor> frozen_by_aten(const Conv2dProblem& problem, const Fr
 }
 
 // Bits are in the order of the result, unless kernels were demanded: `auto` may choose those where both orders agree.
-Backend choosable(Backend backend, bool channels_last) {
-  return backend == Backend::automatic && !channels_last ? Backend::aten : backend;
+Backend choosable(Backend backend, at::MemoryFormat format) {
+  return backend == Backend::automatic && format != kLast ? Backend::aten : backend;
 }
 
 // A norm whose scale is 1, -2 or another power of two, so that what it multiplies stays exact.
@@ -173,16 +171,17 @@ std::tuple<Tensor, Tensor> frozen_kernel(const FrozenOperands& o, const FrozenCo
   const Conv2dProblem problem = problem_of(o.input.sizes(), o.weight.sizes(), C10_AS_INTARRAYREF_SLOW(output), g);
   check_residual(o.input, o.residual, output);
   const BelowAutogradAndAutocast below;
-  const bool wanted = keep_mask && f.has_mask(), last = result_is_channels_last(o, output);
+  const bool wanted = keep_mask && f.has_mask();
+  const at::MemoryFormat format = result_format(o, output);
   Tensor bits;
   const auto compute = [&](Backend on, const Conv2dProblem& p, const FrozenOperands& operands) {
     if (on == Backend::aten) {
       Tensor y;
-      std::tie(y, bits) = frozen_by_aten(p, operands, f, last, wanted);
+      std::tie(y, bits) = frozen_by_aten(p, operands, f, format, wanted);
       return y;
     }
     bits = at::empty({wanted ? mask_words(p.y_numel()) : 0}, operands.input.options().dtype(at::kInt));
-    return finish(frozen_by_kernels(p, operands, f, bits, on), format(last));
+    return finish(frozen_by_kernels(p, operands, f, bits, on), format);
   };
   const std::string variant = variant_of(o.input, {{o.bias.defined(), "bias"},
                                                    {o.norm.defined(), "norm"},
@@ -197,7 +196,7 @@ std::tuple<Tensor, Tensor> frozen_kernel(const FrozenOperands& o, const FrozenCo
     return proof::difference(pack_bits(ends.logical_not_()), bits);
   };
   const Tensor y = computed(
-      {Operator::fprop, problem, o.input, format(last), variant, faults}, choosable(g.backend, last),
+      {Operator::fprop, problem, o.input, format, variant, faults}, choosable(g.backend, format),
       [&](Backend on) { return compute(on, problem, o); },
       [&](Backend on, const proof::Rehearsal& own) { return compute(on, own.problem, operands_of(own, o)); });
   return {y, bits};
@@ -225,7 +224,7 @@ Tensor dgrad_by_aten(const Conv2dProblem& problem, const FrozenGrad& o, const Te
   }
   Tensor dx = few_positions::takes(Operator::dgrad, problem, dy, w) ? few_positions::dgrad(problem, dy, w)
                                                                     : aten::dgrad(dy, w, o.input_size, g);
-  dx = finish(dx, format(o.channels_last));
+  dx = finish(dx, format_of(o.channels_last));
   if (o.residual.defined()) dx.add_(o.residual);
   if (o.mask.defined()) gate_inplace(dx, o.mask, {}, Backend::automatic);
   return dx;
@@ -258,18 +257,19 @@ Tensor frozen_dgrad_kernel(const FrozenGradCall& call) {
               "grad_output must be contiguous or channels_last under a grad_mask, got strides ",
               o.grad_output.strides());
   const BelowAutogradAndAutocast below;
+  const at::MemoryFormat format = format_of(o.channels_last);
   const auto compute = [&](Backend on, const Conv2dProblem& p, const FrozenGrad& grad) {
     const Tensor scale = affine_of(grad.norm, Tensor(), grad.grad_output, on).scale;
     if (on == Backend::aten) return dgrad_by_aten(p, grad, scale, g);
-    return finish(dgrad_by_kernels(p, grad, scale, g.with(on)), format(grad.channels_last));
+    return finish(dgrad_by_kernels(p, grad, scale, g.with(on)), format);
   };
   const std::string variant = variant_of(o.grad_output, {{o.norm.defined(), "norm"},
                                                          {o.residual.defined(), "residual"},
                                                          {o.mask.defined(), "mask"},
                                                          {o.grad_mask.defined(), "grad_mask"}});
   return computed(
-      {Operator::dgrad, problem, o.grad_output, format(o.channels_last), variant},
-      choosable(g.backend, o.channels_last), [&](Backend on) { return compute(on, problem, o); },
+      {Operator::dgrad, problem, o.grad_output, format, variant}, choosable(g.backend, format),
+      [&](Backend on) { return compute(on, problem, o); },
       [&](Backend on, const proof::Rehearsal& own) {
         const auto x_size = own.x_size();
         const auto bits = [&](const Tensor& of, int64_t numel) {
@@ -285,7 +285,7 @@ Tensor frozen_dgrad_kernel(const FrozenGradCall& call) {
 std::tuple<Tensor, Tensor> frozen_meta(const FrozenOperands& o, const FrozenConv2d& f, bool keep_mask) {
   const auto size = check_operands(o, f.geometry);
   check_residual(o.input, o.residual, size);
-  const Tensor y = at::empty_symint(size, o.input.options(), format(result_is_channels_last(o, size)));
+  const Tensor y = at::empty_symint(size, o.input.options(), result_format(o, size));
   const c10::SymInt words = keep_mask && f.has_mask() ? (y.sym_numel() + 31) / 32 : c10::SymInt(0);
   return {y, at::empty_symint({words}, o.input.options().dtype(at::kInt))};
 }
@@ -295,7 +295,7 @@ Tensor frozen_dgrad_meta(const FrozenGradCall& call) {
   check_dgrad(o.grad_output, o.weight, o.input_size, g);
   check_norm(o.norm, o.weight);
   check_residual(o.grad_output, o.residual, o.input_size);
-  return at::empty_symint(o.input_size, o.grad_output.options(), format(o.channels_last));
+  return at::empty_symint(o.input_size, o.grad_output.options(), format_of(o.channels_last));
 }
 
 }  // namespace
@@ -321,16 +321,15 @@ Tensor scaled_by_norm(const Tensor& grad_output, const FixedNormTensors& norm) {
   return (grad_output * scale.view({1, -1, 1, 1})).to(grad_output.scalar_type());
 }
 
-// ATen's convolution takes either operand's word for channels_last; its batch norm asks for NCHW first.
-bool result_is_channels_last(const FrozenOperands& o, SymIntArrayRef size) {
-  if (layout_of(o.input, o.weight) != at::MemoryFormat::ChannelsLast) return false;
-  return !o.norm.defined() || !is_both_formats(size);
+at::MemoryFormat result_format(const FrozenOperands& o, SymIntArrayRef size) {
+  const at::MemoryFormat format = layout_of(o.input, o.weight);
+  return o.norm.defined() ? elementwise_format(format, size) : format;
 }
 
 bool is_laid_out_as_by_layers(const FrozenOperands& o, const FrozenConv2d& f, SymIntArrayRef size) {
-  const bool last = result_is_channels_last(o, size);
-  if (last && is_both_formats(size) && (f.has_mask() || o.residual.defined())) return false;
-  return !o.residual.defined() || is_laid_out(o.residual, format(last));
+  const at::MemoryFormat format = result_format(o, size);
+  if ((f.has_mask() || o.residual.defined()) && elementwise_format(format, size) != format) return false;
+  return !o.residual.defined() || is_laid_out(o.residual, format);
 }
 
 std::tuple<Tensor, Tensor> frozen_conv2d(const FrozenOperands& o, const FrozenConv2d& f, bool keep_mask) {

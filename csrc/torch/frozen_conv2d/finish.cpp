@@ -84,15 +84,17 @@ Affine affine_on_cpu(const FixedNormTensors& norm, const Tensor& bias, at::Scala
   const int64_t count = norm.var.size(0);
   const auto gamma = numbers(norm.gamma, count, 1), beta = numbers(norm.beta, count, 0);
   const auto mean = numbers(norm.mean, count, 0), var = numbers(norm.var, count, 1), before = numbers(bias, count, 0);
-  const Affine made = {at::empty({count}, norm.var.options().dtype(wide)),
-                       at::empty({count}, norm.var.options().dtype(wide))};
+  Affine made = {at::empty({count}, norm.var.options().dtype(wide)),
+                 at::empty({count}, norm.var.options().dtype(wide))};
   AT_DISPATCH_FLOATING_TYPES(wide, "freezekit::norm", [&] {
     scalar_t* const scale = made.scale.mutable_data_ptr<scalar_t>();
     scalar_t* const shift = made.shift.mutable_data_ptr<scalar_t>();
     for (int64_t i = 0; i < count; ++i) {
-      const double s = gamma[i] / std::sqrt(var[i] + norm.eps);
-      scale[i] = static_cast<scalar_t>(s);
-      shift[i] = static_cast<scalar_t>(beta[i] + (before[i] - mean[i]) * s);
+      // Added as torch adds them: whether the sum is 0 decides between infinity and a large number.
+      const double sum = static_cast<scalar_t>(var[i]) + static_cast<scalar_t>(norm.eps);
+      scale[i] = static_cast<scalar_t>(gamma[i] / std::sqrt(sum));
+      shift[i] = static_cast<scalar_t>(beta[i] + (before[i] - mean[i]) * scale[i]);
+      made.is_finite = made.is_finite && std::isfinite(scale[i]);
     }
   });
   return made;

@@ -9,6 +9,7 @@ namespace freezekit {
 // norm's tensors as they are now; without a norm the scale is undefined and the shift is the bias.
 struct Affine {
   Tensor scale, shift;
+  bool is_finite = true;  // the scale, on a CPU
 };
 Affine affine_of(const FixedNormTensors&, const Tensor& bias, const Tensor& like, Backend on);
 

@@ -40,8 +40,8 @@ struct FrozenOperands {
   FixedNormTensors norm;
 };
 
-// Whether the result, whose size is given, is laid out as NHWC: as that of torch's layers.
-bool result_is_channels_last(const FrozenOperands&, SymIntArrayRef size);
+// The memory format of the result, whose size is given: that of torch's layers.
+at::MemoryFormat result_format(const FrozenOperands&, SymIntArrayRef size);
 
 // Whether torch's layers give their result these strides whatever they do in place and in whichever order they add. What
 // they read tells where they do not: a residual in another layout, an activation on what is both NCHW and NHWC.

@@ -1,12 +1,12 @@
 #include "torch/frozen_conv2d/node.h"
 
 #include <ATen/ATen.h>
+#include <ATen/SavedTensorHooks.h>
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <torch/csrc/autograd/graph_task.h>
 
 #include "torch/autograd/formula.h"
 #include "torch/autograd/linked.h"
-#include "torch/bits/gate.h"
 #include "torch/common/layout.h"
 
 namespace freezekit {
@@ -40,15 +40,19 @@ variable_list backward_of_values(const variable_list& grads, const std::vector<c
   FixedNormTensors norm;
   norm.gamma = arguments.unpack<Tensor>(), norm.var = arguments.unpack<Tensor>();
   norm.eps = arguments.unpack<double>();
-  const auto bits = arguments.unpack<Tensor>();
+  const auto bits = arguments.unpack<Tensor>(), kept = arguments.unpack<Tensor>();
   const auto wanted = arguments.unpack<std::vector<bool>>();
   variable_list result(wanted.size());
   if (!grads[0].defined()) {
     if (wanted[kInput]) result[kInput] = passed_on(grads);
     return result;
   }
-  const Tensor dy =
-      bits_stride.empty() ? grads[0] : gate(grads[0], bits, {bits_stride, GateRule(), parse_backend(backend)});
+  Tensor dy = grads[0];
+  if (kept.defined()) {
+    dy = at::threshold_backward(dy, kept, 0);
+  } else if (bits.defined()) {
+    dy = gate(dy, bits, {bits_stride, GateRule(), parse_backend(backend)});
+  }
   if (wanted.size() > kResidual && wanted[kResidual]) result[kResidual] = dy;
   if (wanted[kInput]) {
     const Geometry g(stride, padding, dilation, groups, backend);
@@ -69,10 +73,26 @@ FrozenConv2dBackward::FrozenConv2dBackward(FrozenConv2d f, SymIntArrayRef input_
 
 void FrozenConv2dBackward::keep(const Tensor& y, const Tensor& bits) {
   if (!f_.has_mask()) return;
+  operand_.is_first = f_.activation == FrozenConv2d::Activation::relu;
+  operand_.stride.assign(y.sym_strides().begin(), y.sym_strides().end());
   bits_are_channels_last_ = f_.own_kernels() || y.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
   bits_stride_ = dense_stride(y.sym_sizes(), bits_are_channels_last_);
-  bits_ = torch::autograd::SavedVariable(bits, /*is_output=*/false);
+  bits_ = KeptTensor(bits);
   has_bits_ = true;
+  if (!y.has_storage()) return;
+  made_ = y.storage().unsafeGetStorageImpl(), made_version_ = y._version();
+}
+
+void FrozenConv2dBackward::keep_result(const Tensor& y) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  // Torch's ReLU6 reads what it was given. Hooks have seen what is kept: checkpoints count that.
+  const auto raw = bits_.variable.get_raw_data();
+  if (f_.activation != FrozenConv2d::Activation::relu || f_.own_kernels()) return;
+  if (!has_bits_ || !raw || !raw->defined()) return;
+  if (at::SavedTensorDefaultHooks::get_hooks() || !y.has_storage()) return;
+  if (y.storage().unsafeGetStorageImpl() != made_ || y._version() != made_version_) return;
+  result_ = torch::autograd::SavedVariable(y, /*is_output=*/true);
+  bits_ = {}, has_bits_ = false, has_result_ = true;
 }
 
 void FrozenConv2dBackward::release_variables() {
@@ -80,7 +100,8 @@ void FrozenConv2dBackward::release_variables() {
   weight_.reset_data();
   gamma_.reset_data();
   var_.reset_data();
-  bits_.reset_data();
+  result_.reset_data();
+  bits_.variable.reset_data();
   masked_.reset();
 }
 
@@ -103,13 +124,19 @@ variable_list FrozenConv2dBackward::apply(variable_list&& grads) {
   const bool wants_residual = num_outputs() > kResidual && task_should_compute_output(kResidual);
   if (has_bits_ && has_norm_ && masks_in_dgrad_ && wants_input && !wants_residual) {
     // Nothing else reads the masked dy.
-    const auto format = bits_are_channels_last_ ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
-    result[kInput] = input_gradient(grads[0].contiguous(format), bits_.unpack(), passed);
+    const Tensor dy = grads[0].contiguous(format_of(bits_are_channels_last_));
+    result[kInput] = input_gradient(dy, bits_.unpack(), passed);
     return result;
   }
+  // Of the strides of bits it may be written to, and keeps them.
+  const bool turned = wants_residual && has_bits_ && grads[0].sym_strides() != SymIntArrayRef(bits_stride_);
+  const Tensor given = turned ? grads[0] : Tensor();
   const Tensor dy = masked(std::move(grads[0]));
-  if (wants_residual) result[kResidual] = dy;
   if (wants_input) result[kInput] = input_gradient(dy, {}, passed);
+  if (wants_residual) {
+    const Tensor own = dy.is_same(given) ? dy.detach() : dy;
+    result[kResidual] = has_bits_ ? operand_.finish(own, given.defined() ? given : dy, bits_stride_) : dy;
+  }
   return result;
 }
 
@@ -120,7 +147,9 @@ variable_list FrozenConv2dBackward::apply_recording(const variable_list& grads) 
   const Tensor weight = weight_.unpack();
   const FixedNormTensors fixed = norm();
   Tensor dy = grads[0];
-  if (has_bits_) {
+  if (has_result_) {
+    dy = at::threshold_backward(dy, result_.unpack(pointer_to<torch::autograd::Node>(*this)), 0);
+  } else if (has_bits_) {
     // Stock's relu reads its result in the backward pass, relu6 its input.
     const bool reads_result = f_.activation == FrozenConv2d::Activation::relu;
     const AnyNodePtr read =
@@ -130,9 +159,8 @@ variable_list FrozenConv2dBackward::apply_recording(const variable_list& grads) 
   }
   if (wants.size() > kResidual && wants[kResidual]) result[kResidual] = dy;
   if (wants[kInput]) {
-    const auto layout = dx_is_channels_last_ ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
-    const Tensor dx =
-        plain_input_gradient(in_layout(dy, layout), weight, fixed, input_size_, passed_on(grads), f_.geometry);
+    const Tensor laid_out = in_layout(dy, format_of(dx_is_channels_last_));
+    const Tensor dx = plain_input_gradient(laid_out, weight, fixed, input_size_, passed_on(grads), f_.geometry);
     result[kInput] = linked(dx, {next_edge(kInput)}, /*zeros=*/false, /*lasting=*/false);
   }
   return result;
@@ -151,6 +179,7 @@ AnyNodePtr FrozenConv2dBackward::before_activation(const Tensor& dy, const Tenso
 
 // dy where this one's activation let the value through.
 Tensor FrozenConv2dBackward::masked(Tensor&& dy) {
+  if (has_result_) return at::threshold_backward(dy, result_.unpack(pointer_to<torch::autograd::Node>(*this)), 0);
   if (!has_bits_) return std::move(dy);
   const bool known = is_marked(dy);
   masked_.reset();
@@ -223,6 +252,7 @@ void FrozenConv2dBackward::compiled_args(CompiledNodeArgs& args) const {
   args.collect(g.groups.expect_int());
   args.collect(static_cast<int64_t>(g.backend));
   args.collect(has_bits_);
+  args.collect(has_result_);
   for (const bool want : wanted()) args.collect(want);
   args.collect(SymIntArrayRef(input_size_));
   args.collect(SymIntArrayRef(bits_stride_));
@@ -230,7 +260,8 @@ void FrozenConv2dBackward::compiled_args(CompiledNodeArgs& args) const {
   args.collect(weight_, /*is_output=*/false);
   args.collect(gamma_, /*is_output=*/false);
   args.collect(var_, /*is_output=*/false);
-  args.collect(bits_, /*is_output=*/false);
+  args.collect(bits_.variable, /*is_output=*/false);
+  args.collect(result_, /*is_output=*/true);
 }
 
 variable_list FrozenConv2dBackward::apply_with_saved(const variable_list& grads, SwapSavedVariables& saved) {
@@ -239,7 +270,8 @@ variable_list FrozenConv2dBackward::apply_with_saved(const variable_list& grads,
   saved.before(weight_);
   saved.before(gamma_);
   saved.before(var_);
-  saved.before(bits_);
+  saved.before(bits_.variable);
+  saved.before(result_);
   const Geometry& g = f_.geometry;
   PackedArgs arguments;
   for (const auto* values : {&g.stride, &g.padding, &g.dilation}) {
@@ -254,6 +286,7 @@ variable_list FrozenConv2dBackward::apply_with_saved(const variable_list& grads,
   arguments.pack(var_.unpack());
   arguments.pack(eps_);
   arguments.pack(has_bits_ ? bits_.unpack() : Tensor());
+  arguments.pack(has_result_ ? result_.unpack(pointer_to<torch::autograd::Node>(*this)) : Tensor());
   arguments.pack(wanted());
   variable_list result = trace_call(*this, name(), backward_of_values, grads, std::move(arguments), saved);
   saved.after(input_size_);
@@ -261,8 +294,16 @@ variable_list FrozenConv2dBackward::apply_with_saved(const variable_list& grads,
   saved.after(weight_);
   saved.after(gamma_);
   saved.after(var_);
-  saved.after(bits_);
+  saved.after(bits_.variable);
+  saved.after(result_);
   return result;
+}
+
+void will_be_kept(const Tensor& tensor) {
+  if (!at::GradMode::is_enabled() || !tensor.requires_grad() || at::isTensorSubclassLike(tensor)) return;
+  const auto& edge = torch::autograd::impl::gradient_edge(tensor);
+  auto* maker = dynamic_cast<FrozenConv2dBackward*>(edge.function.get());
+  if (maker && edge.input_nr == 0) maker->keep_result(tensor);
 }
 
 }  // namespace freezekit

@@ -12,6 +12,9 @@
 //
 // Under create_graph nothing is shared, and gradients are functions of what stock's are, by links (autograd/formula.h).
 //
+// A trainable convolution behind keeps the result itself. What torch's ReLU reads costs nothing then, bits would come on
+// top: a node that is told so (will_be_kept) lets go of them.
+//
 // A node may have a second output, the input handed on to its other readers: what flows back to them is added in
 // dgrad's epilogue, where autograd would sum in a pass of its own.
 #pragma once
@@ -25,7 +28,9 @@
 #include <vector>
 
 #include "torch/autograd/compiled.h"
+#include "torch/autograd/kept.h"
 #include "torch/autograd/node.h"
+#include "torch/bits/gate.h"
 #include "torch/frozen_conv2d/frozen_conv2d.h"
 
 namespace freezekit {
@@ -40,6 +45,9 @@ class FrozenConv2dBackward : public torch::autograd::Node {
 
   // After the forward pass: the bits and their layout.
   void keep(const Tensor& y, const Tensor& bits);
+
+  // The result will be kept by another: bits are no longer needed, if nothing has happened to it and them.
+  void keep_result(const Tensor& y);
 
   std::string name() const override { return "FreezekitFrozenConv2dBackward"; }
   void release_variables() override;
@@ -64,11 +72,18 @@ class FrozenConv2dBackward : public torch::autograd::Node {
   std::vector<c10::SymInt> input_size_, bits_stride_;
   bool dx_is_channels_last_ = false, bits_are_channels_last_ = false, has_bits_ = false;
   double eps_ = 0;
-  bool has_norm_ = false, masks_in_dgrad_ = false;
-  torch::autograd::SavedVariable weight_, gamma_, var_, bits_;
+  bool has_norm_ = false, masks_in_dgrad_ = false, has_result_ = false;
+  const void* made_ = nullptr;  // the storage of the result, and its version
+  uint32_t made_version_ = 0;
+  Operand operand_;  // what torch's activation reads in its backward pass
+  torch::autograd::SavedVariable weight_, gamma_, var_, result_;
+  KeptTensor bits_;
   std::optional<c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>> masked_;
   uint32_t masked_version_ = 0;
   std::mutex mutex_;
 };
+
+// Says that an operator which follows keeps this tensor for its own backward pass.
+void will_be_kept(const Tensor&);
 
 }  // namespace freezekit

@@ -1,0 +1,105 @@
+#include "torch/autograd/kept.h"
+
+#include <ATen/SavedTensorHooks.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/TensorSubclassLikeUtils.h>
+#include <ATen/ops/_assert_async.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
+#include <pybind11/pybind11.h>
+#include <torch/csrc/PyInterpreter.h>
+#include <torch/library.h>
+
+#include <string>
+
+#include "torch/common/schema.h"
+
+namespace freezekit {
+namespace {
+
+using at::Tensor;
+
+// Torch's own hooks change no value: they are those of checkpoints, whose second run need not give the first one's bits,
+// and of offloading. Freezekit's only look.
+bool may_change_values(const c10::SafePyObject& pack_hook) {
+  const pybind11::gil_scoped_acquire gil;
+  const pybind11::handle hook(pack_hook.ptr(getPyInterpreter()));
+  const pybind11::object module = pybind11::getattr(hook, "__module__", pybind11::none());
+  if (!pybind11::isinstance<pybind11::str>(module)) return true;
+  const auto name = module.cast<std::string>();
+  return !name.starts_with("torch.") && !name.starts_with("freezekit.");
+}
+
+bool meets_strange_hooks() {
+  const auto hooks = at::SavedTensorDefaultHooks::get_hooks();
+  return hooks && may_change_values(hooks->first);
+}
+
+// A sum over all bytes and their places. It is never waited for: the device compares it too.
+Tensor checksum_of(const Tensor& bytes) {
+  constexpr int64_t kOdd = 0x1e3779b97f4a7c15, kOther = 0x3f58476d1ce4e5b9;
+  const Tensor flat = bytes.reshape(-1);
+  const Tensor words = flat.numel() % 4 == 0 && flat.storage_offset() % 4 == 0 ? flat.view(at::kInt) : flat;
+  Tensor mixed = at::arange(1, words.numel() + 1, words.options().dtype(at::kLong)).mul_(kOdd);
+  mixed.bitwise_xor_(words).mul_(kOther);
+  return mixed.bitwise_xor_(mixed.bitwise_right_shift(32)).sum();
+}
+
+const std::string kCause =
+    "saved-tensor hooks must give back the values that they were given. Freezekit keeps packed bits as uint8; ";
+
+using Restore = Tensor(const Tensor& bytes, const Tensor& checksum, at::ScalarType dtype, at::IntArrayRef size,
+                       at::IntArrayRef stride);
+
+Tensor restore_bytes(const Tensor& given, const Tensor& checksum, at::ScalarType dtype, at::IntArrayRef size,
+                     at::IntArrayRef stride) {
+  const int64_t count = c10::multiply_integers(size) * static_cast<int64_t>(c10::elementSize(dtype));
+  TORCH_CHECK(given.dim() == 1 && given.size(0) == count, kCause, "of a tensor of size [", count,
+              "] they made one of size ", given.sizes());
+  const Tensor bytes = at::empty({count}, given.options().dtype(at::kByte)).copy_(given);
+  at::_assert_async(checksum_of(bytes).eq(checksum),
+                    kCause + "what came back, as " + c10::toString(given.scalar_type()) +
+                        ", holds other values. Casts to float16 or bfloat16 and back do no harm, shorter ones do: "
+                        "let them pass by tensors for which is_floating_point() is False");
+  return bytes.view(dtype).as_strided(size, stride);
+}
+
+Tensor restore_meta(const Tensor& given, const Tensor&, at::ScalarType dtype, at::IntArrayRef size,
+                    at::IntArrayRef stride) {
+  return at::empty_strided(size, stride, given.options().dtype(dtype));
+}
+
+}  // namespace
+
+KeptTensor::KeptTensor(const Tensor& tensor) {
+  const bool is_numbers = !tensor.defined() || !at::isIntegralType(tensor.scalar_type(), /*includeBool=*/true);
+  if (is_numbers || at::isTensorSubclassLike(tensor) || !meets_strange_hooks()) {
+    variable = torch::autograd::SavedVariable(tensor, /*is_output=*/false);
+    return;
+  }
+  TORCH_INTERNAL_ASSERT(tensor.is_non_overlapping_and_dense());
+  const Tensor bytes = tensor.as_strided({tensor.numel()}, {1}).view(at::kByte);
+  original_ = std::make_unique<Original>(
+      Original{tensor.scalar_type(), tensor.sizes().vec(), tensor.strides().vec(), checksum_of(bytes)});
+  variable = torch::autograd::SavedVariable(bytes, /*is_output=*/false);
+}
+
+Tensor KeptTensor::unpack() const {
+  const Tensor given = variable.unpack();
+  if (!original_ || !given.defined()) return given;
+  const auto device = original_->checksum.device();
+  TORCH_CHECK(given.device() == device, kCause, "of a tensor on ", device, " they made one on ", given.device());
+  static const auto op = find_operator<Restore>("freezekit::restore_bytes");
+  return op.call(given, original_->checksum, original_->dtype, original_->size, original_->stride);
+}
+
+}  // namespace freezekit
+
+// An operator, since compiled autograd traces what is done to what hooks give back before it knows that.
+TORCH_LIBRARY_FRAGMENT(freezekit, m) {
+  m.def("restore_bytes(Tensor bytes, Tensor checksum, ScalarType dtype, int[] size, int[] stride) -> Tensor",
+        {at::Tag::pt2_compliant_tag});
+}
+TORCH_LIBRARY_IMPL(freezekit, CompositeExplicitAutograd, m) { m.impl("restore_bytes", freezekit::restore_bytes); }
+TORCH_LIBRARY_IMPL(freezekit, Meta, m) { m.impl("restore_bytes", freezekit::restore_meta); }

@@ -1,0 +1,35 @@
+// A tensor that a node keeps for its backward pass, through whatever saved-tensor hooks are set.
+//
+// Bits and taps are no numbers. A hook that casts all that it sees (to save memory, or to move it faster) rounds the
+// activations that stock keeps, and would turn words of 32 bits into others. So hooks are shown bytes, which float16 and
+// bfloat16 hold exactly, and what they give back is held against a checksum: it is right, or it is an error.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <torch/csrc/autograd/saved_variable.h>
+
+#include <memory>
+#include <vector>
+
+namespace freezekit {
+
+class KeptTensor {
+ public:
+  KeptTensor() = default;
+  explicit KeptTensor(const at::Tensor&);
+
+  at::Tensor unpack() const;
+
+  torch::autograd::SavedVariable variable;  // what hooks see, for the engine and compiled autograd
+
+ private:
+  // What was shown as bytes.
+  struct Original {
+    at::ScalarType dtype;
+    std::vector<int64_t> size, stride;
+    at::Tensor checksum;
+  };
+  std::unique_ptr<const Original> original_;
+};
+
+}  // namespace freezekit
