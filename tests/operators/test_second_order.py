@@ -137,11 +137,19 @@ def compare(
         return
     for learns in (True, False):
         cotangent = torch.randn(stock.shape, dtype=stock.dtype, generator=torch.Generator().manual_seed(orders))
-        lists = []
+        lists: list[tuple[list[Tensor], tuple[Tensor | None, ...]]] = []
+        errors = []
         for result, leaves in ((ours, ours_of), (stock, stock_of)):
             v = cotangent.clone().requires_grad_(learns)
             known = [*leaves, v] if learns else leaves
-            lists.append((known, torch.autograd.grad(result, known, v, create_graph=True, allow_unused=True)))
+            try:
+                lists.append((known, torch.autograd.grad(result, known, v, create_graph=True, allow_unused=True)))
+            except RuntimeError as error:  # torch 2.14 has no third order of a batch norm in train mode
+                errors.append(str(error))
+        if errors:
+            assert len(errors) == 2, f"{where}: raised by one of both alone: {errors[0]}"
+            assert errors[0] == errors[1], where
+            continue
         (ours_known, ours_grads), (stock_known, stock_grads) = lists
         for i, (a, b) in enumerate(zip(ours_grads, stock_grads, strict=True)):
             here = f"{where}, gradient {i} by {'a learning' if learns else 'a constant'} cotangent"

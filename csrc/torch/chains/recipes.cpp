@@ -89,10 +89,13 @@ class GroupNorm : public Recipe {
     const T *m = values_of(mean), *r = values_of(rstd);
     const int64_t n = x.size(0), c = x.size(1), width = c / mean.size(1);
     T *scale = scales_and_shifts_.mutable_data_ptr<T>(), *shift = scale + n * c;
+    rounded_twice_.reserve(n * c);
     for (int64_t i = 0; i < n * c; i += width, ++m, ++r) {
       for (int64_t channel = i % c, end = channel + width; channel < end; ++channel, ++scale, ++shift) {
+        const T bias_here = b ? b[channel] : T(0);
         *scale = *r * (w ? w[channel] : T(1));
-        *shift = std::fma(-*scale, *m, b ? b[channel] : T(0));
+        *shift = std::fma(-*scale, *m, bias_here);
+        rounded_twice_.push_back(bias_here - *scale * *m);
       }
     }
   }
@@ -118,9 +121,16 @@ class GroupNorm : public Recipe {
         !is_in_memory(value)) {
       return false;
     }
-    const T* y = value.const_data_ptr<T>();
-    return all_rows(
-        [&](const T* row, auto channels, int64_t at, int64_t length) { return is_row(row, channels, y + at, length); });
+    const auto is_value = [&, y = value.const_data_ptr<T>()] {
+      return all_rows([&](const T* row, auto channels, int64_t at, int64_t length) {
+        return is_row(row, channels, y + at, length);
+      });
+    };
+    // Whether a shift is rounded once or twice was decided by the compiler of this torch.
+    const std::vector<T> others = std::exchange(rounded_twice_, {});
+    if (is_value()) return true;
+    std::copy(others.begin(), others.end(), scales_and_shifts_.mutable_data_ptr<T>() + others.size());
+    return is_value();
   }
 
   std::vector<Tensor> reads() const override { return {x_.tensor(), scales_and_shifts_}; }
@@ -137,7 +147,8 @@ class GroupNorm : public Recipe {
   }
 
   Held x_;
-  Tensor scales_and_shifts_;  // (2, N, C)
+  Tensor scales_and_shifts_;              // (2, N, C)
+  mutable std::vector<T> rounded_twice_;  // shifts, until the trial
 };
 
 constexpr int64_t kHashed = 1 << 16;  // bytes in one piece
