@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     # A checkpoint keeps the block's input, which the layer before has kept in any case.
     kept = {name: bytes_kept(lambda x, call=call: call(x * 1), x) for name, call in calls.items()}  # type: ignore[misc]
     kept["checkpoint"] -= x.nbytes
-    steps = {name: lambda call=call: torch.autograd.grad(call(x), x, dy) for name, call in calls.items()}  # type: ignore[misc]
+    steps = {name: lambda call=call: torch.autograd.grad(call(x), x, dy) for name, call in calls.items()}
     times = interleave(steps, clock=HostClock(), rounds=rounds)
     (exact,), (lossy,) = steps["stock"](), steps["int8"]()
     print(f"error of dx: {((lossy - exact).norm() / exact.norm()).item():.2%}")
