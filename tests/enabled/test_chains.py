@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import freezekit as fk
@@ -366,6 +368,51 @@ def test_threads() -> None:
     finally:
         torch.set_num_threads(before)
     assert torch.equal(dx, expected)
+
+
+class Waits(TorchDispatchMode):
+    """Holds up a backward pass within a node, until it is told to go on."""
+
+    def __init__(self, operator: Any) -> None:
+        super().__init__()
+        self.operator, self.is_there, self.goes_on = operator, threading.Event(), threading.Event()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is self.operator:
+            self.is_there.set()
+            assert self.goes_on.wait(60)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("maker", ["norm", "sigmoid"])
+@pytest.mark.parametrize("is_busy", [False, True])
+def test_another_thread_goes_backward_through_the_maker(maker: str, is_busy: bool) -> None:
+    """It may free what the maker has saved: nothing of that is read, and the operand is kept as in torch."""
+    layer, x = norm(), torch.randn(SIZE, requires_grad=True)
+    x2 = x * 2
+    aten = torch.ops.aten
+    mode = Waits((aten.native_group_norm_backward if maker == "norm" else aten.sigmoid_backward).default)
+    with fk.enabled():
+        operand = layer(x) if maker == "norm" else torch.sigmoid(x2 * 1.5)
+        kept = StorageWeakRef(operand.untyped_storage())
+
+        def backward(result: Tensor) -> None:
+            with mode:
+                torch.autograd.grad(result, x, torch.ones_like(result), retain_graph=True)
+
+        thread = threading.Thread(target=backward, args=(operand,))
+        if is_busy:
+            thread.start()
+            assert mode.is_there.wait(60)
+        try:
+            y = F.silu(operand) if maker == "norm" else x2 * operand
+        finally:
+            mode.goes_on.set()
+            if is_busy:
+                thread.join()
+        del operand, thread
+        assert kept.expired() != is_busy
+    assert y.requires_grad
 
 
 def test_nothing_outlives_the_graph() -> None:

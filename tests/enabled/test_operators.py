@@ -11,8 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import freezekit as fk
+from bench.memory import trace
 from tests.enabled.helpers import gradients, kept, tolerance
 
 
@@ -82,18 +84,22 @@ CASES = [
         (1, 2, 6, 6, 6),
         0.07,
     ),
-    OperatorCase("avg_pool1d", lambda x: F.avg_pool1d(x * 1, 3), (2, 4, 32), 0),
-    OperatorCase("avg_pool2d", lambda x: F.avg_pool2d(x * 1, 3, 2, 1, True, False), IMAGE, 0),
-    OperatorCase("avg_pool3d", lambda x: F.avg_pool3d(x * 1, 2, divisor_override=3), (1, 2, 6, 6, 6), 0),
-    OperatorCase("adaptive_avg_pool1d", lambda x: F.adaptive_avg_pool1d(x * 1, 5), (2, 4, 32), 0),
-    OperatorCase("adaptive_avg_pool2d", lambda x: F.adaptive_avg_pool2d(x * 1, (5, 3)), IMAGE, 0),
-    OperatorCase("adaptive_avg_pool3d", lambda x: F.adaptive_avg_pool3d(x * 1, 2), (1, 2, 6, 6, 6), 0),
+    OperatorCase("avg_pool1d", lambda x: F.avg_pool1d(x.clone(), 3), (2, 4, 32), 0),
+    OperatorCase("avg_pool2d", lambda x: F.avg_pool2d(x.clone(), 3, 2, 1, True, False), IMAGE, 0),
+    OperatorCase("avg_pool3d", lambda x: F.avg_pool3d(x.clone(), 2, divisor_override=3), (1, 2, 6, 6, 6), 0),
+    OperatorCase("adaptive_avg_pool1d", lambda x: F.adaptive_avg_pool1d(x.clone(), 5), (2, 4, 32), 0),
+    OperatorCase("adaptive_avg_pool2d", lambda x: F.adaptive_avg_pool2d(x.clone(), (5, 3)), IMAGE, 0),
+    OperatorCase("adaptive_avg_pool3d", lambda x: F.adaptive_avg_pool3d(x.clone(), 2), (1, 2, 6, 6, 6), 0),
     *[
-        OperatorCase(f"{mode} {axes}", lambda x, a=axes, m=mode: F.pad(x * 1, (1, 2) * a, m), (1, 2) + (5,) * axes, 0)
+        OperatorCase(f"{mode} {n}", lambda x, n=n, m=mode: F.pad(x.clone(), (1, 2) * n, m), (1, 2) + (5,) * n, 0)
         for mode in ("reflect", "replicate")
-        for axes in (1, 2, 3)
+        for n in (1, 2, 3)
     ],
 ]  # fmt: skip
+
+
+def in_float(case: OperatorCase) -> Callable[[Tensor], Any]:
+    return copy.deepcopy(case.call).float() if isinstance(case.call, nn.Module) else case.call
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
@@ -227,7 +233,7 @@ def test_out_variants_are_untouched() -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_sparse_gradient_is_taken_where_torch_takes_it(case: OperatorCase) -> None:
-    call = copy.deepcopy(case.call).float() if isinstance(case.call, nn.Module) else case.call
+    call = in_float(case)
 
     def found() -> Tensor | type:
         torch.manual_seed(0)
@@ -296,3 +302,131 @@ def test_what_is_kept_does_not_depend_on_who_looks(layer: nn.Module) -> None:
         assert plain < x.nbytes / 2
         for measure in (False, True):
             assert fk.explain(layer, x, measure=measure).bytes_kept == plain
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_freed_graph_is_torch_s_error(case: OperatorCase) -> None:
+    """A node that keeps no tensor would run once more, and gradients would be added twice without a word."""
+    call = in_float(case)
+    x = torch.randn(case.size, requires_grad=True)
+
+    def error() -> str:
+        made = call(x.clone())
+        y = (made[0] if isinstance(made, tuple) else made).sum()
+        y.backward()
+        with pytest.raises(RuntimeError, match="a second time") as raised:
+            y.backward()
+        return str(raised.value)
+
+    expected = error()
+    with fk.enabled():
+        assert error() == expected
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_freed_graph_of_a_gradient_is_as_torch_s(case: OperatorCase) -> None:
+    """Where torch's keeps nothing, it may run once more."""
+    call = in_float(case)
+    x = torch.randn(case.size, requires_grad=True)
+
+    def raised() -> str:
+        made = call(x.clone())
+        y = made[0] if isinstance(made, tuple) else made
+        dy = torch.randn_like(y).requires_grad_()
+        (dx,) = torch.autograd.grad(y, x, dy, create_graph=True)
+        torch.autograd.grad(dx.sum(), dy)
+        try:
+            torch.autograd.grad(dx.sum(), dy)
+        except RuntimeError as error:
+            return str(error)
+        return ""
+
+    expected = raised()
+    with fk.enabled():
+        assert raised() == expected
+
+
+LEARNS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "convolution": lambda x, bias: F.conv2d(x, torch.ones(4, 4, 3, 3), bias),
+    "transposed convolution": lambda x, bias: F.conv_transpose2d(x, torch.ones(4, 4, 3, 3), bias),
+    "batch norm": lambda x, bias: F.batch_norm(x, torch.zeros(4), torch.ones(4), torch.ones(4), bias),
+    "group norm": lambda x, bias: F.group_norm(x, 2, torch.ones(4), bias),
+    "layer norm": lambda x, bias: F.layer_norm(x.transpose(1, 3), (4,), torch.ones(4), bias),
+}
+
+
+@pytest.mark.parametrize("name", LEARNS)
+def test_a_freed_graph_of_a_bias_alone_is_torch_s_error(name: str) -> None:
+    x, bias = torch.randn(IMAGE), torch.randn(4, requires_grad=True)
+    for on in (False, True):
+        if on:
+            fk.enable()
+        try:
+            y = LEARNS[name](x, bias)
+        finally:
+            if on:
+                fk.disable()
+        y.sum().backward()
+        with pytest.raises(RuntimeError, match="a second time"):
+            y.sum().backward()
+
+
+@pytest.mark.parametrize("name", LEARNS)
+@pytest.mark.parametrize("learns", ["bias", "both"])
+def test_nodes_have_torch_s_edges(name: str, learns: str) -> None:
+    x, bias = torch.randn(IMAGE, requires_grad=learns == "both"), torch.randn(4, requires_grad=True)
+
+    def edges() -> list[tuple[bool, int]]:
+        return [(node is None, nr) for node, nr in LEARNS[name](x, bias).grad_fn.next_functions]
+
+    expected = edges()
+    with fk.enabled():
+        assert edges() == expected
+
+
+def test_a_prelu_s_node_has_torch_s_edges() -> None:
+    x, slope = torch.randn(IMAGE, requires_grad=True), torch.full((4,), 0.2)
+    expected = len(F.prelu(x, slope).grad_fn.next_functions)
+    with fk.enabled():
+        assert len(F.prelu(x, slope).grad_fn.next_functions) == expected
+
+
+def test_a_threshold_in_place_where_elements_share_memory() -> None:
+    """The one in-place operator that torch lets write there."""
+    x = torch.randn(1, 4, requires_grad=True)
+    expected = F.threshold_(x.clone().expand(3, 4), 0.1, 0.05)
+    with fk.enabled():
+        assert torch.equal(F.threshold_(x.clone().expand(3, 4), 0.1, 0.05), expected)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_tangent_of_the_gradient(case: OperatorCase) -> None:
+    """Forward-mode AD over a backward pass: dx is linear in dy."""
+    call = in_float(case)
+
+    def tangents() -> tuple[Tensor, Tensor]:
+        torch.manual_seed(0)
+        x = torch.randn(case.size, requires_grad=True)
+        made = call(x)
+        y = made[0] if isinstance(made, tuple) else made
+        with forward_ad.dual_level():
+            dy = forward_ad.make_dual(torch.randn_like(y), torch.randn_like(y))
+            dx = forward_ad.unpack_dual(torch.autograd.grad(y, x, dy)[0])
+            assert dx.tangent is not None
+            return dx.primal.clone(), dx.tangent.clone()
+
+    expected = tangents()
+    with fk.enabled():
+        for found, stock in zip(tangents(), expected, strict=True):
+            torch.testing.assert_close(found, stock, **tolerance(stock))
+
+
+def test_a_slope_for_each_channel_takes_no_more_tensors_than_torch() -> None:
+    x, slope = torch.randn(4, 4, 64, 64, requires_grad=True), torch.rand(4)
+
+    def most() -> int:
+        return trace(x.device, lambda: torch.autograd.grad(F.prelu(x, slope).sum(), x)).peak
+
+    stock = most()
+    with fk.enabled():
+        assert x.nbytes < most() <= stock + x.nbytes / 8  # bits

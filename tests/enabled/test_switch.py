@@ -287,6 +287,8 @@ operator, key = sys.argv[1:]
 calls = {
     "relu": F.relu,
     "hardtanh_": lambda x: F.hardtanh_(x * 1),
+    "dropout": lambda x: (torch.manual_seed(0), F.dropout(x, 0.5))[1],
+    "max_pool2d": lambda x: F.max_pool2d(x, 2),
     "max_pool2d_with_indices": lambda x: F.max_pool2d(x, 2),
     "max_pool3d_with_indices": lambda x: F.max_pool3d(x[None], 2),
     "avg_pool2d": lambda x: F.avg_pool2d(x, 2),
@@ -322,6 +324,8 @@ with fk.enabled():
         ("max_pool2d_with_indices", "CPU", True),
         ("max_pool2d_with_indices", "AutogradCPU", True),
         ("max_pool3d_with_indices", "CPU", True),
+        ("dropout", "CPU", True),  # composed by torch, of operators that have kernels
+        ("max_pool2d", "CPU", True),
         ("avg_pool2d", "CPU", False),  # freezekit calls it
     ],
 )

@@ -30,6 +30,8 @@ class LinkNode : public FormulaNode<LinkFormula> {
  public:
   using FormulaNode::FormulaNode;
 
+  void release_variables() override {}  // stock has no such node, and so none that is released
+
   variable_list apply(variable_list&& grads) override {
     variable_list result = FormulaNode::apply(std::move(grads));
     if (formula_.lasting && result[0].defined() && c10::GradMode::is_enabled()) {
@@ -54,7 +56,10 @@ Tensor linked(const Tensor& gradient, const edge_list& to, bool zeros, bool last
 void BackwardNode::release_variables() {
   const std::lock_guard<std::mutex> lock(mutex_);
   for (KeptTensor& kept : kept_) kept.variable.reset_data();
+  is_released_ = true;
 }
+
+void BackwardNode::check_unreleased() const { TORCH_CHECK(!is_released_, torch::autograd::ERR_BACKWARD_TWICE); }
 
 std::vector<bool> BackwardNode::wanted() const {
   std::vector<bool> result(num_outputs());

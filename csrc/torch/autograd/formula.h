@@ -75,12 +75,15 @@ class BackwardNode : public torch::autograd::Node {
   // What the engine asks for now, which autograd.grad(loss, subset) narrows, not what the graph could give.
   std::vector<bool> wanted() const;
   void add_links(const Link&, variable_list& gradients);
+  // Raises as torch does once the graph is freed: torch's node keeps a tensor, where this one may keep none.
+  void check_unreleased() const;
 
   const char* name_;
   std::vector<KeptTensor> kept_;
 
  private:
   WeakNodePtr view_{AnyNodePtr()};
+  bool is_released_ = false;
 };
 
 namespace formula {
@@ -158,6 +161,7 @@ class FormulaNode : public BackwardNode {
   variable_list apply(variable_list&& grads) override {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (!grads[0].defined()) return variable_list(num_outputs());
+    check_unreleased();
     if constexpr (!takes_sparse<F>) {
       const auto layout = grads[0].layout();
       TORCH_CHECK_NOT_IMPLEMENTED(layout == at::kStrided, name_, " takes no gradient of layout ", layout,
@@ -170,6 +174,7 @@ class FormulaNode : public BackwardNode {
   }
 
   void compiled_args(CompiledNodeArgs& args) const override {
+    check_unreleased();
     args.collect(name());
     formula::each_field(const_cast<F&>(formula_), [&](const auto& field) { formula::collect(args, field); });
     for (const bool want : wanted()) args.collect(want);

@@ -48,14 +48,20 @@ struct PreluGradient {
   Link link() const { return {Link::To::operands, /*count=*/1, /*zeros=*/true}; }
 
   variable_list gradients(const Tensor& grad, Kept kept, const std::vector<bool>& wanted) const {
-    if (!wanted[0]) return {Tensor()};
+    if (!wanted[0]) return {Tensor(), Tensor()};
     const Tensor bits = kept(0), slope = kept(1);
     const auto finished = [&](Tensor dx) -> variable_list {
-      return {operand.finish(std::move(dx), grad, stride, slope)};
+      return {operand.finish(std::move(dx), grad, stride, slope), Tensor()};
     };
     if (is_number(slope)) return finished(gate(grad, bits, {stride, {1, number_of(slope)}, backend}));
-    const Tensor above = gate(grad, bits, {stride, {}, backend});
-    return finished(above.add(gate(grad.mul(slope), bits.bitwise_not(), {stride, {}, backend})));
+    // In this order, and in place where nothing is recorded: two tensors of this size at a time, as in torch.
+    Tensor dx = gate(grad.mul(slope), bits.bitwise_not(), {stride, {}, backend});
+    if (const Tensor above = gate(grad, bits, {stride, {}, backend}); c10::GradMode::is_enabled()) {
+      dx = dx.add(above);
+    } else {
+      dx.add_(above);
+    }
+    return finished(std::move(dx));
   }
 };
 
@@ -130,7 +136,8 @@ Tensor record_prelu(const Tensor& x, const Tensor& slope, Backend backend) {
       y = at::empty_like(x);  // torch makes a prelu's result like its input, and here there are no elements to move
     }
   }
-  const auto node = formula_node("FreezekitPReLUBackward", PreluGradient{dense_strides(x), Operand(x), backend}, x);
+  const auto node =
+      formula_node("FreezekitPReLUBackward", PreluGradient{dense_strides(x), Operand(x), backend}, x, slope);
   if (!node) return y;
   node->keep(bits, slope);
   torch::autograd::set_history(y, node);

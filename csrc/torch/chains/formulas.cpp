@@ -21,6 +21,7 @@
 #include <utility>
 
 #include "torch/autograd/node.h"
+#include "torch/chains/node_lock.h"
 
 namespace freezekit::chain {
 namespace {
@@ -105,7 +106,9 @@ class Reader {
     };
     // Tanh or erf takes half of the time of a GELU that is written out: on the way, a formula starts from a result.
     SavedVariable* const result = left < kDeepest ? saved_result(node) : nullptr;
-    if (result && is_kept(node, *result)) return start(result->unpack(pointer_to(*node)));
+    if (const Tensor found = result ? kept_in(node, *result, pointer_to(*node)) : Tensor(); found.defined()) {
+      return start(found);
+    }
     if (as<generated::ErfBackward0>(node)) {
       let_operand_go(static_cast<generated::ErfBackward0*>(node));
       return {};
@@ -163,8 +166,7 @@ class Reader {
   Formula of_half(const Edge& edge) {
     const auto* product = as<generated::MulBackward0>(beside_edge_.function.get());
     if (!product || product->next_edge(0) != edge || product->next_edge(1).is_valid()) return {};
-    if (!is_kept(product, product->other_)) return {};
-    const Tensor factor = product->other_.unpack();
+    const Tensor factor = kept_in(product, product->other_);
     if (!factor.defined() || factor.dim() != 0) return {};
     const auto number = number_in(factor);
     int exponent;
@@ -178,24 +180,25 @@ class Reader {
       if (power.operand_s != edge.function.get() || power.nr != edge.input_nr) continue;
       const auto node = power.node->lock();
       const auto* found = as<generated::PowBackward0>(node.get());
-      if (found && found->next_edge(0) == edge && is_kept(found, found->self_)) return found->self_.unpack();
+      if (!found || found->next_edge(0) != edge) continue;
+      if (const Tensor tensor = kept_in(found, found->self_); tensor.defined()) return tensor;
     }
     return {};
   }
 
-  bool is_kept(const Node* node, const SavedVariable& variable) const {
-    return !variable.has_hooks() || (watched_ && !keeps_recipe(node));
+  // Undefined where it is not the tensor itself that the node keeps.
+  Tensor kept_in(const Node* node, const SavedVariable& variable, AnyNodePtr made_it = {}) const {
+    const NodeLock lock(*node);
+    const bool is_kept = !variable.has_hooks() || (watched_ && !keeps_recipe(node));
+    return is_kept ? variable.unpack(std::move(made_it)) : Tensor();
   }
 
-  Formula saved(const Node* node, const SavedVariable& variable) {
-    return is_kept(node, variable) ? start(variable.unpack()) : Formula();
-  }
+  Formula saved(const Node* node, const SavedVariable& variable) { return start(kept_in(node, variable)); }
 
   // Erf keeps its operand, which is a cheap formula where it is a multiple of what a product keeps.
   void let_operand_go(generated::ErfBackward0* erf) {
-    if (!beside_.defined() || !is_kept(erf, erf->self_)) return;
-    const Tensor operand = erf->self_.unpack();
-    if (operand.output_nr() != 0 || is_same_memory(operand, beside_)) return;
+    const Tensor operand = beside_.defined() ? kept_in(erf, erf->self_) : Tensor();
+    if (!operand.defined() || operand.output_nr() != 0 || is_same_memory(operand, beside_)) return;
     const auto recipe = Reader(beside_, watched_, has_data_).recipe_for(operand);
     if (!recipe || (has_data_ && !recipe->gives(operand))) return;
     recipe->hold();

@@ -20,6 +20,7 @@
 
 #include "torch/autograd/node.h"
 #include "torch/chains/formulas.h"
+#include "torch/chains/node_lock.h"
 #include "torch/chains/recipes.h"
 
 namespace freezekit::chain {
@@ -78,6 +79,7 @@ T* as(Node* node) {
 }
 
 std::shared_ptr<Recipe> of_group_norm(const generated::NativeGroupNormBackward0& node, bool watched, bool has_data) {
+  const NodeLock lock(node);
   if ((node.input_.has_hooks() || node.weight_.has_hooks()) && !watched) return nullptr;
   const Note* note = note_of(&node);
   if (!note) return nullptr;
@@ -95,6 +97,7 @@ std::shared_ptr<Recipe> of_group_norm(const generated::NativeGroupNormBackward0&
 
 template <class T>
 std::shared_ptr<Recipe> of_activation(const T& node, bool watched, bool has_data, Function f) {
+  const NodeLock lock(node);
   const Note* note = node.self_.has_hooks() ? note_of(&node) : nullptr;
   if (RecipePtr inner = note ? note->recipe.lock() : nullptr) return function_of(std::move(inner), std::move(f));
   if (node.self_.has_hooks() && !watched) return nullptr;
@@ -252,14 +255,16 @@ void keep(const Tensor& result, Operand which, const Tensor& operand, const Reci
 RecipePtr let_go(Node* node, SavedVariable& variable, bool is_result, const Tensor& value, RecipePtr recipe,
                  bool watched) {
   // One that was written to is an error of torch's in backward.
-  if (value._version() > 0 || keeps_recipe(node) || (variable.has_hooks() && !watched)) return nullptr;
+  if (value._version() > 0 || keeps_recipe(node)) return nullptr;
   const RecipePtr again = shared(std::move(recipe));
   try {
+    const NodeLock lock(*node);
+    if (variable.has_hooks() && !watched) return nullptr;
     const Unseen unseen;
     if (variable.has_hooks()) variable = SavedVariable(value, is_result);
     variable.register_hooks(std::make_unique<ComputedAgain>(again, /*is_last=*/true));
   } catch (const c10::Error&) {
-    return nullptr;  // the node's graph is freed
+    return nullptr;  // the node's graph is freed, or going to be
   }
   new_note(node).recipe = again;
   show(shows_let_go, [&] { return std::array{value}; });

@@ -1,6 +1,7 @@
 // Activations that are linear in pieces, and dropout: one bit per element instead of a tensor.
 #include "torch/bits/activation.h"
 
+#include <ATen/MemoryOverlap.h>
 #include <ATen/core/Tensor.h>
 
 #include "torch/bits/dropout.h"
@@ -62,7 +63,10 @@ Tensor threshold(DispatchKeySet keys, const Tensor& x, const Scalar& threshold, 
 
 Tensor& threshold_(DispatchKeySet keys, Tensor& x, const Scalar& threshold, const Scalar& value) {
   if (is_unrecorded(x)) return torch_threshold_inplace.unrecorded(keys, x, threshold, value);
-  if (!has_threshold(x, threshold, value)) return torch_threshold_inplace.stock(keys, x, threshold, value);
+  // Torch lets this one alone be written to elements that share memory.
+  if (!has_threshold(x, threshold, value) || at::has_internal_overlap(x) == at::MemOverlap::Yes) {
+    return torch_threshold_inplace.stock(keys, x, threshold, value);
+  }
   record_threshold_(x, threshold, value);
   return x;
 }

@@ -38,7 +38,8 @@ bool has_other_autograd(const std::string& lines, c10::DispatchKey key) {
 // Below autograd. What torch itself has for Meta is registered from Python, as others' kernels are.
 bool has_other_kernel(const std::string& lines, c10::DispatchKey autograd) {
   const auto key = c10::toRuntimePerBackendFunctionalityKey(c10::DispatchKey::Dense, c10::toBackendComponent(autograd));
-  return key != c10::DispatchKey::Meta && has_other(lines, c10::toString(key));
+  return key != c10::DispatchKey::Meta &&
+         (has_other(lines, c10::toString(key)) || has_other(lines, "CompositeExplicitAutograd[alias]"));
 }
 
 }  // namespace
@@ -61,7 +62,8 @@ std::vector<std::string> AnyOperator::take_over(c10::ArrayRef<torch::Library*> l
     const size_t before = free.size();
     for (size_t i = 0; i < keys.size(); ++i) {
       const bool is_other_s = has_other_autograd(own, keys[i]) || has_other_autograd(computed, keys[i]) ||
-                              has_other_kernel(computed, keys[i]);
+                              has_other_kernel(computed, keys[i]) ||
+                              (op->computes_ && has_other_kernel(own, keys[i]));  // an operator that torch composes
       if (!is_other_s) free.emplace_back(op, libraries[i]);
     }
     if (free.size() < before + keys.size()) others.emplace_back(op->name_);

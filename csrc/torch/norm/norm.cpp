@@ -88,7 +88,8 @@ Tensor scale_of(const Tensor& var, const Tensor& weight, double eps, int64_t dim
 // grad * scale in grad's dtype and in the input's format. Parameters may be of a wider dtype than activations; the product
 // is rounded once. The form with an output reads and writes once, whatever the dtypes and layouts are.
 Tensor scaled(const Tensor& grad, const Tensor& scale, at::MemoryFormat format) {
-  if (!proof::is_plain(grad) || !proof::is_plain(scale)) return (grad * scale).to(grad.scalar_type());
+  const bool has_tangents = has_tangent(grad) || has_tangent(scale);
+  if (has_tangents || !proof::is_plain(grad) || !proof::is_plain(scale)) return (grad * scale).to(grad.scalar_type());
   if (c10::GradMode::is_enabled() || proof::is_watched()) {
     return finish((grad * scale).to(grad.scalar_type()), format);
   }
@@ -137,7 +138,7 @@ struct BatchNormGradients {
       const Tensor scale = scale_of(kept(0), has_weight ? kept(1) : Tensor(), eps, grad.dim());
       result[0] = scaled(grad, scale, format.beside(grad));
     }
-    if (wanted[1]) result[1] = sum_but(grad, 1).to(bias_dtype);
+    if (wanted[2]) result[2] = sum_but(grad, 1).to(bias_dtype);
     return result;
   }
 };
@@ -148,7 +149,7 @@ AnyNodePtr batch_norm_node(const Tensor& input, const Tensor& weight, const Tens
                            double eps) {
   const at::ScalarType bias_dtype = bias.defined() ? bias.scalar_type() : input.scalar_type();
   BatchNormGradients gradients{eps, weight.defined(), bias_dtype, FormatOfInput(input)};
-  const auto node = formula_node("FreezekitBatchNormBackward", std::move(gradients), input, bias);
+  const auto node = formula_node("FreezekitBatchNormBackward", std::move(gradients), input, weight, bias);
   if (input.requires_grad()) {
     weight.defined() ? node->keep(var, weight) : node->keep(var);
   }
@@ -185,15 +186,17 @@ bool keeps_nothing(Op op, const Tensor& input, const Tensor& weight, const Tenso
          route(op, Backend::automatic, input, weight, bias).computer != Computer::formula;
 }
 
+// Torch's nodes have an edge each for input, weight and bias, whoever learns; so have these.
+//
 // The bias spans the last dimensions of grad (LayerNorm).
 struct LayerNormBiasGradient {
   at::ScalarType dtype = at::kFloat;
   std::vector<c10::SymInt> size;
 
   auto fields() { return std::tie(dtype, size); }
-  Link link() const { return {Link::To::operands}; }
+  Link link() const { return {Link::To::operands, /*count=*/3}; }
   variable_list gradients(const Tensor& grad, Kept, const std::vector<bool>& wanted) const {
-    return {wanted[0] ? grad.sum_to_size_symint(size).to(dtype) : Tensor()};
+    return {Tensor(), Tensor(), wanted[2] ? grad.sum_to_size_symint(size).to(dtype) : Tensor()};
   }
 };
 
@@ -204,7 +207,7 @@ struct GroupNormBiasGradient {
   auto fields() { return std::tie(dtype); }
   Link link() const { return {}; }
   variable_list gradients(const Tensor& grad, Kept, const std::vector<bool>& wanted) const {
-    return {wanted[0] ? sum_but(grad, 1).to(dtype) : Tensor()};
+    return {Tensor(), Tensor(), wanted[2] ? sum_but(grad, 1).to(dtype) : Tensor()};
   }
 };
 
@@ -212,11 +215,12 @@ struct GroupNormBiasGradient {
 
 AnyNodePtr layer_norm_bias_node(const Tensor& bias) {
   return formula_node("FreezekitLayerNormBackward", LayerNormBiasGradient{bias.scalar_type(), owned(bias.sym_sizes())},
-                      bias);
+                      Tensor(), Tensor(), bias);
 }
 
 AnyNodePtr group_norm_bias_node(const Tensor& bias) {
-  return formula_node("FreezekitGroupNormBackward", GroupNormBiasGradient{bias.scalar_type()}, bias);
+  return formula_node("FreezekitGroupNormBackward", GroupNormBiasGradient{bias.scalar_type()}, Tensor(), Tensor(),
+                      bias);
 }
 
 namespace {
