@@ -92,7 +92,7 @@ struct OneList {
 
   auto fields() { return std::tie(numbers); }
 
-  SizeVector numbers;
+  std::vector<c10::SymInt> numbers;
 };
 
 struct AdaptiveAvgPool : OneList {
@@ -100,7 +100,7 @@ struct AdaptiveAvgPool : OneList {
   static constexpr const char* kName = "FreezekitAdaptiveAvgPoolBackward";
 
   AdaptiveAvgPool() = default;
-  explicit AdaptiveAvgPool(SymIntArrayRef output_size) : OneList{{output_size.begin(), output_size.end()}} {
+  explicit AdaptiveAvgPool(SymIntArrayRef output_size) : OneList{owned(output_size)} {
     check_count(output_size.size(), {2, 3}, "output_size");
   }
 
@@ -115,7 +115,7 @@ struct AdaptiveAvgPool : OneList {
 
 struct Pad : OneList {
   Pad() = default;
-  explicit Pad(SymIntArrayRef padding) : OneList{{padding.begin(), padding.end()}} {
+  explicit Pad(SymIntArrayRef padding) : OneList{owned(padding)} {
     check_count(padding.size(), {2, 4, 6}, "padding");
     for (const auto& side : padding) {  // ATen adds them up unchecked: a replication that wraps around crashes
       const auto known = side.maybe_as_int();
@@ -160,7 +160,7 @@ struct ReplicationPad : Pad {
 template <class Layer>
 struct LinearGradient {
   Layer layer;
-  SizeVector input_size;
+  std::vector<c10::SymInt> input_size;
   at::MemoryFormat format = at::MemoryFormat::Contiguous;  // of the input
 
   auto fields() { return std::tuple_cat(layer.fields(), std::tie(input_size, format)); }
@@ -183,42 +183,29 @@ Tensor by_aten(const Tensor& input, const Layer& layer) {
 }
 
 template <class Layer>
-Tensor record(const Tensor& input, Layer layer) {
-  if (route(Layer::kOp, Backend::automatic, input).computer == Computer::formula) return layer.value(input);
-  const Tensor result = [&] {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    return layer.value(input);
-  }();
-  const SymIntArrayRef size = input.sym_sizes();
-  LinearGradient<Layer> formula{std::move(layer), {size.begin(), size.end()}, input.suggest_memory_format()};
-  if (const auto node = formula_node(Layer::kName, std::move(formula), input)) {
-    torch::autograd::set_history(result, node);
-  }
-  return result;
-}
-
-template <class Layer>
 Tensor autograd(const Tensor& input, const Layer& layer) {
-  return record(input, layer);
+  if (route(Layer::kOp, Backend::automatic, input).computer == Computer::formula) return layer.value(input);
+  LinearGradient<Layer> formula{layer, owned(input.sym_sizes()), input.suggest_memory_format()};
+  return recorded(formula_node(Layer::kName, std::move(formula), input), [&] { return layer.value(input); });
 }
 
 }  // namespace
 
 Tensor record_avg_pool(const Tensor& input, IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef padding,
                        bool ceil_mode, bool count_include_pad, std::optional<int64_t> divisor) {
-  return record(input, AvgPool(kernel_size, stride, padding, ceil_mode, count_include_pad, divisor));
+  return autograd(input, AvgPool(kernel_size, stride, padding, ceil_mode, count_include_pad, divisor));
 }
 
 Tensor record_adaptive_avg_pool(const Tensor& input, SymIntArrayRef output_size) {
-  return record(input, AdaptiveAvgPool(output_size));
+  return autograd(input, AdaptiveAvgPool(output_size));
 }
 
 Tensor record_reflection_pad(const Tensor& input, SymIntArrayRef padding) {
-  return record(input, ReflectionPad(padding));
+  return autograd(input, ReflectionPad(padding));
 }
 
 Tensor record_replication_pad(const Tensor& input, SymIntArrayRef padding) {
-  return record(input, ReplicationPad(padding));
+  return autograd(input, ReplicationPad(padding));
 }
 
 TORCH_LIBRARY_FRAGMENT(freezekit, m) {
