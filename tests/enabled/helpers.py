@@ -39,12 +39,15 @@ def kept(call: Callable[[], Any], owned: Iterable[Tensor] = ()) -> int:
     return sum(nbytes for key, nbytes in storages.items() if holds[key])
 
 
+def first(results: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return results[0] if isinstance(results, tuple) else results
+
+
 def gradients(call: Callable[..., Any], *inputs: Tensor) -> list[Tensor | None]:
     """The first result of call(*inputs), and the gradients of the leaves among them that require one."""
     torch.manual_seed(0)
     leaves = [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
-    made = call(*leaves)
-    y = made[0] if isinstance(made, tuple) else made
+    y = first(call(*leaves))
     seed = torch.Generator().manual_seed(1)
     dy = torch.randn(y.shape, generator=seed).to(y.dtype)
     wanted = [x for x in leaves if x.requires_grad]

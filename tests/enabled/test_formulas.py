@@ -338,6 +338,18 @@ def test_parts_of_a_backward_pass(inputs: tuple[Tensor, Tensor]) -> None:
     assert_same(call, *inputs)
 
 
+def test_a_write_to_what_a_node_shows_of_its_saved_tensors(inputs: tuple[Tensor, Tensor]) -> None:
+    """Torch's own says in backward that it was written to; here it was made for whoever asked."""
+    x = inputs[0]
+    (expected,) = torch.autograd.grad((x * torch.sigmoid(x)).sum(), x)
+    with fk.enabled():
+        y = x * torch.sigmoid(x)
+    with torch.no_grad():
+        y.grad_fn._saved_other.zero_()
+    (found,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(found, expected)
+
+
 def test_a_tanh_of_which_two_sums_are_made(inputs: tuple[Tensor, Tensor]) -> None:
     def call(x: Tensor, y: Tensor) -> Tensor:
         t = torch.tanh(0.8 * (x + 0.044715 * torch.pow(x, 3)))

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 import freezekit as fk
 from bench.memory import trace
-from tests.enabled.helpers import gradients, kept, tolerance
+from tests.enabled.helpers import first, gradients, kept, tolerance
 
 
 @dataclass(frozen=True)
@@ -238,8 +238,7 @@ def test_a_sparse_gradient_is_taken_where_torch_takes_it(case: OperatorCase) -> 
     def found() -> Tensor | type:
         torch.manual_seed(0)
         x = torch.ones(case.size, requires_grad=True)
-        made = call(x)
-        y = made[0] if isinstance(made, tuple) else made
+        y = first(call(x))
         try:
             return torch.autograd.grad(y, x, torch.ones_like(y).to_sparse())[0]
         except RuntimeError as error:
@@ -311,8 +310,7 @@ def test_a_freed_graph_is_torch_s_error(case: OperatorCase) -> None:
     x = torch.randn(case.size, requires_grad=True)
 
     def error() -> str:
-        made = call(x.clone())
-        y = (made[0] if isinstance(made, tuple) else made).sum()
+        y = first(call(x.clone())).sum()
         y.backward()
         with pytest.raises(RuntimeError, match="a second time") as raised:
             y.backward()
@@ -330,8 +328,7 @@ def test_a_freed_graph_of_a_gradient_is_as_torch_s(case: OperatorCase) -> None:
     x = torch.randn(case.size, requires_grad=True)
 
     def raised() -> str:
-        made = call(x.clone())
-        y = made[0] if isinstance(made, tuple) else made
+        y = first(call(x.clone()))
         dy = torch.randn_like(y).requires_grad_()
         (dx,) = torch.autograd.grad(y, x, dy, create_graph=True)
         torch.autograd.grad(dx.sum(), dy)
@@ -407,8 +404,7 @@ def test_a_tangent_of_the_gradient(case: OperatorCase) -> None:
     def tangents() -> tuple[Tensor, Tensor]:
         torch.manual_seed(0)
         x = torch.randn(case.size, requires_grad=True)
-        made = call(x)
-        y = made[0] if isinstance(made, tuple) else made
+        y = first(call(x))
         with forward_ad.dual_level():
             dy = forward_ad.make_dual(torch.randn_like(y), torch.randn_like(y))
             dx = forward_ad.unpack_dual(torch.autograd.grad(y, x, dy)[0])

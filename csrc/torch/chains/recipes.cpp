@@ -326,19 +326,28 @@ class Shared : public Recipe {
 
   Tensor compute() const override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (!value_.defined()) value_ = recipe_->compute();
+    if (!is_unchanged()) {
+      value_ = recipe_->compute();
+      version_ = value_._version();
+    }
     return value_;
   }
 
   Tensor take() const override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    return value_.defined() ? std::exchange(value_, Tensor()) : recipe_->compute();
+    const bool has_value = is_unchanged();
+    const Tensor value = std::exchange(value_, Tensor());
+    return has_value ? value : recipe_->compute();
   }
 
  private:
+  // Whoever reads a node's saved tensors is given the value itself.
+  bool is_unchanged() const { return value_.defined() && value_._version() == version_; }
+
   const RecipePtr recipe_;
   mutable std::mutex mutex_;
   mutable Tensor value_;
+  mutable uint32_t version_ = 0;
 };
 
 }  // namespace
