@@ -105,6 +105,7 @@ class chains:
 class choices:
     rule: str
     no_memory: str
+    no_code: str
 
     @staticmethod
     def emulate(handicap: float | None) -> None: ...

@@ -66,13 +66,14 @@ def choices() -> list[Choice]:
 def dump_choices() -> str:
     """`{"measured_with": {...}, "choices": [...]}`: versions and device; objects with `Choice`'s fields.
 
-    Where memory was short while something was measured, that is left out: another process may have enough.
+    What was not compared is left out, for want of memory or of code for this device: another process may have it.
 
     >>> import json
     >>> sorted(json.loads(dump_choices()))
     ['choices', 'measured_with']
     """
-    lasting = [asdict(choice) for choice in choices() if choice.note != _C.choices.no_memory]
+    passing = (_C.choices.no_memory, _C.choices.no_code)
+    lasting = [asdict(choice) for choice in choices() if choice.note not in passing]
     return json.dumps({"measured_with": _here(), "choices": lasting}, indent=1)
 
 

@@ -80,7 +80,7 @@ def test_sizes_share_a_class_unless_each_is_asked_for(monkeypatch: pytest.Monkey
         for size in range(12, 17):
             kernels(*leaves(size=size))
         few = len(choices())
-        assert few <= 2 * len(OPERATORS)
+        assert few <= 2 * len(OPERATORS) + 1  # a wgrad in slices is one of its own
         kernels(*leaves(n=64, size=16))
         assert len(choices()) > few  # far larger
         monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)

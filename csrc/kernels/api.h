@@ -30,9 +30,13 @@ struct Target {
   bool allow_tf32 = false;     // fp32 inputs may be rounded to tf32
   bool deterministic = false;  // results must repeat bit for bit
   bool hopper = false;         // on sm_90 the Hopper family may be chosen: on request, since it has not run on one yet
+  bool has_code = true;        // this build has code that the device can run
 };
 
 enum class Family : int { none, direct, implicit_gemm, depthwise, hopper };
+
+// Slices of a sum from which on eight threads share what one adds of fewer.
+constexpr int kManySlices = 32;
 
 // Which kernel runs, and why: printable data, not control flow. `config` indexes the family's own table of tiles.
 struct Selection {

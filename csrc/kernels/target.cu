@@ -15,6 +15,8 @@ Status current_target(Target* target) {
     return Status::launch_failed;
   }
   target->sm = major * 10 + minor;
+  constexpr int architectures[] = {__CUDA_ARCH_LIST__};  // ascending; newer devices run the PTX of the first
+  target->has_code = target->sm * 10 >= architectures[0];
 #else
   target->sm = 80;
   target->sm_count = 4;  // small, so that split and persistent grids are exercised by small problems

@@ -75,7 +75,7 @@ py::dict choose(const std::string& op, const std::string& dtype, const std::arra
   result["split_k"] = chosen.split_k;
   result["workspace_bytes"] = chosen.workspace_bytes;
   result["reason"] = chosen.reason;
-  result["class"] = choices::class_of(computes, problem, setting, chosen.kernel);
+  result["class"] = choices::class_of(computes, problem, setting, chosen);
   result["auto"] = std::string(to_string(taken.backend));
   result["auto_kernel"] = taken.kernel;
   result["auto_reason"] = taken.why;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import json
 import os
@@ -237,7 +238,13 @@ def test_gpu_tests_are_looked_for_where_they_are() -> None:
     files = steps.gpu_files()
     assert {"tests/proof/test_on_gpu.py", "tests/operators/test_values.py"} <= set(files)
     assert not [file for file in files if file.startswith("tests/conformance")], "steps of their own"
-    assert len(files) < len(list((ROOT / "tests").rglob("test_*.py"))) / 3
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        text = path.read_text()
+        names = {node.arg for node in ast.walk(ast.parse(text)) if isinstance(node, ast.arg)}
+        has_fixture = "place" in names and not re.search(r'parametrize\(\(?"place"|def place\(', text)
+        if path.parent.name != "conformance" and (has_fixture or "marks=pytest.mark" + ".gpu" in text):
+            assert str(path.relative_to(ROOT)) in files
+    assert len(files) < len(list((ROOT / "tests").rglob("test_*.py"))) / 10, "collecting is part of the step's time"
 
 
 def test_what_is_asked_of_compare_makes_sense(tmp_path: Path) -> None:

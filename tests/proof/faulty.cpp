@@ -114,6 +114,14 @@ void take_last(const MaxPool& m, DType dtype, const void* x, const void* y, void
   }
 }
 
+// Whether a convolution is wrong where its numbers of channels are odd ones, its memory is, its bias, or the slices of its sum.
+bool is_by_the_way(const Conv2dProblem& p, const Selection& s, const Conv2dTensors& t, const Epilogue& e) {
+  const auto is_odd = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 != 0; };
+  return (is("conv2d", "channels") && (p.c_per_group() % 8 != 0 || p.k_per_group() % 8 != 0)) ||
+         (is("conv2d", "slices") && s.split_k > 1) || (is("conv2d", "biased") && e.bias) ||
+         (is("conv2d", "unaligned") && (is_odd(t.x) || is_odd(t.filter) || is_odd(t.y) || is_odd(e.bias)));
+}
+
 Status conv2d(Operator op, const Selection& s, const Conv2dProblem& p, DType dtype, const Conv2dTensors& t,
               const Epilogue& e, void* workspace, Stream stream) {
   const char* const name = op == Operator::fprop ? "fprop" : op == Operator::dgrad ? "dgrad" : "wgrad";
@@ -125,7 +133,7 @@ Status conv2d(Operator op, const Selection& s, const Conv2dProblem& p, DType dty
                         : op == Operator::dgrad ? p.x_numel()
                                                 : p.filter_numel()) -
                        1;
-  if (wrong) spoil_at(out, last, dtype);
+  if (wrong || is_by_the_way(p, s, t, e)) spoil_at(out, last, dtype);
   for (int64_t i = last; nonzero && i >= 0; --i) set(out, i, dtype, 2 * get(out, i, dtype));
   if (moved && op == Operator::fprop) set(out, last, dtype, get(out, last - p.k, dtype));  // another pixel's
   if (is_wrong("conv2d_mask") && e.mask_out) *e.mask_out ^= 1;
@@ -192,6 +200,7 @@ extern "C" const KernelTable* freezekit_kernel_table() {
   table.target = [](Target* target) {
     const Status status = emulated().target(target);
     if (planted.first) target->sm = planted.first, target->sm_count = planted.second;
+    target->has_code = target->sm >= 80;  // as a build for 80;90a
     return status;
   };
   return &table;
@@ -212,7 +221,7 @@ extern "C" int set_fault(const char* kernel, const char* how) {
                             "gate", "pack_bytes", "max_pool", "wide_pool", "scatter"},
                            failing) &&
                      knows({"", "wrong", "throws", "memory", "bad_alloc", "refused", "negative", "positive", "nan",
-                            "ties", "nonzero", "moved", "far", "full"},
+                            "ties", "nonzero", "moved", "far", "full", "channels", "slices", "biased", "unaligned"},
                            way);
   return known ? 0 : 1;
 }

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import freezekit as fk
-from freezekit.functional import conv2d
+from freezekit.functional import conv2d, relu
 from tests.proof.stand_in import FASTER, launched, leaf, stand_in
 from tests.proof.test_layers import LAYERS, step
 
@@ -202,3 +202,48 @@ def test_taps_are_right_where_torch_leaves_an_index_of_zero(settings: tuple[list
         library._destroy()
     assert torch.equal(taps, expected)
     assert fk.tuning.choices() == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("activation", ["none", "relu", "relu6"])
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_block_in_nchw_is_decided_as_one_in_nhwc(residual: bool, activation: str, dtype: torch.dtype) -> None:
+    """Kernels compute it; bits are in the order of the result either way, so a later call may be ATen's."""
+    generator = torch.Generator().manual_seed(0)
+
+    def integers(*size: int) -> Tensor:
+        return torch.randint(-2, 3, size, generator=generator).to(dtype)
+
+    x, w, r = integers(2, 8, 5, 7).requires_grad_(), integers(8, 8, 3, 3), integers(2, 8, 5, 7).requires_grad_()
+    norm = {"running_mean": torch.ones(8), "running_var": torch.full((8,), 0.25), "norm_weight": torch.arange(8.0)}
+    more = {"residual": r} if residual else {}
+
+    def block(backend: str) -> tuple[Tensor, ...]:
+        y = torch.ops.freezekit.frozen_conv2d(
+            x, w, activation=activation, padding=[1], backend=backend, **norm, **more
+        )[0]
+        assert y.is_contiguous()
+        return (y.detach(), *torch.autograd.grad(y, (x, r) if residual else x, dy))
+
+    dy = integers(2, 8, 5, 7)
+    relu(x)  # the bits' kernels
+    expected = block("aten")
+    for _ in range(2):
+        torch.testing.assert_close(block("auto"), expected, rtol=0, atol=0)
+    fprop = next(c for c in fk.tuning.choices() if c.problem.startswith("conv2d+frozen"))
+    assert (fprop.backend, " contiguous " in fprop.problem) == ("native", True)
+    ran = launched(lambda: block("auto"))
+    assert len([kernel for kernel in ran if "fprop" in kernel or "dgrad" in kernel]) == 2
+    # Its dgrad, with the bits of what is before it and behind it.
+    bits = torch.ops.freezekit.activation_bits(x.detach(), "relu")[1]
+    of_dy = torch.ops.freezekit.activation_bits(dy.clone(), "relu")[1]
+
+    def dgrad(backend: str) -> Tensor:
+        return torch.ops.freezekit.frozen_conv2d_dgrad(
+            dy, w, x.size(), r.detach() if residual else None, bits, padding=[1], grad_mask=of_dy,
+            running_var=norm["running_var"], norm_weight=norm["norm_weight"], backend=backend,
+        )  # fmt: skip
+
+    for _ in range(2):
+        torch.testing.assert_close(dgrad("auto"), dgrad("aten"), rtol=0, atol=0)
+    assert any("dgrad" in kernel for kernel in launched(lambda: dgrad("auto")))

@@ -311,11 +311,11 @@ def test_the_proofs_of_a_resnet_step_stay_far_below_two_seconds() -> None:
 
 
 def block_of(
-    dtype: torch.dtype, residual: bool
+    dtype: torch.dtype, residual: bool, layout: torch.memory_format = torch.channels_last
 ) -> tuple[Tensor, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
     """A frozen convolution, its norm, a residual, ReLU: an input, freezekit's one operator, torch's layers."""
-    x = torch.randn(2, 16, 20, 20).to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
-    w = torch.ones(16, 16, 3, 3, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    x = torch.randn(2, 16, 20, 20).to(dtype).contiguous(memory_format=layout).requires_grad_()
+    w = torch.ones(16, 16, 3, 3, dtype=dtype).contiguous(memory_format=layout)
     names = ("running_mean", "running_var", "norm_weight", "norm_bias")
     vectors = {name: torch.ones(16) for name in names}
 
@@ -362,6 +362,24 @@ def test_once_proven_a_block_is_two_convolutions_and_a_gate(dtype: torch.dtype, 
     if residual:
         moved += 3 * y  # what flows around the block is added by autograd
     assert moved < sum(count for name, count in by_stock.calls if not name.startswith(("aten::detach", "aten::empty")))
+
+
+def test_in_nchw_a_block_adds_the_conversions_and_a_pass_that_makes_its_bits() -> None:
+    """What a convolution reads and writes is turned once; the gate reads dy in its own order."""
+    x, own, _ = block_of(torch.float32, residual=False, layout=torch.contiguous_format)
+    with stand_in():
+        step(own, x)
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded, launches() as kernels:
+            step(own, x)
+    names = [name for name in kernels if name not in ("norm_affine", "filter_transform")]
+    assert ["fprop" in names[0], *names[1:3], "dgrad" in names[3]] == [True, "activation_relu", "gate_select", True]
+    assert len(names) == 4
+
+    def is_own(event: Any) -> bool:
+        return event is not None and (event.name.startswith("freezekit::frozen_conv2d") or is_own(event.cpu_parent))
+
+    turned = [event.input_shapes[0] for event in recorded.events() if event.name == "aten::copy_" and is_own(event)]
+    assert turned.count([*x.shape]) == 4, "x, y, dy, dx"
 
 
 def test_a_norm_s_factor_is_multiplied_in_one_pass_of_the_short_dtype() -> None:

@@ -387,3 +387,81 @@ def test_under_capture_nothing_is_held_and_what_is_known_is_taken(faulty: Faulty
     faulty.capture(True)
     assert launched(lambda: step(fk.functional.relu, x)) == LAYERS["relu"][3]
     assert len(launched(lambda: convolution(x, w))) == 3
+
+
+@pytest.mark.parametrize("how", ["channels", "slices"])
+def test_one_kernel_s_ways_are_classes_of_their_own(faulty: Faulty, told: Told, how: str) -> None:
+    """A kernel has other code for odd numbers of channels, and adds slices in one order or another."""
+    names = set()
+    faulty.fail("conv2d", how)
+    for channels, size in ((32, 8), (36, 7)) if how == "channels" else ((32, 14), (32, 16)):
+        x, w = leaf(1, channels, size, size), leaf(channels, channels, 3, 3)
+        found, _ = told(lambda x=x, w=w: [convolution(x, w) for _ in range(2)][1])
+        names.update(c.problem.partition(" channels by ")[0] for c in fk.tuning.choices() if "wgrad" in c.problem)
+        with fk.backend("aten"):
+            torch.testing.assert_close(found, convolution(x, w), rtol=1e-4, atol=1e-4)
+    assert len({choice.agree for choice in fk.tuning.choices()}) == 2, "one was right, another wrong"
+    if how == "channels":
+        assert len(names) == 1, "by one kernel"
+
+
+def test_a_bias_is_held_though_the_first_call_has_none(faulty: Faulty, told: Told) -> None:
+    x, w = leaf(2, 8, 6, 6), leaf(8, 8, 3, 3)
+    faulty.fail("conv2d", "biased")
+    told(lambda: conv2d(x, w))
+    torch.testing.assert_close(conv2d(x, w, torch.ones(8)), F.conv2d(x, w, torch.ones(8)), rtol=0, atol=0)
+
+
+def test_a_float32_bias_of_a_block_in_short_dtype_is_held_apart(faulty: Faulty) -> None:
+    x, w = (leaf(*size, dtype=torch.bfloat16, channels_last=True).detach() for size in ((1, 8, 6, 6), (8, 8, 3, 3)))
+    for bias in (torch.ones(8).bfloat16(), torch.ones(8)):
+        torch.ops.freezekit.frozen_conv2d(x, w, bias)
+    assert len(fk.tuning.choices()) == 2, "kernels read it by other code"
+
+
+@pytest.mark.parametrize("which", ["x", "w", "dy", "bias"])
+def test_kernels_meet_no_addresses_that_no_proof_has_met(faulty: Faulty, which: str) -> None:
+    """Views may begin anywhere, and kernels have other code for addresses that are no multiples of 16."""
+    x, w = leaf(2, 8, 6, 6, channels_last=True), leaf(8, 8, 3, 3, channels_last=True)
+    bias, dy = torch.ones(8), torch.ones(2, 8, 4, 4).contiguous(memory_format=torch.channels_last)
+    given = {"x": x.detach(), "w": w.detach(), "dy": dy, "bias": bias}
+
+    def step(x: Tensor, w: Tensor, dy: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        y = conv2d(x.requires_grad_(), w.requires_grad_(), bias)
+        return (y.detach(), *torch.autograd.grad(y, (x, w), dy))
+
+    def moved(t: Tensor) -> Tensor:
+        flat = torch.empty(t.numel() + 1)[1:]
+        return flat.as_strided(t.size(), t.stride(), flat.storage_offset()).copy_(t)
+
+    faulty.fail("conv2d", "unaligned")
+    expected = [step(**given) for _ in range(2)][1]
+    assert all(choice.backend == "native" for choice in fk.tuning.choices())
+    found = step(**{**given, which: moved(given[which])})
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_a_device_that_nothing_was_compiled_for_is_torch_s_without_a_word(faulty: Faulty, told: Told) -> None:
+    x, w = leaf(1, 3, 6, 6), leaf(4, 3, 3, 3)
+    faulty.device(75, 40)
+    _, texts = told(lambda: [(step(fk.functional.relu, x), convolution(x, w)) for _ in range(2)])
+    assert texts == []
+    assert {choice.note for choice in fk.tuning.choices()} == {"this build has no code for such a device"}
+    assert launched(lambda: (step(fk.functional.relu, x), convolution(x, w))) == []
+    assert json.loads(fk.tuning.dump_choices())["choices"] == [], "another build may have it"
+
+
+def test_where_memory_is_short_later_torch_s_way_serves(faulty: Faulty, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w = leaf(2, 8, 6, 6), leaf(8, 8, 3, 3)
+    convolution(x, w)
+    saved = fk.tuning.dump_choices()
+    with fk.backend("aten"):
+        expected = convolution(x, w)
+    faulty.fail("conv2d", "memory")
+    torch.testing.assert_close(convolution(x, w), expected, rtol=0, atol=0)
+    assert {choice.backend for choice in fk.tuning.choices()} == {"native"}, "of that call alone"
+    # Where results are to repeat, what memory there is must not tell in their bits.
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    fk.tuning.load_choices(saved)
+    with pytest.raises(torch.OutOfMemoryError):
+        convolution(x, w)

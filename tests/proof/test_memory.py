@@ -64,17 +64,17 @@ def test_a_layer_s_proof_holds_no_more_than_one_result(
 
 
 def test_a_convolution_s_proof_holds_one_result_more(tmp_path: Path) -> None:
-    x, w = torch.randn(16, 2, 128, 128, requires_grad=True), torch.randn(8, 2, 1, 1)
+    # Of float64: for other dtypes oneDNN itself holds as much again on some CPUs.
+    x, w = torch.randn(16, 2, 128, 128).double().requires_grad_(), torch.randn(8, 2, 1, 1).double()
     with stand_in():
         first = peak_of(lambda: conv2d(x, w), tmp_path / "trace")
         assert decided()["conv2d"].agree
         again = peak_of(lambda: conv2d(x, w), tmp_path / "trace")
-    assert first <= again + 16 * 8 * 128 * 128 * 4 + 16 * MIB
+    assert first <= again + 16 * 8 * 128 * 128 * 8 + 16 * MIB
 
 
 def test_in_nchw_the_copy_of_x_is_freed_before_there_is_a_second_result(tmp_path: Path) -> None:
     """So a proof holds no more than the kernel needs in every call, where x is larger than the result."""
-    # Of float64: for other dtypes oneDNN itself holds a converted x.
     x, w = torch.randn(16, 16, 128, 128).double().requires_grad_(), torch.randn(1, 16, 1, 1).double()
     with stand_in():
         first = peak_of(lambda: conv2d(x, w), tmp_path / "trace")

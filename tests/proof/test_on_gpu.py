@@ -79,3 +79,39 @@ def test_what_has_no_kernel_keeps_torch_s_own_gradient(
     assert own(x).grad_fn.name() == expected
     with fk.enabled():
         assert own(x).grad_fn.name() == expected
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_frozen_blocks_are_their_layers(dtype: torch.dtype, channels_last: bool) -> None:
+    """By ATen's operators at first, then by whatever was decided; all sums are exact."""
+    fk.tuning.clear_choices()
+    check_blocks("cuda", dtype, torch.channels_last if channels_last else torch.contiguous_format)
+    assert [str(choice) for choice in fk.tuning.choices() if not choice.agree] == []
+    fk.tuning.clear_choices()
+
+
+def check_blocks(device: str, dtype: torch.dtype, layout: torch.memory_format) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def integers(*size: int, end: int = 2) -> torch.Tensor:
+        return torch.randint(1 - end, end, size, generator=generator).to(dtype)
+
+    layers = []
+    for activation in (nn.ReLU(), nn.ReLU6(), nn.ReLU()):
+        convolution, norm = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8, eps=0.0)
+        convolution.weight.data = integers(8, 8, 3, 3)
+        norm.running_var = torch.full((8,), 16.0)
+        layers += [convolution, norm, activation]
+    stock = nn.Sequential(*layers).eval().requires_grad_(False).to(device, dtype, memory_format=layout)  # type: ignore[call-overload]
+    fused = fk.fuse(copy.deepcopy(stock))
+    x, dy = (integers(4, 8, 6, 6, end=3).to(device, memory_format=layout) for _ in range(2))
+
+    def step(net: nn.Module) -> tuple[torch.Tensor, ...]:
+        leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        y = net(leaf)
+        return y.detach(), *torch.autograd.grad(y, leaf, dy)
+
+    expected = step(stock)
+    for _ in range(3):
+        torch.testing.assert_close(step(fused), expected)

@@ -12,7 +12,7 @@ from .step import ROOT, SPARE, Step
 
 NO_DEVICE = "no CUDA device"
 # They prove the emulator, and never touch a GPU: last, so that what is left out for want of time is theirs.
-MARKED = re.compile(r"\b(gpu|place)\b")
+MARKED = re.compile(r"\bmark\.gpu\b|\bimport .*\bgpu\b|\bplace: tuple\b")
 LAST = ("kernels", "emulator")
 UNTIL = ("--until", "{until}")
 

@@ -31,6 +31,7 @@ void* find_in_driver(const char* name) {
 #else
   const cudaError_t error = cudaGetDriverEntryPoint(name, &function, cudaEnableDefault, &found);
 #endif
+  if (error != cudaSuccess) static_cast<void>(cudaGetLastError());  // as in launch()
   return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? function : nullptr;
 }
 

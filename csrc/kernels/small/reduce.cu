@@ -18,7 +18,6 @@ constexpr int kColumns = 32;  // a warp reads 32 neighbouring channels of a row
 constexpr int kRowLanes = 8;
 constexpr int64_t kRowsPerSlice = 128;
 constexpr int64_t kMaxSlices = 512;
-constexpr int32_t kManySlices = 32;  // one thread would wait for as many loads, one after another
 
 // kLanes threads of a block share an output.
 template <class T, int kLanes>
@@ -83,6 +82,7 @@ Status launch_ordered_reduce(const void* partial, void* out, int64_t numel, int3
                              Stream stream) {
   return dispatch_dtype(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
+    // Of many, one thread would wait for as many loads, one after another.
     return slices < kManySlices ? launch_ordered_reduce_lanes<T, 1>(partial, out, numel, slices, stream)
                                 : launch_ordered_reduce_lanes<T, 8>(partial, out, numel, slices, stream);
   });

@@ -1,5 +1,6 @@
 #include "torch/backends/choices.h"
 
+#include <algorithm>
 #include <atomic>
 #include <bit>
 #include <map>
@@ -45,13 +46,22 @@ std::string key_of(Operator op, const Conv2dProblem& p, const Setting& s) {
   return key.str();
 }
 
-std::string class_of(Operator op, const Conv2dProblem& p, const Setting& s, const char* kernel) {
+std::string class_of(Operator op, const Conv2dProblem& p, const Setting& s, const Selection& by) {
   const uint64_t operations = p.y_numel() * p.c_per_group() * p.r * p.s;
   const int power = (std::bit_width(operations) - 1) / 2 * 2;
+  const auto power_in = [](int64_t channels) { return std::min<int64_t>(channels & -channels, 8); };
+  const bool depthwise = p.groups > 1 && p.c_per_group() == 1;  // its kernels take channels of all groups together
+  const bool pointwise = p.r == 1 && p.s == 1 && (p.pad_h > 0 || p.pad_w > 0);
   std::ostringstream key;
-  key << operator_name(op, s) << " by " << kernel << (p.groups > 1 ? " in groups" : "") << " w=" << p.r << ',' << p.s
-      << " stride=" << p.stride_h << ',' << p.stride_w << " dilation=" << p.dilation_h << ',' << p.dilation_w << " 2^"
-      << power << " to 2^" << power + 2 << " products " << layout_name(s.layout) << device_name(s);
+  key << operator_name(op, s) << " by " << by.kernel
+      << (by.split_k >= kManySlices ? " in many slices"
+          : by.split_k > 1          ? " in slices"
+                                    : "")
+      << (p.groups > 1 ? " in groups" : "") << " w=" << p.r << ',' << p.s << (pointwise ? " padded" : "")
+      << " channels by " << power_in(depthwise ? p.c : p.c_per_group()) << ','
+      << power_in(depthwise ? p.k : p.k_per_group()) << " stride=" << p.stride_h << ',' << p.stride_w
+      << " dilation=" << p.dilation_h << ',' << p.dilation_w << " 2^" << power << " to 2^" << power + 2 << " products "
+      << layout_name(s.layout) << device_name(s);
   return key.str();
 }
 

@@ -39,9 +39,10 @@ struct Setting {
 
 // A problem in words.
 std::string key_of(Operator, const Conv2dProblem&, const Setting&);
-// The class that it belongs to: what is computed by this kernel of a filter's extent and stride, to a power of four of its
-// operations. Another batch or image size meets a handful of classes at most.
-std::string class_of(Operator, const Conv2dProblem&, const Setting&, const char* kernel);
+// The class that it belongs to: what is computed by the same code of a filter's extent and stride, to a power of four of
+// its operations. Another batch or image size meets a handful of classes at most. One kernel's name stands for several
+// ways through it: by the powers of two in both numbers of channels, and by how the slices of a sum are added.
+std::string class_of(Operator, const Conv2dProblem&, const Setting&, const Selection&);
 // A layer around convolutions in words; `layout` is nothing where kernels do not know one.
 std::string key_of(const char* layer, bool large, const char* layout, const Setting&);
 

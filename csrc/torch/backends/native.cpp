@@ -48,7 +48,13 @@ namespace {
 std::atomic<bool> hopper_allowed{false};
 thread_local std::optional<bool> hopper_decided;
 
-Tensor dense_channels_last(const Tensor& tensor) { return tensor.contiguous(at::MemoryFormat::ChannelsLast); }
+// As a launch reads it. Memory that begins in the middle of 16 bytes is copied: other code of the kernels would read it,
+// which `auto` has not held against anything.
+Tensor aligned(const Tensor& dense) {
+  return reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16 == 0 ? dense : dense.clone();
+}
+
+Tensor dense_channels_last(const Tensor& tensor) { return aligned(tensor.contiguous(at::MemoryFormat::ChannelsLast)); }
 
 // A launch decided on: everything that does not depend on the operator's tensors.
 struct Choice {
@@ -169,7 +175,7 @@ Tensor conv2d_epilogue(const Conv2dProblem& problem, const Tensor& input, const 
                        const Geometry& g) {
   const c10::DeviceGuard guard(input.device());
   const Tensor x = dense_channels_last(input), w = dense_channels_last(weight);
-  const Tensor b = finish.bias.defined() ? finish.bias.contiguous() : Tensor();
+  const Tensor b = finish.bias.defined() ? aligned(finish.bias.contiguous()) : Tensor();
   const Tensor r = finish.residual.defined() ? dense_channels_last(finish.residual) : Tensor();
   const Tensor y = empty_output({problem.n, problem.k, problem.p, problem.q}, input);
   Epilogue epilogue;

@@ -60,6 +60,10 @@ Measurement held(const Tensor& on, Backend candidate, const std::function<Contes
   try {
     const BelowAutogradAndAutocast below;
     const c10::DeviceGuard guard(on.device());
+    if (!native::target_on(kernel_library(candidate), candidate).has_code) {
+      result.note = kNoCode;
+      return result;
+    }
     const Contest contest = make();
     result.note = contest.faults();
     if (!result.note.empty()) return result;
@@ -79,7 +83,7 @@ Measurement held(const Tensor& on, Backend candidate, const std::function<Contes
   return result;
 }
 
-bool is_fault(const Measurement& m) { return !m.agree && m.note != kNoMemory; }
+bool is_fault(const Measurement& m) { return !m.agree && m.note != kNoMemory && m.note != kNoCode; }
 
 // Once for each operator: other sizes and dtypes of one fault are found by whoever mends it.
 void warn(const std::string& key, const std::string& note) {

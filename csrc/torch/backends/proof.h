@@ -35,6 +35,8 @@ struct Contest {
 
 // What is said of a device that had no memory left: true of a moment, not of the kernel.
 constexpr const char* kNoMemory = "no memory was left to compare them";
+// And of a device that is older than all that was compiled for.
+constexpr const char* kNoCode = "this build has no code for such a device";
 
 // Where two results are further apart, in words; nothing where they are not. Takes 16 MiB at most.
 std::string difference(const Tensor& torch_s, const Tensor& own, const Bound& = {});

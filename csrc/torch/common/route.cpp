@@ -255,7 +255,7 @@ std::optional<choices::Measurement> known_of(Operator op, const Conv2dProblem& p
                                              const Option& option) {
   auto found = proof::known(problem_key(op, problem, setting, option));
   if (!found && (!each_problem() || proof::must_be_repeatable())) {
-    found = proof::known(choices::class_of(op, problem, setting, option.selection.kernel));
+    found = proof::known(choices::class_of(op, problem, setting, option.selection));
   }
   return found;
 }
@@ -332,7 +332,7 @@ Winner proven(const Conv2dStep& step, Run run, Rehearse rehearse) {
       auto found = known_of(step.op, step.problem, setting, option);
       if (!found) {
         const std::string key = each ? problem_key(step.op, step.problem, setting, option)
-                                     : choices::class_of(step.op, step.problem, setting, option.selection.kernel);
+                                     : choices::class_of(step.op, step.problem, setting, option.selection);
         found = proof::verdict(key, step.on, [&] { return contest_for(step, option.selection, run, rehearse); });
       }
       if (!found) answer.lasts = false;
@@ -391,8 +391,14 @@ Tensor computed_by_choice(const Conv2dStep& step, Backend backend, Run run, Rehe
   }
   const Winner winner = proven(step, run, rehearse);
   if (winner == Winner::torch) return run(Backend::aten);
-  const native::HopperScope scope(winner == Winner::hopper);
-  return run(*choices::candidate_on(step.on.device().type()));
+  try {
+    const native::HopperScope scope(winner == Winner::hopper);
+    return run(*choices::candidate_on(step.on.device().type()));
+  } catch (const c10::OutOfMemoryError&) {
+    // Of copies and partial sums that torch's way may do without. Where results are to repeat, memory must not decide.
+    if (proof::must_be_repeatable()) throw;
+  }
+  return run(Backend::aten);
 }
 
 Foreseen foreseen(Operator op, const Conv2dProblem& problem, const choices::Setting& setting) {

@@ -27,10 +27,8 @@ Tensor conv2d_kernel(const Tensor& input, const Tensor& weight, const std::optio
   const Tensor y = computed(
       {Operator::fprop, problem, input, layout}, g.backend,
       [&](Backend on) { return compute(on, problem, input, weight, bias); },
-      [&](Backend on, const Rehearsal& own) {
-        const bool has_bias = bias && bias->defined();
-        return compute(on, own.problem, own.x(input), own.weight(weight),
-                       has_bias ? std::make_optional(own.per_channel(own.dtype, *bias)) : std::nullopt);
+      [&](Backend on, const Rehearsal& own) {  // with a bias, which the next of its class may have
+        return compute(on, own.problem, own.x(input), own.weight(weight), own.per_channel(own.dtype, input));
       });
   return finish(y, layout);
 }

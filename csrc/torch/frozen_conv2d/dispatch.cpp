@@ -95,13 +95,14 @@ std::string variant_of(const Tensor& on, std::initializer_list<std::pair<bool, c
   return text;
 }
 
-// By freezekit's kernels: one launch, and a tiny one for a norm; bits in NHWC order.
-Tensor frozen_by_kernels(const Conv2dProblem& problem, const FrozenOperands& o, const FrozenConv2d& f,
+// By freezekit's kernels: one launch, and a tiny one for a norm; bits in NHWC order. Without `activates` what is before the
+// activation.
+Tensor frozen_by_kernels(const Conv2dProblem& problem, const FrozenOperands& o, const FrozenConv2d& f, bool activates,
                          const Tensor& bits, Backend backend) {
   const Affine affine = affine_of(o.norm, o.bias, o.input, backend);
   native::Finish finish;
   finish.scale = affine.scale, finish.bias = affine.shift, finish.residual = o.residual;
-  finish.relu = f.has_mask();
+  finish.relu = activates && f.has_mask();
   if (f.activation == Activation::relu6) finish.relu_end = kRelu6End;
   if (finish.relu && bits.numel() > 0) finish.mask_out = bits;
   return native::conv2d_epilogue(problem, o.input, o.weight, finish, f.geometry.with(backend));
@@ -141,10 +142,9 @@ std::tuple<Tensor, Tensor> frozen_by_aten(const Conv2dProblem& problem, const Fr
   return {y, bits};
 }
 
-// Bits are in the order of the result, unless kernels were demanded: `auto` may choose those where both orders agree.
-Backend choosable(Backend backend, at::MemoryFormat format) {
-  return backend == Backend::automatic && format != kLast ? Backend::aten : backend;
-}
+// Kernels know bits in NHWC order. Where they were demanded, that is the order of bits; under `auto` it is the result's, and
+// a pass over a result in NCHW applies or makes them.
+bool has_kernels_bits(Backend demand, at::MemoryFormat format) { return is_own(demand) || format == kLast; }
 
 // A norm whose scale is 1, -2 or another power of two, so that what it multiplies stays exact.
 FixedNormTensors norm_of(const proof::Rehearsal& own, const FixedNormTensors& like) {
@@ -180,10 +180,14 @@ std::tuple<Tensor, Tensor> frozen_kernel(const FrozenOperands& o, const FrozenCo
       std::tie(y, bits) = frozen_by_aten(p, operands, f, format, wanted);
       return y;
     }
-    bits = at::empty({wanted ? mask_words(p.y_numel()) : 0}, operands.input.options().dtype(at::kInt));
-    return finish(frozen_by_kernels(p, operands, f, bits, on), format);
+    const bool activates = has_kernels_bits(g.backend, format);
+    bits = at::empty({wanted && activates ? mask_words(p.y_numel()) : 0}, operands.input.options().dtype(at::kInt));
+    Tensor y = finish(frozen_by_kernels(p, operands, f, activates, bits, on), format);
+    if (!activates) bits = activate_(y, f.activation, wanted);
+    return y;
   };
-  const std::string variant = variant_of(o.input, {{o.bias.defined(), "bias"},
+  const bool is_wide = o.bias.defined() && o.bias.scalar_type() != o.input.scalar_type() && !o.norm.defined();
+  const std::string variant = variant_of(o.input, {{o.bias.defined(), is_wide ? "wide_bias" : "bias"},
                                                    {o.norm.defined(), "norm"},
                                                    {o.residual.defined(), "residual"},
                                                    {f.has_mask(), to_string(f.activation)},
@@ -196,7 +200,7 @@ std::tuple<Tensor, Tensor> frozen_kernel(const FrozenOperands& o, const FrozenCo
     return proof::difference(pack_bits(ends.logical_not_()), bits);
   };
   const Tensor y = computed(
-      {Operator::fprop, problem, o.input, format, variant, faults}, choosable(g.backend, format),
+      {Operator::fprop, problem, o.input, format, variant, faults}, g.backend,
       [&](Backend on) { return compute(on, problem, o); },
       [&](Backend on, const proof::Rehearsal& own) { return compute(on, own.problem, operands_of(own, o)); });
   return {y, bits};
@@ -230,11 +234,12 @@ Tensor dgrad_by_aten(const Conv2dProblem& problem, const FrozenGrad& o, const Te
   return dx;
 }
 
-Tensor dgrad_by_kernels(const Conv2dProblem& problem, const FrozenGrad& o, const Tensor& scale, const Geometry& g) {
+Tensor dgrad_by_kernels(const Conv2dProblem& problem, const FrozenGrad& o, const Tensor& mask, const Tensor& scale,
+                        const Geometry& g) {
   const Tensor dy = o.grad_mask.defined()
                         ? gate(o.grad_output, o.grad_mask, {o.grad_output.sym_strides(), GateRule(), g.backend})
                         : o.grad_output;
-  return native::dgrad_epilogue(problem, dy, o.weight, scale, o.residual, o.mask, g);
+  return native::dgrad_epilogue(problem, dy, o.weight, scale, o.residual, mask, g);
 }
 
 void check_mask(const Tensor& mask, int64_t numel, const char* name) {
@@ -261,14 +266,17 @@ Tensor frozen_dgrad_kernel(const FrozenGradCall& call) {
   const auto compute = [&](Backend on, const Conv2dProblem& p, const FrozenGrad& grad) {
     const Tensor scale = affine_of(grad.norm, Tensor(), grad.grad_output, on).scale;
     if (on == Backend::aten) return dgrad_by_aten(p, grad, scale, g);
-    return finish(dgrad_by_kernels(p, grad, scale, g.with(on)), format);
+    const bool masks = has_kernels_bits(g.backend, format);
+    const Tensor dx = finish(dgrad_by_kernels(p, grad, masks ? grad.mask : Tensor(), scale, g.with(on)), format);
+    if (!masks && grad.mask.defined()) gate_inplace(dx, grad.mask, {}, on);
+    return dx;
   };
   const std::string variant = variant_of(o.grad_output, {{o.norm.defined(), "norm"},
                                                          {o.residual.defined(), "residual"},
                                                          {o.mask.defined(), "mask"},
                                                          {o.grad_mask.defined(), "grad_mask"}});
   return computed(
-      {Operator::dgrad, problem, o.grad_output, format, variant}, choosable(g.backend, format),
+      {Operator::dgrad, problem, o.grad_output, format, variant}, g.backend,
       [&](Backend on) { return compute(on, problem, o); },
       [&](Backend on, const proof::Rehearsal& own) {
         const auto x_size = own.x_size();
