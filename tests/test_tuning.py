@@ -57,22 +57,13 @@ def test_the_first_call_decides(
     with stand_in(handicap):
         first, again = kernels(x, w), kernels(x, w)
         assert again == taken
-        # Twice to compare, once to time where one is plainly faster, and once for the user.
-        assert len(first) == 9 + len(taken)
+        # Twice to compare, three times to time, and once for the user.
+        assert len(first) == 15 + len(taken)
         assert [c.problem.split()[0] for c in choices()] == OPERATORS
         assert all(c.agree and c.aten_seconds > 0 for c in choices())
         assert {c.backend for c in choices()} == {"native" if taken else "aten"}
         assert all(("x=1,3,6,6" in c.problem) == benchmark for c in choices())
     assert kernels(x, w) == []
-
-
-def test_equal_times_are_looked_at_again(each_problem: None) -> None:
-    """Neither is plainly faster: medians of three. The clock is this machine's; the count of launches is not."""
-    with stand_in(SLOWER):
-        few = len(kernels(*leaves()))
-    most = few + 3 * len(OPERATORS) + len(OPERATORS)
-    with stand_in(1e-2):
-        assert few <= len(kernels(*leaves())) <= most
 
 
 def test_sizes_share_a_class_unless_each_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,9 +129,9 @@ def test_a_resnet_step_is_proven_in_the_launches_and_products_of_two() -> None:
                 cost.setdefault(selected["class"], products)
                 total += products
         assert len(cost) <= 30
-        # At most six runs of either way: of a small part and of the whole to compare, one to look, three to be sure.
-        assert 12 * len(cost) <= 2 * len(rows) * len(OPERATORS)
-        assert 10 * sum(cost.values()) <= 2 * total
+        # Five runs of either way: of a small part and of the whole to compare, three to time.
+        assert 10 * len(cost) <= 2 * len(rows) * len(OPERATORS)
+        assert 8 * sum(cost.values()) <= 2 * total
 
 
 @pytest.mark.parametrize(("native", "agree", "taken"), [(1e-6, True, True), (1.0, True, False), (1e-6, False, False)])

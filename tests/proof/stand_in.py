@@ -87,6 +87,10 @@ class Faulty:
         """Whether a CUDA graph seems to be captured from now on."""
         self._library.set_capturing(int(on))
 
+    def wait(self, call: int) -> None:
+        """A convolution takes half a second at this one of its calls from now on."""
+        self._library.set_wait(call)
+
     def device(self, sm: int, sm_count: int) -> None:
         """What the kernels' device is from now on, for threads that ask anew."""
         self._library.set_device(sm, sm_count)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import freezekit as fk
+from freezekit import _C
 from freezekit.functional import conv2d
 from tests.proof.stand_in import FASTER, Faulty, decided, launched, leaf, stand_in
 from tests.proof.test_layers import LAYERS, step
@@ -465,3 +466,13 @@ def test_where_memory_is_short_later_torch_s_way_serves(faulty: Faulty, monkeypa
     fk.tuning.load_choices(saved)
     with pytest.raises(torch.OutOfMemoryError):
         convolution(x, w)
+
+
+@pytest.mark.parametrize("run", [3, 4, 5])
+def test_what_interrupts_one_run_decides_nothing(faulty: Faulty, run: int) -> None:
+    """Two runs compare, three are timed; the emulated ones are told to be a thousand times as fast as they are."""
+    x, w = leaf(1, 3, 6, 6), leaf(4, 3, 3, 3)
+    _C.choices.emulate(1e-3)
+    faulty.wait(run)
+    conv2d(x, w)
+    assert decided()["conv2d"].backend == "native"

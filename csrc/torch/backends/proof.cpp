@@ -27,8 +27,7 @@ namespace {
 using c10::DispatchKeySet;
 using choices::Measurement;
 
-constexpr int kRuns = 3;
-constexpr double kPlainly = 2;            // times apart by this factor need no second look
+constexpr int kRuns = 3;                  // timed: what interrupts one of them decides nothing
 constexpr int64_t kPieceBytes = 4 << 20;  // of the values compared at once, in the dtype that they are compared in
 
 void synchronize(const Tensor& on) {
@@ -45,14 +44,7 @@ void time(const Contest& contest, Backend candidate, const Tensor& on, Measureme
     const double passed = std::chrono::duration<double>(Clock::now() - start).count();
     return candidate == Backend::emulated && backend == candidate ? passed * choices::handicap() : passed;
   };
-  const auto look = [&](int runs) {
-    std::tie(result.aten_seconds, result.native_seconds) = interleaved_medians(runs, seconds, Backend::aten, candidate);
-  };
-  look(1);
-  if (std::max(result.aten_seconds, result.native_seconds) <
-      kPlainly * std::min(result.aten_seconds, result.native_seconds)) {
-    look(kRuns);
-  }
+  std::tie(result.aten_seconds, result.native_seconds) = interleaved_medians(kRuns, seconds, Backend::aten, candidate);
 }
 
 Measurement held(const Tensor& on, Backend candidate, const std::function<Contest()>& make) {
