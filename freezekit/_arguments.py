@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import reprlib
 from collections.abc import Sequence
 from numbers import Real
 
@@ -12,6 +13,22 @@ from torch import nn
 Size2 = int | Sequence[int]
 
 _SMALL = 2**31
+
+
+def shown(value: object) -> str:
+    """What an error shows of a value: one line of it, and not the elements of a tensor.
+
+    >>> shown([torch.zeros(100), "same"])
+    "[a Tensor of shape (100,), 'same']"
+    """
+    return " ".join(_Line().repr(value).split())
+
+
+class _Line(reprlib.Repr):
+    def repr1(self, x: object, level: int) -> str:
+        if isinstance(x, torch.Tensor):
+            return f"a {type(x).__name__} of shape {tuple(x.shape)}"
+        return super().repr1(x, level)
 
 
 def check_module(value: object, name: str = "model") -> None:
@@ -33,7 +50,7 @@ def check_flag(name: str, value: object) -> None:
     TypeError: strict must be True or False, got 'no'
     """
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
+        raise TypeError(f"{name} must be True or False, got {shown(value)}")
 
 
 def check_real(name: str, value: object) -> None:
@@ -44,7 +61,7 @@ def check_real(name: str, value: object) -> None:
     TypeError: t0 must be a number, got 'half'
     """
     if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, got {value!r}")
+        raise TypeError(f"{name} must be a number, got {shown(value)}")
 
 
 def check_count(name: str, value: object) -> None:
@@ -55,7 +72,7 @@ def check_count(name: str, value: object) -> None:
     ValueError: patience must be at least 1, got 0
     """
     if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
+        raise TypeError(f"{name} must be an integer, got {shown(value)}")
     if operator.index(value) < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
 
@@ -98,7 +115,7 @@ def number(name: str, value: object) -> int:
         TypeError, ValueError: as :func:`numbers`.
     """
     if isinstance(value, list | tuple):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
+        raise TypeError(f"{name} must be an integer, got {shown(value)}")
     return _number(name, value, value, ValueError)
 
 
@@ -110,7 +127,7 @@ def _number(name: str, value: object, whole: object, overflow: type[Exception]) 
             raise TypeError
         result = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        raise TypeError(f"{name} must be an integer or a list of them, got {whole!r}") from None
+        raise TypeError(f"{name} must be an integer or a list of them, got {shown(whole)}") from None
     if not -(2**63) <= result < 2**63:
         raise overflow(f"{name} must fit into 64 bits, got {whole!r}")
     return result

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._C import DisableTorchFunction
 from torch.overrides import TorchFunctionMode
 
-from freezekit._strangers import CONTAINERS, is_filled, modules_in
+from freezekit._strangers import CONTAINERS, content_of, is_filled, modules_in
 
 # What is copied with a function that holds it. An object of any other class may hold half of the program.
 _HOLDERS = (Tensor, nn.Module, *CONTAINERS, tuple, FunctionType, MethodType, partial)
@@ -186,7 +186,7 @@ def _entries(holder: Any) -> dict[Any, Any]:
     return (
         dict(enumerate(holder))
         if isinstance(holder, list | deque)
-        else dict(holder)
+        else dict(content_of(holder))
         if isinstance(holder, dict)
         else {}
     )

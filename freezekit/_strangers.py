@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from functools import _lru_cache_wrapper, partial
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
@@ -45,7 +45,7 @@ def modules_in(value: object) -> dict[str, nn.Module]:
     if isinstance(value, type | FunctionType | ModuleType):
         return {}
     held = value if isinstance(value, dict) else getattr(value, "__dict__", None)
-    pairs = list(held.items()) if isinstance(held, dict) else []
+    pairs = content_of(held) if isinstance(held, dict) else []
     return {str(name): part for name, part in pairs if isinstance(part, nn.Module)}
 
 
@@ -103,7 +103,7 @@ class Surroundings:
     def _parts(self, value: Any) -> Iterable[Any]:
         """What a container holds or a function names; what is no container, and can be written to, is noted."""
         if isinstance(value, CONTAINERS):
-            content = list(value.items() if isinstance(value, dict) else value)
+            content = content_of(value)
             self._undo.append(partial(_fill, value, content))
             return [part for _, part in content] if isinstance(value, dict) else content
         if isinstance(value, tuple):
@@ -150,12 +150,29 @@ def _names_in(code: CodeType) -> list[str]:
     return [*code.co_names, *(name for names in inner for name in names)]
 
 
+def _built_in(container: Any) -> Any:
+    """The class whose methods read and write what a container holds. Those of its own may do anything: transformers has
+    dictionaries that import a module for each of their items."""
+    return next(kind for kind in (OrderedDict, *CONTAINERS) if isinstance(container, kind))
+
+
+def content_of(container: Any) -> list[Any]:
+    """The elements of a list, set or deque; of a dictionary pairs of keys and values."""
+    kind = _built_in(container)
+    return list(kind.items(container) if issubclass(kind, dict) else kind.__iter__(container))
+
+
 def _fill(container: Any, content: list[Any]) -> None:
-    now = list(container.items() if isinstance(container, dict) else container)
-    if _identities(now) != _identities(content):
-        container.clear()
-        add = container.extend if isinstance(container, list | deque) else container.update
-        add(content)
+    if _identities(content_of(container)) == _identities(content):
+        return
+    kind = _built_in(container)
+    kind.clear(container)
+    if issubclass(kind, dict):
+        for key, value in content:
+            kind.__setitem__(container, key, value)
+    else:
+        add = kind.update if kind is set else kind.extend
+        add(container, content)
 
 
 def _identities(content: list[Any]) -> list[Any]:

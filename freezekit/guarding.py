@@ -245,6 +245,8 @@ class Guard:
             cure = f"freeze(model, {name!r}, optimizer=optimizer, remove=True, state='reset')"
             return f"LBFGS writes to every parameter it holds, along one history over all. Cure: {cure}"
         how = "load_state_dict, copy_, a write through .data, another optimizer, a frozen norm set to train mode"
+        if any(now is param for group in self.optimizer.param_groups for param in group["params"]):
+            how += ", or this optimizer, if it steps what has no gradient: freeze(..., remove=True) takes it out"
         return f"something wrote to it ({how}). Cure: stop that; guard(mode='restore') undoes it; {accept}"
 
     def _count(self, names: Iterable[str]) -> None:

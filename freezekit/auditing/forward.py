@@ -7,12 +7,15 @@ parameter or communication of DDP is touched.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from freezekit._twin import Twin
@@ -21,7 +24,7 @@ from freezekit.freezing.bits import same_bits
 
 from .report import Finding, about
 from .subject import Subject, can_train, is_in_frozen_block
-from .tensors import moves_statistics
+from .tensors import active_dropout, drops, moves_statistics
 
 _LOST = "None of the inputs have requires_grad=True"
 
@@ -36,16 +39,49 @@ class Probe:
 
     moved: buffers and parameters that the pass changed; reached: ``id`` of each parameter that backward from the
     outputs would reach; nodes: class names of the graph's nodes; unrecorded: trainable modules that ran with gradients
-    switched off; recorded: whether any output requires grad; lost: whether reentrant checkpointing said that it found
-    no gradient.
+    switched off; dropping: modules that called a function which drops at random; recorded: whether any output requires
+    grad; lost: whether reentrant checkpointing said that it found no gradient.
     """
 
     moved: list[str] = field(default_factory=list)
     reached: set[int] = field(default_factory=set)
     nodes: set[str] = field(default_factory=set)
     unrecorded: list[str] = field(default_factory=list)
+    dropping: list[str] = field(default_factory=list)
     recorded: bool = False
     lost: bool = False
+
+
+_ELEMENTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
+
+
+class _Dropping(TorchFunctionMode):
+    """Notes by which of the modules that run a function was called that drops at random."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.running: list[nn.Module] = []
+        self.found: list[nn.Module] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.running and _drops_now(func, args, kwargs):
+            self.found.append(self.running[-1])
+        return func(*args, **kwargs)
+
+    def watch(self, module: nn.Module) -> None:
+        module.register_forward_pre_hook(lambda module, _: self.running.append(module))
+        module.register_forward_hook(lambda *_: (self.running.pop(), None)[1])
+
+
+def _drops_now(func: Callable[..., Any], args: Any, kwargs: Any) -> bool:
+    if func is F.scaled_dot_product_attention:  # has no signature that can be read
+        return bool(kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0))
+    if func not in _ELEMENTS:
+        return False
+    given = signature(func).bind(*args, **kwargs)
+    given.apply_defaults()
+    return bool(given.arguments["training"] and given.arguments["p"])
 
 
 def _walk(outputs: list[torch.Tensor], probe: Probe) -> None:
@@ -91,11 +127,14 @@ def run(subject: Subject) -> Probe:
         if own and not torch.is_grad_enabled():
             probe.unrecorded.append(names[id(module)])
 
+    dropping = _Dropping()
     for module in copied.modules():
         module.register_forward_pre_hook(before)
-    with twin.undisturbed(), torch.enable_grad(), warnings.catch_warnings(record=True) as caught:
+        dropping.watch(module)
+    with twin.undisturbed(), torch.enable_grad(), dropping, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         outputs = twin.run()
+    probe.dropping = list(dict.fromkeys(names[id(module)] for module in dropping.found if not drops(module)))
     probe.lost = any(_LOST in str(w.message) for w in caught)
     _walk([t for t in tree_leaves(outputs) if isinstance(t, torch.Tensor)], probe)
     for (name, source), now in zip(_tensors(model), dict(_tensors(copied)).values(), strict=True):
@@ -116,6 +155,9 @@ def check_forward(subject: Subject) -> Iterator[Finding]:
     probe = run(subject)
     yield from _moved(subject, probe)
     yield from _gradients(subject, probe)
+    dropping = [path for path in probe.dropping if path != "(root)" and is_in_frozen_block(subject.model, path)]
+    if dropping and subject.trainable:
+        yield active_dropout(dropping, f"{len(dropping)} frozen module(s) call functions that drop at random")
 
 
 def _moved(subject: Subject, probe: Probe) -> Iterator[Finding]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from freezekit._strangers import names_of
+from freezekit._strangers import content_of, names_of
 
 from .report import Finding, about
 from .steps import moved_at_zero
@@ -48,7 +48,7 @@ def _held_by(hook: Any) -> Iterator[Any]:
             held += [attributes[name] for name in function.__code__.co_names if name in attributes]
     for value in held:
         if isinstance(value, dict):
-            yield from value.values()
+            yield from (part for _, part in content_of(value))
         elif isinstance(value, list | tuple):
             yield from value
         else:
@@ -67,11 +67,17 @@ def _is_mask(value: Any, p: Tensor) -> bool:
     return min(zeros, ones) > 0 and zeros + ones == value.numel()
 
 
+# By which part of a tensor is set to a value.
+_FILLS = {"fill_", "zero_", "where", *(f"{kind}{end}" for kind in ("index_fill", "masked_fill") for end in ("", "_"))}
+
+
 def _writes_to_part(hook: Any) -> bool:
-    """Whether a hook assigns to a subscript, as of ``gradient[:2] = 0``."""
+    """Whether a hook assigns to a subscript, as of ``gradient[:2] = 0``, or names a function that fills part of one."""
     function = _function_of(hook)
-    steps = dis.get_instructions(function) if function is not None else ()
-    return any(step.opname in ("STORE_SUBSCR", "STORE_SLICE") for step in steps)
+    if function is None:
+        return hook in (torch.where, torch.index_fill, torch.masked_fill)
+    steps = dis.get_instructions(function)
+    return any(step.opname in ("STORE_SUBSCR", "STORE_SLICE") or step.argval in _FILLS for step in steps)
 
 
 def _masked_parts(optimizer: torch.optim.Optimizer, p: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -115,7 +121,7 @@ def check_masked(subject: Subject) -> Iterator[Finding]:
             "masked-gradient",
             "warning",
             f"{len(found)} parameter(s) have a hook that seems to set part of their gradient to zero (it holds a mask "
-            "of zeros and ones, or assigns to part of a gradient that has zeros), and their optimizer moves such "
+            "of zeros and ones, or writes to part of a gradient that has zeros), and their optimizer moves such "
             "elements, by weight decay or momentum: they are not frozen",
             "freeze part of a tensor by a parametrization (see docs/two_step.md), or set weight_decay=0 and momentum=0",
         )

@@ -12,8 +12,11 @@ from freezekit.freezing.causes import causes, momenta
 from freezekit.freezing.optim import group_of
 
 from .report import Finding, about, brief
-from .steps import why_not_stepped, would_move
+from .steps import steps_what_has_no_gradient, why_not_stepped, would_move
 from .subject import Subject
+
+_WITHOUT_GRADIENT = ".grad is None, and this optimizer does not skip it"
+_TAKE_OUT = "take it out of the optimizer, as freeze(..., optimizer=optimizer, remove=True) does"
 
 
 def not_stepped(subject: Subject) -> Iterator[tuple[str, str]]:
@@ -25,16 +28,25 @@ def not_stepped(subject: Subject) -> Iterator[tuple[str, str]]:
 
 
 def check_moves(subject: Subject) -> Iterator[Finding]:
-    """Frozen parameters in an optimizer with a gradient left on them: the next step may move them.
+    """Frozen parameters in an optimizer: the next step may move those that have a gradient left on them.
 
+    Without one, torch's optimizers skip them; others, as some of Muon, put zeros in its place and step, decay and all.
     One finding for each optimizer, group and reason, with every parameter that it concerns.
     """
     moving: dict[tuple[str, int, str], list[tuple[str, float | None]]] = defaultdict(list)
     still: dict[tuple[str, int], list[str]] = defaultdict(list)
+    skipped: list[str] = []
     for optimizer, i, name, p in subject.members():
-        if p.requires_grad or p.grad is None:
+        if p.requires_grad:
             continue
         kind, group = type(optimizer).__name__, optimizer.param_groups[i]
+        if p.grad is None:
+            moved = would_move(optimizer, group, p) if steps_what_has_no_gradient(optimizer) else 0.0
+            if moved:
+                moving[kind, i, _WITHOUT_GRADIENT].append((name, moved))
+            else:
+                skipped.append(name)
+            continue
         moved = would_move(optimizer, group, p)
         why = causes(optimizer, group, p)
         if moved == 0.0 or (moved is None and not why):
@@ -47,7 +59,7 @@ def check_moves(subject: Subject) -> Iterator[Finding]:
         sizes = [m for _, m in found if m is not None]
         size = f"would move by up to {max(sizes):.3g}" if sizes else "would probably move"
         why_text = f"frozen, but {size} at the next {kind}.step() (group {i}): {reason}"
-        yield about(names, "would-move", "error", why_text, mend)
+        yield about(names, "would-move", "error", why_text, _TAKE_OUT if reason is _WITHOUT_GRADIENT else mend)
     for (kind, i), held in still.items():
         yield about(
             held,
@@ -56,6 +68,14 @@ def check_moves(subject: Subject) -> Iterator[Finding]:
             f"{len(held)} frozen parameter(s) of group {i} hold a .grad: {kind} does not move them now, yet momentum "
             "or decay would, it takes memory, and gradient clipping counts it",
             mend,
+        )
+    if skipped:
+        yield about(
+            skipped,
+            "frozen-in-optimizer",
+            "info",
+            f"{len(skipped)} frozen parameter(s) are in the optimizer; steps skip them as long as .grad is None",
+            "nothing to do; freeze(..., remove=True) takes them out",
         )
 
 
@@ -91,7 +111,7 @@ def check_orphan_state(subject: Subject) -> Iterator[Finding]:
 
 
 def check_membership(subject: Subject) -> Iterator[Finding]:
-    """Trainable parameters that no optimizer steps, optimizers of another model, and frozen members."""
+    """Trainable parameters that no optimizer steps, and optimizers of another model."""
     idle = [n for n, p in subject.trainable.items() if id(p) not in subject.optimized]
     everything = (p for o in subject.optimizers for group in o.param_groups for p in group["params"])
     foreign = [p for p in everything if id(p) not in subject.names]
@@ -114,15 +134,6 @@ def check_membership(subject: Subject) -> Iterator[Finding]:
             f"{len(idle)} trainable parameter(s) are in no optimizer: backward computes their gradients and "
             "accumulates them into .grad, nothing uses them, and optimizer.zero_grad() does not clear them",
             "freeze them (requires_grad_(False)), or pass them to the optimizer",
-        )
-    held = [name for _, _, name, p in subject.members() if not p.requires_grad and p.grad is None]
-    if held:
-        yield about(
-            held,
-            "frozen-in-optimizer",
-            "info",
-            f"{len(held)} frozen parameter(s) are in the optimizer; steps skip them as long as .grad is None",
-            "nothing to do; freeze(..., remove=True) takes them out",
         )
     if not subject.trainable:
         yield Finding(

@@ -34,6 +34,12 @@ def why_not_stepped(optimizer: torch.optim.Optimizer) -> str:
     return ""
 
 
+def steps_what_has_no_gradient(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether its step may move a parameter without a gradient, and can be asked; all of torch's own skip those."""
+    own = type(optimizer).step.__module__.startswith("torch.optim.")
+    return not own and not why_not_stepped(optimizer)
+
+
 _PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, type, type(None))
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from numbers import Real
 
 import torch
 from torch import nn
@@ -125,18 +126,17 @@ def check_held(subject: Subject) -> Iterator[Finding]:
         )
 
 
-# Of timm and torchvision: they drop whole branches.
-_DROPPING = ("DropPath", "StochasticDepth")
-
-
 def _dropout_of(module: nn.Module) -> float:
     """The probability by which a module drops elements, heads or branches in train mode."""
     if isinstance(module, nn.RNNBase):
         return module.dropout if module.num_layers > 1 else 0.0
     if isinstance(module, nn.MultiheadAttention):
         return module.dropout
-    if isinstance(module, _DropoutNd) or type(module).__name__ in _DROPPING:
-        return getattr(module, "drop_prob", getattr(module, "p", 0.0)) or 0.0
+    name = type(module).__name__.lower()
+    # The last drops whole branches, as DropPath does.
+    if isinstance(module, _DropoutNd) or "drop" in name or name == "stochasticdepth":
+        probabilities = (getattr(module, attribute, None) for attribute in ("drop_prob", "p", "prob"))
+        return next((float(p) for p in probabilities if isinstance(p, Real) and not isinstance(p, bool)), 0.0)
     return 0.0
 
 
@@ -145,13 +145,23 @@ def check_dropout(subject: Subject) -> Iterator[Finding]:
     active = [
         path
         for path, module in subject.model.named_modules()
-        if module.training and _dropout_of(module) > 0 and is_in_frozen_block(subject.model, path)
+        if drops(module) and is_in_frozen_block(subject.model, path)
     ]
     if active and subject.trainable:
-        yield about(
-            active,
-            "active-dropout",
-            "info",
-            f"{len(active)} layer(s) of frozen parts drop at random, in train mode: what these parts put out is random",
-            "nothing, where that is wanted; else call .eval() on the frozen part after every model.train()",
-        )
+        yield active_dropout(active, f"{len(active)} layer(s) of frozen parts drop at random, in train mode")
+
+
+def drops(module: nn.Module) -> bool:
+    """Whether this is a layer that drops at random in its present mode."""
+    return module.training and _dropout_of(module) > 0
+
+
+def active_dropout(paths: Sequence[str], what: str) -> Finding:
+    """The finding about frozen modules at ``paths``, which drop."""
+    return about(
+        paths,
+        "active-dropout",
+        "info",
+        f"{what}: what these parts put out is random",
+        "nothing, where that is wanted; else call .eval() on the frozen part after every model.train()",
+    )

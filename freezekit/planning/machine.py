@@ -28,8 +28,9 @@ class Machine:
         device = torch.device(device)
         # On a GPU a single small kernel between two waits would measure the host.
         size, calls = (4096, 10) if device.type == "cuda" else (1024, 1)
-        a = torch.randn(size, size, device=device).to(dtype)
-        b = torch.randn(2**24, device=device)
+        own = torch.Generator(device).manual_seed(0)  # a plan draws no random numbers that others are to draw
+        a = torch.randn(size, size, device=device, generator=own).to(dtype)
+        b = torch.randn(2**24, device=device, generator=own)
         out = torch.empty_like(b)
         product = seconds(lambda: [a @ a for _ in range(calls)], device) / calls
         copy = seconds(lambda: [out.copy_(b) for _ in range(calls)], device) / calls

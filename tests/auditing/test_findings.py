@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from freezekit.auditing import AuditError, audit
+from freezekit.freezing import freeze, unfreeze
 from tests.auditing.helpers import found, images, net, the
 
 
@@ -108,6 +109,35 @@ def test_an_optimizer_that_moves_through_another_entry_of_its_group() -> None:
     before = [p.detach().clone() for p in model.parameters()]
     assert the(audit(model, optimizer), "would-move").names == ("0.weight", "0.bias")
     assert all(map(torch.equal, before, model.parameters()))
+
+
+class WithoutGradients(torch.optim.SGD):
+    """Steps what has no gradient by zeros, as some public optimizers do: decay moves it."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                p.add_(p.grad + group["weight_decay"] * p, alpha=-group["lr"])
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_an_optimizer_that_steps_what_has_no_gradient(decay: float) -> None:
+    model = net().eval()
+    optimizer = WithoutGradients(model.parameters(), lr=0.1, weight_decay=decay)
+    freeze(model, "0", optimizer=optimizer)
+    before = model[0].weight.clone()
+    report = audit(model, optimizer)
+    moving = [f.names for f in found(report, "would-move")]
+    assert moving == ([("0.weight", "0.bias")] if decay else [])
+    assert [f.names for f in found(report, "frozen-in-optimizer")] == ([] if decay else [("0.weight", "0.bias")])
+    assert model[0].weight.grad is None
+    optimizer.step()
+    assert torch.equal(before, model[0].weight) is not bool(moving)
+    unfreeze(model, "0", optimizer=optimizer)
+    freeze(model, "0", optimizer=optimizer, remove=True)  # the cure
+    assert not audit(model, optimizer).errors
 
 
 def test_scheduler_and_step_hooks_do_not_run() -> None:

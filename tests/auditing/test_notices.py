@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from freezekit.auditing import audit
@@ -59,12 +60,26 @@ class DropPath(nn.Module):
         self.drop_prob = drop_prob
 
 
+class SegformerDropPath(DropPath):
+    """Named as in transformers."""
+
+
+class DropBlock2d(nn.Module):
+    """As torchvision's, with its name for the probability."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p, self.inplace = p, True
+
+
 @pytest.mark.parametrize(
     ("active", "still"),
     [
         (nn.LSTM(3, 3, 2, dropout=0.5), nn.LSTM(3, 3, 2)),
         (nn.MultiheadAttention(4, 2, dropout=0.5), nn.MultiheadAttention(4, 2)),
         (DropPath(0.1), DropPath(0.0)),
+        (SegformerDropPath(0.1), SegformerDropPath(0.0)),
+        (DropBlock2d(0.1), DropBlock2d(0.0)),
         (nn.FeatureAlphaDropout(0.1), nn.Identity()),
     ],
     ids=lambda layer: type(layer).__name__,
@@ -75,6 +90,39 @@ def test_dropout_inside_a_layer(active: nn.Module, still: nn.Module) -> None:
         freeze(model, "0")
         findings = found(audit(model), "active-dropout")
         assert [finding.names for finding in findings] == ([names] if names else [])
+
+
+class Calling(nn.Module):
+    """Drops by a function, as torchvision's DenseNet does."""
+
+    def __init__(self, drop: Callable[[torch.Tensor, bool], torch.Tensor]) -> None:
+        super().__init__()
+        self.linear, self.drop = nn.Linear(4, 4), drop
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.drop(self.linear(x), self.training)
+
+
+@pytest.mark.parametrize(
+    "drop",
+    [
+        lambda x, training: F.dropout(x, 0.5, training),
+        lambda x, training: F.dropout(x, training=training, inplace=True),
+        lambda x, training: F.alpha_dropout(x, 0.5, training),
+        lambda x, training: F.scaled_dot_product_attention(x, x, x, dropout_p=0.1 if training else 0.0),
+        lambda x, training: F.scaled_dot_product_attention(x, x, x, None, 0.1 * training),
+    ],
+)
+def test_dropout_by_a_function_in_a_frozen_part(drop: Callable[[torch.Tensor, bool], torch.Tensor]) -> None:
+    model, x = nn.Sequential(Calling(drop), nn.Linear(4, 1)), torch.randn(2, 3, 4)
+    assert not found(audit(model, inputs=x), "active-dropout")
+    freeze(model, "0")
+    assert the(audit(model, inputs=x), "active-dropout").names == ("0",)
+    model[0].eval()
+    assert not found(audit(model, inputs=x), "active-dropout")
+    model.train()
+    model[0].drop = lambda x, training: F.dropout(x, 0.0, training)
+    assert not found(audit(model, inputs=x), "active-dropout")
 
 
 def test_an_optimizer_left_with_nothing_to_step() -> None:
@@ -145,6 +193,12 @@ def first_two_to_zero(gradient: torch.Tensor) -> torch.Tensor:
     return gradient
 
 
+def slice_to_zero(gradient: torch.Tensor) -> torch.Tensor:
+    gradient = gradient.clone()
+    gradient[:2].zero_()
+    return gradient
+
+
 def notes(model: nn.Module, seen: dict[str, torch.Tensor]) -> Callable[[torch.Tensor], None]:
     def note(gradient: torch.Tensor) -> None:
         seen["norm"] = gradient.norm()
@@ -163,6 +217,9 @@ masking: dict[str, Callable[[torch.Tensor], Any]] = {
     "module": MaskModule(),
     "method of a module": MaskModule().forward,
     "part": first_two_to_zero,
+    "slice": slice_to_zero,
+    "filled": lambda gradient: gradient.index_fill(0, torch.arange(2), 0.0),
+    "chosen": lambda gradient: torch.where(torch.arange(4).view(4, 1, 1, 1) < 2, 0.0, gradient),
 }
 harmless: dict[str, Callable[[torch.Tensor], Any]] = {
     "clip": lambda gradient: gradient.clamp(-1, 1),
@@ -170,6 +227,7 @@ harmless: dict[str, Callable[[torch.Tensor], Any]] = {
     "scale each filter": partial(torch.mul, other=torch.tensor([0.1, 0.2, 0.3, 1.0]).view(4, 1, 1, 1)),
     "log": lambda gradient, log=[]: log.append(gradient.norm()),
     "log by name": notes(net(), {}),
+    "clean": lambda gradient: torch.where(gradient.isnan(), 0.0, gradient),
     "other shape": lambda gradient: gradient + PAIR.sum(),
 }
 

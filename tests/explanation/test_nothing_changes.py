@@ -240,6 +240,17 @@ def test_any_callable_over_a_model_is_explained() -> None:
         assert explained.bytes_kept == expected.bytes_kept
         options = {option.name: option for option in fk.plan(call, z, machine=MACHINE)}
         assert options["depth 1"].frozen == (f"{prefix}.0.weight", f"{prefix}.0.bias")
+
+    def within(run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda x: run(x)
+
+    for call, prefix in ((within(lambda x: vae.decode(x)), "vae.decoder"), (within(vae.decode), "run.decoder")):
+        explained = fk.explain(call, z)
+        assert [row.name for row in explained] == [f"{prefix}.0", f"{prefix}.1"]
+        assert explained.bytes_kept == expected.bytes_kept
+    other = Autoencoder()
+    both = within(lambda x: vae.decode(x) + within(other.decode)(x))
+    assert {row.name.partition(".")[0] for row in fk.explain(both, z) if row.name} == {"vae", "other"}
     own = fk.explain(lambda x: vae.decode(x).sigmoid(), z)  # a function's own calls count too
     assert own.bytes_kept == expected.bytes_kept + 3 * 8 * 8 * 4
     with pytest.raises(TypeError, match=r"model must be an nn\.Module, or a callable that runs one"):
@@ -276,6 +287,19 @@ def test_a_method_may_name_a_module_that_its_object_does_not_hold(measure: bool 
         fk.explain(Parts().out_of_sight, x, measure=measure)
     module = Parts().parts["unet"]["decoder"]
     assert fk.explain(lambda x: module(x), x, measure=measure).bytes_kept == expected
+
+
+def test_a_plan_that_measures_the_machine_draws_no_random_numbers() -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3)), torch.randn(1, 3, 8, 8)
+    before = torch.get_rng_state()
+    fk.plan(model, x)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_budget_that_is_a_tensor_is_refused_without_its_elements() -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3)), torch.randn(1, 3, 8, 8)
+    with pytest.raises(TypeError, match=r"^memory must be a number, got a Tensor of shape \(1, 3, 8, 8\)$"):
+        fk.plan(model, x, x)
 
 
 def test_plan_plays_freeze_with_its_norms() -> None:

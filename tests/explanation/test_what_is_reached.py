@@ -6,7 +6,7 @@ import random
 import threading
 import types
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from typing import Any, ClassVar
@@ -469,6 +469,33 @@ def test_what_cannot_be_copied_is_named_and_can_be_held_by_what_is_its_own_copy(
     ):
         fk.explain(nn.Sequential(nn.ReLU(), Locked(threading.Lock())), x)
     assert fk.explain(Locked(shared), x).bytes_kept == fk.explain(Net(), x).bytes_kept
+
+
+class Lazy(OrderedDict[str, Any]):
+    """Makes its items when it is asked for them, at any cost, as the tables of models in transformers do."""
+
+    def items(self) -> Any:
+        raise ImportError("a module for each item")
+
+    values = keys = __iter__ = items  # type: ignore[assignment]
+
+
+LAZY = Lazy(known=[1])
+
+
+class Looking(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        LAZY["known"].append(2)
+        LAZY["new"] = 2
+        return self.body(x)
+
+
+@pytest.mark.parametrize("measure", [None, True])
+def test_dictionaries_of_classes_of_their_own_are_read_as_dictionaries(measure: bool | None) -> None:
+    model = Looking()
+    fk.explain(model, torch.randn(1, 3, 6, 6), measure=measure)
+    fk.audit(model, None, torch.randn(1, 3, 6, 6))
+    assert list(OrderedDict.items(LAZY)) == [("known", [1])]
 
 
 class Dropping(nn.Module):
