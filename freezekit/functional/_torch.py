@@ -32,8 +32,8 @@ def as_torch(
 
     Where no gradient is needed nothing is kept, and torch's own function is the shortest way; without `shortcut` the
     stand-in runs there too, for what it refuses and torch would take. Tensors with a `__torch_function__` are asked
-    first, as torch's functions ask them. A trace, and an export without gradients, records torch's operator. So do
-    calls for which the stand-in returns `LEFT_TO_TORCH`, unless kernels are demanded that it has.
+    first, as torch's functions ask them. A trace, and an export without gradients or to ONNX, records torch's operator.
+    So do calls for which the stand-in returns `LEFT_TO_TORCH`, unless kernels are demanded that it has.
     """
 
     def decorate(function: Function) -> Function:
@@ -71,9 +71,11 @@ jit_trace = torch._C._get_tracing_state  # a name that torch.compile knows
 def records_torch_s(*arguments: Any) -> bool:
     """Whether a call goes into an archive that loads without freezekit: a trace, or an export that needs no gradient.
 
-    `torch.jit.trace` traces twice, the second time without gradients, and wants the same graph.
+    `torch.jit.trace` traces twice, the second time without gradients, and wants the same graph. ONNX has no gradients,
+    whatever the parameters say.
     """
-    return jit_trace() is not None or (torch.compiler.is_exporting() and not _learns(arguments))
+    exports = torch.compiler.is_exporting() and (torch.onnx.is_in_onnx_export() or not _learns(arguments))
+    return exports or jit_trace() is not None
 
 
 def _learns(arguments: Iterable[Any]) -> bool:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench import dgrad, overhead, targets
-from bench.timing import Spread
+from bench.timing import Interleaved
 
 ONE = [replace(overhead.CASES[0], bound=1e9)]
 
@@ -56,27 +56,37 @@ def test_targets_check(
     assert ("FAILS" in capsys.readouterr().out) == bool(code)
 
 
+def of(*ratios: float) -> Interleaved:
+    """Rounds in which stock takes a second."""
+    return Interleaved({"stock": [1.0] * len(ratios), "freezekit": list(ratios)})
+
+
 @pytest.mark.parametrize(
-    ("ratio", "code", "counts"),
+    ("timed", "code", "counts"),
     [
-        (Spread(1.0, 0.9, 1.02), 0, [1]),
-        (Spread(1.0, 0.9, 1.1), 0, [1, 3]),
-        (Spread(1.04, 1.0, 1.1), 1, [1, 3, 24]),
+        (of(0.9, 1.0, 1.02), 0, [1]),
+        (of(0.9, 1.0, 1.1), 0, [1, 3]),
+        (of(1.02, 1.04, 1.1), 0, [1, 3, 24]),  # by the shortest time
+        (of(1.04, 1.04, 1.1), 1, [1, 3, 24]),
     ],
 )
 def test_every_point_of_the_sweep_counts_and_is_measured_longer_before_it_fails(
-    ratio: Spread, code: int, counts: list[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    timed: Interleaved,
+    code: int,
+    counts: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     slow = dgrad.Point(64, 3, 3, 64, 1, 1)
     rounds: list[int] = []
 
-    def scripted(point: dgrad.Point, count: int, seed: int) -> Spread:
+    def scripted(point: dgrad.Point, count: int, seed: int) -> Interleaved:
         if point != slow:
-            return Spread(0.5, 0.4, 0.6)
+            return of(0.4, 0.5, 0.6)
         rounds.append(count)
-        return ratio
+        return timed
 
-    monkeypatch.setattr(dgrad.Point, "ratio", scripted)
+    monkeypatch.setattr(dgrad.Point, "timed", scripted)
     assert slow in dgrad.points()
     assert dgrad.main(["--rounds", "3", "--check"]) == code
     said = capsys.readouterr().out
@@ -87,11 +97,11 @@ def test_every_point_of_the_sweep_counts_and_is_measured_longer_before_it_fails(
 
 
 def test_half_of_the_sweep_runs_on_its_own(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(dgrad.Point, "ratio", lambda *_: Spread(1.0, 1.0, 1.0))
+    monkeypatch.setattr(dgrad.Point, "timed", lambda *_: of(1.0))
     assert dgrad.main(["--threads", "2"]) == 0
     said = capsys.readouterr().out
     assert all((point.name in said) == (point.threads == 2) for point in dgrad.points())
 
 
 def test_a_point_is_timed() -> None:
-    assert dgrad.Point(2, 3, 3, 4, 1, 1).ratio(1, 0).median > 0
+    assert dgrad.Point(2, 3, 3, 4, 1, 1).timed(1, 0).least("freezekit", "stock") > 0

@@ -77,3 +77,14 @@ def test_it_loads_without_freezekit(make: Callable[[], nn.Module], way: str, fro
     run = subprocess.run([sys.executable, "-c", LOAD, path], capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert float(run.stdout) == pytest.approx(net(x).sum(dtype=torch.float64).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("make", [model, fused])
+def test_an_export_to_onnx_is_of_torch_s_operators_with_gradients_too(
+    make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, x = make().requires_grad_(True), torch.linspace(-1, 1, 2 * 3 * 16 * 16).view(2, 3, 16, 16)
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)  # as its exporter says while it runs torch's
+    program = torch.export.export(net, (x,))
+    assert "freezekit" not in str(program.graph)
+    torch.testing.assert_close(program.module()(x), net(x))

@@ -16,7 +16,7 @@ struct LinkFormula {
   auto fields() { return std::tie(zeros, lasting); }
   Link link() const { return {}; }
 
-  variable_list gradients(const Tensor& grad, Kept, const std::vector<bool>& wanted) const {
+  variable_list gradients(const Tensor& grad, Kept, const Wanted& wanted) const {
     variable_list result(wanted.size());
     if (wanted[0]) result[0] = grad;
     for (size_t i = 1; i < wanted.size() && zeros; ++i) {
@@ -61,8 +61,8 @@ void BackwardNode::release_variables() {
 
 void BackwardNode::check_unreleased() const { TORCH_CHECK(!is_released_, torch::autograd::ERR_BACKWARD_TWICE); }
 
-std::vector<bool> BackwardNode::wanted() const {
-  std::vector<bool> result(num_outputs());
+Wanted BackwardNode::wanted() const {
+  Wanted result(num_outputs());
   for (size_t i = 0; i < num_outputs(); ++i) result[i] = task_should_compute_output(i);
   return result;
 }

@@ -5,7 +5,7 @@
 //
 // A formula is a struct F of settings, default constructible, with
 //   auto fields()                      a std::tie of all settings: compiled autograd traces with them, packs and unpacks them
-//   variable_list gradients(const Tensor& grad, Kept, const std::vector<bool>& wanted) const
+//   variable_list gradients(const Tensor& grad, Kept, const Wanted& wanted) const
 //                                      of the node's inputs; those that are not wanted stay undefined and cost nothing
 //   Link link() const                  what stock's gradients are functions of besides
 #pragma once
@@ -37,6 +37,9 @@ using torch::autograd::variable_list;
 
 // The tensors that a node keeps, each unpacked when it is asked for.
 using Kept = c10::function_ref<Tensor(size_t)>;
+
+// Which gradients are wanted, one for each input of a node.
+using Wanted = c10::SmallVector<bool, 4>;
 
 inline std::vector<c10::SymInt> owned(c10::SymIntArrayRef sizes) { return {sizes.begin(), sizes.end()}; }
 
@@ -73,7 +76,7 @@ class BackwardNode : public torch::autograd::Node {
 
  protected:
   // What the engine asks for now, which autograd.grad(loss, subset) narrows, not what the graph could give.
-  std::vector<bool> wanted() const;
+  Wanted wanted() const;
   void add_links(const Link&, variable_list& gradients);
   // Raises as torch does once the graph is freed: torch's node keeps a tensor, where this one may keep none.
   void check_unreleased() const;
@@ -191,7 +194,8 @@ class FormulaNode : public BackwardNode {
     formula::each_field(formula_, [&](const auto& field) { formula::pack(arguments, field); });
     arguments.pack(static_cast<int64_t>(kept_.size()));
     for (const KeptTensor& kept : kept_) arguments.pack(kept.unpack());
-    arguments.pack(wanted());
+    const Wanted want = wanted();
+    arguments.pack(std::vector<bool>(want.begin(), want.end()));
     variable_list gradients = trace_call(*this, name(), of_values, grads, std::move(arguments), saved);
     each_size([&](c10::SymInt& size) { saved.after(size); });
     for (KeptTensor& kept : kept_) saved.after(kept.variable);
@@ -209,9 +213,9 @@ class FormulaNode : public BackwardNode {
     formula::each_field(formula, [&](auto& field) { formula::unpack(arguments, field); });
     variable_list kept(arguments.unpack<int64_t>());
     for (Tensor& tensor : kept) tensor = arguments.unpack<Tensor>();
-    const auto wanted = arguments.unpack<std::vector<bool>>();
-    if (!grads[0].defined()) return variable_list(wanted.size());
-    return formula.gradients(grads[0], [&](size_t i) { return kept[i]; }, wanted);
+    const auto want = arguments.unpack<std::vector<bool>>();
+    if (!grads[0].defined()) return variable_list(want.size());
+    return formula.gradients(grads[0], [&](size_t i) { return kept[i]; }, Wanted(want.begin(), want.end()));
   }
 };
 

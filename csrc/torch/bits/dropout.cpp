@@ -153,7 +153,7 @@ struct DropoutGradient : GateGradient {
     operand.is_first = false;
   }
 
-  variable_list gradients(const Tensor& grad, Kept kept, const std::vector<bool>& wanted) const {
+  variable_list gradients(const Tensor& grad, Kept kept, const Wanted& wanted) const {
     if (!wanted[0] || grad.layout() == at::kStrided) return GateGradient::gradients(grad, kept, wanted);
     const Tensor ones = at::ones_symint(grad.sym_sizes(), grad.options().layout(at::kStrided));
     return {grad.mul(freezekit::gate(ones, kept(0), gate))};

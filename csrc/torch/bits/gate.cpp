@@ -154,7 +154,7 @@ Tensor gate(const Tensor& input, const Tensor& bits, const GateSettings& setting
   return op(input, bits, settings);
 }
 
-variable_list GateGradient::gradients(const Tensor& grad, Kept kept, const std::vector<bool>& wanted) const {
+variable_list GateGradient::gradients(const Tensor& grad, Kept kept, const Wanted& wanted) const {
   return {wanted[0] ? operand.finish(freezekit::gate(grad, kept(0), gate), grad, gate.stride) : Tensor()};
 }
 

@@ -71,7 +71,7 @@ struct GateGradient {
     return std::tie(gate.stride, gate.rule.on, gate.rule.off, gate.backend, operand.stride, operand.is_first);
   }
   Link link() const { return linked; }
-  variable_list gradients(const Tensor& grad, Kept, const std::vector<bool>& wanted) const;
+  variable_list gradients(const Tensor& grad, Kept, const Wanted& wanted) const;
 };
 
 // int32 words for one bit per element of `like`.

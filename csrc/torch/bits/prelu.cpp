@@ -47,7 +47,7 @@ struct PreluGradient {
   auto fields() { return std::tie(stride, operand.stride, backend); }
   Link link() const { return {Link::To::operands, /*count=*/1, /*zeros=*/true}; }
 
-  variable_list gradients(const Tensor& grad, Kept kept, const std::vector<bool>& wanted) const {
+  variable_list gradients(const Tensor& grad, Kept kept, const Wanted& wanted) const {
     if (!wanted[0]) return {Tensor(), Tensor()};
     const Tensor bits = kept(0), slope = kept(1);
     const auto finished = [&](Tensor dx) -> variable_list {

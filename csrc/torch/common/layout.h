@@ -32,8 +32,9 @@ inline at::Tensor in_layout(const at::Tensor& tensor, at::MemoryFormat format) {
   // Neither vmap, torch.func's nor the one behind is_grads_batched, knows memory formats.
   constexpr c10::DispatchKeySet batched({c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Batched});
   if (tensor.key_set().has_any(batched)) return tensor;
-  const at::Tensor dense = tensor.contiguous(format);
-  return dense.suggest_memory_format() == format ? dense : dense.clone(format);
+  at::Tensor dense = tensor.contiguous(format);
+  if (dense.suggest_memory_format() == format) return dense;
+  return dense.clone(format);
 }
 
 // Whether a tensor is known to have no elements. Freezekit saves nothing there, and torch gives the gradient of an empty

@@ -40,7 +40,7 @@ struct TrilinearGradients {
   // Of the layer, not of the operators that its gradients are.
   Link link() const { return computes == Role::output ? Link{Link::To::operands, /*count=*/2} : Link{}; }
 
-  variable_list gradients(const Tensor& dy, Kept kept, const std::vector<bool>& wanted) const {
+  variable_list gradients(const Tensor& dy, Kept kept, const Wanted& wanted) const {
     constexpr size_t bias = 2;
     variable_list result(wanted.size());
     const Backend backend = geometry.backend;
@@ -73,13 +73,13 @@ struct TrilinearGradients {
 
   // The derivative of the form with respect to `missing`, on the gradient and on the operand of the role that is left.
   Tensor derivative(Role missing, Role left, const Tensor& other, const Tensor& grad) const {
-    std::array<Tensor, 3> operand;
-    operand[static_cast<size_t>(computes)] = grad;
-    operand[static_cast<size_t>(left)] = other;
-    const auto& [x, w, y] = operand;
-    if (missing == Role::input) return conv2d_dgrad(y, w, input_size, geometry, layout);
-    return finished(missing == Role::output ? conv2d(x, w, std::nullopt, geometry)
-                                            : conv2d_wgrad(y, x, weight_size, geometry));
+    std::array<const Tensor*, 3> operand = {};  // no copies: each would count a reference up and down
+    operand[static_cast<size_t>(computes)] = &grad;
+    operand[static_cast<size_t>(left)] = &other;
+    const auto [x, w, y] = operand;
+    if (missing == Role::input) return conv2d_dgrad(*y, *w, input_size, geometry, layout);
+    return finished(missing == Role::output ? conv2d(*x, *w, std::nullopt, geometry)
+                                            : conv2d_wgrad(*y, *x, weight_size, geometry));
   }
 };
 

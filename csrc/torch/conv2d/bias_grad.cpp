@@ -42,7 +42,7 @@ struct BiasGradGradient {
 
   auto fields() { return std::tie(size); }
   Link link() const { return {}; }
-  variable_list gradients(const Tensor& grad, Kept, const std::vector<bool>&) const {
+  variable_list gradients(const Tensor& grad, Kept, const Wanted&) const {
     return {grad.view({1, -1, 1, 1}).expand_symint(size)};
   }
 };

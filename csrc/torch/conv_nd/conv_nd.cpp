@@ -114,7 +114,7 @@ struct ConvNdGradients {
   Link link() const { return {Link::To::operands, /*count=*/2}; }
 
   // A backward pass that happens to run inside an autocast region keeps the dtype of its forward pass, as torch's does.
-  variable_list gradients(const Tensor& grad, Kept kept, const std::vector<bool>& wanted) const {
+  variable_list gradients(const Tensor& grad, Kept kept, const Wanted& wanted) const {
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     // Once each: checkpoints refuse a second time.
     const Tensor input = wanted[1] ? kept(0) : Tensor(), weight = wanted[0] ? kept(1) : Tensor();

@@ -166,7 +166,7 @@ struct LinearGradient {
   auto fields() { return std::tuple_cat(layer.fields(), std::tie(input_size, format)); }
   Link link() const { return {Link::To::operands, /*count=*/1, /*zeros=*/true}; }
 
-  variable_list gradients(const Tensor& grad, Kept, const std::vector<bool>& wanted) const {
+  variable_list gradients(const Tensor& grad, Kept, const Wanted& wanted) const {
     if (!wanted[0]) return {Tensor()};
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const Tensor x = without_data(input_size, grad, format), dx = layer.gradient(grad, x);

@@ -37,7 +37,7 @@ struct PoolFormula {
 // Of the gather: its gradient scatters.
 struct ScatterGradient : PoolFormula {
   Link link() const { return {}; }
-  variable_list gradients(const Tensor& grad, Kept taps, const std::vector<bool>& wanted) const {
+  variable_list gradients(const Tensor& grad, Kept taps, const Wanted& wanted) const {
     return {wanted[0] ? max_pool2d_scatter(grad, taps(0), input_size, geometry) : Tensor()};
   }
 };
@@ -52,7 +52,7 @@ struct PoolGradient : ScatterGradient {
 
   auto fields() { return std::tuple_cat(ScatterGradient::fields(), std::tie(format)); }
   Link link() const { return {Link::To::operands, /*count=*/1, /*zeros=*/true}; }
-  variable_list gradients(const Tensor& grad, Kept taps, const std::vector<bool>& wanted) const {
+  variable_list gradients(const Tensor& grad, Kept taps, const Wanted& wanted) const {
     if (!wanted[0]) return {Tensor()};
     const Tensor dx = max_pool2d_scatter(grad, taps(0), input_size, geometry);
     return {proof::is_plain(grad) ? finish(dx, format) : dx};
@@ -62,7 +62,7 @@ struct PoolGradient : ScatterGradient {
 // Of the scatter: its gradient gathers.
 struct GatherGradient : PoolFormula {
   Link link() const { return {}; }
-  variable_list gradients(const Tensor& grad, Kept taps, const std::vector<bool>& wanted) const {
+  variable_list gradients(const Tensor& grad, Kept taps, const Wanted& wanted) const {
     return {wanted[0] ? max_pool2d_gather(grad, taps(0), geometry) : Tensor()};
   }
 };

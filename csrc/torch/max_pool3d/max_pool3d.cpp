@@ -203,7 +203,7 @@ struct PoolGradient3d {
   }
   Link link() const { return {Link::To::operands, /*count=*/1, /*zeros=*/true}; }
 
-  variable_list gradients(const Tensor& grad, Kept taps, const std::vector<bool>& wanted) const {
+  variable_list gradients(const Tensor& grad, Kept taps, const Wanted& wanted) const {
     if (!wanted[0]) return {Tensor()};
     const Windows3d& g = windows;
     const Tensor kept = taps(0);

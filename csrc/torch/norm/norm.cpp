@@ -131,7 +131,7 @@ struct BatchNormGradients {
   auto fields() { return std::tie(eps, has_weight, bias_dtype, format.suggested, format.dense); }
   Link link() const { return {Link::To::operands}; }
 
-  variable_list gradients(const Tensor& grad, Kept kept, const std::vector<bool>& wanted) const {
+  variable_list gradients(const Tensor& grad, Kept kept, const Wanted& wanted) const {
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     variable_list result(wanted.size());
     if (wanted[0]) {
@@ -195,7 +195,7 @@ struct LayerNormBiasGradient {
 
   auto fields() { return std::tie(dtype, size); }
   Link link() const { return {Link::To::operands, /*count=*/3}; }
-  variable_list gradients(const Tensor& grad, Kept, const std::vector<bool>& wanted) const {
+  variable_list gradients(const Tensor& grad, Kept, const Wanted& wanted) const {
     return {Tensor(), Tensor(), wanted[2] ? grad.sum_to_size_symint(size).to(dtype) : Tensor()};
   }
 };
@@ -206,7 +206,7 @@ struct GroupNormBiasGradient {
 
   auto fields() { return std::tie(dtype); }
   Link link() const { return {}; }
-  variable_list gradients(const Tensor& grad, Kept, const std::vector<bool>& wanted) const {
+  variable_list gradients(const Tensor& grad, Kept, const Wanted& wanted) const {
     return {Tensor(), Tensor(), wanted[2] ? sum_but(grad, 1).to(dtype) : Tensor()};
   }
 };
