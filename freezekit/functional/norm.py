@@ -89,7 +89,8 @@ def instance_norm(
     alike = isinstance(input, Tensor) and input.layout == torch.strided and input.dim() >= 3 and input.numel() > 0
     if use_input_stats or not alike or not are_numbers(eps) or eps < 0:
         return LEFT_TO_TORCH
-    return batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    # As torch's, which views the channels of all images as those of one: whatever the input's layout, contiguous.
+    return batch_norm(input.contiguous(), running_mean, running_var, weight, bias, False, momentum, eps)
 
 
 @as_torch(F.layer_norm, _C.quick.layer_norm)

@@ -83,6 +83,18 @@ def test_instance_norm_is_torch_s(axes: int, statistics: bool, training: bool) -
     torch.testing.assert_close(norm(unbatched), twin(norm)(unbatched))
 
 
+@pytest.mark.parametrize("learns", [False, True])
+def test_instance_norm_by_given_statistics_is_contiguous_as_torch_s(learns: bool) -> None:
+    norm = settled(layers.FreezableInstanceNorm2d(6, affine=True, track_running_stats=True)).eval()
+    norm.weight.requires_grad_(False)
+    norm.bias.requires_grad_(learns)
+    x = torch.randn(2, 6, 5, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
+    y, expected = norm(x), twin(norm)(x)
+    assert y.stride() == expected.stride() == (120, 20, 4, 1)
+    dy = torch.ones_like(x)
+    assert grad(y, x, dy)[0].stride() == grad(expected, x, dy)[0].stride()
+
+
 @pytest.mark.parametrize(
     "kind", ["no affine", "no statistics", "cumulative", "channels_last", "float64", "bfloat16", "mixed"]
 )
