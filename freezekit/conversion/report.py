@@ -11,6 +11,7 @@ from freezekit._arguments import check_module
 from freezekit._inputs import arguments
 from freezekit.conversion.calls import functional_calls
 from freezekit.conversion.swap import SWAPS, reason_to_leave, stock_base
+from freezekit.fusion.identity import classes_read
 
 _ENABLE = "freezekit.enable() reaches the operators that it calls"
 # Layers that call operators of those kinds.
@@ -59,6 +60,7 @@ def conversion_report(model: nn.Module, inputs: Any = None) -> list[LayerReport]
     """
     check_module(model)
     rows = []
+    looked_at = classes_read(model)
     for name, module in model.named_modules():
         base = stock_base(module)
         layer = type(module).__name__
@@ -67,7 +69,7 @@ def conversion_report(model: nn.Module, inputs: Any = None) -> list[LayerReport]
                 rows.append(LayerReport(name, layer, "left alone", reason))
         elif isinstance(module, SWAPS[base]):
             rows.append(LayerReport(name, layer, "freezekit", _what_it_still_keeps(module)))
-        elif reason := reason_to_leave(module, base):
+        elif reason := looked_at.get(id(module)) or reason_to_leave(module, base):
             rows.append(LayerReport(name, layer, "left alone", f"{reason}; {_ENABLE}"))
         else:
             rows.append(LayerReport(name, layer, "stock"))

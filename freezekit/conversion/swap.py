@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -12,8 +14,12 @@ from freezekit import nn as layers
 from freezekit._arguments import check_module
 from freezekit.freezing.patterns import PatternError, flat, named_modules, shown
 from freezekit.fusion.classes import plan_of, unfuse_module
+from freezekit.fusion.identity import classes_read
 
 Model = TypeVar("Model", bound=nn.Module)
+# What a layer of torch.nn computes is written in these, and freezekit's layers stand for that.
+_METHODS = ("forward", "_conv_forward", "_apply_instance_norm")
+_TORCH = os.path.dirname(torch.__file__) + os.sep
 Only = str | type[nn.Module] | nn.Module | Iterable[str | type[nn.Module] | nn.Module]
 
 
@@ -34,7 +40,9 @@ def convert(model: Model, *, only: Only | None = None) -> Model:
     Hardtanh, SiLU, GELU, Hardswish, Mish, Dropout, max pools, average pools, reflection and replication pads (see
     `freezekit.nn`) keep what they are: parameters, buffers, hooks, names, parametrizations, shared modules and
     attributes stay the same objects, only the class changes. Subclasses of users, and modules with a `forward` or
-    `_conv_forward` of their own, are left alone; `conversion_report` lists them.
+    `_conv_forward` of their own, are left alone, and so are layers within a module whose forward asks for exact classes
+    (``type(layer) is nn.ReLU``) and those whose class in torch.nn was given another forward; `conversion_report` lists
+    them. A forward that torch's class is given later is not seen.
 
     Args:
         model: any module; a single layer too.
@@ -57,9 +65,10 @@ def convert(model: Model, *, only: Only | None = None) -> Model:
       (1): ReLU()
     )
     """
+    looked_at = classes_read(model)
     for module in _selected(model, only):
         base = stock_base(module)
-        if base is None or isinstance(module, SWAPS[base]) or reason_to_leave(module, base):
+        if base is None or isinstance(module, SWAPS[base]) or id(module) in looked_at or reason_to_leave(module, base):
             continue
         _become(module, SWAPS[base])
     return model
@@ -102,10 +111,16 @@ def reason_to_leave(module: nn.Module, base: type[nn.Module]) -> str:
     own = [name for name in ("forward", "_conv_forward") if name in module.__dict__]
     if own:
         return f"this instance has its own {own[0]}"
+    if replaced := next((name for name in _METHODS if not _is_torchs(getattr(base, name, None))), ""):
+        return f"{base.__name__} has another {replaced} than torch gave it"
     if type(module) is base or _is_parametrized_only(module, base):
         return ""
     kind = type(module)
     return f"{kind.__module__}.{kind.__qualname__} is a subclass of {base.__name__} with behaviour of its own"
+
+
+def _is_torchs(method: Any) -> bool:
+    return method is None or method.__code__.co_filename.startswith(_TORCH)
 
 
 def _is_parametrized_only(module: nn.Module, base: type[nn.Module]) -> bool:

@@ -9,6 +9,7 @@ from torch import nn
 
 from freezekit._arguments import check_module
 from freezekit.fusion.classes import fuse_module, is_ours, original_class, plan_of, unfuse_module
+from freezekit.fusion.identity import classes_read
 from freezekit.fusion.plan import make_plan
 from freezekit.fusion.report import BlockReport, fusion_report
 
@@ -51,10 +52,14 @@ def fuse(model: Model) -> Model:
     'FreezekitFrozenConv2dBackward'
     """
     check_module(model)
+    looked_at = classes_read(model)
     for module in list(model.modules()):
         if not _may_rewrite(module):
             if "forward" in module.__dict__:
                 unfuse_module(module)  # it was given that since
+            continue
+        if id(module) in looked_at:
+            unfuse_module(module)
             continue
         plan = make_plan(module, original_class(module))
         if plan.blocks:

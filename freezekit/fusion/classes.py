@@ -15,7 +15,7 @@ from operator import methodcaller
 from types import FunctionType
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from freezekit.fusion.plan import FusionPlan
 from freezekit.fusion.sequences import ORIGINAL, original_class
@@ -55,7 +55,7 @@ def _subclass(kind: type[nn.Module], plan: FusionPlan) -> type[nn.Module]:
     def deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
         return _deepcopy(self, kind, memo)
 
-    body = {
+    body: dict[str, Any] = {
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
         "__doc__": kind.__doc__,
@@ -64,8 +64,16 @@ def _subclass(kind: type[nn.Module], plan: FusionPlan) -> type[nn.Module]:
         ORIGINAL: kind,
         _PLAN: plan,
     }
+    if issubclass(kind, fx.GraphModule):
+        body["recompile"] = _recompile
     methods = {name: _method(kind, name, *pair) for name, pair in plan.methods.items()}
     return type(kind)(kind.__name__, (kind,), body | methods)  # type: ignore[misc]
+
+
+def _recompile(self: fx.GraphModule) -> Any:
+    """Writes a graph's forward anew, which torch does by giving it to the module's class."""
+    unfuse_module(self)
+    return self.recompile()
 
 
 def _method(kind: type[nn.Module], name: str, own: FunctionType, made: FunctionType) -> Callable[..., Any]:

@@ -8,6 +8,7 @@ from torch import nn
 
 from freezekit._arguments import check_module
 from freezekit.fusion.classes import original_class, plan_of
+from freezekit.fusion.identity import classes_read
 from freezekit.fusion.layers import activation_kind, why_unfused
 from freezekit.fusion.plan import BlockNames, make_plan
 
@@ -63,13 +64,14 @@ def fusion_report(model: nn.Module) -> list[BlockReport]:
     rows: list[BlockReport] = []
     placed: set[str] = set()
     reasons: dict[str, str] = {}
+    looked_at = classes_read(model)
     inside: set[str] = set()  # sequences that a module around them runs the layers of
     for name, module in model.named_modules():
         plan = plan_of(module)
         if name in inside:
             continue
         if plan is None or "forward" in module.__dict__:
-            reasons[name] = _why_not_rewritten(module)
+            reasons[name] = looked_at.get(id(module)) or _why_not_rewritten(module)
             continue
         inside.update(f"{name}.{path}" if name else path for path in plan.sequences)
         for names in plan.blocks:

@@ -42,6 +42,18 @@ def read(function: Any) -> Source:
         raise Unreadable(f"its forward is a {type(function).__name__}, not a function")
     if hasattr(function, "__wrapped__"):
         raise Unreadable("its forward is wrapped by a decorator")
+    tree = parsed(function)
+    if reason := _why_not(tree):
+        raise Unreadable(reason)
+    return Source(function, tree)
+
+
+def parsed(function: FunctionType) -> ast.FunctionDef:
+    """The tree of a function's definition, whatever it does.
+
+    Raises:
+        Unreadable: with the reason.
+    """
     code = function.__code__
     trees, codes = _file("".join(linecache.getlines(code.co_filename, function.__globals__)), code.co_filename)
     place = code.co_firstlineno, code.co_name
@@ -49,9 +61,7 @@ def read(function: Any) -> Source:
         raise Unreadable("the source of its forward cannot be read")
     if not _same(codes[place], code):
         raise Unreadable("the source of its forward is not what runs")
-    if reason := _why_not(trees[place]):
-        raise Unreadable(reason)
-    return Source(function, trees[place])
+    return trees[place]
 
 
 @lru_cache(maxsize=64)
