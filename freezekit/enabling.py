@@ -23,23 +23,37 @@ from freezekit import _C
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _TAG = "+freezekit"
+_BITS = {None: 0, "int8": 8, "int4": 4}
 _AUTOGRAD = (DispatchKey.AutogradCPU, DispatchKey.AutogradCUDA, DispatchKey.AutogradMeta)
 
 _lock = threading.RLock()
 # A child forked while another thread switches would wait for it for ever.
 if hasattr(os, "register_at_fork"):  # a system that has fork
     os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
-_depth = 0
+# What each enable() and each block that is on asked for, and the block; the last one rules.
+_asked: list[tuple[enabled | None, str | None]] = []
 _warned: set[str] = set()
 _watching = threading.local()
 
 
-def enable() -> None:
+def enable(precision: str | None = None) -> None:
     """From here on, torch's own operators keep for backward only what the requested gradients read, process-wide.
 
     The model stays as it is: classes, names, pickles and graphs are torch's. Every call in which freezekit
     saves nothing goes to torch's kernel as before. The switch holds in all threads of the process. Each `enable` needs
     a `disable`; calls may be nested. A backward pass needs no switch, unless a checkpoint recomputes its forward.
+
+    Args:
+        precision: None, the default, gives stock's gradients. "int8" and "int4" are lossy: SiLU, GELU, Mish, Hardswish,
+            Softplus and ELU on a CPU, in float32, bfloat16 and float16, keep their derivative in 8 or 4 bits where no
+            other tensor serves and their input would be kept. Results stay stock's. Element by element, a gradient
+            through one differs from stock's by a bounded multiple of the incoming one, 0.0025 for GELU and "int8",
+            0.046 for "int4": the table in docs/enable.md has all bounds. It has no derivative itself:
+            such a backward pass under ``create_graph`` raises NotImplementedError. Of nested calls the last one that is
+            still on rules, for the whole process.
+
+    Raises:
+        TypeError, ValueError: if `precision` is none of these.
 
     Warns:
         UserWarning: once for each operator that another library has overridden: its kernels stay in place there.
@@ -50,17 +64,7 @@ def enable() -> None:
     True
     >>> fk.disable()
     """
-    global _depth
-    with _lock:
-        if not _depth:
-            others = [name for name in _C.enable.on() if name not in _warned]
-            _switched(True)
-            try:
-                _warn_of(others)
-            except UserWarning:  # the user has made it an error
-                _off()
-                raise
-        _depth += 1
+    _enable(None, precision)
 
 
 def disable() -> None:
@@ -69,13 +73,7 @@ def disable() -> None:
     Raises:
         RuntimeError: if freezekit is not enabled.
     """
-    global _depth
-    with _lock:
-        if not _depth:
-            raise RuntimeError("freezekit is not enabled: disable() needs an enable() before it")
-        _depth -= 1
-        if not _depth:
-            _off()
+    _disable(None)
 
 
 def is_enabled() -> bool:
@@ -86,13 +84,64 @@ def is_enabled() -> bool:
     ...     fk.is_enabled()
     True
     """
-    return _depth > 0
+    return bool(_asked)
+
+
+def precision() -> str | None:
+    """What derivatives of activations are kept in: None, which is exact, "int8" or "int4".
+
+    >>> from freezekit.enabling import enabled, precision
+    >>> with enabled("int8"):
+    ...     precision()
+    'int8'
+    """
+    asked = _asked[-1:]
+    return asked[0][1] if asked else None
+
+
+def _check_precision(precision: object) -> None:
+    if precision is not None and not isinstance(precision, str):
+        raise TypeError(f"precision must be None, 'int8' or 'int4', got {precision!r}")
+    if precision not in _BITS:
+        raise ValueError(f"precision must be None, 'int8' or 'int4', got {precision!r}")
+
+
+def _enable(owner: enabled | None, precision: str | None) -> None:
+    _check_precision(precision)
+    with _lock:
+        if not _asked:
+            others = [name for name in _C.enable.on() if name not in _warned]
+            _switched(True)
+            try:
+                _warn_of(others)
+            except UserWarning:  # the user has made it an error
+                _off()
+                raise
+        _asked.append((owner, precision))
+        _C.enable.set_bits(_BITS[precision])
+
+
+def _disable(owner: enabled | None) -> None:
+    """Ends the owner's last call, where there is one: blocks of several threads need not end in turn."""
+    with _lock:
+        if not _asked:
+            raise RuntimeError("freezekit is not enabled: disable() needs an enable() before it")
+        owners = [entry[0] for entry in _asked]
+        own = [i for i, other in enumerate(owners) if other is owner]
+        del _asked[own[-1] if own else -1]
+        _C.enable.set_bits(_BITS[precision()])
+        if not _asked:
+            _off()
 
 
 class enabled(ContextDecorator):
     """`enable` for a block, or, as a decorator, for the calls of a function.
 
+    Args:
+        precision: as for :func:`enable`.
+
     Raises:
+        TypeError, ValueError: if `precision` is none that `enable` knows.
         TypeError: as a decorator of a class, or of a generator or coroutine function, whose body runs after the call
             has ended.
 
@@ -104,12 +153,16 @@ class enabled(ContextDecorator):
     >>> y.sum().backward()
     """
 
+    def __init__(self, precision: str | None = None) -> None:
+        _check_precision(precision)
+        self.precision = precision
+
     def __enter__(self) -> enabled:
-        enable()
+        _enable(self, self.precision)
         return self
 
     def __exit__(self, *error: object) -> None:
-        disable()
+        _disable(self)
 
     def __call__(self, function: Function) -> Function:
         if isinstance(function, type) or not callable(function):
@@ -158,7 +211,7 @@ def _warn_of(others: list[str]) -> None:
     warnings.warn(
         f"another library has overridden {', '.join(others)} of torch's operators: its kernels stay in place, and "
         "freezekit saves nothing there",
-        stacklevel=3,
+        stacklevel=4,
     )
     _warned.update(others)
 

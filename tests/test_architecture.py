@@ -36,7 +36,8 @@ MADE_OF = {
     "frozen_conv2d": {"bits"},
     "max_pool2d": {"bits"},
     "max_pool3d": {"max_pool2d"},
-    "enable": {"bits", "chains", "conv2d", "conv_nd", "linear_layers", "max_pool2d", "max_pool3d", "norm"},
+    "enable": {"bits", "chains", "conv2d", "conv_nd", "linear_layers", "lossy", "max_pool2d", "max_pool3d", "norm"},
+    "lossy": {"bits"},
 }
 # csrc/kernels: a family uses what all share, in the folder above, and its own; Hopper's tiles end as sm_80's do.
 KERNELS_OF = {"hopper": {"gemm_sm80"}}

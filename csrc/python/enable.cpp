@@ -6,6 +6,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include "python/bindings.h"
+#include "torch/lossy/lossy.h"
 
 namespace freezekit {
 namespace {
@@ -34,6 +35,9 @@ void bind_enable(py::module_& parent) {
   m.def("off", enable::disable, "Takes the kernels out again.");
   m.def("set_watched", enable::set_watched, py::arg("watched"),
         "Whether this thread's dispatch modes are freezekit's own, which want to see what freezekit does.");
+  m.def("set_bits", lossy::set_bits, py::arg("bits"),
+        "In how many bits derivatives of activations are kept, 8 or 4; 0 leaves all of them exact.");
+  m.def("is_lossy", lossy::is_shown, "Whether a hook on saved tensors is given a derivative in few bits.");
   m.def("operators", enable::operators, "The operators of aten that have a stand-in.");
 }
 

@@ -48,12 +48,13 @@ class Kept:
     """One storage that autograd keeps for backward.
 
     nbytes: its bytes; holds: the calls that hold it, first one first, each as often as it does; chained: those whose
-    operand is made again from it.
+    operand is made again from it; lossy: whether it holds derivatives in few bits.
     """
 
     nbytes: int
     holds: list[int] = field(default_factory=list)
     chained: list[int] = field(default_factory=list)
+    lossy: bool = False
 
     @property
     def holders(self) -> list[int]:

@@ -39,6 +39,8 @@ class Row:
         fprop, dgrad, wgrad, db: whether a training step runs it now.
         bytes_kept: for backward, by this row first.
         bytes_shared: kept by an earlier row, which this one holds too.
+        lossy: whether it keeps derivatives in few bits, as `enable` is asked to with a precision: gradients through it
+            differ from stock's.
         made_from: of a row whose operand is made again in backward, the rows that keep what it is made from (see
             "Chains" in docs/enable.md).
         kernel: what computes it, and why; of a layer of freezekit's that is torch's own in this call, what makes it so;
@@ -57,6 +59,7 @@ class Row:
     db: bool
     bytes_kept: int
     bytes_shared: int
+    lossy: bool
     made_from: tuple[str, ...]
     kernel: str
     advice: str
@@ -126,6 +129,7 @@ class Explanation(Shown):
         for row in self.rows:
             shape = "x".join(map(str, row.outputs))
             kept, shared = (bytes_text(n) if n else "" for n in (row.bytes_kept, row.bytes_shared))
+            kept += "\nlossy" if row.lossy else ""
             shared = "\n".join([*filter(None, [shared]), *(f"made from {name}" for name in row.made_from)])
             flops = flops_text(row.flops) if row.flops else ""
             table.add_row(row.name, row.layer, shape, flops, _runs(row), kept, shared, row.kernel, row.advice)
@@ -237,6 +241,7 @@ def _row(advisor: Advisor, traced: Trace, index: int, call: Call, key: Key, held
         db=call.learns("bias"),
         bytes_kept=held.first,
         bytes_shared=held.shared,
+        lossy=any(kept.lossy and kept.holders[0] == index for kept in traced.kept),
         made_from=tuple(dict.fromkeys(_title(calls[first]) for first in _sources(traced, index) if first != index)),
         kernel=kernels_of(call, traced.has_device),
         advice=advisor.advise(call, key, held),

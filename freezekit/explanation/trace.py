@@ -157,7 +157,7 @@ class Recorder:
                 self.kept[key].chained.append(index)
             elif key not in self._not_counted:
                 if key not in self.kept:
-                    self.kept[key] = Kept(storage.nbytes())
+                    self.kept[key] = Kept(storage.nbytes(), lossy=_C.enable.is_lossy())
                     self._alive.append(storage)  # so that no other storage takes its address
                 self.kept[key].holds.append(index)
 

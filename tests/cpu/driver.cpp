@@ -3,6 +3,7 @@
 #include "cpu/gate.h"
 #include "cpu/max_pool.h"
 #include "cpu/relu_avx512.h"
+#include "cpu/smooth.h"
 
 using namespace freezekit::cpu;
 
@@ -55,7 +56,46 @@ void pool(const void* x, void* y, uint8_t* taps, const Pooling3d& g, int64_t cha
   }
 }
 
+template <class T, class Rule>
+void encode_by(int bits, const T* x, uint8_t* codes, int64_t numel, Rule rule) {
+  const CodeGrid grid = CodeGrid::of(bits, 1, Rule::kBelow, Rule::kAbove);
+  const int64_t blocks = (numel + kCodeBlock - 1) / kCodeBlock;
+  if (bits == 8) encode_blocks<8>(x, codes, numel, 0, blocks, rule, grid);
+  if (bits == 4) encode_blocks<4>(x, codes, numel, 0, blocks, rule, grid);
+}
+
+template <class T>
+void encode_all(int kind, int bits, const void* from, uint8_t* codes, int64_t numel) {
+  const T* const x = static_cast<const T*>(from);
+  if (kind == 0) encode_by(bits, x, codes, numel, Silu{});
+  if (kind == 1) encode_by(bits, x, codes, numel, Gelu{});
+  if (kind == 2) encode_by(bits, x, codes, numel, GeluTanh{});
+  if (kind == 3) encode_by(bits, x, codes, numel, Mish{});
+  if (kind == 4) encode_by(bits, x, codes, numel, Hardswish{});
+  if (kind == 5) encode_by(bits, x, codes, numel, Softplus{1, 20});
+}
+
+// Of SiLU's codes.
+template <class T>
+void decode_all(int bits, const void* dy, const uint8_t* codes, void* dx, int64_t numel) {
+  const CodeGrid grid = CodeGrid::of(bits, 1, Silu::kBelow, Silu::kAbove);
+  const int64_t blocks = (numel + kCodeBlock - 1) / kCodeBlock;
+  const T* const from = static_cast<const T*>(dy);
+  if (bits == 8) decode_blocks<8>(from, codes, static_cast<T*>(dx), numel, 0, blocks, grid);
+  if (bits == 4) decode_blocks<4>(from, codes, static_cast<T*>(dx), numel, 0, blocks, grid);
+}
+
 }  // namespace
+
+EXPORT void driver_encode(int dtype, int kind, int bits, const void* x, uint8_t* codes, int64_t numel) {
+  const auto f = dtype == 0 ? encode_all<float> : dtype == 2 ? encode_all<Float16> : encode_all<BFloat16>;
+  f(kind, bits, x, codes, numel);
+}
+
+EXPORT void driver_decode(int dtype, int bits, const void* dy, const uint8_t* codes, void* dx, int64_t numel) {
+  const auto f = dtype == 0 ? decode_all<float> : dtype == 2 ? decode_all<Float16> : decode_all<BFloat16>;
+  f(bits, dy, codes, dx, numel);
+}
 
 // dtype as in csrc/core/problem.h: f32, f64, f16, bf16.
 EXPORT void driver_gate(int dtype, int kind, const void* x, void* y, uint32_t* bits, int64_t numel, double a,

@@ -1,4 +1,7 @@
-"""csrc/cpu compiled for each instruction set that the package has clones for: every one gives the same bits."""
+"""csrc/cpu compiled for each instruction set that the package has clones for: every one gives the same bits.
+
+Of codes, which arithmetic with and without fused steps may round to neighbours, every one is within the bound.
+"""
 
 from __future__ import annotations
 
@@ -175,3 +178,66 @@ def test_pooled_pixels_are_those_of_torch(target: str, channels: int, dtype: tor
         rows = torch.arange(p)[:, None, None] * stride - padding + tap // kernel * dilation
         columns = torch.arange(q)[None, :, None] * stride - padding + tap % kernel * dilation
         assert torch.equal(rows * 11 + columns, indices[0].permute(1, 2, 0))
+
+
+SMOOTH = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "mish": F.mish,
+    "hardswish": F.hardswish,
+    "softplus": F.softplus,
+}
+# Of 8 and 4 bits: codes in a unit, and that of 0.
+SMOOTH_GRIDS = {
+    "silu": ((212, 21), (12, 1)),
+    "gelu": ((202, 26), (11, 1)),
+    "gelu_tanh": ((202, 26), (11, 1)),
+    "mish": ((211, 24), (12, 1)),
+    "hardswish": ((127, 63), (7, 3)),
+    "softplus": ((254, 0), (14, 0)),
+}
+
+
+def unpacked(codes: Tensor, bits: int, numel: int) -> Tensor:
+    """One code for each element."""
+    if bits == 8:
+        return codes
+    blocks = [codes[i : i + 32] for i in range(0, codes.numel(), 32)]
+    return torch.cat([codes[:0], *(torch.cat([block & 15, block >> 4]) for block in blocks)])[:numel]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", SMOOTH)
+@pytest.mark.parametrize("target", TARGETS)
+def test_codes_are_the_nearest(target: str, name: str, dtype: torch.dtype) -> None:
+    for numel in NUMELS:
+        x = (torch.randn(numel, generator=torch.Generator().manual_seed(numel)) * 3).to(dtype)
+        leaf = x.double().requires_grad_()
+        (derivative,) = torch.autograd.grad(SMOOTH[name](leaf).sum(), leaf)
+        x[::17] = float("nan")
+        for bits, (unit, zero) in zip((8, 4), SMOOTH_GRIDS[name], strict=True):
+            codes = torch.full(((numel * bits + 7) // 8,), 0, dtype=torch.uint8)
+            library(target).driver_encode(
+                DTYPES[dtype], list(SMOOTH).index(name), bits, pointer(x), pointer(codes), ctypes.c_int64(numel)
+            )
+            single = unpacked(codes, bits, numel)
+            assert torch.equal(single == 2**bits - 1, x.isnan())
+            far = ((single.double() - zero) / unit - derivative).abs()[~x.isnan()]
+            assert bool((far <= 0.5 / unit + 2e-6).all())
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("target", TARGETS)
+def test_codes_are_applied_to_the_bit(target: str, dtype: torch.dtype, bits: int) -> None:
+    unit, zero = SMOOTH_GRIDS["silu"][0 if bits == 8 else 1]
+    for numel in NUMELS:
+        dy, dx = values(numel, dtype), torch.full((numel,), 7.0, dtype=dtype)
+        codes = torch.randint(0, 256, ((numel * bits + 7) // 8,), dtype=torch.uint8)
+        library(target).driver_decode(
+            DTYPES[dtype], bits, pointer(dy), pointer(codes), pointer(dx), ctypes.c_int64(numel)
+        )
+        single = unpacked(codes, bits, numel)
+        derivative = torch.where(single == 2**bits - 1, float("nan"), (single.float() - zero) / unit)
+        assert_identical(dx, (dy.float() * derivative).to(dtype))

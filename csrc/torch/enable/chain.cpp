@@ -1,10 +1,16 @@
-// Activations and products whose operand can be computed again from what the graph keeps anyway.
+// Activations and products whose operand can be computed again from what the graph keeps anyway, and activations that keep
+// a rounded derivative instead, where that is asked for.
 #include "torch/enable/chain.h"
 
+#include <ATen/SavedTensorHooks.h>
 #include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <type_traits>
 
 #include "torch/enable/call.h"
 #include "torch/enable/operator.h"
+#include "torch/lossy/lossy.h"
 
 namespace freezekit::enable {
 namespace {
@@ -25,12 +31,48 @@ extern Operator<Tensor(const Tensor&, const Tensor&, const Scalar&)> torch_add;
 extern Operator<Tensor(const Tensor&, const Scalar&)> torch_pow;
 extern Operator<Tensor(const Tensor&, const Tensor&, int64_t)> torch_mse_loss;
 
-// `x` may be the result as well.
+// Where hooks of others see what is saved, they see codes, and recipes are not for them. A node for a view that was
+// written to is made anew when it is asked for, and one that retains its gradient has what is not ours to move.
+bool may_be_taken_up(const Tensor& x, bool in_place) {
+  const bool is_seen = at::SavedTensorDefaultHooks::get_hooks() && !detail::is_watched_here();
+  return !is_seen && !(in_place && (x.is_view() || x.retains_grad()));
+}
+
+// Torch's operator with a lossy node, of a call in place or not.
 template <class Op, class X, class... Rest>
-decltype(auto) activation(const Op& op, DispatchKeySet keys, X& x, Rest... rest) {
+decltype(auto) lossily(const Op& op, DispatchKeySet keys, X& x, const lossy::Activation& f, int bits, Rest... rest) {
+  constexpr bool in_place = !std::is_const_v<X>;
+  if (may_be_taken_up(x, in_place)) {
+    Tensor y = lossy::record_beside(x, f, bits, [&]() -> Tensor {
+      const chain::Unseen unseen;
+      return op.stock(keys, x, rest...);
+    });
+    if constexpr (in_place) {
+      return (x);
+    } else {
+      return y;
+    }
+  }
+  if constexpr (!in_place) {
+    return lossy::record(x, f, bits, [&] { return op.forward(keys, x, rest...); });
+  } else {
+    lossy::record_(x, f, bits, [&] { op.unrecorded(keys, x, rest...); });
+    return (x);
+  }
+}
+
+// `x` may be the result as well. `f`: what it is to lossy.h, if that knows it.
+template <class Op, class X, class... Rest>
+decltype(auto) activation(const Op& op, DispatchKeySet keys, X& x, const std::optional<lossy::Activation>& f,
+                          Rest... rest) {
   if (is_unrecorded(x)) return op.unrecorded(keys, x, rest...);
+  lossy::let_go();
   const RecipePtr recipe = recipe_for(x, Maker::norm);
-  if (!recipe) return op.stock(keys, x, rest...);
+  if (!recipe) {
+    const int bits = lossy::bits();
+    const bool is_lossy = bits != 0 && f && serves(Value::ours, x) && lossy::gains(x, *f, bits);
+    return is_lossy ? lossily(op, keys, x, *f, bits, rest...) : op.stock(keys, x, rest...);
+  }
   decltype(auto) y = [&]() -> decltype(auto) {
     const chain::Unseen unseen;
     return op.stock(keys, x, rest...);
@@ -39,24 +81,47 @@ decltype(auto) activation(const Op& op, DispatchKeySet keys, X& x, Rest... rest)
   return y;
 }
 
-Tensor silu(DispatchKeySet keys, const Tensor& x) { return activation(torch_silu, keys, x); }
-Tensor& silu_(DispatchKeySet keys, Tensor& x) { return activation(torch_silu_inplace, keys, x); }
-Tensor hardswish(DispatchKeySet keys, const Tensor& x) { return activation(torch_hardswish, keys, x); }
-Tensor& hardswish_(DispatchKeySet keys, Tensor& x) { return activation(torch_hardswish_inplace, keys, x); }
-Tensor mish(DispatchKeySet keys, const Tensor& x) { return activation(torch_mish, keys, x); }
-Tensor& mish_(DispatchKeySet keys, Tensor& x) { return activation(torch_mish_inplace, keys, x); }
+using lossy::Kind;
+
+std::optional<lossy::Activation> only(Kind kind) { return lossy::Activation{kind}; }
+
+std::optional<lossy::Activation> gelu_by(std::string_view approximate) {
+  if (approximate == "none") return only(Kind::gelu);
+  return approximate == "tanh" ? only(Kind::gelu_tanh) : std::nullopt;
+}
+
+std::optional<double> number(const Scalar& scalar) {
+  const bool is_number = !scalar.isSymbolic() && (scalar.isFloatingPoint() || scalar.isIntegral(/*includeBool=*/false));
+  return is_number ? std::optional(scalar.toDouble()) : std::nullopt;
+}
+
+std::optional<lossy::Activation> with(Kind kind, const Scalar& a, const Scalar& b, const Scalar& c = 0) {
+  const auto x = number(a), y = number(b), z = number(c);
+  return x && y && z ? std::optional(lossy::Activation{kind, *x, *y, *z}) : std::nullopt;
+}
+
+Tensor silu(DispatchKeySet keys, const Tensor& x) { return activation(torch_silu, keys, x, only(Kind::silu)); }
+Tensor& silu_(DispatchKeySet keys, Tensor& x) { return activation(torch_silu_inplace, keys, x, only(Kind::silu)); }
+Tensor hardswish(DispatchKeySet keys, const Tensor& x) {
+  return activation(torch_hardswish, keys, x, only(Kind::hardswish));
+}
+Tensor& hardswish_(DispatchKeySet keys, Tensor& x) {
+  return activation(torch_hardswish_inplace, keys, x, only(Kind::hardswish));
+}
+Tensor mish(DispatchKeySet keys, const Tensor& x) { return activation(torch_mish, keys, x, only(Kind::mish)); }
+Tensor& mish_(DispatchKeySet keys, Tensor& x) { return activation(torch_mish_inplace, keys, x, only(Kind::mish)); }
 Tensor gelu(DispatchKeySet keys, const Tensor& x, std::string_view approximate) {
-  return activation(torch_gelu, keys, x, approximate);
+  return activation(torch_gelu, keys, x, gelu_by(approximate), approximate);
 }
 Tensor& gelu_(DispatchKeySet keys, Tensor& x, std::string_view approximate) {
-  return activation(torch_gelu_inplace, keys, x, approximate);
+  return activation(torch_gelu_inplace, keys, x, gelu_by(approximate), approximate);
 }
 
 Tensor elu(DispatchKeySet keys, const Tensor& x, const Scalar& alpha, const Scalar& scale, const Scalar& input_scale) {
-  return activation(torch_elu, keys, x, alpha, scale, input_scale);
+  return activation(torch_elu, keys, x, with(Kind::elu, alpha, scale, input_scale), alpha, scale, input_scale);
 }
 Tensor softplus(DispatchKeySet keys, const Tensor& x, const Scalar& beta, const Scalar& threshold) {
-  return activation(torch_softplus, keys, x, beta, threshold);
+  return activation(torch_softplus, keys, x, with(Kind::softplus, beta, threshold), beta, threshold);
 }
 
 RecipePtr recipe_of_any(const Tensor& value) {
@@ -80,6 +145,7 @@ Tensor of_two(const Op& op, DispatchKeySet keys, const Tensor& a, const RecipePt
 // A factor is kept for the other's gradient. As in x * sigmoid(x), one may be a formula of the other.
 Tensor mul(DispatchKeySet keys, const Tensor& a, const Tensor& b) {
   if (is_unrecorded(a, b)) return torch_mul.unrecorded(keys, a, b);
+  lossy::let_go();
   if (!a.requires_grad() || !b.requires_grad()) return torch_mul.stock(keys, a, b);
   RecipePtr of_a = recipe_for(a, Maker::activation), of_b = recipe_for(b, Maker::activation);
   const auto formula = [](const Tensor& factor, const Tensor& other, const RecipePtr& of_other) {
@@ -93,6 +159,7 @@ Tensor mul(DispatchKeySet keys, const Tensor& a, const Tensor& b) {
 // Keeps nothing; but x * (1 + tanh(x)) is a formula of x as long as the number is known.
 Tensor add(DispatchKeySet keys, const Tensor& a, const Tensor& b, const Scalar& alpha) {
   if (is_unrecorded(a, b)) return torch_add.unrecorded(keys, a, b, alpha);
+  lossy::let_go();
   const Tensor y = torch_add.stock(keys, a, b, alpha);
   if (b.unsafeGetTensorImpl()->is_wrapped_number() && a.device().is_cpu() && serves(Value::ours, a)) {
     chain::note_number(y, b);
@@ -140,7 +207,9 @@ Operator<Tensor(const Tensor&, const Tensor&, int64_t)> torch_mse_loss("mse_loss
 // A recipe is tried on the value, which on a GPU would have to be waited for. Compilers have chains of their own.
 RecipePtr recipe_for(const Tensor& value, Maker maker, const Tensor& beside) {
   const bool may_have = value.device().is_cpu() && chain::has_maker(value, maker) && serves(Value::ours, value);
-  return may_have ? chain::recipe_for(value, maker, detail::is_watched_here(), beside) : nullptr;
+  const RecipePtr recipe = may_have ? chain::recipe_for(value, maker, detail::is_watched_here(), beside) : RecipePtr();
+  if (recipe && maker == Maker::activation) lossy::take_up(value);
+  return recipe;
 }
 
 void note_group_norm(const Tensor& result, const Tensor& bias, double eps) {

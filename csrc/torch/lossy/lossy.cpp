@@ -1,0 +1,395 @@
+#include "torch/lossy/lossy.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/SavedTensorHooks.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/where.h>
+#include <c10/util/ScopeExit.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
+#include <torch/csrc/autograd/saved_variable.h>
+
+#include <atomic>
+#include <limits>
+#include <memory>
+#include <mutex>
+
+#include "cpu/simd.h"
+#include "cpu/smooth.h"
+#include "torch/autograd/formula.h"
+#include "torch/autograd/instead.h"
+#include "torch/backends/cpu_formats.h"
+#include "torch/backends/proof.h"
+#include "torch/bits/gate.h"
+#include "torch/common/layout.h"
+#include "torch/common/unseen.h"
+
+namespace freezekit::lossy {
+namespace {
+
+using cpu::CodeGrid;
+
+constexpr int64_t kBlocksPerTask = 512;  // 32768 elements, as torch cuts elementwise work
+constexpr int64_t kFewElements = 1024;   // a node of its own weighs as much as codes save
+// Of ELU: how much steeper it may be left of 0 than right of it. The step grows with that.
+constexpr double kMostAbove = 1;
+
+std::atomic<int> bits_ = 0;
+thread_local bool is_shown_ = false, is_let_go_ = false;
+
+// Where an ELU is monotonic and its derivative lies between 0 and a few times `scale`.
+bool has_range(const Activation& f) {
+  if (f.kind == Kind::softplus) return f.a > 0 && std::isfinite(f.a) && f.b == f.b;
+  if (f.kind != Kind::elu) return true;
+  const double left = f.a * f.c;
+  return f.b > 0 && std::isfinite(f.b) && f.a >= 0 && f.c > 0 && left <= 1 + kMostAbove;
+}
+
+CodeGrid grid_of(const Activation& f, int bits) {
+  const auto of = [bits]<class Rule>(const Rule*) { return CodeGrid::of(bits, 1, Rule::kBelow, Rule::kAbove); };
+  switch (f.kind) {
+    case Kind::silu:
+      return of(static_cast<const cpu::Silu*>(nullptr));
+    case Kind::gelu:
+      return of(static_cast<const cpu::Gelu*>(nullptr));
+    case Kind::gelu_tanh:
+      return of(static_cast<const cpu::GeluTanh*>(nullptr));
+    case Kind::mish:
+      return of(static_cast<const cpu::Mish*>(nullptr));
+    case Kind::hardswish:
+      return of(static_cast<const cpu::Hardswish*>(nullptr));
+    case Kind::softplus:
+      return of(static_cast<const cpu::Softplus*>(nullptr));
+    default:
+      return CodeGrid::of(bits, f.b, 0, std::max(0.0, f.a * f.c - 1));
+  }
+}
+
+template <int kBits, class T, class Rule>
+FK_SIMD_CLONES void encode_task(const T* x, uint8_t* codes, int64_t numel, int64_t first, int64_t last, Rule rule,
+                                CodeGrid grid) {
+  cpu::encode_blocks<kBits>(x, codes, numel, first, last, rule, grid);
+}
+
+template <int kBits, class T>
+FK_SIMD_CLONES void decode_task(const T* dy, const uint8_t* codes, T* dx, int64_t numel, int64_t first, int64_t last,
+                                CodeGrid grid) {
+  cpu::decode_blocks<kBits>(dy, codes, dx, numel, first, last, grid);
+}
+
+template <class F>
+void in_tasks(int64_t numel, const F& task) {
+  at::parallel_for(0, (numel + cpu::kCodeBlock - 1) / cpu::kCodeBlock, kBlocksPerTask, task);
+}
+
+template <class T, class Rule>
+void encode_cpu(const Tensor& x, const Tensor& codes, int bits, Rule rule, const CodeGrid& grid) {
+  const T* const from = x.const_data_ptr<T>();
+  uint8_t* const to = codes.mutable_data_ptr<uint8_t>();
+  const int64_t numel = x.numel();
+  in_tasks(numel, [&](int64_t first, int64_t last) {
+    if (bits == 8) {
+      encode_task<8>(from, to, numel, first, last, rule, grid);
+    } else {
+      encode_task<4>(from, to, numel, first, last, rule, grid);
+    }
+  });
+}
+
+// In the memory order of x, which is dense.
+Tensor encode(const Tensor& x, const Activation& f, int bits, const CodeGrid& grid) {
+  const c10::SymInt count = bits == 8 ? x.sym_numel() : (x.sym_numel() + 1) / 2;
+  const Tensor codes = empty_beside(x, count, at::MemoryFormat::Contiguous, at::kByte);
+  if (x.is_meta() || x.key_set().has(c10::DispatchKey::Python)) return codes;  // no data to look at
+  const auto with = [&](auto rule) {
+    AT_DISPATCH_SWITCH(x.scalar_type(), "freezekit::lossy",
+                       AT_DISPATCH_CASE(at::kFloat, [&] { encode_cpu<scalar_t>(x, codes, bits, rule, grid); })
+                           AT_DISPATCH_CASE(at::kBFloat16, [&] { encode_cpu<scalar_t>(x, codes, bits, rule, grid); })
+                               AT_DISPATCH_CASE(at::kHalf, [&] { encode_cpu<scalar_t>(x, codes, bits, rule, grid); }));
+  };
+  switch (f.kind) {
+    case Kind::silu:
+      with(cpu::Silu{});
+      break;
+    case Kind::gelu:
+      with(cpu::Gelu{});
+      break;
+    case Kind::gelu_tanh:
+      with(cpu::GeluTanh{});
+      break;
+    case Kind::mish:
+      with(cpu::Mish{});
+      break;
+    case Kind::hardswish:
+      with(cpu::Hardswish{});
+      break;
+    case Kind::softplus:
+      with(cpu::Softplus{static_cast<float>(f.a), static_cast<float>(f.b)});
+      break;
+    case Kind::elu:
+      with(cpu::Elu{grid.unit, static_cast<float>(f.a * f.b * f.c), static_cast<float>(f.c)});
+      break;
+  }
+  return codes;
+}
+
+// As a float tensor of the gradient's size.
+Tensor decode_by_aten(const Tensor& codes, int64_t bits, const CodeGrid& grid, SymIntArrayRef size,
+                      SymIntArrayRef stride) {
+  Tensor single = codes;
+  if (bits == 4) {
+    const c10::SymInt numel = c10::multiply_integers(size), blocks = numel / cpu::kCodeBlock;
+    const auto apart = [](const Tensor& packed) {
+      return at::cat({packed.bitwise_and(15), packed.bitwise_right_shift(4)}, -1);
+    };
+    const Tensor whole = codes.narrow_symint(0, 0, blocks * 32).view_symint({blocks, c10::SymInt(32)});
+    const Tensor rest = codes.narrow_symint(0, blocks * 32, codes.sym_size(0) - blocks * 32);
+    single = at::cat({apart(whole).flatten(), apart(rest)}).narrow_symint(0, 0, numel);
+  }
+  const Tensor value = single.to(at::kFloat).sub(grid.zero).div(grid.steps).mul(grid.unit);
+  return at::where(single.eq(grid.last), std::numeric_limits<double>::quiet_NaN(), value)
+      .as_strided_symint(size, stride);
+}
+
+bool has_kernel(const Tensor& grad, const Tensor& codes) {
+  const auto type = grad.scalar_type();
+  return grad.device().is_cpu() && reaches_kernel(grad, codes) &&
+         (type == at::kFloat || type == at::kBFloat16 || type == at::kHalf);
+}
+
+Tensor decode_cpu(const Tensor& grad, const Tensor& codes, int64_t bits, const CodeGrid& grid, IntArrayRef stride) {
+  const auto empty = [&] {
+    return at::Tensor(at::detail::empty_strided_cpu(grad.sizes(), stride, grad.scalar_type()));
+  };
+  const Tensor dx = empty(), dy = is_in_place(grad, stride) ? grad : empty().copy_(grad);
+  const uint8_t* const from = codes.const_data_ptr<uint8_t>();
+  const int64_t numel = dy.numel();
+  const auto run = [&]<class T>(const T* in, T* out) {
+    in_tasks(numel, [&](int64_t first, int64_t last) {
+      if (bits == 8) {
+        decode_task<8>(in, from, out, numel, first, last, grid);
+      } else {
+        decode_task<4>(in, from, out, numel, first, last, grid);
+      }
+    });
+  };
+  AT_DISPATCH_SWITCH(
+      grad.scalar_type(), "freezekit::lossy", AT_DISPATCH_CASE(at::kFloat, [&] {
+        run(dy.const_data_ptr<scalar_t>(), dx.mutable_data_ptr<scalar_t>());
+      }) AT_DISPATCH_CASE(at::kBFloat16, [&] {
+        run(dy.const_data_ptr<scalar_t>(), dx.mutable_data_ptr<scalar_t>());
+      }) AT_DISPATCH_CASE(at::kHalf, [&] { run(dy.const_data_ptr<scalar_t>(), dx.mutable_data_ptr<scalar_t>()); }));
+  return dx;
+}
+
+struct Gradient {
+  SizeVector stride;  // of what was encoded
+  int64_t bits = 8;
+  double unit = 1, steps = 1, zero = 0;
+
+  auto fields() { return std::tie(stride, bits, unit, steps, zero); }
+  Link link() const { return {}; }
+
+  CodeGrid grid() const {
+    return {static_cast<float>(unit), static_cast<float>(steps), static_cast<float>(zero), (1 << bits) - 1};
+  }
+
+  variable_list gradients(const Tensor& grad, Kept kept, const Wanted& wanted) const {
+    if (!wanted[0]) return {Tensor()};
+    const Tensor codes = kept(0);
+    if (has_kernel(grad, codes)) {
+      Operand operand;
+      operand.is_first = false;  // as of all these operators of torch's
+      return {operand.finish(decode_cpu(grad, codes, bits, grid(), C10_AS_INTARRAYREF_SLOW(stride)), grad, stride)};
+    }
+    const Tensor factor = decode_by_aten(codes, bits, grid(), grad.sym_sizes(), stride);
+    return {at::mul(grad, factor).to(grad.scalar_type())};
+  }
+};
+
+// Torch's node for the same call. It has edges while it runs alone: with none of its own, a long graph is freed node by
+// node, as its authors see to, and not by one destructor within the other.
+struct Exact {
+  AnyNodePtr node;
+  bool is_taken = false;  // for good, by a product
+  std::mutex mutex;
+
+  template <class F>
+  auto with(const torch::autograd::edge_list& edges, const F& f) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    node->set_next_edges(torch::autograd::edge_list(edges));
+    const auto without = c10::make_scope_exit([&] { node->set_next_edges({}); });
+    return f(*node);
+  }
+};
+
+class Node : public FormulaNode<Gradient> {
+ public:
+  using FormulaNode::FormulaNode;
+
+  std::shared_ptr<Exact> stand_for(AnyNodePtr torch_s) {
+    set_next_edges(torch::autograd::edge_list(torch_s->next_edges()));
+    torch_s->set_next_edges({});
+    exact_ = std::make_shared<Exact>();
+    exact_->node = std::move(torch_s);
+    return exact_;
+  }
+
+  // The codes, which are kept no more.
+  Tensor take_up() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const Tensor codes = kept_.empty() ? Tensor() : kept_[0].unpack();
+    kept_.clear();
+    const std::lock_guard<std::mutex> exact(exact_->mutex);
+    exact_->is_taken = true;
+    return codes;
+  }
+
+  void release_variables() override {
+    FormulaNode::release_variables();
+    if (!exact_) return;
+    const std::lock_guard<std::mutex> lock(exact_->mutex);
+    if (exact_->node) exact_->node->release_variables();
+  }
+
+  void compiled_args(CompiledNodeArgs& args) const override {
+    args.collect(is_exact());
+    if (!is_exact()) return FormulaNode::compiled_args(args);
+    exact_->with(next_edges(), [&](const torch::autograd::Node& node) { node.compiled_args(args); });
+  }
+
+  variable_list apply_with_saved(const variable_list& grads, SwapSavedVariables& saved) override {
+    if (!is_exact()) return FormulaNode::apply_with_saved(grads, saved);
+    return exact_->with(next_edges(), [&](torch::autograd::Node& node) { return node.apply_with_saved(grads, saved); });
+  }
+
+  variable_list apply(variable_list&& grads) override {
+    if (is_exact()) {
+      return exact_->with(next_edges(), [&](torch::autograd::Node& node) { return node(std::move(grads)); });
+    }
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        !c10::GradMode::is_enabled() || !grads[0].defined(),
+        "this backward pass is to be differentiated (create_graph=True), and an activation keeps "
+        "its derivative in ",
+        formula_.bits,
+        " bits, of which there is none: run its forward pass with precision=None, as in `with "
+        "freezekit.enabled():`");
+    return FormulaNode::apply(std::move(grads));
+  }
+
+ private:
+  bool is_exact() const {
+    if (!exact_) return false;
+    const std::lock_guard<std::mutex> lock(exact_->mutex);
+    return exact_->is_taken;
+  }
+
+  std::shared_ptr<Exact> exact_;  // set before the node has users, and as it is from then on
+};
+
+// The last node of this thread that a product may take up, and its result.
+struct Fresh {
+  std::weak_ptr<Exact> exact;
+  std::optional<c10::weak_intrusive_ptr<c10::TensorImpl>> y;
+};
+thread_local Fresh fresh;
+
+void forget_fresh() {
+  instead = {};
+  const auto exact = std::exchange(fresh, {}).exact.lock();
+  if (!exact) return;
+  AnyNodePtr gone;  // with what it keeps, once the lock is open
+  const std::lock_guard<std::mutex> lock(exact->mutex);
+  if (!exact->is_taken) gone.swap(exact->node);
+}
+
+NodePtr<Node> node_of(const Tensor& x, int bits, const CodeGrid& grid) {
+  Gradient gradient{{x.sym_strides().begin(), x.sym_strides().end()}, bits, grid.unit, grid.steps, grid.zero};
+  return make_node<Node>("FreezekitLossyActivationBackward", std::move(gradient));
+}
+
+// Of x before it is written to.
+void keep_codes(Node& node, const Tensor& x, const Activation& f, int bits, const CodeGrid& grid) {
+  const Tensor codes = [&] {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return encode(x, f, bits, grid);
+  }();
+  is_shown_ = true;
+  const auto shown = c10::make_scope_exit([] { is_shown_ = false; });
+  node.keep(codes);
+}
+
+}  // namespace
+
+void set_bits(int bits) { bits_ = bits; }
+
+int bits() { return bits_; }
+
+bool is_shown() { return is_shown_; }
+
+bool is_let_go() { return is_let_go_; }
+
+bool gains(const Tensor& x, const Activation& f, int bits) {
+  const auto type = x.scalar_type();
+  if (type != at::kFloat && type != at::kBFloat16 && type != at::kHalf) return false;
+  // A leaf is its owner's. Of a part of a storage the rest may be kept, and all of it then is.
+  if (x.is_leaf() || x.sym_numel() < kFewElements || !x.is_non_overlapping_and_dense()) return false;
+  if (x.sym_numel() * static_cast<int64_t>(x.element_size()) != x.storage().sym_nbytes() || !has_range(f)) return false;
+  TORCH_CHECK_NOT_IMPLEMENTED(x.device().is_cpu() || x.is_meta(), "precision=\"int", bits,
+                              "\" keeps derivatives of activations on a CPU alone, got one on ", x.device(),
+                              ": run its forward pass with precision=None, as in `with freezekit.enabled():`");
+  return true;
+}
+
+Tensor record_beside(const Tensor& x, const Activation& f, int bits, c10::function_ref<Tensor()> stock) {
+  forget_fresh();
+  const CodeGrid grid = grid_of(f, bits);
+  const auto node = node_of(x, bits, grid);
+  keep_codes(*node, x, f, bits, grid);
+  Tensor y = stock();
+  const auto exact = node->stand_for(y.grad_fn());
+  torch::autograd::impl::set_gradient_edge(y, {node, node->add_input_metadata(y)});
+  fresh = {exact, c10::weak_intrusive_ptr<c10::TensorImpl>(y.getIntrusivePtr())};
+  instead = {node.get(), std::shared_ptr<const AnyNodePtr>(exact, &exact->node)};
+  return y;
+}
+
+void take_up(const Tensor& value) {
+  auto* const node = value.grad_fn().get();
+  if (!node || node != instead.own || torch_s_node(node) == node) return;
+  const Tensor codes = static_cast<Node*>(node)->take_up();
+  forget_fresh();
+  if (!codes.defined() || !at::SavedTensorDefaultHooks::get_hooks()) return;
+  is_let_go_ = true;
+  const auto shown = c10::make_scope_exit([] { is_let_go_ = false; });
+  torch::autograd::SavedVariable(codes, /*is_output=*/false);
+}
+
+void let_go() {
+  if (fresh.y && fresh.y->expired()) forget_fresh();
+}
+
+Tensor record(const Tensor& x, const Activation& f, int bits, c10::function_ref<Tensor()> compute) {
+  const CodeGrid grid = grid_of(f, bits);
+  Tensor y = compute();
+  const auto node = node_of(x, bits, grid);
+  node->set_next_edges(torch::autograd::collect_next_edges(x));
+  keep_codes(*node, x, f, bits, grid);
+  torch::autograd::set_history(y, node);
+  return y;
+}
+
+void record_(Tensor& x, const Activation& f, int bits, c10::function_ref<void()> compute) {
+  const CodeGrid grid = grid_of(f, bits);
+  torch::autograd::check_inplace(x, /*requires_grad=*/true);
+  const auto node = node_of(x, bits, grid);
+  node->set_next_edges(torch::autograd::collect_next_edges(x));
+  keep_codes(*node, x, f, bits, grid);
+  compute();
+  torch::autograd::impl::rebase_history(x, {node, node->add_input_metadata(x)});
+}
+
+}  // namespace freezekit::lossy
