@@ -170,6 +170,7 @@ def compiled(source: str, flags: tuple[str, ...], patched: Path | None) -> Path:
     includes = ([f"-I{patched / 'csrc'}"] if patched else []) + [f"-I{CSRC}", f"-I{ROOT}"]
     out = CACHE / f"{digest(' '.join(flags), source, *read_with_includes(path, patched))}.o"
     if not out.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
         unfinished = out.with_suffix(f".{os.getpid()}.tmp")
         warnings = ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"]
         base = ["g++", "-std=c++17", "-fPIC", "-fvisibility=hidden", *(warnings if patched is None else ["-w"])]
@@ -183,7 +184,6 @@ def build(program: Program, mode: Mode, planted: Planted = UNMODIFIED) -> Path:
     """The program of a mode; skips the test where the mode cannot be built."""
     if reason := unavailable(mode):
         pytest.skip(reason)
-    CACHE.mkdir(parents=True, exist_ok=True)
     runtime = sorted(str(path.relative_to(ROOT)) for path in (CSRC / "emulator").glob("*.cpp"))
     flags = dict.fromkeys((*runtime, "csrc/kernels/last_error.cu", *program.others), mode.runtime_flags)
     flags |= dict.fromkeys(program.kernels, mode.kernel_flags)
