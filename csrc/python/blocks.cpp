@@ -193,9 +193,9 @@ bool read_norm(PyObject* module, FixedNormTensors* norm, bool* always_fixed) {
   PyObject *const trains = layer.attribute(training), *const small = layer.attribute(eps);
   if ((fixed != Py_True && trains != Py_False) || !small || !PyFloat_CheckExact(small)) return false;
   norm->eps = PyFloat_AS_DOUBLE(small), *always_fixed = fixed == Py_True;
-  return norm->eps >= 0 && layer.is_unwatched() && layer.tensor(weight, &norm->gamma) &&
-         layer.tensor(bias, &norm->beta) && layer.tensor(mean, &norm->mean) && layer.tensor(var, &norm->var) &&
-         norm->mean.defined() && norm->var.defined();
+  return (norm->eps > 0 || (norm->eps == 0 && *always_fixed)) && layer.is_unwatched() &&
+         layer.tensor(weight, &norm->gamma) && layer.tensor(bias, &norm->beta) && layer.tensor(mean, &norm->mean) &&
+         layer.tensor(var, &norm->var) && norm->mean.defined() && norm->var.defined();
 }
 
 // The operator's name for an activation: a module, a function's name, or None; null if it is another one.

@@ -232,7 +232,7 @@ Tensor quick_batch_norm(const Given& given) {
   double momentum = 0.1, eps = 1e-5;
   if (!read(given[0], &x) || !read(given[1], &mean) || !read(given[2], &var) || !read(given[3], &weight) ||
       !read(given[4], &bias) || !read(given[5], &training) || !read(given[6], &momentum) || !read(given[7], &eps) ||
-      training || !(eps >= 0)) {
+      training || !(eps > 0)) {
     return {};
   }
   return without_gil([&] {

@@ -46,13 +46,14 @@ def batch_norm(
 
     >>> import torch, freezekit as fk
     >>> x = torch.ones(2, 3, 4, 4, requires_grad=True)
-    >>> mean, var = torch.zeros(3), torch.full((3,), 0.25)
-    >>> fk.functional.batch_norm(x, mean, var, eps=0.0).sum().backward()
+    >>> mean, var = torch.zeros(3), torch.full((3,), 0.125)
+    >>> fk.functional.batch_norm(x, mean, var, eps=0.125).sum().backward()
     >>> x.grad.unique()
     tensor([2.])
     """
     fits = isinstance(input, Tensor) and isinstance(running_mean, Tensor) and isinstance(running_var, Tensor)
-    if training or not fits or not are_tensors(weight, bias) or not are_numbers(eps) or eps < 0.0:
+    # Releases of torch differ in whether they take an eps of 0.
+    if training or not fits or not are_tensors(weight, bias) or not are_numbers(eps) or eps <= 0:
         return LEFT_TO_TORCH
     return _batch_norm(input, weight, bias, running_mean, running_var, eps)
 
@@ -81,13 +82,13 @@ def instance_norm(
         ValueError, RuntimeError: as torch's.
 
     >>> import torch, freezekit as fk
-    >>> mean, var = torch.zeros(1), torch.full((1,), 0.25)
-    >>> fk.functional.instance_norm(torch.ones(1, 1, 2), mean, var, use_input_stats=False, eps=0.0)
+    >>> mean, var = torch.zeros(1), torch.full((1,), 0.125)
+    >>> fk.functional.instance_norm(torch.ones(1, 1, 2), mean, var, use_input_stats=False, eps=0.125)
     tensor([[[2., 2.]]])
     """
-    # Of an empty batch, and with an eps below 0, torch's two norms say different things.
+    # Of an empty batch, and with such an eps, torch's two norms say different things.
     alike = isinstance(input, Tensor) and input.layout == torch.strided and input.dim() >= 3 and input.numel() > 0
-    if use_input_stats or not alike or not are_numbers(eps) or eps < 0:
+    if use_input_stats or not alike or not are_numbers(eps) or eps <= 0:
         return LEFT_TO_TORCH
     # As torch's, which views the channels of all images as those of one: whatever the input's layout, contiguous.
     return batch_norm(input.contiguous(), running_mean, running_var, weight, bias, False, momentum, eps)

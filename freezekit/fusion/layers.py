@@ -138,7 +138,8 @@ def _why_norm_is_live(norm: nn.Module) -> str:
     if any(isinstance(value, Tensor) and value.requires_grad for value in norm_tensors(norm).values()):
         return "the batch norm is trainable"
     eps: Any = norm.eps
-    return "" if eps >= 0 else "the batch norm has a negative eps"
+    # Frozen ones of 0 are common: torchvision sets it for weights that it loads. Of batch norms, torch 2.11 refuses it.
+    return "" if eps > 0 or (eps == 0 and NORMS[type(norm)]) else f"the batch norm has eps {eps}"
 
 
 has_global_hooks = _module._has_any_global_hook

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from freezekit.conversion import convert
 from freezekit.explanation import explain
 from freezekit.fusion import fuse, fusion_report, norms
 from freezekit.fusion.layers import NORMS
 from tests.fusion.alike import assert_alike, kept
 from tests.fusion.nets import settled
+
+EPS = 2.0**-17  # exact in float32
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -212,7 +216,7 @@ def test_norms_can_be_registered() -> None:
 @pytest.mark.parametrize("size", [(3, 4), (40, 4)], ids=["few positions", "many"])
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("running_var", v) for v in (0.0, -1.0, float("inf"), float("nan"))]
+    [("running_var", v) for v in (-EPS, 0.0, -1.0, float("inf"), float("nan"))]
     + [("running_mean", v) for v in (float("inf"), float("nan"))]
     + [("weight", v) for v in (0.0, float("inf"), float("nan"))]
     + [("bias", v) for v in (float("inf"), float("nan"))],
@@ -222,8 +226,8 @@ def test_statistics_that_are_out_of_order(
 ) -> None:
     """One channel is divided by 0 or worse: infinities and NaN are where stock has them, in gradients too."""
     torch.manual_seed(0)
-    for bias, relu, eps in ((True, False, 0.0), (True, True, 0.0), (False, True, 1e-5)):
-        layers = [nn.Conv2d(3, 4, 3, padding=1, bias=bias), nn.BatchNorm2d(4, eps=eps), *[nn.ReLU()] * relu]
+    for bias, relu in ((True, False), (True, True), (False, True)):
+        layers = [nn.Conv2d(3, 4, 3, padding=1, bias=bias), nn.BatchNorm2d(4, eps=EPS), *[nn.ReLU()] * relu]
         stock = settled(nn.Sequential(*layers)).to(memory_format=layout)
         with torch.no_grad():
             getattr(stock[1], name)[1] = value
@@ -236,3 +240,29 @@ def test_statistics_that_are_out_of_order(
             assert (y.grad_fn.name() == "FreezekitFrozenConv2dBackward") is (model is not stock)
             found.append([y, torch.autograd.grad(y, leaf, torch.linspace(-1, 1, y.numel()).view(y.shape))[0]])
         torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("how", [fuse, convert])
+def test_a_batch_norm_s_eps_of_0_is_for_torch_to_take_or_refuse(how: Callable[[nn.Module], nn.Module]) -> None:
+    """Torch 2.11 refuses it, 2.13 divides by the root of the variance."""
+
+    def outcome(model: nn.Module) -> Tensor | str:
+        try:
+            return model(torch.ones(1, 3, 5, 5, requires_grad=True))
+        except ValueError as error:
+            return str(error)
+
+    torch.manual_seed(0)
+    stock = settled(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, eps=0.0), nn.ReLU()))
+    ours, expected = outcome(how(copy.deepcopy(stock))), outcome(stock)
+    if isinstance(expected, str):
+        assert ours == expected
+    else:
+        torch.testing.assert_close(ours, expected)
+
+
+def test_a_frozen_norm_s_eps_of_0_is_fused() -> None:
+    """Torchvision sets it for the weights that its detectors load."""
+    stock = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), FrozenBatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1)).double()
+    cast("FrozenBatchNorm2d", stock[1]).eps = 0.0
+    check(stock.eval().requires_grad_(False), "0 + 1 + relu: fused", "3: fused, the convolution alone")
