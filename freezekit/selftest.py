@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import subprocess
 import sys
 import time
@@ -300,6 +301,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--hopper needs freezekit's kernels, not ATen's")
     if options.save_choices and not options.hopper:
         parser.error("--save-choices needs --hopper")
+    if options.save_choices and not os.access(Path(options.save_choices).resolve().parent, os.W_OK):
+        parser.error(f"argument --save-choices: no file can be made at {options.save_choices}")
     if options.hopper and options.processes:
         failures = _hopper_in_a_child(backend, options.until)
         if options.save_choices and not failures:

@@ -195,6 +195,15 @@ def test_choices_are_saved_of_hopper_alone() -> None:
         selftest.main(["--save-choices", "choices.json"])
 
 
+def test_a_file_that_cannot_be_made_is_refused_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(selftest, "_hopper_in_a_child", lambda backend, until: 0)
+    with pytest.raises(SystemExit):
+        selftest.main(["--hopper", "--save-choices", str(tmp_path / "no" / "choices.json")])
+    assert "no file can be made at" in capsys.readouterr().err
+
+
 def newer_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """`cudnn.allow_tf32` raises, as where convolutions and recurrent layers are set to different precisions."""
 

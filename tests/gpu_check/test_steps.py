@@ -19,9 +19,8 @@ import torch
 from bench import options
 from tools.gpu_check import __main__ as command
 from tools.gpu_check import report, steps
-from tools.gpu_check.deadline import MARGIN
 from tools.gpu_check.machine import Host
-from tools.gpu_check.step import LOG_BYTES, NOT_RUN, ROOT, SPARE, Step, run
+from tools.gpu_check.step import LOG_BYTES, MARGIN, NOT_RUN, ROOT, SPARE, Step, run
 
 HERE = Host("2026-11-26", "Some GPU", "580.1", "2.11.0", "13.0", "13.0.88", "3.12.3", 16, "abc123")
 
@@ -95,6 +94,28 @@ time.sleep(600)
     while is_running(pid):
         assert time.monotonic() - start < 60
         time.sleep(0.1)
+
+
+def test_without_pytest_steps_that_need_none_are_run(tmp_path: Path) -> None:
+    (tmp_path / "pytest.py").write_text("raise ImportError('not here')")
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    check = ("-m", "tools.gpu_check", "--emulated", "--only", "machine", "--out", str(tmp_path / "out"))
+    done = subprocess.run(
+        [sys.executable, *check], cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert [s["step"] for s in json.loads((tmp_path / "out" / "summary.json").read_text())["steps"]] == ["machine"], (
+        done.stderr
+    )
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_in_words(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command.machine, "read", lambda *_: HERE)
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        command.main(["--out", str(tmp_path / "file" / "out")])
+    assert "cannot be made: Not a directory" in capsys.readouterr().err
 
 
 def test_a_log_is_kept_from_its_end() -> None:

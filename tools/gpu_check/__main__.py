@@ -73,7 +73,11 @@ def main(arguments: list[str] | None = None) -> int:
         print("torch sees no CUDA device here; --emulated (make gpu-check EMULATED=1) exercises the steps without one")
         return 1
     folder = options.out.resolve()
-    if not report.empty(folder):
+    try:
+        is_ours = report.empty(folder)
+    except OSError as error:
+        parser.error(f"argument --out: {folder} cannot be made: {error.strerror}")
+    if not is_ours:
         parser.error(f"argument --out: {folder} holds something else than results of gpu-check")
     plan = steps.plan(folder, options.emulated, f"{here.date}, driver {here.driver}, commit {here.commit}", here.arch)
     if options.only:

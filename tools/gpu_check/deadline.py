@@ -14,10 +14,9 @@ from typing import Any
 
 import pytest
 
-from .step import NOT_RUN
+from .step import MARGIN, NOT_RUN
 
 LATE = "not run: no time was left"
-MARGIN = 25.0  # seconds for the tests under way: the longest take as many on a busy machine
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NOT_RUN = 77
 LOG_BYTES = 1 << 20  # of a step, kept from the end
 MERCY = 3.0  # seconds between asking a process to end and ending it
+MARGIN = 25.0  # seconds for the tests under way at a step's end: the longest take as many on a busy machine
 SPARE = 5.0  # seconds of a limit that a command is not told of: to end by itself, and to say so
 ASKED = "asked to end from outside"
 

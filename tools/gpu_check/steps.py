@@ -7,8 +7,7 @@ import re
 import sys
 from pathlib import Path
 
-from .deadline import MARGIN
-from .step import ROOT, SPARE, Step
+from .step import MARGIN, ROOT, SPARE, Step
 
 NO_DEVICE = "no CUDA device"
 # They prove the emulator, and never touch a GPU: last, so that what is left out for want of time is theirs.
