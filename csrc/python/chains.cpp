@@ -4,7 +4,6 @@
 
 #include "python/bindings.h"
 #include "torch/enable/chain.h"
-#include "torch/lossy/lossy.h"
 
 namespace freezekit {
 namespace {
@@ -36,9 +35,7 @@ void bind_chains(py::module_& parent) {
   py::module_ m = parent.def_submodule("chains", "What enable does at torch's operators, at converted layers.");
   m.def("activation", activation, "torch_s(input, ...); behind a group norm its node does not keep the input.");
   m.def("is_for_recipe", chain::is_for_recipe, "Whether a hook on saved tensors is given what a recipe reads.");
-  m.def(
-      "is_let_go", [] { return chain::is_let_go() || lossy::is_let_go(); },
-      "Whether a hook on saved tensors is given what a node keeps no more.");
+  m.def("is_let_go", chain::is_let_go, "Whether a hook on saved tensors is given what a node keeps no more.");
   m.def("note_group_norm", note_group_norm, "Is told of a group norm's result, which an activation may read.");
 }
 

@@ -18,7 +18,6 @@
 #include <optional>
 #include <vector>
 
-#include "torch/autograd/instead.h"
 #include "torch/autograd/node.h"
 #include "torch/chains/formulas.h"
 #include "torch/chains/node_lock.h"
@@ -72,7 +71,7 @@ const Note* note_of(const Node* node) {
   return nullptr;
 }
 
-Node* node_of(const Tensor& result) { return torch_s_node(result.grad_fn().get()); }
+Node* node_of(const Tensor& result) { return result.grad_fn().get(); }
 
 template <class T>
 T* as(Node* node) {

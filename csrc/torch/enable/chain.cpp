@@ -2,7 +2,6 @@
 // a rounded derivative instead, where that is asked for.
 #include "torch/enable/chain.h"
 
-#include <ATen/SavedTensorHooks.h>
 #include <ATen/core/Tensor.h>
 
 #include <optional>
@@ -31,29 +30,10 @@ extern Operator<Tensor(const Tensor&, const Tensor&, const Scalar&)> torch_add;
 extern Operator<Tensor(const Tensor&, const Scalar&)> torch_pow;
 extern Operator<Tensor(const Tensor&, const Tensor&, int64_t)> torch_mse_loss;
 
-// Where hooks of others see what is saved, they see codes, and recipes are not for them. A node for a view that was
-// written to is made anew when it is asked for, and one that retains its gradient has what is not ours to move.
-bool may_be_taken_up(const Tensor& x, bool in_place) {
-  const bool is_seen = at::SavedTensorDefaultHooks::get_hooks() && !detail::is_watched_here();
-  return !is_seen && !(in_place && (x.is_view() || x.retains_grad()));
-}
-
 // Torch's operator with a lossy node, of a call in place or not.
 template <class Op, class X, class... Rest>
 decltype(auto) lossily(const Op& op, DispatchKeySet keys, X& x, const lossy::Activation& f, int bits, Rest... rest) {
-  constexpr bool in_place = !std::is_const_v<X>;
-  if (may_be_taken_up(x, in_place)) {
-    Tensor y = lossy::record_beside(x, f, bits, [&]() -> Tensor {
-      const chain::Unseen unseen;
-      return op.stock(keys, x, rest...);
-    });
-    if constexpr (in_place) {
-      return (x);
-    } else {
-      return y;
-    }
-  }
-  if constexpr (!in_place) {
+  if constexpr (std::is_const_v<X>) {
     return lossy::record(x, f, bits, [&] { return op.forward(keys, x, rest...); });
   } else {
     lossy::record_(x, f, bits, [&] { op.unrecorded(keys, x, rest...); });
@@ -66,7 +46,6 @@ template <class Op, class X, class... Rest>
 decltype(auto) activation(const Op& op, DispatchKeySet keys, X& x, const std::optional<lossy::Activation>& f,
                           Rest... rest) {
   if (is_unrecorded(x)) return op.unrecorded(keys, x, rest...);
-  lossy::let_go();
   const RecipePtr recipe = recipe_for(x, Maker::norm);
   if (!recipe) {
     const int bits = lossy::bits();
@@ -145,7 +124,6 @@ Tensor of_two(const Op& op, DispatchKeySet keys, const Tensor& a, const RecipePt
 // A factor is kept for the other's gradient. As in x * sigmoid(x), one may be a formula of the other.
 Tensor mul(DispatchKeySet keys, const Tensor& a, const Tensor& b) {
   if (is_unrecorded(a, b)) return torch_mul.unrecorded(keys, a, b);
-  lossy::let_go();
   if (!a.requires_grad() || !b.requires_grad()) return torch_mul.stock(keys, a, b);
   RecipePtr of_a = recipe_for(a, Maker::activation), of_b = recipe_for(b, Maker::activation);
   const auto formula = [](const Tensor& factor, const Tensor& other, const RecipePtr& of_other) {
@@ -159,7 +137,6 @@ Tensor mul(DispatchKeySet keys, const Tensor& a, const Tensor& b) {
 // Keeps nothing; but x * (1 + tanh(x)) is a formula of x as long as the number is known.
 Tensor add(DispatchKeySet keys, const Tensor& a, const Tensor& b, const Scalar& alpha) {
   if (is_unrecorded(a, b)) return torch_add.unrecorded(keys, a, b, alpha);
-  lossy::let_go();
   const Tensor y = torch_add.stock(keys, a, b, alpha);
   if (b.unsafeGetTensorImpl()->is_wrapped_number() && a.device().is_cpu() && serves(Value::ours, a)) {
     chain::note_number(y, b);
@@ -207,9 +184,7 @@ Operator<Tensor(const Tensor&, const Tensor&, int64_t)> torch_mse_loss("mse_loss
 // A recipe is tried on the value, which on a GPU would have to be waited for. Compilers have chains of their own.
 RecipePtr recipe_for(const Tensor& value, Maker maker, const Tensor& beside) {
   const bool may_have = value.device().is_cpu() && chain::has_maker(value, maker) && serves(Value::ours, value);
-  const RecipePtr recipe = may_have ? chain::recipe_for(value, maker, detail::is_watched_here(), beside) : RecipePtr();
-  if (recipe && maker == Maker::activation) lossy::take_up(value);
-  return recipe;
+  return may_have ? chain::recipe_for(value, maker, detail::is_watched_here(), beside) : nullptr;
 }
 
 void note_group_norm(const Tensor& result, const Tensor& bias, double eps) {

@@ -10,17 +10,13 @@
 #include <ATen/ops/where.h>
 #include <c10/util/ScopeExit.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
-#include <torch/csrc/autograd/saved_variable.h>
 
 #include <atomic>
 #include <limits>
-#include <memory>
-#include <mutex>
 
 #include "cpu/simd.h"
 #include "cpu/smooth.h"
 #include "torch/autograd/formula.h"
-#include "torch/autograd/instead.h"
 #include "torch/backends/cpu_formats.h"
 #include "torch/backends/proof.h"
 #include "torch/bits/gate.h"
@@ -38,7 +34,7 @@ constexpr int64_t kFewElements = 1024;   // a node of its own weighs as much as 
 constexpr double kMostAbove = 1;
 
 std::atomic<int> bits_ = 0;
-thread_local bool is_shown_ = false, is_let_go_ = false;
+thread_local bool is_shown_ = false;
 
 // Where an ELU is monotonic and its derivative lies between 0 and a few times `scale`.
 bool has_range(const Activation& f) {
@@ -210,66 +206,11 @@ struct Gradient {
   }
 };
 
-// Torch's node for the same call. It has edges while it runs alone: with none of its own, a long graph is freed node by
-// node, as its authors see to, and not by one destructor within the other.
-struct Exact {
-  AnyNodePtr node;
-  bool is_taken = false;  // for good, by a product
-  std::mutex mutex;
-
-  template <class F>
-  auto with(const torch::autograd::edge_list& edges, const F& f) {
-    const std::lock_guard<std::mutex> lock(mutex);
-    node->set_next_edges(torch::autograd::edge_list(edges));
-    const auto without = c10::make_scope_exit([&] { node->set_next_edges({}); });
-    return f(*node);
-  }
-};
-
 class Node : public FormulaNode<Gradient> {
  public:
   using FormulaNode::FormulaNode;
 
-  std::shared_ptr<Exact> stand_for(AnyNodePtr torch_s) {
-    set_next_edges(torch::autograd::edge_list(torch_s->next_edges()));
-    torch_s->set_next_edges({});
-    exact_ = std::make_shared<Exact>();
-    exact_->node = std::move(torch_s);
-    return exact_;
-  }
-
-  // The codes, which are kept no more.
-  Tensor take_up() {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const Tensor codes = kept_.empty() ? Tensor() : kept_[0].unpack();
-    kept_.clear();
-    const std::lock_guard<std::mutex> exact(exact_->mutex);
-    exact_->is_taken = true;
-    return codes;
-  }
-
-  void release_variables() override {
-    FormulaNode::release_variables();
-    if (!exact_) return;
-    const std::lock_guard<std::mutex> lock(exact_->mutex);
-    if (exact_->node) exact_->node->release_variables();
-  }
-
-  void compiled_args(CompiledNodeArgs& args) const override {
-    args.collect(is_exact());
-    if (!is_exact()) return FormulaNode::compiled_args(args);
-    exact_->with(next_edges(), [&](const torch::autograd::Node& node) { node.compiled_args(args); });
-  }
-
-  variable_list apply_with_saved(const variable_list& grads, SwapSavedVariables& saved) override {
-    if (!is_exact()) return FormulaNode::apply_with_saved(grads, saved);
-    return exact_->with(next_edges(), [&](torch::autograd::Node& node) { return node.apply_with_saved(grads, saved); });
-  }
-
   variable_list apply(variable_list&& grads) override {
-    if (is_exact()) {
-      return exact_->with(next_edges(), [&](torch::autograd::Node& node) { return node(std::move(grads)); });
-    }
     TORCH_CHECK_NOT_IMPLEMENTED(
         !c10::GradMode::is_enabled() || !grads[0].defined(),
         "this backward pass is to be differentiated (create_graph=True), and an activation keeps "
@@ -279,32 +220,7 @@ class Node : public FormulaNode<Gradient> {
         "freezekit.enabled():`");
     return FormulaNode::apply(std::move(grads));
   }
-
- private:
-  bool is_exact() const {
-    if (!exact_) return false;
-    const std::lock_guard<std::mutex> lock(exact_->mutex);
-    return exact_->is_taken;
-  }
-
-  std::shared_ptr<Exact> exact_;  // set before the node has users, and as it is from then on
 };
-
-// The last node of this thread that a product may take up, and its result.
-struct Fresh {
-  std::weak_ptr<Exact> exact;
-  std::optional<c10::weak_intrusive_ptr<c10::TensorImpl>> y;
-};
-thread_local Fresh fresh;
-
-void forget_fresh() {
-  instead = {};
-  const auto exact = std::exchange(fresh, {}).exact.lock();
-  if (!exact) return;
-  AnyNodePtr gone;  // with what it keeps, once the lock is open
-  const std::lock_guard<std::mutex> lock(exact->mutex);
-  if (!exact->is_taken) gone.swap(exact->node);
-}
 
 NodePtr<Node> node_of(const Tensor& x, int bits, const CodeGrid& grid) {
   Gradient gradient{{x.sym_strides().begin(), x.sym_strides().end()}, bits, grid.unit, grid.steps, grid.zero};
@@ -330,8 +246,6 @@ int bits() { return bits_; }
 
 bool is_shown() { return is_shown_; }
 
-bool is_let_go() { return is_let_go_; }
-
 bool gains(const Tensor& x, const Activation& f, int bits) {
   const auto type = x.scalar_type();
   if (type != at::kFloat && type != at::kBFloat16 && type != at::kHalf) return false;
@@ -342,34 +256,6 @@ bool gains(const Tensor& x, const Activation& f, int bits) {
                               "\" keeps derivatives of activations on a CPU alone, got one on ", x.device(),
                               ": run its forward pass with precision=None, as in `with freezekit.enabled():`");
   return true;
-}
-
-Tensor record_beside(const Tensor& x, const Activation& f, int bits, c10::function_ref<Tensor()> stock) {
-  forget_fresh();
-  const CodeGrid grid = grid_of(f, bits);
-  const auto node = node_of(x, bits, grid);
-  keep_codes(*node, x, f, bits, grid);
-  Tensor y = stock();
-  const auto exact = node->stand_for(y.grad_fn());
-  torch::autograd::impl::set_gradient_edge(y, {node, node->add_input_metadata(y)});
-  fresh = {exact, c10::weak_intrusive_ptr<c10::TensorImpl>(y.getIntrusivePtr())};
-  instead = {node.get(), std::shared_ptr<const AnyNodePtr>(exact, &exact->node)};
-  return y;
-}
-
-void take_up(const Tensor& value) {
-  auto* const node = value.grad_fn().get();
-  if (!node || node != instead.own || torch_s_node(node) == node) return;
-  const Tensor codes = static_cast<Node*>(node)->take_up();
-  forget_fresh();
-  if (!codes.defined() || !at::SavedTensorDefaultHooks::get_hooks()) return;
-  is_let_go_ = true;
-  const auto shown = c10::make_scope_exit([] { is_let_go_ = false; });
-  torch::autograd::SavedVariable(codes, /*is_output=*/false);
-}
-
-void let_go() {
-  if (fresh.y && fresh.y->expired()) forget_fresh();
 }
 
 Tensor record(const Tensor& x, const Activation& f, int bits, c10::function_ref<Tensor()> compute) {

@@ -6,8 +6,7 @@
 //
 // There is no second derivative of it: a backward pass under create_graph is an error.
 //
-// Where a product reads y, it would keep y besides, and x alone would do for both (torch/chains). Nobody knows what will
-// read y. So x is held until y is gone or the next activation comes, and a product that takes it up makes the node exact.
+// Where a product reads y, that is kept as well, as in torch: there an exact chain keeps x alone (torch/chains), and less.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -35,21 +34,12 @@ struct Activation {
 // they would, and there is no kernel that makes them.
 bool gains(const Tensor& x, const Activation&, int bits);
 
-// The result of `stock`, torch's operator within chain::Unseen, in place or not. Its node is replaced by one that keeps
-// codes, and torch's with x as long as a product may come.
-Tensor record_beside(const Tensor& x, const Activation&, int bits, c10::function_ref<Tensor()> stock);
-// A product has made a recipe of what torch's node of `value` keeps: if codes stand for that, they do no more.
-void take_up(const Tensor& value);
-// Lets go of an x whose y is gone: to be called whenever operators are.
-void let_go();
-
-// The same for good: the result of `compute`, torch's operator below autograd.
+// The result of `compute`, torch's operator below autograd, with a node that keeps codes.
 Tensor record(const Tensor& x, const Activation&, int bits, c10::function_ref<Tensor()> compute);
 // Of a call in place.
 void record_(Tensor& x, const Activation&, int bits, c10::function_ref<void()> compute);
 
-// Whether a hook on saved tensors is being shown codes, and whether it is such as are kept no more.
+// Whether a hook on saved tensors is being shown codes.
 bool is_shown();
-bool is_let_go();
 
 }  // namespace freezekit::lossy
