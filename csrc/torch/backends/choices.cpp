@@ -5,7 +5,6 @@
 #include <bit>
 #include <map>
 #include <mutex>
-#include <set>
 #include <sstream>
 
 #include "torch/backends/kernel_library.h"
@@ -15,7 +14,6 @@ namespace {
 
 std::mutex mutex;
 std::map<std::string, Measurement> measured;
-std::set<std::string> claimed;
 std::atomic<uint64_t> changes{0};
 std::atomic<double> emulated_handicap{-1};  // negative: no CPU stands for a GPU
 
@@ -78,16 +76,17 @@ std::optional<Measurement> find(const std::string& key) {
   return found == measured.end() ? std::nullopt : std::make_optional(found->second);
 }
 
-bool claim(const std::string& key) {
-  const std::lock_guard<std::mutex> lock(mutex);
-  return !measured.contains(key) && claimed.insert(key).second;
-}
-
 void set(const std::string& key, const Measurement& measurement) {
   const std::lock_guard<std::mutex> lock(mutex);
   measured[key] = measurement;
-  claimed.erase(key);
   ++changes;
+}
+
+std::pair<Measurement, bool> settle(const std::string& key, const Measurement& measurement) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto [known, is_new] = measured.try_emplace(key, measurement);
+  if (is_new) ++changes;
+  return {known->second, is_new};
 }
 
 void clear() {

@@ -50,9 +50,10 @@ std::string key_of(const char* layer, bool large, const char* layout, const Sett
 std::string hopper_key(const Setting&);
 
 std::optional<Measurement> find(const std::string& key);
-// True for one caller, who then measures and calls set(): nothing is known of the key, and nobody is at it.
-bool claim(const std::string& key);
 void set(const std::string& key, const Measurement&);
+// Sets what is not known yet. What is known then, and whether it is this: of several threads that measured one key at once
+// the first decides for all.
+std::pair<Measurement, bool> settle(const std::string& key, const Measurement&);
 void clear();
 std::vector<std::pair<std::string, Measurement>> all();
 // Another number whenever anything else is known than before.

@@ -172,10 +172,11 @@ std::optional<Measurement> known(const std::string& key) {
 std::optional<Measurement> verdict(const std::string& key, const Tensor& on, const std::function<Contest()>& contest) {
   if (const auto found = known(key)) return found;
   const auto candidate = choices::candidate_on(on.device().type());
-  if (!candidate || !is_possible(on, *candidate) || !choices::claim(key)) return std::nullopt;
-  const Measurement result = held(on, *candidate, contest);
-  choices::set(key, result);
-  if (is_fault(result)) warn(key, result.note);
+  if (!candidate || !is_possible(on, *candidate)) return std::nullopt;
+  // Threads that meet a key at once all measure: none waits for another, whose stream may wait for it, and a checkpoint of
+  // none keeps what torch's operator keeps and makes again what a kernel keeps.
+  const auto [result, is_new] = choices::settle(key, held(on, *candidate, contest));
+  if (is_new && is_fault(result)) warn(key, result.note);
   return result;
 }
 

@@ -57,7 +57,7 @@ bool must_be_repeatable();
 // What is known of `key`, if it counts now: where results must be the same in every run, what was loaded alone.
 std::optional<choices::Measurement> known(const std::string& key);
 // The same, or is found out now on the device of `on`; none where it may not be: under capture, tracing,
-// transforms, dispatch modes and determinism, where nothing may wait for the device, or while another thread is at it.
+// transforms, dispatch modes and determinism, and where nothing may wait for the device.
 std::optional<choices::Measurement> verdict(const std::string& key, const Tensor& on,
                                             const std::function<Contest()>& contest);
 
