@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
+import sys
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -19,7 +18,6 @@ from freezekit.fusion.identity import classes_read
 Model = TypeVar("Model", bound=nn.Module)
 # What a layer of torch.nn computes is written in these, and freezekit's layers stand for that.
 _METHODS = ("forward", "_conv_forward", "_apply_instance_norm")
-_TORCH = os.path.dirname(torch.__file__) + os.sep
 Only = str | type[nn.Module] | nn.Module | Iterable[str | type[nn.Module] | nn.Module]
 
 
@@ -111,7 +109,7 @@ def reason_to_leave(module: nn.Module, base: type[nn.Module]) -> str:
     own = [name for name in ("forward", "_conv_forward") if name in module.__dict__]
     if own:
         return f"this instance has its own {own[0]}"
-    if replaced := next((name for name in _METHODS if not _is_torchs(getattr(base, name, None))), ""):
+    if replaced := next((name for name in _METHODS if not _is_torchs(base, name)), ""):
         return f"{base.__name__} has another {replaced} than torch gave it"
     if type(module) is base or _is_parametrized_only(module, base):
         return ""
@@ -119,8 +117,11 @@ def reason_to_leave(module: nn.Module, base: type[nn.Module]) -> str:
     return f"{kind.__module__}.{kind.__qualname__} is a subclass of {base.__name__} with behaviour of its own"
 
 
-def _is_torchs(method: Any) -> bool:
-    return method is None or method.__code__.co_filename.startswith(_TORCH)
+def _is_torchs(base: type[nn.Module], name: str) -> bool:
+    """Whether a method is the one that is written in its class's module."""
+    kind = next((kind for kind in base.__mro__ if name in vars(kind)), None)
+    written = vars(sys.modules[kind.__module__]) if kind else None
+    return kind is None or getattr(vars(kind)[name], "__globals__", None) is written
 
 
 def _is_parametrized_only(module: nn.Module, base: type[nn.Module]) -> bool:

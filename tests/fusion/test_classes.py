@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -169,6 +170,19 @@ def test_layers_of_a_class_that_was_given_another_forward_are_not_converted(
     assert_alike(convert(copy.deepcopy(model)), model, (image(),))
     (row,) = (row for row in conversion_report(model) if row.status == "left alone")
     assert f"{kind.__name__} has another {method}" in row.reason
+
+
+@pytest.mark.parametrize(
+    "forward", [torch.sigmoid, functools.partialmethod(nn.ReLU.forward), torch.compiler.disable(lambda self, x: x + 1)]
+)
+def test_another_forward_may_be_anything_that_can_be_called(forward: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also a function of torch's, from another of its modules."""
+    monkeypatch.setattr(nn.ReLU, "forward", forward)
+    x = torch.linspace(-1, 1, 5)
+    model = convert(nn.Sequential(nn.ReLU()))
+    assert type(model[0]) is nn.ReLU
+    assert torch.equal(model(x), nn.ReLU()(x))
+    assert [row.status for row in conversion_report(model)] == ["left alone"]
 
 
 def test_a_traced_graph_that_is_fused_may_be_edited() -> None:
