@@ -292,6 +292,7 @@ def cases_that_gain_nothing() -> dict[str, Callable[[], Tensor]]:
         "with gaps": lambda: F.silu((leaf * 1)[:, ::2]),
         "expanded": lambda: F.silu((leaf * 1)[:1].expand(64, 128)),
         "an odd softplus": lambda: F.softplus(leaf * 1, -1.0),
+        "a softplus that may overflow": lambda: F.softplus(leaf * 1, 1.0, 100.0),
         "an odd elu": lambda: F.elu(leaf * 1, 2.01),
         "sigmoid": lambda: torch.sigmoid(leaf * 1),
         "tanh": lambda: torch.tanh(leaf * 1),

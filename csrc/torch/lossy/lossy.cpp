@@ -30,6 +30,7 @@ using cpu::CodeGrid;
 
 constexpr int64_t kBlocksPerTask = 512;  // 32768 elements, as torch cuts elementwise work
 constexpr int64_t kFewElements = 1024;   // a node of its own weighs as much as codes save
+constexpr double kMostExponent = 80;     // of a softplus: where e^(beta x) overflows, torch's gradient is NaN
 // Of ELU: how much steeper it may be left of 0 than right of it. The step grows with that.
 constexpr double kMostAbove = 1;
 
@@ -38,7 +39,7 @@ thread_local bool is_shown_ = false;
 
 // Where an ELU is monotonic and its derivative lies between 0 and a few times `scale`.
 bool has_range(const Activation& f) {
-  if (f.kind == Kind::softplus) return f.a > 0 && std::isfinite(f.a) && f.b == f.b;
+  if (f.kind == Kind::softplus) return f.a > 0 && std::isfinite(f.a) && f.b <= kMostExponent;
   if (f.kind != Kind::elu) return true;
   const double left = f.a * f.c;
   return f.b > 0 && std::isfinite(f.b) && f.a >= 0 && f.c > 0 && left <= 1 + kMostAbove;
