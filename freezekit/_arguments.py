@@ -16,7 +16,7 @@ _SMALL = 2**31
 
 
 def shown(value: object) -> str:
-    """What an error shows of a value: one line of it, and not the elements of a tensor.
+    """What an error shows of a value: one line of it, and not the elements of a tensor with more than a few.
 
     >>> shown([torch.zeros(100), "same"])
     "[a Tensor of shape (100,), 'same']"
@@ -27,7 +27,7 @@ def shown(value: object) -> str:
 class _Line(reprlib.Repr):
     def repr1(self, x: object, level: int) -> str:
         if isinstance(x, torch.Tensor):
-            return f"a {type(x).__name__} of shape {tuple(x.shape)}"
+            return repr(x) if x.numel() <= 4 else f"a {type(x).__name__} of shape {tuple(x.shape)}"
         return super().repr1(x, level)
 
 

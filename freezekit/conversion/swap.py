@@ -63,8 +63,9 @@ def convert(model: Model, *, only: Only | None = None) -> Model:
       (1): ReLU()
     )
     """
+    modules = _selected(model, only)
     looked_at = classes_read(model)
-    for module in _selected(model, only):
+    for module in modules:
         base = stock_base(module)
         if base is None or isinstance(module, SWAPS[base]) or id(module) in looked_at or reason_to_leave(module, base):
             continue
