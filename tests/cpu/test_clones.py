@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.smooth import SMOOTH
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "cpu-tests"
@@ -180,14 +182,6 @@ def test_pooled_pixels_are_those_of_torch(target: str, channels: int, dtype: tor
         assert torch.equal(rows * 11 + columns, indices[0].permute(1, 2, 0))
 
 
-SMOOTH = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "mish": F.mish,
-    "hardswish": F.hardswish,
-    "softplus": F.softplus,
-}
 # Of 8 and 4 bits: codes in a unit, and that of 0.
 SMOOTH_GRIDS = {
     "silu": ((212, 21), (12, 1)),

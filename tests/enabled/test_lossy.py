@@ -19,16 +19,12 @@ from torch.utils.checkpoint import checkpoint
 import freezekit as fk
 from freezekit.enabling import precision
 from tests.enabled.helpers import kept
+from tests.smooth import SMOOTH
 
 Call = Callable[[Tensor], Tensor]
 
 ACTIVATIONS: dict[str, Call] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "mish": F.mish,
-    "hardswish": F.hardswish,
-    "softplus": F.softplus,
+    **SMOOTH,
     "softplus, beta 3": lambda x: F.softplus(x, 3.0, 5.0),
     "elu": F.elu,
     "elu, alpha 0.3": lambda x: F.elu(x, 0.3),

@@ -2,7 +2,6 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/SavedTensorHooks.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/cat.h>
@@ -11,8 +10,10 @@
 #include <c10/util/ScopeExit.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 
+#include <algorithm>
 #include <atomic>
 #include <limits>
+#include <type_traits>
 
 #include "cpu/simd.h"
 #include "cpu/smooth.h"
@@ -45,24 +46,35 @@ bool has_range(const Activation& f) {
   return f.b > 0 && std::isfinite(f.b) && f.a >= 0 && f.c > 0 && left <= 1 + kMostAbove;
 }
 
-CodeGrid grid_of(const Activation& f, int bits) {
-  const auto of = [bits]<class Rule>(const Rule*) { return CodeGrid::of(bits, 1, Rule::kBelow, Rule::kAbove); };
+// g(the activation's rule).
+template <class G>
+auto by_rule(const Activation& f, const G& g) {
   switch (f.kind) {
     case Kind::silu:
-      return of(static_cast<const cpu::Silu*>(nullptr));
+      return g(cpu::Silu{});
     case Kind::gelu:
-      return of(static_cast<const cpu::Gelu*>(nullptr));
+      return g(cpu::Gelu{});
     case Kind::gelu_tanh:
-      return of(static_cast<const cpu::GeluTanh*>(nullptr));
+      return g(cpu::GeluTanh{});
     case Kind::mish:
-      return of(static_cast<const cpu::Mish*>(nullptr));
+      return g(cpu::Mish{});
     case Kind::hardswish:
-      return of(static_cast<const cpu::Hardswish*>(nullptr));
+      return g(cpu::Hardswish{});
     case Kind::softplus:
-      return of(static_cast<const cpu::Softplus*>(nullptr));
+      return g(cpu::Softplus{static_cast<float>(f.a), static_cast<float>(f.b)});
     default:
-      return CodeGrid::of(bits, f.b, 0, std::max(0.0, f.a * f.c - 1));
+      return g(cpu::Elu{static_cast<float>(f.b), static_cast<float>(f.a * f.b * f.c), static_cast<float>(f.c)});
   }
+}
+
+CodeGrid grid_of(const Activation& f, int bits) {
+  return by_rule(f, [&]<class Rule>(const Rule&) {
+    if constexpr (std::is_same_v<Rule, cpu::Elu>) {
+      return CodeGrid::of(bits, f.b, 0, std::max(0.0, f.a * f.c - 1));
+    } else {
+      return CodeGrid::of(bits, 1, Rule::kBelow, Rule::kAbove);
+    }
+  });
 }
 
 template <int kBits, class T, class Rule>
@@ -101,35 +113,12 @@ Tensor encode(const Tensor& x, const Activation& f, int bits, const CodeGrid& gr
   const c10::SymInt count = bits == 8 ? x.sym_numel() : (x.sym_numel() + 1) / 2;
   const Tensor codes = empty_beside(x, count, at::MemoryFormat::Contiguous, at::kByte);
   if (x.is_meta() || x.key_set().has(c10::DispatchKey::Python)) return codes;  // no data to look at
-  const auto with = [&](auto rule) {
+  by_rule(f, [&](auto rule) {
     AT_DISPATCH_SWITCH(x.scalar_type(), "freezekit::lossy",
                        AT_DISPATCH_CASE(at::kFloat, [&] { encode_cpu<scalar_t>(x, codes, bits, rule, grid); })
                            AT_DISPATCH_CASE(at::kBFloat16, [&] { encode_cpu<scalar_t>(x, codes, bits, rule, grid); })
                                AT_DISPATCH_CASE(at::kHalf, [&] { encode_cpu<scalar_t>(x, codes, bits, rule, grid); }));
-  };
-  switch (f.kind) {
-    case Kind::silu:
-      with(cpu::Silu{});
-      break;
-    case Kind::gelu:
-      with(cpu::Gelu{});
-      break;
-    case Kind::gelu_tanh:
-      with(cpu::GeluTanh{});
-      break;
-    case Kind::mish:
-      with(cpu::Mish{});
-      break;
-    case Kind::hardswish:
-      with(cpu::Hardswish{});
-      break;
-    case Kind::softplus:
-      with(cpu::Softplus{static_cast<float>(f.a), static_cast<float>(f.b)});
-      break;
-    case Kind::elu:
-      with(cpu::Elu{grid.unit, static_cast<float>(f.a * f.b * f.c), static_cast<float>(f.c)});
-      break;
-  }
+  });
   return codes;
 }
 
