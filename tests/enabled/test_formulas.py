@@ -377,6 +377,15 @@ def test_nothing_outlives_the_graph(inputs: tuple[Tensor, Tensor]) -> None:
     assert alive.expired()
 
 
+def test_a_leaf_is_held_no_longer_than_the_graph() -> None:
+    with fk.enabled(), torch.autograd.graph.saved_tensors_hooks(Tensor.detach, Tensor.clone):
+        leaf = torch.ones(3, requires_grad=True)
+        alive = torch.multiprocessing.reductions.StorageWeakRef(leaf.untyped_storage())
+        z = leaf**2
+        del leaf, z
+    assert alive.expired()
+
+
 @pytest.mark.parametrize("name", FORMULAS)
 def test_compiled(name: str, inputs: tuple[Tensor, Tensor]) -> None:
     call = copied(FORMULAS[name][0])

@@ -10,6 +10,7 @@
 #include <ATen/ops/softplus.h>
 #include <ATen/ops/sub.h>
 #include <ATen/ops/tanh.h>
+#include <torch/csrc/autograd/functions/accumulate_grad.h>
 #include <torch/csrc/autograd/generated/Functions.h>
 #include <torch/csrc/autograd/variable.h>
 
@@ -271,6 +272,8 @@ void note_power(const Tensor& result) {
   const AnyNodePtr& node = result.grad_fn();
   if (!as<generated::PowBackward0>(node.get())) return;
   const Edge& operand = node->next_edge(0);
+  // From torch 2.13 on a node that saved a leaf by hooks holds it until there is no pointer left, not even a weak one.
+  if (as<torch::autograd::AccumulateGrad>(operand.function.get())) return;
   powers[next_power++ % powers.size()] = {operand.function.get(), operand.input_nr, weak(node)};
 }
 
