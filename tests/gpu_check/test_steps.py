@@ -139,7 +139,22 @@ def test_every_step_runs_whatever_became_of_those_before(tmp_path: Path, capsys:
     assert "passed   fine: right" in capsys.readouterr().out
 
 
-def test_whoever_takes_the_machine_away_gets_what_is_known(tmp_path: Path) -> None:
+ENDS = pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT], ids=str)
+
+
+def ended_once(marker: Path, check: subprocess.Popen[str], end: signal.Signals) -> str:
+    """What a check prints that is asked to end once the marker has a text."""
+    start = time.monotonic()
+    while not marker.exists() or not marker.read_text():
+        assert check.poll() is None
+        assert time.monotonic() - start < 300
+        time.sleep(0.05)
+    check.send_signal(end)
+    return check.communicate(timeout=60)[0]
+
+
+@ENDS
+def test_whoever_takes_the_machine_away_gets_what_is_known(tmp_path: Path, end: signal.Signals) -> None:
     """SIGTERM in the middle of a step, of which nothing is left."""
     folder, pid = tmp_path / "out", tmp_path / "pid"
     slow = f"import os, time; print('half'); open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
@@ -152,13 +167,7 @@ steps.plan = lambda *_: [step("first", "print('whole')"), step("second", {slow!r
 sys.exit(command.main(["--out", {str(folder)!r}]))
 """
     check = subprocess.Popen(script(program), cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    start = time.monotonic()
-    while not pid.exists() or not pid.read_text():
-        assert check.poll() is None
-        assert time.monotonic() - start < 300
-        time.sleep(0.05)
-    check.send_signal(signal.SIGTERM)
-    said, _ = check.communicate(timeout=60)
+    said = ended_once(pid, check, end)
     assert check.returncode == 1, "one step failed"
     found = {s["step"]: (s["result"], s["said"]) for s in json.loads((folder / "summary.json").read_text())["steps"]}
     assert found["first"] == ("passed", "whole")
@@ -167,6 +176,29 @@ sys.exit(command.main(["--out", {str(folder)!r}]))
     assert found["third"] == ("not run", "the check was asked to end from outside")
     assert "===== second: failed\nhalf\n" in (folder / "log.txt").read_text()
     assert f"results in {folder}" in said
+    assert not is_running(int(pid.read_text()))
+
+
+@ENDS
+def test_so_does_whoever_takes_it_away_at_the_first_look(tmp_path: Path, end: signal.Signals) -> None:
+    """Where torch takes its half minute to answer."""
+    folder, pid = tmp_path / "out", tmp_path / "pid"
+    slow = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    program = f"""
+import sys
+from tools.gpu_check import __main__ as command, machine
+machine.ASK_TORCH = {slow!r}
+sys.exit(command.main(["--out", {str(folder)!r}]))
+"""
+    check = subprocess.Popen(script(program), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    said = ended_once(pid, check, end)
+    assert check.returncode == 1, said
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["machine"]["device"] == "unknown: asked to end from outside"
+    results = {(s["result"], s["said"]) for s in summary["steps"]}
+    assert results == {("not run", "the check was asked to end from outside")}
+    assert f"results in {folder}" in said
+    assert "Traceback" not in said
     assert not is_running(int(pid.read_text()))
 
 

@@ -1,7 +1,7 @@
 """Runs every step, each within its budget and whatever became of those before it: `make gpu-check`.
 
-The exit code is the number of steps that failed. Without a GPU there is nothing to check; --emulated exercises the
-steps all the same, which says nothing about hardware.
+The exit code is the number of steps that failed, and at least 1 where the check was asked to end (SIGTERM, Ctrl-C).
+Without a GPU there is nothing to check; --emulated exercises the steps all the same, which says nothing about hardware.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import machine, report, steps
-from .step import Outcome, Step, end_when_asked, run
+from .step import Outcome, Step, ended_when_asked, run, was_asked_to_end
 
 SECONDS = 530.0  # of the whole: under nine minutes
 FIRST_LOOK = 30.0  # of those, for what the machine is
@@ -53,6 +53,12 @@ def find_cuda() -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; see the module's text."""
+    with ended_when_asked():
+        return check(arguments)
+
+
+def check(arguments: list[str] | None) -> int:
+    """The same, as long as nobody asks it to end."""
     parser = argparse.ArgumentParser(prog="python -m tools.gpu_check", description=__doc__)
     parser.add_argument(
         "--out",
@@ -86,13 +92,13 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"argument --only: no such step: {', '.join(sorted(unknown))}")
         plan = [step for step in plan if step.name in wanted]
     command = "make gpu-check" + (" EMULATED=1" if options.emulated else "")
-    end_when_asked()
     print(
         f"{here.device or 'no CUDA device'}, driver {here.driver}, torch {here.torch}, commit {here.commit}", flush=True
     )
     outcomes = run_all(plan, folder, here, command, end - time.monotonic())
     print("\n" + report.row(here, outcomes, command) + f"\n\nresults in {folder}")
-    return min(125, sum(outcome.result == "failed" for outcome in outcomes))
+    failed = sum(outcome.result == "failed" for outcome in outcomes)
+    return min(125, max(failed, int(was_asked_to_end())))
 
 
 if __name__ == "__main__":

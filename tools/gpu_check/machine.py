@@ -14,7 +14,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
-from .step import add_until, call, left
+from .step import ASKED, add_until, call, left, was_asked_to_end
 
 # What the steps import or call, beyond the standard library.
 MODULES = ("torch", "numpy", "rich", "pybind11", "setuptools", "pytest", "hypothesis")
@@ -75,7 +75,7 @@ def read(commit: str | None, seconds: float) -> Host:
         asked, driver, nvcc, changes, known = pool.map(lambda question: output_of(seconds, *question), questions)
     torch, cuda, device, capability = [*(asked or "").split("\n"), "", "", "", ""][:4]
     if asked is None:
-        device = f"unknown: torch failed, or gave no answer in {seconds:g} s"
+        device = f"unknown: {ASKED if was_asked_to_end() else f'torch failed, or gave no answer in {seconds:g} s'}"
     found = re.search(r"\bV([\d.]+)", nvcc or "")
     return Host(
         date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),

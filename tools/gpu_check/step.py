@@ -13,7 +13,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -149,8 +149,14 @@ class _Running:
 _running = _Running([])
 
 
-def end_when_asked() -> None:
-    """From now on SIGTERM ends the step under way, with all that it started; those after it are not run.
+def was_asked_to_end() -> bool:
+    """Whether a signal has said so within `ended_when_asked`."""
+    return _running.ended
+
+
+@contextlib.contextmanager
+def ended_when_asked() -> Iterator[None]:
+    """Within it SIGTERM and Ctrl-C end what runs, with all that it started; what comes after it is not run.
 
     So whoever takes the machine away gets the folder with all that is known, and no process is left on the GPU.
     """
@@ -160,7 +166,13 @@ def end_when_asked() -> None:
         for process in list(_running.processes):
             _end_group(process)
 
-    signal.signal(signal.SIGTERM, end)
+    _running.ended = False
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
