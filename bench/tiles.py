@@ -202,6 +202,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--until", type=float, metavar="INSTANT", help="time.monotonic() when all must have ended")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --device: torch sees no CUDA device here")
     device, dtype = torch.device(options.device), DTYPES[options.dtype]
     torch.manual_seed(0)
     environment, rows = describe(device, dtype), list[Timed]()

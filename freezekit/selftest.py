@@ -293,6 +293,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--until", type=float, default=time.monotonic() + SECONDS, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     gpu = torch.cuda.is_available() and _C.has_cuda_kernels()
+    if options.backend == "native" and not gpu:
+        missing = "torch sees no CUDA device here" if _C.has_cuda_kernels() else "this build has no CUDA kernels"
+        parser.error(f"argument --backend: 'native' needs freezekit's CUDA kernels and a GPU: {missing}")
     on_cpu = "emulated" if _extension.emulated_kernels().exists() else "aten"
     backend = options.backend or ("native" if gpu else on_cpu)
     device = torch.device("cuda" if backend == "native" or (backend == "aten" and gpu) else "cpu")

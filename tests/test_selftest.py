@@ -239,3 +239,18 @@ def test_hopper_alone(capfd: pytest.CaptureFixture[str]) -> None:
     assert all(" hopper_" in row for row in rows)
     with pytest.raises(SystemExit):
         selftest.main(["--backend", "aten", "--hopper"])
+
+
+@pytest.mark.parametrize("more", [[], ["--hopper"]])
+@pytest.mark.parametrize(("has_kernels", "said"), [(True, "sees no CUDA device here"), (False, "has no CUDA kernels")])
+def test_a_backend_that_is_not_there_is_told_in_a_line(
+    has_kernels: bool, said: str, more: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(_C, "has_cuda_kernels", lambda: has_kernels)
+    with pytest.raises(SystemExit) as ended:
+        selftest.main(["--backend", "native", *more])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "argument --backend: 'native' needs freezekit's CUDA kernels and a GPU: " in error
+    assert said in error

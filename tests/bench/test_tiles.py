@@ -131,3 +131,12 @@ def test_what_cannot_be_launched_is_said() -> None:
     assert not _C.tiles.launch(0, x, w, y, *geometry, 0, 0, 1), "no family"
     with pytest.raises(ValueError, match="do not make a convolution"):
         _C.tiles.launch(0, x, w, y[..., :2].contiguous(memory_format=torch.channels_last), *geometry, 1, 0, 1)
+
+
+def test_a_gpu_that_is_not_there_is_told_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        tiles.main(["--device", "cuda", "--layers", "tiny"])
+    assert "argument --device: torch sees no CUDA device here" in capsys.readouterr().err

@@ -148,6 +148,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--these", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.place == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --place: torch sees no CUDA device here")
     probes = list(registry.probes())
     if options.these:
         by_name = {probe.name: probe for probe in probes}

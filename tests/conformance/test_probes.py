@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from tests.emulator.probe import settings
 
@@ -142,3 +143,12 @@ def test_golden_vectors_are_kept_from_the_first_probe_on(monkeypatch: pytest.Mon
     with pytest.raises(KeyboardInterrupt):
         command.main(["--place", "emulated", "--golden", str(file)])
     assert list(golden.load(file)[1]) == [EMULATED[0].name]
+
+
+def test_a_gpu_that_is_not_there_is_told_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        command.main(["--place", "cuda"])
+    assert "argument --place: torch sees no CUDA device here" in capsys.readouterr().err
