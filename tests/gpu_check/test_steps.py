@@ -249,6 +249,9 @@ def test_the_budgets_leave_time_for_all_that_needs_a_gpu() -> None:
     assert rest.name == "other tests"
     assert command.FIRST_LOOK + sum(s.budget for s in needed) <= command.SECONDS < 540
     assert not any(s.not_here for s in plan)
+    *without_gpu, rest = steps.plan(Path("out"), emulated=True, about="")
+    assert rest.name == "other tests"
+    assert command.FIRST_LOOK + sum(s.budget for s in without_gpu if not s.not_here) <= command.SECONDS
     assert len({s.name for s in plan}) == len(plan)
 
 
@@ -267,6 +270,26 @@ def test_the_plan_covers_all_tests_and_knows_its_files() -> None:
 def test_the_build_is_for_the_device_alone_and_its_waits_end() -> None:
     plan = {s.name: s for s in steps.plan(Path("out"), emulated=False, about="", arch="90a")}
     assert plan["build"].command[:3] == ("env", "NVCC_APPEND_FLAGS=-DFK_BOUNDED_WAITS", "FREEZEKIT_CUDA_ARCHS=90a")
+
+
+def test_without_a_gpu_the_build_compiles_no_kernel_that_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a plain build does it, which in a tree that is built has nothing to do."""
+
+    def settings() -> tuple[str, ...]:
+        build = next(s for s in steps.plan(Path("out"), emulated=True, about="") if s.name == "build").command
+        return build[1 : build.index(sys.executable)]
+
+    monkeypatch.setattr(steps, "ROOT", tmp_path)
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "freezekit").mkdir()
+    info = tmp_path / "freezekit/_build_info.json"
+    assert settings() == ("FREEZEKIT_CUDA=0",)
+    info.write_text('{"cuda": null, "archs": []}')
+    assert settings() == ("FREEZEKIT_CUDA=0",)
+    info.write_text('{"cuda": "13.0.88", "archs": ["80", "90a"]}')
+    assert settings() == ("FREEZEKIT_CUDA_ARCHS=80;90a",)
 
 
 def test_what_was_built_with_other_flags_is_built_again(tmp_path: Path) -> None:
