@@ -3,12 +3,18 @@
 // Bits and taps are no numbers. A hook that casts all that it sees (to save memory, or to move it faster) rounds the
 // activations that stock keeps, and would turn words of 32 bits into others. So hooks are shown bytes, which float16 and
 // bfloat16 hold exactly, and what they give back is held against a checksum: it is right, or it is an error.
+//
+// A checkpoint gives a node what another node kept in its second pass. Where something is switched between the passes, one
+// of them keeps bits and the other what torch's formula reads, and a word of bits has the shape of a number. So checkpoints
+// are shown bytes of a dtype that torch computes nothing with: its formulas raise, and a node of freezekit's that meets any
+// other dtype or size does.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 #include <torch/csrc/autograd/saved_variable.h>
 
 #include <memory>
+#include <optional>
 #include <vector>
 
 namespace freezekit {
@@ -23,11 +29,12 @@ class KeptTensor {
   torch::autograd::SavedVariable variable;  // what hooks see, for the engine and compiled autograd
 
  private:
-  // What was shown as bytes.
+  // What was shown as bytes; to a checkpoint without a checksum.
   struct Original {
     at::ScalarType dtype;
     std::vector<int64_t> size, stride;
-    at::Tensor checksum;
+    at::Device device;
+    std::optional<at::Tensor> checksum;
   };
   std::unique_ptr<const Original> original_;
 };
