@@ -38,16 +38,28 @@ Limits limits_of(at::ScalarType type) {
   });
 }
 
-// Integers from -2 to 2 without a pattern; `which` of the tables, whose lengths differ.
-Tensor integers(int which, IntArrayRef size, at::ScalarType type, const Tensor& like) {
+// Numbers from 0 to `below` - 1 without a pattern; `which` of the tables, whose lengths differ.
+std::vector<double> mixed_numbers(int which, int below) {
   constexpr std::array<size_t, 3> lengths = {509, 521, 541};
   std::vector<double> values(lengths[which]);
   uint64_t state = which + 1;
   for (double& value : values) {
     state = state * 6364136223846793005u + 1442695040888963407u;  // Knuth's multiplier
-    value = static_cast<double>((state >> 33) % 5) - 2;
+    value = static_cast<double>((state >> 33) % below);
   }
+  return values;
+}
+
+Tensor integers(int which, IntArrayRef size, at::ScalarType type, const Tensor& like) {
+  std::vector<double> values = mixed_numbers(which, 5);
+  for (double& value : values) value -= 2;
   return repeated(table_of(std::move(values), like.options().dtype(type)), size, like.suggest_memory_format());
+}
+
+Tensor with_other_signs(int which, const Tensor& of) {
+  std::vector<double> signs = mixed_numbers(which, 2);
+  for (double& sign : signs) sign = 1 - 2 * sign;
+  return repeated(table_of(std::move(signs), of.options()), of.sizes(), of.suggest_memory_format()).mul_(of);
 }
 
 }  // namespace
@@ -108,21 +120,29 @@ Tensor mixed_bits(int64_t words, const Tensor& like) {
 }
 
 Tensor Rehearsal::x(const Tensor& like) const {
+  if (values == Values::sizes) return like.to(dtype).abs();
+  if (values == Values::scattered) return with_other_signs(0, like);
   return integers(0, {problem.n, problem.c, problem.h, problem.w}, dtype, like);
 }
 
 Tensor Rehearsal::weight(const Tensor& like) const {
+  if (values == Values::sizes) return like.to(dtype).abs();
+  if (values == Values::scattered) return like;
   return integers(1, {problem.k, problem.c_per_group(), problem.r, problem.s}, dtype, like);
 }
 
 Tensor Rehearsal::y(const Tensor& like) const {
+  if (values == Values::sizes) return like.to(dtype).abs();
+  if (values == Values::scattered) return with_other_signs(2, like);
   return integers(2, {problem.n, problem.k, problem.p, problem.q}, dtype, like);
 }
 
 std::vector<c10::SymInt> Rehearsal::x_size() const { return {problem.n, problem.c, problem.h, problem.w}; }
 
-Tensor Rehearsal::per_channel(at::ScalarType type, const Tensor& like, std::vector<double> of) const {
-  return repeated(table_of(std::move(of), like.options().dtype(type)), {problem.k});
+Tensor Rehearsal::per_channel(const Tensor& of, at::ScalarType type, const Tensor& like,
+                              std::vector<double> table) const {
+  if (values == Values::integers) return repeated(table_of(std::move(table), like.options().dtype(type)), {problem.k});
+  return of.defined() && values == Values::sizes ? of.to(type).abs() : of;
 }
 
 }  // namespace freezekit::proof

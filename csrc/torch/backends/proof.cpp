@@ -110,32 +110,53 @@ bool is_possible(const Tensor& on, Backend candidate) {
          !native::is_capturing(on, candidate) && may_wait(on);
 }
 
+// In memory order of that layout: pieces are dense.
+Tensor flat(const Tensor& t, at::MemoryFormat format) { return t.contiguous(format).as_strided({t.numel()}, {1}); }
+
+// Where torch's way of summing left a number that is not finite, ours need not leave it.
+Tensor not_finite(const Tensor& sizes) { return sizes.le(largest_of(sizes.scalar_type())).logical_not_(); }
+
+at::ScalarType wide_type(const Tensor& of) { return of.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+
+// (Where a piece begins, how many elements it has), one after another.
+template <class F>
+void for_each_piece(const Tensor& of, const F& f) {
+  const int64_t step = kPieceBytes / static_cast<int64_t>(c10::elementSize(wide_type(of)));
+  for (int64_t i = 0; i < of.numel(); i += step) f(i, std::min(step, of.numel() - i));
+}
+
+double most(const std::vector<Tensor>& of) { return of.empty() ? 0 : at::stack(of).max().item<double>(); }
+
 }  // namespace
 
-std::string difference(const Tensor& torch_s, const Tensor& own, const Bound& bound) {
+double largest_in(const Tensor& tensor) {
+  const Tensor row = flat(tensor, tensor.suggest_memory_format());
+  std::vector<Tensor> largest;
+  for_each_piece(row, [&](int64_t i, int64_t count) {
+    Tensor size = row.narrow(0, i, count).to(wide_type(row)).abs();
+    const Tensor skipped = not_finite(size);
+    largest.push_back(size.masked_fill_(skipped, 0).max());
+  });
+  return most(largest);
+}
+
+std::string difference(const Tensor& torch_s, const Tensor& own, const Bound& bound, double large) {
   if (torch_s.numel() == 0) return {};
   if (!torch_s.is_floating_point()) {
     const int64_t count = torch_s.ne(own).sum().item<int64_t>();
     return count == 0 ? "" : std::to_string(count) + " of " + std::to_string(torch_s.numel()) + " words differ";
   }
-  const auto wide = torch_s.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const bool are_sums = bound.of_largest > 0;
   const double end = largest_of(own.scalar_type());
-  // In memory order, which is the same: pieces are dense.
-  const auto flat = [format = torch_s.suggest_memory_format()](const Tensor& t) {
-    return t.contiguous(format).as_strided({t.numel()}, {1});
-  };
-  const Tensor a = flat(torch_s), b = flat(own);
-  const int64_t step = kPieceBytes / static_cast<int64_t>(c10::elementSize(wide));
+  const auto format = torch_s.suggest_memory_format();
+  const Tensor a = flat(torch_s, format), b = flat(own, format);
   std::vector<Tensor> excess, largest;
-  for (int64_t i = 0; i < a.numel(); i += step) {
-    const int64_t count = std::min(step, a.numel() - i);
-    const Tensor x = a.narrow(0, i, count).to(wide), y = b.narrow(0, i, count);
+  for_each_piece(a, [&](int64_t i, int64_t count) {
+    const Tensor x = a.narrow(0, i, count).to(wide_type(a)), y = b.narrow(0, i, count);
     Tensor apart, skipped;
     if (are_sums) {
       Tensor size = x.abs();
-      // Where torch's way of summing left a number that is not finite, ours need not leave it.
-      skipped = size.le(largest_of(wide)).logical_not_();
+      skipped = not_finite(size);
       apart = (x - y.clamp(-end, end)).abs_().sub_(size, bound.of_value);
       largest.push_back(size.masked_fill_(skipped, 0).max());
     } else {
@@ -143,9 +164,8 @@ std::string difference(const Tensor& torch_s, const Tensor& own, const Bound& bo
       apart = (x - y).abs_();
     }
     excess.push_back(apart.masked_fill_(skipped, 0).max());  // NaN stays NaN
-  }
-  const auto most = [](const std::vector<Tensor>& of) { return at::stack(of).max().item<double>(); };
-  const double by = most(excess), allowed = are_sums ? bound.of_largest * most(largest) : 0;
+  });
+  const double by = most(excess), allowed = are_sums ? bound.of_largest * std::max(most(largest), large) : 0;
   if (by <= allowed) return {};
   char text[96];
   std::snprintf(text, sizeof text, "a value differs by %.3g where %.3g is allowed", by, allowed);

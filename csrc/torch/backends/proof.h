@@ -38,8 +38,11 @@ constexpr const char* kNoMemory = "no memory was left to compare them";
 // And of a device that is older than all that was compiled for.
 constexpr const char* kNoCode = "this build has no code for such a device";
 
-// Where two results are further apart, in words; nothing where they are not. Takes 16 MiB at most.
-std::string difference(const Tensor& torch_s, const Tensor& own, const Bound& = {});
+// Where two results are further apart, in words; nothing where they are not. Takes 16 MiB at most. Where `large` is larger
+// than the largest value, the bound is of that.
+std::string difference(const Tensor& torch_s, const Tensor& own, const Bound& = {}, double large = 0);
+// The largest absolute value, of those that are finite.
+double largest_in(const Tensor&);
 
 // A tensor as every eager call has it: dense, of CPU, CUDA or Meta, of no subclass, and no tracer or transform has put
 // another in its place. Views, autograd and autocast are what every tensor has.

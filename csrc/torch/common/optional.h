@@ -15,6 +15,10 @@ inline const at::Tensor& tensor_of(const OptionalTensor& tensor) {
   return tensor ? *tensor : none;
 }
 
+inline OptionalTensor optional_of(const at::Tensor& tensor) {
+  return tensor.defined() ? std::make_optional(tensor) : std::nullopt;
+}
+
 // Whether it is there, and requires a gradient.
 inline bool learns(const at::Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); }
 

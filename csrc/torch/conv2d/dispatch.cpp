@@ -6,6 +6,7 @@
 #include "torch/common/checks.h"
 #include "torch/common/computing.h"
 #include "torch/common/layout.h"
+#include "torch/common/optional.h"
 #include "torch/common/route.h"
 #include "torch/common/unseen.h"
 #include "torch/conv2d/autograd.h"
@@ -28,7 +29,8 @@ Tensor conv2d_kernel(const Tensor& input, const Tensor& weight, const std::optio
       {Operator::fprop, problem, input, layout}, g.backend,
       [&](Backend on) { return compute(on, problem, input, weight, bias); },
       [&](Backend on, const Rehearsal& own) {  // with a bias, which the next of its class may have
-        return compute(on, own.problem, own.x(input), own.weight(weight), own.per_channel(own.dtype, input));
+        const Tensor b = own.per_channel(tensor_of(bias), own.dtype, input);
+        return compute(on, own.problem, own.x(input), own.weight(weight), optional_of(b));
       });
   return finish(y, layout);
 }

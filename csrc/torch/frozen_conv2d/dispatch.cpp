@@ -146,23 +146,29 @@ std::tuple<Tensor, Tensor> frozen_by_aten(const Conv2dProblem& problem, const Fr
 // a pass over a result in NCHW applies or makes them.
 bool has_kernels_bits(Backend demand, at::MemoryFormat format) { return is_own(demand) || format == kLast; }
 
-// A norm whose scale is 1, -2 or another power of two, so that what it multiplies stays exact.
-FixedNormTensors norm_of(const proof::Rehearsal& own, const FixedNormTensors& like) {
-  const auto vector = [&](const Tensor& of, std::vector<double> values) {
-    return of.defined() ? own.per_channel(of.scalar_type(), of, std::move(values)) : Tensor();
-  };
+// In place of a vector of the caller's, beside tensors of `type`.
+Tensor vector_of(const proof::Rehearsal& own, const Tensor& like, at::ScalarType type, std::vector<double> table) {
+  if (!like.defined()) return like;
+  return own.per_channel(like, like.scalar_type() == type ? own.dtype : like.scalar_type(), like, std::move(table));
+}
+
+// A norm whose scale is 1, -2 or another power of two, so that what it multiplies stays exact. Of a caller's norm, -|mean|
+// is what adds to the other terms.
+FixedNormTensors norm_of(const proof::Rehearsal& own, const FixedNormTensors& like, at::ScalarType type) {
   constexpr double eps = 0x1p-6;
+  const auto vector = [&](const Tensor& of, std::vector<double> table) {
+    return vector_of(own, of, type, std::move(table));
+  };
+  const Tensor mean = vector(like.mean, {1, 0, -2, 2, -1, 4, -3});
   return {vector(like.gamma, {1, -2, 1, 2, -1}), vector(like.beta, {3, -1, 0, 2, -3}),
-          vector(like.mean, {1, 0, -2, 2, -1, 4, -3}), vector(like.var, {1 - eps, 4 - eps, 0.25 - eps}), eps};
+          mean.defined() && own.values == proof::Values::sizes ? mean.neg() : mean,
+          vector(like.var, {1 - eps, 4 - eps, 0.25 - eps}), own.values == proof::Values::integers ? eps : like.eps};
 }
 
 FrozenOperands operands_of(const proof::Rehearsal& own, const FrozenOperands& like) {
-  const auto type = [&](const Tensor& of) {
-    return of.scalar_type() == like.input.scalar_type() ? own.dtype : at::kFloat;
-  };
-  return {own.x(like.input), own.weight(like.weight),
-          like.bias.defined() ? own.per_channel(type(like.bias), like.bias) : Tensor(),
-          like.residual.defined() ? own.y(like.residual) : Tensor(), norm_of(own, like.norm)};
+  const auto type = like.input.scalar_type();
+  return {own.x(like.input), own.weight(like.weight), vector_of(own, like.bias, type, {-2, 1, 0, 2, -1}),
+          like.residual.defined() ? own.y(like.residual) : Tensor(), norm_of(own, like.norm, type)};
 }
 
 std::tuple<Tensor, Tensor> frozen_kernel(const FrozenOperands& o, const FrozenConv2d& f, bool keep_mask) {
@@ -174,12 +180,13 @@ std::tuple<Tensor, Tensor> frozen_kernel(const FrozenOperands& o, const FrozenCo
   const bool wanted = keep_mask && f.has_mask();
   const at::MemoryFormat format = result_format(o, output);
   Tensor bits;
+  const auto by_aten = [&](const Conv2dProblem& p, const FrozenOperands& operands, const FrozenConv2d& function) {
+    Tensor y;
+    std::tie(y, bits) = frozen_by_aten(p, operands, function, format, wanted);
+    return y;
+  };
   const auto compute = [&](Backend on, const Conv2dProblem& p, const FrozenOperands& operands) {
-    if (on == Backend::aten) {
-      Tensor y;
-      std::tie(y, bits) = frozen_by_aten(p, operands, f, format, wanted);
-      return y;
-    }
+    if (on == Backend::aten) return by_aten(p, operands, f);
     const bool activates = has_kernels_bits(g.backend, format);
     bits = at::empty({wanted && activates ? mask_words(p.y_numel()) : 0}, operands.input.options().dtype(at::kInt));
     Tensor y = finish(frozen_by_kernels(p, operands, f, activates, bits, on), format);
@@ -202,7 +209,12 @@ std::tuple<Tensor, Tensor> frozen_kernel(const FrozenOperands& o, const FrozenCo
   const Tensor y = computed(
       {Operator::fprop, problem, o.input, format, variant, faults}, g.backend,
       [&](Backend on) { return compute(on, problem, o); },
-      [&](Backend on, const proof::Rehearsal& own) { return compute(on, own.problem, operands_of(own, o)); });
+      [&](Backend on, const proof::Rehearsal& own) {
+        const FrozenOperands operands = operands_of(own, o);
+        // An activation's end would hide how large the terms are.
+        return own.values == proof::Values::sizes ? by_aten(own.problem, operands, {"none", g})
+                                                  : compute(on, own.problem, operands);
+      });
   return {y, bits};
 }
 
@@ -281,12 +293,13 @@ Tensor frozen_dgrad_kernel(const FrozenGradCall& call) {
       [&](Backend on, const proof::Rehearsal& own) {
         const auto x_size = own.x_size();
         const auto bits = [&](const Tensor& of, int64_t numel) {
-          return of.defined() ? proof::mixed_bits(mask_words(numel), of) : Tensor();
+          return of.defined() && own.values == proof::Values::integers ? proof::mixed_bits(mask_words(numel), of) : of;
         };
-        return compute(on, own.problem,
-                       {own.y(o.grad_output), own.weight(o.weight), x_size,
-                        o.residual.defined() ? own.x(o.residual) : Tensor(), bits(o.mask, own.problem.x_numel()),
-                        bits(o.grad_mask, own.problem.y_numel()), norm_of(own, o.norm), o.channels_last});
+        return compute(
+            on, own.problem,
+            {own.y(o.grad_output), own.weight(o.weight), x_size, o.residual.defined() ? own.x(o.residual) : Tensor(),
+             bits(o.mask, own.problem.x_numel()), bits(o.grad_mask, own.problem.y_numel()),
+             norm_of(own, o.norm, o.grad_output.scalar_type()), o.channels_last});
       });
 }
 

@@ -73,10 +73,6 @@ Tensor scaled_by_norm(const Tensor& grad_output, const FixedNormTensors&);
 // The strides by which bits are laid out.
 std::vector<c10::SymInt> dense_stride(SymIntArrayRef size, bool channels_last);
 
-inline OptionalTensor optional_of(const Tensor& tensor) {
-  return tensor.defined() ? std::make_optional(tensor) : std::nullopt;
-}
-
 // The operators' arguments, one by one in their schemas and bundled here.
 struct FrozenCall {
   using Flat = Arguments<const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, std::string_view,
