@@ -223,13 +223,15 @@ proof::Bound bound_on_caller_s(const Conv2dStep& step, const Target& target) {
 }
 
 // Where sums cancel, what is left is rounding, which goes with the size of the terms and not with that of the sum. In any
-// order, a computed sum of n terms is off by at most n u / (1 - n u) times the sum of |terms|, u being half an epsilon
-// (Higham, Accuracy and Stability of Numerical Algorithms, second edition, equations 3.5 and 4.4): two ways by n epsilon
-// of it, with the digit for transforms once more. What is rounded before it is added, factors to tf32 and what torch
-// stores between two operators, is off by the same share of a term, in each of two ways.
+// order, a computed sum of n terms is off by at most n u / (1 - n u) times the sum of |terms| (Higham, Accuracy and
+// Stability of Numerical Algorithms, second edition, equations 3.5 and 4.4). u is half an epsilon where numbers are
+// rounded and a whole one where they are cut off, as tensor cores may do: two ways are apart by at most 2 n epsilon of that
+// sum, with the digit for transforms once more. What is rounded before it is added, factors to tf32 and what torch stores
+// between two operators, is off by the same share of a term, in each of two ways.
 proof::Bound bound_on_cancelling(const Conv2dStep& step, const Target& target) {
   const double terms = static_cast<double>(terms_of(step.op, step.problem)) + 16 * 8;
-  return {bound_on_caller_s(step, target).of_value, terms * epsilon_of(step) + 2 * rounding_of_values(step, target)};
+  return {bound_on_caller_s(step, target).of_value,
+          2 * terms * epsilon_of(step) + 2 * rounding_of_values(step, target)};
 }
 
 // On integers only what is stored is rounded.
