@@ -161,3 +161,27 @@ def test_opcheck(transposed: bool) -> None:
             1,
         )
         torch.library.opcheck(torch.ops.freezekit.convolution, arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["Conv3d", "ConvTranspose2d", "ConvTranspose3d"])
+def test_gradients_have_torch_s_strides(name: str, dtype: torch.dtype) -> None:
+    """Whatever learns. Torch copies a weight's gradient that is laid out unlike the weight before it stores it."""
+    axes = int(name[-2])
+    formats = [torch.contiguous_format, torch.channels_last if axes == 2 else torch.channels_last_3d]
+    wrong = []
+    for c, k, kernel, side, depthwise in itertools.product((1, 4), (1, 4), (1, 3), (3, 5), (False, True)):
+        if depthwise and k % c:
+            continue
+        stock = getattr(nn, name)(c, k, kernel, groups=c if depthwise else 1).to(dtype)
+        values = torch.randn(2, c, *[side] * axes, dtype=dtype)
+        for of_weight, of_x, learns in itertools.product(formats, formats, ("weight", "x", "both")):
+            stock = stock.to(memory_format=of_weight).requires_grad_(learns != "x")
+            found = []
+            for model in (stock, fk.convert(copy.deepcopy(stock))):
+                x = values.clone(memory_format=of_x).requires_grad_(learns != "weight")
+                y = model(x)
+                found.append([t.stride() for t in grad(y.sum(), [t for t in (x, model.weight) if t.requires_grad])])
+            if found[0] != found[1]:
+                wrong.append((c, k, kernel, side, depthwise, of_weight, of_x, learns, *found))
+    assert not wrong, f"{len(wrong)} differ, among them {wrong[:: max(1, len(wrong) // 5)]}"

@@ -57,8 +57,9 @@ Tensor dgrad(const Tensor& dy, const Tensor& weight, SymIntArrayRef input_size, 
 }
 
 // ATen's interface wants a weight for its size and layout.
-Tensor wgrad(const Tensor& dy, const Tensor& input, SymIntArrayRef weight_size, const ConvNdGeometry& g) {
-  const Tensor weight = shape_only(weight_size, dy, at::MemoryFormat::Contiguous);
+Tensor wgrad(const Tensor& dy, const Tensor& input, SymIntArrayRef weight_size, at::MemoryFormat format,
+             const ConvNdGeometry& g) {
+  const Tensor weight = shape_only(weight_size, dy, format);
   return std::get<1>(at::convolution_backward_symint(dy, input, weight, std::nullopt, g.stride, g.padding, g.dilation,
                                                      g.transposed, g.output_padding, g.groups, {false, true, false}));
 }
@@ -105,11 +106,12 @@ struct ConvNdGradients {
   ConvNdGeometry geometry;
   Numbers input_size, weight_size;
   at::MemoryFormat format = at::MemoryFormat::Contiguous;  // of the result, so of dx
+  at::MemoryFormat weight_format = at::MemoryFormat::Contiguous;
 
   auto fields() {
     ConvNdGeometry& g = geometry;
     return std::tie(g.stride, g.padding, g.dilation, g.output_padding, g.transposed, g.groups, input_size, weight_size,
-                    format);
+                    format, weight_format);
   }
   Link link() const { return {Link::To::operands, /*count=*/2}; }
 
@@ -124,7 +126,7 @@ struct ConvNdGradients {
     }
     variable_list result(wanted.size());
     if (wanted[0]) result[0] = dgrad(grad, weight, input_size, format, geometry);
-    if (wanted[1]) result[1] = wgrad(grad, input, weight_size, geometry);
+    if (wanted[1]) result[1] = wgrad(grad, input, weight_size, weight_format, geometry);
     if (wanted[2]) result[2] = bias_gradient(grad);
     return result;
   }
@@ -134,7 +136,8 @@ struct ConvNdGradients {
 
 Tensor record_convolution(const Tensor& input, const Tensor& weight, const Tensor& bias, const ConvNdGeometry& g,
                           c10::function_ref<Tensor()> compute) {
-  ConvNdGradients gradients{g, owned(input.sym_sizes()), owned(weight.sym_sizes()), layout_of(input, weight)};
+  ConvNdGradients gradients{g, owned(input.sym_sizes()), owned(weight.sym_sizes()), layout_of(input, weight),
+                            weight.suggest_memory_format()};
   const auto node = formula_node("FreezekitConvolutionBackward", std::move(gradients), input, weight, bias);
   node->keep(weight.requires_grad() ? input : Tensor(), input.requires_grad() ? weight : Tensor());
   return recorded(node, compute);
