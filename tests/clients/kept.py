@@ -178,7 +178,7 @@ def monai() -> Iterator[Network]:
         ("FlexibleUNet", {"in_channels": 1, "out_channels": 2, "backbone": "efficientnet-b0"}, image),
         ("HighResNet", deep, volume),
         ("MedNeXt", {"spatial_dims": 3, "in_channels": 1, "out_channels": 2, "init_filters": 16}, volume),
-        ("AutoEncoder", {**flat, **steps}, image),
+        ("AutoEncoder", {**flat, **steps, "strides": (2, 2, 2)}, image),
         ("AutoencoderKL", {**flat, "channels": (32, 64), "attention_levels": (False, True), "latent_channels": 3,
                            "num_res_blocks": (1, 1)}, image),
     ):  # fmt: skip
