@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import freezekit as fk
 from freezekit.functional import conv2d
+from tests.proof.test_cancelling import CANCELS, DTYPES, SIZES, Cancel, convolution, tensors
 from tests.proof.test_layers import LAYERS, step
 
 pytestmark = pytest.mark.gpu
@@ -29,6 +30,20 @@ def test_every_proof_agrees(dtype: torch.dtype, channels_last: bool) -> None:
     for groups, stride in ((1, 1), (1, 2), (32, 1), (4, 1)):
         w = torch.randn(32, 32 // groups, 3, 3, device="cuda", dtype=dtype, requires_grad=True)
         conv2d(x, w, stride=stride, padding=1, groups=groups).sum().backward()
+    assert [str(choice) for choice in fk.tuning.choices() if not choice.agree] == []
+    fk.tuning.clear_choices()
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@CANCELS
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_sums_that_cancel_accuse_no_kernel(
+    size: tuple[int, ...], dtype: torch.dtype, cancel: Cancel, channels_last: bool
+) -> None:
+    fk.tuning.clear_choices()
+    given = tensors(size, cancel, dtype, channels_last)
+    convolution(*(t.detach().cuda().requires_grad_(t.requires_grad) for t in given))
     assert [str(choice) for choice in fk.tuning.choices() if not choice.agree] == []
     fk.tuning.clear_choices()
 
