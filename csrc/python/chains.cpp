@@ -25,18 +25,18 @@ py::object activation(const py::object& torch_s, const py::object& input, const 
   return y;
 }
 
-void note_group_norm(const at::Tensor& result, const std::optional<at::Tensor>& bias, double eps) {
-  enable::note_group_norm(result, bias.value_or(at::Tensor()), eps);
+void note_norm(const at::Tensor& result, const std::optional<at::Tensor>& bias, double eps) {
+  enable::note_norm(result, bias.value_or(at::Tensor()), eps);
 }
 
 }  // namespace
 
 void bind_chains(py::module_& parent) {
   py::module_ m = parent.def_submodule("chains", "What enable does at torch's operators, at converted layers.");
-  m.def("activation", activation, "torch_s(input, ...); behind a group norm its node does not keep the input.");
+  m.def("activation", activation, "torch_s(input, ...); behind a norm its node does not keep the input.");
   m.def("is_for_recipe", chain::is_for_recipe, "Whether a hook on saved tensors is given what a recipe reads.");
   m.def("is_let_go", chain::is_let_go, "Whether a hook on saved tensors is given what a node keeps no more.");
-  m.def("note_group_norm", note_group_norm, "Is told of a group norm's result, which an activation may read.");
+  m.def("note_norm", note_norm, "Is told of a norm's result, which an activation may read.");
 }
 
 }  // namespace freezekit

@@ -254,8 +254,11 @@ Tensor quick_layer_norm(const Given& given) {
       !read(given[4], &eps) || is_for_bias_alone(x, tensor_of(weight), tensor_of(bias))) {
     return {};
   }
-  return without_gil(
-      [&] { return at::layer_norm(x, shape, weight, bias, eps, at::globalContext().userEnabledCuDNN()); });
+  return without_gil([&] {
+    const Tensor y = at::layer_norm(x, shape, weight, bias, eps, at::globalContext().userEnabledCuDNN());
+    enable::note_norm(y, bias.value_or(Tensor()), eps);
+    return y;
+  });
 }
 
 Tensor quick_group_norm(const Given& given) {
@@ -271,7 +274,7 @@ Tensor quick_group_norm(const Given& given) {
   if (x.dim() < 2 || groups < 1 || x.numel() <= x.size(0) * groups) return {};
   return without_gil([&] {
     const Tensor y = at::group_norm(x, groups, weight, bias, eps, at::globalContext().userEnabledCuDNN());
-    enable::note_group_norm(y, bias.value_or(Tensor()), eps);
+    enable::note_norm(y, bias.value_or(Tensor()), eps);
     return y;
   });
 }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -105,7 +106,8 @@ def layer_norm(
     """`torch.nn.functional.layer_norm`; where the bias alone learns it keeps nothing.
 
     The gradient of the input reads the input and two statistics per row, frozen weight or not: that is what torch
-    keeps, and what this keeps wherever `input` needs a gradient.
+    keeps, and what this keeps wherever `input` needs a gradient. A smooth activation behind it then keeps nothing:
+    :func:`silu`, :func:`gelu` and the like.
 
     Args:
         input: (..., *normalized_shape).
@@ -120,7 +122,9 @@ def layer_norm(
     >>> fk.functional.layer_norm(torch.tensor([[0.0, 2.0]]), (2,), eps=0.0)
     tensor([[-1.,  1.]])
     """
-    if not _bias_alone(input, weight, bias) or not _are_sizes(normalized_shape) or not are_numbers(eps):
+    if not _bias_alone(input, weight, bias):
+        return _noted(F.layer_norm, input, normalized_shape, weight, bias, eps)
+    if not _are_sizes(normalized_shape) or not are_numbers(eps):
         return LEFT_TO_TORCH
     return _layer_norm(input, normalized_shape, weight, bias, eps)
 
@@ -147,7 +151,7 @@ def group_norm(
     tensor([[[-1.,  1.]]])
     """
     if not _bias_alone(input, weight, bias):
-        return _noted(input, num_groups, weight, bias, eps)
+        return _noted(F.group_norm, input, num_groups, weight, bias, eps)
     if not is_integer(num_groups) or not are_numbers(eps):
         return LEFT_TO_TORCH
     one_value = input.dim() == 2 and input.size(0) * input.size(1) == num_groups
@@ -156,13 +160,15 @@ def group_norm(
     return _group_norm(input, num_groups, weight, bias, eps)
 
 
-def _noted(input: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """torch's own, of which an activation behind it is to know the bias."""
+def _noted(
+    torch_s: Callable[..., Tensor], input: Tensor, of: Any, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """torch's own, of which an activation behind it is to know bias and eps."""
     if torch.compiler.is_compiling() or is_enabled():
         return LEFT_TO_TORCH
-    y = F.group_norm(input, num_groups, weight, bias, eps)
+    y = torch_s(input, of, weight, bias, eps)
     if isinstance(y, Tensor):
-        _C.chains.note_group_norm(y, bias, eps)
+        _C.chains.note_norm(y, bias, eps)
     return y
 
 

@@ -1,4 +1,4 @@
-"""Smooth activations: behind a group norm they keep nothing, since the norm keeps what their operand is made from."""
+"""Smooth activations: behind a group or layer norm they keep nothing, since the norm keeps what they are made from."""
 
 from __future__ import annotations
 

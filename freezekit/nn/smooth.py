@@ -1,4 +1,4 @@
-"""Smooth activations, which behind a group norm keep nothing."""
+"""Smooth activations, which behind a group or layer norm keep nothing."""
 
 from __future__ import annotations
 

@@ -40,6 +40,18 @@ def norm(groups: int = 4, channels: int = 8, affine: bool = True) -> nn.GroupNor
     return layer.requires_grad_(False)
 
 
+def layer_norm() -> nn.LayerNorm:
+    torch.manual_seed(0)
+    layer = nn.LayerNorm(SIZE[2:])
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    return layer.requires_grad_(False)
+
+
+Norm = Callable[[], "nn.GroupNorm | nn.LayerNorm"]
+each_norm = pytest.mark.parametrize("norm", [norm, layer_norm], ids=["group norm", "layer norm"])
+
+
 def both(call: Callable[..., Any], *inputs: Tensor) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """Stock's results and gradients, and those of the same call while enabled."""
     stock = gradients(call, *inputs)
@@ -84,6 +96,52 @@ def test_sizes(size: tuple[int, ...], groups: int, channels: int, affine: bool) 
     assert_equal(ours, stock)
 
 
+@pytest.mark.parametrize("parameters", ["weight and bias", "weight", "neither", "in float32"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_an_activation_behind_a_layer_norm(name: str, dtype: torch.dtype, parameters: str) -> None:
+    layer = nn.LayerNorm((12, 5), elementwise_affine=parameters != "neither", bias=parameters != "weight")
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    layer.requires_grad_(False).to(torch.float32 if parameters == "in float32" and dtype.itemsize == 2 else dtype)
+    f = ACTIVATIONS[name]
+    start, gate = torch.randn(2, 50, 12, 5).to(dtype), torch.randn(12, 1).to(dtype).requires_grad_()
+    other = start.permute(0, 2, 1, 3).contiguous().permute(0, 2, 1, 3)
+    call = lambda x: f(layer(x))  # noqa: E731
+    for x in (start.requires_grad_(), other.requires_grad_(), start.detach()[:, 10:30].requires_grad_()):
+        stock, ours = both(call, x)
+        assert_equal(ours, stock)
+        stock, ours = both(lambda x, g: call(x) * g, x, gate)
+        assert_equal(ours, stock)
+    assert bytes_kept(call, start) >= 2 * start.nbytes
+    assert 1 <= tensors_kept(call, start) < 1.14  # with statistics of each row, and the parameters
+
+
+@pytest.mark.parametrize("size", [(1, 64), (3, 64), (4, 64), (5, 64), (64, 1), (0, 64), (64,), (4, 0)], ids=str)
+def test_few_rows_keep_no_more_than_torch(size: tuple[int, ...]) -> None:
+    layer, x = nn.LayerNorm(size[-1:]).requires_grad_(False), torch.randn(size, requires_grad=True)
+    call = lambda x: F.silu(layer(x))  # noqa: E731
+    stock, ours = both(call, x)
+    assert_equal(ours, stock)
+    with fk.enabled():
+        enabled = bytes_kept(call, x)
+    assert enabled <= bytes_kept(call, x)
+
+
+@pytest.mark.parametrize("learn", [(True, True), (True, False), (False, True)], ids=str)
+def test_parameters_of_a_layer_norm_may_learn(learn: tuple[bool, bool]) -> None:
+    x = torch.randn(SIZE, requires_grad=True)
+    call = lambda x, w, b: F.gelu(F.layer_norm(x, SIZE[2:], w, b))  # noqa: E731
+    weight, bias = (p.detach().clone().requires_grad_(wanted) for p, wanted in zip(layer_norm().parameters(), learn))
+    with fk.enabled():
+        assert bytes_kept(lambda x: call(x, weight, bias), x) < 1.4 * x.nbytes
+    learning = [t for t in (x, weight, bias) if t.requires_grad]
+    stock = torch.autograd.grad(call(x, weight, bias).square().sum(), learning)
+    with fk.enabled():
+        ours = torch.autograd.grad(call(x, weight, bias).square().sum(), learning)
+    assert_equal(list(ours), list(stock))
+
+
 def test_parameters_of_the_norm_may_learn() -> None:
     layer = norm()
     x = torch.randn(SIZE, requires_grad=True)
@@ -115,6 +173,7 @@ def test_norm_activation_product() -> None:
     assert 1 <= tensors_kept(lambda x: call(x, gate), x) < 1.03
 
 
+@each_norm
 @pytest.mark.parametrize(
     "write",
     [
@@ -127,7 +186,7 @@ def test_norm_activation_product() -> None:
     ids=["data", "numpy", "copy_", "no_grad", "one element"],
 )
 @pytest.mark.parametrize("between", ["norm and activation", "activation and product"])
-def test_a_write_in_between_is_seen(between: str, write: Callable[[Tensor], object]) -> None:
+def test_a_write_in_between_is_seen(norm: Norm, between: str, write: Callable[[Tensor], object]) -> None:
     """By whichever way: what the operator reads then is what it keeps."""
     layer, gate = norm(), torch.randn(2, 8, 1, 1)
 
@@ -144,9 +203,10 @@ def test_a_write_in_between_is_seen(between: str, write: Callable[[Tensor], obje
     assert_equal(ours, stock)
 
 
+@each_norm
 @pytest.mark.parametrize("moved", ["weight", "bias"])
 @pytest.mark.parametrize("write", [lambda p: p.data.add_(1), lambda p: p.detach().numpy().__iadd__(1)])
-def test_parameters_that_move_before_backward(moved: str, write: Callable[[Tensor], object]) -> None:
+def test_parameters_that_move_before_backward(norm: Norm, moved: str, write: Callable[[Tensor], object]) -> None:
     """The activation's input was made with the old ones; in stock, too, only the norm's own gradient sees the new."""
 
     def run() -> tuple[Tensor, ...]:
@@ -163,7 +223,7 @@ def test_parameters_that_move_before_backward(moved: str, write: Callable[[Tenso
     assert_equal(list(ours), list(stock))
 
 
-def write_to_the_source(made: bool, anomaly: bool) -> str:
+def write_to_the_source(norm: Norm, made: bool, anomaly: bool) -> str:
     """The error of a backward pass through a chain whose source was written to."""
     layer, x = norm(), torch.randn(SIZE, requires_grad=True)
     source = x * 1 if made else x
@@ -176,13 +236,14 @@ def write_to_the_source(made: bool, anomaly: bool) -> str:
     return str(error.value)
 
 
+@each_norm
 @pytest.mark.filterwarnings("ignore:.*Anomaly|Error detected")
 @pytest.mark.parametrize("made", [False, True], ids=["leaf", "made"])
 @pytest.mark.parametrize("anomaly", [False, True], ids=["hint", "anomaly"])
-def test_an_input_that_was_changed_is_torch_s_error(made: bool, anomaly: bool) -> None:
-    stock = write_to_the_source(made, anomaly)
+def test_an_input_that_was_changed_is_torch_s_error(norm: Norm, made: bool, anomaly: bool) -> None:
+    stock = write_to_the_source(norm, made, anomaly)
     with fk.enabled():
-        assert write_to_the_source(made, anomaly) == stock
+        assert write_to_the_source(norm, made, anomaly) == stock
 
 
 def test_the_graph_is_torch_s_own() -> None:
@@ -210,7 +271,8 @@ def test_double_backward() -> None:
         assert torch.autograd.gradgradcheck(call, x)
 
 
-def test_retained_graphs_and_branches() -> None:
+@each_norm
+def test_retained_graphs_and_branches(norm: Norm) -> None:
     """A branch that is done with frees the norm's tensors; another still has what it needs."""
     layer = norm()
 
@@ -226,7 +288,8 @@ def test_retained_graphs_and_branches() -> None:
     assert_equal(ours, stock)
 
 
-def test_hooks_see_what_they_see_in_stock() -> None:
+@each_norm
+def test_hooks_see_what_they_see_in_stock(norm: Norm) -> None:
     layer = norm()
 
     def call(x: Tensor) -> Tensor:
@@ -334,8 +397,9 @@ def test_norms_without_parameters() -> None:
     assert 1 <= tensors_kept(call, x) < 1.02
 
 
+@each_norm
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38, 1e-42])
-def test_values_at_the_edge(value: float) -> None:
+def test_values_at_the_edge(norm: Norm, value: float) -> None:
     layer = norm()
     x = torch.randn(SIZE)
     x[0, 0, 0, 0] = value
@@ -427,7 +491,8 @@ def test_nothing_outlives_the_graph() -> None:
     assert alive.expired()
 
 
-def test_compiled_autograd() -> None:
+@each_norm
+def test_compiled_autograd(norm: Norm) -> None:
     layer = norm()
     x = torch.randn(SIZE, requires_grad=True)
     (expected,) = torch.autograd.grad(F.silu(layer(x)).sum(), x)
@@ -470,6 +535,17 @@ def test_explain_and_plan_tell_of_chains(measure: bool) -> None:
 
 
 @pytest.mark.parametrize("measure", [False, True])
+def test_explain_counts_a_layer_norm_and_its_activation(measure: bool) -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16), nn.GELU()).requires_grad_(False)
+    x = torch.randn(8, 4, 16, requires_grad=True)
+    stock = bytes_kept(model, x)
+    with fk.enabled():
+        kept, told = bytes_kept(model, x), fk.explain(model, x, measure=measure)
+    assert told.bytes_kept <= kept <= told.bytes_kept + 2 * 16 * 4 < stock  # the norm's parameters, which no hook sees
+    assert {row.name: row.made_from for row in told if row.made_from} == {"2": ("1",)}
+
+
+@pytest.mark.parametrize("measure", [False, True])
 def test_explain_tells_of_halves(measure: bool) -> None:
     model, x = Geglu().requires_grad_(False), torch.randn(4, 32, 8, requires_grad=True)
     with fk.enabled():
@@ -493,11 +569,12 @@ def test_torch_compile_leaves_chains_to_the_compiler() -> None:
     torch.testing.assert_close(ours, stock)
 
 
+@each_norm
 @pytest.mark.parametrize(
     "write", [lambda t: t.data.zero_(), lambda t: t.detach().numpy().fill(0), lambda t: t.untyped_storage().resize_(0)]
 )
 @pytest.mark.parametrize("what", ["the norm's input", "the activation's input"])
-def test_an_unseen_write_to_the_source_is_an_error(what: str, write: Callable[[Tensor], object]) -> None:
+def test_an_unseen_write_to_the_source_is_an_error(norm: Norm, what: str, write: Callable[[Tensor], object]) -> None:
     """Stock has kept the operand, and gives the gradient that does not go through the norm: no wrong value here."""
     layer, gate = norm(), torch.randn(2, 8, 1, 1, requires_grad=True)
     x = torch.randn(SIZE, requires_grad=True)
@@ -561,7 +638,8 @@ def test_the_bias_s_memory_is_not_held() -> None:
     F.silu(y).sum().backward()
 
 
-def test_parameters_whose_memory_goes() -> None:
+@each_norm
+def test_parameters_whose_memory_goes(norm: Norm) -> None:
     """As FSDP frees them once a layer's forward is done."""
 
     def run() -> Tensor:
@@ -590,7 +668,8 @@ def test_notes_of_other_norms_do_not_fit() -> None:
         F.silu(torch.native_group_norm(torch.randn(2, 6, 16, requires_grad=True), weight, None, 2, 6, 16, 3, 1e-5)[0])
 
 
-def test_a_forward_raises_nothing_of_its_own() -> None:
+@each_norm
+def test_a_forward_raises_nothing_of_its_own(norm: Norm) -> None:
     """The norm's graph is freed, or its input was changed: that is for a backward pass to say, if there is one."""
     layer = norm()
     x, gate = torch.randn(SIZE, requires_grad=True), torch.randn(2, 8, 1, 1, requires_grad=True)
@@ -607,7 +686,8 @@ def test_a_forward_raises_nothing_of_its_own() -> None:
         a * gate
 
 
-def test_parameters_can_be_swapped() -> None:
+@each_norm
+def test_parameters_can_be_swapped(norm: Norm) -> None:
     layer = norm()
     with fk.enabled():
         F.silu(layer(torch.randn(SIZE, requires_grad=True))).sum().backward()
@@ -615,7 +695,8 @@ def test_parameters_can_be_swapped() -> None:
     torch.utils.swap_tensors(layer.bias, nn.Parameter(torch.zeros(8)))
 
 
-def test_modes_of_dispatch_see_a_tensor_that_was_saved() -> None:
+@each_norm
+def test_modes_of_dispatch_see_a_tensor_that_was_saved(norm: Norm) -> None:
     from torch.fx.experimental.proxy_tensor import make_fx
 
     layer = norm()

@@ -84,6 +84,16 @@ def test_one_tensor_and_torch_s_bits(kind: str, memory_format: torch.memory_form
     assert 1 <= tensors_kept(ours, x) < 1.1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_behind_a_layer_norm(kind: str, dtype: torch.dtype) -> None:
+    stock = nn.Sequential(nn.LayerNorm(SIZE[2:]), KINDS[kind]()).requires_grad_(False).to(dtype)
+    ours = fk.convert(copy.deepcopy(stock))
+    assert_same(stock, ours, data().to(dtype))
+    assert tensors_kept(stock, data().to(dtype)) >= 2
+    assert 1 <= tensors_kept(ours, data().to(dtype)) < 1.3  # with the parameters
+
+
 def test_enabled_and_converted_is_one_chain_too() -> None:
     stock, ours = pair()
     with fk.enabled():

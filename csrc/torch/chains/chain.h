@@ -5,6 +5,7 @@
 //
 //   operator              what made its operand        the operand's recipe
 //   silu, gelu, ...       group norm                   x * scale + shift, of the norm's input
+//   silu, gelu, ...       layer norm                   the norm, of its input
 //   product               silu, gelu, ...              the activation, of its input, or of its input's recipe
 //   product, power, mse   sigmoid, difference, ...     the formula, of tensors that nodes keep
 //
@@ -84,8 +85,8 @@ bool is_let_go();
 // Of the sum of a tensor and a number, as Python writes it: torch's node does not keep the number.
 void note_number(const Tensor& result, const Tensor& number);
 
-// Torch's node of a group norm does not keep the bias, nor, from torch 2.14 on, eps: eps is noted, and where the bias is.
+// Torch's nodes of norms do not keep eps, and a group norm's does not keep the bias: eps is noted, and where the bias is.
 // Should that move before there is a recipe, there will be none.
-void note_group_norm(const Tensor& result, const Tensor& bias, double eps);
+void note_norm(const Tensor& result, const Tensor& bias, double eps);
 
 }  // namespace freezekit::chain

@@ -6,6 +6,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/native_group_norm.h>
+#include <ATen/ops/native_layer_norm.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/autograd/variable.h>
 
@@ -149,6 +150,58 @@ class GroupNorm : public Recipe {
   Held x_;
   Tensor scales_and_shifts_;              // (2, N, C)
   mutable std::vector<T> rounded_twice_;  // shifts, until the trial
+};
+
+// Torch normalises each row by itself, on however many threads.
+class LayerNorm : public Recipe {
+ public:
+  // x: contiguous rows of that length. weight, bias: of one row, as they were for x, or undefined.
+  LayerNorm(const Tensor& x, int64_t length, const Tensor& weight, const Tensor& bias, double eps)
+      : x_(x), length_(length), weight_(row_of(weight)), bias_(row_of(bias)), eps_(eps) {}
+
+  void hold() override { x_.hold(); }
+  void check(bool bytes) const override { x_.check(bytes); }
+  std::vector<Tensor> reads() const override { return {x_.tensor()}; }
+
+  Tensor compute() const override {
+    return unrecorded([&] { return of_rows(rows()).view_symint(x_.tensor().sym_sizes()); });
+  }
+
+  // In pieces that fit the cache.
+  bool gives(const Tensor& value) const override {
+    const Tensor& x = x_.tensor();
+    if (value.scalar_type() != x.scalar_type() || value.sizes() != x.sizes() || !value.is_contiguous() ||
+        !is_in_memory(value)) {
+      return false;
+    }
+    const Tensor all = unrecorded([&] { return rows(); });
+    const int64_t bytes = length_ * value.element_size(), piece = std::max<int64_t>(1, kElementsPerTask / length_);
+    const char* expected = static_cast<const char*>(value.const_data_ptr());
+    std::atomic<bool> same = true;
+    at::parallel_for(0, all.size(0), piece, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last && same; i += piece) {
+        const int64_t count = std::min(piece, last - i);
+        const Tensor made = unrecorded([&] { return of_rows(all.narrow(0, i, count)); });
+        if (std::memcmp(made.const_data_ptr(), expected + i * bytes, count * bytes) != 0) same = false;
+      }
+    });
+    return same;
+  }
+
+ private:
+  static Tensor row_of(const Tensor& vector) {
+    return vector.defined() ? unrecorded([&] { return copy_of(vector).view(-1); }) : vector;
+  }
+
+  Tensor rows() const { return x_.tensor().view({-1, length_}); }
+  Tensor of_rows(const Tensor& rows) const {
+    return std::get<0>(at::native_layer_norm(rows, {length_}, weight_, bias_, eps_));
+  }
+
+  Held x_;
+  int64_t length_;
+  Tensor weight_, bias_;
+  double eps_;
 };
 
 constexpr int64_t kHashed = 1 << 16;  // bytes in one piece
@@ -416,6 +469,7 @@ void Held::raise_torch_s() const {
 }
 
 Tensor copy_of(const Tensor& vector) {
+  if (!vector.defined()) return vector;
   if (!is_in_memory(vector) || !vector.is_contiguous()) return unrecorded([&] { return vector.clone(); });
   const Tensor copy = empty_beside(vector, vector.sym_sizes(), at::MemoryFormat::Contiguous, vector.scalar_type());
   std::memcpy(copy.mutable_data_ptr(), vector.const_data_ptr(), vector.numel() * vector.element_size());
@@ -464,12 +518,23 @@ std::shared_ptr<Recipe> group_norm(const Tensor& x, const Tensor& weight, const 
   // Torch rounds the statistics of low precision: they are computed again. In channels_last, torch's sums depend on the
   // number of threads.
   if (!x.is_contiguous()) return nullptr;
-  const auto copy = [](const Tensor& vector) { return vector.defined() ? copy_of(vector) : vector; };
   return std::make_shared<FormulaOf>(
-      std::vector<Held>{Held(x)}, [weight = copy(weight), bias = copy(bias), n, c, eps, length = x.numel() / (n * c),
-                                   groups = mean.size(1)](at::TensorList kept) {
+      std::vector<Held>{Held(x)}, [weight = copy_of(weight), bias = copy_of(bias), n, c, eps,
+                                   length = x.numel() / (n * c), groups = mean.size(1)](at::TensorList kept) {
         return std::get<0>(at::native_group_norm(kept[0], weight, bias, n, c, length, groups, eps));
       });
+}
+
+std::shared_ptr<Recipe> layer_norm(const Tensor& x, at::IntArrayRef shape, const Tensor& weight, const Tensor& bias,
+                                   double eps, bool has_data) {
+  const int64_t length = c10::multiply_integers(shape);
+  const auto bytes_of = [](const Tensor& tensor) { return tensor.defined() ? tensor.nbytes() : 0; };
+  // The copies weigh at most half of what is saved.
+  if (x.numel() == 0 || !x.is_contiguous() || x.nbytes() < 2 * (bytes_of(weight) + bytes_of(bias))) return nullptr;
+  for (const Tensor* tensor : {&x, &weight, &bias}) {
+    if (has_data && tensor->defined() && !is_in_memory(*tensor)) return nullptr;
+  }
+  return std::make_shared<LayerNorm>(x, length, weight, bias, eps);
 }
 
 std::shared_ptr<Recipe> function_of(const Tensor& x, Function f, bool has_data) {

@@ -57,6 +57,10 @@ class Vector {
 std::shared_ptr<Recipe> group_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean,
                                    const Tensor& rstd, double eps, bool has_data);
 
+// Of a layer norm of any dtype: weight and bias as they are now, which may be undefined. Null for what is not computed here.
+std::shared_ptr<Recipe> layer_norm(const Tensor& x, at::IntArrayRef shape, const Tensor& weight, const Tensor& bias,
+                                   double eps, bool has_data);
+
 using Function = std::function<Tensor(const Tensor&)>;
 
 // f(x), by torch's operator, of a tensor that is kept or of what another recipe gives.

@@ -95,6 +95,20 @@ std::shared_ptr<Recipe> of_group_norm(const generated::NativeGroupNormBackward0&
   return group_norm(node.input_.unpack(), node.weight_.unpack(), bias, mean, rstd, note->eps, has_data);
 }
 
+std::shared_ptr<Recipe> of_layer_norm(const generated::NativeLayerNormBackward0& node, bool watched, bool has_data) {
+  const NodeLock lock(node);
+  if ((node.input_.has_hooks() || node.weight_.has_hooks() || node.bias_.has_hooks()) && !watched) return nullptr;
+  const Note* note = note_of(&node);
+  const auto shape = c10::asIntArrayRefSlowOpt(node.normalized_shape);
+  if (!note || !shape) return nullptr;
+  return layer_norm(node.input_.unpack(), *shape, node.weight_.unpack(), node.bias_.unpack(), note->eps, has_data);
+}
+
+bool is_norm(const Node* node) {
+  return node && (typeid(*node) == typeid(generated::NativeGroupNormBackward0) ||
+                  typeid(*node) == typeid(generated::NativeLayerNormBackward0));
+}
+
 template <class T>
 std::shared_ptr<Recipe> of_activation(const T& node, bool watched, bool has_data, Function f) {
   const NodeLock lock(node);
@@ -109,6 +123,8 @@ std::shared_ptr<Recipe> candidate_for(const Tensor& value, Maker maker, bool wat
   if (maker == Maker::formula) return formula_for(value, beside, watched, has_data);
   Node* const made = node_of(value);
   if (maker == Maker::norm) {
+    if (const auto* node = as<generated::NativeLayerNormBackward0>(made))
+      return of_layer_norm(*node, watched, has_data);
     const auto* node = as<generated::NativeGroupNormBackward0>(made);
     return node ? of_group_norm(*node, watched, has_data) : nullptr;
   }
@@ -206,7 +222,7 @@ bool has_maker(const Tensor& value, Maker maker) {
   Node* const node = node_of(value);
   switch (maker) {
     case Maker::norm:
-      return as<generated::NativeGroupNormBackward0>(node) != nullptr;
+      return is_norm(node);
     case Maker::activation:
       return saved_of_activation(node) != nullptr;
     case Maker::formula:
@@ -281,9 +297,9 @@ void note_number(const Tensor& result, const Tensor& number) {
   if (const auto value = number_in(number)) new_note(node_of(result)).number = value;
 }
 
-void note_group_norm(const Tensor& result, const Tensor& bias, double eps) {
-  const auto* node = as<generated::NativeGroupNormBackward0>(node_of(result));
-  if (!node) return;
+void note_norm(const Tensor& result, const Tensor& bias, double eps) {
+  const Node* const node = node_of(result);
+  if (!is_norm(node)) return;
   Note& note = new_note(node);
   note.has_bias = bias.defined();
   note.eps = eps;

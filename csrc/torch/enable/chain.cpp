@@ -187,8 +187,8 @@ RecipePtr recipe_for(const Tensor& value, Maker maker, const Tensor& beside) {
   return may_have ? chain::recipe_for(value, maker, detail::is_watched_here(), beside) : nullptr;
 }
 
-void note_group_norm(const Tensor& result, const Tensor& bias, double eps) {
-  if (result.device().is_cpu() && serves(Value::ours, result, bias)) chain::note_group_norm(result, bias, eps);
+void note_norm(const Tensor& result, const Tensor& bias, double eps) {
+  if (result.device().is_cpu() && serves(Value::ours, result, bias)) chain::note_norm(result, bias, eps);
 }
 
 }  // namespace freezekit::enable

@@ -12,6 +12,6 @@ using chain::RecipePtr;
 RecipePtr recipe_for(const Tensor& value, chain::Maker maker, const Tensor& beside = Tensor());
 
 // After a group norm of torch's over (N, C, ...), for the activation behind it.
-void note_group_norm(const Tensor& result, const Tensor& bias, double eps);
+void note_norm(const Tensor& result, const Tensor& bias, double eps);
 
 }  // namespace freezekit::enable

@@ -81,7 +81,11 @@ Three native_layer_norm(DispatchKeySet keys, const Tensor& input, SymIntArrayRef
                         const OptionalTensor& bias, double eps) {
   const Tensor &w = tensor_of(weight), &b = tensor_of(bias);
   if (is_unrecorded(input, w, b)) return torch_layer_norm.unrecorded(keys, input, shape, weight, bias, eps);
-  if (!serves_bias_alone(input, w, b)) return torch_layer_norm.stock(keys, input, shape, weight, bias, eps);
+  if (!serves_bias_alone(input, w, b)) {
+    auto results = torch_layer_norm.stock(keys, input, shape, weight, bias, eps);
+    note_norm(std::get<0>(results), b, eps);
+    return results;
+  }
   auto results = torch_layer_norm.forward(keys, input, shape, weight, bias, eps);
   torch::autograd::set_history(std::get<0>(results), layer_norm_bias_node(b));
   return results;
@@ -94,7 +98,7 @@ Three native_group_norm(DispatchKeySet keys, const Tensor& input, const Optional
   const bool is_batch = input.dim() >= 2 && input.sym_size(0) == n && input.sym_size(1) == c;
   if (!is_batch || !serves_bias_alone(input, w, b)) {
     auto results = torch_group_norm.stock(keys, input, weight, bias, n, c, hw, groups, eps);
-    if (is_batch) note_group_norm(std::get<0>(results), b, eps);
+    if (is_batch) note_norm(std::get<0>(results), b, eps);
     return results;
   }
   auto results = torch_group_norm.forward(keys, input, weight, bias, n, c, hw, groups, eps);
