@@ -37,6 +37,7 @@ void bind_chains(py::module_& parent) {
   m.def("is_for_recipe", chain::is_for_recipe, "Whether a hook on saved tensors is given what a recipe reads.");
   m.def("is_let_go", chain::is_let_go, "Whether a hook on saved tensors is given what a node keeps no more.");
   m.def("note_norm", note_norm, "Is told of a norm's result, which an activation may read.");
+  m.def("set_least_bytes", chain::set_least_bytes, "For tests: from how many bytes on an operand is made again.");
 }
 
 }  // namespace freezekit

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import freezekit as fk
 from bench.memory import bytes_kept
+from freezekit import _C
 from tests.enabled.helpers import gradients
 
 SIZE = (2, 8, 9, 7)
@@ -925,3 +926,27 @@ def test_explain_where_there_is_no_chain(kind: type[nn.Module], size: tuple[int,
     with fk.enabled():
         told, kept = fk.explain(model, x, measure=measure).bytes_kept, bytes_kept(model, x)
     assert 0 <= kept - told <= NOTED
+
+
+SMALL: dict[str, Callable[[Tensor], Tensor]] = {
+    "behind a norm": lambda x: F.silu(F.group_norm(x, 4, x.new_ones(8))),
+    "behind a norm, in place": lambda x: F.silu(F.group_norm(x, 4, x.new_ones(8)), inplace=True),
+    "behind an activation": lambda x: F.silu(x) * x,
+    "formula": lambda x: x * torch.sigmoid(x),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", SMALL)
+def test_small_operands_are_kept_as_in_torch(name: str, dtype: torch.dtype, least_bytes: int) -> None:
+    """A recipe of few bytes costs more time for each of them than a checkpoint."""
+    call = lambda x: SMALL[name](x * 1)  # noqa: E731
+    _C.chains.set_least_bytes(least_bytes)
+    row = 2 * 8 * 4 * dtype.itemsize
+    for rows, is_kept in [(least_bytes // row, False), (least_bytes // row - 1, True)]:
+        x = torch.randn(2, 8, rows, 4, dtype=dtype, requires_grad=True)
+        stock = bytes_kept(call, x)
+        with fk.enabled():
+            enabled = bytes_kept(call, x)
+        assert enabled == stock if is_kept else enabled < stock - x.nbytes / 2
+        assert_equal(*both(call, x))

@@ -28,7 +28,7 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "Mish": nn.Mish,
     "Mish in place": lambda: nn.Mish(inplace=True),
 }
-SIZE = (2, 8, 12, 10)
+SIZE = (2, 8, 18, 16)
 
 
 def chain(activation: nn.Module | None = None) -> nn.Module:

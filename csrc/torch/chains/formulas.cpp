@@ -32,8 +32,7 @@ using torch::autograd::Edge;
 using torch::autograd::Node;
 using torch::autograd::SavedVariable;
 
-constexpr int kDeepest = 5;            // nodes on the way to a tensor that is kept
-constexpr int64_t kFewElements = 256;  // a recipe of its own weighs as much
+constexpr int kDeepest = 5;  // nodes on the way to a tensor that is kept
 
 template <class T>
 std::weak_ptr<T> weak(const std::shared_ptr<T>& pointer) {
@@ -265,7 +264,7 @@ SavedVariable* saved_result(Node* node) {
 }
 
 std::shared_ptr<Recipe> formula_for(const Tensor& value, const Tensor& beside, bool watched, bool has_data) {
-  return value.numel() < kFewElements ? nullptr : Reader(beside, watched, has_data).recipe_for(value);
+  return Reader(beside, watched, has_data).recipe_for(value);
 }
 
 void note_power(const Tensor& result) {

@@ -179,16 +179,22 @@ Operator<Tensor(const Tensor&, const Tensor&, const Scalar&)> torch_add("add.Ten
 Operator<Tensor(const Tensor&, const Scalar&)> torch_pow("pow.Tensor_Scalar", TORCH_FN(pow));
 Operator<Tensor(const Tensor&, const Tensor&, int64_t)> torch_mse_loss("mse_loss", TORCH_FN(mse_loss));
 
+// What is told before all else, since most calls on small tensors have nothing else to do. The sizes of a subclass may be
+// a function of Python's, which a mode would see: it is asked once the call is known to be served.
+bool is_small(const Tensor& value) { return !value.key_set().has(c10::DispatchKey::Python) && !chain::is_large(value); }
+
 }  // namespace
 
 // A recipe is tried on the value, which on a GPU would have to be waited for. Compilers have chains of their own.
 RecipePtr recipe_for(const Tensor& value, Maker maker, const Tensor& beside) {
-  const bool may_have = value.device().is_cpu() && chain::has_maker(value, maker) && serves(Value::ours, value);
+  const bool may_have = value.device().is_cpu() && !is_small(value) && chain::has_maker(value, maker) &&
+                        serves(Value::ours, value) && chain::is_large(value);
   return may_have ? chain::recipe_for(value, maker, detail::is_watched_here(), beside) : nullptr;
 }
 
 void note_norm(const Tensor& result, const Tensor& bias, double eps) {
-  if (result.device().is_cpu() && serves(Value::ours, result, bias)) chain::note_norm(result, bias, eps);
+  const bool may_have = result.device().is_cpu() && !is_small(result) && serves(Value::ours, result, bias);
+  if (may_have && chain::is_large(result)) chain::note_norm(result, bias, eps);
 }
 
 }  // namespace freezekit::enable
