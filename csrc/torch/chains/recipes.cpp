@@ -155,16 +155,16 @@ class GroupNorm : public Recipe {
 // Torch normalises each row by itself, on however many threads.
 class LayerNorm : public Recipe {
  public:
-  // x: contiguous rows of that length. weight, bias: of one row, as they were for x, or undefined.
-  LayerNorm(const Tensor& x, int64_t length, const Tensor& weight, const Tensor& bias, double eps)
-      : x_(x), length_(length), weight_(row_of(weight)), bias_(row_of(bias)), eps_(eps) {}
+  // x: contiguous rows of that shape. weight, bias: of one row, as they were for x, or undefined.
+  LayerNorm(const Tensor& x, at::IntArrayRef shape, const Tensor& weight, const Tensor& bias, double eps)
+      : x_(x), shape_(shape.vec()), weight_(copy_of(weight)), bias_(copy_of(bias)), eps_(eps) {}
 
   void hold() override { x_.hold(); }
   void check(bool bytes) const override { x_.check(bytes); }
   std::vector<Tensor> reads() const override { return {x_.tensor()}; }
 
   Tensor compute() const override {
-    return unrecorded([&] { return of_rows(rows()).view_symint(x_.tensor().sym_sizes()); });
+    return unrecorded([&] { return of_rows(x_.tensor()); });
   }
 
   // In pieces that fit the cache.
@@ -174,8 +174,11 @@ class LayerNorm : public Recipe {
         !is_in_memory(value)) {
       return false;
     }
-    const Tensor all = unrecorded([&] { return rows(); });
-    const int64_t bytes = length_ * value.element_size(), piece = std::max<int64_t>(1, kElementsPerTask / length_);
+    std::vector<int64_t> size = shape_;
+    size.insert(size.begin(), -1);
+    const Tensor all = unrecorded([&] { return x.view(size); });
+    const int64_t length = c10::multiply_integers(shape_), bytes = length * value.element_size();
+    const int64_t piece = std::max<int64_t>(1, kElementsPerTask / length);
     const char* expected = static_cast<const char*>(value.const_data_ptr());
     std::atomic<bool> same = true;
     at::parallel_for(0, all.size(0), piece, [&](int64_t first, int64_t last) {
@@ -189,17 +192,12 @@ class LayerNorm : public Recipe {
   }
 
  private:
-  static Tensor row_of(const Tensor& vector) {
-    return vector.defined() ? unrecorded([&] { return copy_of(vector).view(-1); }) : vector;
-  }
-
-  Tensor rows() const { return x_.tensor().view({-1, length_}); }
   Tensor of_rows(const Tensor& rows) const {
-    return std::get<0>(at::native_layer_norm(rows, {length_}, weight_, bias_, eps_));
+    return std::get<0>(at::native_layer_norm(rows, shape_, weight_, bias_, eps_));
   }
 
   Held x_;
-  int64_t length_;
+  std::vector<int64_t> shape_;
   Tensor weight_, bias_;
   double eps_;
 };
@@ -527,14 +525,13 @@ std::shared_ptr<Recipe> group_norm(const Tensor& x, const Tensor& weight, const 
 
 std::shared_ptr<Recipe> layer_norm(const Tensor& x, at::IntArrayRef shape, const Tensor& weight, const Tensor& bias,
                                    double eps, bool has_data) {
-  const int64_t length = c10::multiply_integers(shape);
   const auto bytes_of = [](const Tensor& tensor) { return tensor.defined() ? tensor.nbytes() : 0; };
   // The copies weigh at most half of what is saved.
   if (x.numel() == 0 || !x.is_contiguous() || x.nbytes() < 2 * (bytes_of(weight) + bytes_of(bias))) return nullptr;
   for (const Tensor* tensor : {&x, &weight, &bias}) {
     if (has_data && tensor->defined() && !is_in_memory(*tensor)) return nullptr;
   }
-  return std::make_shared<LayerNorm>(x, length, weight, bias, eps);
+  return std::make_shared<LayerNorm>(x, shape, weight, bias, eps);
 }
 
 std::shared_ptr<Recipe> function_of(const Tensor& x, Function f, bool has_data) {
