@@ -126,6 +126,18 @@ def test_a_difference_of_what_nobody_keeps_is_kept(inputs: tuple[Tensor, Tensor]
     assert_same(call, *inputs)
 
 
+def test_a_square_is_no_formula_of_itself(inputs: tuple[Tensor, Tensor]) -> None:
+    """Half of x tells x; but where it is x that is kept, nothing is saved, and x may be written to as in torch."""
+
+    def call(x: Tensor, y: Tensor) -> Tensor:
+        doubled = 2 * x
+        square = doubled * doubled
+        doubled.data.mul_(3)
+        return square
+
+    assert_same(call, *inputs)
+
+
 def test_in_place_on_the_operand_afterwards(inputs: tuple[Tensor, Tensor]) -> None:
     """In stock an error; here the gradient of what was computed, or the same error."""
 

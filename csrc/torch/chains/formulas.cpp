@@ -92,7 +92,10 @@ class Reader {
     Formula formula = read(value.grad_fn().get(), kDeepest);
     if (!formula) return nullptr;
     std::vector<int64_t> size;
-    for (const Tensor& tensor : kept_) size = at::infer_size(size, tensor.sizes());
+    for (const Tensor& tensor : kept_) {
+      if (is_same_memory(tensor, value)) return nullptr;  // as in x * x: a formula that reads it saves nothing
+      size = at::infer_size(size, tensor.sizes());
+    }
     return value.sizes() == size ? formula_of(kept_, std::move(formula), has_data_) : nullptr;
   }
 
