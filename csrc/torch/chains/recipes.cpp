@@ -14,6 +14,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <iterator>
 #include <mutex>
 #include <utility>
 #include <vector>
@@ -34,6 +35,11 @@ auto unrecorded(const F& f) {
   const at::AutoDispatchBelowADInplaceOrView below;
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   return f();
+}
+
+std::vector<Tensor> with_defined(std::vector<Tensor> tensors, const std::vector<Tensor>& more) {
+  std::copy_if(more.begin(), more.end(), std::back_inserter(tensors), [](const Tensor& t) { return t.defined(); });
+  return tensors;
 }
 
 template <class T, class Channels>
@@ -161,7 +167,7 @@ class LayerNorm : public Recipe {
 
   void hold() override { x_.hold(); }
   void check(bool bytes) const override { x_.check(bytes); }
-  std::vector<Tensor> reads() const override { return {x_.tensor()}; }
+  std::vector<Tensor> reads() const override { return with_defined({x_.tensor()}, {weight_, bias_}); }
 
   Tensor compute() const override {
     return unrecorded([&] { return of_rows(x_.tensor()); });
@@ -334,7 +340,9 @@ class FunctionOf : public Recipe {
 
 class FormulaOf : public Recipe {
  public:
-  FormulaOf(std::vector<Held> kept, Formula f) : kept_(std::move(kept)), f_(std::move(f)) {}
+  // owned: what f has beside them, of its own.
+  FormulaOf(std::vector<Held> kept, Formula f, std::vector<Tensor> owned = {})
+      : kept_(std::move(kept)), f_(std::move(f)), owned_(std::move(owned)) {}
 
   void hold() override {
     for (Held& held : kept_) held.hold();
@@ -345,7 +353,7 @@ class FormulaOf : public Recipe {
   }
 
   Tensor compute() const override {
-    return unrecorded([&] { return f_(reads()); });
+    return unrecorded([&] { return f_(held()); });
   }
 
   bool gives(const Tensor& value) const override {
@@ -355,15 +363,18 @@ class FormulaOf : public Recipe {
            std::memcmp(made.const_data_ptr(), value.const_data_ptr(), value.nbytes()) == 0;
   }
 
-  std::vector<Tensor> reads() const override {
+  std::vector<Tensor> reads() const override { return with_defined(held(), owned_); }
+
+ private:
+  std::vector<Tensor> held() const {
     std::vector<Tensor> all;
     for (const Held& held : kept_) all.push_back(held.tensor());
     return all;
   }
 
- private:
   std::vector<Held> kept_;
   Formula f_;
+  std::vector<Tensor> owned_;
 };
 
 class Shared : public Recipe {
@@ -516,11 +527,13 @@ std::shared_ptr<Recipe> group_norm(const Tensor& x, const Tensor& weight, const 
   // Torch rounds the statistics of low precision: they are computed again. In channels_last, torch's sums depend on the
   // number of threads.
   if (!x.is_contiguous()) return nullptr;
+  const Tensor w = copy_of(weight), b = copy_of(bias);
   return std::make_shared<FormulaOf>(
-      std::vector<Held>{Held(x)}, [weight = copy_of(weight), bias = copy_of(bias), n, c, eps,
-                                   length = x.numel() / (n * c), groups = mean.size(1)](at::TensorList kept) {
-        return std::get<0>(at::native_group_norm(kept[0], weight, bias, n, c, length, groups, eps));
-      });
+      std::vector<Held>{Held(x)},
+      [w, b, n, c, eps, length = x.numel() / (n * c), groups = mean.size(1)](at::TensorList kept) {
+        return std::get<0>(at::native_group_norm(kept[0], w, b, n, c, length, groups, eps));
+      },
+      std::vector<Tensor>{w, b});
 }
 
 std::shared_ptr<Recipe> layer_norm(const Tensor& x, at::IntArrayRef shape, const Tensor& weight, const Tensor& bias,

@@ -88,7 +88,9 @@ std::shared_ptr<Recipe> of_group_norm(const generated::NativeGroupNormBackward0&
   if ((node.input_.has_hooks() || node.weight_.has_hooks()) && !watched) return nullptr;
   const Note* note = note_of(&node);
   if (!note) return nullptr;
-  const Tensor bias = note->bias ? note->bias->tensor() : Tensor();
+  const Tensor weight = node.weight_.unpack();
+  Tensor bias = note->bias ? note->bias->tensor() : Tensor();
+  if (!has_data && note->has_bias) bias = weight;  // of the same size, which is all that counts there
   if (has_data && note->has_bias != bias.defined()) return nullptr;
   // A tensor that hooks have not taken is there without what autograd knows of it.
   const auto statistic = [&](const SavedVariable& variable) {
@@ -97,7 +99,7 @@ std::shared_ptr<Recipe> of_group_norm(const generated::NativeGroupNormBackward0&
   };
   const Tensor mean = statistic(node.result1_), rstd = statistic(node.result2_);
   if (!mean.defined() || !rstd.defined()) return nullptr;  // the graph is freed
-  return group_norm(node.input_.unpack(), node.weight_.unpack(), bias, mean, rstd, note->eps, has_data);
+  return group_norm(node.input_.unpack(), weight, bias, mean, rstd, note->eps, has_data);
 }
 
 std::shared_ptr<Recipe> of_layer_norm(const generated::NativeLayerNormBackward0& node, bool watched, bool has_data) {
