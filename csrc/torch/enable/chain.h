@@ -11,7 +11,7 @@ using chain::RecipePtr;
 // A recipe for the operand of a call; null where there is none, and where the call is torch's alone.
 RecipePtr recipe_for(const Tensor& value, chain::Maker maker, const Tensor& beside = Tensor());
 
-// After a group norm of torch's over (N, C, ...), for the activation behind it.
+// After a layer norm of torch's, or a group norm over (N, C, ...), for the activation behind it.
 void note_norm(const Tensor& result, const Tensor& bias, double eps);
 
 }  // namespace freezekit::enable
