@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from inspect import signature, unwrap
-from types import FunctionType, MethodType
+from types import AsyncGeneratorType, CoroutineType, FunctionType, GeneratorType, MethodType
 from typing import Any, TypeVar
 
 import torch
@@ -31,6 +31,7 @@ from freezekit._inputs import Arguments
 from freezekit._strangers import Surroundings, is_filled, modules_in, names_of
 
 Result = TypeVar("Result")
+_RUN_LATER = (GeneratorType, CoroutineType, AsyncGeneratorType, map, filter, zip)
 
 
 class Twin:
@@ -112,8 +113,19 @@ class Twin:
             yield from root.buffers()
 
     def run(self) -> Any:
-        """Calls the copy; to be done within `undisturbed`."""
-        return self.inputs.call(self.function)
+        """Calls the copy; to be done within `undisturbed`.
+
+        Raises:
+            TypeError: its body runs later.
+        """
+        result = self.inputs.call(self.function)
+        if isinstance(result, _RUN_LATER):
+            getattr(result, "close", lambda: None)()  # a coroutine warns otherwise
+            raise TypeError(
+                f"model must do its work when it is called, got a {type(result).__name__}, whose body runs later: let "
+                "a function run it, such as lambda x: list(model(x))"
+            )
+        return result
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:

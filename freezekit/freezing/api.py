@@ -39,7 +39,8 @@ def freeze(
         patterns: what to freeze; their union. A module or parameter name (``"layer1"``), a glob over dotted names
             (``"layer*.bn?"``; ``*`` crosses dots), a subclass of ``nn.Module``, a module or parameter of the model, a
             predicate ``f(name, parameter) -> bool``, or a list of these (``layer.parameters()`` too). A module stands
-            for all it contains. None of them, and no ``until``, means the whole model.
+            for all it contains; one of several may have nothing to freeze, as in ``list(model.children())[:3]``. None
+            of them, and no ``until``, means the whole model.
         optimizer: the optimizer that trains ``model``, or several. It may be None when nothing of it needs to change:
             a frozen parameter is skipped anyway, since its ``.grad`` is None.
         remove: take the parameters out of the optimizer's groups and state as well; `unfreeze` with the same optimizer

@@ -88,6 +88,10 @@ class _Index:
             norms |= more_norms
         return params, norms
 
+    def has(self, pattern: Any) -> bool:
+        """Whether that is one of the model's modules itself."""
+        return isinstance(pattern, nn.Module) and any(pattern is module for module in self.modules.values())
+
     def _is_meant(self, name: str, pattern: str) -> bool:
         exact = pattern in self.modules or pattern in self.params
         return name == pattern if exact else fnmatch.fnmatchcase(name, pattern)
@@ -224,10 +228,13 @@ def select(model: nn.Module, patterns: Iterable[Any], until: str | None = None, 
             raise PatternError(f"model: {type(model).__name__} has no parameter that can be trained and no statistics")
     for pattern in patterns:
         more_params, more_norms = index.one(pattern)
-        if not more_params and not more_norms:
+        # Among a model's children some are activations.
+        if not more_params and not more_norms and not (len(patterns) > 1 and index.has(pattern)):
             raise PatternError(index.complaint(pattern))
         params |= more_params
         norms |= more_norms
+    if patterns and not params and not norms:
+        raise PatternError(index.complaint(patterns[0]))
     if until is not None:
         if not isinstance(until, str):
             raise TypeError(f"until must be the name of a module or parameter, got {until!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -85,3 +86,38 @@ def test_complex_numbers() -> None:
 def test_stock_layers_have_no_fallback() -> None:
     rows = fk.explain(Within("within a torch.func transform"), torch.empty(2, 3, 8, 8, device="meta"))
     assert not any("torch's own" in row.kernel for row in rows)
+
+
+class Later(nn.Module):
+    """Its body runs when somebody asks for what it gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        yield self.layer(x)
+
+    async def in_time(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+    def mapped(self, x: Tensor) -> Any:
+        return map(self.layer, [x])
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("measure", [None, True, False])
+@pytest.mark.parametrize(("method", "kind"), [("forward", "generator"), ("in_time", "coroutine"), ("mapped", "map")])
+def test_what_runs_later_is_refused(method: str, kind: str, measure: bool | None) -> None:
+    model, x = Later(), torch.ones(2, 4, requires_grad=True)
+    with pytest.raises(TypeError, match=f"got a {kind}, whose body runs later"):
+        fk.explain(getattr(model, method), x, measure=measure)
+    assert fk.explain(lambda x: list(model.mapped(x)), x, measure=measure).bytes_kept > 0
+
+
+def test_plan_and_audit_refuse_a_model_that_runs_later() -> None:
+    x = torch.ones(2, 4, requires_grad=True)
+    with pytest.raises(TypeError, match="whose body runs later"):
+        fk.plan(Later(), x, memory=1000)
+    with pytest.raises(TypeError, match="whose body runs later"):
+        fk.audit(Later(), None, x)

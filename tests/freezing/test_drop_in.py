@@ -194,3 +194,17 @@ def test_a_wrong_pattern_is_told_in_two_lines() -> None:
     with pytest.raises(PatternError, match="no part of the model") as foreign:
         freeze(model, list(copy.deepcopy(model).parameters()))
     assert len(str(foreign.value)) < 400
+
+
+def test_children_of_which_some_have_nothing_to_freeze() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.ReLU(), nn.Linear(2, 2)).eval()
+    freeze(model, list(model.children())[:3])
+    assert [p.requires_grad for p in model.parameters()] == [False] * 4 + [True] * 2
+    unfreeze(model, model.modules())
+    assert all(p.requires_grad for p in model.parameters())
+    for nothing in (model[2], [model[2]], [model[2], model[2]]):
+        with pytest.raises(PatternError, match="this ReLU is no part of the model, or has nothing to freeze"):
+            freeze(model, nothing)
+    with pytest.raises(PatternError, match="this ReLU is no part"):
+        freeze(model, [model[0], nn.ReLU()])
+    assert all(p.requires_grad for p in model.parameters())
