@@ -95,7 +95,8 @@ def check_statistics(subject: Subject) -> Iterator[Finding]:
             "error",
             f"{len(norms)} frozen normalisation layer(s) are in train mode: running_mean and running_var move at every "
             "forward pass, and the output depends on the other samples of the batch",
-            'freeze with norm="freeze", or call .eval() on them after every model.train()',
+            'freeze with norm="freeze", or call .eval() on them after every model.train(); nothing, where the batch is '
+            "meant to be read, as by the discriminator of a GAN",
         )
     if spectral:
         yield about(
