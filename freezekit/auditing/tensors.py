@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from freezekit.freezing.norm import holds_unasked
+from freezekit.freezing.norm import holds_unasked, reads_batch
 
 from .report import Finding, about
 from .subject import Subject, is_in_frozen_block
@@ -83,30 +83,32 @@ def moves_statistics(module: nn.Module) -> bool:
 
 def check_statistics(subject: Subject) -> Iterator[Finding]:
     """Batch norm, and spectral norm, in train mode over frozen parameters: what they compute still changes."""
-    norms: list[str] = []
-    spectral: list[str] = []
+    found: dict[tuple[bool, bool], list[str]] = defaultdict(list)
     for path, module in subject.model.named_modules():
         if moves_statistics(module) and is_in_frozen_block(subject.model, path):
-            (spectral if isinstance(module, _SpectralNorm) else norms).append(path or "(root)")
-    if norms:
+            found[isinstance(module, _SpectralNorm), reads_batch(module)].append(path or "(root)")
+    for (spectral, asked), names in found.items():
+        what, cure = _SPECTRAL if spectral else _NORM
         yield about(
-            norms,
+            names,
             "moving-statistics",
-            "error",
-            f"{len(norms)} frozen normalisation layer(s) are in train mode: running_mean and running_var move at every "
-            "forward pass, and the output depends on the other samples of the batch",
-            'freeze with norm="freeze", or call .eval() on them after every model.train(); nothing, where the batch is '
-            "meant to be read, as by the discriminator of a GAN",
+            "info" if asked else "error",
+            f"{len(names)} {what}",
+            'nothing: freeze was told norm="batch"' if asked else cure,
         )
-    if spectral:
-        yield about(
-            spectral,
-            "moving-statistics",
-            "error",
-            f"spectral norm of {len(spectral)} frozen weight(s) is in train mode: each forward pass runs a power "
-            "iteration, which changes the weight that the layer uses",
-            "call .eval() on the layer after every model.train()",
-        )
+
+
+_NORM = (
+    "frozen normalisation layer(s) are in train mode: running_mean and running_var move at every forward pass, and the "
+    "output depends on the other samples of the batch",
+    'freeze with norm="freeze", or call .eval() on them after every model.train(); with norm="batch", where the batch '
+    "is meant to be read, as by the discriminator of a GAN",
+)
+_SPECTRAL = (
+    "frozen weight(s) have a spectral norm in train mode: each forward pass runs a power iteration, which changes the "
+    "weight that the layer uses",
+    'freeze with norm="freeze", or call .eval() on the layer after every model.train()',
+)
 
 
 def check_held(subject: Subject) -> Iterator[Finding]:

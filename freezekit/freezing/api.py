@@ -94,6 +94,7 @@ def freeze(
     _drop_grads(result, selection, names)
     for name, module in selection.norms.items():
         set_statistics(result, model, name, module, held=norm == "freeze")
+        _set_batch(result, module, norm == "batch")
     for one in optimizers:
         _keep_way_back(result, one, params, names, state)
         leaving = params if remove else optim.orphans(one, params)
@@ -154,6 +155,7 @@ def unfreeze(
     _set_requires_grad(result, selection, names, True)
     for name, module in selection.norms.items():
         set_statistics(result, model, name, module, held=norm == "freeze")
+        _set_batch(result, module, False)
     selected = set(params)
     for module in model.modules():  # of one that stays held, whatever of it was selected is meant to train
         if not selected.isdisjoint(module.parameters(recurse=False)):
@@ -240,6 +242,12 @@ def _drop_grads(result: Frozen, selection: Selection, names: dict[int, tuple[str
         result.on_restore(partial(setattr, param, "grad", param.grad))
         param.grad = None
     result.grads = names_of(with_grad, names)
+
+
+def _set_batch(result: Frozen, module: nn.Module, asked: bool) -> None:
+    """Note of one layer whether frozen it is to read the batch."""
+    result.on_restore(partial(statistics.read_batch, module, statistics.reads_batch(module)))
+    statistics.read_batch(module, asked)
 
 
 def set_statistics(result: Frozen, model: nn.Module, name: str, module: nn.Module, held: bool) -> None:

@@ -45,6 +45,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from freezekit._arguments import check_module
 
 
+_READS_BATCH = "_freezekit_reads_batch"  # in the layer's dictionary, and so in copies and files of it
+
+
 class NormWarning(UserWarning):
     """What a norm computes changed under ``freeze``, or its frozen statistics moved, without anybody having asked.
 
@@ -200,6 +203,26 @@ def release(module: nn.Module, parent: nn.Module | None = None) -> None:
         if parent is None or not holder.follows:
             mode = holder.asked
     module.train(mode)
+
+
+def read_batch(module: nn.Module, asked: bool) -> None:
+    """Note of a layer whether its statistics were asked to move while its parameters are frozen."""
+    if asked:
+        module.__dict__[_READS_BATCH] = True
+    else:
+        module.__dict__.pop(_READS_BATCH, None)
+
+
+def reads_batch(module: nn.Module) -> bool:
+    """Whether ``freeze(norm="batch")`` left the statistics of ``module`` to move.
+
+    >>> import freezekit as fk
+    >>> norm = nn.BatchNorm2d(4)
+    >>> _ = fk.freeze(norm, norm="batch")
+    >>> reads_batch(norm)
+    True
+    """
+    return _READS_BATCH in module.__dict__
 
 
 def train_parameters(module: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -41,6 +42,24 @@ def test_a_norm_that_is_held_while_one_of_its_parameters_trains() -> None:
     assert model[1].bias.requires_grad
     assert not model[1].training
     assert not found(audit(model), "held-statistics")
+
+
+@pytest.mark.parametrize("duplicate", [lambda model: model, copy.deepcopy])
+def test_statistics_that_freeze_was_asked_to_let_move_are_a_note(duplicate: Callable[[nn.Module], nn.Module]) -> None:
+    spectral = nn.utils.parametrizations.spectral_norm(nn.Linear(2, 2))
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), spectral, nn.Linear(2, 1))
+    freeze(model, "1", "2", norm="batch")
+    notes = found(audit(duplicate(model), inputs=torch.randn(4, 3)), "moving-statistics")
+    assert [(f.severity, f.names) for f in notes] == [("info", ("1",)), ("info", ("2.parametrizations.weight.0",))]
+    with freeze(model, "1", norm="freeze"):
+        assert [f.names for f in found(audit(model), "moving-statistics")] == [("2.parametrizations.weight.0",)]
+    assert [f.severity for f in found(audit(model), "moving-statistics")] == ["info", "info"]
+    unfreeze(model, "1", "2")
+    model.requires_grad_(False)  # by hand: nobody asked
+    assert [f.severity for f in found(audit(model), "moving-statistics")] == ["error", "error"]
+    with freeze(model, "1", norm="batch"):
+        assert [f.severity for f in found(audit(model), "moving-statistics")] == ["error", "info"]
+    assert [f.severity for f in found(audit(model), "moving-statistics")] == ["error", "error"]
 
 
 def test_dropout_that_stays_active_in_a_frozen_part() -> None:
