@@ -63,7 +63,9 @@ class Constants(TorchDispatchMode):
         given = (args, kwargs or {})
         if func._schema.is_mutable:
             args, kwargs = given = tree_map_only(Tensor, self._without_data, given)
-        result = func(*args, **given[1])
+        # Some operators refuse a generator without data, and none draws from it.
+        plain = {name: None if isinstance(value, torch.Generator) else value for name, value in given[1].items()}
+        result = func(*args, **plain)
         by_form = func.overloadpacket in _BY_FORM and _has_no_data(args[0])
         read = [t for t in tree_leaves((args[by_form:], given[1])) if isinstance(t, Tensor)]
         if all(t in self._numbers for t in read if _has_no_data(t)):

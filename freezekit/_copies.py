@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
+import copyreg
 from collections import deque
 from collections.abc import Callable
 from functools import _lru_cache_wrapper, lru_cache, partial
-from types import CellType, FunctionType, MethodType
+from types import CellType, FunctionType, MemberDescriptorType, MethodType
 from typing import Any
 from weakref import ref
 
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch._C import DisableTorchFunction
 from torch.overrides import TorchFunctionMode
 
@@ -36,6 +37,15 @@ class Copies(TorchFunctionMode):
         self._memo: dict[int, Any] = {}
         # Where `copy` keeps alive what it has copied, since a memo knows it by its id.
         self._originals: list[Any] = self._memo.setdefault(id(self._memo), [])
+
+    def __enter__(self) -> Copies:
+        # By itself `copy` has the copy's state in a tensor, which here may have no data.
+        copyreg.dispatch_table[Generator] = lambda generator: (generator.clone_state, ())
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        copyreg.dispatch_table.pop(Generator, None)
+        super().__exit__(*error)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__deepcopy__:
@@ -94,11 +104,17 @@ class Copies(TorchFunctionMode):
 
     def _complete(self, original: nn.Module, copied: nn.Module) -> None:
         """Adds attributes that a class keeps from a pickle by its ``__getstate__``, and its forward may read."""
-        for name in vars(original).keys() - vars(copied).keys() - {"_compiled_call_impl"}:
+        missing = vars(original).keys() - vars(copied).keys() - {"_compiled_call_impl"}
+        slots = _slots_of(original)  # of which `nn.Module.__setstate__` knows nothing
+        for name, value in {**{name: vars(original)[name] for name in missing}, **slots}.items():
             try:
-                vars(copied)[name] = self.of(vars(original)[name])
+                made = self.of(value)
             except TypeError:  # what cannot be pickled, mostly
                 continue
+            if name in slots:
+                object.__setattr__(copied, name, made)
+            else:
+                vars(copied)[name] = made
 
     def _mend(self, original: Any, copied: Any) -> None:
         if isinstance(original, nn.Module) and not hasattr(type(original), "__deepcopy__"):
@@ -175,6 +191,13 @@ class Copies(TorchFunctionMode):
         self._memo[id(original)] = made
         self._originals.append(original)
         return made
+
+
+def _slots_of(value: Any) -> dict[str, Any]:
+    """What an object holds in the slots of its class, by their names."""
+    members = [pair for kind in type(value).__mro__ for pair in vars(kind).items()]
+    slots = [name for name, member in members if isinstance(member, MemberDescriptorType)]
+    return {name: getattr(value, name) for name in slots if hasattr(value, name)}
 
 
 def _attributes(value: Any) -> Any:

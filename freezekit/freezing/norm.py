@@ -44,7 +44,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from freezekit._arguments import check_module
 
-
 _READS_BATCH = "_freezekit_reads_batch"  # in the layer's dictionary, and so in copies and files of it
 
 
