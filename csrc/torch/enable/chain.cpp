@@ -19,16 +19,16 @@ using chain::Operand;
 
 using at::Scalar;
 
-extern Operator<Tensor(const Tensor&)> torch_silu, torch_hardswish, torch_mish;
-extern Operator<Tensor&(Tensor&)> torch_silu_inplace, torch_hardswish_inplace, torch_mish_inplace;
-extern Operator<Tensor(const Tensor&, std::string_view)> torch_gelu;
-extern Operator<Tensor&(Tensor&, std::string_view)> torch_gelu_inplace;
-extern Operator<Tensor(const Tensor&, const Scalar&, const Scalar&, const Scalar&)> torch_elu;
-extern Operator<Tensor(const Tensor&, const Scalar&, const Scalar&)> torch_softplus;
-extern Operator<Tensor(const Tensor&, const Tensor&)> torch_mul;
-extern Operator<Tensor(const Tensor&, const Tensor&, const Scalar&)> torch_add;
-extern Operator<Tensor(const Tensor&, const Scalar&)> torch_pow;
-extern Operator<Tensor(const Tensor&, const Tensor&, int64_t)> torch_mse_loss;
+using Unary = Stock<Tensor(const Tensor&)>;
+using InplaceUnary = Stock<Tensor&(Tensor&)>;
+using Gelu = Stock<Tensor(const Tensor&, std::string_view)>;
+using InplaceGelu = Stock<Tensor&(Tensor&, std::string_view)>;
+using Elu = Stock<Tensor(const Tensor&, const Scalar&, const Scalar&, const Scalar&)>;
+using Softplus = Stock<Tensor(const Tensor&, const Scalar&, const Scalar&)>;
+using Product = Stock<Tensor(const Tensor&, const Tensor&)>;
+using Sum = Stock<Tensor(const Tensor&, const Tensor&, const Scalar&)>;
+using Power = Stock<Tensor(const Tensor&, const Scalar&)>;
+using Loss = Stock<Tensor(const Tensor&, const Tensor&, int64_t)>;
 
 // Torch's operator with a lossy node, of a call in place or not.
 template <class Op, class X, class... Rest>
@@ -79,28 +79,28 @@ std::optional<lossy::Activation> with(Kind kind, const Scalar& a, const Scalar& 
   return x && y && z ? std::optional(lossy::Activation{kind, *x, *y, *z}) : std::nullopt;
 }
 
-Tensor silu(DispatchKeySet keys, const Tensor& x) { return activation(torch_silu, keys, x, only(Kind::silu)); }
-Tensor& silu_(DispatchKeySet keys, Tensor& x) { return activation(torch_silu_inplace, keys, x, only(Kind::silu)); }
-Tensor hardswish(DispatchKeySet keys, const Tensor& x) {
-  return activation(torch_hardswish, keys, x, only(Kind::hardswish));
+template <Kind kKind>
+Tensor plain(const Unary& op, DispatchKeySet keys, const Tensor& x) {
+  return activation(op, keys, x, only(kKind));
 }
-Tensor& hardswish_(DispatchKeySet keys, Tensor& x) {
-  return activation(torch_hardswish_inplace, keys, x, only(Kind::hardswish));
-}
-Tensor mish(DispatchKeySet keys, const Tensor& x) { return activation(torch_mish, keys, x, only(Kind::mish)); }
-Tensor& mish_(DispatchKeySet keys, Tensor& x) { return activation(torch_mish_inplace, keys, x, only(Kind::mish)); }
-Tensor gelu(DispatchKeySet keys, const Tensor& x, std::string_view approximate) {
-  return activation(torch_gelu, keys, x, gelu_by(approximate), approximate);
-}
-Tensor& gelu_(DispatchKeySet keys, Tensor& x, std::string_view approximate) {
-  return activation(torch_gelu_inplace, keys, x, gelu_by(approximate), approximate);
+template <Kind kKind>
+Tensor& plain_(const InplaceUnary& op, DispatchKeySet keys, Tensor& x) {
+  return activation(op, keys, x, only(kKind));
 }
 
-Tensor elu(DispatchKeySet keys, const Tensor& x, const Scalar& alpha, const Scalar& scale, const Scalar& input_scale) {
-  return activation(torch_elu, keys, x, with(Kind::elu, alpha, scale, input_scale), alpha, scale, input_scale);
+Tensor gelu(const Gelu& op, DispatchKeySet keys, const Tensor& x, std::string_view approximate) {
+  return activation(op, keys, x, gelu_by(approximate), approximate);
 }
-Tensor softplus(DispatchKeySet keys, const Tensor& x, const Scalar& beta, const Scalar& threshold) {
-  return activation(torch_softplus, keys, x, with(Kind::softplus, beta, threshold), beta, threshold);
+Tensor& gelu_(const InplaceGelu& op, DispatchKeySet keys, Tensor& x, std::string_view approximate) {
+  return activation(op, keys, x, gelu_by(approximate), approximate);
+}
+
+Tensor elu(const Elu& op, DispatchKeySet keys, const Tensor& x, const Scalar& alpha, const Scalar& scale,
+           const Scalar& input_scale) {
+  return activation(op, keys, x, with(Kind::elu, alpha, scale, input_scale), alpha, scale, input_scale);
+}
+Tensor softplus(const Softplus& op, DispatchKeySet keys, const Tensor& x, const Scalar& beta, const Scalar& threshold) {
+  return activation(op, keys, x, with(Kind::softplus, beta, threshold), beta, threshold);
 }
 
 RecipePtr recipe_of_any(const Tensor& value) {
@@ -122,62 +122,62 @@ Tensor of_two(const Op& op, DispatchKeySet keys, const Tensor& a, const RecipePt
 }
 
 // A factor is kept for the other's gradient. As in x * sigmoid(x), one may be a formula of the other.
-Tensor mul(DispatchKeySet keys, const Tensor& a, const Tensor& b) {
-  if (is_unrecorded(a, b)) return torch_mul.unrecorded(keys, a, b);
-  if (!a.requires_grad() || !b.requires_grad()) return torch_mul.stock(keys, a, b);
+Tensor mul(const Product& op, DispatchKeySet keys, const Tensor& a, const Tensor& b) {
+  if (is_unrecorded(a, b)) return op.unrecorded(keys, a, b);
+  if (!a.requires_grad() || !b.requires_grad()) return op.stock(keys, a, b);
   RecipePtr of_a = recipe_for(a, Maker::activation), of_b = recipe_for(b, Maker::activation);
   const auto formula = [](const Tensor& factor, const Tensor& other, const RecipePtr& of_other) {
     return recipe_for(factor, Maker::formula, of_other ? Tensor() : other);
   };
   if (!of_a) of_a = formula(a, b, of_b);
   if (!of_b) of_b = formula(b, a, of_a);
-  return of_two(torch_mul, keys, a, of_a, b, of_b);
+  return of_two(op, keys, a, of_a, b, of_b);
 }
 
 // Keeps nothing; but x * (1 + tanh(x)) is a formula of x as long as the number is known.
-Tensor add(DispatchKeySet keys, const Tensor& a, const Tensor& b, const Scalar& alpha) {
-  if (is_unrecorded(a, b)) return torch_add.unrecorded(keys, a, b, alpha);
-  const Tensor y = torch_add.stock(keys, a, b, alpha);
+Tensor add(const Sum& op, DispatchKeySet keys, const Tensor& a, const Tensor& b, const Scalar& alpha) {
+  if (is_unrecorded(a, b)) return op.unrecorded(keys, a, b, alpha);
+  const Tensor y = op.stock(keys, a, b, alpha);
   if (b.unsafeGetTensorImpl()->is_wrapped_number() && a.device().is_cpu() && serves(Value::ours, a)) {
     chain::note_number(y, b);
   }
   return y;
 }
 
-Tensor pow(DispatchKeySet keys, const Tensor& x, const Scalar& exponent) {
-  if (is_unrecorded(x)) return torch_pow.unrecorded(keys, x, exponent);
+Tensor pow(const Power& op, DispatchKeySet keys, const Tensor& x, const Scalar& exponent) {
+  if (is_unrecorded(x)) return op.unrecorded(keys, x, exponent);
   if (const RecipePtr recipe = recipe_of_any(x)) {
     const Tensor y = [&] {
       const chain::Unseen unseen;
-      return torch_pow.stock(keys, x, exponent);
+      return op.stock(keys, x, exponent);
     }();
     chain::keep(y, Operand::self, x, recipe);
     return y;
   }
-  const Tensor y = torch_pow.stock(keys, x, exponent);
+  const Tensor y = op.stock(keys, x, exponent);
   if (x.device().is_cpu() && serves(Value::ours, x)) chain::note_power(y);
   return y;
 }
 
-Tensor mse_loss(DispatchKeySet keys, const Tensor& a, const Tensor& b, int64_t reduction) {
-  if (is_unrecorded(a, b)) return torch_mse_loss.unrecorded(keys, a, b, reduction);
-  return of_two(torch_mse_loss, keys, a, recipe_of_any(a), b, recipe_of_any(b), reduction);
+Tensor mse_loss(const Loss& op, DispatchKeySet keys, const Tensor& a, const Tensor& b, int64_t reduction) {
+  if (is_unrecorded(a, b)) return op.unrecorded(keys, a, b, reduction);
+  return of_two(op, keys, a, recipe_of_any(a), b, recipe_of_any(b), reduction);
 }
 
-Operator<Tensor(const Tensor&)> torch_silu("silu", TORCH_FN(silu));
-Operator<Tensor&(Tensor&)> torch_silu_inplace("silu_", TORCH_FN(silu_));
-Operator<Tensor(const Tensor&)> torch_hardswish("hardswish", TORCH_FN(hardswish));
-Operator<Tensor&(Tensor&)> torch_hardswish_inplace("hardswish_", TORCH_FN(hardswish_));
-Operator<Tensor(const Tensor&)> torch_mish("mish", TORCH_FN(mish));
-Operator<Tensor&(Tensor&)> torch_mish_inplace("mish_", TORCH_FN(mish_));
-Operator<Tensor(const Tensor&, std::string_view)> torch_gelu("gelu", TORCH_FN(gelu));
-Operator<Tensor&(Tensor&, std::string_view)> torch_gelu_inplace("gelu_", TORCH_FN(gelu_));
-Operator<Tensor(const Tensor&, const Scalar&, const Scalar&, const Scalar&)> torch_elu("elu", TORCH_FN(elu));
-Operator<Tensor(const Tensor&, const Scalar&, const Scalar&)> torch_softplus("softplus", TORCH_FN(softplus));
-Operator<Tensor(const Tensor&, const Tensor&)> torch_mul("mul.Tensor", TORCH_FN(mul));
-Operator<Tensor(const Tensor&, const Tensor&, const Scalar&)> torch_add("add.Tensor", TORCH_FN(add));
-Operator<Tensor(const Tensor&, const Scalar&)> torch_pow("pow.Tensor_Scalar", TORCH_FN(pow));
-Operator<Tensor(const Tensor&, const Tensor&, int64_t)> torch_mse_loss("mse_loss", TORCH_FN(mse_loss));
+StandIn<plain<Kind::silu>> of_silu("silu");
+StandIn<plain_<Kind::silu>> of_silu_("silu_");
+StandIn<plain<Kind::hardswish>> of_hardswish("hardswish");
+StandIn<plain_<Kind::hardswish>> of_hardswish_("hardswish_");
+StandIn<plain<Kind::mish>> of_mish("mish");
+StandIn<plain_<Kind::mish>> of_mish_("mish_");
+StandIn<gelu> of_gelu("gelu");
+StandIn<gelu_> of_gelu_("gelu_");
+StandIn<elu> of_elu("elu");
+StandIn<softplus> of_softplus("softplus");
+StandIn<mul> of_mul("mul.Tensor");
+StandIn<add> of_add("add.Tensor");
+StandIn<pow> of_pow("pow.Tensor_Scalar");
+StandIn<mse_loss> of_mse_loss("mse_loss");
 
 // What is told before all else, since most calls on small tensors have nothing else to do. The sizes of a subclass may be
 // a function of Python's, which a mode would see: it is asked once the call is known to be served.

@@ -13,29 +13,25 @@ namespace {
 using c10::SymInt;
 using c10::SymIntArrayRef;
 
-extern Operator<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, SymIntArrayRef, SymIntArrayRef,
-                       SymIntArrayRef, bool, SymIntArrayRef, SymInt)>
-    torch_convolution;
+using Convolution = Stock<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, SymIntArrayRef, SymIntArrayRef,
+                                 SymIntArrayRef, bool, SymIntArrayRef, SymInt)>;
 
-Tensor convolution(DispatchKeySet keys, const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                   SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation, bool transposed,
-                   SymIntArrayRef output_padding, SymInt groups) {
+Tensor convolution(const Convolution& op, DispatchKeySet keys, const Tensor& input, const Tensor& weight,
+                   const OptionalTensor& bias, SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
+                   bool transposed, SymIntArrayRef output_padding, SymInt groups) {
   const Tensor& b = tensor_of(bias);
   if (is_unrecorded(input, weight, b)) {
-    return torch_convolution.unrecorded(keys, input, weight, bias, stride, padding, dilation, transposed,
-                                        output_padding, groups);
+    return op.unrecorded(keys, input, weight, bias, stride, padding, dilation, transposed, output_padding, groups);
   }
   const size_t axes = input.dim() - 2;
   const auto fits = [axes](SymIntArrayRef numbers) { return numbers.size() == 1 || numbers.size() == axes; };
   const bool gains = !weight.requires_grad() && weight.dim() == input.dim() && axes >= 1 && axes <= 3 && fits(stride) &&
                      fits(padding) && fits(dilation) && fits(output_padding) && !is_empty(input);
   if (!gains || !serves(Value::torch_s, input, weight, b)) {
-    return torch_convolution.stock(keys, input, weight, bias, stride, padding, dilation, transposed, output_padding,
-                                   groups);
+    return op.stock(keys, input, weight, bias, stride, padding, dilation, transposed, output_padding, groups);
   }
   const auto compute = [&] {
-    return torch_convolution.forward(keys, input, weight, bias, stride, padding, dilation, transposed, output_padding,
-                                     groups);
+    return op.forward(keys, input, weight, bias, stride, padding, dilation, transposed, output_padding, groups);
   };
   if (axes == 2 && !transposed) {
     return record_conv2d(input, weight, b, Geometry(stride, padding, dilation, groups, "auto"), compute);
@@ -49,9 +45,7 @@ Tensor convolution(DispatchKeySet keys, const Tensor& input, const Tensor& weigh
       compute);
 }
 
-Operator<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, SymIntArrayRef, SymIntArrayRef, SymIntArrayRef,
-                bool, SymIntArrayRef, SymInt)>
-    torch_convolution("convolution", TORCH_FN(convolution));
+StandIn<convolution> of_convolution("convolution");
 
 }  // namespace
 }  // namespace freezekit::enable

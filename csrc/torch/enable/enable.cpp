@@ -23,13 +23,13 @@ std::vector<std::string> enable() {
     registrations[i] = std::make_unique<torch::Library>(torch::Library::IMPL, "aten", kKeys[i], __FILE__, __LINE__);
     libraries[i] = registrations[i].get();
   }
-  return AnyOperator::take_over(libraries, kKeys);
+  return AnyStandIn::take_over(libraries, kKeys);
 }
 
 void disable() {
   for (auto& registration : registrations) registration.reset();
 }
 
-std::vector<std::string> operators() { return AnyOperator::names(); }
+std::vector<std::string> operators() { return AnyStandIn::names(); }
 
 }  // namespace freezekit::enable

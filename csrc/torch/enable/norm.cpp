@@ -16,20 +16,15 @@ using c10::SymIntArrayRef;
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-using BatchNorm = Operator<Three(const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                                 const OptionalTensor&, bool, double, double)>;
-using CudnnBatchNorm = Operator<Four(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
-                                     const OptionalTensor&, bool, double, double)>;
-using FixedBatchNorm = Operator<Three(const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&,
-                                      const Tensor&, double, double)>;
-using LayerNorm = Operator<Three(const Tensor&, SymIntArrayRef, const OptionalTensor&, const OptionalTensor&, double)>;
-using GroupNorm = Operator<Three(const Tensor&, const OptionalTensor&, const OptionalTensor&, SymInt, SymInt, SymInt,
-                                 int64_t, double)>;
-extern BatchNorm torch_batch_norm;
-extern CudnnBatchNorm torch_cudnn_batch_norm;
-extern FixedBatchNorm torch_fixed_batch_norm;
-extern LayerNorm torch_layer_norm;
-extern GroupNorm torch_group_norm;
+using BatchNorm = Stock<Three(const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                              const OptionalTensor&, bool, double, double)>;
+using CudnnBatchNorm = Stock<Four(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                                  const OptionalTensor&, bool, double, double)>;
+using FixedBatchNorm = Stock<Three(const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&,
+                                   const Tensor&, double, double)>;
+using LayerNorm = Stock<Three(const Tensor&, SymIntArrayRef, const OptionalTensor&, const OptionalTensor&, double)>;
+using GroupNorm =
+    Stock<Three(const Tensor&, const OptionalTensor&, const OptionalTensor&, SymInt, SymInt, SymInt, int64_t, double)>;
 
 // `rest`: what else torch's operator takes, behind the statistics.
 template <class Op, class Weight, class Statistic, class... Rest>
@@ -51,68 +46,68 @@ auto batch_norm_by(const Op& op, DispatchKeySet keys, bool training, double eps,
   return results;
 }
 
-Three native_batch_norm(DispatchKeySet keys, const Tensor& input, const OptionalTensor& weight,
+Three native_batch_norm(const BatchNorm& op, DispatchKeySet keys, const Tensor& input, const OptionalTensor& weight,
                         const OptionalTensor& bias, const OptionalTensor& running_mean,
                         const OptionalTensor& running_var, bool training, double momentum, double eps) {
-  return batch_norm_by(torch_batch_norm, keys, training, eps, input, weight, bias, running_mean, running_var, training,
-                       momentum, eps);
+  return batch_norm_by(op, keys, training, eps, input, weight, bias, running_mean, running_var, training, momentum,
+                       eps);
 }
 
 // What torch.compile makes of batch norm in eval mode.
-Three fixed_batch_norm(DispatchKeySet keys, const Tensor& input, const OptionalTensor& weight,
+Three fixed_batch_norm(const FixedBatchNorm& op, DispatchKeySet keys, const Tensor& input, const OptionalTensor& weight,
                        const OptionalTensor& bias, const Tensor& running_mean, const Tensor& running_var,
                        double momentum, double eps) {
-  return batch_norm_by(torch_fixed_batch_norm, keys, /*training=*/false, eps, input, weight, bias, running_mean,
-                       running_var, momentum, eps);
+  return batch_norm_by(op, keys, /*training=*/false, eps, input, weight, bias, running_mean, running_var, momentum,
+                       eps);
 }
 
-Four cudnn_batch_norm(DispatchKeySet keys, const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                      const OptionalTensor& running_mean, const OptionalTensor& running_var, bool training,
-                      double momentum, double eps) {
-  return batch_norm_by(torch_cudnn_batch_norm, keys, training, eps, input, weight, bias, running_mean, running_var,
-                       training, momentum, eps);
+Four cudnn_batch_norm(const CudnnBatchNorm& op, DispatchKeySet keys, const Tensor& input, const Tensor& weight,
+                      const OptionalTensor& bias, const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                      bool training, double momentum, double eps) {
+  return batch_norm_by(op, keys, training, eps, input, weight, bias, running_mean, running_var, training, momentum,
+                       eps);
 }
 
 bool serves_bias_alone(const Tensor& input, const Tensor& weight, const Tensor& bias) {
   return is_for_bias_alone(input, weight, bias) && serves(Value::torch_s, input, weight, bias);
 }
 
-Three native_layer_norm(DispatchKeySet keys, const Tensor& input, SymIntArrayRef shape, const OptionalTensor& weight,
-                        const OptionalTensor& bias, double eps) {
+Three native_layer_norm(const LayerNorm& op, DispatchKeySet keys, const Tensor& input, SymIntArrayRef shape,
+                        const OptionalTensor& weight, const OptionalTensor& bias, double eps) {
   const Tensor &w = tensor_of(weight), &b = tensor_of(bias);
-  if (is_unrecorded(input, w, b)) return torch_layer_norm.unrecorded(keys, input, shape, weight, bias, eps);
+  if (is_unrecorded(input, w, b)) return op.unrecorded(keys, input, shape, weight, bias, eps);
   if (!serves_bias_alone(input, w, b)) {
-    auto results = torch_layer_norm.stock(keys, input, shape, weight, bias, eps);
+    auto results = op.stock(keys, input, shape, weight, bias, eps);
     note_norm(std::get<0>(results), b, eps);
     return results;
   }
-  auto results = torch_layer_norm.forward(keys, input, shape, weight, bias, eps);
+  auto results = op.forward(keys, input, shape, weight, bias, eps);
   torch::autograd::set_history(std::get<0>(results), layer_norm_bias_node(b));
   return results;
 }
 
-Three native_group_norm(DispatchKeySet keys, const Tensor& input, const OptionalTensor& weight,
+Three native_group_norm(const GroupNorm& op, DispatchKeySet keys, const Tensor& input, const OptionalTensor& weight,
                         const OptionalTensor& bias, SymInt n, SymInt c, SymInt hw, int64_t groups, double eps) {
   const Tensor &w = tensor_of(weight), &b = tensor_of(bias);
-  if (is_unrecorded(input, w, b)) return torch_group_norm.unrecorded(keys, input, weight, bias, n, c, hw, groups, eps);
+  if (is_unrecorded(input, w, b)) return op.unrecorded(keys, input, weight, bias, n, c, hw, groups, eps);
   const bool is_batch = input.dim() >= 2 && input.sym_size(0) == n && input.sym_size(1) == c;
   if (!is_batch || !serves_bias_alone(input, w, b)) {
-    auto results = torch_group_norm.stock(keys, input, weight, bias, n, c, hw, groups, eps);
+    auto results = op.stock(keys, input, weight, bias, n, c, hw, groups, eps);
     if (is_batch) note_norm(std::get<0>(results), b, eps);
     return results;
   }
-  auto results = torch_group_norm.forward(keys, input, weight, bias, n, c, hw, groups, eps);
+  auto results = op.forward(keys, input, weight, bias, n, c, hw, groups, eps);
   // Torch lets all three require a gradient here, and gives the bias none of the statistics'.
   auto& [y, mean, rstd] = results;
   torch::autograd::set_history(torch::autograd::variable_list{y, mean, rstd}, group_norm_bias_node(b));
   return results;
 }
 
-BatchNorm torch_batch_norm("native_batch_norm", TORCH_FN(native_batch_norm));
-CudnnBatchNorm torch_cudnn_batch_norm("cudnn_batch_norm", TORCH_FN(cudnn_batch_norm));
-FixedBatchNorm torch_fixed_batch_norm("_native_batch_norm_legit_no_training", TORCH_FN(fixed_batch_norm));
-LayerNorm torch_layer_norm("native_layer_norm", TORCH_FN(native_layer_norm));
-GroupNorm torch_group_norm("native_group_norm", TORCH_FN(native_group_norm));
+StandIn<native_batch_norm> of_batch_norm("native_batch_norm");
+StandIn<cudnn_batch_norm> of_cudnn_batch_norm("cudnn_batch_norm");
+StandIn<fixed_batch_norm> of_fixed_batch_norm("_native_batch_norm_legit_no_training");
+StandIn<native_layer_norm> of_layer_norm("native_layer_norm");
+StandIn<native_group_norm> of_group_norm("native_group_norm");
 
 }  // namespace
 }  // namespace freezekit::enable

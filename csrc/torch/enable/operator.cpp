@@ -6,8 +6,8 @@
 namespace freezekit::enable {
 namespace {
 
-std::vector<AnyOperator*>& all() {
-  static std::vector<AnyOperator*> operators;
+std::vector<AnyStandIn*>& all() {
+  static std::vector<AnyStandIn*> operators;
   return operators;
 }
 
@@ -44,16 +44,16 @@ bool has_other_kernel(const std::string& lines, c10::DispatchKey autograd) {
 
 }  // namespace
 
-AnyOperator::AnyOperator(const char* name, torch::CppFunction (*stand_in)(), const char* computes)
+AnyStandIn::AnyStandIn(const char* name, torch::CppFunction (*stand_in)(), const char* computes)
     : name_(name), stand_in_(stand_in), computes_(computes) {
   all().push_back(this);
 }
 
-std::vector<std::string> AnyOperator::take_over(c10::ArrayRef<torch::Library*> libraries,
-                                                c10::ArrayRef<c10::DispatchKey> keys) {
-  std::vector<std::pair<AnyOperator*, torch::Library*>> free;
+std::vector<std::string> AnyStandIn::take_over(c10::ArrayRef<torch::Library*> libraries,
+                                               c10::ArrayRef<c10::DispatchKey> keys) {
+  std::vector<std::pair<AnyStandIn*, torch::Library*>> free;
   std::vector<std::string> others;
-  for (AnyOperator* op : all()) {
+  for (AnyStandIn* op : all()) {
     op->bind(find(op->name_));
     const std::string own = table_of(op->name_);
     const std::string computed = !op->computes_                                 ? ""
@@ -73,9 +73,9 @@ std::vector<std::string> AnyOperator::take_over(c10::ArrayRef<torch::Library*> l
   return others;
 }
 
-std::vector<std::string> AnyOperator::names() {
+std::vector<std::string> AnyStandIn::names() {
   std::vector<std::string> names;
-  for (const AnyOperator* op : all()) names.emplace_back(op->name_);
+  for (const AnyStandIn* op : all()) names.emplace_back(op->name_);
   return names;
 }
 

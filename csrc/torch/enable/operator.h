@@ -1,8 +1,8 @@
 // Torch's operators with a stand-in: while freezekit is enabled, a kernel of freezekit's answers on their autograd keys
 // of CPU, CUDA and Meta, and hands every call that it gains nothing from to the kernel that torch has there.
 //
-//   Tensor relu(DispatchKeySet keys, const Tensor& x) { ... torch_relu.stock(keys, x) ... }
-//   Operator<Tensor(const Tensor&)> torch_relu("relu", TORCH_FN(relu), "relu");
+//   Tensor relu(const Stock<Tensor(const Tensor&)>& op, DispatchKeySet keys, const Tensor& x) { ... op.stock(keys, x) ... }
+//   StandIn<relu> of_relu("relu", "relu");
 #pragma once
 
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -18,9 +18,9 @@ namespace freezekit::enable {
 
 using c10::DispatchKeySet;
 
-class AnyOperator {
+class AnyStandIn {
  public:
-  AnyOperator(const AnyOperator&) = delete;
+  AnyStandIn(const AnyStandIn&) = delete;
 
   // The stand-ins are registered with the libraries, one for each of `keys`, except where another library has taken the
   // operator on the key. The names of those operators are returned.
@@ -29,8 +29,8 @@ class AnyOperator {
   static std::vector<std::string> names();
 
  protected:
-  AnyOperator(const char* name, torch::CppFunction (*stand_in)(), const char* computes);
-  ~AnyOperator() = default;
+  AnyStandIn(const char* name, torch::CppFunction (*stand_in)(), const char* computes);
+  ~AnyStandIn() = default;
 
  private:
   virtual void bind(const c10::OperatorHandle&) = 0;
@@ -40,18 +40,13 @@ class AnyOperator {
   const char* computes_;
 };
 
+// Torch's side of an operator: the ways on that a stand-in has.
 template <class Signature>
-class Operator;
+class Stock;
 
 template <class Result, class... Args>
-class Operator<Result(Args...)> final : public AnyOperator {
+class Stock<Result(Args...)> {
  public:
-  // Kernels are functions known at compile time: a kernel without state can be called while it is being replaced.
-  // `computes`: the operator whose kernel on a CPU or a GPU the stand-in does without; none where it calls torch's.
-  template <class StandIn>
-  Operator(const char* name, StandIn, const char* computes = nullptr)
-      : AnyOperator(name, [] { return torch::CppFunction(StandIn()); }, computes) {}
-
   // What torch has for the call: one kernel for the autograd keys of all devices, of which no stand-in hides the last.
   // `keys` may have keys above autograd's, which have had their turn.
   Result stock(DispatchKeySet keys, Args... args) const {
@@ -74,12 +69,34 @@ class Operator<Result(Args...)> final : public AnyOperator {
     return unrecorded(keys, std::forward<Args>(args)...);
   }
 
- private:
-  void bind(const c10::OperatorHandle& handle) override {
+  void bind(const c10::OperatorHandle& handle) {
     if (!handle_) handle_ = handle.typed<Result(Args...)>();  // once: another thread may be reading it
   }
 
+ private:
   std::optional<c10::TypedOperatorHandle<Result(Args...)>> handle_;
+};
+
+// Registers kFunction for one operator; a function that stands in for several is a template.
+template <auto kFunction>
+class StandIn;
+
+template <class Result, class... Args, Result (*kFunction)(const Stock<Result(Args...)>&, DispatchKeySet, Args...)>
+class StandIn<kFunction> final : public AnyStandIn {
+ public:
+  // `computes`: the operator whose kernel on a CPU or a GPU the stand-in does without; none where it calls torch's.
+  explicit StandIn(const char* name, const char* computes = nullptr)
+      : AnyStandIn(name, [] { return torch::CppFunction(TORCH_FN(kernel)); }, computes) {}
+
+ private:
+  // A function without state: it can be called while it is being replaced.
+  static Result kernel(DispatchKeySet keys, Args... args) {
+    return kFunction(stock_, keys, std::forward<Args>(args)...);
+  }
+
+  void bind(const c10::OperatorHandle& handle) override { stock_.bind(handle); }
+
+  static inline Stock<Result(Args...)> stock_;
 };
 
 }  // namespace freezekit::enable

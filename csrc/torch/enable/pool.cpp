@@ -11,18 +11,11 @@
 namespace freezekit::enable {
 namespace {
 
-using MaxPool = Operator<Tensor(const Tensor&, IntArrayRef, IntArrayRef, IntArrayRef, IntArrayRef, bool)>;
+using MaxPool = Stock<Tensor(const Tensor&, IntArrayRef, IntArrayRef, IntArrayRef, IntArrayRef, bool)>;
 using MaxPoolWithIndices =
-    Operator<std::tuple<Tensor, Tensor>(const Tensor&, IntArrayRef, IntArrayRef, IntArrayRef, IntArrayRef, bool)>;
-using AvgPool =
-    Operator<Tensor(const Tensor&, IntArrayRef, IntArrayRef, IntArrayRef, bool, bool, std::optional<int64_t>)>;
-using Linear = Operator<Tensor(const Tensor&, SymIntArrayRef)>;
-
-extern MaxPool torch_max_pool1d, torch_max_pool2d, torch_max_pool3d;
-extern MaxPoolWithIndices torch_max_pool2d_with_indices, torch_max_pool3d_with_indices;
-extern AvgPool torch_avg_pool2d, torch_avg_pool3d;
-extern Linear torch_adaptive_avg_pool2d, torch_adaptive_avg_pool3d, torch_reflection_pad1d, torch_reflection_pad2d,
-    torch_reflection_pad3d, torch_replication_pad1d, torch_replication_pad2d, torch_replication_pad3d;
+    Stock<std::tuple<Tensor, Tensor>(const Tensor&, IntArrayRef, IntArrayRef, IntArrayRef, IntArrayRef, bool)>;
+using AvgPool = Stock<Tensor(const Tensor&, IntArrayRef, IntArrayRef, IntArrayRef, bool, bool, std::optional<int64_t>)>;
+using Linear = Stock<Tensor(const Tensor&, SymIntArrayRef)>;
 
 SymIntArrayRef symbols(IntArrayRef numbers) { return c10::fromIntArrayRefSlow(numbers); }
 
@@ -63,40 +56,40 @@ PoolGeometry geometry(IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef p
   return {symbols(kernel_size), symbols(stride), symbols(padding), symbols(dilation), ceil_mode, "auto"};
 }
 
-Tensor max_pool1d(DispatchKeySet keys, const Tensor& x, IntArrayRef kernel_size, IntArrayRef stride,
+Tensor max_pool1d(const MaxPool& op, DispatchKeySet keys, const Tensor& x, IntArrayRef kernel_size, IntArrayRef stride,
                   IntArrayRef padding, IntArrayRef dilation, bool ceil_mode) {
   // As below.
   if (is_unseen(x) && is_unrecorded(x)) {
-    return torch_max_pool1d.unrecorded(keys, x, kernel_size, stride, padding, dilation, ceil_mode);
+    return op.unrecorded(keys, x, kernel_size, stride, padding, dilation, ceil_mode);
   }
   if (is_unrecorded(x) || x.dim() != 3 || !are_windows(x, 1, kernel_size, stride, padding, dilation) ||
       !gains(Op::max_pool2d, x)) {
-    return torch_max_pool1d.stock(keys, x, kernel_size, stride, padding, dilation, ceil_mode);
+    return op.stock(keys, x, kernel_size, stride, padding, dilation, ceil_mode);
   }
   return record_max_pool1d(x, PoolGeometry::of_rows(symbols(kernel_size), symbols(stride), symbols(padding),
                                                     symbols(dilation), ceil_mode, "auto"));
 }
 
-Tensor max_pool2d(DispatchKeySet keys, const Tensor& x, IntArrayRef kernel_size, IntArrayRef stride,
+Tensor max_pool2d(const MaxPool& op, DispatchKeySet keys, const Tensor& x, IntArrayRef kernel_size, IntArrayRef stride,
                   IntArrayRef padding, IntArrayRef dilation, bool ceil_mode) {
   // Torch composes it of the next one, above all that looks on: where something does, its own kernel is called.
   if (is_unseen(x) && is_unrecorded(x)) {
-    return torch_max_pool2d.unrecorded(keys, x, kernel_size, stride, padding, dilation, ceil_mode);
+    return op.unrecorded(keys, x, kernel_size, stride, padding, dilation, ceil_mode);
   }
   if (is_unrecorded(x) || !has_taps(x, kernel_size, stride, padding, dilation)) {
-    return torch_max_pool2d.stock(keys, x, kernel_size, stride, padding, dilation, ceil_mode);
+    return op.stock(keys, x, kernel_size, stride, padding, dilation, ceil_mode);
   }
   return record_max_pool2d(x, geometry(kernel_size, stride, padding, dilation, ceil_mode));
 }
 
-std::tuple<Tensor, Tensor> max_pool2d_with_indices(DispatchKeySet keys, const Tensor& x, IntArrayRef kernel_size,
-                                                   IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
-                                                   bool ceil_mode) {
+std::tuple<Tensor, Tensor> max_pool2d_with_indices(const MaxPoolWithIndices& op, DispatchKeySet keys, const Tensor& x,
+                                                   IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef padding,
+                                                   IntArrayRef dilation, bool ceil_mode) {
   if (is_unrecorded(x)) {
-    return torch_max_pool2d_with_indices.unrecorded(keys, x, kernel_size, stride, padding, dilation, ceil_mode);
+    return op.unrecorded(keys, x, kernel_size, stride, padding, dilation, ceil_mode);
   }
   if (!makes_indices(x, Backend::automatic) || !has_taps(x, kernel_size, stride, padding, dilation)) {
-    return torch_max_pool2d_with_indices.stock(keys, x, kernel_size, stride, padding, dilation, ceil_mode);
+    return op.stock(keys, x, kernel_size, stride, padding, dilation, ceil_mode);
   }
   return record_max_pool2d_with_indices(x, geometry(kernel_size, stride, padding, dilation, ceil_mode));
 }
@@ -109,23 +102,22 @@ std::optional<Windows3d> windows(const Tensor& x, IntArrayRef kernel_size, IntAr
   return keeps_taps(x, g) ? std::optional(g) : std::nullopt;
 }
 
-Tensor max_pool3d(DispatchKeySet keys, const Tensor& x, IntArrayRef kernel_size, IntArrayRef stride,
+Tensor max_pool3d(const MaxPool& op, DispatchKeySet keys, const Tensor& x, IntArrayRef kernel_size, IntArrayRef stride,
                   IntArrayRef padding, IntArrayRef dilation, bool ceil_mode) {
   // As in two dimensions.
   if (is_unseen(x) && is_unrecorded(x)) {
-    return torch_max_pool3d.unrecorded(keys, x, kernel_size, stride, padding, dilation, ceil_mode);
+    return op.unrecorded(keys, x, kernel_size, stride, padding, dilation, ceil_mode);
   }
   if (!is_unrecorded(x)) {
     const auto g = windows(x, kernel_size, stride, padding, dilation, ceil_mode);
     if (g) return record_max_pool3d(x, *g);
   }
-  return torch_max_pool3d.stock(keys, x, kernel_size, stride, padding, dilation, ceil_mode);
+  return op.stock(keys, x, kernel_size, stride, padding, dilation, ceil_mode);
 }
 
-std::tuple<Tensor, Tensor> max_pool3d_with_indices(DispatchKeySet keys, const Tensor& x, IntArrayRef kernel_size,
-                                                   IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
-                                                   bool ceil_mode) {
-  const auto& op = torch_max_pool3d_with_indices;
+std::tuple<Tensor, Tensor> max_pool3d_with_indices(const MaxPoolWithIndices& op, DispatchKeySet keys, const Tensor& x,
+                                                   IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef padding,
+                                                   IntArrayRef dilation, bool ceil_mode) {
   if (is_unrecorded(x)) return op.unrecorded(keys, x, kernel_size, stride, padding, dilation, ceil_mode);
   const auto g = windows(x, kernel_size, stride, padding, dilation, ceil_mode);
   if (!g) return op.stock(keys, x, kernel_size, stride, padding, dilation, ceil_mode);
@@ -133,30 +125,16 @@ std::tuple<Tensor, Tensor> max_pool3d_with_indices(DispatchKeySet keys, const Te
       x, *g, [&] { return op.forward(keys, x, kernel_size, stride, padding, dilation, ceil_mode); });
 }
 
-Tensor avg_pool(const AvgPool& op, size_t axes, DispatchKeySet keys, const Tensor& x, IntArrayRef kernel_size,
-                IntArrayRef stride, IntArrayRef padding, bool ceil_mode, bool count_include_pad,
-                std::optional<int64_t> divisor_override) {
+template <size_t kAxes>
+Tensor avg_pool(const AvgPool& op, DispatchKeySet keys, const Tensor& x, IntArrayRef kernel_size, IntArrayRef stride,
+                IntArrayRef padding, bool ceil_mode, bool count_include_pad, std::optional<int64_t> divisor_override) {
   if (is_unrecorded(x)) {
     return op.unrecorded(keys, x, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override);
   }
-  if (kernel_size.size() != axes || !serves(Value::torch_s, x)) {
+  if (kernel_size.size() != kAxes || !serves(Value::torch_s, x)) {
     return op.stock(keys, x, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override);
   }
   return record_avg_pool(x, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override);
-}
-
-Tensor avg_pool2d(DispatchKeySet keys, const Tensor& x, IntArrayRef kernel_size, IntArrayRef stride,
-                  IntArrayRef padding, bool ceil_mode, bool count_include_pad,
-                  std::optional<int64_t> divisor_override) {
-  return avg_pool(torch_avg_pool2d, 2, keys, x, kernel_size, stride, padding, ceil_mode, count_include_pad,
-                  divisor_override);
-}
-
-Tensor avg_pool3d(DispatchKeySet keys, const Tensor& x, IntArrayRef kernel_size, IntArrayRef stride,
-                  IntArrayRef padding, bool ceil_mode, bool count_include_pad,
-                  std::optional<int64_t> divisor_override) {
-  return avg_pool(torch_avg_pool3d, 3, keys, x, kernel_size, stride, padding, ceil_mode, count_include_pad,
-                  divisor_override);
 }
 
 bool is_in_range(SymIntArrayRef numbers) {
@@ -166,14 +144,17 @@ bool is_in_range(SymIntArrayRef numbers) {
   });
 }
 
-// freezekit's operator `name` tells the number of axes from the count of `numbers`.
-template <Linear* kOperator, size_t kCount>
-Tensor linear(const char* name, DispatchKeySet keys, const Tensor& x, SymIntArrayRef numbers) {
-  if (is_unrecorded(x)) return kOperator->unrecorded(keys, x, numbers);
+constexpr char kAdaptiveAvgPool[] = "freezekit::adaptive_avg_pool", kReflectionPad[] = "freezekit::reflection_pad",
+               kReplicationPad[] = "freezekit::replication_pad";
+
+// freezekit's operator kOwn reads the number of axes from the count of `numbers`.
+template <const char* kOwn, size_t kCount>
+Tensor linear(const Linear& op, DispatchKeySet keys, const Tensor& x, SymIntArrayRef numbers) {
+  if (is_unrecorded(x)) return op.unrecorded(keys, x, numbers);
   if (numbers.size() != kCount || !is_in_range(numbers) || !serves(Value::torch_s, x)) {
-    return kOperator->stock(keys, x, numbers);
+    return op.stock(keys, x, numbers);
   }
-  static const auto own = find_operator<Tensor(const Tensor&, SymIntArrayRef)>(name);
+  static const auto own = find_operator<Tensor(const Tensor&, SymIntArrayRef)>(kOwn);
   return own.redispatch(keys, x, numbers);
 }
 
@@ -182,49 +163,27 @@ bool is_mean(SymIntArrayRef output_size) {
   return std::all_of(output_size.begin(), output_size.end(), [](const auto& size) { return size.maybe_as_int() == 1; });
 }
 
-Tensor adaptive_avg_pool2d(DispatchKeySet keys, const Tensor& x, SymIntArrayRef output_size) {
-  if (is_mean(output_size)) return torch_adaptive_avg_pool2d.stock(keys, x, output_size);
-  return linear<&torch_adaptive_avg_pool2d, 2>("freezekit::adaptive_avg_pool", keys, x, output_size);
-}
-Tensor adaptive_avg_pool3d(DispatchKeySet keys, const Tensor& x, SymIntArrayRef output_size) {
-  if (is_mean(output_size)) return torch_adaptive_avg_pool3d.stock(keys, x, output_size);
-  return linear<&torch_adaptive_avg_pool3d, 3>("freezekit::adaptive_avg_pool", keys, x, output_size);
-}
-Tensor reflection_pad1d(DispatchKeySet keys, const Tensor& x, SymIntArrayRef padding) {
-  return linear<&torch_reflection_pad1d, 2>("freezekit::reflection_pad", keys, x, padding);
-}
-Tensor reflection_pad2d(DispatchKeySet keys, const Tensor& x, SymIntArrayRef padding) {
-  return linear<&torch_reflection_pad2d, 4>("freezekit::reflection_pad", keys, x, padding);
-}
-Tensor reflection_pad3d(DispatchKeySet keys, const Tensor& x, SymIntArrayRef padding) {
-  return linear<&torch_reflection_pad3d, 6>("freezekit::reflection_pad", keys, x, padding);
-}
-Tensor replication_pad1d(DispatchKeySet keys, const Tensor& x, SymIntArrayRef padding) {
-  return linear<&torch_replication_pad1d, 2>("freezekit::replication_pad", keys, x, padding);
-}
-Tensor replication_pad2d(DispatchKeySet keys, const Tensor& x, SymIntArrayRef padding) {
-  return linear<&torch_replication_pad2d, 4>("freezekit::replication_pad", keys, x, padding);
-}
-Tensor replication_pad3d(DispatchKeySet keys, const Tensor& x, SymIntArrayRef padding) {
-  return linear<&torch_replication_pad3d, 6>("freezekit::replication_pad", keys, x, padding);
+template <size_t kAxes>
+Tensor adaptive_avg_pool(const Linear& op, DispatchKeySet keys, const Tensor& x, SymIntArrayRef output_size) {
+  return is_mean(output_size) ? op.stock(keys, x, output_size)
+                              : linear<kAdaptiveAvgPool, kAxes>(op, keys, x, output_size);
 }
 
-MaxPool torch_max_pool1d("max_pool1d", TORCH_FN(max_pool1d), "max_pool2d_with_indices");
-MaxPool torch_max_pool2d("max_pool2d", TORCH_FN(max_pool2d), "max_pool2d_with_indices");
-MaxPool torch_max_pool3d("max_pool3d", TORCH_FN(max_pool3d), "max_pool3d_with_indices");
-MaxPoolWithIndices torch_max_pool2d_with_indices("max_pool2d_with_indices", TORCH_FN(max_pool2d_with_indices),
-                                                 "max_pool2d_with_indices");
-MaxPoolWithIndices torch_max_pool3d_with_indices("max_pool3d_with_indices", TORCH_FN(max_pool3d_with_indices));
-AvgPool torch_avg_pool2d("avg_pool2d", TORCH_FN(avg_pool2d));
-AvgPool torch_avg_pool3d("avg_pool3d", TORCH_FN(avg_pool3d));
-Linear torch_adaptive_avg_pool2d("_adaptive_avg_pool2d", TORCH_FN(adaptive_avg_pool2d));
-Linear torch_adaptive_avg_pool3d("_adaptive_avg_pool3d", TORCH_FN(adaptive_avg_pool3d));
-Linear torch_reflection_pad1d("reflection_pad1d", TORCH_FN(reflection_pad1d));
-Linear torch_reflection_pad2d("reflection_pad2d", TORCH_FN(reflection_pad2d));
-Linear torch_reflection_pad3d("reflection_pad3d", TORCH_FN(reflection_pad3d));
-Linear torch_replication_pad1d("replication_pad1d", TORCH_FN(replication_pad1d));
-Linear torch_replication_pad2d("replication_pad2d", TORCH_FN(replication_pad2d));
-Linear torch_replication_pad3d("replication_pad3d", TORCH_FN(replication_pad3d));
+StandIn<max_pool1d> of_max_pool1d("max_pool1d", "max_pool2d_with_indices");
+StandIn<max_pool2d> of_max_pool2d("max_pool2d", "max_pool2d_with_indices");
+StandIn<max_pool3d> of_max_pool3d("max_pool3d", "max_pool3d_with_indices");
+StandIn<max_pool2d_with_indices> of_max_pool2d_indices("max_pool2d_with_indices", "max_pool2d_with_indices");
+StandIn<max_pool3d_with_indices> of_max_pool3d_indices("max_pool3d_with_indices");
+StandIn<avg_pool<2>> of_avg_pool2d("avg_pool2d");
+StandIn<avg_pool<3>> of_avg_pool3d("avg_pool3d");
+StandIn<adaptive_avg_pool<2>> of_adaptive_avg_pool2d("_adaptive_avg_pool2d");
+StandIn<adaptive_avg_pool<3>> of_adaptive_avg_pool3d("_adaptive_avg_pool3d");
+StandIn<linear<kReflectionPad, 2>> of_reflection_pad1d("reflection_pad1d");
+StandIn<linear<kReflectionPad, 4>> of_reflection_pad2d("reflection_pad2d");
+StandIn<linear<kReflectionPad, 6>> of_reflection_pad3d("reflection_pad3d");
+StandIn<linear<kReplicationPad, 2>> of_replication_pad1d("replication_pad1d");
+StandIn<linear<kReplicationPad, 4>> of_replication_pad2d("replication_pad2d");
+StandIn<linear<kReplicationPad, 6>> of_replication_pad3d("replication_pad3d");
 
 }  // namespace
 }  // namespace freezekit::enable
