@@ -21,7 +21,7 @@ py::object activation(const py::object& torch_s, const py::object& input, const 
     const chain::Unseen unseen;
     return torch_s(input, *rest, **named);
   }();
-  if (THPVariable_Check(y.ptr())) chain::keep(THPVariable_Unpack(y.ptr()), chain::Operand::self, x, recipe);
+  if (THPVariable_Check(y.ptr())) chain::keep(THPVariable_Unpack(y.ptr()), chain::Slot::self, x, recipe);
   return y;
 }
 

@@ -28,6 +28,7 @@
 #include "torch/backends/cpu_formats.h"
 #include "torch/backends/native_layers.h"
 #include "torch/bits/gate.h"
+#include "torch/common/checks.h"
 #include "torch/common/layout.h"
 #include "torch/common/route.h"
 #include "torch/common/unseen.h"
@@ -147,12 +148,8 @@ void by_kernel(Computer computer, const Tensor& x, const Tensor& y, const Tensor
   native::activation(f, x, y, bits);
 }
 
-void check_dtype(const Tensor& input) {
-  TORCH_CHECK(at::isFloatingType(input.scalar_type()), "input must be of a floating dtype, got ", input.scalar_type());
-}
-
 std::tuple<Tensor, Tensor> bits_kernel(const Tensor& input, const Piecewise& f) {
-  check_dtype(input);
+  check_floating(input, "input");
   const Tensor x = dense(input);
   const Computer computer = route_step(Op::activation, f.backend, x).computer;
   if (!has_kernel(computer)) return {f.by_aten(input), pack_bits(f.mask_by_aten(x))};
@@ -163,7 +160,7 @@ std::tuple<Tensor, Tensor> bits_kernel(const Tensor& input, const Piecewise& f) 
 }
 
 Tensor bits_inplace_kernel(Tensor& input, const Piecewise& f) {
-  check_dtype(input);
+  check_floating(input, "input");
   const Tensor x = dense(input);
   const Computer computer = route_step(Op::activation, f.backend, x).computer;
   if (!has_kernel(computer)) {
@@ -178,12 +175,12 @@ Tensor bits_inplace_kernel(Tensor& input, const Piecewise& f) {
 }
 
 std::tuple<Tensor, Tensor> bits_meta(const Tensor& input, const Piecewise& f) {
-  check_dtype(input);
+  check_floating(input, "input");
   return {f.empty_result(input), empty_bits(input)};
 }
 
 Tensor bits_inplace_meta(Tensor& input, const Piecewise&) {
-  check_dtype(input);
+  check_floating(input, "input");
   return empty_bits(input);
 }
 

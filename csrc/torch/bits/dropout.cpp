@@ -17,6 +17,7 @@
 
 #include "torch/backends/native_layers.h"
 #include "torch/bits/gate.h"
+#include "torch/common/checks.h"
 #include "torch/common/layout.h"
 #include "torch/common/route.h"
 #include "torch/common/unseen.h"
@@ -26,7 +27,7 @@ namespace {
 
 void check(const Tensor& input, double p) {
   TORCH_CHECK(p > 0 && p < 1, "p must be greater than 0 and less than 1, got ", p);
-  TORCH_CHECK(at::isFloatingType(input.scalar_type()), "input must be of a floating dtype, got ", input.scalar_type());
+  check_floating(input, "input");
 }
 
 // Whether torch draws noise of the input's dtype, and not a mask of bytes.

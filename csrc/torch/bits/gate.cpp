@@ -94,7 +94,7 @@ Tensor gate_by_aten(const Tensor& x, const Tensor& bits, SymIntArrayRef stride, 
 void check_gate(const Tensor& input, const Tensor& bits, const GateSettings& settings) {
   const SymIntArrayRef stride = settings.stride;
   const auto& [on, off] = settings.rule;
-  TORCH_CHECK(at::isFloatingType(input.scalar_type()), "input must be of a floating dtype, got ", input.scalar_type());
+  check_floating(input, "input");
   TORCH_CHECK(bits.scalar_type() == at::kInt && bits.dim() == 1, "bits must be one row of int32 words, got ",
               bits.scalar_type(), " of size ", bits.sym_sizes());
   TORCH_CHECK(bits.device() == input.device(), "bits are on ", bits.device(), ", input is on ", input.device());

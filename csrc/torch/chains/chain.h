@@ -73,11 +73,11 @@ class Unseen {
   bool before_;
 };
 
-enum class Operand { self, other };
+enum class Slot { self, other };  // of a node, as torch names them
 
 // Of the node of `result`, which torch's kernel has just made within Unseen: the operand is not kept where there is a
 // recipe, and hooks see what that reads; else they see the operand after all.
-void keep(const Tensor& result, Operand which, const Tensor& operand, const RecipePtr& recipe);
+void keep(const Tensor& result, Slot slot, const Tensor& operand, const RecipePtr& recipe);
 
 // Of a power's node, which keeps its operand: formulas may start from it.
 void note_power(const Tensor& result);

@@ -204,8 +204,8 @@ SavedVariable* saved_of_activation(Node* node) {
   return nullptr;
 }
 
-SavedVariable* saved(Node* node, Operand operand) {
-  const bool is_self = operand == Operand::self;
+SavedVariable* saved(Node* node, Slot slot) {
+  const bool is_self = slot == Slot::self;
   if (auto* product = as<generated::MulBackward0>(node)) return is_self ? &product->self_ : &product->other_;
   if (auto* loss = as<generated::MseLossBackward0>(node)) return is_self ? &loss->self_ : &loss->target_;
   if (auto* power = as<generated::PowBackward0>(node)) return &power->self_;
@@ -271,8 +271,8 @@ Unseen::Unseen() : before_(at::SavedTensorDefaultHooks::set_tracing(true)) {}
 
 Unseen::~Unseen() { at::SavedTensorDefaultHooks::set_tracing(before_); }
 
-void keep(const Tensor& result, Operand which, const Tensor& operand, const RecipePtr& recipe) {
-  SavedVariable* const variable = saved(node_of(result), which);
+void keep(const Tensor& result, Slot slot, const Tensor& operand, const RecipePtr& recipe) {
+  SavedVariable* const variable = saved(node_of(result), slot);
   if (!variable || variable->has_hooks()) return;
   if (recipe) {
     variable->register_hooks(std::make_unique<ComputedAgain>(recipe, /*is_last=*/false));

@@ -84,6 +84,11 @@ void check_bias(SymIntArrayRef bias, SymIntArrayRef weight) {
               "], one value per output channel, got ", bias);
 }
 
+void check_floating(const Tensor& tensor, const char* name) {
+  TORCH_CHECK(at::isFloatingType(tensor.scalar_type()), name, " must be of a floating dtype, got ",
+              tensor.scalar_type());
+}
+
 SizeVector check_conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                         const Geometry& g) {
   check_geometry(g);

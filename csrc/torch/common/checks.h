@@ -22,6 +22,7 @@ void check_operand(const Tensor&, const char* name);
 void check_same(const Tensor& a, const char* a_name, const Tensor& b, const char* b_name);
 void check_rank(SymIntArrayRef size, const char* name, const char* axes);
 void check_bias(SymIntArrayRef bias, SymIntArrayRef weight);
+void check_floating(const Tensor&, const char* name);
 
 // The whole check of each operator. conv2d's returns the output size (N, K, P, Q).
 SizeVector check_conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Geometry&);

@@ -15,7 +15,7 @@ namespace freezekit::enable {
 namespace {
 
 using chain::Maker;
-using chain::Operand;
+using chain::Slot;
 
 using at::Scalar;
 
@@ -56,7 +56,7 @@ decltype(auto) activation(const Op& op, DispatchKeySet keys, X& x, const std::op
     const chain::Unseen unseen;
     return op.stock(keys, x, rest...);
   }();
-  chain::keep(y, Operand::self, x, recipe);
+  chain::keep(y, Slot::self, x, recipe);
   return y;
 }
 
@@ -116,8 +116,8 @@ Tensor of_two(const Op& op, DispatchKeySet keys, const Tensor& a, const RecipePt
     const chain::Unseen unseen;
     return op.stock(keys, a, b, rest...);
   }();
-  chain::keep(y, Operand::self, a, of_a);
-  chain::keep(y, Operand::other, b, of_b);
+  chain::keep(y, Slot::self, a, of_a);
+  chain::keep(y, Slot::other, b, of_b);
   return y;
 }
 
@@ -151,7 +151,7 @@ Tensor pow(const Power& op, DispatchKeySet keys, const Tensor& x, const Scalar& 
       const chain::Unseen unseen;
       return op.stock(keys, x, exponent);
     }();
-    chain::keep(y, Operand::self, x, recipe);
+    chain::keep(y, Slot::self, x, recipe);
     return y;
   }
   const Tensor y = op.stock(keys, x, exponent);

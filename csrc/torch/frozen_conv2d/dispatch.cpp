@@ -36,8 +36,7 @@ void check_norm(const FixedNormTensors& norm, const Tensor& weight) {
     if (!tensor.defined()) return;
     TORCH_CHECK(tensor.dim() == 1 && tensor.sym_size(0) == weight.sym_size(0), name, " must have size [",
                 weight.sym_size(0), "], one value per output channel, got ", tensor.sym_sizes());
-    TORCH_CHECK(at::isFloatingType(tensor.scalar_type()), name, " must be of a floating dtype, got ",
-                tensor.scalar_type());
+    check_floating(tensor, name);
     TORCH_CHECK(tensor.device() == weight.device(), name, " is on ", tensor.device(), ", weight is on ",
                 weight.device());
   };
@@ -61,7 +60,7 @@ SizeVector check_operands(const FrozenOperands& o, const Geometry& g) {
 
 // What conv2d's check does not see: the residual, and dtypes that have no order.
 void check_residual(const Tensor& input, const Tensor& residual, SymIntArrayRef output) {
-  TORCH_CHECK(at::isFloatingType(input.scalar_type()), "input must be of a floating dtype, got ", input.scalar_type());
+  check_floating(input, "input");
   if (!residual.defined()) return;
   check_same(input, "input", residual, "residual");
   TORCH_CHECK(residual.sym_sizes().equals(output), "residual must have the size of the output, ", output, ", got ",

@@ -65,7 +65,7 @@ Tensor output_like(const Tensor& input, const PoolGeometry& g) {
 void check_input(const Tensor& input) {
   TORCH_CHECK(input.dim() == 4, "input must have 4 dimensions (N, C, H, W), got ", input.dim(), ": ",
               input.sym_sizes());
-  TORCH_CHECK(at::isFloatingType(input.scalar_type()), "input must be of a floating dtype, got ", input.scalar_type());
+  check_floating(input, "input");
 }
 
 void check_taps(const Tensor& values, const Tensor& taps, SymIntArrayRef input_size, const PoolGeometry& g) {
