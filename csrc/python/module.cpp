@@ -31,32 +31,9 @@ int index_of(const std::array<const char*, N>& names, const std::string& name, c
   throw py::value_error(std::string(argument) + " is unknown: '" + name + "'");
 }
 
-using Pair = std::array<int64_t, 2>;
-
-Conv2dProblem make_problem(const std::array<int64_t, 4>& input, const std::array<int64_t, 4>& weight,
-                           const Pair& stride, const Pair& padding, const Pair& dilation, int64_t groups) {
-  if (stride[0] < 1 || stride[1] < 1 || dilation[0] < 1 || dilation[1] < 1 || groups < 1) {
-    throw py::value_error("stride, dilation and groups must be positive");
-  }
-  Conv2dProblem p;
-  p.n = input[0], p.c = input[1], p.h = input[2], p.w = input[3];
-  p.k = weight[0], p.r = weight[2], p.s = weight[3];
-  p.stride_h = stride[0], p.stride_w = stride[1];
-  p.pad_h = padding[0], p.pad_w = padding[1];
-  p.dilation_h = dilation[0], p.dilation_w = dilation[1];
-  p.groups = groups;
-  p.p = output_size(p.h, p.r, p.pad_h, p.stride_h, p.dilation_h);
-  p.q = output_size(p.w, p.s, p.pad_w, p.stride_w, p.dilation_w);
-  if (p.p < 1 || p.q < 1 || p.c != weight[1] * groups || p.k % groups != 0) {
-    throw py::value_error("input and weight sizes do not make a convolution");
-  }
-  return p;
-}
-
-py::dict choose(const std::string& op, const std::string& dtype, const std::array<int64_t, 4>& input,
-                const std::array<int64_t, 4>& weight, const Pair& stride, const Pair& padding, const Pair& dilation,
-                int64_t groups, int sm, int sm_count, bool allow_tf32, bool deterministic, bool hopper,
-                const std::string& device, bool channels_last) {
+py::dict choose(const std::string& op, const std::string& dtype, const Sizes& input, const Sizes& weight,
+                const Pair& stride, const Pair& padding, const Pair& dilation, int64_t groups, int sm, int sm_count,
+                bool allow_tf32, bool deterministic, bool hopper, const std::string& device, bool channels_last) {
   Target target;
   target.sm = sm, target.sm_count = sm_count, target.allow_tf32 = allow_tf32, target.deterministic = deterministic;
   target.hopper = hopper;
@@ -97,6 +74,26 @@ py::list take_launch_log() {
 }
 
 }  // namespace
+
+Conv2dProblem freezekit::make_problem(const Sizes& input, const Sizes& weight, const Pair& stride, const Pair& padding,
+                                      const Pair& dilation, int64_t groups) {
+  if (stride[0] < 1 || stride[1] < 1 || dilation[0] < 1 || dilation[1] < 1 || groups < 1) {
+    throw py::value_error("stride, dilation and groups must be positive");
+  }
+  Conv2dProblem p;
+  p.n = input[0], p.c = input[1], p.h = input[2], p.w = input[3];
+  p.k = weight[0], p.r = weight[2], p.s = weight[3];
+  p.stride_h = stride[0], p.stride_w = stride[1];
+  p.pad_h = padding[0], p.pad_w = padding[1];
+  p.dilation_h = dilation[0], p.dilation_w = dilation[1];
+  p.groups = groups;
+  p.p = output_size(p.h, p.r, p.pad_h, p.stride_h, p.dilation_h);
+  p.q = output_size(p.w, p.s, p.pad_w, p.stride_w, p.dilation_w);
+  if (p.p < 1 || p.q < 1 || p.c != weight[1] * groups || p.k % groups != 0) {
+    throw py::value_error("input and weight sizes do not make a convolution");
+  }
+  return p;
+}
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "freezekit's compiled half: operators register themselves with torch on import.";

@@ -12,23 +12,7 @@
 namespace freezekit {
 namespace {
 
-using Pair = std::array<int64_t, 2>;
-
-Conv2dProblem problem_of(const at::Tensor& x, const at::Tensor& w, const at::Tensor& y, const Pair& stride,
-                         const Pair& padding, const Pair& dilation, int64_t groups) {
-  Conv2dProblem p;
-  p.n = x.size(0), p.c = x.size(1), p.h = x.size(2), p.w = x.size(3);
-  p.k = w.size(0), p.r = w.size(2), p.s = w.size(3);
-  p.stride_h = stride[0], p.stride_w = stride[1], p.pad_h = padding[0], p.pad_w = padding[1];
-  p.dilation_h = dilation[0], p.dilation_w = dilation[1], p.groups = groups;
-  p.p = output_size(p.h, p.r, p.pad_h, p.stride_h, p.dilation_h);
-  p.q = output_size(p.w, p.s, p.pad_w, p.stride_w, p.dilation_w);
-  const std::array<int64_t, 4> output = {p.n, p.k, p.p, p.q};
-  if (w.size(1) * groups != p.c || p.k % groups != 0 || y.sizes() != c10::IntArrayRef(output)) {
-    throw py::value_error("the sizes of x, w and y do not make a convolution");
-  }
-  return p;
-}
+Sizes sizes_of(const at::Tensor& t) { return {t.size(0), t.size(1), t.size(2), t.size(3)}; }
 
 // Writes y (conv2d), x (conv2d_dgrad) or w (conv2d_wgrad) of three dense channels_last tensors. False: this kernel
 // does not take the problem, or has no such config.
@@ -41,7 +25,9 @@ bool launch(int op, const at::Tensor& x, const at::Tensor& w, const at::Tensor& 
     }
   }
   const DType dtype = native::kernel_dtype(x);
-  const Conv2dProblem p = problem_of(x, w, y, stride, padding, dilation, groups);
+  const Conv2dProblem p = make_problem(sizes_of(x), sizes_of(w), stride, padding, dilation, groups);
+  if (sizes_of(y) != Sizes{p.n, p.k, p.p, p.q})
+    throw py::value_error("the sizes of x, w and y do not make a convolution");
   const KernelLibrary& library = kernel_library(x.is_cuda() ? Backend::native : Backend::emulated);
   const c10::DeviceGuard guard(x.device());
   Selection selection;

@@ -51,7 +51,7 @@ struct TrilinearGradients {
     if (computes == Role::output && wanted[0] && wanted[1] && is_left_to_aten(backend, grad) &&
         reaches_kernel(grad, input, weight)) {
       const at::AutoDispatchBelowADInplaceOrView below;
-      const auto [dx, dw, db] = aten::gradients(grad, input, weight, wanted[bias], geometry);
+      const auto [dx, dw, db] = aten::gradients(grad, input, weight, wanted[bias], aten::convolution_of(geometry));
       return {finish(dx, layout), finish(dw, layout), db};
     }
     if (wanted[0]) result[0] = derivative(first, second, operands[1], grad);

@@ -89,7 +89,7 @@ Tensor conv2d_dgrad(const Tensor& grad_output, const Tensor& weight, SymIntArray
     const BelowAutogradAndAutocast below;
     TORCH_CHECK(!grad_output.is_complex(), "conv2d_dgrad takes no complex grad_output, got ",
                 grad_output.scalar_type());
-    return finish(aten::dgrad_on_cpu(grad_output, weight, input_size, layout, g), layout);
+    return finish(aten::dgrad_on_cpu(grad_output, weight, input_size, layout, aten::convolution_of(g)), layout);
   }
   static const Conv2dGradOperator op("freezekit::conv2d_dgrad");
   return in_layout(op(grad_output, weight, input_size, g), layout);

@@ -5,17 +5,13 @@
 
 #include <ATen/autocast_mode.h>
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/ops/convolution.h>
-#include <ATen/ops/convolution_backward.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/library.h>
 
 #include "torch/autograd/formula.h"
-#include "torch/backends/aten.h"
 #include "torch/common/checks.h"
 #include "torch/common/layout.h"
 #include "torch/common/route.h"
-#include "torch/common/shape_only.h"
 #include "torch/common/unseen.h"
 
 namespace freezekit {
@@ -26,58 +22,10 @@ using OptionalTensor = std::optional<Tensor>;
 using ConvNdOperator =
     SettingsOperator<ConvNdGeometry, Tensor(const Tensor& input, const Tensor& weight, const OptionalTensor& bias)>;
 
-// dx of y = conv(x, w): as in backends/aten.cpp, ATen's own gradient where that is what stock runs and needs no x, else the
-// transposed convolution, or the plain one of a transposed one. The transposed convolution ends where the last window
-// does: output_padding restores what is beyond. A transposed convolution's own output_padding can make its dgrad longer
-// than x: what is past its end is cut, and the rest is copied, since torch's gradient is dense.
-Tensor dgrad(const Tensor& dy, const Tensor& weight, SymIntArrayRef input_size, at::MemoryFormat format,
-             ConvNdGeometry g) {
-  if (is_plain_on_cpu(dy) && is_plain_on_cpu(weight)) {
-    const Tensor x = shape_only(input_size, dy, format);
-    return std::get<0>(at::convolution_backward_symint(dy, x, weight, /*bias_sizes=*/std::nullopt, g.stride, g.padding,
-                                                       g.dilation, g.transposed, g.output_padding, g.groups,
-                                                       {true, false, false}));
-  }
-  if (!g.transposed) {
-    const Tensor dx = aten::depthwise_dgrad(dy, weight, input_size, format, g.stride, g.padding, g.dilation, g.groups);
-    if (dx.defined()) return dx;
-  }
-  const int64_t axes = dy.dim() - 2;
-  for (int64_t i = 0; i < axes; ++i) {
-    const auto reached =
-        (dy.sym_size(2 + i) - 1) * g.stride[i] - g.padding[i] * 2 + g.dilation[i] * (weight.sym_size(2 + i) - 1) + 1;
-    g.output_padding[i] = g.transposed ? c10::SymInt(0) : input_size[2 + i] - reached;
-  }
-  g.transposed = !g.transposed;
-  Tensor dx = g.convolution(dy, weight, {});
-  for (int64_t i = 0; i < axes; ++i) {
-    if (dx.sym_size(2 + i) != input_size[2 + i]) dx = dx.narrow_symint(2 + i, 0, input_size[2 + i]);
-  }
-  return in_layout(dx, format);
-}
-
-// ATen's interface wants a weight for its size and layout.
-Tensor wgrad(const Tensor& dy, const Tensor& input, SymIntArrayRef weight_size, at::MemoryFormat format,
-             const ConvNdGeometry& g) {
-  const Tensor weight = shape_only(weight_size, dy, format);
-  return std::get<1>(at::convolution_backward_symint(dy, input, weight, std::nullopt, g.stride, g.padding, g.dilation,
-                                                     g.transposed, g.output_padding, g.groups, {false, true, false}));
-}
-
 Tensor bias_gradient(const Tensor& dy) {
   std::vector<int64_t> dims = {0};
   for (int64_t i = 2; i < dy.dim(); ++i) dims.push_back(i);
   return dy.sum(dims);
-}
-
-// As torch's own node has them, where nothing looks on.
-std::tuple<Tensor, Tensor, Tensor> all_in_one(const Tensor& dy, const Tensor& input, const Tensor& weight, bool of_bias,
-                                              const ConvNdGeometry& g) {
-  const at::AutoDispatchBelowADInplaceOrView below;
-  const c10::SymInt filters = dy.sym_size(1);
-  return at::convolution_backward_symint(
-      dy, input, weight, of_bias ? at::OptionalSymIntArrayRef(filters) : std::nullopt, g.stride, g.padding, g.dilation,
-      g.transposed, g.output_padding, g.groups, {true, true, of_bias});
 }
 
 void check_device(const Tensor& input, const Tensor& other, const char* name) {
@@ -121,12 +69,13 @@ struct ConvNdGradients {
     // Once each: checkpoints refuse a second time.
     const Tensor input = wanted[1] ? kept(0) : Tensor(), weight = wanted[0] ? kept(1) : Tensor();
     if (wanted[0] && wanted[1] && reaches_kernel(grad, input, weight)) {
-      const auto [dx, dw, db] = all_in_one(grad, input, weight, wanted[2], geometry);
+      const at::AutoDispatchBelowADInplaceOrView below;
+      const auto [dx, dw, db] = aten::gradients(grad, input, weight, wanted[2], geometry);
       return {dx, dw, db};
     }
     variable_list result(wanted.size());
-    if (wanted[0]) result[0] = dgrad(grad, weight, input_size, format, geometry);
-    if (wanted[1]) result[1] = wgrad(grad, input, weight_size, weight_format, geometry);
+    if (wanted[0]) result[0] = aten::dgrad(grad, weight, input_size, format, geometry);
+    if (wanted[1]) result[1] = aten::wgrad(grad, input, weight_size, weight_format, geometry);
     if (wanted[2]) result[2] = bias_gradient(grad);
     return result;
   }

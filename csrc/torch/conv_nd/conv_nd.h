@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "torch/autograd/formula.h"
+#include "torch/backends/aten.h"
 #include "torch/common/operators.h"
 
 namespace freezekit {
@@ -33,6 +34,7 @@ struct ConvNdGeometry {
   Tensor convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) const {
     return at::convolution_symint(input, weight, bias, stride, padding, dilation, transposed, output_padding, groups);
   }
+  operator aten::Convolution() const { return {stride, padding, dilation, output_padding, groups, transposed}; }
 
   Numbers stride, padding, dilation, output_padding;
   bool transposed = false;
