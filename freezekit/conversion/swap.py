@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from freezekit import nn as layers
-from freezekit._arguments import check_module
-from freezekit.freezing.patterns import PatternError, flat, named_modules, shown
+from freezekit._arguments import check_module, shown
+from freezekit.freezing.patterns import PatternError, flat, named_modules
 from freezekit.fusion.classes import plan_of, unfuse_module
 from freezekit.fusion.identity import classes_read
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from freezekit._arguments import check_module
+from freezekit._arguments import check_module, shown
 from freezekit.freezing.norm import has_statistics
 from freezekit.freezing.order import before
 
@@ -158,7 +157,8 @@ def meeting(modules: dict[str, nn.Module], pattern: Any, argument: str, expected
         return found
     if isinstance(pattern, type) and issubclass(pattern, nn.Module):
         return [name for name, module in modules.items() if isinstance(module, pattern)]
-    raise TypeError(f"{argument} must be {expected};\ngot {shown(pattern)}")
+    more = ", which is not a parameter" if isinstance(pattern, Tensor) else ""
+    raise TypeError(f"{argument} must be {expected};\ngot {shown(pattern)}{more}")
 
 
 def named_modules(model: nn.Module, patterns: Iterable[Any], argument: str) -> dict[str, nn.Module]:
@@ -199,13 +199,6 @@ def flat(patterns: Iterable[Any], argument: str = "patterns") -> Iterator[Any]:
             yield from inside
         else:
             yield pattern
-
-
-def shown(pattern: object) -> str:
-    """A pattern on one line: of a tensor its shape, not its elements."""
-    if isinstance(pattern, Tensor):
-        return f"a {type(pattern).__name__} of shape {tuple(pattern.shape)} that is no parameter"
-    return " ".join(reprlib.repr(pattern).split())
 
 
 def select(model: nn.Module, patterns: Iterable[Any], until: str | None = None, inputs: Any = None) -> Selection:

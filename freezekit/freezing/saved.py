@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 from torch.optim import Optimizer
@@ -12,6 +12,7 @@ from freezekit.freezing import norm as statistics
 from freezekit.freezing import optim
 
 VERSION = 1
+Part = TypeVar("Part", nn.Parameter, nn.Module)
 
 
 def check_form(state: object) -> None:
@@ -54,21 +55,7 @@ def _check_entry(name: object, entry: Any) -> None:
 def match_params(model: nn.Module, state: dict[str, Any], strict: bool) -> tuple[dict[str, nn.Parameter], list[str]]:
     """Parameters that both sides know, by name, and the names that only one side knows."""
     every = dict(model.named_parameters(remove_duplicate=False))
-    firsts = dict(model.named_parameters())
-    saved = [*state["frozen"], *state["trainable"]]
-    unknown = [name for name in saved if name not in every]
-    covered = {id(every[name]) for name in saved if name in every}
-    left = [name for name, p in firsts.items() if id(p) not in covered]
-    if strict and (unknown or left):
-        parts = [f"model has no {name!r}{_near(name, every)}" for name in unknown[:5]]
-        parts += [f"state says nothing of {name!r}" for name in left[:5]]
-        raise ValueError(f"state: does not fit the model: {'; '.join(parts)}; strict=False takes what fits")
-    return {name: every[name] for name in saved if name in every}, unknown + left
-
-
-def _near(name: str, names: dict[str, Any]) -> str:
-    near = difflib.get_close_matches(name, names, n=2)
-    return f" (near: {', '.join(map(repr, near))})" if near else ""
+    return _matched([*state["frozen"], *state["trainable"]], every, ("", ""), strict)
 
 
 def match_norms(
@@ -76,16 +63,33 @@ def match_norms(
 ) -> tuple[dict[str, tuple[nn.Module, bool]], list[str]]:
     """Layers with running statistics that both sides know, with whether they were frozen; and the names of the rest."""
     every = {n: m for n, m in model.named_modules(remove_duplicate=False) if statistics.has_statistics(m)}
-    firsts = {n: m for n, m in model.named_modules() if statistics.has_statistics(m)}
     saved: dict[str, bool] = state["statistics"]
+    both, rest = _matched(list(saved), every, ("layer with running statistics ", "the statistics of "), strict)
+    return {name: (module, saved[name]) for name, module in both.items()}, rest
+
+
+def _matched(
+    saved: list[str], every: dict[str, Part], kind: tuple[str, str], strict: bool
+) -> tuple[dict[str, Part], list[str]]:
+    """What of ``every``, by each of its names, was saved; and the names that only one side knows.
+
+    Args:
+        kind: for errors, what stands before a name that the model lacks, and before one that the state lacks.
+    """
     unknown = [name for name in saved if name not in every]
     covered = {id(every[name]) for name in saved if name in every}
-    left = [name for name, module in firsts.items() if id(module) not in covered]
+    firsts = {id(part): name for name, part in reversed(every.items())}
+    left = [name for name, part in every.items() if id(part) not in covered and firsts[id(part)] == name]
     if strict and (unknown or left):
-        parts = [f"model has no layer with running statistics {name!r}{_near(name, every)}" for name in unknown[:5]]
-        parts += [f"state says nothing of the statistics of {name!r}" for name in left[:5]]
+        parts = [f"model has no {kind[0]}{name!r}{_near(name, every)}" for name in unknown[:5]]
+        parts += [f"state says nothing of {kind[1]}{name!r}" for name in left[:5]]
         raise ValueError(f"state: does not fit the model: {'; '.join(parts)}; strict=False takes what fits")
-    return {name: (every[name], held) for name, held in saved.items() if name in every}, unknown + left
+    return {name: every[name] for name in saved if name in every}, unknown + left
+
+
+def _near(name: str, names: dict[str, Any]) -> str:
+    near = difflib.get_close_matches(name, names, n=2)
+    return f" (near: {', '.join(map(repr, near))})" if near else ""
 
 
 def check_removed(

@@ -189,7 +189,7 @@ def test_a_wrong_pattern_is_told_in_two_lines() -> None:
             freeze(model, wrong)
         assert str(error.value).count("\n") == 1
         assert len(str(error.value)) < 400
-    with pytest.raises(TypeError, match=r"got a Tensor of shape \(64, 64\) that is no parameter"):
+    with pytest.raises(TypeError, match=r"got a Tensor of shape \(64, 64\), which is not a parameter"):
         freeze(model, torch.randn(64, 64))
     with pytest.raises(PatternError, match="no part of the model") as foreign:
         freeze(model, list(copy.deepcopy(model).parameters()))
