@@ -15,7 +15,7 @@ import torch
 
 import freezekit
 from bench.timing import Clock, clock_for
-from freezekit._precision import allows_tf32
+from freezekit._tf32 import allows_tf32
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from freezekit._precision import allows_tf32
+from freezekit._tf32 import allows_tf32
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -31,7 +31,7 @@ from bench.settings import DTYPES
 from bench.sides import cudnn_benchmark
 from bench.timing import clock_for, interleave
 from freezekit import _C
-from freezekit._precision import allows_tf32
+from freezekit._tf32 import allows_tf32
 from freezekit.functional import conv2d, conv2d_dgrad, conv2d_wgrad
 
 OPERATORS = ("conv2d", "conv2d_dgrad", "conv2d_wgrad")

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from freezekit import _C, _extension, functional
-from freezekit._precision import tf32 as with_tf32
+from freezekit._tf32 import tf32 as with_tf32
 from freezekit.backends import switched
 from freezekit.tuning import dump_choices
 

@@ -54,13 +54,10 @@ LAYERS = [
         "_extension",
         "_C",
         "_arguments",
-        "_constants",
-        "_copies",
         "_inputs",
-        "_precision",
+        "_tf32",
         "_showing",
         "_storages",
-        "_strangers",
         "_twin",
         "backends",
         "enabling",
@@ -70,7 +67,7 @@ LAYERS = [
     },
     {"functional"},
     {"nn"},
-    {"conversion", "freezing", "guarding", "schedules", "distributed", "fusion", "_ranks", "_rewrap"},
+    {"conversion", "freezing", "guarding", "schedules", "distributed", "fusion"},
     {"auditing", "explanation", "planning", "profiling", "info", "selftest", "cli", "_factory"},
 ]
 

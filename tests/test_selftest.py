@@ -14,8 +14,8 @@ import freezekit as fk
 from bench.environment import measure_peaks
 from bench.settings import Settings
 from freezekit import _C, functional, selftest, tuning
-from freezekit._precision import allows_tf32
-from freezekit._precision import tf32 as with_tf32
+from freezekit._tf32 import allows_tf32
+from freezekit._tf32 import tf32 as with_tf32
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from freezekit._strangers import content_of, names_of
+from freezekit._twin.surroundings import content_of, names_of
 
 from .report import Finding, about
 from .steps import moved_at_zero

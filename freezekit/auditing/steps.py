@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.optim import optimizer as optim
 
-from freezekit._strangers import Surroundings
+from freezekit._twin.surroundings import Surroundings
 from freezekit.freezing.bits import local, same_bits
 from freezekit.freezing.held import copied
 from freezekit.freezing.optim import ATTRIBUTE

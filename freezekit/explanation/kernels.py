@@ -10,7 +10,7 @@ from torch._prims_common import suggest_memory_format
 
 import freezekit._C as _C
 from freezekit import nn as layers
-from freezekit._precision import allows_tf32
+from freezekit._tf32 import allows_tf32
 from freezekit.backends import WITHOUT_KERNELS, current_backend, demands_kernels
 from freezekit.conversion import SWAPS
 from freezekit.explanation.record import Call

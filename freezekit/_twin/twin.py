@@ -1,10 +1,4 @@
-"""A copy of a model that is run instead of it: whatever its forward does, the model stays as it is.
-
-Without data every tensor that is reached becomes a fake one, of the same shape, layout, dtype and device: operators
-then only work out what they would return, and choose their kernels as on the real device. What cannot be reached, such
-as a tensor in another library's cache, is made fake where it is used, and never written to; what a run adds to such a
-cache has data in the end. With data every tensor is copied, which takes as much memory again as the model has.
-"""
+"""The copy itself, and how it is run."""
 
 from __future__ import annotations
 
@@ -14,9 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import partial
-from inspect import signature, unwrap
-from types import AsyncGeneratorType, CoroutineType, FunctionType, GeneratorType, MethodType
+from types import AsyncGeneratorType, CoroutineType, GeneratorType
 from typing import Any, TypeVar
 
 import torch
@@ -25,10 +17,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
-from freezekit._constants import Constants
-from freezekit._copies import Copies
 from freezekit._inputs import Arguments
-from freezekit._strangers import Surroundings, is_filled, modules_in, names_of
+from freezekit._twin.constants import Constants
+from freezekit._twin.copies import Copies
+from freezekit._twin.roots import has_data, roots_of
+from freezekit._twin.surroundings import Surroundings
 
 Result = TypeVar("Result")
 _RUN_LATER = (GeneratorType, CoroutineType, AsyncGeneratorType, map, filter, zip)
@@ -198,84 +191,10 @@ class _Computed(torch.autograd.Function):
         return None, None
 
 
-def roots_of(function: Any) -> dict[str, nn.Module]:
-    """The modules that a callable runs, by the names it has for them; see `Twin`.
-
-    Raises:
-        TypeError: there are none.
-
-    >>> vae = nn.Sequential(nn.Linear(2, 2))
-    >>> list(roots_of(lambda x: vae(x).sin())), list(roots_of(vae.forward))
-    (['vae'], [''])
-    """
-    given: dict[str, Any] = {}
-    while isinstance(function, partial):
-        given.update(zip(_parameters(function.func), function.args))
-        given.update(function.keywords)
-        function = function.func
-    owner = function.__self__ if isinstance(function, MethodType) else function
-    if isinstance(owner, nn.Module):
-        return {"": owner}
-    owner = unwrap(owner) if callable(owner) else owner
-    known = names_of(owner) if isinstance(owner, FunctionType) else dict(getattr(owner, "__dict__", {}))
-    if isinstance(function, MethodType) and isinstance(function.__func__, FunctionType):
-        known = {**names_of(function.__func__), **known}
-    found = {
-        ".".join(filter(None, (name, inner))): module
-        for name, value in {**known, **given}.items()
-        for inner, module in modules_in(value).items()
-    }
-    found = {**_within(owner, function), **found}
-    if not (found and callable(function)):
-        got = " ".join((type(function).__name__, getattr(function, "__qualname__", ""))).rstrip()
-        cure = (
-            ", which names no module, nor an object, list or dictionary with one right in it. Let a function name it: "
-            "module = pipe.parts['unet']; explain(lambda x: module(x), x)"
-        )
-        raise TypeError(
-            "model must be an nn.Module, or a callable that runs one, such as model.decode, got "
-            f"{got}{cure if callable(function) else ''}"
-        )
-    return found
-
-
-def _within(*functions: Any) -> dict[str, nn.Module]:
-    """The modules of functions that others hold in their closures, as a decorator's wrapper does."""
-    found: dict[str, nn.Module] = {}
-    left, seen = list(functions), set()
-    while left:
-        function = left.pop(0)
-        if not isinstance(function, FunctionType) or id(function) in seen:
-            continue
-        seen.add(id(function))
-        cells = zip(function.__code__.co_freevars, function.__closure__ or ())
-        held = {name: cell.cell_contents for name, cell in cells if is_filled(cell)}
-        owners = {name: value.__self__ for name, value in held.items() if isinstance(value, MethodType)}
-        for name, value in {**names_of(function), **owners}.items():
-            for inner, module in modules_in(value).items():
-                found[".".join(filter(None, (name, inner)))] = module
-        left += held.values()
-    return found
-
-
-def _parameters(function: Callable[..., Any]) -> list[str]:
-    """Names of a callable's parameters; none of one that does not tell."""
-    try:
-        return list(signature(function).parameters)
-    except (TypeError, ValueError):
-        return []
-
-
 def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor is of torch's own classes, or stands in for one in a twin without data."""
     kind = type(tensor)
     return kind is Tensor or kind is nn.Parameter or kind.__module__ == "torch._subclasses.fake_tensor"
-
-
-def has_data(roots: dict[str, nn.Module], inputs: Arguments) -> bool:
-    """Whether no tensor of the modules and inputs is on the meta device."""
-    tensors = [t for root in roots.values() for t in (*root.parameters(), *root.buffers())]
-    return not any(isinstance(t, Tensor) and t.is_meta for t in (*tensors, *tree_leaves(tuple(inputs))))
 
 
 def on_twin(

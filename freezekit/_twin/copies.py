@@ -15,7 +15,7 @@ from torch import Generator, Tensor, nn
 from torch._C import DisableTorchFunction
 from torch.overrides import TorchFunctionMode
 
-from freezekit._strangers import CONTAINERS, content_of, is_filled, modules_in
+from freezekit._twin.surroundings import CONTAINERS, content_of, is_filled, modules_in
 
 # What is copied with a function that holds it. An object of any other class may hold half of the program.
 _HOLDERS = (Tensor, nn.Module, *CONTAINERS, tuple, FunctionType, MethodType, partial)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from freezekit._ranks import check_ranks
+from freezekit.distributed.ranks import check_ranks
 
 # Attributes of a wrapper that are constructor arguments of the same name.
 _SAME = (

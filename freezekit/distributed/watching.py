@@ -1,13 +1,4 @@
-"""Freezing under DistributedDataParallel: see the change that it does not see, and rebuild the wrapper.
-
-DDP decides at construction which gradients it reduces: those of the parameters that require grad *then*. A parameter
-frozen later makes it wait for a gradient that never comes (an error one iteration on); one unfrozen later is reduced by
-nobody, and **the ranks diverge without a word**. `mismatch` finds both, `watch` turns them into an error before the
-next forward pass, and `rewrap` builds a new wrapper with its settings.
-
-FSDP2 (``fully_shard``) reads ``requires_grad`` at every forward pass, so it needs none of this; ranks must only agree
-on what is frozen, which `check_ranks` asks them.
-"""
+"""Where what a DDP wrapper reduces differs from what trains inside it, and hooks that raise before that does harm."""
 
 from __future__ import annotations
 
@@ -21,11 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.hooks import RemovableHandle
 
-from freezekit._ranks import check_ranks
-from freezekit._rewrap import retired, rewrap, sync_buffers
-
-__all__ = ["StaleWrapperError", "check", "check_ranks", "mismatch", "note_freeze", "rewrap", "sync_buffers",
-           "unwrapped", "watch", "wrappers"]  # fmt: skip
+from freezekit.distributed.rewrapping import retired
 
 
 class StaleWrapperError(RuntimeError):

@@ -1,0 +1,12 @@
+"""A copy of a model that is run instead of it: whatever its forward does, the model stays as it is.
+
+Without data every tensor that is reached becomes a fake one, of the same shape, layout, dtype and device: operators
+then only work out what they would return, and choose their kernels as on the real device. What cannot be reached, such
+as a tensor in another library's cache, is made fake where it is used, and never written to; what a run adds to such a
+cache has data in the end. With data every tensor is copied, which takes as much memory again as the model has.
+"""
+
+from freezekit._twin.roots import has_data, roots_of
+from freezekit._twin.twin import Twin, is_plain, on_twin
+
+__all__ = ["Twin", "has_data", "is_plain", "on_twin", "roots_of"]
