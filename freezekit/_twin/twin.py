@@ -22,6 +22,7 @@ from freezekit._twin.constants import Constants
 from freezekit._twin.copies import Copies
 from freezekit._twin.roots import has_data, roots_of
 from freezekit._twin.surroundings import Surroundings
+from freezekit._twin.untouched import Untouched
 
 Result = TypeVar("Result")
 _RUN_LATER = (GeneratorType, CoroutineType, AsyncGeneratorType, map, filter, zip)
@@ -64,6 +65,7 @@ class Twin:
         self.has_data, self.has_device = data, bool(self._devices)
         self._fake = None if data else FakeTensorMode(allow_non_fake_inputs=True)
         self._constants = None if self._fake is None else Constants(self._fake)
+        self._untouched = Untouched() if data else None
         self._storages: dict[int, torch.UntypedStorage] = {}
         self._originals = {module for root in originals.values() for module in root.modules()}
         self._surroundings = Surroundings([function, *originals.values()], data=data)
@@ -111,7 +113,8 @@ class Twin:
         Raises:
             TypeError: its body runs later.
         """
-        result = self.inputs.call(self.function)
+        with self._untouched or nullcontext():
+            result = self.inputs.call(self.function)
         if isinstance(result, _RUN_LATER):
             getattr(result, "close", lambda: None)()  # a coroutine warns otherwise
             raise TypeError(
@@ -126,6 +129,8 @@ class Twin:
         with ExitStack() as stack:
             stack.enter_context(self._random_numbers_kept())
             stack.callback(self._surroundings.put_back)
+            if self._untouched is not None:
+                stack.callback(self._untouched.put_back)
             stack.enter_context(torch.inference_mode(False))
             for mode in (self._fake, self._constants):  # those of a twin without data
                 stack.enter_context(mode or nullcontext())

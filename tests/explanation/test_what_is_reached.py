@@ -5,10 +5,12 @@ from __future__ import annotations
 import random
 import threading
 import types
+import warnings
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -503,6 +505,66 @@ def test_what_cannot_be_copied_is_named_and_can_be_held_by_what_is_its_own_copy(
     ):
         fk.explain(nn.Sequential(nn.ReLU(), Locked(threading.Lock())), x)
     assert fk.explain(Locked(shared), x).bytes_kept == fk.explain(Net(), x).bytes_kept
+
+
+TABLES = Holder(Holder(None))
+
+
+class Far(nn.Module):
+    """Writes to what it reaches by two names and more, and keeps there what it makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        net = Net()
+        net.register_buffer("seen", torch.zeros(3))
+        self.conv, self.far = nn.Conv2d(3, 3, 3, padding=1), Shared()
+        self.far.held = Holder(Holder(net))
+
+    def forward(self, x: Tensor) -> Tensor:
+        net = self.far.held.held.held
+        with torch.no_grad():
+            net.body[0].weight.clamp_(-0.01, 0.01)
+            net.body[0].bias.data[1:] = 2
+            net.seen.expand(2, 3)[0].add_(x.mean())
+        if TABLES.held.held is None:
+            TABLES.held.held = torch.from_numpy(np.arange(8.0)).div_(8)
+        return net(self.conv(x)) * TABLES.held.held[2:].float()
+
+
+def far_functions(far: Far) -> dict[str, Callable[[Tensor], Tensor]]:
+    whole, conv = Holder(Holder(far.far.held.held.held)), far.conv
+    return {
+        "its module": far,
+        "a closure": lambda x: whole.held.held(conv(x)),
+        "a default": lambda x, whole=whole, *, again=whole: again.held.held(whole.held.held(conv(x))),
+        "a list": lambda x, all=[[whole]]: all[0][0].held.held(conv(x)),
+        "a partial": partial(lambda whole, conv, x: whole.held.held(conv(x)), whole, conv),
+    }
+
+
+@pytest.mark.parametrize("name", far_functions(Far()))
+def test_what_is_reached_by_many_names_stays_as_it_was(name: str) -> None:
+    far, x = Far(), torch.randn(2, 3, 8, 8)
+    function = far_functions(far)[name]
+    before = [*picture(far), *picture(far.far.held.held.held)]
+    TABLES.held.held = None
+    fk.explain(function, x, measure=True)
+    fk.plan(function, x, machine=MACHINE, measure=True)
+    if isinstance(function, nn.Module):
+        fk.audit(function, inputs=x)
+    after = [*picture(far), *picture(far.far.held.held.held)]
+    assert all(same(a, b) for a, b in zip(before, after, strict=True))
+    if name == "its module":  # what a run makes and keeps is what a step would
+        assert TABLES.held.held.tolist() == [i / 8 for i in range(8)]
+
+
+def test_memory_that_is_only_to_be_read_is_not_written_to(tmp_path: Path) -> None:
+    np.ones(3, np.float32).tofile(tmp_path / "scale")
+    far, conv = Holder(Holder(np.memmap(tmp_path / "scale", np.float32, "r"))), nn.Conv2d(3, 3, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's, that it cannot be written to
+        far.held.held = torch.from_numpy(far.held.held)
+    assert fk.explain(lambda x: conv(x * far.held.held[:, None, None]), torch.randn(2, 3, 8, 8), measure=True).measured
 
 
 class Lazy(OrderedDict[str, Any]):

@@ -1,0 +1,89 @@
+"""Tensors that are not written to for good, by whatever name a run reaches them."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from itertools import compress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
+
+from freezekit._storages import storages_of
+
+
+class Untouched(TorchDispatchMode):
+    """Knows all tensors that there are when it is made; what runs within it may write to them until `put_back`.
+
+    No search through names finds all that a function reaches. So operators are looked at: what one reads that was there
+    before is copied first, and put back. Of parameters, which may be large, only those that an operator says it writes
+    to: batch norm's operators write to running statistics, and do not say so.
+
+    What goes past torch is not seen: ``tensor.numpy()[0] = 1``.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Weak references: nothing is kept alive, but no new storage takes the address of one that went.
+        self._there: dict[int, StorageWeakRef] = {}
+        self._parameters: set[int] = set()
+        self._before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+        with torch._C.DisableTorchFunction():
+            for tensor in _all_tensors():
+                for storage in _storages_if_any(tensor):
+                    self._there.setdefault(storage._cdata, StorageWeakRef(storage))
+                    if isinstance(tensor, nn.Parameter):
+                        self._parameters.add(storage._cdata)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        says_so = getattr(getattr(func, "_schema", None), "is_mutable", True)
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, Tensor):
+                for storage in _storages_if_any(tensor):
+                    self._look_at(storage, says_so)
+        return func(*args, **(kwargs or {}))
+
+    def _look_at(self, storage: torch.UntypedStorage, written: bool) -> None:
+        key = storage._cdata
+        if key in self._there and key not in self._before and (written or key not in self._parameters):
+            self._before[key] = (storage, storage.clone())
+
+    def put_back(self) -> None:
+        """Undoes what was written."""
+        for storage, before in self._before.values():
+            if storage.nbytes() != before.nbytes():
+                storage.resize_(before.nbytes())
+            now, then = _bytes_of(storage), _bytes_of(before)
+            if not torch.equal(now, then):  # else it may be memory that is only to be read
+                now.copy_(then)
+        self._before.clear()
+
+
+def _all_tensors() -> Iterator[Tensor]:
+    """All that Python knows."""
+    kinds, left = set(), [Tensor]
+    while left:
+        kinds.add(kind := left.pop())
+        left += [one for one in type.__subclasses__(kind) if one not in kinds]
+    objects = gc.get_objects()
+    return compress(objects, map(kinds.__contains__, map(type, objects)))
+
+
+def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+def _storages_if_any(tensor: Tensor) -> list[torch.UntypedStorage]:
+    """Those with data; of a wrapper none, since Python knows what it wraps."""
+    if tensor.is_meta or is_traceable_wrapper_subclass(tensor):
+        return []
+    try:
+        return [storage for storage in storages_of(tensor) if storage.device.type != "meta"]
+    except (NotImplementedError, RuntimeError):  # of those that transforms of torch.func wrap
+        return []
