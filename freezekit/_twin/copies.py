@@ -15,7 +15,7 @@ from torch import Generator, Tensor, nn
 from torch._C import DisableTorchFunction
 from torch.overrides import TorchFunctionMode
 
-from freezekit._twin.surroundings import CONTAINERS, content_of, is_filled, modules_in
+from freezekit._twin.surroundings import CONTAINERS, content_of, is_filled, modules_in, modules_within, names_in
 
 # What is copied with a function that holds it. An object of any other class may hold half of the program.
 _HOLDERS = (Tensor, nn.Module, *CONTAINERS, tuple, FunctionType, MethodType, partial)
@@ -155,9 +155,10 @@ class Copies(TorchFunctionMode):
         if id(function) in self._memo:
             return self._memo[id(function)]
         code, known, cells = function.__code__, function.__globals__, function.__closure__ or ()
-        modules = {name: known[name] for name in code.co_names if modules_in(known.get(name))}
-        defaults, named = function.__defaults__, function.__kwdefaults__
-        held = (*(defaults or ()), *(named or {}).values())
+        named = {name: known[name] for name in names_in(code) if name in known}
+        modules = {name: value for name, value in named.items() if modules_in(value) or modules_within(value)}
+        defaults, by_name = function.__defaults__, function.__kwdefaults__
+        held = (*(defaults or ()), *(by_name or {}).values())
         if not (cells or modules or any(isinstance(value, _HOLDERS) for value in held)):
             return function
         names = dict(known) if modules else known
@@ -170,7 +171,7 @@ class Copies(TorchFunctionMode):
             if is_filled(source):
                 target.cell_contents = self._held(source.cell_contents)
         made.__defaults__ = defaults and tuple(map(self._held, defaults))
-        made.__kwdefaults__ = named and {name: self._held(value) for name, value in named.items()}
+        made.__kwdefaults__ = by_name and {name: self._held(value) for name, value in by_name.items()}
         return made
 
     def _held(self, value: Any) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from freezekit._inputs import Arguments
-from freezekit._twin.surroundings import is_filled, modules_in, names_of
+from freezekit._twin.surroundings import modules_in, modules_within, names_of
 
 
 def roots_of(function: Any) -> dict[str, nn.Module]:
@@ -42,7 +42,7 @@ def roots_of(function: Any) -> dict[str, nn.Module]:
         for name, value in {**known, **given}.items()
         for inner, module in modules_in(value).items()
     }
-    found = {**_within(owner, function), **found}
+    found = {**modules_within(owner, function), **found}
     if not (found and callable(function)):
         got = " ".join((type(function).__name__, getattr(function, "__qualname__", ""))).rstrip()
         cure = (
@@ -53,25 +53,6 @@ def roots_of(function: Any) -> dict[str, nn.Module]:
             "model must be an nn.Module, or a callable that runs one, such as model.decode, got "
             f"{got}{cure if callable(function) else ''}"
         )
-    return found
-
-
-def _within(*functions: Any) -> dict[str, nn.Module]:
-    """The modules of functions that others hold in their closures, as a decorator's wrapper does."""
-    found: dict[str, nn.Module] = {}
-    left, seen = list(functions), set()
-    while left:
-        function = left.pop(0)
-        if not isinstance(function, FunctionType) or id(function) in seen:
-            continue
-        seen.add(id(function))
-        cells = zip(function.__code__.co_freevars, function.__closure__ or ())
-        held = {name: cell.cell_contents for name, cell in cells if is_filled(cell)}
-        owners = {name: value.__self__ for name, value in held.items() if isinstance(value, MethodType)}
-        for name, value in {**names_of(function), **owners}.items():
-            for inner, module in modules_in(value).items():
-                found[".".join(filter(None, (name, inner)))] = module
-        left += held.values()
     return found
 
 

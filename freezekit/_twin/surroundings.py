@@ -25,7 +25,7 @@ _LIBRARIES = sys.stdlib_module_names | {"torch", "freezekit"}  # whose functions
 def names_of(function: FunctionType) -> dict[str, Any]:
     """What the names of a function refer to, outside of it, and its defaults."""
     code, known = function.__code__, function.__globals__
-    found = {name: known[name] for name in code.co_names if name in known}
+    found = {name: known[name] for name in names_in(code) if name in known}
     cells = zip(code.co_freevars, function.__closure__ or ())
     found.update((name, cell.cell_contents) for name, cell in cells if is_filled(cell))
     last_first = zip(code.co_varnames[: code.co_argcount][::-1], (function.__defaults__ or ())[::-1])
@@ -47,6 +47,36 @@ def modules_in(value: object) -> dict[str, nn.Module]:
     held = value if isinstance(value, dict) else getattr(value, "__dict__", None)
     pairs = content_of(held) if isinstance(held, dict) else []
     return {str(name): part for name, part in pairs if isinstance(part, nn.Module)}
+
+
+def modules_within(*functions: Any) -> dict[str, nn.Module]:
+    """The modules of functions, by the names that these have for them; and of those that they hold or name.
+
+    A decorator's wrapper holds one in its closure, and what a program calls often is what runs its model.
+    """
+    found: dict[str, nn.Module] = {}
+    left, seen = list(functions), set()
+    while left:
+        function = left.pop(0)
+        while isinstance(function, partial | MethodType):
+            function = function.func if isinstance(function, partial) else function.__func__
+        if not isinstance(function, FunctionType) or id(function) in seen:
+            continue
+        seen.add(id(function))
+        known = names_of(function)
+        owners = {name: value.__self__ for name, value in known.items() if isinstance(value, MethodType)}
+        for name, value in {**known, **owners}.items():
+            for inner, module in modules_in(value).items():
+                path = ".".join(filter(None, (name, inner)))
+                if found.setdefault(path, module) is not module:  # another function's, by the same name
+                    found[f"{function.__qualname__}.{path}"] = module
+        cells = [cell.cell_contents for cell in function.__closure__ or () if is_filled(cell)]
+        left += cells if _is_a_librarys(function) else known.values()
+    return found
+
+
+def _is_a_librarys(value: Any) -> bool:
+    return (value.__module__ or "").partition(".")[0] in _LIBRARIES
 
 
 def is_filled(cell: CellType) -> bool:
@@ -109,12 +139,12 @@ class Surroundings:
         if isinstance(value, tuple):
             return value
         if isinstance(value, FunctionType | type):
-            if (value.__module__ or "").partition(".")[0] in _LIBRARIES:
+            if _is_a_librarys(value):
                 return ()
             if isinstance(value, type):
                 self._undo.append(partial(_name, value, _own(value)))
                 return (*value.__bases__, *vars(value).values())
-            names = _names_in(value.__code__)
+            names = names_in(value.__code__)
             known = {name: value.__globals__[name] for name in names if name in value.__globals__}
             self._undo.append(partial(_bind, value.__globals__, names, known))
             return (*known.values(), *names_of(value).values())
@@ -144,9 +174,9 @@ class Surroundings:
         return (held, type(value)) if isinstance(held, dict) and not isinstance(value, _PLAIN) else ()
 
 
-def _names_in(code: CodeType) -> list[str]:
+def names_in(code: CodeType) -> list[str]:
     """What code and the functions within it name, attributes included."""
-    inner = [_names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
+    inner = [names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
     return [*code.co_names, *(name for names in inner for name in names)]
 
 

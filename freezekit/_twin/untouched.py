@@ -36,6 +36,8 @@ class Untouched(TorchDispatchMode):
         self._before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
         with torch._C.DisableTorchFunction():
             for tensor in _all_tensors():
+                if is_traceable_wrapper_subclass(tensor):  # Python knows what it wraps
+                    continue
                 for storage in _storages_if_any(tensor):
                     self._there.setdefault(storage._cdata, StorageWeakRef(storage))
                     if isinstance(tensor, nn.Parameter):
@@ -80,8 +82,8 @@ def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
 
 
 def _storages_if_any(tensor: Tensor) -> list[torch.UntypedStorage]:
-    """Those with data; of a wrapper none, since Python knows what it wraps."""
-    if tensor.is_meta or is_traceable_wrapper_subclass(tensor):
+    """Those with data."""
+    if tensor.is_meta:
         return []
     try:
         return [storage for storage in storages_of(tensor) if storage.device.type != "meta"]

@@ -289,6 +289,41 @@ def test_a_method_may_name_a_module_that_its_object_does_not_hold(measure: bool 
     assert fk.explain(lambda x: module(x), x, measure=measure).bytes_kept == expected
 
 
+def run_named(x: Tensor, again: int = 1) -> Tensor:
+    return run_named(x, again - 1) if again else sum(NAMED(y) for y in [x])
+
+
+@torch.enable_grad()
+def decorated(x: Tensor) -> Tensor:
+    return (lambda y: run_named(y))(x)
+
+
+class Running:
+    def of_object(self, x: Tensor) -> Tensor:
+        return decorated(x)
+
+
+@pytest.mark.parametrize("measure", [None, True])
+@pytest.mark.parametrize("call", [run_named, decorated, partial(run_named, again=0), Running().of_object])
+def test_a_function_may_run_a_module_by_a_function_that_it_names(call: Any, measure: bool | None) -> None:
+    x = torch.randn(1, 3, 8, 8)
+    explained = fk.explain(call, x, measure=measure)
+    assert [row.name for row in explained][:2] == ["NAMED.0", "NAMED.1"]
+    assert explained.bytes_kept == fk.explain(NAMED, x).bytes_kept
+    other = nn.Conv2d(4, 4, 3)
+    assert {row.name for row in fk.explain(lambda x: other(call(x)), x, measure=measure)} >= {"NAMED.0", "other"}
+
+
+def test_modules_of_two_functions_by_one_name_are_both_explained() -> None:
+    def named(net: nn.Module) -> Callable[[Tensor], Tensor]:
+        return lambda x: net(x)
+
+    first, second, x = named(nn.Conv2d(3, 4, 3)), named(nn.Conv2d(4, 5, 3)), torch.randn(1, 3, 8, 8)
+    names = [row.name for row in fk.explain(lambda x: second(first(x)), x)]
+    assert len(set(names)) == 2
+    assert {name.rpartition(".")[2] for name in names} == {"net"}
+
+
 def test_a_plan_that_measures_the_machine_draws_no_random_numbers() -> None:
     model, x = nn.Sequential(nn.Conv2d(3, 4, 3)), torch.randn(1, 3, 8, 8)
     before = torch.get_rng_state()

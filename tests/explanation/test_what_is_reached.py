@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import freezekit as fk
 from tests.explanation.test_explain import kept_on_data
@@ -556,6 +557,12 @@ def test_what_is_reached_by_many_names_stays_as_it_was(name: str) -> None:
     assert all(same(a, b) for a, b in zip(before, after, strict=True))
     if name == "its module":  # what a run makes and keeps is what a step would
         assert TABLES.held.held.tolist() == [i / 8 for i in range(8)]
+
+
+def test_a_wrapper_that_is_reached_by_many_names_stays_as_it_was() -> None:
+    far, conv = Holder(Holder(TwoTensor(torch.zeros(3), torch.zeros(3)))), nn.Conv2d(3, 3, 3)
+    fk.explain(lambda x: conv(x + 0 * len(far.held.held.add_(1))), torch.randn(2, 3, 8, 8), measure=True)
+    assert far.held.held.a.tolist() == far.held.held.b.tolist() == [0, 0, 0]
 
 
 def test_memory_that_is_only_to_be_read_is_not_written_to(tmp_path: Path) -> None:
