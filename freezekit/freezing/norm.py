@@ -17,7 +17,8 @@ standard library alone, which holds the layer just as well: a frozen stock model
 A trainer that records ``module.training`` before an evaluation and writes it back afterwards goes past ``train``: a
 layer held in between is put into train mode. Nothing of the instance can refuse that write, so it is looked for after
 every optimizer step of the process: the layer is put right, and a `NormWarning` says that its statistics moved. A
-warning, for the step may be that of another model.
+warning, for the step may be that of another model. A layer *released* in between gets eval mode back behind it: it is
+looked for as well, and told from one that its user put there by `Released`.
 
 What builds a new module loses it: convert to SyncBatchNorm first, then freeze. What writes to the buffers themselves
 is not stopped by it but seen by `guard`: ``torch.optim.swa_utils.update_bn`` resets the statistics of every batch norm,
@@ -33,9 +34,10 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 import torch
 from torch import nn
@@ -50,13 +52,27 @@ _READS_BATCH = "_freezekit_reads_batch"  # in the layer's dictionary, and so in 
 class NormWarning(UserWarning):
     """What a norm computes changed under ``freeze``, or its frozen statistics moved, without anybody having asked.
 
-    Either `freeze` was not told what is to become of norms in train mode, or one that it holds was put into train mode
-    past ``train()``.
+    Either `freeze` was not told what is to become of norms in train mode, or the mode of one that it holds, or that
+    `unfreeze` released, was set past ``train()``.
     """
 
 
-class Hold:
-    """Stands in for the ``train`` method of one layer and keeps it in eval mode.
+class _StandIn:
+    """Stands in for the ``train`` method of one layer; every optimizer step looks at the layer."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        _watched().add(module)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        twin = memo[id(self)] = object.__new__(type(self))
+        twin.__dict__.update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
+        _watched().add(twin.module)
+        return twin
+
+
+class Hold(_StandIn):
+    """Keeps a layer in eval mode.
 
     Args:
         module: the layer, with running statistics.
@@ -65,14 +81,13 @@ class Hold:
     """
 
     def __init__(self, module: nn.Module, parent: nn.Module | None) -> None:
-        self.module = module
+        super().__init__(module)
         self.before = module.__dict__.get("train")
         self.asked = module.training
         # A layer that was put into another mode than its surroundings by hand returns to that mode. Where these are not
         # known, one that trains was not put into eval mode.
         self.follows = module.training if parent is None else parent.training == module.training
         self.parameters_train = False
-        _holding().add(module)
 
     def __call__(self, mode: bool = True) -> nn.Module:
         if not isinstance(mode, bool):
@@ -81,19 +96,46 @@ class Hold:
         type(self.module).train(self.module, False)
         return self.module
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Hold:
-        twin = memo[id(self)] = object.__new__(Hold)
-        twin.__dict__.update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
-        _holding().add(twin.module)
-        return twin
-
     def __reduce__(self) -> tuple[Any, ...]:
         return partial, _stand_in(self.module)
 
 
+class Released(_StandIn):
+    """Waits, in a layer that was released while its parent evaluates, for the first call of ``train()``.
+
+    As long as there was none, it was no user who put the layer into another mode than its parent's.
+    """
+
+    def __init__(self, module: nn.Module, parent: nn.Module) -> None:
+        super().__init__(module)
+        self.parent: Callable[[], nn.Module | None] = ref(parent)
+
+    def __call__(self, mode: bool = True) -> nn.Module:
+        self.module.__dict__.pop("train", None)
+        return self.module.train(mode)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        twin = super().__deepcopy__(memo)
+        copied = memo.get(id(self.parent()))
+        twin.parent = (lambda: None) if copied is None else ref(copied)
+        return twin
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial, (type(self.module).train, self.module)
+
+    def settle(self) -> bool:
+        """Once the parent trains again: has the layer follow, and ends the wait. Whether it had not followed."""
+        parent = self.parent()
+        if parent is None or not parent.training:
+            return False
+        left = not self.module.training
+        self(True)
+        return left
+
+
 @cache
-def _holding() -> WeakSet[nn.Module]:
-    """The layers that this process holds, which every optimizer step looks at from the first of them on.
+def _watched() -> WeakSet[nn.Module]:
+    """The layers that every optimizer step looks at, from the first of them on.
 
     After the step, so that `guard`, which looks before it, comes first.
     """
@@ -102,22 +144,27 @@ def _holding() -> WeakSet[nn.Module]:
 
 
 def _check_modes(*step: Any) -> None:
-    """Put held layers that are in train mode back into eval mode, and warn if there are any."""
+    """Put layers right that are in another mode than they should be, and warn if there are any."""
     if torch.compiler.is_compiling():  # a step inside a compiled function: its graph is to be the same without us
         return
-    wrong = [module for module in _holding() if module.training and is_held(module)]
-    for module in wrong:
+    held = [module for module in _watched() if module.training and is_held(module)]
+    for module in held:
         module.training = False
-    if wrong:
-        layers = f"{wrong[0]}" + (f" and {len(wrong) - 1} more" if len(wrong) > 1 else "")
-        warnings.warn(
-            f"{layers}: frozen by freeze(), but .training was set to True past train(), as a trainer does that records "
-            "every module's mode before an evaluation and restores it afterwards. Its running statistics moved in "
-            "every forward since; from here they hold still again. Call freeze() outside of the evaluation (in "
-            "Lightning: on_train_epoch_start, not on_validation_*)",
-            NormWarning,
-            stacklevel=2,
-        )
+    waiting = [(module, module.__dict__.get("train")) for module in _watched()]
+    released = [module for module, wait in waiting if isinstance(wait, Released) and wait.settle()]
+    for wrong, verb, mode, since in (
+        (held, "freeze", True, "Its running statistics moved in every forward since; from here they hold still again"),
+        (released, "unfreeze", False, "It used its running statistics in every forward since; from here it trains"),
+    ):
+        if wrong:
+            layers = f"{wrong[0]}" + (f" and {len(wrong) - 1} more" if len(wrong) > 1 else "")
+            warnings.warn(
+                f"{layers}: given to {verb}(), but .training was set to {mode} past train(), as a trainer does that "
+                f"records every module's mode before an evaluation and restores it afterwards. {since}. Call {verb}() "
+                "outside of the evaluation (in Lightning: on_train_epoch_start, not on_validation_*)",
+                NormWarning,
+                stacklevel=2,
+            )
 
 
 def _stand_in(module: nn.Module) -> tuple[Any, ...]:
@@ -180,6 +227,9 @@ def hold(module: nn.Module, parent: nn.Module | None = None) -> None:
     """
     if is_held(module):
         return
+    if isinstance(wait := module.__dict__.get("train"), Released):
+        wait.settle()
+        module.__dict__.pop("train", None)
     holder = Hold(module, parent)
     type(module).train(module, False)
     module.__dict__["train"] = holder
@@ -195,13 +245,14 @@ def release(module: nn.Module, parent: nn.Module | None = None) -> None:
     if not is_held(module):
         return
     holder = module.__dict__.pop("train")
-    mode = module.training if parent is None else parent.training
-    if isinstance(holder, Hold):
-        if holder.before is not None:
-            module.__dict__["train"] = holder.before
-        if parent is None or not holder.follows:
-            mode = holder.asked
-    module.train(mode)
+    if getattr(holder, "before", None) is not None:
+        module.__dict__["train"] = holder.before
+    if parent is None or not getattr(holder, "follows", True):
+        module.train(getattr(holder, "asked", module.training))
+        return
+    module.train(parent.training)
+    if not parent.training and "train" not in module.__dict__:
+        module.__dict__["train"] = Released(module, parent)
 
 
 def read_batch(module: nn.Module, asked: bool) -> None:

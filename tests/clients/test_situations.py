@@ -226,6 +226,48 @@ def test_backbone_finetuning(way: Way) -> None:
             torch.testing.assert_close(b, a, msg=name)
 
 
+@pytest.mark.parametrize("hook", ["on_validation_start", "on_validation_epoch_end", "on_validation_end"])
+def test_a_norm_unfrozen_in_a_validation_trains_from_the_first_step_after_it(hook: str) -> None:
+    """Lightning writes the eval mode back that it recorded of the norm while that was held."""
+    need("lightning")
+    import lightning.pytorch as pl
+
+    class Unfreezing(pl.Callback):
+        def unfreeze(self, trainer: Any, task: Any) -> None:
+            if not trainer.sanity_checking:
+                fk.unfreeze(task.backbone)
+
+    class Task(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone, self.head = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), nn.LazyLinear(10)
+            self.modes: list[bool] = []
+
+        def training_step(self, batch: list[Tensor]) -> Tensor:
+            self.modes.append(self.backbone[1].training)
+            return F.cross_entropy(self.head(self.backbone(batch[0]).flatten(1)), batch[1])
+
+        def validation_step(self, batch: list[Tensor]) -> None:
+            self.head(self.backbone(batch[0]).flatten(1))
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    setattr(Unfreezing, hook, Unfreezing.unfreeze)
+    task, data = Task(), torch.utils.data.TensorDataset(images(), labels())
+    loader = torch.utils.data.DataLoader(data, batch_size=2)
+    task.head(task.backbone(images()).flatten(1))
+    fk.freeze(task.backbone, norm="freeze")
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = pl.Trainer(max_epochs=2, accelerator="cpu", callbacks=[Unfreezing()], enable_model_summary=False, **quiet)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        trainer.fit(task, loader, loader)
+    assert task.modes[:3] == [False, False, False]
+    assert all(task.modes[3:])
+    assert len([w for w in told if w.category is fk.freezing.NormWarning]) == 1
+
+
 # fastai
 
 

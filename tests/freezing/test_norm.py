@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -71,7 +72,7 @@ def test_unfreeze_returns_to_the_mode_of_the_model(asked: list[bool], mode: bool
         assert model[0].train(one) is model[0]
     unfreeze(model)
     assert model[0].training is mode
-    assert "train" not in vars(model[0])
+    assert "train" not in vars(model.train(mode)[0])
 
 
 def test_a_norm_that_was_in_eval_returns_to_eval() -> None:
@@ -102,6 +103,63 @@ def test_a_norm_frozen_between_recording_and_restoring_is_told_and_put_right_at_
     model(x).sum().backward()
     optimizer.step()
     assert torch.equal(model[1].running_mean, before)
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("duplicate", [lambda model: model, copy.deepcopy])
+def test_a_norm_released_between_recording_and_restoring_is_told_and_trains_from_the_next_step_on(
+    duplicate: Callable[[nn.Module], nn.Module], again: bool
+) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.BatchNorm1d(2)))
+    freeze(model, "1", norm="freeze")
+    recorded = [module.training for module in model.modules()]
+    unfreeze(model.eval(), "1")
+    model = duplicate(model)
+    for module, mode in zip(model.modules(), recorded, strict=True):
+        module.training = mode
+    if again:  # what follows is what it is to have been trained
+        freeze(model, "1", norm="freeze")
+        unfreeze(model, "1")
+        assert model[1][0].training
+    optimizer, norm, x = torch.optim.SGD(model.parameters(), lr=0.1), model[1][0], torch.randn(4, 2)
+    model(x).sum().backward()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        optimizer.step()
+    assert [w.category for w in told] == [] if again else [NormWarning]
+    assert again or str(told[0].message).startswith("BatchNorm1d(2, ")
+    assert norm.training
+    assert "train" not in vars(norm)
+    norm.eval()  # by hand
+    optimizer.step()
+    assert not norm.training
+
+
+@pytest.mark.parametrize("evaluate", [lambda norm: norm.eval(), lambda norm: norm.train(False)])
+def test_a_released_norm_in_eval_mode_by_hand_is_left_alone(evaluate: Callable[[nn.Module], object]) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    freeze(model, "1", norm="freeze")
+    unfreeze(model.eval(), "1")
+    evaluate(model.train()[1])
+    model(torch.randn(4, 2)).sum().backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert not model[1].training
+
+
+def test_a_norm_released_while_it_evaluates_is_plain_torch_in_a_file_and_alone() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    freeze(model, "1", norm="freeze")
+    unfreeze(model.eval(), "1")
+    assert b"freezekit" not in pickle.dumps(model)
+    for other in (pickle.loads(pickle.dumps(model)), loaded(model)):
+        assert other.train()[1].training
+        assert not other.eval()[1].training
+        freeze(other, norm="freeze")
+        unfreeze(other)
+        assert other.train()[1].training
+    alone = copy.deepcopy(model[1])
+    assert alone.train().training
+    assert not model[1].training
 
 
 def test_a_released_norm_in_train_mode_is_left_alone() -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim import LBFGS, Optimizer
 
-from freezekit.freezing import freeze, freeze_state, load_freeze_state, unfreeze
+from freezekit.freezing import freeze, freeze_state, is_held, load_freeze_state, unfreeze
 from freezekit.freezing.bits import same_bits
 from freezekit.freezing.held import frozen_tensors
 from freezekit.freezing.patterns import select
@@ -257,7 +257,7 @@ def structure(run: Run) -> Any:
     """Flags, gradients by identity, modes, groups by identity and state by identity."""
     return (
         [(p.requires_grad, id(p.grad)) for p in run.model.parameters()],
-        [(m.training, "train" in m.__dict__) for m in run.model.modules()],
+        [(m.training, is_held(m)) for m in run.model.modules()],
         [[id(p) for p in group["params"]] for group in run.optimizer.param_groups],
         {id(p): {k: id(v) for k, v in s.items()} for p, s in run.optimizer.state.items() if s},
     )
