@@ -31,7 +31,7 @@ class Measured:
         peak_bytes: most bytes held during the step beyond those held before it.
         kernels: kernels launched by one call, or operators called on a CPU.
         x: where the case stands on a plot's axis (frozen layers, batch, image size); None elsewhere.
-        failure: why there is no figure: the side raised an error or computed something else than stock; "" otherwise.
+        failure: why there is no figure: the side raised an error or computed other values than stock; "" otherwise.
     """
 
     section: str

@@ -77,5 +77,5 @@ def bytes_kept(forward: Callable[[Tensor], Tensor], leaf: Tensor) -> int:
     def work() -> object:
         return forward(leaf.clone()).grad_fn
 
-    work()  # What libraries set up once is no part of what one step keeps.
+    work()  # What libraries set up once is not part of what one step keeps.
     return trace(leaf.device, work).kept

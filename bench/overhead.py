@@ -129,7 +129,7 @@ def _disabled_again() -> Iterator[None]:
 
 @contextmanager
 def _warmed(switched: AbstractContextManager[object], step: Callable[[], object], calls: int) -> Iterator[None]:
-    """A switch leaves the processor's caches cold, which is no part of what a call costs."""
+    """A switch leaves the processor's caches cold, which is not part of what a call costs."""
     with switched:
         for _ in range(calls):
             step()

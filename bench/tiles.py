@@ -4,7 +4,7 @@
     python -m bench.tiles --device cpu --layers tiny --batch 1  emulated: shows that it runs, says nothing about any GPU
 
 Each line is one layer and operator: the time of `select`'s choice, of the fastest kernel, and of ATen. All candidates
-are timed interleaved. A candidate that computes something else than ATen, or fails, is a line of its own and is not
+are timed interleaved. A candidate that computes other values than ATen, or fails, is a line of its own and is not
 timed; the exit code is then 1. With `--json` the file is whole after each line.
 """
 

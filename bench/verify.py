@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class WrongResult(RuntimeError):
-    """A side computed something else than stock did."""
+    """A side whose results differ from stock's."""
 
 
 @dataclass(frozen=True)

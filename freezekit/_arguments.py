@@ -32,7 +32,7 @@ class _Line(reprlib.Repr):
 
 
 def check_module(value: object, name: str = "model") -> None:
-    """Refuses what is no module.
+    """Raises TypeError unless `value` is a module.
 
     >>> check_module("resnet50")
     Traceback (most recent call last):
@@ -43,7 +43,7 @@ def check_module(value: object, name: str = "model") -> None:
 
 
 def check_flag(name: str, value: object) -> None:
-    """Refuses what is neither True nor False.
+    """Raises TypeError unless `value` is True or False.
 
     >>> check_flag("strict", "no")
     Traceback (most recent call last):
@@ -54,7 +54,7 @@ def check_flag(name: str, value: object) -> None:
 
 
 def check_real(name: str, value: object) -> None:
-    """Refuses what is no real number; a bool is none.
+    """Raises TypeError unless `value` is a real number, which a bool is not.
 
     >>> check_real("t0", "half")
     Traceback (most recent call last):
@@ -65,7 +65,7 @@ def check_real(name: str, value: object) -> None:
 
 
 def check_count(name: str, value: object) -> None:
-    """Refuses what is no integer of at least 1.
+    """Raises TypeError or ValueError unless `value` is an integer of at least 1.
 
     >>> check_count("patience", 0)
     Traceback (most recent call last):

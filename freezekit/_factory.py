@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 
 class FactoryError(Exception):
-    """The factory could not be found, failed, or returned something else than it should."""
+    """The factory could not be found, failed, or did not return what it should."""
 
 
 def load(spec: str) -> Any:

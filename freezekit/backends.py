@@ -90,13 +90,13 @@ class backend(switched):
         name: ``"auto"`` lets freezekit choose; ``"native"`` demands its CUDA kernels (an error where none fits);
             ``"aten"`` demands cuDNN or oneDNN.
         hopper: the kernels for sm_90a run where they can, on a GPU of sm_90. They have never run on a GPU, so they
-            are asked for by name. Unlike the backend, this is looked at by each kernel's launch: a backward pass
+            are asked for by name. Unlike the backend, this is read when a kernel is launched: a backward pass
             outside of the context runs the kernels of sm_80. ``"auto"`` runs them where choices were loaded that
             ``freezekit selftest --hopper --save-choices`` wrote, whatever is set here.
 
     Raises:
-        ValueError: if `name` is no backend, or `hopper` is set for one that has no such kernels.
-        TypeError: if `hopper` is no bool.
+        ValueError: if `name` is not a backend, or `hopper` is set for one that has no such kernels.
+        TypeError: if `hopper` is not a bool.
 
     >>> import torch, freezekit as fk
     >>> x, w = torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3)

@@ -1,4 +1,4 @@
-"""The savings without touching the model: freezekit's kernels on torch's own operators, for the process or a block."""
+"""Saves memory without changing the model: freezekit's kernels on torch's own operators, process-wide or in a block."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _BITS = {None: 0, "int8": 8, "int4": 4}
 _AUTOGRAD = (DispatchKey.AutogradCPU, DispatchKey.AutogradCUDA, DispatchKey.AutogradMeta)
 
 _lock = threading.RLock()
-# A child forked while another thread switches would wait for it for ever.
+# A child forked while another thread holds the lock would wait for ever.
 if hasattr(os, "register_at_fork"):  # a system that has fork
     os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
-# What each enable() and each block that is on asked for, and the block; the last one rules.
+# For each enable() and each block that is on: the block, and the precision asked for. The last entry counts.
 _asked: list[tuple[enabled | None, str | None]] = []
 _warned: set[str] = set()
 _watching = threading.local()
@@ -49,8 +49,8 @@ def enable(precision: str | None = None) -> None:
             other tensor serves and their input would be kept. Results stay stock's. Element by element, a gradient
             through one differs from stock's by a bounded multiple of the incoming one, 0.0025 for GELU and "int8",
             0.046 for "int4": the table in docs/enable.md has all bounds. It has no derivative itself:
-            such a backward pass under ``create_graph`` raises NotImplementedError. Of nested calls the last one that is
-            still on rules, for the whole process.
+            such a backward pass under ``create_graph`` raises NotImplementedError. Where calls are nested, the last one
+            that is still on counts, for the whole process.
 
     Raises:
         TypeError, ValueError: if `precision` is none of these.
@@ -122,7 +122,7 @@ def _enable(owner: enabled | None, precision: str | None) -> None:
 
 
 def _disable(owner: enabled | None) -> None:
-    """Ends the owner's last call, where there is one: blocks of several threads need not end in turn."""
+    """Ends the owner's last call, or else the last of all: blocks of several threads may end in any order."""
     with _lock:
         if not _asked:
             raise RuntimeError("freezekit is not enabled: disable() needs an enable() before it")
@@ -141,7 +141,7 @@ class enabled(ContextDecorator):
         precision: as for :func:`enable`.
 
     Raises:
-        TypeError, ValueError: if `precision` is none that `enable` knows.
+        TypeError, ValueError: as for :func:`enable`.
         TypeError: as a decorator of a class, or of a generator or coroutine function, whose body runs after the call
             has ended.
 
@@ -178,7 +178,7 @@ class enabled(ContextDecorator):
 
 @contextmanager
 def watched() -> Iterator[None]:
-    """For freezekit's own dispatch modes: with others, operators are called as torch calls them, for them to see."""
+    """Keeps operators on under freezekit's own dispatch modes. Any other mode sees the operators that torch calls."""
     _C.enable.set_watched(True)
     _watching.on = True
     try:
@@ -189,14 +189,14 @@ def watched() -> Iterator[None]:
 
 
 def as_given(tensor: torch.Tensor) -> torch.Tensor:
-    """For compiled autograd, which traces it: what a chain computed again."""
+    """A tensor that a chain computed again. Compiled autograd traces this call."""
     return tensor
 
 
 def _is_compiled(tensor: torch.Tensor) -> bool:
-    """Whether a tensor of a Python class is one that stands for others in what torch.compile, or freezekit, is tracing.
+    """Whether a tensor stands for another one while torch.compile, or freezekit, traces.
 
-    An export is a trace too, but of what torch's own operators would do.
+    An export is a trace too, but of torch's own operators.
     """
     if getattr(_watching, "on", False):
         return type(tensor) is FakeTensor
@@ -222,11 +222,10 @@ def _off() -> None:
 
 
 def _switched(on: bool) -> None:
-    """What torch has derived from the operators' kernels is derived again, as after torch.library's registrations.
+    """Drops what torch has cached about the operators' kernels, as torch.library does when it registers one.
 
-    Where torch has a kernel in Python for its tracers, that one still comes first: a registration in C++ on the very
-    key would hide it. What is compiled while enabled is cached under a tag: a process without freezekit must not find
-    it.
+    Where torch has a kernel in Python for its tracers, that one stays first: a registration in C++ on the same key
+    would hide it. What is compiled while enabled is cached under a tag, so that no process without freezekit finds it.
     """
     for name in _C.enable.operators():
         packet, _, overload = name.partition(".")
@@ -245,7 +244,7 @@ def _switched(on: bool) -> None:
 
 
 def _tagged(config: Any) -> str:
-    """The tag of the cache's keys. The user's is each thread's own; whatever it is, freezekit's is behind it."""
+    """The tag of the cache's keys: the user's, which each thread has its own, and freezekit's behind it."""
     return config.__getattr__("cache_key_tag") + _TAG
 
 

@@ -277,8 +277,8 @@ def guard(
 
     Raises:
         FrozenMoved: (a RuntimeError) from ``optimizer.step()`` and ``check()``.
-        TypeError, ValueError: an argument of the wrong type, or out of range; an optimizer that wraps none that can be
-            seen, or several.
+        TypeError, ValueError: an argument of the wrong type, or out of range; a wrapper whose optimizer cannot be seen,
+            or that has several.
 
     >>> layer = nn.Linear(2, 2)
     >>> opt = torch.optim.SGD(layer.parameters(), lr=0.1, weight_decay=0.1)

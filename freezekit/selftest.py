@@ -69,7 +69,7 @@ PROBLEMS = (
 
 # What the kernels of sm_90a take: whole 16-byte chunks of channels, at least half of 128 bytes of them.
 HOPPER_PROBLEMS = PROBLEMS[:4]
-SECONDS = 180.0  # until processes that were started have ended, where nobody says until when
+SECONDS = 180.0  # until processes that were started must have ended, by default
 MOST_PROCESSES = 4  # beside the first, for the rows after errors that a device keeps
 
 

@@ -19,7 +19,7 @@ class emulated(switched):
     Raises:
         RuntimeError: if the emulated kernels are not there. An installed package is without them: they are built in a
             source folder, by ``make build``.
-        TypeError: if `hopper` is no bool.
+        TypeError: if `hopper` is not a bool.
 
     >>> import torch, freezekit as fk
     >>> x, w = torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3)

@@ -89,7 +89,7 @@ def load_choices(text: str) -> None:
 
     Raises:
         ValueError: if the text is not such an export, or not from here; nothing is loaded then.
-        TypeError: if it is no text.
+        TypeError: if it is not a string.
 
     >>> load_choices(dump_choices())
     """

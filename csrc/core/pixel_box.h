@@ -7,7 +7,7 @@
 //   input position = in_first + i * in_stride + t * in_step = (lower + i * in_stride) + offset(t)
 //
 // so output i is pixel i of the box, and a tap is an offset, which must not be negative. Phases of a dgrad differ in
-// in_first, which goes into the offset, and by at most one in their number of outputs: at most two boxes an axis serve
+// in_first, which goes into the offset, and by at most one in their number of outputs: at most two boxes per axis serve
 // them all, whatever the stride.
 #pragma once
 
@@ -18,7 +18,7 @@
 namespace freezekit {
 
 // What a map can hold (CUDA driver API, cuTensorMapEncodeIm2col, rank 4; offsets: PTX ISA, "im2col Offsets"). An offset of
-// 255 fits too, but CUTLASS stops at 254, so that nobody is known to have run it.
+// 255 fits too, but CUTLASS stops at 254, so nobody is known to have run it.
 constexpr int32_t kMinCorner = -128, kMaxCorner = 127, kMaxTapOffset = 254, kMaxTraversalStride = 8;
 
 struct PixelBox {

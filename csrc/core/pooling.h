@@ -51,7 +51,7 @@ inline bool fits_int32(const MaxPool& m) {
   for (const int64_t value : {g.kernel_h, g.kernel_w, g.stride_h, g.stride_w, g.dilation_h, g.dilation_w}) {
     if (!is_size(value, 1)) return false;
   }
-  // Factors that passed are at most 2^30, so a product of two is no overflow; a third waits for the first two.
+  // Factors that passed are at most 2^30, so a product of two does not overflow; a third is added once two have passed.
   return is_size(g.h * g.w, 0) && is_size(g.p * g.q, 0) && is_size(g.h * g.w * m.c, 0) && is_size(g.p * g.q * m.c, 0) &&
          is_size(g.kernel_h * g.kernel_w, 1) && is_size(g.p * g.stride_h + g.pad_h + g.kernel_h * g.dilation_h, 0) &&
          is_size(g.q * g.stride_w + g.pad_w + g.kernel_w * g.dilation_w, 0);

@@ -1,7 +1,7 @@
 // What arithmetic on elements of type T is done in: double for double, float for everything else, and the ways there.
 //
-// The 16-bit types' own conversions are functions that compilers leave out of line here and there, and one call an
-// element out of vector code costs a hundred times the work: these are inlined always. They round to nearest even.
+// The 16-bit types' own conversions are functions that compilers leave out of line here and there, and one call per
+// element out of vector code costs a hundred times the work: these are always inlined. They round to nearest even.
 #pragma once
 
 #include <cstdint>

@@ -33,7 +33,7 @@ struct OutputRow {
 };
 
 // Where a tap of an output is in its volume, and -1 where it is outside. Taps of one byte are looked up in a table made
-// once a call, since three divisions cost more than such a pooling itself. Taps and settings may be any numbers; only places
+// once per call, since three divisions cost more than such a pooling itself. Taps and settings may be any numbers; only places
 // inside the volume come out.
 class TapPositions {
  public:
@@ -242,7 +242,7 @@ FK_INLINE void max_pool_pixels(const T* x, T* y, Tap* taps, const Pooling3d& g, 
   }
 }
 
-// The same of one channel, which is no vector: window by window.
+// The same for one channel, too narrow for a vector: window by window.
 template <class C, class T, class Tap>
 FK_INLINE void max_pool_windows(const T* x, T* y, Tap* taps, const Pooling3d& g, const OutputRow& row) {
   const Pooling plane = g.plane;  // a copy, as above

@@ -50,7 +50,7 @@ __attribute__((no_sanitize("thread"))) inline void count_global_write(size_t byt
 extern uint3 thread_index, block_index;
 extern dim3 block_size, grid_size;
 
-// Calls body(arguments) once a thread. False: the launch failed, and freezekit_last_error() says why.
+// Calls body(arguments) once per thread. False: the launch failed, and freezekit_last_error() says why.
 bool run(void (*body)(const void*), const void* arguments, dim3 grid, dim3 block, size_t dynamic_shared_bytes);
 
 // Ends the launch from inside a kernel; the text is as for printf.

@@ -35,7 +35,7 @@ bool begin(TensorMap* map, TensorType type, uint32_t rank, const void* address, 
     map->element_strides[i] = static_cast<uint8_t>(element_strides[i]);
     if (i == 0) continue;
     const uint64_t stride = strides[i - 1];
-    if (stride % 16 || stride >= uint64_t{1} << 40) return refuse("stride %u is no multiple of 16 below 2^40", i);
+    if (stride % 16 || stride >= uint64_t{1} << 40) return refuse("stride %u is not a multiple of 16 below 2^40", i);
     map->strides[i - 1] = stride;
   }
   return true;

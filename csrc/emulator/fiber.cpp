@@ -43,7 +43,7 @@ freezekit_switch_stack:
 namespace freezekit::emulator {
 namespace {
 
-// Kernels keep little on the stack. ASan pads what they keep; TSan fills four bytes of its own a byte of every new stack.
+// Kernels keep little on the stack. ASan pads what they keep; TSan fills four bytes of its own for each byte of a new stack.
 #ifdef __SANITIZE_ADDRESS__
 constexpr size_t kStackBytes = 256 * 1024;
 #else

@@ -86,7 +86,7 @@ void complete_on_mbarrier(uint64_t* address, const TensorCopy& copy) {
   if (!barrier.seen_by_copies) fail("a bulk copy completes on an mbarrier whose initialisation was not fenced");
   tsan_release(barrier.tag(barrier.phase));
   {
-    const AsHost as_host;  // what the queue allocates is no kernel's
+    const AsHost as_host;  // the queue's memory is not the kernel's
     barrier.copies.push_back(copy);
   }
   if (lands_at_once()) land_all(barrier);

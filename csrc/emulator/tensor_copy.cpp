@@ -93,7 +93,7 @@ void issue(TensorCopy& copy, void* shared, const TensorMap* map, uint64_t* barri
   if (map->im2col != im2col) fail("a tiled bulk copy needs a tiled map, an im2col one an im2col map");
   copy.map = *map;
   copy.to = shared_address(shared);
-  if (copy.to % 128) fail("a bulk copy writes to a shared address that is no multiple of 128");
+  if (copy.to % 128) fail("a bulk copy writes to a shared address that is not a multiple of 128");
   if (!is_shared(shared, copy.bytes()))
     fail("a bulk copy of %zu bytes does not write inside shared memory", copy.bytes());
   counters.tensor_copies++;

@@ -65,7 +65,7 @@ struct Descriptor {
 };
 
 // Where element (mn, k) is. K-major: rows of 128 bytes along k, eight rows per atom, atoms `stride` apart along mn.
-// MN-major: rows of 128 bytes along mn, eight k an atom, atoms `leading` apart along mn and `stride` apart along k.
+// MN-major: rows of 128 bytes along mn, eight k per atom, atoms `leading` apart along mn and `stride` apart along k.
 uint32_t address_of(const Descriptor& at, WgmmaType type, bool mn_major, int mn, int k) {
   const uint32_t size = size_of(type);
   const auto i = static_cast<uint32_t>(mn), l = static_cast<uint32_t>(k);

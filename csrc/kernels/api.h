@@ -115,7 +115,7 @@ struct FilterTransform {
 };
 Status launch_filter_transform(const Conv2dProblem&, const FilterTransform&, const void* filter, void* out, Stream);
 
-// Activations that are linear in pieces: y, and the bit of each element that lay where the slope is 1. In place or not.
+// Activations that are linear in pieces: y, and the bit of each element where the slope is 1. In place or not.
 //   relu: max(x, 0), x > 0 or NaN    hardtanh: min(max(x, a), b), a < x < b or NaN    leaky_relu: x > 0 ? x : a * x, x > 0
 enum class ActivationKind : int { relu, hardtanh, leaky_relu };
 struct PiecewiseActivation {

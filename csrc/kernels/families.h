@@ -1,4 +1,4 @@
-// The launchers behind launch_conv2d, one a family and operator, and the steps that they share.
+// The launchers behind launch_conv2d, one per family and operator, and the steps that they share.
 // They take problems that fits_int32 holds for and outputs that are not empty.
 #pragma once
 
@@ -89,7 +89,7 @@ inline bool hopper_takes(Operator op, const Conv2dProblem& p, DType dtype) {
   const int64_t size = size_of(dtype), in_bytes = size * g.in_c * g.groups, out_bytes = size * g.out_c * g.groups;
   if (in_bytes % 16 != 0 || (wgrad && out_bytes % 16 != 0)) return false;
   // With several groups a k-tile of fprop or dgrad must not reach into the next one, whose values, if not finite, zeros of
-  // the filter would not blot out; a filter's rows must be whole chunks besides.
+  // the filter would not blot out; a filter's rows must be whole chunks too.
   if (!wgrad && g.in_c * size % (g.groups > 1 ? 128 : 16) != 0) return false;
   if (in_bytes * g.in_h * g.in_w >= int64_t{1} << 40) return false;
   if (g.phases_h > kMaxTraversalStride || g.phases_w > kMaxTraversalStride) return false;

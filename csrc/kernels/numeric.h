@@ -38,7 +38,7 @@ struct TypeTag {
   using type = T;
 };
 
-// f(TypeTag<T>()) for the T of a DType; a DType that is none of them is an invalid argument.
+// f(TypeTag<T>()) for the T of a DType; any other DType is an invalid argument.
 template <class F>
 Status dispatch_dtype(DType dtype, const F& f) {
   switch (dtype) {

@@ -8,18 +8,18 @@
 namespace freezekit {
 namespace {
 
-// torch_s(input, ...), which is called as its caller would, so that all see the call.
-py::object activation(const py::object& torch_s, const py::object& input, const py::args& rest,
+// function(input, ...), which is called as its caller would, so that all see the call.
+py::object activation(const py::object& function, const py::object& input, const py::args& rest,
                       const py::kwargs& named) {
   const at::Tensor x = THPVariable_Unpack(input.ptr());
   const auto recipe = [&] {
     const py::gil_scoped_release no_gil;
     return enable::recipe_for(x, chain::Maker::norm);
   }();
-  if (!recipe) return torch_s(input, *rest, **named);
+  if (!recipe) return function(input, *rest, **named);
   const py::object y = [&] {
     const chain::Unseen unseen;
-    return torch_s(input, *rest, **named);
+    return function(input, *rest, **named);
   }();
   if (THPVariable_Check(y.ptr())) chain::keep(THPVariable_Unpack(y.ptr()), chain::Slot::self, x, recipe);
   return y;
@@ -33,7 +33,7 @@ void note_norm(const at::Tensor& result, const std::optional<at::Tensor>& bias, 
 
 void bind_chains(py::module_& parent) {
   py::module_ m = parent.def_submodule("chains", "What enable does at torch's operators, at converted layers.");
-  m.def("activation", activation, "torch_s(input, ...); behind a norm its node does not keep the input.");
+  m.def("activation", activation, "function(input, ...); behind a norm its node does not keep the input.");
   m.def("is_for_recipe", chain::is_for_recipe, "Whether a hook on saved tensors is given what a recipe reads.");
   m.def("is_let_go", chain::is_let_go, "Whether a hook on saved tensors is given what a node keeps no more.");
   m.def("note_norm", note_norm, "Is told of a norm's result, which an activation may read.");

@@ -1,4 +1,4 @@
-"""What a run without data leaves in caches that outlive it, such as a library's cache of grids by their size."""
+"""Gives data to tensors that outlive a run without data, in a library's cache of grids by size, say."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 _ATEN = torch.ops.aten
-# Of their first tensor they read no more than its form.
+# These read only the shape, strides, type and device of their first tensor.
 _BY_FORM = {
     *(_ATEN.new_empty, _ATEN.new_empty_strided, _ATEN.new_full, _ATEN.new_ones, _ATEN.new_zeros),
     *(_ATEN.empty_like, _ATEN.full_like, _ATEN.ones_like, _ATEN.zeros_like, _ATEN.rand_like, _ATEN.randn_like),
@@ -30,7 +30,7 @@ class _Known:
 
 @dataclass(frozen=True)
 class _Form:
-    """A tensor of the twin's of which the form alone is read."""
+    """A tensor of the twin that an operator reads no values of."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -45,11 +45,11 @@ class _Call(NamedTuple):
 
 
 class Constants(TorchDispatchMode):
-    """Remembers how tensors without data came about, as far as no tensor of the twin went into them.
+    """Records how tensors without data were made, those that depend on a tensor of the twin aside.
 
-    A forward may put such a tensor, of positions say, where the twin ends: into a cache of `functools`, of a class or
-    of a module of Python's. A real step would find it there and fail. So what outlives the run gets its data.
-    Tensors with data that the run finds there are not written to.
+    A forward may store such a tensor, of positions say, outside the twin: in a cache of `functools`, of a class or of a
+    Python module. A real step would find it there and fail. So a tensor that outlives the run is given its data.
+    Tensors with data that the run finds in such places are not written to.
     """
 
     def __init__(self, fake: FakeTensorMode) -> None:
@@ -57,13 +57,13 @@ class Constants(TorchDispatchMode):
         self._fake = fake
         self._numbers: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._calls: list[_Call] = []
-        self._storages: list[torch.UntypedStorage] = []  # by number of a tensor; here no other takes their addresses
+        self._storages: list[torch.UntypedStorage] = []  # by number of a tensor; kept, so that no address is reused
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = (args, kwargs or {})
         if func._schema.is_mutable:
             args, kwargs = given = tree_map_only(Tensor, self._without_data, given)
-        # Some operators refuse a generator without data, and none draws from it.
+        # Without data nothing is drawn from a generator, and some operators refuse one.
         plain = {name: None if isinstance(value, torch.Generator) else value for name, value in given[1].items()}
         result = func(*args, **plain)
         by_form = func.overloadpacket in _BY_FORM and _has_no_data(args[0])
@@ -73,14 +73,14 @@ class Constants(TorchDispatchMode):
             if made:
                 noted = tree_map_only(Tensor, self._note, given)
                 self._calls.append(_Call(func, noted, list(map(self._number, made))))
-        elif func._schema.is_mutable:  # by something of the twin's
+        elif func._schema.is_mutable:  # with a tensor of the twin
             written = {t.untyped_storage()._cdata for t in read}
             for t in [t for t in self._numbers if t.untyped_storage()._cdata in written]:
                 del self._numbers[t]
         return result
 
     def _without_data(self, tensor: Tensor) -> Tensor:
-        # By itself the mode computes with tensors of one element, and writes to them.
+        # The mode itself would compute with tensors of one element, and write to them.
         return tensor if _has_no_data(tensor) else self._fake.from_tensor(tensor, static_shapes=True)
 
     def _note(self, tensor: Tensor) -> Any:
@@ -100,13 +100,13 @@ class Constants(TorchDispatchMode):
         return self._storages[number]._cdata
 
     def settle(self, own: set[int]) -> None:
-        """Computes the tensors that are still there, once the run is over and its graph gone.
+        """Computes the tensors that are still alive once the run is over and its graph is gone.
 
         Args:
-            own: ids of tensors that may stay as they are.
+            own: ids of tensors that may stay without data.
         """
         left = sorted(((n, t) for t, n in self._numbers.items() if id(t) not in own), reverse=True)
-        self._numbers.clear()  # its weak references would be in the way, and those of the mode
+        self._numbers.clear()  # tensors with weak references, as these and the mode's, cannot be swapped
         self._fake.fake_tensor_converter = None  # type: ignore[assignment]
         calls = self._needed({self._storage_of(number) for number, _ in left})
         values: dict[int, Tensor] = {}
@@ -115,7 +115,7 @@ class Constants(TorchDispatchMode):
                 args, kwargs = tree_map_only(_Known, lambda known: values[known.number], given)
                 args, kwargs = tree_map_only(_Form, _blank, (args, kwargs))
                 values.update(zip(numbers, (t for t in tree_leaves(func(*args, **kwargs)) if isinstance(t, Tensor))))
-        while left:  # views before what they are views of
+        while left:  # views before their bases
             number, tensor = left.pop(0)
             if tensor._use_count() == 1 and not getweakrefs(tensor):
                 torch.utils.swap_tensors(tensor, values.pop(number))

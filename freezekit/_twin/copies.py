@@ -1,4 +1,4 @@
-"""`copy.deepcopy` for what is to be run: tensors are made anew, and what functions hold is copied as well."""
+"""`copy.deepcopy` for models that are to be run: tensors are replaced, and what functions hold is copied too."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _HOLDERS = (Tensor, nn.Module, *CONTAINERS, tuple, FunctionType, MethodType, par
 
 
 class Copies(TorchFunctionMode):
-    """Copies of modules, of tensors and of all that they reach: a run of them writes to nothing of the originals.
+    """Copies of modules, tensors and all that they reach: running them does not write to the originals.
 
     To `copy` a function is a constant, and so are a weak reference and a cache of `functools`. But a function that is a
     module's attribute, or a hook on it, often holds the module, or a list that it writes to.
@@ -35,11 +35,11 @@ class Copies(TorchFunctionMode):
         super().__init__()
         self._stand_in = stand_in
         self._memo: dict[int, Any] = {}
-        # Where `copy` keeps alive what it has copied, since a memo knows it by its id.
+        # `copy` keeps the originals alive in this list, since a memo knows them by their ids.
         self._originals: list[Any] = self._memo.setdefault(id(self._memo), [])
 
     def __enter__(self) -> Copies:
-        # By itself `copy` has the copy's state in a tensor, which here may have no data.
+        # `copy` alone would put a generator's state in a tensor, which may have no data here.
         copyreg.dispatch_table[Generator] = lambda generator: (generator.clone_state, ())
         return super().__enter__()
 
@@ -61,7 +61,7 @@ class Copies(TorchFunctionMode):
         return self._memo[id(tensor)]
 
     def add(self, module: nn.Module) -> None:
-        """Registers what `copy.deepcopy` would not take for a tensor: parameters."""
+        """Copies a module's tensors first: `copy.deepcopy` does not pass parameters to the mode as tensors."""
         for tensor in (*module.parameters(), *module.buffers()):
             self._tensor(tensor)
 
@@ -81,7 +81,7 @@ class Copies(TorchFunctionMode):
             raise TypeError(f"{type(value).__name__} is run on a copy, and cannot be copied: {why}") from error
 
     def _culprit(self, value: Any) -> str:
-        """The attribute that keeps a module from being copied, and what to do; "" where that is not known."""
+        """Which attribute keeps a module from being copied, and what to do about it; "" where that is not known."""
         modules = dict(value.named_modules()) if isinstance(value, nn.Module) else {}
         known = {**self._memo, **{id(module): module for module in modules.values()}}
         for name, module in modules.items():
@@ -94,22 +94,22 @@ class Copies(TorchFunctionMode):
         return ""
 
     def finish(self) -> None:
-        """Puts copies where `copy` took something for a constant, in all that was copied.
+        """Replaces what `copy` passed through as a constant by copies, in all that was copied.
 
-        What an object's own ``__deepcopy__`` made anew stays: it is in no original.
+        What an object's own ``__deepcopy__`` created is left alone: no original has it.
         """
-        for original in self._originals:  # to which this adds more
+        for original in self._originals:  # which grows on the way
             if id(original) in self._memo:
                 self._mend(original, self._memo[id(original)])
 
     def _complete(self, original: nn.Module, copied: nn.Module) -> None:
-        """Adds attributes that a class keeps from a pickle by its ``__getstate__``, and its forward may read."""
+        """Adds attributes that a class leaves out of its ``__getstate__``; its forward may read them."""
         missing = vars(original).keys() - vars(copied).keys() - {"_compiled_call_impl"}
-        slots = _slots_of(original)  # of which `nn.Module.__setstate__` knows nothing
+        slots = _slots_of(original)  # which `nn.Module.__setstate__` ignores
         for name, value in {**{name: vars(original)[name] for name in missing}, **slots}.items():
             try:
                 made = self.of(value)
-            except TypeError:  # what cannot be pickled, mostly
+            except TypeError:  # mostly what cannot be pickled
                 continue
             if name in slots:
                 object.__setattr__(copied, name, made)
@@ -130,7 +130,7 @@ class Copies(TorchFunctionMode):
                     target[key] = made
 
     def _constant(self, original: Any, copied: Any) -> Any:
-        """What `copy` made, with copies of what it took for a constant: the original itself, or a part of it."""
+        """The copy, with what `copy` passed through as a constant copied too: all of it, or parts."""
         kind = type(copied)
         if copied is original:
             if kind is FunctionType:
@@ -151,7 +151,7 @@ class Copies(TorchFunctionMode):
         return copied
 
     def _function(self, function: FunctionType) -> FunctionType:
-        """A copy, if the function holds something or runs modules by names of its own."""
+        """A copy, if the function holds something or runs modules that it names."""
         if id(function) in self._memo:
             return self._memo[id(function)]
         code, known, cells = function.__code__, function.__globals__, function.__closure__ or ()
@@ -164,7 +164,7 @@ class Copies(TorchFunctionMode):
         names = dict(known) if modules else known
         made = FunctionType(code, names, function.__name__, None, tuple(CellType() for _ in cells))
         made.__dict__.update(vars(function))
-        self._note(function, made)  # which what it holds may hold
+        self._note(function, made)  # before what it holds, which may hold it
         for name, value in modules.items():
             names[name] = self._held(value)
         for source, target in zip(cells, made.__closure__ or ()):
@@ -175,7 +175,7 @@ class Copies(TorchFunctionMode):
         return made
 
     def _held(self, value: Any) -> Any:
-        """What a function's copy holds: not all is copied."""
+        """What a function's copy is to hold in place of `value`: a copy, or `value` itself."""
         if isinstance(value, _HOLDERS):
             try:
                 return self.of(value)
@@ -195,7 +195,7 @@ class Copies(TorchFunctionMode):
 
 
 def _slots_of(value: Any) -> dict[str, Any]:
-    """What an object holds in the slots of its class, by their names."""
+    """The values in the slots of an object's class, by name."""
     members = [pair for kind in type(value).__mro__ for pair in vars(kind).items()]
     slots = [name for name, member in members if isinstance(member, MemberDescriptorType)]
     return {name: getattr(value, name) for name in slots if hasattr(value, name)}

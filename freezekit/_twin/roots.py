@@ -1,4 +1,4 @@
-"""The modules that a callable runs: what a twin copies."""
+"""Finds the modules that a callable runs, which a twin copies."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def roots_of(function: Any) -> dict[str, nn.Module]:
 
 
 def _parameters(function: Callable[..., Any]) -> list[str]:
-    """Names of a callable's parameters; none of one that does not tell."""
+    """Names of a callable's parameters, where it has a signature."""
     try:
         return list(signature(function).parameters)
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""What a forward knows by names outside of its model, and no copy of the model holds: put back as it was."""
+"""Restores what a forward changes outside of its model: objects that it reaches by name, which no copy holds."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from torch.nn.modules import module as hooks
 
 CONTAINERS = (dict, list, set, deque)  # which a run may write to
 _VALUES = (type(None), bool, int, float, complex, str, bytes, ModuleType, nn.Parameter)
-_WEAK = ("weakref", "_weakrefset")  # from whose containers things vanish by themselves
-# Attributes of theirs are not the user's.
+_WEAK = ("weakref", "_weakrefset")  # whose containers lose entries by themselves
+# Their attributes are Python's or torch's own, and not followed.
 _PLAIN = (*CONTAINERS, tuple, FunctionType, type, MethodType, staticmethod, classmethod, property, partial, Tensor)
-_LIBRARIES = sys.stdlib_module_names | {"torch", "freezekit"}  # whose functions know no tensors of a user's
+_LIBRARIES = sys.stdlib_module_names | {"torch", "freezekit"}  # whose functions hold no tensors of a user
 
 
 def names_of(function: FunctionType) -> dict[str, Any]:
-    """What the names of a function refer to, outside of it, and its defaults."""
+    """The globals, closure variables and defaults that a function uses, by name."""
     code, known = function.__code__, function.__globals__
     found = {name: known[name] for name in names_in(code) if name in known}
     cells = zip(code.co_freevars, function.__closure__ or ())
@@ -33,7 +33,7 @@ def names_of(function: FunctionType) -> dict[str, Any]:
 
 
 def modules_in(value: object) -> dict[str, nn.Module]:
-    """A module, by the name "", or those that a list, a dictionary or an object of any class holds, by theirs.
+    """A module, named "", or the modules in a list, a dictionary or an object of any class, by their names there.
 
     >>> list(modules_in({"vae": nn.Linear(2, 2), "size": 8})), list(modules_in(nn.ReLU()))
     (['vae'], [''])
@@ -93,17 +93,18 @@ def is_filled(cell: CellType) -> bool:
 
 
 class Surroundings:
-    """All that some values reach, as it is now: lists, dictionaries, sets, deques, attributes, generators.
+    """The present state of all that some values reach: lists, dictionaries, sets, deques, attributes, generators.
 
-    Followed are functions, to what they name, modules and classes, containers in containers; and objects of any class,
-    but not from one to the next: that might be half of the program, and another thread's.
+    The search goes from functions to what they name, into modules, classes and nested containers, and into one object
+    of any other class. It does not go on from one such object to the next: that might be half of the program, and
+    another thread's.
 
     Args:
         values: where to start; the hooks of all modules are added.
-        data: whether tensors may be written to, parameters aside: a copy of each is kept then.
+        data: whether the run may write to tensors: then a copy of each, parameters aside, is kept.
 
     Attributes:
-        modules: those that were reached.
+        modules: the modules found.
     """
 
     def __init__(self, values: Iterable[Any], *, data: bool) -> None:
@@ -125,13 +126,13 @@ class Surroundings:
                 left += [(part, objects - (not isinstance(value, nn.Module))) for part in self._attributes(value)]
 
     def put_back(self) -> None:
-        """Undoes what was done to it since."""
+        """Restores that state."""
         with torch.no_grad():
             for undo in self._undo:
                 undo()
 
     def _parts(self, value: Any) -> Iterable[Any]:
-        """What a container holds or a function names; what is no container, and can be written to, is noted."""
+        """What a container holds or a function names. Notes how to restore `value`."""
         if isinstance(value, CONTAINERS):
             content = content_of(value)
             self._undo.append(partial(_fill, value, content))
@@ -169,19 +170,19 @@ class Surroundings:
         return ()
 
     def _attributes(self, value: Any) -> Iterable[Any]:
-        """Of an object that is none of those: its attributes and its class."""
+        """The attributes and the class of an object of any other class."""
         held = getattr(value, "__dict__", None)
         return (held, type(value)) if isinstance(held, dict) and not isinstance(value, _PLAIN) else ()
 
 
 def names_in(code: CodeType) -> list[str]:
-    """What code and the functions within it name, attributes included."""
+    """The names that code and the functions within it use, attributes included."""
     inner = [names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
     return [*code.co_names, *(name for names in inner for name in names)]
 
 
 def _built_in(container: Any) -> Any:
-    """The class whose methods read and write what a container holds. Those of its own may do anything: transformers has
+    """The built-in class of a container. Its methods are used, since an override may do anything: transformers has
     dictionaries that import a module for each of their items."""
     return next(kind for kind in (OrderedDict, *CONTAINERS) if isinstance(container, kind))
 

@@ -1,4 +1,4 @@
-"""The copy itself, and how it is run."""
+"""A copy of a model, and how it is run."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ class Twin:
 
     Args:
         function: a module; a method of one, or of an object that has some, such as ``model.decode``; a function that
-            runs modules by names of its own, or those of objects, lists and dictionaries that it names; or a
+            runs modules that it names, or that objects, lists and dictionaries hold that it names; or a
             `functools.partial` of these.
-        inputs: its arguments. Tensors on the meta device are taken for tensors on the model's.
+        inputs: its arguments. Tensors on the meta device stand for tensors on the model's device.
         data: whether the copies hold data.
 
     Attributes:
         function, inputs: the copies.
         has_data: whether they hold data.
-        has_device: whether the model is on a device: not, where all of it is on the meta device.
-        roots: the copied modules that ``function`` runs, by the names it has for them; "" for the one of a module and
-            of a module's method.
-        strangers: modules that are not copied, since those that are know them by names alone.
+        has_device: whether any of the model is on a device other than the meta device.
+        roots: the copied modules that ``function`` runs, by the names it has for them; the name is "" where
+            ``function`` is a module or a module's method.
+        strangers: modules that are not copied: copied ones reach them only by names of their source code.
 
     Raises:
         TypeError: no module is found in ``function``, or something in it cannot be copied.
@@ -88,7 +88,7 @@ class Twin:
             module.__dict__.pop("_compiled_call_impl", None)  # what Module.compile leaves; the class has None
 
     def _keep_from_being_leaves(self, inputs: Arguments) -> None:
-        """Lets the copies of computed inputs be computed as well: to a leaf that learns nothing may be written."""
+        """Makes the copies of computed inputs computed too: a leaf that needs a gradient refuses writes in place."""
         root = torch.zeros((), requires_grad=True)
         with torch.inference_mode(False), torch.enable_grad():
             for original, copied in zip(tree_leaves(tuple(inputs)), tree_leaves(tuple(self.inputs))):
@@ -108,10 +108,10 @@ class Twin:
             yield from root.buffers()
 
     def run(self) -> Any:
-        """Calls the copy; to be done within `undisturbed`.
+        """Calls the copy, within `undisturbed`.
 
         Raises:
-            TypeError: its body runs later.
+            TypeError: the call only makes a generator or a coroutine.
         """
         with self._untouched or nullcontext():
             result = self.inputs.call(self.function)
@@ -125,19 +125,19 @@ class Twin:
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
-        """Within it the copies can be run; random numbers that they draw are drawn again by others."""
+        """Runs the copies within it; the random state and all that they changed are restored."""
         with ExitStack() as stack:
             stack.enter_context(self._random_numbers_kept())
             stack.callback(self._surroundings.put_back)
             if self._untouched is not None:
                 stack.callback(self._untouched.put_back)
             stack.enter_context(torch.inference_mode(False))
-            for mode in (self._fake, self._constants):  # those of a twin without data
+            for mode in (self._fake, self._constants):  # set where the twin has no data
                 stack.enter_context(mode or nullcontext())
             yield
 
     def settle(self) -> None:
-        """To be done once the copies have run, and the graph is gone: see `Constants`."""
+        """Gives data to what outlives the run, once the graph is gone: see `Constants`."""
         if self._constants is not None:
             attributes = [vars(module) for _, module in self.named_modules()]
             with self._random_numbers_kept():
@@ -162,7 +162,7 @@ class Twin:
         plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
         plain = plain and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
         if self._fake is None and plain:
-            # Views of each other stay views: what they share is kept once.
+            # What views share is copied once: they stay views of each other.
             storage = tensor.untyped_storage()
             if storage._cdata not in self._storages:
                 self._storages[storage._cdata] = storage.clone()
@@ -184,7 +184,7 @@ class Twin:
 
 
 class _Computed(torch.autograd.Function):
-    """Makes a tensor one that was computed, without another to hold what it holds."""
+    """Gives a tensor a node, in place."""
 
     @staticmethod
     def forward(ctx: Any, root: Tensor, tensor: Tensor) -> Tensor:
@@ -205,10 +205,10 @@ def is_plain(tensor: Tensor) -> bool:
 def on_twin(
     function: Callable[..., Any], inputs: Arguments, act: Callable[[Twin], Result], data: bool | None = None
 ) -> Result:
-    """What ``act`` makes of a twin: of one without data or, where that fails and there is data, of one with data.
+    """The result of ``act`` on a twin without data or, where that fails and there is data, on one with data.
 
     Args:
-        data: True or False for one of the two alone.
+        data: True or False to try only one of the two.
 
     Raises:
         RuntimeError: if the twin's run fails, with torch's own reason; if it needs data and has none.
@@ -219,8 +219,8 @@ def on_twin(
         try:
             twin = Twin(function, inputs, data=False)
             return act(twin)
-        except Exception as error:  # whatever a model raises that misses the values of its tensors
-            traceback.clear_frames(error.__traceback__)  # which hold its graph
+        except Exception as error:  # whatever a model raises where it needs values
+            traceback.clear_frames(error.__traceback__)  # the frames hold its graph
             if data is False or not has_data(roots_of(function), inputs):
                 raise _without_data(function, error) from error
         finally:
@@ -233,7 +233,7 @@ def on_twin(
 
 
 def _without_data(function: Callable[..., Any], error: Exception) -> Exception:
-    """What to say of a run without data that failed; wrong arguments are the caller's own."""
+    """The error for a failed run without data: the original one where the caller's arguments are wrong."""
     if isinstance(error, TypeError | ValueError):
         return error
     return RuntimeError(

@@ -189,7 +189,7 @@ def check_duplicates(subject: Subject) -> Iterator[Finding]:
             twice,
             "duplicate-parameter",
             "error",
-            f"{len(twice)} parameter(s) are listed more than once in the optimizers, and move more than once a step",
+            f"{len(twice)} parameter(s) are listed more than once in the optimizers, and move more than once per step",
             "list each parameter once",
         )
 

@@ -101,7 +101,7 @@ def step_of_copy(
 
 @contextmanager
 def _no_hooks_of_all() -> Iterator[None]:
-    """Within it no hook of all optimizers runs: what counts or logs steps is to see none that was not made."""
+    """Disables hooks on all optimizers, so that what counts or logs steps does not see this one."""
     hooks: tuple[dict[int, Any], ...] = (optim._global_optimizer_pre_hooks, optim._global_optimizer_post_hooks)
     saved = [dict(each) for each in hooks]
     for each in hooks:

@@ -52,7 +52,7 @@ def convert(model: Model, *, only: Only | None = None) -> Model:
         The same object.
 
     Raises:
-        TypeError: if `model` is no nn.Module, or `only` holds something else.
+        TypeError: if `model` is not an nn.Module, or `only` holds something else.
         PatternError: (a ValueError) if a part of `only` matches no layer that freezekit has; with similar names.
 
     >>> from torch import nn

@@ -24,7 +24,7 @@ NATIVE_DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 
 def kernels_of(call: Call, has_device: bool) -> str:
-    """What computes the call's operators under the current backend; "" for what is no layer of freezekit's.
+    """What computes the call's operators under the current backend; "" for what is not a layer of freezekit's.
 
     Under "auto" that is "aten" where nothing was measured, else each operator with what was taken and why. A model that
     is on no device is answered for as on `_C.select`'s own default, a GPU.

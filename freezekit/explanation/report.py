@@ -44,7 +44,7 @@ class Row:
         made_from: of a row whose operand is made again in backward, the rows that keep what it is made from (see
             "Chains" in docs/enable.md).
         kernel: what computes it, and why; of a layer of freezekit's that is torch's own in this call, what makes it so;
-            "always the same" of one that has no kernels; "" for what is no layer of freezekit's.
+            "always the same" of one that has no kernels; "" for what is not a layer of freezekit's.
         advice: what converting, freezing or fusing it would change; "" for nothing.
     """
 

@@ -143,7 +143,7 @@ class Recorder:
     def _count(self, tensor: Tensor) -> None:
         if isinstance(tensor, nn.Parameter):  # one that the twin does not have: of a module made in the forward
             return
-        # An autograd function keeps its tensors once its forward is done, and is no torch function itself.
+        # An autograd function keeps its tensors once its forward is done, and is not a torch function itself.
         index = self._current_index("autograd function")
         if index is None:
             return

@@ -118,7 +118,7 @@ class _Index:
                 f"{type(self.model).__name__}; it has {kinds or 'no layer with parameters'}"
             )
         if isinstance(pattern, nn.Module | nn.Parameter):
-            return f"patterns: this {type(pattern).__name__} is no part of the model, or has nothing to freeze"
+            return f"patterns: this {type(pattern).__name__} is not part of the model, or has nothing to freeze"
         name = getattr(pattern, "__name__", repr(pattern))
         return f"patterns: the predicate {name} selects none of the {len(self.names)} parameters"
 
@@ -141,7 +141,7 @@ def meeting(modules: dict[str, nn.Module], pattern: Any, argument: str, expected
     """Names of those of a model's ``modules`` that one pattern means, without what they contain.
 
     Raises:
-        TypeError: the pattern is no name, glob, subclass of nn.Module or module; says that ``argument`` takes
+        TypeError: the pattern is not a name, glob, subclass of nn.Module or module; says that ``argument`` takes
             ``expected``.
     """
     if isinstance(pattern, str):
@@ -169,7 +169,7 @@ def named_modules(model: nn.Module, patterns: Iterable[Any], argument: str) -> d
 
     Raises:
         PatternError: a pattern that no module matches, with similar names.
-        TypeError: something that is no name, glob, subclass of nn.Module or module.
+        TypeError: something that is not a name, glob, subclass of nn.Module or module.
 
     >>> list(named_modules(nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU()), ["1", nn.Conv2d], "only"))
     ['1', '0']

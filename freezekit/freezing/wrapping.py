@@ -49,7 +49,7 @@ def innermost(optimizer: Any) -> Optimizer:
             f"optimizer: {type(last).__name__} has several inside it ({kinds}); pass the one that is meant"
         )
     if not isinstance(last, Optimizer) or "_optimizer_step_pre_hooks" not in vars(last):
-        # What is no optimizer, or a wrapper around one that cannot be seen, which never called Optimizer.__init__.
+        # What is not an optimizer, or a wrapper around one that cannot be seen, which never called Optimizer.__init__.
         raise TypeError(
             f"optimizer must be a torch.optim.Optimizer, got {type(last).__name__}, and found none inside it; "
             "pass the optimizer that it wraps"

@@ -14,7 +14,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from freezekit import _C, backends
 from freezekit._arguments import Size2, number, numbers, plain
 from freezekit.backends import Backend, check_backend
-from freezekit.functional._torch import padded_to_same, records_torch_s
+from freezekit.functional._torch import padded_to_same, records_as_torch
 
 # A call of plain tensors and numbers; None of any other.
 _quick = _C.quick.conv2d
@@ -58,7 +58,7 @@ def conv2d(
     Raises:
         TypeError: if an argument has a wrong type.
         RuntimeError: if sizes, dtypes, devices or settings do not fit; the text names argument, expectation and value.
-        ValueError: if `backend` is no backend.
+        ValueError: if `backend` is not a backend.
 
     >>> import torch, freezekit as fk
     >>> x = torch.randn(2, 3, 8, 8, requires_grad=True)
@@ -80,7 +80,7 @@ def conv2d(
     _check_tensor("weight", weight)
     if bias is not None:
         _check_tensor("bias", bias)
-    if backend is None and backends._current in ("auto", "aten") and records_torch_s(input, weight, bias):
+    if backend is None and backends._current in ("auto", "aten") and records_as_torch(input, weight, bias):
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     if not plain(stride, padding, dilation, groups):
         stride, dilation, groups = numbers("stride", stride), numbers("dilation", dilation), number("groups", groups)

@@ -24,9 +24,9 @@ LEFT_TO_TORCH: Any = None
 
 
 def as_torch(
-    torch_s: Callable[..., Any], quick: Callable[..., Any] | None = None, *, shortcut: bool = True
+    stock: Callable[..., Any], quick: Callable[..., Any] | None = None, *, shortcut: bool = True
 ) -> Callable[[Function], Function]:
-    """Decorates a stand-in for `torch_s`, a function of the same arguments, of which the first is the input.
+    """Decorates a stand-in for `stock`, a function of the same arguments, of which the first is the input.
 
     `quick`, of `_C.quick`, is asked first: it answers a call of plain arguments, and says None of others.
 
@@ -47,18 +47,18 @@ def as_torch(
             # Subclasses and fx's proxies must see the stand-in; a trace compares lines too, and always takes one way.
             free = shortcut and backends._current in ("auto", "aten") and args and type(args[0]) is Tensor
             if free and not _learns(args) and not (kwargs and _learns(kwargs.values())) and jit_trace() is None:
-                return torch_s(*args, **kwargs)
+                return stock(*args, **kwargs)
             given = (*args, *kwargs.values())
             if has_torch_function(given):
                 return handle_torch_function(stand_in, given, *args, **kwargs)
-            if backends._current in ("auto", "aten") and records_torch_s(*given):
-                return torch_s(*args, **kwargs)
+            if backends._current in ("auto", "aten") and records_as_torch(*given):
+                return stock(*args, **kwargs)
             result = function(*args, **kwargs)
             if result is not LEFT_TO_TORCH:
                 return result
             if backends.demands_kernels() and function.__name__ not in backends.WITHOUT_KERNELS:
                 _C.refuse(function.__name__, backends._current, "torch's own function alone takes such arguments")
-            return torch_s(*args, **kwargs)
+            return stock(*args, **kwargs)
 
         return cast(Function, stand_in)
 
@@ -68,7 +68,7 @@ def as_torch(
 jit_trace = torch._C._get_tracing_state  # a name that torch.compile knows
 
 
-def records_torch_s(*arguments: Any) -> bool:
+def records_as_torch(*arguments: Any) -> bool:
     """Whether a call goes into an archive that loads without freezekit: a trace, or an export that needs no gradient.
 
     `torch.jit.trace` traces twice, the second time without gradients, and wants the same graph. ONNX has no gradients,

@@ -161,12 +161,12 @@ def group_norm(
 
 
 def _noted(
-    torch_s: Callable[..., Tensor], input: Tensor, of: Any, weight: Tensor | None, bias: Tensor | None, eps: float
+    function: Callable[..., Tensor], input: Tensor, of: Any, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
     """torch's own, of which an activation behind it is to know bias and eps."""
     if torch.compiler.is_compiling() or is_enabled():
         return LEFT_TO_TORCH
-    y = torch_s(input, of, weight, bias, eps)
+    y = function(input, of, weight, bias, eps)
     if isinstance(y, Tensor):
         _C.chains.note_norm(y, bias, eps)
     return y

@@ -1,4 +1,4 @@
-"""Smooth activations: behind a group or layer norm they keep nothing, since the norm keeps what they are made from."""
+"""Smooth activations. Behind a group or layer norm they keep nothing: the norm keeps what their input is made from."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ from freezekit.functional._torch import LEFT_TO_TORCH, as_torch
 
 @as_torch(F.silu)
 def silu(input: Tensor, inplace: bool = False) -> Tensor:
-    """`torch.nn.functional.silu`; behind :func:`group_norm` it keeps nothing, and elsewhere its input.
+    """`torch.nn.functional.silu`; it keeps its input, and nothing behind :func:`group_norm` or :func:`layer_norm`.
 
     The backward pass makes the input again from what the norm keeps, to the bit: see "Chains" in docs/enable.md.
 
     Args:
-        input: any shape, device and dtype. It is what :func:`group_norm` returned that is not kept, on a CPU and in
-            float32 or float64.
+        input: any shape, device and dtype. A norm's result is not kept on a CPU, from 8 KiB on.
         inplace: write the result into `input`.
 
     >>> import torch, freezekit as fk
@@ -34,7 +33,7 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
 
 @as_torch(F.gelu)
 def gelu(input: Tensor, *, approximate: str = "none") -> Tensor:
-    """`torch.nn.functional.gelu`; behind :func:`group_norm` it keeps nothing, and elsewhere its input.
+    """`torch.nn.functional.gelu`; behind a norm it keeps nothing, as :func:`silu`.
 
     Args:
         input: as for :func:`silu`.
@@ -49,7 +48,7 @@ def gelu(input: Tensor, *, approximate: str = "none") -> Tensor:
 
 @as_torch(F.hardswish)
 def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
-    """`torch.nn.functional.hardswish`; behind :func:`group_norm` it keeps nothing, and elsewhere its input.
+    """`torch.nn.functional.hardswish`; behind a norm it keeps nothing, as :func:`silu`.
 
     Args:
         input, inplace: as for :func:`silu`.
@@ -63,7 +62,7 @@ def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
 
 @as_torch(F.mish)
 def mish(input: Tensor, inplace: bool = False) -> Tensor:
-    """`torch.nn.functional.mish`; behind :func:`group_norm` it keeps nothing, and elsewhere its input.
+    """`torch.nn.functional.mish`; behind a norm it keeps nothing, as :func:`silu`.
 
     Args:
         input, inplace: as for :func:`silu`.
@@ -75,9 +74,9 @@ def mish(input: Tensor, inplace: bool = False) -> Tensor:
     return _behind_norm(F.mish, input, inplace)
 
 
-def _behind_norm(torch_s: Callable[..., Tensor], input: Tensor, *rest: Any, **named: Any) -> Tensor:
+def _behind_norm(function: Callable[..., Tensor], input: Tensor, *rest: Any, **named: Any) -> Tensor:
     """torch's own call, whose node keeps a recipe for its input where there is one."""
     # Compilers have chains of their own, and while enabled torch's operator does the same.
     if not isinstance(input, Tensor) or torch.compiler.is_compiling() or is_enabled():
         return LEFT_TO_TORCH
-    return _C.chains.activation(torch_s, input, *rest, **named)
+    return _C.chains.activation(function, input, *rest, **named)

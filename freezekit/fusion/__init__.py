@@ -39,7 +39,7 @@ def fuse(model: Model) -> Model:
         The same object. `fusion_report` says what is fused, `unfuse` undoes it.
 
     Raises:
-        TypeError: if `model` is no nn.Module.
+        TypeError: if `model` is not an nn.Module.
 
     >>> import torch
     >>> from torch import nn

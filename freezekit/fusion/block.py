@@ -12,7 +12,7 @@ from torch.overrides import _get_current_function_mode_stack
 import freezekit._C as _C
 from freezekit import backends
 from freezekit._twin import is_plain
-from freezekit.functional._torch import jit_trace, records_torch_s
+from freezekit.functional._torch import jit_trace, records_as_torch
 from freezekit.fusion.layers import (
     ACTIVATIONS,
     CONVS,
@@ -56,7 +56,7 @@ def run(
             return y
     if not _runs_fused(x, conv, norm, activation, residual):
         return None
-    if not backends.demands_kernels() and records_torch_s(x, residual, *sources(conv, norm)):
+    if not backends.demands_kernels() and records_as_torch(x, residual, *sources(conv, norm)):
         return None
     y = _fused(x, conv, norm, activation, residual)
     if not _is_laid_out_as_by_layers(y, activation, residual):

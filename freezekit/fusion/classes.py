@@ -44,7 +44,7 @@ def unfuse_module(module: nn.Module) -> None:
 
 
 def is_ours(module: nn.Module) -> bool:
-    """Whether a module's class is one that was made here, and not one that others made of such a class since."""
+    """Whether a module's class was made here, and is not a class that others derived from one."""
     return _PLAN in vars(type(module))
 
 

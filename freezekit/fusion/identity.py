@@ -64,7 +64,7 @@ def classes_read(model: nn.Module) -> dict[int, str]:
 
 
 def _written(kind: type[nn.Module]) -> type[nn.Module]:
-    """The class that somebody wrote: freezekit's own are no users' code."""
+    """The class that a user wrote, beneath those that freezekit makes."""
     return next(
         k for k in kind.__mro__ if not k.__module__.startswith("freezekit.") and "_freezekit_plan" not in vars(k)
     )

@@ -105,11 +105,11 @@ def norm_tensors(norm: nn.Module) -> dict[str, Any]:
 def why_unfused(conv: nn.Module, norm: nn.Module | None, activation: nn.Module | str | None) -> str:
     """Why these layers run one by one at this moment; "" if they may run as one."""
     if type(conv) not in CONVS:
-        return f"{type(conv).__name__} is no plain Conv2d"
+        return f"{type(conv).__name__} is not a plain Conv2d"
     if norm is not None and type(norm) not in NORMS:
-        return f"{type(norm).__name__} is no plain BatchNorm2d"
+        return f"{type(norm).__name__} is not a plain BatchNorm2d"
     if activation_kind(activation) is None:
-        return f"{type(activation).__name__} is no plain ReLU or ReLU6"
+        return f"{type(activation).__name__} is not a plain ReLU or ReLU6"
     assert isinstance(conv, nn.Conv2d)
     if any(tensor.requires_grad for tensor in sources(conv, None)):
         return "the convolution is trainable"

@@ -41,7 +41,7 @@ def register_norm(kind: type[nn.Module], *, always_fixed: bool) -> None:
         always_fixed: whether it does so while training too, and not in eval mode alone.
 
     Raises:
-        TypeError: if `kind` is no class of modules, or `always_fixed` no bool.
+        TypeError: if `kind` is not a class of modules, or `always_fixed` is not a bool.
 
     >>> from torch import nn
     >>> from freezekit.fusion.norms import register_norm

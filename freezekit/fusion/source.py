@@ -1,7 +1,7 @@
 """A function's source as a tree, known to be what runs, and functions made from such trees.
 
 The text is found by file and line, and the file may have been edited since it was imported. So it is compiled again,
-and is good only if that gives the very bytecode that runs.
+and counts only if that gives the same bytecode as the one that runs.
 """
 
 from __future__ import annotations

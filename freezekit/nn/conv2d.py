@@ -10,7 +10,7 @@ from freezekit import functional
 
 
 def padded(conv: nn.modules.conv._ConvNd, input: Tensor) -> tuple[Tensor, Any]:
-    """`input` with the padding that is no zeros, and the padding that is left to the convolution."""
+    """`input` with the padding that is not zeros, and the padding that is left to the convolution."""
     if conv.padding_mode == "zeros":
         return input, conv.padding
     return functional.pad(input, conv._reversed_padding_repeated_twice, conv.padding_mode), 0

@@ -8,7 +8,7 @@ from freezekit import functional
 
 
 class SiLU(nn.SiLU):
-    """An `nn.SiLU` that keeps nothing behind a `FreezableGroupNorm`, and its input elsewhere.
+    """An `nn.SiLU` that keeps nothing behind a freezable group or layer norm, and its input elsewhere.
 
     >>> import torch, freezekit as fk
     >>> fk.nn.SiLU()(torch.zeros(2))
@@ -20,7 +20,7 @@ class SiLU(nn.SiLU):
 
 
 class GELU(nn.GELU):
-    """An `nn.GELU` that keeps nothing behind a `FreezableGroupNorm`, and its input elsewhere.
+    """An `nn.GELU` that keeps nothing behind a freezable group or layer norm, and its input elsewhere.
 
     >>> import torch, freezekit as fk
     >>> fk.nn.GELU("tanh")(torch.zeros(2))
@@ -32,7 +32,7 @@ class GELU(nn.GELU):
 
 
 class Hardswish(nn.Hardswish):
-    """An `nn.Hardswish` that keeps nothing behind a `FreezableGroupNorm`, and its input elsewhere.
+    """An `nn.Hardswish` that keeps nothing behind a freezable group or layer norm, and its input elsewhere.
 
     >>> import torch, freezekit as fk
     >>> fk.nn.Hardswish()(torch.tensor([-3.0, 3.0]))
@@ -44,7 +44,7 @@ class Hardswish(nn.Hardswish):
 
 
 class Mish(nn.Mish):
-    """An `nn.Mish` that keeps nothing behind a `FreezableGroupNorm`, and its input elsewhere.
+    """An `nn.Mish` that keeps nothing behind a freezable group or layer norm, and its input elsewhere.
 
     >>> import torch, freezekit as fk
     >>> fk.nn.Mish()(torch.zeros(2))

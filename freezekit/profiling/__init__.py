@@ -92,7 +92,7 @@ class profile(Shown):
 
         Raises:
             RuntimeError: if one of the two blocks has not ended.
-            TypeError: if `after` is no profile.
+            TypeError: if `after` is not a profile.
         """
         if not isinstance(after, profile):
             raise TypeError(f"after must be a profile, got {type(after).__name__}")

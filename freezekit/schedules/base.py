@@ -128,7 +128,7 @@ class Schedule:
 
         Raises:
             ValueError: the state is of a schedule with other settings, or not whole; the message names what differs.
-            TypeError: the state is no dict.
+            TypeError: the state is not a dict.
         """
         if not isinstance(state, dict):
             raise TypeError(f"state must be the dict that state_dict() returns, got {type(state).__name__}")

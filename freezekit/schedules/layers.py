@@ -83,7 +83,7 @@ def layers_of(model: nn.Module, patterns: Sequence[Any] | None = None) -> tuple[
     Raises:
         ValueError: a pattern that no module meets, a module without parameters, or one inside another; or no layer is
             trainable.
-        TypeError: `patterns` is no sequence of patterns.
+        TypeError: `patterns` is not a sequence of patterns.
 
     Example:
         >>> [l.name for l in layers_of(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 1)))]

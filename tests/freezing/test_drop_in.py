@@ -168,7 +168,7 @@ def test_lists_are_taken() -> None:
         model = net()
         freeze(model, take(model), norm="batch")
         assert [p.requires_grad for p in model.parameters()] == [False] * 4 + [True] * 2
-    with pytest.raises(PatternError, match="this Sequential is no part of the model"):
+    with pytest.raises(PatternError, match="this Sequential is not part of the model"):
         freeze(model, nn.Sequential(model[0], nn.Conv2d(3, 3, 3)))
     unfreeze(model)
     assert all(p.requires_grad for p in model.parameters())
@@ -191,7 +191,7 @@ def test_a_wrong_pattern_is_told_in_two_lines() -> None:
         assert len(str(error.value)) < 400
     with pytest.raises(TypeError, match=r"got a Tensor of shape \(64, 64\), which is not a parameter"):
         freeze(model, torch.randn(64, 64))
-    with pytest.raises(PatternError, match="no part of the model") as foreign:
+    with pytest.raises(PatternError, match="not part of the model") as foreign:
         freeze(model, list(copy.deepcopy(model).parameters()))
     assert len(str(foreign.value)) < 400
 
@@ -203,8 +203,8 @@ def test_children_of_which_some_have_nothing_to_freeze() -> None:
     unfreeze(model, model.modules())
     assert all(p.requires_grad for p in model.parameters())
     for nothing in (model[2], [model[2]], [model[2], model[2]]):
-        with pytest.raises(PatternError, match="this ReLU is no part of the model, or has nothing to freeze"):
+        with pytest.raises(PatternError, match="this ReLU is not part of the model, or has nothing to freeze"):
             freeze(model, nothing)
-    with pytest.raises(PatternError, match="this ReLU is no part"):
+    with pytest.raises(PatternError, match="this ReLU is not part"):
         freeze(model, [model[0], nn.ReLU()])
     assert all(p.requires_grad for p in model.parameters())

@@ -84,7 +84,7 @@ def check(arguments: list[str] | None) -> int:
     except OSError as error:
         parser.error(f"argument --out: {folder} cannot be made: {error.strerror}")
     if not is_ours:
-        parser.error(f"argument --out: {folder} holds something else than results of gpu-check")
+        parser.error(f"argument --out: {folder} holds files that are not results of gpu-check")
     plan = steps.plan(folder, options.emulated, f"{here.date}, driver {here.driver}, commit {here.commit}", here.arch)
     if options.only:
         wanted = options.only.split(",")

@@ -39,7 +39,7 @@ def build_faults() -> Path:
 
 
 def watch(sanitizer: str, tool: str, command: Sequence[str | Path], limit: float) -> tuple[int | None, str]:
-    """(exit code, or None if it did not end in time, which is no finding; output) of a command under a tool."""
+    """(exit code, or None if it did not end in time, which is not a finding; output) of a command under a tool."""
     watched = [sanitizer, "--tool", tool, "--error-exitcode", str(FOUND), *map(str, command)]
     try:
         done = subprocess.run(watched, capture_output=True, text=True, timeout=limit)

@@ -47,9 +47,9 @@ def test_folders() -> tuple[str, ...]:
 
 
 def emulated_build() -> tuple[str, ...]:
-    """Settings by which the build compiles no more than runs without a GPU: CUDA kernels only as far as they are there.
+    """Build settings for a machine without a GPU: CUDA kernels only where the present build has them.
 
-    So a tree that is built has nothing to do, and another compiles no kernel for a GPU.
+    So a tree that is built stays as it is, and another compiles no kernel for a GPU.
     """
     info = ROOT / "freezekit/_build_info.json"
     built: dict[str, Any] = json.loads(info.read_text()) if info.exists() else {"cuda": None}

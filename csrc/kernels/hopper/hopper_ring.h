@@ -15,7 +15,7 @@ namespace freezekit {
 constexpr int kHopperThreads = 384;
 constexpr int kHopperConsumerWarps = 8;
 constexpr int kHopperRingBytes = 192 * 1024;
-// Registers a thread, of 65536: (40 + 2 * 232) * 128.
+// Registers per thread, of 65536: (40 + 2 * 232) * 128.
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 constexpr int kPanel = 64;  // rows of 128 bytes
 constexpr int kPanelBytes = kPanel * static_cast<int>(kTileRow);

@@ -1,4 +1,4 @@
-// Activations that are linear in pieces, and gates: one bit per element (core/mask.h) says which piece it lay on.
+// Activations that are linear in pieces, and gates: one bit per element (core/mask.h) says which piece it is on.
 //
 //   activation:  y[i] = rule.value(x[i]),  bit[i] = rule.bit(x[i])
 //   gate:        out[i] = bit[i] ? on * x[i] : off * x[i],  or exactly x[i] and 0 (a select, which stops NaN and inf)

@@ -1,4 +1,4 @@
-// Bit masks that an epilogue adds its bits to, element by element: the words are zero before.
+// Bit masks that an epilogue adds its bits to, element by element, to words that are zero.
 #include <algorithm>
 
 #include "core/mask.h"

@@ -30,7 +30,7 @@ class LinkNode : public FormulaNode<LinkFormula> {
  public:
   using FormulaNode::FormulaNode;
 
-  void release_variables() override {}  // stock has no such node, and so none that is released
+  void release_variables() override {}  // stock has no such node to release
 
   variable_list apply(variable_list&& grads) override {
     variable_list result = FormulaNode::apply(std::move(grads));

@@ -7,7 +7,7 @@
 //   auto fields()                      a std::tie of all settings: compiled autograd traces with them, packs and unpacks them
 //   variable_list gradients(const Tensor& grad, Kept, const Wanted& wanted) const
 //                                      of the node's inputs; those that are not wanted stay undefined and cost nothing
-//   Link link() const                  what stock's gradients are functions of besides
+//   Link link() const                  what else stock's gradients are functions of
 #pragma once
 
 #include <ATen/core/LegacyTypeDispatch.h>

@@ -43,7 +43,7 @@ Hooks hooks_in_this_thread() {
 // "Promotion for Float8 Types is not supported", says torch.
 constexpr at::ScalarType kOpaque = at::kFloat8_e4m3fn;
 
-// No dispatch mode sees how bits are shown: what a checkpoint keeps must not depend on who looks on.
+// No dispatch mode sees how bits are shown: what a checkpoint keeps must not depend on the modes that are on.
 class BelowModes {
   const c10::impl::ExcludeDispatchKeyGuard guard_{
       c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::PythonTLSSnapshot})};

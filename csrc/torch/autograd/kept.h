@@ -1,6 +1,6 @@
 // A tensor that a node keeps for its backward pass, through whatever saved-tensor hooks are set.
 //
-// Bits and taps are no numbers. A hook that casts all that it sees (to save memory, or to move it faster) rounds the
+// Bits and taps are not numbers. A hook that casts all that it sees (to save memory, or to move it faster) rounds the
 // activations that stock keeps, and would turn words of 32 bits into others. So hooks are shown bytes, which float16 and
 // bfloat16 hold exactly, and what they give back is held against a checksum: it is right, or it is an error.
 //

@@ -1,4 +1,4 @@
-// A gradient made a function of what stock's is a function of besides; see Link in formula.h.
+// Makes a gradient a function of all that stock's is a function of; see Link in formula.h.
 #pragma once
 
 #include <ATen/core/Tensor.h>

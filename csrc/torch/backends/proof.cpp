@@ -94,8 +94,8 @@ double largest_of(at::ScalarType type) {
                                          [] { return static_cast<double>(std::numeric_limits<scalar_t>::max()); });
 }
 
-// What was launched before may have failed, which is no fault of the kernel that is next; and where torch was told to raise
-// an error at every wait (torch.cuda.set_sync_debug_mode), a proof would be one.
+// An earlier launch may have failed, which is not the next kernel's fault. And where torch was told to raise an error at
+// every wait (torch.cuda.set_sync_debug_mode), a proof would raise one.
 bool may_wait(const Tensor& on) {
   try {
     synchronize(on);
@@ -140,16 +140,16 @@ double largest_in(const Tensor& tensor) {
   return most(largest);
 }
 
-std::string difference(const Tensor& torch_s, const Tensor& own, const Bound& bound, double large) {
-  if (torch_s.numel() == 0) return {};
-  if (!torch_s.is_floating_point()) {
-    const int64_t count = torch_s.ne(own).sum().item<int64_t>();
-    return count == 0 ? "" : std::to_string(count) + " of " + std::to_string(torch_s.numel()) + " words differ";
+std::string difference(const Tensor& expected, const Tensor& own, const Bound& bound, double large) {
+  if (expected.numel() == 0) return {};
+  if (!expected.is_floating_point()) {
+    const int64_t count = expected.ne(own).sum().item<int64_t>();
+    return count == 0 ? "" : std::to_string(count) + " of " + std::to_string(expected.numel()) + " words differ";
   }
   const bool are_sums = bound.of_largest > 0;
   const double end = largest_of(own.scalar_type());
-  const auto format = torch_s.suggest_memory_format();
-  const Tensor a = flat(torch_s, format), b = flat(own, format);
+  const auto format = expected.suggest_memory_format();
+  const Tensor a = flat(expected, format), b = flat(own, format);
   std::vector<Tensor> excess, largest;
   for_each_piece(a, [&](int64_t i, int64_t count) {
     const Tensor x = a.narrow(0, i, count).to(wide_type(a)), y = b.narrow(0, i, count);

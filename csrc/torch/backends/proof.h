@@ -40,7 +40,7 @@ constexpr const char* kNoCode = "this build has no code for such a device";
 
 // Where two results are further apart, in words; nothing where they are not. Takes 16 MiB at most. Where `large` is larger
 // than the largest value, the bound is of that.
-std::string difference(const Tensor& torch_s, const Tensor& own, const Bound& = {}, double large = 0);
+std::string difference(const Tensor& expected, const Tensor& own, const Bound& = {}, double large = 0);
 // The largest absolute value, of those that are finite.
 double largest_in(const Tensor&);
 

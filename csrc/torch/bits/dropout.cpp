@@ -136,7 +136,7 @@ void dropout_inplace_plain(Tensor& input, double p, bool train, std::string_view
 }
 
 // Whether torch's own dropout takes the call: nothing is drawn, or nothing kept. All that kernels do is to pack the bits.
-bool is_torch_s(const Tensor& input, double p, bool train, Backend backend) {
+bool is_left_to_torch(const Tensor& input, double p, bool train, Backend backend) {
   if (!train || !(p > 0 && p < 1) || !torch::autograd::compute_requires_grad(input)) {
     refuse_unmet(input, backend);
     return true;
@@ -177,7 +177,7 @@ void register_dropout(torch::Library& m) {
 }  // namespace
 
 Tensor record_dropout(const Tensor& input, double p, bool train, Backend backend) {
-  if (is_torch_s(input, p, train, backend)) return at::dropout(input, p, train);
+  if (is_left_to_torch(input, p, train, backend)) return at::dropout(input, p, train);
   auto [result, bits] = [&] {
     const at::AutoDispatchBelowADInplaceOrView below;
     return call_bits(input, p, backend);
@@ -190,7 +190,7 @@ Tensor record_dropout(const Tensor& input, double p, bool train, Backend backend
 }
 
 void record_dropout_(Tensor& input, double p, bool train, Backend backend) {
-  if (is_torch_s(input, p, train, backend)) {
+  if (is_left_to_torch(input, p, train, backend)) {
     at::dropout_(input, p, train);
     return;
   }

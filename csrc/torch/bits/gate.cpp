@@ -61,7 +61,7 @@ void gate_cpu(const Tensor& x, const Tensor& y, const Tensor& bits, const GateRu
   });
 }
 
-// Dimensions from the outermost in memory to the innermost; sizes of 1 have no say.
+// Dimensions from the outermost in memory to the innermost; sizes of 1 do not count.
 std::vector<int64_t> memory_order(SymIntArrayRef stride) {
   std::vector<int64_t> order(stride.size());
   for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int64_t>(i);
@@ -159,7 +159,7 @@ variable_list GateGradient::gradients(const Tensor& grad, Kept kept, const Wante
 }
 
 Tensor Operand::finish(Tensor dx, const Tensor& dy, SymIntArrayRef stride_of_bits, const Tensor& slope) const {
-  if (!proof::is_plain(dy)) return dx;  // what looks on has layouts of its own
+  if (!proof::is_plain(dy)) return dx;  // a subclass or a mode has layouts of its own
   const IntArrayRef own = C10_AS_INTARRAYREF_SLOW(stride.empty() ? stride_of_bits : SymIntArrayRef(stride));
   if (own == dy.strides() && own == dx.strides()) {  // mostly, and then that is what comes out
     if (slope.defined() ? is_laid_out(dx, at::MemoryFormat::Contiguous) : is_elementwise(dx, dx)) return dx;

@@ -54,7 +54,7 @@ struct Operand {
     if (!x.is_non_overlapping_and_dense()) stride.assign(x.sym_strides().begin(), x.sym_strides().end());
   }
 
-  // `dx`, which nobody else holds yet, with the strides that torch gives it. `slope`: what torch reads besides.
+  // `dx`, which nobody else holds yet, with the strides that torch gives it. `slope`: what torch reads as well.
   Tensor finish(Tensor dx, const Tensor& dy, SymIntArrayRef stride_of_bits, const Tensor& slope = {}) const;
 
   SizeVector stride;  // where they are not those of bits

@@ -45,7 +45,7 @@ c10::weak_intrusive_ptr<T> weak(const c10::intrusive_ptr<T>& pointer) {
 
 // The last powers. An edge to what one of them keeps is known by its numbers, and the node is asked whether it is there.
 struct Power {
-  const Node* operand_s = nullptr;
+  const Node* operand = nullptr;
   uint32_t nr = 0;
   std::optional<decltype(weak(AnyNodePtr()))> node;
 };
@@ -180,7 +180,7 @@ class Reader {
 
   Tensor kept_by_power(const Edge& edge) const {
     for (const Power& power : powers) {
-      if (power.operand_s != edge.function.get() || power.nr != edge.input_nr) continue;
+      if (power.operand != edge.function.get() || power.nr != edge.input_nr) continue;
       const auto node = power.node->lock();
       const auto* found = as<generated::PowBackward0>(node.get());
       if (!found || found->next_edge(0) != edge) continue;

@@ -261,8 +261,8 @@ class FunctionOf : public Recipe {
  public:
   FunctionOf(Source x, Function f) : x_(std::move(x)), f_(std::move(f)) {}
 
-  // In pieces that fit the cache. Torch computes the last elements of a thread's share and of a row otherwise than
-  // the others: where its shares are not those taken for granted here, all at once has the last word.
+  // In pieces that fit the cache. Torch computes the last elements of a thread's share and of a row by another
+  // path: where its shares are not those assumed here, the pass over all at once decides.
   bool gives(const Tensor& value) const override {
     return unrecorded([&] {
       const Tensor x = source();
@@ -453,7 +453,7 @@ void Held::hold() {
 }
 
 void Held::check(bool bytes) const {
-  if (tensor_._version() != version_) raise_torch_s();
+  if (tensor_._version() != version_) raise_as_torch();
   if (!bytes) return;
   TORCH_CHECK(is_in_memory(tensor_) && content_of(tensor_) == content_,
               "one of the variables needed for gradient computation has been written to, or its memory released, in a "
@@ -463,7 +463,7 @@ void Held::check(bool bytes) const {
 }
 
 // Of a twin that torch saves and whose version then moves: so torch words it, and adds what made the tensor and a hint.
-void Held::raise_torch_s() const {
+void Held::raise_as_torch() const {
   namespace variable = torch::autograd::impl;
   const Unseen unseen;
   const auto alive = original_.lock();

@@ -28,7 +28,7 @@ class Held {
   const Tensor& tensor() const { return tensor_; }
 
  private:
-  [[noreturn]] void raise_torch_s() const;
+  [[noreturn]] void raise_as_torch() const;
 
   Tensor tensor_;
   c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl> original_;
@@ -39,8 +39,8 @@ class Held {
 // A vector's values as they are now. Beside a tiny norm, torch's operator for it takes a good part of the time.
 Tensor copy_of(const Tensor& vector);
 
-// A contiguous vector in memory, as long as that is there. It is no reference to the tensor, which others may swap only
-// while there is none.
+// A contiguous vector, as long as its memory exists. It holds no reference to the tensor: torch swaps a tensor only while
+// nobody else holds it.
 class Vector {
  public:
   explicit Vector(const Tensor& tensor);

@@ -166,7 +166,7 @@ class ComputedAgain : public SavedVariableHooks {
  public:
   ComputedAgain(RecipePtr recipe, bool is_last) : recipe_(std::move(recipe)), is_last_(is_last) {}
   void call_pack_hook(const Tensor&) override {}
-  // What was saved is no work of the backward pass: modes of dispatch do not see it, as they do not see a tensor saved.
+  // What was saved is not part of the backward pass: modes of dispatch do not see it, as they do not see a tensor saved.
   Tensor call_unpack_hook() override {
     std::optional<torch::torch_dispatch_mode::StashTorchDispatchStackGuard> no_modes;
     if (c10::impl::TorchDispatchModeTLS::any_modes_set()) no_modes.emplace();

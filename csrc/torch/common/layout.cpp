@@ -36,8 +36,8 @@ at::Tensor finish_elementwise(at::Tensor result, c10::ArrayRef<at::Tensor> opera
   at::TensorIteratorConfig config;
   config.set_check_mem_overlap(false).add_owned_output(at::Tensor());
   for (const at::Tensor& operand : operands) config.add_owned_const_input(operand);
-  const at::Tensor torch_s = config.build().output();
-  return restride(result, torch_s.strides()) ? result : torch_s.copy_(result);
+  const at::Tensor like_torch = config.build().output();
+  return restride(result, like_torch.strides()) ? result : like_torch.copy_(result);
 }
 
 }  // namespace freezekit

@@ -217,7 +217,7 @@ double rounding_of_values(const Conv2dStep& step, const Target& target) {
 }
 
 // On a caller's tensors: by one or the other.
-proof::Bound bound_on_caller_s(const Conv2dStep& step, const Target& target) {
+proof::Bound bound_on_call(const Conv2dStep& step, const Target& target) {
   const double bound = std::max(rounding_of_sums(step), rounding_of_values(step, target));
   return {2 * bound, bound};
 }
@@ -230,8 +230,7 @@ proof::Bound bound_on_caller_s(const Conv2dStep& step, const Target& target) {
 // between two operators, is off by the same share of a term, in each of two ways.
 proof::Bound bound_on_cancelling(const Conv2dStep& step, const Target& target) {
   const double terms = static_cast<double>(terms_of(step.op, step.problem)) + 16 * 8;
-  return {bound_on_caller_s(step, target).of_value,
-          2 * terms * epsilon_of(step) + 2 * rounding_of_values(step, target)};
+  return {bound_on_call(step, target).of_value, 2 * terms * epsilon_of(step) + 2 * rounding_of_values(step, target)};
 }
 
 // On integers only what is stored is rounded.
@@ -270,7 +269,7 @@ std::string problem_key(Operator op, const Conv2dProblem& problem, const choices
 // Where torch looks for the fastest way per problem, so is done here; elsewhere one problem speaks for its class.
 bool each_problem() { return at::globalContext().benchmarkCuDNN(); }
 
-// What is known of the very problem, which may have been loaded whoever measures what, or of its class.
+// What is known of this problem, which may be loaded under any setting of cudnn.benchmark, or of its class.
 std::optional<choices::Measurement> known_of(Operator op, const Conv2dProblem& problem, const choices::Setting& setting,
                                              const Option& option) {
   auto found = proof::known(problem_key(op, problem, setting, option));
@@ -329,7 +328,7 @@ std::string left_of(const std::string& text, const Conv2dStep& step, const Targe
   if (!apart.empty()) return apart;
   const proof::Rehearsal scattered = {step.problem, step.on.scalar_type(), Values::scattered};
   return proof::difference(rehearse(Backend::aten, scattered), rehearse(candidate, scattered),
-                           bound_on_caller_s(step, target), of_random_signs);
+                           bound_on_call(step, target), of_random_signs);
 }
 
 // What one kernel of freezekit's has to show: equal results on integers, where torch's are float32's, then on the caller's
@@ -353,7 +352,7 @@ proof::Contest contest_for(const Conv2dStep& step, const Selection& selection, R
     text = faults_beside(found);
     if (!text.empty()) return text;
     const Tensor expected = run(Backend::aten);
-    text = proof::difference(expected, found, bound_on_caller_s(step, target));
+    text = proof::difference(expected, found, bound_on_call(step, target));
     return text.empty() ? text : left_of(text, step, target, candidate, expected, found, rehearse);
   };
   return {faults, [run](Backend on) { run(on); }};

@@ -86,7 +86,7 @@ const char* obstacle_in(const Tensor&);
 
 Route route(Op, Backend, const Facts&);
 
-// Undefined tensors have no say.
+// Undefined tensors do not count.
 template <class... Tensors>
 Route route(Op op, Backend backend, const Tensor& first, const Tensors&... others) {
   Facts facts{first.device().type(), first.scalar_type(), nullptr,

@@ -48,7 +48,7 @@ Tensor resized(const Tensor& tensor, IntArrayRef size, at::MemoryFormat format) 
   return tensor;
 }
 
-// Of tensors that a transform, trace or subclass looks on at.
+// Of tensors that a transform, a trace or a subclass sees.
 constexpr c10::DispatchKeySet watchers({c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper,
                                         c10::DispatchKey::Batched, c10::DispatchKey::Python,
                                         c10::DispatchKey::Functionalize});
@@ -83,7 +83,7 @@ Tensor shape_only_beside_plain(SymIntArrayRef size, const Tensor& like, at::Memo
 
 Tensor without_data(SymIntArrayRef size, const Tensor& like, at::MemoryFormat format) {
   if (like.is_meta() || like.key_set().has_any(watchers) || c10::impl::TorchDispatchModeTLS::any_modes_set()) {
-    return at::empty({1}, like.options()).expand_symint(size);  // what looks on can follow it
+    return at::empty({1}, like.options()).expand_symint(size);  // operators that all of these can follow
   }
   const Tensor result = empty_beside(like, c10::SymInt(0), at::MemoryFormat::Contiguous, like.scalar_type());
   return resized(result, C10_AS_INTARRAYREF_SLOW(size), format);

@@ -1,5 +1,5 @@
-// Calls that torch's dispatcher would do nothing for but find their kernel: they may be calls of a function. Beside a
-// small layer each way through the dispatcher counts.
+// Calls for which torch's dispatcher would only find a kernel: they may call its function directly. Beside a small layer
+// each way through the dispatcher counts.
 #pragma once
 
 #include <ATen/EmptyTensor.h>

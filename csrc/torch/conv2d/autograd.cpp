@@ -1,7 +1,8 @@
-// Entries of all three operators, and their backward pass: one formula, because each operator is a derivative of the same trilinear form.
+// The entries of all three operators, and their backward pass. It is one formula, since each operator is a derivative of
+// the same trilinear form.
 //
-// What a node keeps is what the other gradients read and nothing else: an operand is kept only if some *other* operand
-// needs a gradient. So a frozen weight keeps no input, and a layer that only its bias learns in keeps nothing at all.
+// A node keeps an operand only if some *other* operand needs a gradient. So a layer with a frozen weight keeps no input,
+// and a layer of which only the bias learns keeps nothing.
 #include "torch/conv2d/autograd.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -106,8 +107,8 @@ Tensor record_conv2d(const Tensor& input, const Tensor& weight, const Tensor& bi
 Tensor record_conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Geometry& g) {
   check_same(input, "input", weight, "weight");
   const Tensor b = bias.value_or(Tensor());
-  const bool is_torch_s = is_empty(input) && !is_own(g.backend);
-  if (route(Op::conv2d, g.backend, input, weight, b).computer == Computer::formula || is_torch_s) {
+  const bool is_left_to_torch = is_empty(input) && !is_own(g.backend);
+  if (route(Op::conv2d, g.backend, input, weight, b).computer == Computer::formula || is_left_to_torch) {
     check_conv2d(input, weight, bias, g);
     return aten::conv2d(input, weight, bias, g);
   }

@@ -50,7 +50,7 @@ Tensor& relu_(const InplaceUnary& op, DispatchKeySet keys, Tensor& x) {
   return has_bits(x) ? activation_inplace(x, ActivationKind::relu) : op.stock(keys, x);
 }
 
-// On a GPU it is torch's: no kernel of freezekit's computes it. What is kept does not depend on who looks on.
+// On a GPU torch computes it: freezekit has no kernel for it. What is kept is the same under every dispatch mode.
 bool has_threshold(const Tensor& x, const Scalar& threshold, const Scalar& value) {
   return is_number(threshold) && is_number(value) && (x.device().is_cpu() || x.is_meta()) && has_bits(x);
 }
@@ -118,7 +118,7 @@ Tensor prelu(const Binary& op, DispatchKeySet keys, const Tensor& x, const Tenso
   return record_prelu(x, slope, Backend::automatic);
 }
 
-// Torch composes dropout of other operators, above all that looks on: where something does, its own kernel is called.
+// Torch composes dropout of other operators, which modes and tracers see: under one of these its own kernel is called.
 bool drops(const Tensor& x, double p, bool train) {
   return train && !is_unrecorded(x) && p > 0 && p < 1 && gains(Op::dropout, x) && x.numel() > 0;
 }

@@ -14,7 +14,7 @@ namespace freezekit::enable {
 using at::Tensor;
 
 // Whether freezekit computes the value too, or torch's operator below autograd does, as in stock.
-enum class Value { torch_s, ours };
+enum class Value { stock, ours };
 
 namespace detail {
 bool is_plain(const Tensor&);
@@ -29,7 +29,7 @@ bool is_watched_here();
 template <class... Tensors>
 bool serves(Value value, const Tensor& input, const Tensors&... others) {
   if (!detail::has_modes()) return detail::is_plain(input) && (detail::is_plain(others) && ...);
-  return value == Value::torch_s && detail::is_compiled(input) &&
+  return value == Value::stock && detail::is_compiled(input) &&
          ((detail::is_plain(others) || detail::is_compiled(others)) && ...);
 }
 

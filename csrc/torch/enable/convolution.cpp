@@ -27,7 +27,7 @@ Tensor convolution(const Convolution& op, DispatchKeySet keys, const Tensor& inp
   const auto fits = [axes](SymIntArrayRef numbers) { return numbers.size() == 1 || numbers.size() == axes; };
   const bool gains = !weight.requires_grad() && weight.dim() == input.dim() && axes >= 1 && axes <= 3 && fits(stride) &&
                      fits(padding) && fits(dilation) && fits(output_padding) && !is_empty(input);
-  if (!gains || !serves(Value::torch_s, input, weight, b)) {
+  if (!gains || !serves(Value::stock, input, weight, b)) {
     return op.stock(keys, input, weight, bias, stride, padding, dilation, transposed, output_padding, groups);
   }
   const auto compute = [&] {

@@ -8,7 +8,7 @@
 
 namespace freezekit::enable {
 
-// Whether a tensor of a Python class is one that stands for others in what torch.compile, or freezekit, is tracing.
+// Whether a tensor of a Python class stands for another one while torch.compile, or freezekit, traces.
 using IsCompiled = bool (*)(const at::Tensor&);
 void set_is_compiled(IsCompiled);
 

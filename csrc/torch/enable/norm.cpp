@@ -38,7 +38,7 @@ auto batch_norm_by(const Op& op, DispatchKeySet keys, bool training, double eps,
   }
   const bool gains =
       !training && mean.defined() && var.defined() && input.dim() >= 2 && !learns(w) && !learns(mean) && !learns(var);
-  if (!gains || !serves(Value::torch_s, input, w, b, mean, var)) {
+  if (!gains || !serves(Value::stock, input, w, b, mean, var)) {
     return op.stock(keys, input, weight, bias, running_mean, running_var, rest...);
   }
   auto results = op.forward(keys, input, weight, bias, running_mean, running_var, rest...);
@@ -69,7 +69,7 @@ Four cudnn_batch_norm(const CudnnBatchNorm& op, DispatchKeySet keys, const Tenso
 }
 
 bool serves_bias_alone(const Tensor& input, const Tensor& weight, const Tensor& bias) {
-  return is_for_bias_alone(input, weight, bias) && serves(Value::torch_s, input, weight, bias);
+  return is_for_bias_alone(input, weight, bias) && serves(Value::stock, input, weight, bias);
 }
 
 Three native_layer_norm(const LayerNorm& op, DispatchKeySet keys, const Tensor& input, SymIntArrayRef shape,

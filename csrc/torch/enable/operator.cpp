@@ -61,10 +61,10 @@ std::vector<std::string> AnyStandIn::take_over(c10::ArrayRef<torch::Library*> li
                                                                                 : table_of(op->computes_);
     const size_t before = free.size();
     for (size_t i = 0; i < keys.size(); ++i) {
-      const bool is_other_s = has_other_autograd(own, keys[i]) || has_other_autograd(computed, keys[i]) ||
-                              has_other_kernel(computed, keys[i]) ||
-                              (op->computes_ && has_other_kernel(own, keys[i]));  // an operator that torch composes
-      if (!is_other_s) free.emplace_back(op, libraries[i]);
+      const bool is_taken = has_other_autograd(own, keys[i]) || has_other_autograd(computed, keys[i]) ||
+                            has_other_kernel(computed, keys[i]) ||
+                            (op->computes_ && has_other_kernel(own, keys[i]));  // an operator that torch composes
+      if (!is_taken) free.emplace_back(op, libraries[i]);
     }
     if (free.size() < before + keys.size()) others.emplace_back(op->name_);
   }

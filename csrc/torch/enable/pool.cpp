@@ -72,7 +72,7 @@ Tensor max_pool1d(const MaxPool& op, DispatchKeySet keys, const Tensor& x, IntAr
 
 Tensor max_pool2d(const MaxPool& op, DispatchKeySet keys, const Tensor& x, IntArrayRef kernel_size, IntArrayRef stride,
                   IntArrayRef padding, IntArrayRef dilation, bool ceil_mode) {
-  // Torch composes it of the next one, above all that looks on: where something does, its own kernel is called.
+  // Torch composes it of the next operator, which modes and tracers see: under one of these its own kernel is called.
   if (is_unseen(x) && is_unrecorded(x)) {
     return op.unrecorded(keys, x, kernel_size, stride, padding, dilation, ceil_mode);
   }
@@ -97,7 +97,7 @@ std::tuple<Tensor, Tensor> max_pool2d_with_indices(const MaxPoolWithIndices& op,
 // The settings of a pooling over volumes that freezekit's serves.
 std::optional<Windows3d> windows(const Tensor& x, IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef padding,
                                  IntArrayRef dilation, bool ceil_mode) {
-  if (!are_windows(x, 3, kernel_size, stride, padding, dilation) || !serves(Value::torch_s, x)) return std::nullopt;
+  if (!are_windows(x, 3, kernel_size, stride, padding, dilation) || !serves(Value::stock, x)) return std::nullopt;
   const Windows3d g(symbols(kernel_size), symbols(stride), symbols(padding), symbols(dilation), ceil_mode);
   return keeps_taps(x, g) ? std::optional(g) : std::nullopt;
 }
@@ -131,7 +131,7 @@ Tensor avg_pool(const AvgPool& op, DispatchKeySet keys, const Tensor& x, IntArra
   if (is_unrecorded(x)) {
     return op.unrecorded(keys, x, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override);
   }
-  if (kernel_size.size() != kAxes || !serves(Value::torch_s, x)) {
+  if (kernel_size.size() != kAxes || !serves(Value::stock, x)) {
     return op.stock(keys, x, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override);
   }
   return record_avg_pool(x, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override);
@@ -151,7 +151,7 @@ constexpr char kAdaptiveAvgPool[] = "freezekit::adaptive_avg_pool", kReflectionP
 template <const char* kOwn, size_t kCount>
 Tensor linear(const Linear& op, DispatchKeySet keys, const Tensor& x, SymIntArrayRef numbers) {
   if (is_unrecorded(x)) return op.unrecorded(keys, x, numbers);
-  if (numbers.size() != kCount || !is_in_range(numbers) || !serves(Value::torch_s, x)) {
+  if (numbers.size() != kCount || !is_in_range(numbers) || !serves(Value::stock, x)) {
     return op.stock(keys, x, numbers);
   }
   static const auto own = find_operator<Tensor(const Tensor&, SymIntArrayRef)>(kOwn);

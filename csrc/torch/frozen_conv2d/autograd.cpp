@@ -131,7 +131,7 @@ Tensor frozen_dgrad_autograd(const FrozenGradCall& call) {
   return dx.contiguous(format_of(o.channels_last));
 }
 
-// (y, input), the latter for the input's other readers. Autocast has no say in a composite operator, so it is asked here.
+// (y, input), the latter for the input's other readers. Autocast skips composite operators, so it is asked here.
 std::tuple<Tensor, Tensor> frozen_shared(const FrozenCall& arguments) {
   const auto& [o, f] = arguments;
   const c10::DeviceType device = o.input.device().type();

@@ -84,7 +84,7 @@ Tensor activate_(Tensor& y, Activation activation, bool keep_mask) {
   return no_bits(y);
 }
 
-// What is done besides the convolution, as choices tell problems apart; no more than that where there is no choice.
+// What is done beside the convolution, by which choices tell problems apart; shorter where there is no choice.
 std::string variant_of(const Tensor& on, std::initializer_list<std::pair<bool, const char*>> parts) {
   std::string text = "frozen";
   if (!choices::candidate_on(on.device().type())) return text;

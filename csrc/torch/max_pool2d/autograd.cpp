@@ -87,8 +87,8 @@ std::tuple<Tensor, Tensor> indices_aten(const Tensor& input, const PoolGeometry&
   return at::max_pool2d_with_indices(input, g.kernel_size, g.stride, g.padding, g.dilation, g.ceil_mode);
 }
 
-// An input that is no batch of images is torch's to refuse, unless kernels are demanded: then the step below does.
-bool is_torch_s(const Tensor& input, const PoolGeometry& g) {
+// Torch refuses an input that is not a batch of images, unless kernels are demanded: then the step below does.
+bool is_left_to_torch(const Tensor& input, const PoolGeometry& g) {
   return route(Op::max_pool2d, g.backend, input).computer == Computer::formula ||
          (input.dim() != 4 && !is_own(g.backend));
 }
@@ -134,7 +134,7 @@ void register_entries(torch::Library& m) {
 }  // namespace
 
 Tensor record_max_pool2d(const Tensor& input, const PoolGeometry& g) {
-  return is_torch_s(input, g) ? pool_aten(input, g) : pool_and_record(input, g).first;
+  return is_left_to_torch(input, g) ? pool_aten(input, g) : pool_and_record(input, g).first;
 }
 
 Tensor record_max_pool1d(const Tensor& input, const PoolGeometry& g) {
@@ -146,7 +146,7 @@ bool makes_indices(const Tensor& input, Backend backend) {
 }
 
 std::tuple<Tensor, Tensor> record_max_pool2d_with_indices(const Tensor& input, const PoolGeometry& g) {
-  if (!makes_indices(input, g.backend) || is_torch_s(input, g)) return indices_aten(input, g);
+  if (!makes_indices(input, g.backend) || is_left_to_torch(input, g)) return indices_aten(input, g);
   const auto [result, taps] = pool_and_record(input, g);
   const Tensor indices = max_pool2d_indices(taps, input.sym_sizes(), g);
   return {result, proof::is_plain(indices) ? finish(indices, input.suggest_memory_format()) : indices};

@@ -1,5 +1,5 @@
 // Max pooling in three dimensions. What is kept from the value to the gradient is a tap per output, its place in the
-// window. csrc/cpu computes both; ATen does wherever something looks on, by int64 indices (d * H + h) * W + w.
+// window. csrc/cpu computes both; ATen does under modes, tracers and transforms, by int64 indices (d * H + h) * W + w.
 //
 //   max_pool3d(input, ...)               torch's value; its node keeps taps where torch keeps input and indices
 //   max_pool3d_with_indices(input, ...)  the same, and torch's indices, which only the caller keeps
