@@ -217,6 +217,18 @@ def test_copies_are_held_by_themselves(duplicate: Callable[[nn.Module], nn.Modul
     assert not model.train()[0].training
 
 
+def test_a_file_of_a_held_norm_needs_no_more_than_plain_names_of_python() -> None:
+    names = []
+    for model in (nn.Sequential(nn.BatchNorm1d(2)), nn.Sequential(nn.BatchNorm1d(2))):
+        if names:
+            freeze(model)
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        names.append(set(torch.serialization.get_unsafe_globals_in_checkpoint(file)))
+    assert names[1] - names[0] == {"builtins.getattr", "functools.partial"}
+
+
 def test_a_shallow_copy_does_not_disturb_its_source() -> None:
     model = nn.Sequential(nn.BatchNorm1d(2))
     freeze(model)
@@ -229,8 +241,13 @@ def test_a_shallow_copy_does_not_disturb_its_source() -> None:
 def test_the_state_dict_and_the_type_are_untouched() -> None:
     model = nn.Sequential(nn.BatchNorm2d(2))
     keys = list(model.state_dict())
+    for change in (lambda: freeze(model), lambda: unfreeze(model.eval()), lambda: freeze(model, norm="batch")):
+        change()
+        file = io.BytesIO()
+        torch.save(model.state_dict(), file)
+        file.seek(0)
+        assert list(torch.load(file, weights_only=True)) == list(model.state_dict()) == keys
     freeze(model)
-    assert list(model.state_dict()) == keys
     assert type(model[0]) is nn.BatchNorm2d
     assert repr(model) == repr(nn.Sequential(nn.BatchNorm2d(2)))
     model.load_state_dict(nn.Sequential(nn.BatchNorm2d(2)).state_dict())
