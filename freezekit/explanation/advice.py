@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -77,7 +77,7 @@ class Advisor:
 
     def __init__(self, traced: Trace, again: Again) -> None:
         self._traced, self._again = traced, again
-        self._fusible = _fusible(traced.modules.values())
+        self._fusible = _fusible(traced.modules)
         self._converted: dict[Key, Held] = {}
         self._frozen: dict[Key, Held] = {}
         if any(call.module is not None and not call.function for call in traced.calls):
@@ -175,17 +175,23 @@ def _saved(held: Held, most: int, after: int) -> str:
     return text if held.alone == held.all else f"up to {text} (shared)"
 
 
-def _fusible(modules: Iterable[nn.Module]) -> dict[int, str]:
+def _fusible(modules: Mapping[str, nn.Module]) -> dict[int, str]:
     """By convolution: what `fuse` would make of it and the layers behind it, in blocks that are frozen now."""
     found: dict[int, str] = {}
-    for module in modules:
+    for name, module in modules.items():
         if plan_of(module) is not None or "forward" in module.__dict__ or next(module.children(), None) is None:
             continue
         if not any(isinstance(child, nn.Conv2d) for child in module.children()):
             continue
         for names in make_plan(module, original_class(module)).blocks:
             layers = block_layers(module, names)
-            rest = [part for part in (names.norm, "add" if names.adds else "", names.activation) if part]
+            activation = names.activation if names.calls_function else _below(name, names.activation)
+            rest = [part for part in (_below(name, names.norm), "add" if names.adds else "", activation) if part]
             if rest and layers is not None and not why_unfused(*layers):
                 found[id(layers[0])] = f"fuse with {', '.join(rest)}: one kernel each way instead of {len(rest) + 1}"
     return found
+
+
+def _below(name: str, path: str | None) -> str:
+    """The whole name of what a module of that name knows by a path."""
+    return f"{name}.{path}" if name and path else path or ""
