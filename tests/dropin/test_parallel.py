@@ -42,4 +42,4 @@ def test_two_processes() -> None:
             process.kill()
     for process, (out, err) in zip(processes, outputs):
         assert process.returncode == 0, err[-3000:]
-        assert out.split() == ["ddp-converted", "ddp-enabled", "fsdp2-converted", "fsdp2-enabled", "dtensor"]
+        assert out.split() == ["ddp-converted", "ddp-enabled", "fsdp2-converted", "fsdp2-enabled", "chains", "dtensor"]
