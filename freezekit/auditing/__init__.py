@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -16,8 +15,7 @@ from torch import nn
 
 from freezekit._arguments import check_module
 from freezekit._inputs import arguments
-from freezekit.freezing.optim import group_of
-from freezekit.freezing.wrapping import layers
+from freezekit.freezing.wrapping import optimizers_of
 
 from . import attributes, forward, hooks, optim, tensors, wrappers
 from .report import SEVERITIES, AuditError, Finding, Report
@@ -57,21 +55,11 @@ _FORWARD = "moving tensors and lost gradients in a forward pass"
 
 
 def _optimizers(given: Any) -> tuple[torch.optim.Optimizer, ...]:
-    """One optimizer, several or none as a tuple; of one that wraps another the inner one, if it has all parameters."""
+    """One optimizer, several or none as a tuple."""
     several = given.values() if isinstance(given, Mapping) else given
     if not isinstance(several, Iterable) or isinstance(several, str):
         several = () if given is None else (given,)
-    return tuple(_plainest(one) for one in several)
-
-
-def _plainest(given: Any) -> torch.optim.Optimizer:
-    optimizers = [one for one in layers(given) if isinstance(one, torch.optim.Optimizer)]
-    if not optimizers:
-        shown = reprlib.repr(given)  # not all of a tensor
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, a sequence of them, or None, got {shown}")
-    members = [group_of(one).keys() for one in optimizers]
-    # A shard of ZeroRedundancyOptimizer has some of the parameters only.
-    return [one for one, ids in zip(optimizers, members) if ids == members[0]][-1]
+    return tuple(inner for one in several for inner in optimizers_of(one, to_change=False))
 
 
 def audit(

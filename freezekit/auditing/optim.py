@@ -12,7 +12,7 @@ from freezekit.freezing.causes import causes, momenta
 from freezekit.freezing.optim import group_of
 
 from .report import Finding, about, brief
-from .steps import steps_what_has_no_gradient, why_not_stepped, would_move
+from .steps import foreign_hooks, steps_what_has_no_gradient, why_not_stepped, would_move
 from .subject import Subject
 
 _WITHOUT_GRADIENT = ".grad is None, and this optimizer does not skip it"
@@ -22,8 +22,10 @@ _TAKE_OUT = "take it out of the optimizer, as freeze(..., optimizer=optimizer, r
 def not_stepped(subject: Subject) -> Iterator[tuple[str, str]]:
     """What the optimizers would do was read from their options, and not asked of them: which, and why."""
     for optimizer in subject.optimizers:
+        kind = type(optimizer).__name__
+        if count := len(foreign_hooks(optimizer)):
+            yield f"{count} hook(s) around the step of {kind}", "they are not run, and may write to anything"
         if why := why_not_stepped(optimizer):
-            kind = type(optimizer).__name__
             yield f"a step of {kind} on copies", f"{why}; momentum, decay and gradients were looked at instead"
 
 

@@ -34,6 +34,14 @@ def why_not_stepped(optimizer: torch.optim.Optimizer) -> str:
     return ""
 
 
+def foreign_hooks(optimizer: torch.optim.Optimizer) -> list[Any]:
+    """What runs before and after its step, freezekit's own hooks aside."""
+    own = [getattr(optimizer, name, {}) for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")]
+    hooks = (*own, optim._global_optimizer_pre_hooks, optim._global_optimizer_post_hooks)
+    every = [hook for each in hooks for hook in each.values()]
+    return [hook for hook in every if not (getattr(hook, "__module__", None) or "").startswith("freezekit.")]
+
+
 def steps_what_has_no_gradient(optimizer: torch.optim.Optimizer) -> bool:
     """Whether its step may move a parameter without a gradient, and can be asked; all of torch's own skip those."""
     own = type(optimizer).step.__module__.startswith("torch.optim.")

@@ -6,6 +6,7 @@ from torch import nn
 from torch.optim import LBFGS, Optimizer
 
 from freezekit.freezing.optim import strangers
+from freezekit.freezing.wrapping import optimizers_of
 
 
 def check_optimizers(optimizer: object, remove: bool, state: str, group: int | None = None) -> tuple[Optimizer, ...]:
@@ -15,9 +16,7 @@ def check_optimizers(optimizer: object, remove: bool, state: str, group: int | N
     if not isinstance(remove, bool):
         raise TypeError(f"remove must be a bool, got {remove!r}")
     given = tuple(optimizer) if isinstance(optimizer, list | tuple) else (optimizer,) if optimizer is not None else ()
-    for one in given:
-        if not isinstance(one, Optimizer):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer or several, got {type(one).__name__}")
+    given = tuple(inner for one in given for inner in optimizers_of(one, to_change=True))
     if not given:
         for name, used in (("remove=True", remove), ('state="reset"', state == "reset"), ("group", group is not None)):
             if used:

@@ -1,15 +1,16 @@
-"""Optimizers inside optimizers: Lookahead, ZeroRedundancyOptimizer, the wrappers of accelerate and Lightning."""
+"""Optimizers inside others: Lookahead, ZeroRedundancyOptimizer, the wrappers of accelerate, fastai and Lightning."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import MemberDescriptorType
 from typing import Any
 
 from torch.optim import Optimizer
 
 
 def inside(optimizer: Any) -> list[Optimizer]:
-    """The optimizers that are attributes of ``optimizer``, itself an optimizer or not; each once.
+    """The optimizers that ``optimizer``, itself one or not, has as attributes, or in lists and dictionaries; each once.
 
     >>> import torch
     >>> class Wrapper:
@@ -18,8 +19,14 @@ def inside(optimizer: Any) -> list[Optimizer]:
     >>> inside(Wrapper(torch.optim.SGD([torch.zeros(1)])))[0].__class__.__name__
     'SGD'
     """
-    held = (value for value in getattr(optimizer, "__dict__", {}).values() if isinstance(value, Optimizer))
-    return list({id(value): value for value in held if value is not optimizer}.values())
+    members = [pair for kind in type(optimizer).__mro__ for pair in vars(kind).items()]
+    slots = [name for name, member in members if isinstance(member, MemberDescriptorType)]
+    held = [*getattr(optimizer, "__dict__", {}).values(), *(getattr(optimizer, name, None) for name in slots)]
+    for value in held[:]:
+        held += dict.values(value) if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return list(
+        {id(value): value for value in held if isinstance(value, Optimizer) and value is not optimizer}.values()
+    )
 
 
 def layers(optimizer: Any) -> Iterator[Any]:
@@ -32,6 +39,35 @@ def layers(optimizer: Any) -> Iterator[Any]:
         if len(within) != 1:
             return
         optimizer = within[0]
+
+
+def optimizers_of(given: Any, *, to_change: bool) -> list[Optimizer]:
+    """What steps the parameters that ``given`` is to step: itself, or what it wraps.
+
+    Of optimizers inside each other it is the innermost that has all parameters; if its groups are to be changed, the
+    innermost whose groups are those of ``given``, as those of a shard of ZeroRedundancyOptimizer are not. Of what is no
+    optimizer and holds several, it is all of them.
+
+    Raises:
+        TypeError: there is none in ``given``.
+    """
+    every = list(layers(given))
+    found = [one for one in every if isinstance(one, Optimizer)]
+    if found:
+        lists = [[group["params"] for group in one.param_groups] for one in found]
+        held = [list(map(id, each)) if to_change else {id(p) for params in each for p in params} for each in lists]
+        return [[one for one, ids in zip(found, held) if ids == held[0]][-1]]
+    several = [one for within in inside(every[-1]) for one in optimizers_of(within, to_change=to_change)]
+    if not several:
+        cure = (
+            ", and found none inside it: pass the one that it wraps, or none where it wraps none (what is frozen has "
+            "no .grad, and optimizers pass over what has none)"
+        )
+        kind = type(given).__name__
+        raise TypeError(
+            f"optimizer must be a torch.optim.Optimizer or several, got {kind}{cure if hasattr(given, 'step') else ''}"
+        )
+    return several
 
 
 def innermost(optimizer: Any) -> Optimizer:
@@ -49,9 +85,9 @@ def innermost(optimizer: Any) -> Optimizer:
             f"optimizer: {type(last).__name__} has several inside it ({kinds}); pass the one that is meant"
         )
     if not isinstance(last, Optimizer) or "_optimizer_step_pre_hooks" not in vars(last):
-        # What is not an optimizer, or a wrapper around one that cannot be seen, which never called Optimizer.__init__.
+        # What is no optimizer, or a wrapper around one that cannot be seen, which never called Optimizer.__init__.
         raise TypeError(
             f"optimizer must be a torch.optim.Optimizer, got {type(last).__name__}, and found none inside it; "
-            "pass the optimizer that it wraps"
+            "pass the optimizer that it wraps (where it wraps none, it has no hooks by which its steps can be watched)"
         )
     return last

@@ -77,11 +77,11 @@ class Schedule:
         if isinstance(getattr(model, "_orig_mod", None), DDP):
             raise ValueError("model is a compiled DDP wrapper, which cannot be rewrapped: compile inside DDP, "
                              "DDP(torch.compile(model))")  # fmt: skip
-        if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        check_optimizers(optimizer, remove, state)
+        given = check_optimizers(optimizer, remove, state)
+        if len(given) > 1:
+            raise TypeError(f"optimizer must be one torch.optim.Optimizer, got {len(given)}")
         self.model = model
-        self.optimizer = optimizer
+        self.optimizer = given[0] if given else None
         self.remove, self.state = remove, state
         self.layers: tuple[Layer, ...] = layers_of(unwrapped(model), layers)
         self.steps = 0

@@ -73,8 +73,8 @@ class UpdateNorm(Schedule):
         state: Literal["keep", "reset"] = "keep",
     ) -> None:
         super().__init__(model, optimizer, layers, remove, state)
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        if self.optimizer is None:
+            raise TypeError("optimizer must be a torch.optim.Optimizer, got None")
         check_real("threshold", threshold)
         if not threshold > 0:
             raise ValueError(f"threshold must be above 0, got {threshold}")

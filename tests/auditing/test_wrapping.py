@@ -15,7 +15,9 @@ from torch.distributed.optim import PostLocalSGDOptimizer, ZeroRedundancyOptimiz
 from torch.optim import SGD, Optimizer
 
 from freezekit.auditing import audit
+from freezekit.freezing import freeze, unfreeze
 from freezekit.guarding import FrozenMoved, guard
+from freezekit.schedules import FreezeOut
 from tests.auditing.helpers import found, images, net, the
 
 
@@ -61,6 +63,44 @@ class Wrapper:
         self._optimizer.step()
 
 
+class Slotted:
+    __slots__ = ("inner",)
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.inner = optimizer
+
+    def step(self) -> None:
+        self.inner.step()
+
+
+class InTable(Wrapper):
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.all, self._optimizer = {"main": optimizer, "rate": 0.1}, None
+
+    def step(self) -> None:
+        self.all["main"].step()
+
+
+class Delegating:
+    """As fastai's OptimWrapper: a state of its own, all else handed on."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.opt, self.state = optimizer, {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["opt"], name)
+
+
+class Closed:
+    """An optimizer of another make, which wraps none of torch's."""
+
+    def __init__(self, params: Any) -> None:
+        self.params = list(params)
+
+    def step(self) -> None:
+        pass
+
+
 def sgd(model: nn.Module) -> SGD:
     return SGD(model.parameters(), lr=0.1, momentum=0.9)
 
@@ -69,6 +109,9 @@ WRAPPERS: dict[str, Callable[[nn.Module], Any]] = {
     "Lookahead": lambda m: Lookahead(sgd(m)),
     "Accelerated": lambda m: Accelerated(sgd(m)),
     "Wrapper": lambda m: Wrapper(sgd(m)),
+    "Slotted": lambda m: Slotted(sgd(m)),
+    "InTable": lambda m: InTable(sgd(m)),
+    "Delegating": lambda m: Delegating(sgd(m)),
     "Accelerated Lookahead": lambda m: Accelerated(Lookahead(sgd(m))),
     "ZeroRedundancyOptimizer": lambda m: ZeroRedundancyOptimizer(m.parameters(), SGD, lr=0.1, momentum=0.9),
     "PostLocalSGDOptimizer": lambda m: PostLocalSGDOptimizer(sgd(m), PeriodicModelAverager(4)),
@@ -93,13 +136,19 @@ def prepared(make: Callable[[nn.Module], Any]) -> tuple[nn.Module, Any]:
     return model, optimizer
 
 
+def inner_of(optimizer: Any) -> SGD:
+    while not isinstance(optimizer, SGD):
+        held = [getattr(optimizer, "inner", None), *getattr(optimizer, "__dict__", {}).values()]
+        held += [value["main"] for value in held if isinstance(value, dict) and "main" in value]
+        optimizer = next(value for value in held if isinstance(value, Optimizer))
+    return optimizer
+
+
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_nothing_moves_and_the_move_is_seen(name: str) -> None:
     model, optimizer = prepared(WRAPPERS[name])
     before = [p.detach().clone() for p in model.parameters()]
-    inner = optimizer
-    while not isinstance(inner, SGD):
-        inner = next(v for v in vars(inner).values() if isinstance(v, Optimizer))
+    inner = inner_of(optimizer)
     momenta = [state["momentum_buffer"].clone() for state in inner.state.values()]
     report = audit(model, optimizer, images())
     assert the(report, "would-move").names == ("0.weight", "0.bias")
@@ -123,6 +172,58 @@ def test_guard_watches_the_optimizer_inside(name: str) -> None:
             p.grad = None
         optimizer.step()
     assert held.steps == 1
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_freeze_takes_parameters_out_of_the_optimizer_inside_and_puts_them_back(name: str) -> None:
+    model, optimizer = prepared(WRAPPERS[name])
+    inner = optimizer if name == "ZeroRedundancyOptimizer" else inner_of(optimizer)
+    params, before = list(model.parameters()), [id(p) for group in inner.param_groups for p in group["params"]]
+    freeze(model, "0", optimizer=optimizer, remove=True, norm="freeze")
+    assert [id(p) for group in inner.param_groups for p in group["params"]] == [id(p) for p in params[2:]]
+    if name != "ZeroRedundancyOptimizer":
+        inner.state_dict()  # holds no state of what is gone
+    unfreeze(model, "0", optimizer=optimizer)
+    assert [id(p) for group in inner.param_groups for p in group["params"]] == before
+
+
+def test_what_holds_several_stands_for_all_of_them() -> None:
+    generator, discriminator = nn.Conv2d(3, 3, 1), net()
+    both = nn.ModuleDict({"g": generator, "d": discriminator})
+    manager = InTable(sgd(generator))
+    manager.all["other"] = sgd(discriminator)
+    assert not len(audit(both, manager))
+    freeze(both, optimizer=manager, remove=True, norm="freeze")
+    assert not any(group["params"] for one in (manager.all["main"], manager.all["other"]) for group in one.param_groups)
+    with pytest.raises(TypeError, match="must be one torch.optim.Optimizer, got 2"):
+        FreezeOut(both, t0=0.5, total_steps=10, optimizer=manager)
+
+
+def test_what_wraps_none_is_told_what_to_pass() -> None:
+    model = net()
+    for ask in (
+        lambda optimizer: freeze(model, optimizer=optimizer),
+        lambda optimizer: audit(model, optimizer),
+        lambda optimizer: FreezeOut(model, t0=0.5, total_steps=10, optimizer=optimizer),
+    ):
+        with pytest.raises(TypeError, match=r"got Closed, and found none inside it: pass the one .* or none where"):
+            ask(Closed(model.parameters()))
+        with pytest.raises(TypeError, match=r"torch\.optim\.Optimizer or several, got float$"):
+            ask(0.1)
+    with pytest.raises(TypeError, match=r"got Closed.*no hooks by which its steps can be watched"):
+        guard(model, Closed(model.parameters()))
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_hooks_around_a_step_are_told_to_be_not_run() -> None:
+    model = net()
+    optimizer = sgd(model)
+    with guard(model, optimizer):
+        assert not [check for check in audit(model, optimizer).skipped if "hook" in check]
+        optimizer.register_step_pre_hook(lambda *step: None)
+        optimizer.register_step_post_hook(lambda *step: model[0].weight.data.zero_())
+        assert "2 hook(s) around the step of SGD" in audit(model, optimizer).skipped
+    assert model[0].weight.any()
 
 
 def test_guard_says_what_to_pass() -> None:
