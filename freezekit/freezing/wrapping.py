@@ -63,9 +63,9 @@ def optimizers_of(given: Any, *, to_change: bool) -> list[Optimizer]:
             ", and found none inside it: pass the one that it wraps, or none where it wraps none (what is frozen has "
             "no .grad, and optimizers pass over what has none)"
         )
-        kind = type(given).__name__
         raise TypeError(
-            f"optimizer must be a torch.optim.Optimizer or several, got {kind}{cure if hasattr(given, 'step') else ''}"
+            f"optimizer must be a torch.optim.Optimizer or several, got {_kind_of(given)}"
+            f"{cure if hasattr(given, 'step') else ''}"
         )
     return several
 
@@ -87,7 +87,13 @@ def innermost(optimizer: Any) -> Optimizer:
     if not isinstance(last, Optimizer) or "_optimizer_step_pre_hooks" not in vars(last):
         # What is no optimizer, or a wrapper around one that cannot be seen, which never called Optimizer.__init__.
         raise TypeError(
-            f"optimizer must be a torch.optim.Optimizer, got {type(last).__name__}, and found none inside it; "
+            f"optimizer must be a torch.optim.Optimizer, got {_kind_of(last)}, and found none inside it; "
             "pass the optimizer that it wraps (where it wraps none, it has no hooks by which its steps can be watched)"
         )
     return last
+
+
+def _kind_of(value: Any) -> str:
+    """A class's name, with its module's: there are optimizers of other makes by the name Optimizer."""
+    kind = type(value)
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
