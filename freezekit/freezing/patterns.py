@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from freezekit._arguments import check_module, shown
 from freezekit.freezing.norm import has_statistics
@@ -122,7 +123,24 @@ class _Index:
         name = getattr(pattern, "__name__", repr(pattern))
         return f"patterns: the predicate {name} selects none of the {len(self.names)} parameters"
 
+    def computed(self) -> dict[str, list[str]]:
+        """Name of each tensor that a parametrization, weight norm or pruning computes -> what it is made of."""
+        found: dict[str, list[str]] = {}
+        for path, module in self.modules.items():
+            prefix = f"{path}." if path else ""
+            for name in module.parametrizations if is_parametrized(module) else ():
+                inside = f"{prefix}parametrizations.{name}"
+                found[prefix + name] = [known for known in self.params if known.startswith(f"{inside}.")] or [inside]
+            for name, value in vars(module).items():
+                made_of = [prefix + own for own in module._parameters if own.startswith(f"{name}_")]
+                if isinstance(value, Tensor) and made_of:
+                    found[prefix + name] = made_of
+        return found
+
     def unknown(self, pattern: str) -> str:
+        for name, made_of in self.computed().items():
+            if name == pattern or fnmatch.fnmatchcase(name, pattern):
+                return f"{name!r} is no parameter, but computed from {' and '.join(map(repr, made_of))}: name these"
         near = ", ".join(repr(name) for name in self.near(pattern))
         hint = f"near names: {near}" if near else f"top-level names: {', '.join(map(repr, self.top()))}"
         return f"{pattern!r} matches no module or parameter of {type(self.model).__name__}; {hint}"

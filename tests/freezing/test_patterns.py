@@ -127,6 +127,39 @@ def test_nothing_matched_is_an_error_that_helps(pattern: Any, says: str) -> None
     assert all(p.requires_grad for p in model.parameters()), "a refused call must change nothing"
 
 
+ORIGINAL = "0.parametrizations.weight.original"
+
+
+@pytest.mark.parametrize(
+    ("wrap", "made_of"),
+    [
+        (nn.utils.parametrizations.weight_norm, (f"{ORIGINAL}0", f"{ORIGINAL}1")),
+        (nn.utils.parametrizations.spectral_norm, (ORIGINAL,)),
+        (nn.utils.parametrizations.orthogonal, (ORIGINAL,)),
+        (nn.utils.weight_norm, ("0.weight_g", "0.weight_v")),
+        (nn.utils.spectral_norm, ("0.weight_orig",)),
+        (lambda layer: nn.utils.prune.l1_unstructured(layer, "weight", 0.5), ("0.weight_orig",)),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
+def test_a_weight_that_is_computed_is_known_by_what_it_is_made_of(wrap: Any, made_of: tuple[str, ...]) -> None:
+    model = nn.Sequential(wrap(nn.Linear(3, 3)), nn.Linear(3, 1))
+    state = [buffer.clone() for buffer in model.buffers()]
+    for call in (
+        lambda: freeze(model, "0.weight"),
+        lambda: freeze(model, "0.we*t"),
+        lambda: freeze(model, until="0.weight"),
+    ):
+        with pytest.raises(
+            PatternError, match=r"'0\.weight' is no parameter, but computed from (.*): name these$"
+        ) as error:
+            call()
+        assert str(error.value).count("'") == 2 + 2 * len(made_of)
+        assert all(repr(name) in str(error.value) for name in made_of)
+    assert all(torch.equal(a, b) for a, b in zip(state, model.buffers(), strict=True))
+    assert freeze(model, *made_of).params == made_of
+
+
 def test_wrong_types_are_named() -> None:
     for wrong in (3, int, None):
         with pytest.raises(TypeError, match="patterns must be"):
