@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from freezekit import _C
 
 
 class Calls(TorchDispatchMode):
@@ -71,3 +74,25 @@ def bytes_kept(forward: Callable[[Tensor], Tensor], x: Tensor) -> int:
         for tensor in (*forward.parameters(), *forward.buffers()):
             storages.forget(tensor)
     return storages.kept - y.untyped_storage().nbytes()
+
+
+def bytes_saved(call: Callable[[], Any], owned: Iterable[Tensor] = ()) -> int:
+    """Bytes of the storages that autograd saves in `call`, those of `owned` aside.
+
+    Unlike `bytes_kept` it needs no dispatch mode, under which torch.compile does not compile.
+    """
+    storages: dict[int, int] = {}
+    holds = Counter[int]()
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        holds[storage._cdata] += -1 if _C.chains.is_let_go() else 1
+        storages[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = call()
+    assert result is not None
+    for tensor in owned:
+        storages.pop(tensor.untyped_storage()._cdata, None)
+    return sum(nbytes for key, nbytes in storages.items() if holds[key])

@@ -11,8 +11,8 @@ import freezekit as fk
 from freezekit.enabling import watched
 from tests.clients.cases import CASES, Case
 from tests.clients.packages import missing
-from tests.enabled.helpers import kept
 from tests.explanation.test_nothing_changes import picture, same
+from tests.observe import bytes_saved
 
 pytestmark = pytest.mark.full
 
@@ -29,7 +29,7 @@ def test_every_byte_is_counted_and_nothing_changes(case: Case) -> None:
         return call(model, x)
 
     with watched():  # else hooks on what is saved are given what chains make again
-        expected = kept(lambda: run(x), [*model.parameters(), *model.buffers()])
+        expected = bytes_saved(lambda: run(x), [*model.parameters(), *model.buffers()])
     before = picture(model)
     assert fk.explain(run, x).bytes_kept == expected
     assert all(same(a, b) for a, b in zip(before, picture(model), strict=True))

@@ -155,7 +155,7 @@ def test_saved_tensor_hooks_see_what_is_kept_and_no_more() -> None:
 
 def test_hooks_that_lower_precision_change_the_gradient_as_in_stock(way: str) -> None:
     def lowered(t: Tensor) -> Tensor:
-        return t.bfloat16().float() if t.is_floating_point() else t  # bits are no numbers
+        return t.bfloat16().float() if t.is_floating_point() else t  # bits are not numbers
 
     results = []
     for net in turns(way):

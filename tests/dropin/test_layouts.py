@@ -142,7 +142,7 @@ BITS = ("relu", "relu6", "leaky_relu", "hardtanh", "dropout")
 
 @pytest.mark.parametrize("name", [*BITS, "max_pool2d"])
 def test_what_layers_keep_past_2_to_the_31_elements(name: str) -> None:
-    """Words of 32 bits, or a byte an output element, counted in 64 bits: on the meta device, where nothing is."""
+    """Words of 32 bits, or a byte per output element, counted in 64 bits: on the meta device, where nothing is."""
     x = torch.empty(70_000, 16, 64, 64, device="meta", requires_grad=True)
     settings = (2,) if name == "max_pool2d" else ()
     kept: list[Tensor] = []

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 import freezekit as fk
 
@@ -18,25 +16,6 @@ AUTOGRAD_KEYS = ("AutogradCPU", "AutogradCUDA", "AutogradMeta")
 def tables() -> dict[str, str]:
     """The dispatch tables of every operator that has a stand-in."""
     return {name: torch._C._dispatch_dump_table(f"aten::{name}") for name in fk._C.enable.operators()}
-
-
-def kept(call: Callable[[], Any], owned: Iterable[Tensor] = ()) -> int:
-    """Bytes of the storages that autograd keeps after `call`, those of `owned` and of its results aside."""
-    storages: dict[int, int] = {}
-    holds = Counter[int]()
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        holds[storage._cdata] += -1 if fk._C.chains.is_let_go() else 1
-        storages[storage._cdata] = storage.nbytes()
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = call()
-    assert result is not None
-    for tensor in owned:
-        storages.pop(tensor.untyped_storage()._cdata, None)
-    return sum(nbytes for key, nbytes in storages.items() if holds[key])
 
 
 def first(results: Tensor | tuple[Tensor, ...]) -> Tensor:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import freezekit as fk
-from tests.enabled.helpers import gradients, kept
+from tests.enabled.helpers import gradients
+from tests.observe import bytes_saved
 
 
 @pytest.fixture(autouse=True)
@@ -45,11 +46,11 @@ def test_no_frozen_input_is_kept(dynamic: bool) -> None:
     x = torch.randn(2, 3, 16, 16, requires_grad=True)
     expected = gradients(model, x)
     stock = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=dynamic)
-    torch_s = kept(lambda: stock(x), owned)
+    torch_s = bytes_saved(lambda: stock(x), owned)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     with fk.enabled():
-        ours = kept(lambda: compiled(x), [*owned, x])
+        ours = bytes_saved(lambda: compiled(x), [*owned, x])
         # Batch norm's scale, and what the compiler keeps of ReLU: its own choice.
         relu = 2 * 8 * 16 * 16 * 4
         assert ours <= relu + 4096 < torch_s / 4
@@ -77,12 +78,12 @@ def test_batch_norm_in_training_moves_its_statistics() -> None:
 def test_compiled_without_is_torch_s() -> None:
     model = net()
     x = torch.randn(2, 3, 16, 16, requires_grad=True)
-    before = kept(lambda: torch.compile(model, backend="aot_eager")(x))
+    before = bytes_saved(lambda: torch.compile(model, backend="aot_eager")(x))
     torch._dynamo.reset()
     with fk.enabled():
         torch.compile(model, backend="aot_eager")(x)
     torch._dynamo.reset()
-    assert kept(lambda: torch.compile(model, backend="aot_eager")(x)) == before
+    assert bytes_saved(lambda: torch.compile(model, backend="aot_eager")(x)) == before
 
 
 def test_switching_within_a_compiled_function_breaks_the_graph() -> None:

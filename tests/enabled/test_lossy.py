@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import freezekit as fk
 from freezekit.enabling import precision
-from tests.enabled.helpers import kept
+from tests.observe import bytes_saved
 from tests.smooth import SMOOTH
 
 Call = Callable[[Tensor], Tensor]
@@ -232,7 +232,7 @@ def test_one_byte_or_half_of_one_is_kept(name: str, dtype: torch.dtype) -> None:
     x = torch.randn(ENOUGH + 1, dtype=dtype, requires_grad=True)
     for asked, nbytes in (("int8", ENOUGH + 1), ("int4", ENOUGH // 2 + 1)):
         with fk.enabled(asked):
-            assert kept(lambda: ACTIVATIONS[name](x * 1)) == nbytes
+            assert bytes_saved(lambda: ACTIVATIONS[name](x * 1)) == nbytes
 
 
 @pytest.mark.parametrize("as_view", [False, True])

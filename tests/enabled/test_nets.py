@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import freezekit as fk
-from tests.enabled.helpers import gradients, kept
+from tests.enabled.helpers import gradients
+from tests.observe import bytes_saved
 
 
 class OwnConv2d(nn.Conv2d):
@@ -78,11 +79,11 @@ def test_a_detector_keeps_bits(norm: Callable[[int], nn.Module]) -> None:
     model = build(norm)
     x = torch.randn(2, 3, 64, 64, requires_grad=True)
     owned = [*model.parameters(), *model.buffers(), x]
-    stock, expected = kept(lambda: model(x * 1), owned), gradients(model, x)
+    stock, expected = bytes_saved(lambda: model(x * 1), owned), gradients(model, x)
     other = fk.convert(copy.deepcopy(model))
-    converted = kept(lambda: other(x * 1), [*other.parameters(), *other.buffers()])
+    converted = bytes_saved(lambda: other(x * 1), [*other.parameters(), *other.buffers()])
     with fk.enabled():
-        ours, found = kept(lambda: model(x * 1), owned), gradients(model, x)
+        ours, found = bytes_saved(lambda: model(x * 1), owned), gradients(model, x)
     assert ours <= 0.04 * stock
     assert ours <= converted
     for a, b in zip(found, expected, strict=True):
@@ -95,7 +96,7 @@ def test_the_two_norms_keep_the_same() -> None:
     def with_norm(norm: Callable[[int], nn.Module]) -> int:
         model = build(norm)
         with fk.enabled():
-            return kept(lambda: model(x * 1), [*model.parameters(), *model.buffers()])
+            return bytes_saved(lambda: model(x * 1), [*model.parameters(), *model.buffers()])
 
     scales = 4 * 9 * 32 * 4  # FrozenBatchNorm2d makes its scale at each call
     assert abs(with_norm(nn.BatchNorm2d) - with_norm(FrozenBatchNorm2d)) <= scales
@@ -113,4 +114,4 @@ def test_weight_standardisation_keeps_weights_alone() -> None:
     model = nn.Sequential(*[Standardised(8, 8, 3, padding=1) for _ in range(3)]).requires_grad_(False)
     x = torch.randn(2, 8, 32, 32, requires_grad=True)
     with fk.enabled():
-        assert kept(lambda: model(x * 1), model.parameters()) == 3 * model[0].weight.nbytes  # type: ignore[union-attr]
+        assert bytes_saved(lambda: model(x * 1), model.parameters()) == 3 * model[0].weight.nbytes  # type: ignore[union-attr]

@@ -15,7 +15,8 @@ from torch.autograd import forward_ad
 
 import freezekit as fk
 from bench.memory import trace
-from tests.enabled.helpers import first, gradients, kept, tolerance
+from tests.enabled.helpers import first, gradients, tolerance
+from tests.observe import bytes_saved
 
 
 @dataclass(frozen=True)
@@ -124,9 +125,9 @@ def test_values_gradients_and_bytes(case: OperatorCase, dtype: torch.dtype) -> N
         else:
             torch.testing.assert_close(a, b, **tolerance(b))
     owned = [*case.call.parameters(), *case.call.buffers()] if isinstance(case.call, nn.Module) else []
-    torch_s = kept(lambda: case.call(x * 1), owned)
+    torch_s = bytes_saved(lambda: case.call(x * 1), owned)
     with fk.enabled():
-        mine = kept(lambda: case.call(x * 1), owned)
+        mine = bytes_saved(lambda: case.call(x * 1), owned)
     assert torch_s > 0
     assert mine <= case.share * torch_s * max(1, 4 / x.element_size())
 
@@ -148,7 +149,7 @@ def test_a_norm_keeps_nothing_for_its_bias(normalise: Callable[..., Tensor]) -> 
     stock = gradients(call, w, b)
     with fk.enabled():
         ours = gradients(call, w, b)
-        assert kept(lambda: call(w, b)) == 0
+        assert bytes_saved(lambda: call(w, b)) == 0
     for a, c in zip(ours, stock, strict=True):
         torch.testing.assert_close(a, c, rtol=1e-6, atol=1e-6)
 
@@ -276,7 +277,7 @@ def test_autocast_is_above() -> None:
     stock = gradients(call, x)
     with fk.enabled():
         ours = gradients(call, x)
-        assert kept(lambda: call(x), conv.parameters()) < kept(lambda: x * x)
+        assert bytes_saved(lambda: call(x), conv.parameters()) < bytes_saved(lambda: x * x)
     assert [t.dtype for t in ours] == [t.dtype for t in stock] == [torch.bfloat16, torch.float32]  # type: ignore[union-attr]
     for a, b in zip(ours, stock, strict=True):
         torch.testing.assert_close(a, b)
@@ -295,9 +296,9 @@ def test_anomaly_mode_and_saved_tensor_hooks() -> None:
 def test_what_is_kept_does_not_depend_on_who_looks(layer: nn.Module) -> None:
     x = torch.randn(IMAGE, requires_grad=True)
     with fk.enabled():
-        plain = kept(lambda: layer(x * 1))
+        plain = bytes_saved(lambda: layer(x * 1))
         with torch.profiler.profile():
-            assert kept(lambda: layer(x * 1)) == plain
+            assert bytes_saved(lambda: layer(x * 1)) == plain
         assert plain < x.nbytes / 2
         for measure in (False, True):
             assert fk.explain(layer, x, measure=measure).bytes_kept == plain

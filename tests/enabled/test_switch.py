@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import freezekit as fk
-from tests.enabled.helpers import AUTOGRAD_KEYS, kept, tables
+from tests.enabled.helpers import AUTOGRAD_KEYS, tables
+from tests.observe import bytes_saved
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +32,7 @@ def keeps_input() -> bool:
     """Whether a frozen convolution keeps its input."""
     conv = nn.Conv2d(2, 2, 3).requires_grad_(False)
     x = torch.ones(1, 2, 8, 8, requires_grad=True)
-    return kept(lambda: conv(x * 1), conv.parameters()) >= 4 * x.numel()
+    return bytes_saved(lambda: conv(x * 1), conv.parameters()) >= 4 * x.numel()
 
 
 def test_every_table_is_what_it_was() -> None:

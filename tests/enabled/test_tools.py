@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import freezekit as fk
 from freezekit.conversion import conversion_report
 from freezekit.planning import Machine, plan
-from tests.enabled.helpers import kept
+from tests.observe import bytes_saved
 
 
 class Net(nn.Module):
@@ -36,7 +36,7 @@ def test_explain_counts_what_is_kept() -> None:
     stock = fk.explain(net, X).bytes_kept
     with fk.enabled():
         explained = fk.explain(net, X).bytes_kept
-        measured = kept(lambda: net(X * 1), [*net.parameters(), *net.buffers()])
+        measured = bytes_saved(lambda: net(X * 1), [*net.parameters(), *net.buffers()])
     assert explained == measured < stock / 10
 
 

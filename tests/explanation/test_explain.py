@@ -15,6 +15,7 @@ import freezekit as fk
 from freezekit._inputs import arguments
 from freezekit.explanation import explain
 from freezekit.explanation.trace import trace
+from tests.observe import bytes_saved
 
 
 class Block(nn.Module):
@@ -34,18 +35,7 @@ def net() -> nn.Module:
 
 
 def kept_on_data(model: nn.Module, x: Tensor) -> int:
-    there = [*model.parameters(), *model.buffers()]
-    own = {t.untyped_storage()._cdata for t in there}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept.setdefault(tensor.untyped_storage()._cdata, tensor.untyped_storage())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = model(x)
-    assert y is not None
-    return sum(s.nbytes() for key, s in kept.items() if key not in own)
+    return bytes_saved(lambda: model(x), [*model.parameters(), *model.buffers()])
 
 
 REGIMES = {
@@ -116,7 +106,7 @@ def test_a_fused_block_is_a_row() -> None:
     assert (block.name, block.layer) == ("1", "Block: fused conv + norm + add + relu")
     assert (block.fprop, block.dgrad, block.wgrad, block.db) == (True, True, False, False)
     assert block.inputs == block.outputs == (2, 8, 8, 8)
-    assert block.bytes_kept == 2 * 8 * 8 * 8 / 8  # a bit an element
+    assert block.bytes_kept == 2 * 8 * 8 * 8 / 8  # a bit per element
     assert block.flops == 2 * 2 * 8 * 8 * 8 * 8 * 9
     assert not any(row.name.startswith("1.") for row in rows)
 

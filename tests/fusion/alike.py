@@ -47,7 +47,7 @@ def assert_alike(fused: nn.Module, stock: nn.Module, inputs: Any, tolerance: flo
             assert (mine is None) == (other is None), name
             if mine is not None:
                 torch.testing.assert_close(mine, other, rtol=tolerance, atol=tolerance)
-    # A result that stock keeps for backward costs it nothing more; a mask of it is a bit an element.
+    # A result that stock keeps for backward costs it nothing more; a mask of it is a bit per element.
     bits = sum((y.numel() + 31) // 32 * 4 for y in ours["values"])
     assert kept(fused, inputs) <= kept(stock, inputs) + bits
 

@@ -101,7 +101,7 @@ class Problem:
 
 @dataclass
 class Epilogue:
-    """The tensors of csrc/kernels/api.h's Epilogue; masks are int32, one bit an element in NHWC order.
+    """The tensors of csrc/kernels/api.h's Epilogue; masks are int32, one bit per element in NHWC order.
 
     A bias of another dtype than the other tensors' is one of the accumulators'. filter_scale is Conv2dTensors'.
     """

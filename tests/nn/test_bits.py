@@ -1,4 +1,4 @@
-"""Activations and dropout: torch's values and gradients, one bit an element kept."""
+"""Activations and dropout: torch's values and gradients, one bit per element kept."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_every_size(name: str, size: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["new", "inplace"])
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_one_bit_an_element_is_kept(name: str, inplace: bool) -> None:
+def test_one_bit_per_element_is_kept(name: str, inplace: bool) -> None:
     ours, _, arguments = FUNCTIONS[name]
     x = torch.randn(8, 3, 16, 16, requires_grad=True)
     kept = bytes_kept(lambda t: ours(t, *arguments, inplace=inplace), x)

@@ -17,7 +17,7 @@ import freezekit as fk
 from freezekit import nn as layers
 from freezekit.conversion import SWAPS, conversion_report, convert, revert
 from freezekit.freezing import PatternError
-from tests.enabled.helpers import kept
+from tests.observe import bytes_saved
 
 ARGUMENTS: dict[str, tuple[object, ...]] = {
     **{f"Conv{t}{i}d": (2, 4, 3) for i in (1, 2, 3) for t in ("", "Transpose")},
@@ -98,11 +98,11 @@ def test_the_report_names_every_layer_of_torch_that_keeps_more_than_it_would_whi
         try:
             assert layer is not None
             layer.requires_grad_(False)
-            stock = kept(lambda: layer(x.clone()), layer.parameters())  # noqa: B023 (it is called here)
+            stock = bytes_saved(lambda: layer(x.clone()), layer.parameters())  # noqa: B023 (it is called here)
         except (AssertionError, RuntimeError, TypeError, ValueError, NotImplementedError):
             continue  # takes no images
         with fk.enabled():
-            enabled = kept(lambda: layer(x.clone()), layer.parameters())  # noqa: B023
+            enabled = bytes_saved(lambda: layer(x.clone()), layer.parameters())  # noqa: B023
         if enabled < stock:
             found.append(name)
             assert conversion_report(layer), name

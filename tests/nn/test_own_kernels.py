@@ -89,7 +89,7 @@ def test_activations(
 
 
 @pytest.mark.parametrize("numel", [0, 1, 7, 8, 31, 33, 1000])
-def test_every_size_keeps_one_bit_an_element(numel: int, own: tuple[Any, str]) -> None:
+def test_every_size_keeps_one_bit_per_element(numel: int, own: tuple[Any, str]) -> None:
     x = torch.randn(numel, device=own[1])
     with on(own[0]):
         actual = step(ff.relu, x, {})
