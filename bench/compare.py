@@ -209,7 +209,7 @@ class Run:
                 self.report.line(str(profiled.table))
 
     def _tables(self, regime: str) -> list[kernels.Profiled]:
-        """Of one regime, made in a process of its own where kernels of freezekit's may run on a GPU."""
+        """The tables of one regime, made in a process of its own where kernels of freezekit's may run on a GPU."""
         if not SIDES[kernels.OWN].is_apart(self.settings.device):
             return kernels.run(regime, self.settings)
         try:

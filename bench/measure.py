@@ -77,7 +77,7 @@ class Contestant:
         self._rate = case.learning_rate
 
     def gradients(self, y: Tensor, keep_graph: bool = False) -> Sequence[Tensor]:
-        """Of what learns, in the order of `names`."""
+        """Gradients of what learns, in the order of `names`."""
         if not self.wanted:
             return ()
         return torch.autograd.grad(y, self.wanted, self.dy, retain_graph=keep_graph)

@@ -1,4 +1,4 @@
-"""What the functions take for a number, and for a backend: torch's rules, with errors that name the argument."""
+"""Checks of arguments by torch's rules, with errors that name the argument."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def check_count(name: str, value: object) -> None:
 
 
 def plain(stride: object, padding: object, dilation: object, groups: object) -> bool:
-    """Whether all are ints or pairs of ints, as a module's own settings are: nothing is left to convert."""
+    """Whether all are ints or pairs of ints, as a module's own settings are, so that nothing needs to be converted."""
     return type(groups) is int and groups < _SMALL and _plain(stride) and _plain(padding) and _plain(dilation)
 
 

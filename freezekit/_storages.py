@@ -11,7 +11,7 @@ _BY_COLUMNS = (torch.sparse_csc, torch.sparse_bsc)
 
 
 def storages_of(tensor: Tensor) -> list[torch.UntypedStorage]:
-    """The storages of a tensor: of a sparse one those of its indices and values, of a wrapper those that it wraps.
+    """The storages of a tensor: of a sparse one those of its indices and values, of a wrapper those of what it wraps.
 
     >>> [storage.nbytes() for storage in storages_of(torch.eye(3).to_sparse())]  # 2 x 3 indices, 3 values
     [48, 12]

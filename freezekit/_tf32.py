@@ -12,7 +12,7 @@ _cudnn: Any = torch.backends.cudnn  # whose type knows no `conv`
 
 
 def allows_tf32() -> bool:
-    """As convolutions read it.
+    """The setting that convolutions read.
 
     `torch.backends.cudnn.allow_tf32` raises where recurrent layers are set to another precision.
     """
@@ -21,7 +21,7 @@ def allows_tf32() -> bool:
 
 @contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
-    """Within it convolutions may, or may not."""
+    """Context manager: within it convolutions may, or may not."""
     before = _cudnn.conv.fp32_precision
     _cudnn.conv.fp32_precision = "tf32" if allowed else "ieee"
     try:

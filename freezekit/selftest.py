@@ -253,7 +253,7 @@ def _in_a_child(what: str, until: float, *arguments: str) -> int:
 
 
 def _named(backend: str) -> tuple[str, ...]:
-    """The backend as an argument; what a child takes by itself where it has no public name."""
+    """The backend as an argument; nothing for the emulated one, which is the default where there is no GPU."""
     return () if backend == "emulated" else ("--backend", backend)
 
 

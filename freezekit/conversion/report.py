@@ -82,7 +82,7 @@ def conversion_report(model: nn.Module, inputs: Any = None) -> list[LayerReport]
 
 
 def _reason_of_a_relative(module: nn.Module) -> str:
-    """Of a layer that keeps what a kind of freezekit's would not, though it is of none of them; "" of any other."""
+    """Why a layer like one of freezekit's is left alone, though it keeps more; "" for any other layer."""
     kind = f"freezekit has no layer for {type(module).__module__}.{type(module).__qualname__}"
     leaky_relu = isinstance(module, nn.RReLU) and not module.training
     if leaky_relu or isinstance(module, (nn.Threshold, nn.modules.batchnorm._NormBase, *_CALLING)):

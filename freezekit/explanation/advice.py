@@ -87,7 +87,7 @@ class Advisor:
 
     @cached_property
     def _enabled(self) -> tuple[dict[Key, int], dict[Key, Held]]:
-        """Of each call what it alone would let go of with freezekit enabled, and what it would hold then."""
+        """With freezekit enabled: how much each call alone would let go of, and what it would hold."""
         with enabled():
             then = _by_key(self._again(lambda name, module: None, False))
         return _held_by_itself(self._traced, then), then
@@ -113,7 +113,7 @@ class Advisor:
         return self._fusible.get(id(call.module), "") or self._advise_enabling(key, held)
 
     def _advise_enabling(self, key: Key, held: Held) -> str:
-        """Of layers whose class freezekit has none for, and of calls in code that is not the reader's."""
+        """Advice for layers that freezekit has no class for, and for calls in code that is not the user's."""
         if not held.all or is_enabled():
             return ""
         free, then = self._enabled
@@ -162,7 +162,7 @@ def _convert_and_freeze(name: str, module: nn.Module) -> None:
 
 
 def _is_a_librarys(module: nn.Module | None) -> bool:
-    """Whether the forward that makes a call was installed, and not written by the reader."""
+    """Whether the forward that makes a call belongs to an installed package, and not to the user."""
     source = getattr(sys.modules.get(type(module).__module__), "__file__", None)
     return source is not None and any(Path(source).is_relative_to(folder) for folder in INSTALLED)
 

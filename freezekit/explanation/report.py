@@ -210,7 +210,7 @@ def explain(model: Callable[..., Any], inputs: Any, *, measure: bool | None = No
 
 
 def learning(inputs: Arguments) -> Arguments:
-    """The same inputs, of which all that can need a gradient do, as if they had been computed: no leaves."""
+    """The same inputs as computed tensors, no leaves, which need a gradient wherever they can."""
 
     def learns(value: Any) -> Any:
         if isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex()):

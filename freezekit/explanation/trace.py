@@ -162,7 +162,7 @@ class Recorder:
                 self.kept[key].holds.append(index)
 
     def _let_go(self) -> None:
-        """Of all that a graph keeps, which the copies may keep in turn."""
+        """Frees what graphs keep: a copy may keep its graph."""
         for packed in self._packed:
             packed.clear()
 

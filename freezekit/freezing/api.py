@@ -245,7 +245,7 @@ def _drop_grads(result: Frozen, selection: Selection, names: dict[int, tuple[str
 
 
 def _set_batch(result: Frozen, module: nn.Module, asked: bool) -> None:
-    """Note of one layer whether frozen it is to read the batch."""
+    """Note whether one layer, once frozen, is to read the batch."""
     result.on_restore(partial(statistics.read_batch, module, statistics.reads_batch(module)))
     statistics.read_batch(module, asked)
 

@@ -124,7 +124,7 @@ class Released(_StandIn):
         return partial, (type(self.module).train, self.module)
 
     def settle(self) -> bool:
-        """Once the parent trains again: has the layer follow, and ends the wait. Whether it had not followed."""
+        """Once the parent trains again, let the layer follow and end the wait. Returns whether it had not followed."""
         parent = self.parent()
         if parent is None or not parent.training:
             return False
@@ -256,7 +256,7 @@ def release(module: nn.Module, parent: nn.Module | None = None) -> None:
 
 
 def read_batch(module: nn.Module, asked: bool) -> None:
-    """Note of a layer whether its statistics were asked to move while its parameters are frozen."""
+    """Note whether the statistics of a layer were asked to move while its parameters are frozen."""
     if asked:
         module.__dict__[_READS_BATCH] = True
     else:
@@ -276,7 +276,7 @@ def reads_batch(module: nn.Module) -> bool:
 
 
 def train_parameters(module: nn.Module) -> None:
-    """Note of a held layer that its parameters are meant to train while its statistics hold still."""
+    """Note that the parameters of a held layer are meant to train while its statistics hold still."""
     if isinstance(holder := module.__dict__.get("train"), Hold):
         holder.parameters_train = True
 

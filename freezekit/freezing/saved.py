@@ -1,4 +1,4 @@
-"""Whether a saved freeze state is one, and whether it fits a model and its optimizers: checked before any change."""
+"""Checks of a saved freeze state, alone and against a model and its optimizers, before anything is changed."""
 
 from __future__ import annotations
 

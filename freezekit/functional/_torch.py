@@ -1,4 +1,4 @@
-"""Which calls freezekit's functions leave to torch's own: those that keep nothing, and odd arguments."""
+"""Which calls freezekit's functions leave to torch's own: where nothing is kept, and where arguments are unusual."""
 
 from __future__ import annotations
 

@@ -163,7 +163,7 @@ def group_norm(
 def _noted(
     function: Callable[..., Tensor], input: Tensor, of: Any, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
-    """torch's own, of which an activation behind it is to know bias and eps."""
+    """torch's own call; bias and eps are noted for an activation behind it."""
     if torch.compiler.is_compiling() or is_enabled():
         return LEFT_TO_TORCH
     y = function(input, of, weight, bias, eps)

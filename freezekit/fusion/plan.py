@@ -94,7 +94,7 @@ def make_plan(module: nn.Module, kind: type[nn.Module]) -> FusionPlan:
 
 
 def _why_no_subclass(kind: type[nn.Module]) -> str:
-    """Why no class is made of one: somebody would be told of it, and may register it, or want to be told more."""
+    """Why no subclass is made of a class: `__init_subclass__` or a metaclass would run, and may register it."""
     if type(kind) not in (type, ABCMeta) and type(kind).__module__ != "typing":
         return f"its class has a metaclass of its own, {type(kind).__name__}"
     for base in kind.__mro__[:-1]:

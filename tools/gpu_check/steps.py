@@ -19,7 +19,7 @@ UNTIL = ("--until", "{until}")
 
 
 def python(*arguments: str) -> tuple[str, ...]:
-    """Of this interpreter."""
+    """A command for this interpreter."""
     return sys.executable, *arguments
 
 
