@@ -28,9 +28,9 @@ MAY_INCLUDE = {
 }
 # csrc/torch: what each folder may include of the others. Every folder that is not named here is an operator's.
 SHARED = {
-    "common": {"common", "backends"},
+    "common": {"common"},
     "autograd": {"common", "autograd"},
-    "backends": {"common", "backends", "bits"},
+    "backends": {"common", "backends"},
 }
 # Operators that are made of another one's parts.
 MADE_OF = {

@@ -11,7 +11,7 @@
 #include "torch/backends/kernel_library.h"
 #include "torch/backends/launch_log.h"
 #include "torch/backends/native.h"
-#include "torch/common/route.h"
+#include "torch/backends/route.h"
 
 using namespace freezekit;
 

@@ -22,7 +22,7 @@
 
 #include "torch/backends/native_layers.h"
 #include "torch/backends/own_values.h"
-#include "torch/bits/gate.h"
+#include "torch/common/bit_mask.h"
 
 namespace freezekit::proof {
 namespace {

@@ -9,9 +9,9 @@
 #include <utility>
 
 #include "torch/backends/launch_log.h"
+#include "torch/backends/route.h"
 #include "torch/common/checks.h"
 #include "torch/common/layout.h"
-#include "torch/common/route.h"
 
 namespace freezekit::native {
 

@@ -4,13 +4,22 @@
 // be one tensor where the kernels say so.
 #pragma once
 
-#include <string_view>
+#include <ATen/core/Tensor.h>
+
+#include <optional>
 
 #include "kernels/api.h"
-#include "torch/bits/gate.h"
 #include "torch/common/operators.h"
 
-namespace freezekit::native {
+namespace freezekit {
+
+// What a gate makes of an element: on * x where its bit is set, else off * x; off = None selects 0.
+struct GateRule {
+  double on = 1;
+  std::optional<double> off;
+};
+
+namespace native {
 
 void activation(const PiecewiseActivation&, const Tensor& x, const Tensor& y, const Tensor& bits);
 void gate(const GateRule&, const Tensor& x, const Tensor& bits, const Tensor& out);
@@ -20,4 +29,5 @@ void max_pool(const MaxPool&, const Tensor& x, const Tensor& y, const Tensor& ta
 void max_pool_scatter(const MaxPool&, const Tensor& dy, const Tensor& taps, const Tensor& dx);
 void max_pool_gather(const MaxPool&, const Tensor& x, const Tensor& taps, const Tensor& y);
 
-}  // namespace freezekit::native
+}  // namespace native
+}  // namespace freezekit

@@ -27,10 +27,10 @@
 #include "cpu/simd.h"
 #include "torch/backends/cpu_formats.h"
 #include "torch/backends/native_layers.h"
+#include "torch/backends/route.h"
 #include "torch/bits/gate.h"
 #include "torch/common/checks.h"
 #include "torch/common/layout.h"
-#include "torch/common/route.h"
 #include "torch/common/unseen.h"
 
 namespace freezekit {

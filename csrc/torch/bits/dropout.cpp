@@ -16,10 +16,10 @@
 #include <torch/library.h>
 
 #include "torch/backends/native_layers.h"
+#include "torch/backends/route.h"
 #include "torch/bits/gate.h"
 #include "torch/common/checks.h"
 #include "torch/common/layout.h"
-#include "torch/common/route.h"
 #include "torch/common/unseen.h"
 
 namespace freezekit {

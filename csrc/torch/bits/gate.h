@@ -12,17 +12,14 @@
 #include <tuple>
 
 #include "torch/autograd/formula.h"
+#include "torch/backends/native_layers.h"
+#include "torch/common/bit_mask.h"
 #include "torch/common/checks.h"
 #include "torch/common/operators.h"
 
 namespace freezekit {
 
 constexpr int64_t kWordsPerTask = 1024;  // 32768 elements, as torch cuts elementwise work
-
-struct GateRule {
-  double on = 1;
-  std::optional<double> off;
-};
 
 // A gate as the operator's settings: the strides that bits are laid out by, the rule, the backend.
 struct GateSettings {
@@ -73,11 +70,6 @@ struct GateGradient {
   Link link() const { return linked; }
   variable_list gradients(const Tensor& grad, Kept, const Wanted& wanted) const;
 };
-
-// int32 words for one bit per element of `like`.
-Tensor empty_bits(const Tensor& like);
-// The bits of a dense bool tensor in its memory order, by ATen: for devices and transforms that have no kernel here.
-Tensor pack_bits(const Tensor& mask);
 
 // `input` as a tensor without gaps or overlaps, in the memory order that torch's elementwise operators give results.
 Tensor dense(const Tensor& input);

@@ -17,9 +17,9 @@
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/library.h>
 
+#include "torch/backends/route.h"
 #include "torch/bits/gate.h"
 #include "torch/common/layout.h"
-#include "torch/common/route.h"
 #include "torch/common/shape_only.h"
 
 namespace freezekit {

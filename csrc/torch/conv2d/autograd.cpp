@@ -13,10 +13,10 @@
 
 #include "torch/autograd/formula.h"
 #include "torch/backends/aten.h"
+#include "torch/backends/route.h"
 #include "torch/common/checks.h"
 #include "torch/common/layout.h"
 #include "torch/common/operators.h"
-#include "torch/common/route.h"
 #include "torch/common/unseen.h"
 
 namespace freezekit {

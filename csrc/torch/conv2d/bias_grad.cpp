@@ -8,9 +8,9 @@
 
 #include "torch/autograd/formula.h"
 #include "torch/backends/native.h"
+#include "torch/backends/route.h"
 #include "torch/common/checks.h"
 #include "torch/common/computing.h"
-#include "torch/common/route.h"
 
 namespace freezekit {
 namespace {

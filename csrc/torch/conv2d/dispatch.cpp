@@ -3,11 +3,11 @@
 
 #include "torch/backends/aten.h"
 #include "torch/backends/native.h"
+#include "torch/backends/route.h"
 #include "torch/common/checks.h"
 #include "torch/common/computing.h"
 #include "torch/common/layout.h"
 #include "torch/common/optional.h"
-#include "torch/common/route.h"
 #include "torch/common/unseen.h"
 #include "torch/conv2d/autograd.h"
 

@@ -9,9 +9,9 @@
 #include <torch/library.h>
 
 #include "torch/autograd/formula.h"
+#include "torch/backends/route.h"
 #include "torch/common/checks.h"
 #include "torch/common/layout.h"
-#include "torch/common/route.h"
 #include "torch/common/unseen.h"
 
 namespace freezekit {

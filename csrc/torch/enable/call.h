@@ -4,8 +4,8 @@
 #include <ATen/core/Tensor.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 
+#include "torch/backends/route.h"
 #include "torch/common/optional.h"
-#include "torch/common/route.h"
 #include "torch/common/unseen.h"
 #include "torch/enable/enable.h"
 

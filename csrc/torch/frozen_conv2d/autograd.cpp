@@ -8,10 +8,10 @@
 #include "torch/autograd/formula.h"
 #include "torch/autograd/node.h"
 #include "torch/backends/aten.h"
+#include "torch/backends/route.h"
 #include "torch/bits/gate.h"
 #include "torch/common/checks.h"
 #include "torch/common/layout.h"
-#include "torch/common/route.h"
 #include "torch/frozen_conv2d/frozen_conv2d.h"
 #include "torch/frozen_conv2d/node.h"
 

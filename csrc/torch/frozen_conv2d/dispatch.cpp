@@ -13,11 +13,11 @@
 #include "torch/backends/few_positions.h"
 #include "torch/backends/native.h"
 #include "torch/backends/proof.h"
+#include "torch/backends/route.h"
 #include "torch/bits/gate.h"
 #include "torch/common/checks.h"
 #include "torch/common/computing.h"
 #include "torch/common/layout.h"
-#include "torch/common/route.h"
 #include "torch/frozen_conv2d/finish.h"
 #include "torch/frozen_conv2d/frozen_conv2d.h"
 

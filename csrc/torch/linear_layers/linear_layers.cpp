@@ -32,9 +32,9 @@
 #include <algorithm>
 
 #include "torch/autograd/formula.h"
+#include "torch/backends/route.h"
 #include "torch/common/checks.h"
 #include "torch/common/layout.h"
-#include "torch/common/route.h"
 #include "torch/common/shape_only.h"
 
 namespace freezekit {

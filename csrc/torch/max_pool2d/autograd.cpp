@@ -10,9 +10,9 @@
 
 #include "torch/autograd/formula.h"
 #include "torch/backends/proof.h"
+#include "torch/backends/route.h"
 #include "torch/common/checks.h"
 #include "torch/common/layout.h"
-#include "torch/common/route.h"
 #include "torch/max_pool2d/max_pool2d.h"
 #include "torch/max_pool2d/steps.h"
 

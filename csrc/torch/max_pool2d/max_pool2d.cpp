@@ -11,8 +11,8 @@
 #include <torch/library.h>
 
 #include "torch/backends/native_layers.h"
+#include "torch/backends/route.h"
 #include "torch/common/checks.h"
-#include "torch/common/route.h"
 #include "torch/common/unseen.h"
 #include "torch/max_pool2d/steps.h"
 

@@ -22,9 +22,9 @@
 #include <array>
 
 #include "torch/autograd/formula.h"
+#include "torch/backends/route.h"
 #include "torch/common/checks.h"
 #include "torch/common/layout.h"
-#include "torch/common/route.h"
 #include "torch/common/shape_only.h"
 #include "torch/common/unseen.h"
 #include "torch/max_pool2d/steps.h"

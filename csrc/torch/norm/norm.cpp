@@ -27,8 +27,8 @@
 
 #include "torch/autograd/formula.h"
 #include "torch/backends/proof.h"
+#include "torch/backends/route.h"
 #include "torch/common/layout.h"
-#include "torch/common/route.h"
 #include "torch/common/shape_only.h"
 #include "torch/common/unseen.h"
 

@@ -11,17 +11,15 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <c10/util/FunctionRef.h>
 #include <torch/csrc/autograd/functions/utils.h>
 
-#include <functional>
 #include <optional>
 #include <string>
 #include <string_view>
 
 #include "torch/backends/choices.h"
+#include "torch/backends/conv2d_proofs.h"
 #include "torch/backends/native.h"
-#include "torch/backends/own_values.h"
 #include "torch/common/operators.h"
 
 namespace freezekit {
@@ -107,22 +105,6 @@ inline Route route_step(Op op, Backend backend, const Tensor& on) {
 
 // Throws: `backend` demands what cannot be, for the reason given.
 [[noreturn]] void refuse(std::string_view what, Backend, const std::string& why);
-
-// One convolution on data: `on` is an operand, for dtype and device; `layout` is the result's; `variant` says what is
-// computed beside the operator.
-struct Conv2dStep {
-  Operator op;
-  const Conv2dProblem& problem;
-  const Tensor& on;
-  at::MemoryFormat layout;
-  std::string_view variant = {};
-  // What is wrong beside the result of freezekit's kernel, which is given; nothing if all is right. May be empty.
-  std::function<std::string(const Tensor&)> faults = {};
-};
-
-// The step by one backend: on the caller's tensors, and on values of a proof's own.
-using Run = c10::function_ref<Tensor(Backend)>;
-using Rehearse = c10::function_ref<Tensor(Backend, const proof::Rehearsal&)>;
 
 // What `run` gives with the backend that computes under `backend`: as demanded, or as was proven, which may call it for
 // both.

@@ -1,0 +1,135 @@
+#include "torch/backends/conv2d_proofs.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "torch/backends/choices.h"
+#include "torch/backends/native.h"
+
+namespace freezekit::proof {
+namespace {
+
+int64_t terms_of(Operator op, const Conv2dProblem& p) {
+  if (op == Operator::wgrad) return p.n * p.p * p.q;
+  return (op == Operator::fprop ? p.c_per_group() : p.k_per_group()) * p.r * p.s;
+}
+
+// Of what sums are accumulated in.
+double epsilon_of(const Conv2dStep& step) {
+  return step.on.scalar_type() == at::kDouble ? std::numeric_limits<double>::epsilon()
+                                              : std::numeric_limits<float>::epsilon();
+}
+
+// How far two ways of summing may be apart, in units of the largest sum: the error grows with the root of their length.
+// Winograd's transforms, which torch may choose, lose a digit.
+double rounding_of_sums(const Conv2dStep& step) {
+  return 16 * epsilon_of(step) * (8 + std::sqrt(static_cast<double>(terms_of(step.op, step.problem))));
+}
+
+// Of what is multiplied and stored.
+double rounding_of_values(const Conv2dStep& step, const Target& target) {
+  constexpr double tf32 = 0x1p-10, half = 0x1p-10, bfloat16 = 0x1p-7;
+  const auto type = step.on.scalar_type();
+  const bool rounds_to_tf32 = type == at::kFloat && target.allow_tf32;
+  return type == at::kHalf ? half : type == at::kBFloat16 ? bfloat16 : rounds_to_tf32 ? tf32 : 0;
+}
+
+// On a caller's tensors: by one or the other.
+Bound bound_on_call(const Conv2dStep& step, const Target& target) {
+  const double bound = std::max(rounding_of_sums(step), rounding_of_values(step, target));
+  return {2 * bound, bound};
+}
+
+// Where sums cancel, what is left is rounding, which goes with the size of the terms and not with that of the sum. In any
+// order, a computed sum of n terms is off by at most n u / (1 - n u) times the sum of |terms| (Higham, Accuracy and
+// Stability of Numerical Algorithms, second edition, equations 3.5 and 4.4). u is half an epsilon where numbers are
+// rounded and a whole one where they are cut off, as tensor cores may do: two ways are apart by at most 2 n epsilon of that
+// sum, with the digit for transforms once more. What is rounded before it is added, factors to tf32 and what torch stores
+// between two operators, is off by the same share of a term, in each of two ways.
+Bound bound_on_cancelling(const Conv2dStep& step, const Target& target) {
+  const double terms = static_cast<double>(terms_of(step.op, step.problem)) + 16 * 8;
+  return {bound_on_call(step, target).of_value, 2 * terms * epsilon_of(step) + 2 * rounding_of_values(step, target)};
+}
+
+// On integers only what is stored is rounded.
+Bound bound_on_integers(const Conv2dStep& step) {
+  constexpr double half = 0x1p-11, bfloat16 = 0x1p-8;
+  const auto type = step.on.scalar_type();
+  return {type == at::kHalf ? half : type == at::kBFloat16 ? bfloat16 : 0, rounding_of_sums(step)};
+}
+
+constexpr int64_t kRehearsed = 1 << 19;  // elements of both activations, unless the kernel is one for more
+
+// A part of a problem that the same kernel computes the same way: fewer images, rows, columns, by halves.
+Conv2dProblem part_of(const Conv2dStep& step, DType dtype, const Target& target, const Selection& selection) {
+  Conv2dProblem part = step.problem;
+  const auto shrink = [&](const auto& halve) {
+    while (part.x_numel() + part.y_numel() > kRehearsed) {
+      Conv2dProblem smaller = part;
+      if (!halve(smaller)) return;
+      const Selection s = select(step.op, smaller, dtype, target);
+      if (std::string_view(s.kernel) != selection.kernel || (s.split_k > 1) != (selection.split_k > 1)) return;
+      part = smaller;
+    }
+  };
+  const auto halve_axis = [](int64_t& in, int64_t& out, int64_t stride) {
+    const int64_t rows = (out + 1) / 2, left = in - (out - rows) * stride;
+    if (rows == out || left < 1) return false;
+    in = left, out = rows;
+    return true;
+  };
+  shrink([](Conv2dProblem& p) { return p.n > 1 ? (p.n = (p.n + 1) / 2, true) : false; });
+  shrink([&](Conv2dProblem& p) { return halve_axis(p.h, p.p, p.stride_h); });
+  shrink([&](Conv2dProblem& p) { return halve_axis(p.w, p.q, p.stride_w); });
+  return part;
+}
+
+at::ScalarType exact_type(const Conv2dStep& step) {
+  return step.on.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// What is left of `text`, which says that the results on the caller's tensors are apart, where their sums cancel: nothing
+// of it if they are within rounding, and if with other signs, by which terms of the same sizes do not cancel, they are as
+// close as ever. Sums cancel where the largest of them is less than what terms of random signs add up to, of which the
+// mean square is the sum of squares, and this no less than the square of the sum of sizes by the number of terms.
+std::string left_of(const std::string& text, const Conv2dStep& step, const Target& target, Backend candidate,
+                    const Tensor& expected, const Tensor& found, Rehearse rehearse) {
+  const double terms = largest_in(rehearse(Backend::aten, {step.problem, exact_type(step), Values::sizes}));
+  const double of_random_signs = terms / std::sqrt(static_cast<double>(terms_of(step.op, step.problem)));
+  if (!(largest_in(expected) < of_random_signs)) return text;
+  const std::string apart = difference(expected, found, bound_on_cancelling(step, target), terms);
+  if (!apart.empty()) return apart;
+  const Rehearsal scattered = {step.problem, step.on.scalar_type(), Values::scattered};
+  return difference(rehearse(Backend::aten, scattered), rehearse(candidate, scattered), bound_on_call(step, target),
+                    of_random_signs);
+}
+
+}  // namespace
+
+Contest conv2d(const Conv2dStep& step, const Selection& selection, Run run, Rehearse rehearse) {
+  const auto faults_beside = [&step](const Tensor& own) { return step.faults ? step.faults(own) : std::string(); };
+  const auto faults = [&step, &selection, run, rehearse, faults_beside]() -> std::string {
+    const Backend candidate = *choices::candidate_on(step.on.device().type());
+    const Target target = native::target_on(kernel_library(candidate), candidate);
+    const auto type = step.on.scalar_type();
+    std::string text;
+    {
+      const Conv2dProblem part = part_of(step, *native::dtype_of(type), target, selection);
+      const Tensor expected = rehearse(Backend::aten, {part, exact_type(step)});
+      const Tensor found = rehearse(candidate, {part, type});
+      text = faults_beside(found);
+      if (text.empty()) text = difference(expected, found, bound_on_integers(step));
+    }
+    if (!text.empty()) return text;
+    const Tensor found = run(candidate);  // first: what it converts is freed before there is a second result
+    text = faults_beside(found);
+    if (!text.empty()) return text;
+    const Tensor expected = run(Backend::aten);
+    text = difference(expected, found, bound_on_call(step, target));
+    return text.empty() ? text : left_of(text, step, target, candidate, expected, found, rehearse);
+  };
+  return {faults, [run](Backend on) { run(on); }};
+}
+
+}  // namespace freezekit::proof
