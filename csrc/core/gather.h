@@ -159,6 +159,8 @@ struct Gather {
     return ((static_cast<int64_t>(n) * out_h + oh) * out_w + ow) * (static_cast<int64_t>(out_c) * groups);
   }
 
+  int64_t out_numel() const { return out_offset(batch, 0, 0); }
+
   // Rows of the largest phase, (0, 0).
   int64_t max_rows() const { return static_cast<int64_t>(batch) * axis_h(0).count * axis_w(0).count; }
 };

@@ -12,10 +12,6 @@ namespace freezekit {
 
 FK_HOST_DEVICE constexpr int64_t mask_words(int64_t numel) { return (numel + 31) / 32; }
 
-FK_HOST_DEVICE bool mask_bit(const uint32_t* mask, int64_t element) {
-  return (mask[element >> 5] >> (element & 31)) & 1u;
-}
-
 // Up to 32 bits from `element` on; `count` of them are wanted, the rest of the result is 0. Reads only words that hold
 // wanted bits.
 FK_HOST_DEVICE uint32_t mask_run(const uint32_t* mask, int64_t element, int32_t count) {

@@ -72,11 +72,19 @@ Status launch_hopper_gemm_f16(int config, const Gather&, const void* in, const v
 Status launch_hopper_gemm_tf32(int config, const Gather&, const void* in, const void* filter, void* out,
                                const Epilogue&, Stream);
 
+// A wgrad by tensor cores.
+struct WgradLaunch {
+  const Conv2dProblem& problem;
+  int split_k;
+  const Conv2dTensors& tensors;
+  void* workspace;
+  Stream stream;
+};
+
 // wgrad in bf16 and f16. Needs split_k * filter_numel() floats of workspace, 16-byte aligned, where split_k > 1.
 Status launch_hopper_wgrad(int config, int split_k, const Conv2dProblem&, DType, const Conv2dTensors&, void* workspace,
                            Stream);
-Status launch_hopper_wgrad_kernel(int config, int split_k, const Conv2dProblem&, DType, const Conv2dTensors&,
-                                  void* workspace, Stream);
+Status launch_hopper_wgrad_kernel(int config, DType, const WgradLaunch&);
 
 // Panels of 64 channels of one tap, of a group.
 inline int64_t hopper_wgrad_panels(const Conv2dProblem& p) { return (p.c_per_group() + 63) / 64 * p.r * p.s; }
@@ -123,7 +131,8 @@ inline bool depthwise_is_tiled(const Conv2dProblem& p, DType dtype) {
 // out[i] = sum of partial[s * numel + i] over s, in the order of s. The partial sums are in the accumulator of dtype.
 Status launch_ordered_reduce(const void* partial, void* out, int64_t numel, int32_t slices, DType dtype, Stream);
 
-// Zeroes what a kernel that or-s or stores bytes does not: all words, or only the last where runs own whole bytes.
+// Zeroes what a kernel that or-s or stores bytes does not: all words, or only the last where runs own whole
+// bytes. Nothing where there is no mask.
 Status launch_mask_prepare(uint32_t* mask, int64_t numel, bool runs_own_bytes, Stream);
 
 }  // namespace freezekit

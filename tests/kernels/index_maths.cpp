@@ -182,6 +182,9 @@ void pixel_boxes() {
   REQUIRE(!fits_map(box), "a corner of -129 does not fit");
 }
 
+// The shared address that a bulk copy gives the byte at linear address `at`.
+uint32_t swizzled(uint32_t at) { return at ^ ((at >> 7 & 7) << 4); }
+
 // What the hardware makes of a descriptor: PTX ISA, "Strides" and "Canonical Layouts" of the 128-byte swizzle.
 uint32_t described(uint64_t descriptor, uint32_t across, uint32_t down, uint32_t byte) {
   const auto field = [&](int bit) { return static_cast<uint32_t>(descriptor >> bit & 0x3fff) << 4; };
@@ -229,7 +232,7 @@ void masks() {
         REQUIRE(mask.back() == 0, "a bit beyond the last word, element %d count %d", element, count);
         for (int32_t i = 0; i < element + count; ++i) {
           const bool expected = i >= element && (bits >> (i - element) & 1);
-          REQUIRE(mask_bit(mask.data(), i) == expected, "bit %d of run %d + %d", i, element, count);
+          REQUIRE((mask[i / 32] >> i % 32 & 1) == expected, "bit %d of run %d + %d", i, element, count);
         }
         mask.resize(mask_words(element + count));  // a read beyond it is for a sanitizer to see
         REQUIRE(mask_run(mask.data(), element, count) == bits, "run %d + %d", element, count);

@@ -223,11 +223,8 @@ Status launch_depthwise_gather(Operator op, const Conv2dProblem& p, DType dtype,
     } else {
       const auto parameters = epilogue_parameters<T>(epilogue, out, p.c);
       if (!parameters.vector) return Status::invalid_argument;
-      if (epilogue.mask_out) {
-        const int64_t numel = dgrad ? p.x_numel() : p.y_numel();
-        const Status status = launch_mask_prepare(epilogue.mask_out, numel, parameters.vector, stream);
-        if (status != Status::success) return status;
-      }
+      const Status status = launch_mask_prepare(epilogue.mask_out, g.out_numel(), parameters.vector, stream);
+      if (status != Status::success) return status;
       return dispatch_depthwise(p, [&](auto size, auto stride) {
         return launch<T, size.value, stride.value>({shape, dgrad, in, filter, stream}, parameters);
       });

@@ -101,11 +101,8 @@ Status launch_depthwise_generic_gather(Operator op, const Conv2dProblem& p, DTyp
   return dispatch_dtype(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const auto parameters = epilogue_parameters<T>(epilogue, out, channels);
-    if (epilogue.mask_out) {
-      const int64_t numel = static_cast<int64_t>(g.batch) * g.out_h * g.out_w * channels;
-      const Status status = launch_mask_prepare(epilogue.mask_out, numel, parameters.vector, stream);
-      if (status != Status::success) return status;
-    }
+    const Status status = launch_mask_prepare(epilogue.mask_out, g.out_numel(), parameters.vector, stream);
+    if (status != Status::success) return status;
     return FK_LAUNCH(depthwise_generic_gather_kernel<T>, grid, dim3(kThreads), 0, stream, g, static_cast<const T*>(in),
                      static_cast<const T*>(filter), parameters);
   });

@@ -134,11 +134,8 @@ Status launch_direct_gather(int config, const Gather& g, DType dtype, const void
   return dispatch_dtype(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const auto parameters = epilogue_parameters<T>(epilogue, out, g.out_c);
-    if (epilogue.mask_out) {
-      const int64_t numel = static_cast<int64_t>(g.batch) * g.out_h * g.out_w * g.out_c * g.groups;
-      const Status status = launch_mask_prepare(epilogue.mask_out, numel, parameters.vector, stream);
-      if (status != Status::success) return status;
-    }
+    const Status status = launch_mask_prepare(epilogue.mask_out, g.out_numel(), parameters.vector, stream);
+    if (status != Status::success) return status;
     constexpr Tile wide = kDirectGatherTiles[0], narrow = kDirectGatherTiles[1];
     const auto kernel = config == 0 ? conv2d_direct_gather_kernel<T, wide.rows, wide.columns>
                                     : conv2d_direct_gather_kernel<T, narrow.rows, narrow.columns>;

@@ -30,11 +30,8 @@ Status launch_implicit_gemm_of(int config, const Gather& g, const void* in_bytes
   const T* const in = static_cast<const T*>(in_bytes);
   const T* const filter = static_cast<const T*>(filter_bytes);
   const auto parameters = epilogue_parameters<T>(epilogue, out, g.out_c);
-  if (epilogue.mask_out) {
-    const int64_t numel = static_cast<int64_t>(g.batch) * g.out_h * g.out_w * g.out_c * g.groups;
-    const Status status = launch_mask_prepare(epilogue.mask_out, numel, parameters.vector, stream);
-    if (status != Status::success) return status;
-  }
+  const Status status = launch_mask_prepare(epilogue.mask_out, g.out_numel(), parameters.vector, stream);
+  if (status != Status::success) return status;
   const bool whole_chunks = g.in_c % (kChunkBytes / sizeof(T)) == 0 && is_aligned_16(in) && is_aligned_16(filter);
   switch (whole_chunks ? config : kImplicitGemmElements) {
     case 0:

@@ -4,16 +4,8 @@
 namespace freezekit {
 namespace {
 
-struct Launch {
-  const Conv2dProblem& problem;
-  int split_k;
-  const Conv2dTensors& tensors;
-  void* workspace;
-  Stream stream;
-};
-
 template <class T, class Tile, bool kChunksOfDy, bool kChunksOfX>
-Status launch_tile(const Launch& launch) {
+Status launch_tile(const WgradLaunch& launch) {
   using Loader = WgradLoader<T, Tile, kChunksOfDy, kChunksOfX>;
   const int64_t blocks = wgrad_blocks(launch.problem, {Tile::kRows, Tile::kColumns});
   if (blocks > kMaxGridX) return Status::invalid_argument;
@@ -27,7 +19,7 @@ Status launch_tile(const Launch& launch) {
 }
 
 template <class T>
-Status launch_of(int config, const Launch& launch) {
+Status launch_of(int config, const WgradLaunch& launch) {
   constexpr int64_t chunk = kChunkBytes / sizeof(T);
   const bool dy_chunks = launch.problem.k_per_group() % chunk == 0 && is_aligned_16(launch.tensors.y);
   const bool x_chunks = launch.problem.c_per_group() % chunk == 0 && is_aligned_16(launch.tensors.x);
@@ -49,7 +41,7 @@ Status launch_of(int config, const Launch& launch) {
   return launch_tile<T, Tile, false, false>(launch);
 }
 
-Status launch_dtype(int config, DType dtype, const Launch& launch) {
+Status launch_dtype(int config, DType dtype, const WgradLaunch& launch) {
   switch (dtype) {
     case DType::bf16:
       return launch_of<bf16>(config, launch);

@@ -57,7 +57,7 @@ Status launch_hopper_wgrad(int config, int split_k, const Conv2dProblem& p, DTyp
   }
   Status status = check_build();
   if (status != Status::success) return status;
-  status = launch_hopper_wgrad_kernel(config, split_k, p, dtype, tensors, workspace, stream);
+  status = launch_hopper_wgrad_kernel(config, dtype, {p, split_k, tensors, workspace, stream});
   if (status != Status::success || split_k == 1) return status;
   return launch_ordered_reduce(workspace, tensors.filter, p.filter_numel(), split_k, dtype, stream);
 }

@@ -64,11 +64,8 @@ template <class T>
 Status launch_hopper_gemm_of(int config, const Gather& g, DType dtype, const void* in, const void* filter, void* out,
                              const Epilogue& epilogue, Stream stream) {
   const auto parameters = epilogue_parameters<T>(epilogue, out, g.out_c);
-  if (epilogue.mask_out) {
-    const int64_t numel = static_cast<int64_t>(g.batch) * g.out_h * g.out_w * g.out_c * g.groups;
-    const Status status = launch_mask_prepare(epilogue.mask_out, numel, parameters.vector, stream);
-    if (status != Status::success) return status;
-  }
+  const Status status = launch_mask_prepare(epilogue.mask_out, g.out_numel(), parameters.vector, stream);
+  if (status != Status::success) return status;
   static_assert(kHopperTiles[0].columns == 256 && kHopperTiles[1].columns == 128 && kHopperTiles[2].columns == 64);
   switch (config) {
     case 0:

@@ -6,14 +6,6 @@
 namespace freezekit {
 namespace {
 
-struct Launch {
-  const Conv2dProblem& problem;
-  int split_k;
-  const Conv2dTensors& tensors;
-  void* workspace;
-  Stream stream;
-};
-
 Status make_maps(const Conv2dProblem& p, DType dtype, const PixelBoxes& boxes, const Conv2dTensors& tensors,
                  HopperWgradMaps* maps) {
   TiledTensor dy{dtype, tensors.y, 2};
@@ -27,7 +19,7 @@ Status make_maps(const Conv2dProblem& p, DType dtype, const PixelBoxes& boxes, c
 }
 
 template <class T, int kColumns>
-Status launch_tile(DType dtype, const Launch& launch) {
+Status launch_tile(DType dtype, const WgradLaunch& launch) {
   using Tile = HopperTile<T, kColumns>;
   const Conv2dProblem& p = launch.problem;
   Target target;
@@ -54,7 +46,7 @@ Status launch_tile(DType dtype, const Launch& launch) {
 }
 
 template <class T>
-Status launch_of(int config, DType dtype, const Launch& launch) {
+Status launch_of(int config, DType dtype, const WgradLaunch& launch) {
   static_assert(kHopperTiles[0].columns == 256 && kHopperTiles[1].columns == 128 && kHopperTiles[2].columns == 64);
   switch (config) {
     case 0:
@@ -70,9 +62,7 @@ Status launch_of(int config, DType dtype, const Launch& launch) {
 
 }  // namespace
 
-Status launch_hopper_wgrad_kernel(int config, int split_k, const Conv2dProblem& p, DType dtype,
-                                  const Conv2dTensors& tensors, void* workspace, Stream stream) {
-  const Launch launch{p, split_k, tensors, workspace, stream};
+Status launch_hopper_wgrad_kernel(int config, DType dtype, const WgradLaunch& launch) {
   return dtype == DType::bf16 ? launch_of<bf16>(config, dtype, launch) : launch_of<f16>(config, dtype, launch);
 }
 

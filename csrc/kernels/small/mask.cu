@@ -25,6 +25,7 @@ __global__ void __launch_bounds__(kThreads) zero_words_kernel(uint32_t* words, i
 }  // namespace
 
 Status launch_mask_prepare(uint32_t* mask, int64_t numel, bool runs_own_bytes, Stream stream) {
+  if (!mask) return Status::success;
   const int64_t words = mask_words(numel);
   // Where runs own bytes, only bits past the end of the tensor are left: those of an incomplete last word.
   const int64_t first = runs_own_bytes ? words - (numel % 32 != 0) : 0;
