@@ -10,6 +10,7 @@
 
 #include "core/mask.h"
 #include "torch/backends/aten.h"
+#include "torch/backends/few_channels.h"
 #include "torch/backends/few_positions.h"
 #include "torch/backends/native.h"
 #include "torch/backends/proof.h"
@@ -238,6 +239,7 @@ Tensor dgrad_by_aten(const Conv2dProblem& problem, const FrozenGrad& o, const Te
     if (scale.defined()) dy = by_channel(dy, scale, 1);
   }
   Tensor dx = few_positions::takes(Operator::dgrad, problem, dy, w) ? few_positions::dgrad(problem, dy, w)
+              : few_channels::takes(problem, dy, w)                 ? few_channels::dgrad(problem, dy, w)
                                                                     : aten::dgrad(dy, w, o.input_size, g);
   dx = finish(dx, format_of(o.channels_last));
   if (o.residual.defined()) dx.add_(o.residual);
