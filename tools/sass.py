@@ -1,4 +1,4 @@
-"""Compiles every CUDA kernel for each architecture and reads what came out: `make sass`.
+"""Compiles every CUDA kernel, or those of the files named, for each architecture and reads what came out: `make sass`.
 
 For each kernel it prints registers, static shared memory, spills and the number of tensor-core (HMMA; HGMMA is wgmma),
 LDSM (ldmatrix), LDGSTS (cp.async) and UTMALDG (bulk tensor copy) instructions. It fails on a spill, on local loads or
@@ -8,7 +8,6 @@ instruction that it is made of. No GPU is needed: nvcc compiles, nvdisasm (PyPI:
 
 from __future__ import annotations
 
-import argparse
 import collections
 import os
 import re
@@ -145,16 +144,11 @@ def compile_one(source: Path, arch: str, nvdisasm: str, folder: Path) -> list[Ke
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", nargs="*", default=list(ARCHS), help="architectures, as nvcc names them")
-    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
-    parser.add_argument("sources", nargs="*", type=Path, help=".cu files; all by default")
-    arguments = parser.parse_args()
-    sources = arguments.sources or sorted((CSRC / "kernels").rglob("*.cu"))
+    sources = [Path(path) for path in sys.argv[1:]] or sorted((CSRC / "kernels").rglob("*.cu"))
     nvdisasm = find_nvdisasm()
     failures = []
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.jobs) as pool:
-        jobs = [(s, a, pool.submit(compile_one, s, a, nvdisasm, Path(folder))) for a in arguments.arch for s in sources]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
+        jobs = [(s, a, pool.submit(compile_one, s, a, nvdisasm, Path(folder))) for a in ARCHS for s in sources]
         shown = ("HMMA", "HGMMA", "LDSM", "LDGSTS", "UTMALDG", "all")
         print(f"{'arch':7}{'regs':>5}{'smem':>7}{'spill':>6}{''.join(f'{name:>8}' for name in shown)}  kernel")
         for source, arch, job in jobs:
