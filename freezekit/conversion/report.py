@@ -16,6 +16,8 @@ from freezekit.fusion.identity import classes_read
 _ENABLE = "freezekit.enable() reaches the operators that it calls"
 # Layers that call operators of those kinds.
 _CALLING = (nn.modules.pooling._LPPoolNd, nn.LocalResponseNorm)
+# Layers whose gradient is dy or nothing, but for a factor.
+_MASKING = (nn.Softshrink, nn.Hardshrink, nn.Hardsigmoid)
 _INDEXED = (nn.modules.pooling._AdaptiveMaxPoolNd, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
 
 
@@ -87,6 +89,8 @@ def _reason_of_a_relative(module: nn.Module) -> str:
     leaky_relu = isinstance(module, nn.RReLU) and not module.training
     if leaky_relu or isinstance(module, (nn.Threshold, nn.modules.batchnorm._NormBase, *_CALLING)):
         return f"{kind}; {_ENABLE}"
+    if isinstance(module, _MASKING) or (isinstance(module, nn.AlphaDropout) and module.training):
+        return f"{kind}: it keeps a tensor as large as its input, of which its gradient reads a bit per element"
     if isinstance(module, _INDEXED):
         return f"{kind}: it keeps its input and int64 indices, of which max pools over equal windows keep a byte"
     return ""

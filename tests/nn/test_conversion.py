@@ -11,12 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils import parametrize
 
 import freezekit as fk
 from freezekit import nn as layers
 from freezekit.conversion import SWAPS, conversion_report, convert, revert
 from freezekit.freezing import PatternError
+from tests.enabled.helpers import first
 from tests.observe import bytes_saved
 
 ARGUMENTS: dict[str, tuple[object, ...]] = {
@@ -107,6 +109,33 @@ def test_the_report_names_every_layer_of_torch_that_keeps_more_than_it_would_whi
             found.append(name)
             assert conversion_report(layer), name
     assert {"LPPool2d", "LocalResponseNorm", "Threshold", "PReLU"} <= {*found}
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_the_report_names_every_layer_of_torch_that_keeps_a_tensor_where_bits_or_bytes_would_do(train: bool) -> None:
+    """Bits, where each element of the gradient is one of two multiples of dy's; bytes, in place of int64 indices."""
+    found = set()
+    for name in dir(nn):
+        layer, axes = layer_of_torch(name), next((int(digit) for digit in name if digit.isdigit()), 2)
+        x = 3 * torch.randn(2, 4, *[4] * axes, dtype=torch.float64)
+        storages: list[Tensor] = []
+        try:
+            assert layer is not None
+            layer.double().requires_grad_(False).train(train)
+            with saved_tensors_hooks(lambda t: (storages.append(t), t)[1], lambda t: t):  # noqa: B023
+                y = first(layer(x.requires_grad_()))
+            dy = torch.rand_like(y) + 1
+            (dx,) = torch.autograd.grad(y, x, dy)
+        except (AssertionError, RuntimeError, TypeError, ValueError, NotImplementedError):
+            continue  # takes no images
+        parameters = [tensor.data_ptr() for tensor in (*layer.parameters(), *layer.buffers())]
+        large = [t for t in storages if t.nbytes >= x.nbytes and t.data_ptr() not in parameters]
+        by_bits = y.shape == x.shape and len((dx / dy).round(decimals=6).unique()) <= 2
+        if (large and by_bits) or any(t.dtype is torch.int64 for t in storages):
+            found.add(name)
+            assert conversion_report(layer), name
+    either = {"Softshrink", "Hardshrink", "Hardsigmoid", "ReLU", "AdaptiveMaxPool2d"}
+    assert either | ({"AlphaDropout"} if train else {"RReLU", "BatchNorm2d"}) <= found
 
 
 def test_every_layer_has_a_stock_class() -> None:
