@@ -7,7 +7,7 @@ import copyreg
 from collections import deque
 from collections.abc import Callable
 from functools import _lru_cache_wrapper, lru_cache, partial
-from types import CellType, FunctionType, MemberDescriptorType, MethodType
+from types import CellType, FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
 from weakref import ref
 
@@ -41,10 +41,12 @@ class Copies(TorchFunctionMode):
     def __enter__(self) -> Copies:
         # `copy` alone would put a generator's state in a tensor, which may have no data here.
         copyreg.dispatch_table[Generator] = lambda generator: (generator.clone_state, ())
+        copyreg.dispatch_table[ModuleType] = lambda module: module.__name__  # its own copy, as a function is
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        copyreg.dispatch_table.pop(Generator, None)
+        for kind in (Generator, ModuleType):
+            copyreg.dispatch_table.pop(kind, None)
         super().__exit__(*error)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -70,6 +72,7 @@ class Copies(TorchFunctionMode):
 
         Raises:
             TypeError: it has none.
+            NotImplementedError: a tensor in it has no stand-in.
         """
         known = len(self._memo)
         try:
@@ -77,11 +80,14 @@ class Copies(TorchFunctionMode):
         except Exception as error:  # of any class that is reached
             for key in list(self._memo)[known:]:  # of copies that are not complete
                 del self._memo[key]
-            why = f"{self._culprit(value)}{error}"
-            raise TypeError(f"{type(value).__name__} is run on a copy, and cannot be copied: {why}") from error
+            where = self._culprit(value)
+            if isinstance(error, NotImplementedError):  # of a tensor that has no stand-in
+                raise NotImplementedError(f"{error} ({where!r})" if where else str(error)) from error
+            cure = f"hold {where!r} in an object whose __deepcopy__ returns the object itself; " if where else ""
+            raise TypeError(f"{type(value).__name__} is run on a copy, and cannot be copied: {cure}{error}") from error
 
     def _culprit(self, value: Any) -> str:
-        """Which attribute keeps a module from being copied, and what to do about it; "" where that is not known."""
+        """Which attribute keeps a module from being copied; "" where that is not known."""
         modules = dict(value.named_modules()) if isinstance(value, nn.Module) else {}
         known = {**self._memo, **{id(module): module for module in modules.values()}}
         for name, module in modules.items():
@@ -89,8 +95,7 @@ class Copies(TorchFunctionMode):
                 try:
                     copy.deepcopy(held, dict(known))
                 except Exception:  # of any class, as above
-                    path = f"{name}.{attribute}" if name else attribute
-                    return f"hold {path!r} in an object whose __deepcopy__ returns the object itself; "
+                    return f"{name}.{attribute}" if name else attribute
         return ""
 
     def finish(self) -> None:

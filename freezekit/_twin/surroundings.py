@@ -155,7 +155,7 @@ class Surroundings:
             held = ("fget", "func", "args", "keywords", "__wrapped__")
             return [getattr(value, name, None) for name in held]
         if isinstance(value, Tensor):
-            if self._data and value.layout is torch.strided and not value.is_meta:
+            if self._data and value.layout is torch.strided and not (value.is_meta or value.is_nested):
                 self._undo.append(partial(_write, value, value.detach().clone()))
         elif isinstance(value, torch.Generator):
             self._undo.append(partial(value.set_state, value.get_state()))

@@ -160,7 +160,7 @@ class Twin:
         """The copy of one tensor."""
         source = tensor if tensor.is_leaf else tensor.detach()
         plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
-        plain = plain and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
+        plain = plain and not (tensor.is_quantized or tensor.is_nested or tensor.is_conj() or tensor.is_neg())
         if self._fake is None and plain:
             # What views share is copied once: they stay views of each other.
             storage = tensor.untyped_storage()
@@ -171,8 +171,9 @@ class Twin:
             made = nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
         elif self._fake is None:
             made = copy.deepcopy(source) if isinstance(source, nn.Parameter) else source.detach().clone()
-        elif tensor.layout is not torch.strided:
-            raise NotImplementedError(f"a tensor of layout {tensor.layout} has no known size without data")
+        elif tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
+            kind = "nested" if tensor.is_nested else "quantized" if tensor.is_quantized else str(tensor.layout)
+            raise NotImplementedError(f"a {kind} tensor has no known size without data")
         elif tensor.is_meta:
             device = next(iter(self._devices), torch.device("cpu"))
             with self._fake:

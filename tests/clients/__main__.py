@@ -52,7 +52,8 @@ of `tests/clients`, on {device}, {threads} thread, torch {torch}, freezekit comm
   without a word. With `fk.enabled()` they are stock's. Other methods agree either way.
 - **torchvision**'s `create_feature_extractor` gives stock's values with `fk.enabled()`.
 - **torchattacks** leaves norms that `fk.freeze` holds as they are.
-- **Lightning**'s BackboneFinetuning works as on stock; a callback of yours may call `fk.freeze` and `fk.unfreeze`.
+- **Lightning**'s BackboneFinetuning works as on stock; a callback of yours may call `fk.freeze` and `fk.unfreeze`, also
+  within a validation, behind which Lightning writes back the modes that it had recorded.
 - **fastai**'s `freeze` and `unfreeze`, the checkpointing of **timm** and **diffusers**, and **ultralytics**' `fuse`
   work as on stock.
 - `fk.explain` counts every byte of each network in the table, and changes nothing in it.

@@ -317,6 +317,17 @@ class DrawingElsewhere(Net):
         return y + self.noise(y) + torch.rand(y.shape, generator=one) * two.random() * three.random() * four.normal()
 
 
+class Importing(Net):
+    """Holds a module of Python's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.functions = {"all": F}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.functions["all"].relu(super().forward(x))
+
+
 class DrawingByItself(Net):
     """From generators in an attribute, and in an object within an object."""
 
@@ -350,7 +361,7 @@ class Slotted(Net):
 MODELS: dict[str, Callable[[], nn.Module]] = {
     **{kind.__name__: kind for kind in (ByDefault, ByClosures, ByWeakReference, Positions, Values, ByGlobalName)},
     **{"patched": patched, "extracted": extracted, "listed": listed, "Drawing": Drawing, "Views": Views},
-    **{kind.__name__: kind for kind in (Keeping, DrawingElsewhere, DrawingByItself, Slotted)},
+    **{kind.__name__: kind for kind in (Keeping, DrawingElsewhere, DrawingByItself, Slotted, Importing)},
     **{"renewed": renewed, "renewed within": partial(renewed, RenewedWithin)},
 }
 
@@ -572,6 +583,23 @@ def test_memory_that_is_only_to_be_read_is_not_written_to(tmp_path: Path) -> Non
         warnings.simplefilter("ignore")  # of torch's, that it cannot be written to
         far.held.held = torch.from_numpy(far.held.held)
     assert fk.explain(lambda x: conv(x * far.held.held[:, None, None]), torch.randn(2, 3, 8, 8), measure=True).measured
+
+
+@pytest.mark.parametrize(
+    ("kind", "make"),
+    [
+        ("torch.sparse_coo", lambda: torch.eye(8).to_sparse()),
+        ("quantized", lambda: torch.quantize_per_tensor(torch.zeros(3), 1.0, 0, torch.qint8)),
+        ("nested", lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning", "ignore:.*quant.*:UserWarning")
+def test_a_tensor_that_has_no_stand_in_is_measured_or_named_with_the_cure(kind: str, make: Any) -> None:
+    model, x = nn.Sequential(Net()), torch.randn(2, 3, 8, 8)
+    model[0].held = make()
+    assert fk.explain(model, x).measured
+    with pytest.raises(RuntimeError, match=rf"a {kind} tensor has no known size without data \('0.held'\).*hold some"):
+        fk.explain(model, x, measure=False)
 
 
 class Lazy(OrderedDict[str, Any]):
