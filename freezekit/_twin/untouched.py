@@ -23,7 +23,7 @@ class Untouched(TorchDispatchMode):
     before is copied first, and put back. Of parameters, which may be large, only those that an operator says it writes
     to: batch norm's operators write to running statistics, and do not say so.
 
-    What goes past torch is not seen: ``tensor.numpy()[0] = 1``.
+    What goes past torch's operators is not seen: ``tensor.numpy()[0] = 1``, ``tensor.data = other``.
     """
 
     supports_higher_order_operators = True
@@ -34,6 +34,7 @@ class Untouched(TorchDispatchMode):
         self._there: dict[int, StorageWeakRef] = {}
         self._parameters: set[int] = set()
         self._before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+        self._forms: dict[int, tuple[Tensor, torch.UntypedStorage, tuple[Any, ...]]] = {}
         with torch._C.DisableTorchFunction():
             for tensor in _all_tensors():
                 if is_traceable_wrapper_subclass(tensor):  # Python knows what it wraps
@@ -48,20 +49,28 @@ class Untouched(TorchDispatchMode):
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, Tensor):
                 for storage in _storages_if_any(tensor):
-                    self._look_at(storage, says_so)
+                    if storage._cdata in self._there:
+                        self._look_at(tensor, storage, says_so)
         return func(*args, **(kwargs or {}))
 
-    def _look_at(self, storage: torch.UntypedStorage, written: bool) -> None:
+    def _look_at(self, tensor: Tensor, storage: torch.UntypedStorage, written: bool) -> None:
         key = storage._cdata
-        if key in self._there and key not in self._before and (written or key not in self._parameters):
+        if key not in self._before and (written or key not in self._parameters):
             self._before[key] = (storage, storage.clone())
+        if written and type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided:
+            self._forms.setdefault(id(tensor), (tensor, storage, _form_of(tensor)))
 
     def put_back(self) -> None:
         """Undoes what was written."""
+        for tensor, storage, form in self._forms.values():
+            if _form_of(tensor) != form:
+                with torch.no_grad():
+                    tensor.set_(storage, *form[1:])
+        self._forms.clear()
         for storage, before in self._before.values():
-            if storage.nbytes() != before.nbytes():
+            if storage.nbytes() < before.nbytes():
                 storage.resize_(before.nbytes())
-            now, then = _bytes_of(storage), _bytes_of(before)
+            now, then = _bytes_of(storage)[: before.nbytes()], _bytes_of(before)
             if not torch.equal(now, then):  # else it may be memory that is only to be read
                 now.copy_(then)
         self._before.clear()
@@ -75,6 +84,10 @@ def _all_tensors() -> Iterator[Tensor]:
         left += [one for one in type.__subclasses__(kind) if one not in kinds]
     objects = gc.get_objects()
     return compress(objects, map(kinds.__contains__, map(type, objects)))
+
+
+def _form_of(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.size(), tensor.stride()
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> Tensor:

@@ -528,7 +528,9 @@ class Far(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         net = Net()
-        net.register_buffer("seen", torch.zeros(3))
+        for name, value in (("seen", torch.zeros(3)), ("large", torch.zeros(3)), ("square", torch.rand(2, 2))):
+            net.register_buffer(name, value)
+        net.register_buffer("set_anew", torch.zeros(3))
         self.conv, self.far = nn.Conv2d(3, 3, 3, padding=1), Shared()
         self.far.held = Holder(Holder(net))
 
@@ -538,6 +540,9 @@ class Far(nn.Module):
             net.body[0].weight.clamp_(-0.01, 0.01)
             net.body[0].bias.data[1:] = 2
             net.seen.expand(2, 3)[0].add_(x.mean())
+            net.large.resize_(10, 10).fill_(1)
+            net.square.t_()
+            net.set_anew.set_(torch.ones(3))
         if TABLES.held.held is None:
             TABLES.held.held = torch.from_numpy(np.arange(8.0)).div_(8)
         return net(self.conv(x)) * TABLES.held.held[2:].float()
@@ -564,7 +569,12 @@ def test_what_is_reached_by_many_names_stays_as_it_was(name: str) -> None:
     fk.plan(function, x, machine=MACHINE, measure=True)
     if isinstance(function, nn.Module):
         fk.audit(function, inputs=x)
-    after = [*picture(far), *picture(far.far.held.held.held)]
+    after, net = [*picture(far), *picture(far.far.held.held.held)], far.far.held.held.held
+    assert [net.large.shape, net.large.untyped_storage().nbytes() >= 12, net.square.is_contiguous()] == [
+        (3,),
+        True,
+        True,
+    ]
     assert all(same(a, b) for a, b in zip(before, after, strict=True))
     if name == "its module":  # what a run makes and keeps is what a step would
         assert TABLES.held.held.tolist() == [i / 8 for i in range(8)]
