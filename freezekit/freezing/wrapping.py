@@ -8,6 +8,8 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from freezekit._arguments import shown
+
 
 def inside(optimizer: Any) -> list[Optimizer]:
     """The optimizers that ``optimizer``, itself one or not, has as attributes, or in lists and dictionaries; each once.
@@ -94,6 +96,7 @@ def innermost(optimizer: Any) -> Optimizer:
 
 
 def _kind_of(value: Any) -> str:
-    """A class's name, with its module's: there are optimizers of other makes by the name Optimizer."""
+    """What an error shows: a plain value, or a class with its module, since others name theirs Optimizer as well."""
     kind = type(value)
-    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    plain = kind.__module__ == "builtins"
+    return f"{kind.__name__} {shown(value)}" if plain else f"{kind.__module__}.{kind.__qualname__}"

@@ -211,7 +211,7 @@ def test_what_wraps_none_is_told_what_to_pass() -> None:
             match=r"got tests.auditing.test_wrapping.Closed, and found none inside it: pass the one .* or none where",
         ):
             ask(Closed(model.parameters()))
-        with pytest.raises(TypeError, match=r"torch\.optim\.Optimizer or several, got float$"):
+        with pytest.raises(TypeError, match=r"torch\.optim\.Optimizer or several, got float 0.1$"):
             ask(0.1)
     with pytest.raises(TypeError, match=r"got .*Closed.*no hooks by which its steps can be watched"):
         guard(model, Closed(model.parameters()))

@@ -281,7 +281,7 @@ rows(
 first(UpdateNorm, more=lambda m, o: (o, 0.1))
 rows(
     "UpdateNorm",
-    ("no optimizer", lambda m, o: UpdateNorm(m, None, 0.1), TypeError, ("optimizer", "Optimizer", "NoneType")),
+    ("no optimizer", lambda m, o: UpdateNorm(m, None, 0.1), TypeError, ("optimizer", "Optimizer", "None")),
     ("threshold of 0", lambda m, o: UpdateNorm(m, o, 0), ValueError, ("threshold", "above 0", "0")),
     ("threshold of text", lambda m, o: UpdateNorm(m, o, "a"), TypeError, ("threshold", "number", "'a'")),
     ("threshold of NaN", lambda m, o: UpdateNorm(m, o, float("nan")), ValueError, ("threshold", "above 0", "nan")),
