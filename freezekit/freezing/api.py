@@ -41,8 +41,9 @@ def freeze(
             predicate ``f(name, parameter) -> bool``, or a list of these (``layer.parameters()`` too). A module stands
             for all it contains; one of several may have nothing to freeze, as in ``list(model.children())[:3]``. None
             of them, and no ``until``, means the whole model.
-        optimizer: the optimizer that trains ``model``, or several. It may be None when nothing of it needs to change:
-            a frozen parameter is skipped anyway, since its ``.grad`` is None.
+        optimizer: the optimizer that trains ``model``, or several; of what wraps one, as fastai's OptimWrapper does,
+            the one inside is meant. It may be None when nothing of it needs to change: a frozen parameter is skipped
+            anyway, since its ``.grad`` is None.
         remove: take the parameters out of the optimizer's groups and state as well; `unfreeze` with the same optimizer
             puts them back in their own group. The groups stay, empty ones too, so schedulers go on. The way back is
             an attribute of the optimizer: `freeze_state` saves it, and a copy or pickle of the optimizer is without.
