@@ -956,3 +956,125 @@ def test_small_operands_are_kept_as_in_torch(name: str, dtype: torch.dtype, leas
             enabled = bytes_kept(call, x)
         assert enabled == stock if is_kept else enabled < stock - x.nbytes / 2
         assert_equal(*both(call, x))
+
+
+def batch_norm(kind: type[nn.modules.batchnorm._NormBase], channels: int, affine: bool) -> nn.Module:
+    layer = kind(channels, affine=affine)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    return layer
+
+
+BATCH_NORMS = {
+    "batch norm": (nn.BatchNorm2d, torch.contiguous_format),
+    "batch norm, NHWC": (nn.BatchNorm2d, torch.channels_last),
+    "instance norm": (nn.InstanceNorm2d, torch.contiguous_format),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("norm_name", BATCH_NORMS)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_an_activation_behind_a_norm_by_batch_statistics(
+    name: str, norm_name: str, frozen: bool, affine: bool, dtype: torch.dtype
+) -> None:
+    (kind, memory_format), f = BATCH_NORMS[norm_name], ACTIVATIONS[name]
+    layer = batch_norm(kind, 6, affine).requires_grad_(not frozen).to(dtype)
+    x = torch.randn(3, 6, 20, 21, dtype=dtype).contiguous(memory_format=memory_format).requires_grad_()
+    call = lambda x: f(layer(x))  # noqa: E731
+    assert bytes_kept(call, x) >= 2 * x.nbytes
+    in_place_of_a_view = norm_name == "instance norm" and name.endswith("_")
+    assert 1 <= tensors_kept(call, x) < (2.03 if in_place_of_a_view else 1.03)
+    stock, ours = both(call, x)
+    assert_equal(ours, stock)
+    learning = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    expected = torch.autograd.grad(call(x).square().sum(), learning)
+    with fk.enabled():
+        found = torch.autograd.grad(call(x).square().sum(), learning)
+    assert_equal(list(found), list(expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, nn.InstanceNorm2d])
+@pytest.mark.parametrize("parameters", [torch.float32, None], ids=str)
+def test_low_precision_behind_such_a_norm_keeps_what_torch_keeps(
+    parameters: torch.dtype | None, kind: type[nn.modules.batchnorm._NormBase], dtype: torch.dtype
+) -> None:
+    layer = batch_norm(kind, 6, affine=True).to(parameters or dtype)
+    x = torch.randn(3, 6, 20, 21, dtype=dtype, requires_grad=True)
+    call = lambda x: F.silu(layer(x))  # noqa: E731
+    assert tensors_kept(call, x) <= bytes_kept(call, x) / x.nbytes
+    stock, ours = both(call, x)
+    assert_equal(ours, stock)
+
+
+@pytest.mark.parametrize("kind", [nn.InstanceNorm1d, nn.InstanceNorm3d, nn.BatchNorm1d, nn.BatchNorm3d])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_other_dimensions_of_such_norms(kind: type[nn.modules.batchnorm._NormBase], batch: int) -> None:
+    size = (batch, 4, *((5, 6, 7) if "3d" in kind.__name__ else (9,)))
+    layer, x = batch_norm(kind, 4, affine=True), torch.randn(size, requires_grad=True)
+    stock, ours = both(lambda x: F.gelu(layer(x)), x)
+    assert_equal(ours, stock)
+
+
+@pytest.mark.parametrize("write", ["versioned", "unversioned"])
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, nn.InstanceNorm2d])
+def test_the_input_of_such_a_norm_must_stay(kind: type[nn.modules.batchnorm._NormBase], write: str) -> None:
+    layer = batch_norm(kind, 6, affine=True).requires_grad_(False)
+    x = torch.randn(3, 6, 20, 21, requires_grad=True) * 1
+    with fk.enabled():
+        y = F.silu(layer(x))
+    with torch.no_grad():
+        (x if write == "versioned" else x.data).mul_(2)
+    said = "modified by an inplace operation" if write == "versioned" else "a way that autograd does not see"
+    with pytest.raises(RuntimeError, match=said):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, nn.InstanceNorm2d])
+def test_parameters_and_statistics_of_such_a_norm_may_be_written_to(
+    kind: type[nn.modules.batchnorm._NormBase],
+) -> None:
+    """Those of the call count: bias and running statistics are not kept by torch, and a weight is for its gradient."""
+    layer = batch_norm(kind, 6, affine=True).requires_grad_(False)
+    x = torch.randn(3, 6, 20, 21, requires_grad=True)
+    expected = torch.autograd.grad(F.silu(layer(x)).sum(), x)
+    with fk.enabled():
+        y = F.silu(layer(x))
+    with torch.no_grad():
+        for tensor in (layer.bias, layer.running_mean, layer.running_var):
+            if tensor is not None:
+                tensor.data.fill_(7)
+    assert_equal(list(torch.autograd.grad(y.sum(), x)), list(expected))
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, nn.InstanceNorm2d])
+def test_a_result_written_to_before_the_activation_is_kept(kind: type[nn.modules.batchnorm._NormBase]) -> None:
+    layer = batch_norm(kind, 6, affine=True).requires_grad_(False)
+    x = torch.randn(3, 6, 20, 21, requires_grad=True)
+
+    def call(x: Tensor) -> Tensor:
+        y = layer(x)
+        y.data[0, 1, 2, 3] += 1  # seen by no version
+        return F.silu(y)
+
+    stock, ours = both(call, x)
+    assert_equal(ours, stock)
+
+
+def test_a_view_of_a_norm_s_result_with_other_values() -> None:
+    layer = batch_norm(nn.BatchNorm2d, 6, affine=True).requires_grad_(False)
+    x = torch.randn(3, 6, 20, 21, requires_grad=True)
+    for seen in (
+        lambda y: y.view(6, 3, 20, 21),
+        lambda y: y.view(3, 6, 420),
+        lambda y: y.view(-1),
+        lambda y: y.transpose(1, 2),
+        lambda y: y[:2],
+        lambda y: y.view(3, 2, 3, 20, 21)[:, 1],
+        lambda y: y.view_as(x),
+    ):
+        stock, ours = both(lambda x, seen=seen: F.silu(seen(layer(x))), x)
+        assert_equal(ours, stock)

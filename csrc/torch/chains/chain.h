@@ -4,7 +4,8 @@
 // tensors and one would do. So torch's node stays as it is, and what it saved is replaced by a recipe:
 //
 //   operator              what made its operand        the operand's recipe
-//   silu, gelu, ...       group norm                   x * scale + shift, of the norm's input
+//   silu, gelu, ...       group norm, batch norm by    x * scale + shift, of the norm's input
+//                         batch statistics, instance norm
 //   silu, gelu, ...       layer norm                   the norm, of its input
 //   product               silu, gelu, ...              the activation, of its input, or of its input's recipe
 //   product, power, mse   sigmoid, difference, ...     the formula, of tensors that nodes keep
@@ -91,8 +92,8 @@ bool is_let_go();
 // Of the sum of a tensor and a number, as Python writes it: torch's node does not keep the number.
 void note_number(const Tensor& result, const Tensor& number);
 
-// Torch's nodes of norms do not keep eps, and a group norm's does not keep the bias: eps is noted, and where the bias is.
-// Should that move before there is a recipe, there will be none.
+// Torch's nodes of norms do not keep eps, and those of group and batch norms do not keep the bias: eps is noted, and where
+// the bias is, or what it was. Should it move before there is a recipe, there will be none.
 void note_norm(const Tensor& result, const Tensor& bias, double eps);
 
 }  // namespace freezekit::chain

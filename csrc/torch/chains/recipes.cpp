@@ -80,12 +80,15 @@ struct ChannelRows {
   }
 };
 
-// x * scale + shift. What is made of parameters and statistics is its own: nobody else can write to it.
+// x * scale + shift, as torch computes group and batch norms. What is made of parameters and statistics is its own: nobody
+// else can write to it.
 template <class T>
-class GroupNorm : public Recipe {
+class AffineNorm : public Recipe {
  public:
-  // weight, bias: (C,), as they were for x, or undefined. mean, rstd: (N, groups).
-  GroupNorm(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean, const Tensor& rstd)
+  // x: (N, C, ...). Of the N * C channels in a row, `width` share a mean and rstd. Where a vector ends, it begins again;
+  // weight and bias, as they were for x, may be undefined.
+  AffineNorm(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean, const Tensor& rstd,
+             int64_t width)
       : x_(x), scales_and_shifts_(unrecorded([&] {
           const c10::SymInt count = 2 * x.size(0) * x.size(1);
           return empty_beside(x, count, at::MemoryFormat::Contiguous, x.scalar_type());
@@ -93,16 +96,18 @@ class GroupNorm : public Recipe {
     if (!is_in_memory(x)) return;
     const auto values_of = [](const Tensor& vector) { return vector.defined() ? vector.const_data_ptr<T>() : nullptr; };
     const T *const w = values_of(weight), *const b = values_of(bias);
-    const T *m = values_of(mean), *r = values_of(rstd);
-    const int64_t n = x.size(0), c = x.size(1), width = c / mean.size(1);
+    const T *const m = values_of(mean), *const r = values_of(rstd);
+    const int64_t n = x.size(0), c = x.size(1), statistics = mean.numel();
+    const int64_t channels = w ? weight.numel() : b ? bias.numel() : c;
     T *scale = scales_and_shifts_.mutable_data_ptr<T>(), *shift = scale + n * c;
     rounded_twice_.reserve(n * c);
-    for (int64_t i = 0; i < n * c; i += width, ++m, ++r) {
-      for (int64_t channel = i % c, end = channel + width; channel < end; ++channel, ++scale, ++shift) {
+    for (int64_t i = 0; i < n * c; i += width) {
+      const T mean_here = m[i / width % statistics], rstd_here = r[i / width % statistics];
+      for (int64_t channel = i % channels, end = channel + width; channel < end; ++channel, ++scale, ++shift) {
         const T bias_here = b ? b[channel] : T(0);
-        *scale = *r * (w ? w[channel] : T(1));
-        *shift = std::fma(-*scale, *m, bias_here);
-        rounded_twice_.push_back(bias_here - *scale * *m);
+        *scale = rstd_here * (w ? w[channel] : T(1));
+        *shift = std::fma(-*scale, mean_here, bias_here);
+        rounded_twice_.push_back(bias_here - *scale * mean_here);
       }
     }
   }
@@ -499,30 +504,56 @@ Tensor Vector::tensor() const {
   return result;
 }
 
+namespace {
+
+// Null where the scales and shifts would weigh more than half of what is saved, and for layouts and dtypes that torch
+// computes otherwise.
+std::shared_ptr<Recipe> affine_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean,
+                                    const Tensor& rstd, int64_t width) {
+  if (x.numel() < 4 * x.size(0) * x.size(1)) return nullptr;
+  if (!x.is_contiguous() && !x.is_contiguous(x.suggest_memory_format())) return nullptr;
+  if (x.scalar_type() == at::kFloat) {
+    return std::make_shared<AffineNorm<float>>(x, weight, bias, mean, rstd, width);
+  }
+  return std::make_shared<AffineNorm<double>>(x, weight, bias, mean, rstd, width);
+}
+
+// Whether all are of x's dtype, which is float or double.
+bool are_alike(const Tensor& x, std::initializer_list<const Tensor*> others) {
+  const auto is_alike = [&](const Tensor* t) { return !t->defined() || t->scalar_type() == x.scalar_type(); };
+  return computes_batch_norm(x.scalar_type()) && std::all_of(others.begin(), others.end(), is_alike);
+}
+
+// Whether each is undefined, or a contiguous vector of that length, with values if there are any.
+bool are_vectors(std::initializer_list<const Tensor*> vectors, int64_t length, bool has_data) {
+  return std::all_of(vectors.begin(), vectors.end(), [&](const Tensor* t) {
+    return !t->defined() ||
+           (t->dim() == 1 && t->size(0) == length && t->is_contiguous() && (!has_data || is_in_memory(*t)));
+  });
+}
+
+// x with other sizes: its bytes and its version. x is contiguous.
+Tensor seen_as(const Tensor& x, at::IntArrayRef size) {
+  const Tensor seen = unrecorded([&] { return x.view(size); });
+  torch::autograd::impl::set_version_counter(seen, torch::autograd::impl::version_counter(x));
+  return seen;
+}
+
+}  // namespace
+
 std::shared_ptr<Recipe> group_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean,
                                    const Tensor& rstd, double eps, bool has_data) {
   if (x.dim() < 2 || x.numel() == 0 || (has_data && !is_in_memory(x))) return nullptr;
   const int64_t n = x.size(0), c = x.size(1);
   const bool are_statistics =
       mean.dim() == 2 && mean.size(0) == n && mean.sizes() == rstd.sizes() && mean.size(1) > 0 && c % mean.size(1) == 0;
-  // Scales and shifts weigh at most half of what is saved.
-  if (!are_statistics || x.numel() < 4 * n * c) return nullptr;
-  for (const Tensor* vector : {&mean, &rstd, &weight, &bias}) {
-    if (vector->defined() && (!vector->is_contiguous() || (has_data && !is_in_memory(*vector)))) return nullptr;
+  if (!are_statistics || x.numel() < 4 * n * c || !are_vectors({&weight, &bias}, c, has_data)) return nullptr;
+  for (const Tensor* vector : {&mean, &rstd}) {
+    if (!vector->is_contiguous() || (has_data && !is_in_memory(*vector))) return nullptr;
   }
-  for (const Tensor* vector : {&weight, &bias}) {
-    if (vector->defined() && (vector->dim() != 1 || vector->size(0) != c)) return nullptr;
-  }
-  const auto are_of = [&](at::ScalarType dtype) {
-    const auto is_of = [dtype](const Tensor* tensor) { return !tensor->defined() || tensor->scalar_type() == dtype; };
-    const auto all = {&x, &mean, &rstd, &weight, &bias};
-    return std::all_of(all.begin(), all.end(), is_of);
-  };
   // Without parameters torch's formula is another.
-  if ((weight.defined() || bias.defined()) && (are_of(at::kFloat) || are_of(at::kDouble))) {
-    if (!x.is_contiguous() && !x.is_contiguous(x.suggest_memory_format())) return nullptr;
-    if (x.scalar_type() == at::kFloat) return std::make_shared<GroupNorm<float>>(x, weight, bias, mean, rstd);
-    return std::make_shared<GroupNorm<double>>(x, weight, bias, mean, rstd);
+  if ((weight.defined() || bias.defined()) && are_alike(x, {&mean, &rstd, &weight, &bias})) {
+    return affine_norm(x, weight, bias, mean, rstd, c / mean.size(1));
   }
   // Torch rounds the statistics of low precision: they are computed again. In channels_last, torch's sums depend on the
   // number of threads.
@@ -534,6 +565,23 @@ std::shared_ptr<Recipe> group_norm(const Tensor& x, const Tensor& weight, const 
         return std::get<0>(at::native_group_norm(kept[0], w, b, n, c, length, groups, eps));
       },
       std::vector<Tensor>{w, b});
+}
+
+bool computes_batch_norm(at::ScalarType dtype) { return dtype == at::kFloat || dtype == at::kDouble; }
+
+std::shared_ptr<Recipe> batch_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean,
+                                   const Tensor& rstd, at::IntArrayRef size, bool has_data) {
+  if (x.dim() < 2 || x.numel() == 0 || (has_data && !is_in_memory(x))) return nullptr;
+  const int64_t channels = x.size(1);
+  if (!are_vectors({&weight, &bias, &mean, &rstd}, channels, has_data) ||
+      !are_alike(x, {&weight, &bias, &mean, &rstd})) {
+    return nullptr;
+  }
+  if (x.sizes() == size) return affine_norm(x, weight, bias, mean, rstd, 1);
+  // Instance norm is a batch norm of one image with all channels of all images.
+  const bool are_instances = size.size() >= 2 && x.size(0) == 1 && size[0] * size[1] == channels && x.is_contiguous() &&
+                             c10::multiply_integers(size) == x.numel();
+  return are_instances ? affine_norm(seen_as(x, size), weight, bias, mean, rstd, 1) : nullptr;
 }
 
 std::shared_ptr<Recipe> layer_norm(const Tensor& x, at::IntArrayRef shape, const Tensor& weight, const Tensor& bias,

@@ -57,6 +57,12 @@ class Vector {
 std::shared_ptr<Recipe> group_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean,
                                    const Tensor& rstd, double eps, bool has_data);
 
+// Of a batch norm by the statistics of x, over (N, C, ...): mean and rstd of (C,) as its node keeps them. Its result has been
+// given other sizes where `size` is not x's, as that of instance norm.
+std::shared_ptr<Recipe> batch_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean,
+                                   const Tensor& rstd, at::IntArrayRef size, bool has_data);
+bool computes_batch_norm(at::ScalarType dtype);
+
 // Of a layer norm of any dtype: weight and bias as they are now, which may be undefined. Null for what is not computed here.
 std::shared_ptr<Recipe> layer_norm(const Tensor& x, at::IntArrayRef shape, const Tensor& weight, const Tensor& bias,
                                    double eps, bool has_data);

@@ -1,6 +1,7 @@
 // Torch's own nodes, which keep their operands in members that everybody can see.
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/ops/elu.h>
+#include <ATen/ops/from_blob.h>
 #include <ATen/ops/gelu.h>
 #include <ATen/ops/hardswish.h>
 #include <ATen/ops/mish.h>
@@ -43,6 +44,8 @@ struct Note {
   bool has_bias = false;
   double eps = 0;
   std::optional<Vector> bias;
+  // A copy of a batch norm's, in the dtype of its result: instance norm repeats its bias for each image, and lets go of that.
+  std::vector<char> bias_bytes;
   std::weak_ptr<const Recipe> recipe;
   std::optional<at::Scalar> number;
 };
@@ -83,6 +86,13 @@ T* as(Node* node) {
   return node && typeid(*node) == typeid(T) ? static_cast<T*>(node) : nullptr;
 }
 
+// A tensor that hooks have not taken is there without what autograd knows of it. Undefined once the graph is freed.
+template <class T>
+Tensor statistic(const T& node, const SavedVariable& variable) {
+  if (const auto raw = variable.get_raw_data()) return *raw;
+  return variable.unpack(pointer_to(const_cast<T&>(node)));
+}
+
 std::shared_ptr<Recipe> of_group_norm(const generated::NativeGroupNormBackward0& node, bool watched, bool has_data) {
   const NodeLock lock(node);
   if ((node.input_.has_hooks() || node.weight_.has_hooks()) && !watched) return nullptr;
@@ -92,14 +102,28 @@ std::shared_ptr<Recipe> of_group_norm(const generated::NativeGroupNormBackward0&
   Tensor bias = note->bias ? note->bias->tensor() : Tensor();
   if (!has_data && note->has_bias) bias = weight;  // of the same size, which is all that counts there
   if (has_data && note->has_bias != bias.defined()) return nullptr;
-  // A tensor that hooks have not taken is there without what autograd knows of it.
-  const auto statistic = [&](const SavedVariable& variable) {
-    if (const auto raw = variable.get_raw_data()) return *raw;
-    return variable.unpack(pointer_to(const_cast<generated::NativeGroupNormBackward0&>(node)));
-  };
-  const Tensor mean = statistic(node.result1_), rstd = statistic(node.result2_);
-  if (!mean.defined() || !rstd.defined()) return nullptr;  // the graph is freed
+  const Tensor mean = statistic(node, node.result1_), rstd = statistic(node, node.result2_);
+  if (!mean.defined() || !rstd.defined()) return nullptr;
   return group_norm(node.input_.unpack(), weight, bias, mean, rstd, note->eps, has_data);
+}
+
+std::shared_ptr<Recipe> of_batch_norm(const generated::NativeBatchNormBackward0& node, at::IntArrayRef size,
+                                      bool watched, bool has_data) {
+  const NodeLock lock(node);
+  if ((node.input_.has_hooks() || node.weight_.has_hooks()) && !watched) return nullptr;
+  const Note* note = note_of(&node);
+  if (!note || !node.training) return nullptr;
+  const Tensor mean = statistic(node, node.result1_), rstd = statistic(node, node.result2_);
+  if (!mean.defined() || !rstd.defined()) return nullptr;
+  const Tensor x = node.input_.unpack();
+  Tensor bias;
+  if (note->has_bias && !has_data) {
+    bias = mean;  // of the same size, which is all that counts there
+  } else if (note->has_bias) {
+    const int64_t count = note->bias_bytes.size() / x.element_size();
+    bias = at::from_blob(const_cast<char*>(note->bias_bytes.data()), {count}, x.scalar_type());  // as long as the note
+  }
+  return batch_norm(x, node.weight_.unpack(), bias, mean, rstd, size, has_data);
 }
 
 std::shared_ptr<Recipe> of_layer_norm(const generated::NativeLayerNormBackward0& node, bool watched, bool has_data) {
@@ -111,9 +135,18 @@ std::shared_ptr<Recipe> of_layer_norm(const generated::NativeLayerNormBackward0&
   return layer_norm(node.input_.unpack(), *shape, node.weight_.unpack(), node.bias_.unpack(), note->eps, has_data);
 }
 
+// The node, or what is behind it if it is a view's: instance norm is a batch norm's result with other sizes.
+const Node* behind_view(const Node* node) {
+  if (!node || typeid(*node) != typeid(generated::ViewBackward0)) return node;
+  const auto& edge = node->next_edge(0);
+  return edge.input_nr == 0 ? edge.function.get() : nullptr;
+}
+
+bool is_batch_norm(const Node* node) { return node && typeid(*node) == typeid(generated::NativeBatchNormBackward0); }
+
 bool is_norm(const Node* node) {
   return node && (typeid(*node) == typeid(generated::NativeGroupNormBackward0) ||
-                  typeid(*node) == typeid(generated::NativeLayerNormBackward0));
+                  typeid(*node) == typeid(generated::NativeLayerNormBackward0) || is_batch_norm(node));
 }
 
 template <class T>
@@ -132,8 +165,12 @@ std::shared_ptr<Recipe> candidate_for(const Tensor& value, Maker maker, bool wat
   if (maker == Maker::norm) {
     if (const auto* node = as<generated::NativeLayerNormBackward0>(made))
       return of_layer_norm(*node, watched, has_data);
-    const auto* node = as<generated::NativeGroupNormBackward0>(made);
-    return node ? of_group_norm(*node, watched, has_data) : nullptr;
+    if (const auto* node = as<generated::NativeGroupNormBackward0>(made))
+      return of_group_norm(*node, watched, has_data);
+    const Node* const behind = behind_view(made);
+    if (!is_batch_norm(behind)) return nullptr;
+    return of_batch_norm(static_cast<const generated::NativeBatchNormBackward0&>(*behind), value.sizes(), watched,
+                         has_data);
   }
   if (const auto* node = as<generated::SiluBackward0>(made)) {
     return of_activation(*node, watched, has_data, [](const Tensor& x) { return at::silu(x); });
@@ -233,11 +270,11 @@ int64_t set_least_bytes(int64_t bytes) { return least_bytes.exchange(bytes); }
 
 bool has_maker(const Tensor& value, Maker maker) {
   // Torch makes the node of a view anew when it is asked for it, once the view was written to.
-  if (value.is_view() && (maker != Maker::formula || value._version() > 0)) return false;
+  if (value.is_view() && (maker == Maker::activation || value._version() > 0)) return false;
   Node* const node = node_of(value);
   switch (maker) {
     case Maker::norm:
-      return is_norm(node);
+      return value.is_view() ? is_batch_norm(behind_view(node)) : is_norm(node);
     case Maker::activation:
       return saved_of_activation(node) != nullptr;
     case Maker::formula:
@@ -314,11 +351,17 @@ void note_number(const Tensor& result, const Tensor& number) {
 
 void note_norm(const Tensor& result, const Tensor& bias, double eps) {
   const Node* const node = node_of(result);
-  if (!is_norm(node)) return;
+  if (!is_norm(node) || (is_batch_norm(node) && !computes_batch_norm(result.scalar_type()))) return;
   Note& note = new_note(node);
   note.has_bias = bias.defined();
   note.eps = eps;
-  if (note.has_bias && is_in_memory(bias) && bias.is_contiguous()) note.bias.emplace(bias);
+  if (!note.has_bias || !is_in_memory(bias) || !bias.is_contiguous()) return;
+  if (!is_batch_norm(node)) {
+    note.bias.emplace(bias);
+  } else if (bias.scalar_type() == result.scalar_type()) {
+    const char* bytes = static_cast<const char*>(bias.const_data_ptr());
+    note.bias_bytes.assign(bytes, bytes + bias.nbytes());
+  }
 }
 
 }  // namespace freezekit::chain

@@ -46,7 +46,9 @@ template <class Op, class X, class... Rest>
 decltype(auto) activation(const Op& op, DispatchKeySet keys, X& x, const std::optional<lossy::Activation>& f,
                           Rest... rest) {
   if (is_unrecorded(x)) return op.unrecorded(keys, x, rest...);
-  const RecipePtr recipe = recipe_for(x, Maker::norm);
+  // In place of a view, the node is one of the view's base.
+  const bool is_view_in_place = !std::is_const_v<X> && x.is_view();
+  const RecipePtr recipe = is_view_in_place ? nullptr : recipe_for(x, Maker::norm);
   if (!recipe) {
     const int bits = lossy::bits();
     const bool is_lossy = bits != 0 && f && serves(Value::ours, x) && lossy::gains(x, *f, bits);

@@ -39,7 +39,9 @@ auto batch_norm_by(const Op& op, DispatchKeySet keys, bool training, double eps,
   const bool gains =
       !training && mean.defined() && var.defined() && input.dim() >= 2 && !learns(w) && !learns(mean) && !learns(var);
   if (!gains || !serves(Value::stock, input, w, b, mean, var)) {
-    return op.stock(keys, input, weight, bias, running_mean, running_var, rest...);
+    auto results = op.stock(keys, input, weight, bias, running_mean, running_var, rest...);
+    if (training) note_norm(std::get<0>(results), b, eps);
+    return results;
   }
   auto results = op.forward(keys, input, weight, bias, running_mean, running_var, rest...);
   torch::autograd::set_history(std::get<0>(results), batch_norm_node(input, w, b, var, eps));
