@@ -216,6 +216,33 @@ def test_a_step_leaves_no_tensor_of_a_weights_size(way: str, backend: str, autoc
     assert {id(p) for p in net.parameters()} == before
 
 
+def bytes_left(step: Callable[[], object]) -> int:
+    """Of what torch's allocator gave during a call, what was not given back. It sees what C++ alone holds, too."""
+    gc.collect()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+        gc.collect()
+    return sum(event.self_cpu_memory_usage for event in profile.events() or ())
+
+
+@pytest.mark.parametrize("leaks", [False, True], ids=["", "planted"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_step_leaves_no_memory(way: str, backend: str, leaks: bool) -> None:
+    net, kept = frozen_copy(stock_net()), []
+    first, x = net[0].weight, torch.randn(1, 16, 3, 3, requires_grad=True)
+
+    def one() -> None:
+        with on(backend):
+            WAYS[way](net)(x).sum().backward()
+        net.zero_grad()
+        x.grad = None
+        if leaks:
+            kept.append(first.detach().clone())
+
+    assert (bytes_left(one) >= first.nbytes) == leaks
+
+
 def test_a_weight_that_comes_to_learn_gets_its_gradient() -> None:
     conv = fk.FreezableConv2d(4, 8, 3).requires_grad_(False)
     x = torch.ones(1, 4, 8, 8)
