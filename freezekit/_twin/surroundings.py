@@ -12,10 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.nn.modules import module as hooks
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from freezekit._twin.untouched import form_of
 
 CONTAINERS = (dict, list, set, deque)  # which a run may write to
-_VALUES = (type(None), bool, int, float, complex, str, bytes, ModuleType, nn.Parameter)
+_VALUES = (type(None), bool, int, float, complex, str, bytes, ModuleType)
+_FOLLOWED = (nn.Module, Optimizer, LRScheduler, GradScaler)  # from any object, since they hold the state of a training
 _WEAK = ("weakref", "_weakrefset")  # whose containers lose entries by themselves
 # Their attributes are Python's or torch's own, and not followed.
 _PLAIN = (*CONTAINERS, tuple, FunctionType, type, MethodType, staticmethod, classmethod, property, partial, Tensor)
@@ -94,10 +100,11 @@ def is_filled(cell: CellType) -> bool:
 
 class Surroundings:
     """The present state of all that some values reach: lists, dictionaries, sets, deques, attributes, generators.
+    Of tensors it is ``.grad``, ``.data`` and ``.requires_grad``, too.
 
-    The search goes from functions to what they name, into modules, classes and nested containers, and into one object
-    of any other class. It does not go on from one such object to the next: that might be half of the program, and
-    another thread's.
+    The search goes from functions to what they name, into modules, optimizers, their schedulers, classes and nested
+    containers, and into one object of any other class. It does not go on from one such object to the next: that might
+    be half of the program, and another thread's.
 
     Args:
         values: where to start; the hooks of all modules are added.
@@ -122,8 +129,8 @@ class Surroundings:
                 continue
             self._seen[id(value)] = (value, objects)
             left += [(part, objects) for part in self._parts(value)]
-            if objects or isinstance(value, nn.Module):
-                left += [(part, objects - (not isinstance(value, nn.Module))) for part in self._attributes(value)]
+            if objects or isinstance(value, _FOLLOWED):
+                left += [(part, objects - (not isinstance(value, _FOLLOWED))) for part in self._attributes(value)]
 
     def put_back(self) -> None:
         """Restores that state."""
@@ -155,8 +162,11 @@ class Surroundings:
             held = ("fget", "func", "args", "keywords", "__wrapped__")
             return [getattr(value, name, None) for name in held]
         if isinstance(value, Tensor):
-            if self._data and value.layout is torch.strided and not (value.is_meta or value.is_nested):
-                self._undo.append(partial(_write, value, value.detach().clone()))
+            readable = value.layout is torch.strided and not (value.is_meta or value.is_nested)
+            before = None
+            if self._data and readable and not isinstance(value, nn.Parameter):
+                before = value.detach().clone()
+            self._undo.append(_Tensor(value, before).put_back)
         elif isinstance(value, torch.Generator):
             self._undo.append(partial(value.set_state, value.get_state()))
         elif type(value) is random.Random:
@@ -231,6 +241,29 @@ def _bind(known: dict[str, Any], names: Iterable[str], values: dict[str, Any]) -
             known.pop(name, None)
 
 
-def _write(tensor: Tensor, value: Tensor) -> None:
-    if not torch.equal(tensor, value):
-        tensor.copy_(value)
+class _Tensor:
+    """What is set on a tensor and, where they are given, its values."""
+
+    def __init__(self, tensor: Tensor, value: Tensor | None) -> None:
+        self._tensor, self._value = tensor, value
+        self._learns = tensor.requires_grad
+        self._grad = tensor.grad if tensor.is_leaf else None
+        plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+        plain = plain and tensor.is_leaf and not (tensor.is_nested or tensor.is_quantized)
+        plain = plain and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        with torch.inference_mode(False):
+            self._alias = tensor.detach() if plain else None
+
+    def put_back(self) -> None:
+        tensor, alias = self._tensor, self._alias
+        if alias is not None:
+            if not (tensor.is_leaf or tensor._is_view()):  # an operator in place took it into its graph
+                tensor.detach_()
+            if (tensor.dtype, form_of(tensor)) != (alias.dtype, form_of(alias)):
+                tensor.data = alias
+        if tensor.is_leaf and tensor.requires_grad != self._learns:
+            tensor.requires_grad_(self._learns)
+        if tensor.is_leaf and tensor.grad is not self._grad:
+            tensor.grad = self._grad
+        if self._value is not None and not torch.equal(tensor, self._value):
+            tensor.copy_(self._value)

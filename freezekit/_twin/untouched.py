@@ -58,12 +58,12 @@ class Untouched(TorchDispatchMode):
         if key not in self._before and (written or key not in self._parameters):
             self._before[key] = (storage, storage.clone())
         if written and type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided:
-            self._forms.setdefault(id(tensor), (tensor, storage, _form_of(tensor)))
+            self._forms.setdefault(id(tensor), (tensor, storage, form_of(tensor)))
 
     def put_back(self) -> None:
         """Undoes what was written."""
         for tensor, storage, form in self._forms.values():
-            if _form_of(tensor) != form:
+            if form_of(tensor) != form:
                 with torch.no_grad():
                     tensor.set_(storage, *form[1:])
         self._forms.clear()
@@ -77,16 +77,36 @@ class Untouched(TorchDispatchMode):
 
 
 def _all_tensors() -> Iterator[Tensor]:
-    """All that Python knows."""
+    """All that Python knows, and their gradients, of which it may not."""
     kinds, left = set(), [Tensor]
     while left:
         kinds.add(kind := left.pop())
         left += [one for one in type.__subclasses__(kind) if one not in kinds]
-    objects = gc.get_objects()
-    return compress(objects, map(kinds.__contains__, map(type, objects)))
+    objects = _all_objects()
+    for tensor in compress(objects, map(kinds.__contains__, map(type, objects))):
+        yield tensor
+        if tensor.is_leaf and tensor.grad is not None:
+            yield tensor.grad
 
 
-def _form_of(tensor: Tensor) -> tuple[Any, ...]:
+def _all_objects() -> list[Any]:
+    """All that the garbage collector knows, with what a program took out of its sight by ``gc.freeze()``."""
+    if not gc.get_freeze_count():
+        return gc.get_objects()
+    gc.collect()  # garbage is not to be frozen below
+    enabled = gc.isenabled()
+    gc.disable()
+    gc.unfreeze()
+    try:
+        return gc.get_objects()
+    finally:
+        gc.freeze()
+        if enabled:
+            gc.enable()
+
+
+def form_of(tensor: Tensor) -> tuple[Any, ...]:
+    """What tells where a strided tensor's elements are."""
     return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.size(), tensor.stride()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import threading
 import types
@@ -663,3 +664,114 @@ def test_a_forward_may_read_what_its_class_keeps_from_pickles(measure: bool | No
     assert [row.name for row in explained] == ["conv", ""]
     assert len(model.seen) == 1
     assert len(list(fk.plan(model, x, machine=MACHINE))) > 1
+
+
+class Trainer:
+    """Holds all of a training, in objects of other classes."""
+
+    def __init__(self) -> None:
+        self.model = Net()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1.0, momentum=0.9)
+        self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 1, 0.5)
+
+    def step(self, x: Tensor) -> Tensor:
+        loss = self.model(x).square().mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.scheduler.step()
+        return loss
+
+    def state(self) -> list[Any]:
+        states = (self.model.state_dict(), self.optimizer.state_dict(), self.scheduler.state_dict())
+        return [*(repr(state) for state in states), [p.grad for p in self.model.parameters()]]
+
+
+@pytest.mark.parametrize("measure", [None, True])
+def test_a_step_of_a_trainer_leaves_its_optimizer_and_gradients(measure: bool | None) -> None:
+    trainer, x = Trainer(), torch.randn(2, 3, 8, 8)
+    trainer.step(x)
+    before, values = trainer.state(), [p.grad.clone() for p in trainer.model.parameters()]
+    fk.explain(lambda x: trainer.step(x), x, measure=measure)
+    after = trainer.state()
+    assert after[:3] == before[:3]
+    assert all(a is b for a, b in zip(after[3], before[3], strict=True))
+    assert all(map(torch.equal, after[3], values))
+
+
+SCALE = nn.Parameter(torch.ones(3))
+TEACHER = Net()
+
+
+class Setting(Net):
+    """Sets gradients, storages and flags of what it names."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            SCALE.sum().backward()
+        SCALE.data = torch.zeros(2)
+        SCALE.requires_grad_(False)
+        TEACHER.zero_grad()
+        TEACHER.requires_grad_(False)
+        return self.body(x)
+
+
+@pytest.mark.parametrize("look", ["explain", "measure", "plan", "audit"])
+def test_what_a_run_sets_on_parameters_that_it_names_is_put_back(look: str) -> None:
+    model, x = Setting(), torch.randn(2, 3, 8, 8)
+    TEACHER(x).sum().backward()
+    grads, pointer = [p.grad for p in TEACHER.parameters()], SCALE.data_ptr()
+    if look == "audit":
+        fk.audit(model, None, x)
+    elif look == "plan":
+        fk.plan(model, x, machine=MACHINE)
+    else:
+        fk.explain(model, x, measure=look == "measure" or None)
+    assert SCALE.grad is None
+    assert SCALE.requires_grad
+    assert SCALE.tolist() == [1, 1, 1]
+    assert SCALE.data_ptr() == pointer
+    assert all(p.requires_grad and p.grad is grad for p, grad in zip(TEACHER.parameters(), grads, strict=True))
+
+
+def test_gradients_that_python_has_not_seen_are_put_back() -> None:
+    far, conv, x = Holder(Holder(nn.Linear(4, 1))), nn.Conv2d(3, 3, 3), torch.randn(2, 3, 8, 8)
+    far.held.held(torch.ones(2, 4)).sum().backward()
+
+    def call(x: Tensor) -> Tensor:
+        for p in far.held.held.parameters():
+            p.grad.zero_()
+        return conv(x)
+
+    fk.explain(call, x, measure=True)
+    assert far.held.held.weight.grad.tolist() == [[2, 2, 2, 2]]
+
+
+def test_what_python_no_longer_lists_is_put_back() -> None:
+    far, conv, x = Holder(Holder(nn.BatchNorm2d(3))), nn.Conv2d(3, 3, 3), torch.randn(2, 3, 8, 8)
+
+    def call(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            far.held.held.weight.add_(1)
+        return conv(far.held.held(x))
+
+    gc.freeze()
+    try:
+        fk.explain(call, x, measure=True)
+        assert gc.isenabled()
+        assert gc.get_freeze_count()
+    finally:
+        gc.unfreeze()
+    assert far.held.held.weight.tolist() == [1, 1, 1]
+    assert far.held.held.running_mean.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("kind", ["meta", "escaped"])
+def test_a_tensor_that_has_no_data_may_be_named(kind: str) -> None:
+    named: list[Any] = [nn.Linear(4, 4, device="meta")]
+    conv = nn.Conv2d(3, 3, 3)
+    if kind == "escaped":  # from a transform of torch.func
+        torch.vmap(lambda row: (named.append(row), row)[1])(torch.ones(2, 3))
+    else:
+        named[0].weight.grad = torch.empty(4, 4, device="meta")
+    assert len(fk.explain(lambda x: conv(x) * len(named), torch.randn(2, 3, 8, 8))) == 2
