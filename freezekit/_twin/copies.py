@@ -21,6 +21,20 @@ from freezekit._twin.surroundings import CONTAINERS, content_of, is_filled, modu
 _HOLDERS = (Tensor, nn.Module, *CONTAINERS, tuple, FunctionType, MethodType, partial)
 
 
+class Overlay(dict[str, Any]):
+    """Global names for copied functions: some are other values, and the rest is what it is when it is read.
+
+    A hook that is not copied may set a global name during the run that a copied function reads.
+    """
+
+    def __init__(self, known: dict[str, Any]) -> None:
+        super().__init__({name: known[name] for name in ("__builtins__", "__name__") if name in known})
+        self._known = known
+
+    def __missing__(self, name: str) -> Any:
+        return self._known[name]
+
+
 class Copies(TorchFunctionMode):
     """Copies of modules, tensors and all that they reach: running them does not write to the originals.
 
@@ -34,6 +48,7 @@ class Copies(TorchFunctionMode):
     def __init__(self, stand_in: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self._stand_in = stand_in
+        self._overlays: dict[int, Overlay] = {}
         self._memo: dict[int, Any] = {}
         # `copy` keeps the originals alive in this list, since a memo knows them by their ids.
         self._originals: list[Any] = self._memo.setdefault(id(self._memo), [])
@@ -166,7 +181,7 @@ class Copies(TorchFunctionMode):
         held = (*(defaults or ()), *(by_name or {}).values())
         if not (cells or modules or any(isinstance(value, _HOLDERS) for value in held)):
             return function
-        names = dict(known) if modules else known
+        names = self._overlays.setdefault(id(known), Overlay(known)) if modules else known
         made = FunctionType(code, names, function.__name__, None, tuple(CellType() for _ in cells))
         made.__dict__.update(vars(function))
         self._note(function, made)  # before what it holds, which may hold it

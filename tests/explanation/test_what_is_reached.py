@@ -775,3 +775,27 @@ def test_a_tensor_that_has_no_data_may_be_named(kind: str) -> None:
     else:
         named[0].weight.grad = torch.empty(4, 4, device="meta")
     assert len(fk.explain(lambda x: conv(x) * len(named), torch.randn(2, 3, 8, 8))) == 2
+
+
+NAMED = Net()
+FEATURE: Any = torch.ones(3)
+
+
+def note(*call: Any) -> None:
+    global FEATURE
+    FEATURE = call[-1]
+
+
+def with_feature(x: Tensor) -> Tensor:
+    return NAMED(x).sum() + torch.tanh(FEATURE).sum()
+
+
+@pytest.mark.parametrize("measure", [False, True])
+def test_a_function_reads_what_its_run_sets_by_a_global_name(measure: bool) -> None:
+    handle, old = NAMED.body[0].register_forward_hook(note), FEATURE
+    try:
+        explained = fk.explain(with_feature, torch.randn(2, 3, 8, 8), measure=measure)
+    finally:
+        handle.remove()
+    assert max(row.bytes_kept for row in explained if row.layer.endswith("tanh")) == 2 * 3 * 6 * 6 * 4
+    assert FEATURE is old
