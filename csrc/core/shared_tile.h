@@ -18,6 +18,9 @@ constexpr uint32_t kTileRow = 128;  // bytes
 constexpr uint32_t kSwizzleAtom = 8 * kTileRow;
 constexpr uint32_t kWgmmaDepthBytes = 32;  // of one wgmma along the reduction
 
+// The shared address that a bulk copy gives the byte at linear address `at`.
+FK_HOST_DEVICE constexpr uint32_t swizzled(uint32_t at) { return at ^ ((at >> 7 & 7) << 4); }
+
 // leading and stride are in bytes, multiples of 16.
 FK_HOST_DEVICE constexpr uint64_t matrix_descriptor(uint32_t start, uint32_t leading, uint32_t stride) {
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;

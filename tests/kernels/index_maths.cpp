@@ -182,9 +182,6 @@ void pixel_boxes() {
   REQUIRE(!fits_map(box), "a corner of -129 does not fit");
 }
 
-// The shared address that a bulk copy gives the byte at linear address `at`.
-uint32_t swizzled(uint32_t at) { return at ^ ((at >> 7 & 7) << 4); }
-
 // What the hardware makes of a descriptor: PTX ISA, "Strides" and "Canonical Layouts" of the 128-byte swizzle.
 uint32_t described(uint64_t descriptor, uint32_t across, uint32_t down, uint32_t byte) {
   const auto field = [&](int bit) { return static_cast<uint32_t>(descriptor >> bit & 0x3fff) << 4; };

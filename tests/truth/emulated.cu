@@ -149,7 +149,7 @@ Status run_kernel(int config, Operator op, const Conv2dProblem& p, DType dtype) 
   notes.gathered = op == Operator::dgrad ? y.get() : x.get();
   notes.other = op == Operator::wgrad ? y.get() : filter.get();
   if (op == Operator::wgrad) {
-    return launch_hopper_wgrad_kernel(config, 1, p, dtype, {x.get(), filter.get(), y.get()}, nullptr, nullptr);
+    return launch_hopper_wgrad_kernel(config, dtype, {p, 1, {x.get(), filter.get(), y.get()}, nullptr, nullptr});
   }
   const Gather g = make_gather(op, p);
   void* const out = op == Operator::dgrad ? x.get() : y.get();

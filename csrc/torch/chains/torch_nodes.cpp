@@ -37,10 +37,11 @@ using torch::autograd::SavedVariableHooks;
 // 2.2 ns for each of these bytes; a checkpoint around a block of EfficientNet takes 1.6.
 std::atomic<int64_t> least_bytes = 8192;
 
-// What is known of the last nodes, by address. It may be about another node that had the address before: whatever follows
-// from it is tried.
+// What is known of the last nodes, by address and number: another node that has the address later has another number, of
+// those that this thread made.
 struct Note {
   const Node* node = nullptr;
+  uint64_t number_of_node = 0;
   bool has_bias = false;
   double eps = 0;
   std::optional<Vector> bias;
@@ -68,13 +69,14 @@ Note& new_note(const Node* node) {
   Note& note = notes[next_note++ % notes.size()];
   note = Note{};
   note.node = node;
+  note.number_of_node = node->sequence_nr();
   return note;
 }
 
 const Note* note_of(const Node* node) {
   for (size_t age = 1; age <= notes.size(); ++age) {
     const Note& note = notes[(next_note - age) % notes.size()];
-    if (note.node == node) return &note;
+    if (note.node == node && note.number_of_node == node->sequence_nr()) return &note;
   }
   return nullptr;
 }
