@@ -55,16 +55,17 @@ def _held_by(hook: Any) -> Iterator[Any]:
             yield value
 
 
-def _is_mask(value: Any, p: Tensor) -> bool:
-    """Whether it is a tensor of zeros and ones that fits a gradient of ``p``."""
+def _mask_of(value: Any, p: Tensor) -> Tensor | None:
+    """A tensor of zeros and ones in a form that fits a gradient of ``p``: a vector is one along an axis, else None."""
     if not isinstance(value, Tensor) or value.requires_grad or value.layout is not torch.strided or value.is_meta:
-        return False
-    if value.dim() > p.dim():
-        return False
-    if any(n not in (1, of_p) for n, of_p in zip(reversed(value.shape), reversed(p.shape))):
-        return False
+        return None
+    fits = value.dim() <= p.dim() and all(n in (1, of_p) for n, of_p in zip(reversed(value.shape), reversed(p.shape)))
+    if not fits:
+        if value.dim() != 1 or value.numel() not in p.shape:
+            return None
+        value = value.view(-1, *(1 for _ in p.shape[p.shape.index(value.numel()) + 1 :]))  # as the hook gives it axes
     zeros, ones = int((value == 0).sum()), int((value == 1).sum())
-    return min(zeros, ones) > 0 and zeros + ones == value.numel()
+    return value if min(zeros, ones) > 0 and zeros + ones == value.numel() else None
 
 
 # By which part of a tensor is set to a value.
@@ -87,8 +88,9 @@ def _masked_parts(optimizer: torch.optim.Optimizer, p: Tensor) -> Iterator[tuple
     own = [*(p._backward_hooks or {}).values(), *(p._post_accumulate_grad_hooks or {}).values()]
     every = [*own, *getattr(optimizer, "_optimizer_step_pre_hooks", {}).values()]  # what wraps one may lack it
     for value in (value for hook in every for value in _held_by(hook)):
-        if _is_mask(value, p):
-            yield value == 0, value != 0
+        mask = _mask_of(value, p)
+        if mask is not None:
+            yield mask == 0, mask != 0
     grad = p.grad
     if grad is not None and grad.layout is torch.strided and any(map(_writes_to_part, own)) and grad.any():
         yield (grad == 0,)

@@ -182,6 +182,7 @@ def test_part_of_a_tensor_is_not_frozen_by_a_hook_under_decay_or_momentum(once_a
 
 
 HALF = torch.tensor([0.0, 0.0, 1.0, 1.0]).view(4, 1, 1, 1)
+VECTOR = HALF.flatten()
 MASKS = {"0.weight": HALF}
 SCALE, PAIR = torch.tensor(0.5), torch.tensor([0.0, 1.0])
 
@@ -229,6 +230,7 @@ masking: dict[str, Callable[[torch.Tensor], Any]] = {
     "global": lambda gradient: gradient * HALF,
     "bool": lambda gradient, held=HALF == 0: gradient.masked_fill(held, 0),
     "dictionary": lambda gradient: gradient * MASKS["0.weight"],
+    "vector": lambda gradient: gradient * VECTOR[:, None, None, None],
     "partial": partial(torch.mul, other=HALF),
     "builtin": HALF.mul,
     "object": Mask(),
