@@ -1,4 +1,5 @@
-// x * scale + shift, rounded once, as the machine code of torch's group norm rounds it; and whether that is y, to the bit.
+// x * scale + shift, rounded once, as the machine code of torch's group and batch norms rounds it; and whether that is y,
+// to the bit.
 //
 // In rows of contiguous elements: of one channel each, with one scale and one shift (NCHW), or of all channels (NHWC).
 #pragma once

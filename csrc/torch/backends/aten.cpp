@@ -7,12 +7,22 @@
 #include <ATen/ops/empty.h>
 #include <c10/util/SmallVector.h>
 
+#include <array>
+#include <tuple>
+
 #include "torch/common/checks.h"
 #include "torch/common/layout.h"
 #include "torch/common/shape_only.h"
 
 namespace freezekit::aten {
 namespace {
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                                            at::OptionalSymIntArrayRef bias_size, const Convolution& c,
+                                            std::array<bool, 3> wanted) {
+  return at::convolution_backward_symint(grad_output, input, weight, bias_size, c.stride, c.padding, c.dilation,
+                                         c.transposed, c.output_padding, c.groups, wanted);
+}
 
 // dx by depthwise kernels of torch's own, where it takes them for such an input on a GPU; else undefined. Beside them cuDNN's
 // grouped ones, which a transposed convolution would run, are slow.
@@ -39,9 +49,7 @@ Tensor depthwise_dgrad(const Tensor& grad_output, const Tensor& weight, SymIntAr
   if (found != ConvBackend::CudaDepthwise2d && found != ConvBackend::CudaDepthwise3d) return {};
   // Such a kernel reads the size of an input. Whatever else may read it finds one number.
   const Tensor input = at::empty({1}, grad_output.options()).expand_symint(input_size);
-  return std::get<0>(at::convolution_backward_symint(grad_output, input, weight, /*bias_sizes=*/std::nullopt, c.stride,
-                                                     c.padding, c.dilation, /*transposed=*/false, c.output_padding,
-                                                     c.groups, {true, false, false}));
+  return std::get<0>(backward(grad_output, input, weight, std::nullopt, c, {true, false, false}));
 }
 
 void check_real(const Tensor& grad_output, const char* name) {
@@ -75,9 +83,7 @@ Tensor wgrad(const Tensor& grad_output, const Tensor& input, SymIntArrayRef weig
 Tensor dgrad_on_cpu(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size, at::MemoryFormat format,
                     const Convolution& c) {
   const Tensor input = shape_only_beside_plain(input_size, grad_output, format);
-  return std::get<0>(at::convolution_backward_symint(grad_output, input, weight, /*bias_sizes=*/std::nullopt, c.stride,
-                                                     c.padding, c.dilation, c.transposed, c.output_padding, c.groups,
-                                                     {true, false, false}));
+  return std::get<0>(backward(grad_output, input, weight, std::nullopt, c, {true, false, false}));
 }
 
 // Where a stand-in does not serve, dgrad is the transposed convolution, or the plain one of a transposed one, which needs
@@ -109,17 +115,14 @@ Tensor dgrad(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef inp
 Tensor wgrad(const Tensor& grad_output, const Tensor& input, SymIntArrayRef weight_size, at::MemoryFormat format,
              const Convolution& c) {
   const Tensor weight = shape_only(weight_size, grad_output, format);
-  return std::get<1>(at::convolution_backward_symint(grad_output, input, weight, /*bias_sizes=*/std::nullopt, c.stride,
-                                                     c.padding, c.dilation, c.transposed, c.output_padding, c.groups,
-                                                     {false, true, false}));
+  return std::get<1>(backward(grad_output, input, weight, std::nullopt, c, {false, true, false}));
 }
 
 std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
                                              bool of_bias, const Convolution& c) {
   const c10::SymInt filters = grad_output.sym_size(1);
   const at::OptionalSymIntArrayRef bias_size = of_bias ? at::OptionalSymIntArrayRef(filters) : std::nullopt;
-  return at::convolution_backward_symint(grad_output, input, weight, bias_size, c.stride, c.padding, c.dilation,
-                                         c.transposed, c.output_padding, c.groups, {true, true, of_bias});
+  return backward(grad_output, input, weight, bias_size, c, {true, true, of_bias});
 }
 
 }  // namespace freezekit::aten

@@ -521,7 +521,7 @@ std::shared_ptr<Recipe> affine_norm(const Tensor& x, const Tensor& weight, const
 // Whether all are of x's dtype, which is float or double.
 bool are_alike(const Tensor& x, std::initializer_list<const Tensor*> others) {
   const auto is_alike = [&](const Tensor* t) { return !t->defined() || t->scalar_type() == x.scalar_type(); };
-  return computes_batch_norm(x.scalar_type()) && std::all_of(others.begin(), others.end(), is_alike);
+  return is_affine_type(x.scalar_type()) && std::all_of(others.begin(), others.end(), is_alike);
 }
 
 // Whether each is undefined, or a contiguous vector of that length, with values if there are any.
@@ -547,7 +547,7 @@ std::shared_ptr<Recipe> group_norm(const Tensor& x, const Tensor& weight, const 
   const int64_t n = x.size(0), c = x.size(1);
   const bool are_statistics =
       mean.dim() == 2 && mean.size(0) == n && mean.sizes() == rstd.sizes() && mean.size(1) > 0 && c % mean.size(1) == 0;
-  if (!are_statistics || x.numel() < 4 * n * c || !are_vectors({&weight, &bias}, c, has_data)) return nullptr;
+  if (!are_statistics || !are_vectors({&weight, &bias}, c, has_data)) return nullptr;
   for (const Tensor* vector : {&mean, &rstd}) {
     if (!vector->is_contiguous() || (has_data && !is_in_memory(*vector))) return nullptr;
   }
@@ -557,7 +557,7 @@ std::shared_ptr<Recipe> group_norm(const Tensor& x, const Tensor& weight, const 
   }
   // Torch rounds the statistics of low precision: they are computed again. In channels_last, torch's sums depend on the
   // number of threads.
-  if (!x.is_contiguous()) return nullptr;
+  if (!x.is_contiguous() || x.numel() < 4 * n * c) return nullptr;
   const Tensor w = copy_of(weight), b = copy_of(bias);
   return std::make_shared<FormulaOf>(
       std::vector<Held>{Held(x)},
@@ -567,7 +567,7 @@ std::shared_ptr<Recipe> group_norm(const Tensor& x, const Tensor& weight, const 
       std::vector<Tensor>{w, b});
 }
 
-bool computes_batch_norm(at::ScalarType dtype) { return dtype == at::kFloat || dtype == at::kDouble; }
+bool is_affine_type(at::ScalarType dtype) { return dtype == at::kFloat || dtype == at::kDouble; }
 
 std::shared_ptr<Recipe> batch_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean,
                                    const Tensor& rstd, at::IntArrayRef size, bool has_data) {

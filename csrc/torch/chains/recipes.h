@@ -61,7 +61,8 @@ std::shared_ptr<Recipe> group_norm(const Tensor& x, const Tensor& weight, const 
 // given other sizes where `size` is not x's, as that of instance norm.
 std::shared_ptr<Recipe> batch_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean,
                                    const Tensor& rstd, at::IntArrayRef size, bool has_data);
-bool computes_batch_norm(at::ScalarType dtype);
+// Whether x * scale + shift in its own arithmetic is what torch computes.
+bool is_affine_type(at::ScalarType dtype);
 
 // Of a layer norm of any dtype: weight and bias as they are now, which may be undefined. Null for what is not computed here.
 std::shared_ptr<Recipe> layer_norm(const Tensor& x, at::IntArrayRef shape, const Tensor& weight, const Tensor& bias,

@@ -353,11 +353,12 @@ void note_number(const Tensor& result, const Tensor& number) {
 
 void note_norm(const Tensor& result, const Tensor& bias, double eps) {
   const Node* const node = node_of(result);
-  if (!is_norm(node) || (is_batch_norm(node) && !computes_batch_norm(result.scalar_type()))) return;
+  if (!is_norm(node) || (is_batch_norm(node) && !is_affine_type(result.scalar_type()))) return;
   Note& note = new_note(node);
   note.has_bias = bias.defined();
   note.eps = eps;
-  if (!note.has_bias || !is_in_memory(bias) || !bias.is_contiguous()) return;
+  const bool keeps_bias = typeid(*node) == typeid(generated::NativeLayerNormBackward0);
+  if (keeps_bias || !note.has_bias || !is_in_memory(bias) || !bias.is_contiguous()) return;
   if (!is_batch_norm(node)) {
     note.bias.emplace(bias);
   } else if (bias.scalar_type() == result.scalar_type()) {
