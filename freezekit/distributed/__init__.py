@@ -21,6 +21,7 @@ from freezekit.distributed.watching import (
     unwrapped,
     waits_for_frozen,
     watch,
+    wrapper_prefix,
     wrappers,
 )
 
@@ -37,5 +38,6 @@ __all__ = [
     "unwrapped",
     "waits_for_frozen",
     "watch",
+    "wrapper_prefix",
     "wrappers",
 ]

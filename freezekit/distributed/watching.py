@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -44,18 +45,25 @@ def wrappers(model: nn.Module) -> Iterator[tuple[str, DDP]]:
             yield name, module
 
 
+def wrapper_prefix(model: Any) -> str:
+    """What stands before the names of parameters in ``model`` because DDP, DataParallel or torch.compile wraps it.
+
+    >>> wrapper_prefix(nn.DataParallel(nn.Linear(2, 2))), wrapper_prefix(nn.Linear(2, 2))
+    ('module.', '')
+    """
+    name = "module" if isinstance(model, DDP | nn.DataParallel) else "_orig_mod"
+    inner = getattr(model, name, None)
+    return f"{name}.{wrapper_prefix(inner)}" if isinstance(inner, nn.Module) else ""
+
+
 def unwrapped(model: Any) -> Any:
-    """What is inside DDP and torch.compile; anything else, a module or not, is returned as it is.
+    """What is inside DDP, DataParallel and torch.compile; anything else, a module or not, is returned as it is.
 
     >>> net = nn.Linear(2, 2)
-    >>> unwrapped(net) is net
+    >>> unwrapped(net) is unwrapped(nn.DataParallel(net)) is net
     True
     """
-    while True:
-        inner = model.module if isinstance(model, DDP) else getattr(model, "_orig_mod", None)
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
+    return reduce(getattr, wrapper_prefix(model).split(".")[:-1], model)
 
 
 def _candidates(ddp: DDP) -> dict[str, nn.Parameter]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any, Literal
 
 import torch
@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from freezekit.distributed import note_freeze
 from freezekit.freezing import norm as statistics
 from freezekit.freezing import optim
-from freezekit.freezing.arguments import check_lbfgs, check_norm, check_optimizers
+from freezekit.freezing.arguments import check_flags, check_lbfgs, check_norm, check_optimizers
 from freezekit.freezing.flags import announce
 from freezekit.freezing.patterns import Patterns, Selection, select
 from freezekit.freezing.result import Frozen
@@ -39,8 +39,11 @@ def freeze(
         patterns: what to freeze; their union. A module or parameter name (``"layer1"``), a glob over dotted names
             (``"layer*.bn?"``; ``*`` crosses dots), a subclass of ``nn.Module``, a module or parameter of the model, a
             predicate ``f(name, parameter) -> bool``, or a list of these (``layer.parameters()`` too). A module stands
-            for all it contains; one of several may have nothing to freeze, as in ``list(model.children())[:3]``. None
-            of them, and no ``until``, means the whole model.
+            for all it contains; one of several may have nothing to freeze, as in ``list(model.children())[:3]``. The
+            name of a weight that a parametrization, weight norm, spectral norm, pruning or a hook computes, or a glob
+            that matches it, means all that it is made of. (A predicate meets that by its own names, such as
+            ``"0.weight_g"``.) Names inside DDP, DataParallel and torch.compile need no prefix. None of them, and no
+            ``until``, means the whole model.
         optimizer: the optimizer that trains ``model``, or several; of what wraps one, as fastai's OptimWrapper does,
             the one inside is meant. It may be None when nothing of it needs to change: a frozen parameter is skipped
             anyway, since its ``.grad`` is None.
@@ -82,6 +85,7 @@ def freeze(
     if norm is not None:
         check_norm(norm)
     selection = select(model, patterns, until, inputs)
+    check_flags(selection.params, frozen=True)
     params = list(selection.params.values())
     for one in optimizers:
         check_lbfgs(one, params, "freeze", ready=remove and state == "reset")
@@ -95,7 +99,7 @@ def freeze(
     _drop_grads(result, selection, names)
     for name, module in selection.norms.items():
         set_statistics(result, model, name, module, held=norm == "freeze")
-        _set_batch(result, module, norm == "batch")
+        set_note(result, module, batch=norm == "batch", learns=False)
     for one in optimizers:
         _keep_way_back(result, one, params, names, state)
         leaving = params if remove else optim.orphans(one, params)
@@ -145,6 +149,7 @@ def unfreeze(
     optimizers = check_optimizers(optimizer, False, state, group)
     check_norm(norm)
     selection = select(model, patterns, until, inputs)
+    check_flags(selection.params, frozen=False)
     params = list(selection.params.values())
     names = all_names(model)
     if optimizers and group is None:
@@ -156,11 +161,11 @@ def unfreeze(
     _set_requires_grad(result, selection, names, True)
     for name, module in selection.norms.items():
         set_statistics(result, model, name, module, held=norm == "freeze")
-        _set_batch(result, module, False)
+        set_note(result, module, batch=False, learns=False)
     selected = set(params)
     for module in model.modules():  # of one that stays held, whatever of it was selected is meant to train
-        if not selected.isdisjoint(module.parameters(recurse=False)):
-            statistics.train_parameters(module)
+        if statistics.is_held(module) and not selected.isdisjoint(module.parameters(recurse=False)):
+            set_note(result, module, batch=False, learns=True)
     for one in optimizers:
         _keep_way_back(result, one, params, names, state)
         optim.learn_names(one, selection.params)
@@ -245,17 +250,17 @@ def _drop_grads(result: Frozen, selection: Selection, names: dict[int, tuple[str
     result.grads = names_of(with_grad, names)
 
 
-def _set_batch(result: Frozen, module: nn.Module, asked: bool) -> None:
-    """Note whether one layer, once frozen, is to read the batch."""
-    result.on_restore(partial(statistics.read_batch, module, statistics.reads_batch(module)))
-    statistics.read_batch(module, asked)
+def set_note(result: Frozen, module: nn.Module, *, batch: bool, learns: bool) -> None:
+    """Note what is asked of one layer with running statistics."""
+    result.on_restore(partial(statistics.note, module, **statistics.notes(module)))
+    statistics.note(module, batch=batch, learns=learns)
 
 
 def set_statistics(result: Frozen, model: nn.Module, name: str, module: nn.Module, held: bool) -> None:
     """Hold or release one layer of ``model`` that is not so yet, and note it in ``result``."""
     if statistics.is_held(module) == held:
         return
-    parent = model.get_submodule(name.rpartition(".")[0]) if name else None
+    parent = reduce(getattr, name.split(".")[:-1], model) if name else None  # a ScriptModule has no get_submodule
     do, undo = (statistics.hold, statistics.release) if held else (statistics.release, statistics.hold)
     do(module, parent)
     result.on_restore(partial(undo, module, parent))

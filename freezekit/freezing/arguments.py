@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.optim import LBFGS, Optimizer
 
 from freezekit.freezing.optim import strangers
@@ -28,6 +32,20 @@ def check_optimizers(optimizer: object, remove: bool, state: str, group: int | N
         if not isinstance(group, int) or not 0 <= group < groups:
             raise ValueError(f"group must be an index from 0 to {groups - 1}, got {group!r}")
     return given
+
+
+def check_flags(params: Mapping[str, nn.Parameter], frozen: bool) -> None:
+    """Refuse what ``requires_grad`` cannot be set of, before anything is changed."""
+    for name, param in params.items():
+        if not param.is_leaf:
+            raise ValueError(
+                f"model: {name!r} cannot be {'frozen' if frozen else 'unfrozen'}, since a computation put it in the "
+                "place of a parameter; name what it is computed from"
+            )
+        if not frozen and not is_lazy(param) and param.is_inference() and not torch.is_inference_mode_enabled():
+            raise ValueError(
+                f"model: {name!r} cannot train, since it was made under torch.inference_mode(); build the model outside"
+            )
 
 
 def check_lbfgs(optimizer: Optimizer, params: list[nn.Parameter], verb: str, ready: bool) -> None:

@@ -10,14 +10,14 @@ from torch import nn
 from torch.optim import LBFGS, Optimizer
 
 from freezekit._arguments import check_flag, check_module
-from freezekit.distributed import note_freeze
+from freezekit.distributed import note_freeze, unwrapped
 from freezekit.freezing import norm as statistics
 from freezekit.freezing import optim
-from freezekit.freezing.api import all_names, names_of, restore_param, set_statistics
-from freezekit.freezing.arguments import check_optimizers
+from freezekit.freezing.api import all_names, names_of, restore_param, set_note, set_statistics
+from freezekit.freezing.arguments import check_flags, check_optimizers
 from freezekit.freezing.flags import announce
 from freezekit.freezing.result import Frozen
-from freezekit.freezing.saved import VERSION, check_form, check_removed, match_norms, match_params
+from freezekit.freezing.saved import VERSION, as_inside, check_form, check_removed, match_norms, match_params
 
 Optimizers = Optimizer | Sequence[Optimizer] | None
 
@@ -31,8 +31,10 @@ def freeze_state(model: nn.Module, optimizer: Optimizers = None) -> dict[str, An
 
     Returns:
         ``version``; ``frozen`` and ``trainable`` (names of parameters, each once); ``statistics`` (name of each
-        layer that has some -> whether they are frozen); ``removed`` (None without an optimizer, else a list with, per
-        optimizer, name -> ``group``, ``position`` and ``state``).
+        layer that has some -> whether they are frozen); ``batch`` and ``learns`` (names of such layers whose statistics
+        ``freeze(norm="batch")`` left to move, and of those whose parameters alone ``unfreeze`` lets train); ``removed``
+        (None without an optimizer, else a list with, per optimizer, name -> ``group``, ``position`` and ``state``).
+        Names are those inside DDP, DataParallel and torch.compile, with or without which the state can be loaded.
 
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
     >>> model[0].weight.requires_grad = False
@@ -40,12 +42,16 @@ def freeze_state(model: nn.Module, optimizer: Optimizers = None) -> dict[str, An
     ['0.weight']
     """
     check_module(model)
+    model = unwrapped(model)
     named = dict(model.named_parameters())
+    norms = {name: module for name, module in model.named_modules() if statistics.has_statistics(module)}
     state: dict[str, Any] = {
         "version": VERSION,
         "frozen": [name for name, p in named.items() if not p.requires_grad],
         "trainable": [name for name, p in named.items() if p.requires_grad],
-        "statistics": {n: statistics.is_held(m) for n, m in model.named_modules() if statistics.has_statistics(m)},
+        "statistics": {name: statistics.is_held(module) for name, module in norms.items()},
+        "batch": [name for name, module in norms.items() if statistics.reads_batch(module)],
+        "learns": [name for name, module in norms.items() if statistics.learns_held(module)],
         "removed": None,
     }
     optimizers = check_optimizers(optimizer, False, "keep")
@@ -96,9 +102,13 @@ def load_freeze_state(
     False
     """
     check_module(model)
+    model = unwrapped(model)
     check_form(state)
     check_flag("strict", strict)
+    state = as_inside(state, model)
     params, skipped = match_params(model, state, strict)
+    for flag, listed in ((True, "frozen"), (False, "trainable")):
+        check_flags({name: params[name] for name in state[listed] if name in params}, frozen=flag)
     norms, skipped_norms = match_norms(model, state, strict)
     names = all_names(model)
     result = Frozen("load", skipped=tuple(skipped + skipped_norms))
@@ -108,11 +118,15 @@ def load_freeze_state(
     _apply_flags(result, params, set(state["frozen"]), names)
     for name, (module, held) in norms.items():
         set_statistics(result, model, name, module, held)
+        was = statistics.notes(module)  # all that is known where freezekit was older when the state was taken
+        batch = name in state["batch"] if "batch" in state else was["batch"] and not held
+        learns = name in state["learns"] if "learns" in state else was["learns"] and held
+        set_note(result, module, batch=batch, learns=learns)
     for one, entries in zip(optimizers, removed, strict=True):
-        was = optim.Membership.of(one, params.values())
+        place = optim.Membership.of(one, params.values())
         if isinstance(one, LBFGS):  # one history over all: it fits no other set of parameters
-            was.forgotten = optim.reset(one, ())
-        result.on_restore(was.restore)
+            place.forgotten = optim.reset(one, ())
+        result.on_restore(place.restore)
         _apply_removed(one, params, entries)
         result.removed += tuple(entries)
     announce(model, params.values())

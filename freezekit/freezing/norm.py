@@ -46,7 +46,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from freezekit._arguments import check_module
 
-_READS_BATCH = "_freezekit_reads_batch"  # in the layer's dictionary, and so in copies and files of it
+# What a layer was asked to do, in its dictionary, and so in copies and files of it.
+_READS_BATCH = "_freezekit_reads_batch"
+_LEARNS = "_freezekit_learns"
 
 
 class NormWarning(UserWarning):
@@ -87,7 +89,6 @@ class Hold(_StandIn):
         # A layer that was put into another mode than its surroundings by hand returns to that mode. Where these are not
         # known, one that trains was not put into eval mode.
         self.follows = module.training if parent is None else parent.training == module.training
-        self.parameters_train = False
 
     def __call__(self, mode: bool = True) -> nn.Module:
         if not isinstance(mode, bool):
@@ -187,8 +188,10 @@ def statistics_of(module: nn.Module) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for pair in pairs:
         buffers = {name: own.get(name) for name in pair}
-        if None not in buffers.values():
-            found.update((name, buffer) for name, buffer in buffers.items() if buffer is not None)
+        present = {
+            name: buffer for name, buffer in buffers.items() if buffer is not None
+        }  # a lazy one cannot be compared
+        found.update(present if len(present) == 2 else {})
     counter = own.get("num_batches_tracked")
     if "running_mean" in found and counter is not None:
         found["num_batches_tracked"] = counter
@@ -255,12 +258,23 @@ def release(module: nn.Module, parent: nn.Module | None = None) -> None:
         module.__dict__["train"] = Released(module, parent)
 
 
-def read_batch(module: nn.Module, asked: bool) -> None:
-    """Note whether the statistics of a layer were asked to move while its parameters are frozen."""
-    if asked:
-        module.__dict__[_READS_BATCH] = True
-    else:
-        module.__dict__.pop(_READS_BATCH, None)
+def note(module: nn.Module, *, batch: bool, learns: bool) -> None:
+    """Note what was asked of a layer.
+
+    Args:
+        batch: its statistics are to move while its parameters are frozen.
+        learns: its parameters are to train while its statistics are held.
+    """
+    for name, asked in ((_READS_BATCH, batch), (_LEARNS, learns)):
+        if asked:
+            module.__dict__[name] = True
+        else:
+            module.__dict__.pop(name, None)
+
+
+def notes(module: nn.Module) -> dict[str, bool]:
+    """The arguments of `note` that give what is noted now."""
+    return {"batch": _READS_BATCH in module.__dict__, "learns": _LEARNS in module.__dict__}
 
 
 def reads_batch(module: nn.Module) -> bool:
@@ -275,15 +289,14 @@ def reads_batch(module: nn.Module) -> bool:
     return _READS_BATCH in module.__dict__
 
 
-def train_parameters(module: nn.Module) -> None:
-    """Note that the parameters of a held layer are meant to train while its statistics hold still."""
-    if isinstance(holder := module.__dict__.get("train"), Hold):
-        holder.parameters_train = True
+def learns_held(module: nn.Module) -> bool:
+    """Whether ``module`` is held and its parameters were told to train all the same, as ``unfreeze`` tells them."""
+    return is_held(module) and _LEARNS in module.__dict__
 
 
 def holds_unasked(module: nn.Module) -> bool:
     """Whether ``module`` is held and its parameters were not told to train all the same."""
-    return is_held(module) and not getattr(module.__dict__["train"], "parameters_train", False)
+    return is_held(module) and not learns_held(module)
 
 
 def held_buffers(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -10,12 +10,14 @@ import difflib
 import fnmatch
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from freezekit._arguments import check_module, shown
+from freezekit.distributed import wrapper_prefix
+from freezekit.freezing.computed import computed, statistics_inside
 from freezekit.freezing.norm import has_statistics
 from freezekit.freezing.order import before
 
@@ -62,6 +64,23 @@ class _Index:
         for name, param in self.params.items():
             self.names.setdefault(id(param), []).append(name)
 
+    @cached_property
+    def every(self) -> frozenset[str]:
+        """All names of modules, parameters and computed tensors."""
+        return frozenset((*self.modules, *self.params, *(name for name, *_ in self.computed)))
+
+    def whole(self, pattern: Any) -> Any:
+        """``pattern``, with the prefix of DDP, DataParallel or torch.compile where it meets names inside alone."""
+        prefix = wrapper_prefix(self.model)
+        inside = f"{prefix}{pattern}"
+        if not (prefix and isinstance(pattern, str)) or self.meets(pattern) or not self.meets(inside):
+            return pattern
+        return inside
+
+    def meets(self, pattern: str) -> bool:
+        """Whether some name is ``pattern``, or matches it."""
+        return any(name and self._is_meant(name, pattern) for name in self.every)
+
     def under(self, module_name: str) -> tuple[set[int], set[int]]:
         """Ids of the parameters and of the norm layers in the module of that name, itself included."""
         module = self.modules[module_name]
@@ -80,6 +99,8 @@ class _Index:
             params = {id(p) for name, p in self.params.items() if self._is_meant(name, pattern)}
             if pattern in self.params:
                 return params, norms
+            more_params, norms = self.making(pattern)
+            params |= more_params
         elif not isinstance(pattern, nn.Module | type) and callable(pattern):
             return {id(p) for name, p in self.params.items() if pattern(name, p)}, norms
         for name in meeting(self.modules, pattern, "patterns", _PARAMETERS):
@@ -93,8 +114,7 @@ class _Index:
         return isinstance(pattern, nn.Module) and any(pattern is module for module in self.modules.values())
 
     def _is_meant(self, name: str, pattern: str) -> bool:
-        exact = pattern in self.modules or pattern in self.params
-        return name == pattern if exact else fnmatch.fnmatchcase(name, pattern)
+        return name == pattern if pattern in self.every else fnmatch.fnmatchcase(name, pattern)
 
     def near(self, pattern: str) -> list[str]:
         """Up to five names that ``pattern`` may have meant: alike as a whole, or alike in their last part."""
@@ -123,22 +143,35 @@ class _Index:
         name = getattr(pattern, "__name__", repr(pattern))
         return f"patterns: the predicate {name} selects none of the {len(self.names)} parameters"
 
-    def computed(self) -> dict[str, list[str]]:
-        """Name of each tensor that a parametrization, weight norm or pruning computes -> what it is made of."""
-        found: dict[str, list[str]] = {}
-        for path, module in self.modules.items():
-            prefix = f"{path}." if path else ""
-            for name in module.parametrizations if is_parametrized(module) else ():
-                inside = f"{prefix}parametrizations.{name}"
-                found[prefix + name] = [known for known in self.params if known.startswith(f"{inside}.")] or [inside]
-            for name, value in vars(module).items():
-                made_of = [prefix + own for own in module._parameters if own.startswith(f"{name}_")]
-                if isinstance(value, Tensor) and made_of:
-                    found[prefix + name] = made_of
+    @cached_property
+    def computed(self) -> list[tuple[str, nn.Module, str, list[str]]]:
+        """Each tensor that a module computes: its name in the model, the module, its name there, what it is made of."""
+        return [
+            (prefix + name, module, name, [prefix + part for part in made_of])
+            for prefix, module in ((f"{path}." if path else "", module) for path, module in self.modules.items())
+            for name, made_of in computed(module).items()
+        ]
+
+    def making(self, pattern: str) -> tuple[set[int], set[int]]:
+        """Ids of the parameters, and of the layers with statistics, that move a computed tensor which is meant."""
+        params: set[int] = set()
+        norms: set[int] = set()
+        for name, module, own, made_of in self.computed:
+            if self._is_meant(name, pattern):
+                params |= {id(self.params[part]) for part in made_of if part in self.params}
+                norms |= {id(part) for part in statistics_inside(module, own)}
+        return params, norms
+
+    def stilled(self, params: set[int]) -> set[int]:
+        """Ids of the layers whose statistics move a computed tensor that is made of nothing but ``params``."""
+        found: set[int] = set()
+        for _, module, own, made_of in self.computed:
+            if {id(self.params[part]) if part in self.params else 0 for part in made_of} <= params:
+                found |= {id(part) for part in statistics_inside(module, own)}
         return found
 
     def unknown(self, pattern: str) -> str:
-        for name, made_of in self.computed().items():
+        for name, _, _, made_of in self.computed:
             if name == pattern or fnmatch.fnmatchcase(name, pattern):
                 return f"{name!r} is no parameter, but computed from {' and '.join(map(repr, made_of))}: name these"
         near = ", ".join(repr(name) for name in self.near(pattern))
@@ -194,7 +227,7 @@ def named_modules(model: nn.Module, patterns: Iterable[Any], argument: str) -> d
     """
     index = _Index(model)
     found: dict[str, nn.Module] = {}
-    for pattern in flat(patterns, argument):
+    for pattern in map(index.whole, flat(patterns, argument)):
         names = meeting(index.modules, pattern, argument)
         if not names:
             said = index.unknown(pattern) if isinstance(pattern, str) else f"no module matches {shown(pattern)}"
@@ -230,7 +263,7 @@ def select(model: nn.Module, patterns: Iterable[Any], until: str | None = None, 
     if inputs is not None and until is None:
         raise ValueError("inputs: only read to find the forward order for until=; pass until= too, or drop it")
     index = _Index(model)
-    patterns = list(flat(patterns))
+    patterns = list(map(index.whole, flat(patterns)))
     params: set[int] = set()
     norms: set[int] = set()
     if not patterns and until is None:
@@ -248,7 +281,8 @@ def select(model: nn.Module, patterns: Iterable[Any], until: str | None = None, 
         raise PatternError(index.complaint(patterns[0]))
     if until is not None:
         if not isinstance(until, str):
-            raise TypeError(f"until must be the name of a module or parameter, got {until!r}")
+            raise TypeError(f"until must be the name of a module or parameter, got {shown(until)}")
+        until = index.whole(until)
         if not until or (until not in index.modules and until not in index.params):
             raise PatternError(f"until: {index.unknown(until)}")
         more_params, more_norms = before(model, until, inputs)
@@ -265,6 +299,7 @@ def _named(index: _Index, params: set[int], norms: set[int]) -> Selection:
     for name, param in index.params.items():
         if id(param) in params and index.names[id(param)][0] == name:
             selection.params[name] = param
+    norms |= index.stilled(params)
     for name, module in index.model.named_modules():
         if not has_statistics(module):
             continue

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.optim import Optimizer
 
+from freezekit._arguments import shown
 from freezekit.freezing import norm as statistics
 from freezekit.freezing import optim
 
@@ -23,19 +24,23 @@ def check_form(state: object) -> None:
     if missing:
         raise ValueError(f"state: not from freeze_state, it has no {', '.join(map(repr, missing))}")
     if state["version"] != VERSION:
-        raise ValueError(f"state: version {state['version']!r}, and this freezekit reads version {VERSION}")
+        raise ValueError(f"state: version {shown(state['version'])}, and this freezekit reads version {VERSION}")
     for key, kind in wanted.items():
         if not isinstance(state[key], kind) or not all(isinstance(name, str) for name in state[key]):
-            raise ValueError(f"state: {key!r} must be a {kind.__name__} of names, got {state[key]!r:.100}")
+            raise ValueError(f"state: {key!r} must be a {kind.__name__} of names, got {shown(state[key])}")
     if not all(isinstance(held, bool) for held in state["statistics"].values()):
-        raise ValueError(f"state: 'statistics' must map names to bools, got {state['statistics']!r:.100}")
+        raise ValueError(f"state: 'statistics' must map names to bools, got {shown(state['statistics'])}")
+    for key in ("batch", "learns"):  # which older states have not
+        listed = state.get(key, [])
+        if not isinstance(listed, list) or not all(name in state["statistics"] for name in listed):
+            raise ValueError(f"state: {key!r} must be a list of names in 'statistics', got {shown(listed)}")
     twice = set(state["frozen"]) & set(state["trainable"])
     if twice:
         raise ValueError(f"state: both frozen and trainable: {', '.join(sorted(twice))}")
     removed = state["removed"]
     if removed is not None:
         if not isinstance(removed, list) or not all(isinstance(entries, dict) for entries in removed):
-            raise ValueError(f"state: 'removed' must be a list of dicts or None, got {removed!r:.100}")
+            raise ValueError(f"state: 'removed' must be a list of dicts or None, got {shown(removed)}")
         for entries in removed:
             for name, entry in entries.items():
                 _check_entry(name, entry)
@@ -46,10 +51,29 @@ def check_form(state: object) -> None:
 def _check_entry(name: object, entry: Any) -> None:
     whole = isinstance(entry, dict) and entry.keys() == {"group", "position", "state"}
     if not (whole and isinstance(name, str) and isinstance(entry["state"], dict)):
-        raise ValueError(f"state: 'removed' entry {name!r} must hold group, position and state, got {entry!r:.100}")
+        raise ValueError(f"state: 'removed' entry {name!r} must hold group, position and state, got {shown(entry)}")
     for key in ("group", "position"):
         if not isinstance(entry[key], int) or entry[key] < 0:
-            raise ValueError(f"state: {key} of removed {name!r} must be an index, got {entry[key]!r}")
+            raise ValueError(f"state: {key} of removed {name!r} must be an index, got {shown(entry[key])}")
+
+
+def as_inside(state: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """``state`` by the names of ``model``; older versions of freezekit took those of DDP or torch.compile around it."""
+    names = [*state["frozen"], *state["trainable"], *state["statistics"]]
+    for wrapper in ("module", "_orig_mod"):
+        prefix = f"{wrapper}."
+        if names and wrapper not in model._modules and all(name.startswith(prefix) for name in names):
+            return as_inside({key: _without(prefix, part) for key, part in state.items()}, model)
+    return state
+
+
+def _without(prefix: str, part: Any) -> Any:
+    """A part of a state with the names in it, those of ``removed`` too, without ``prefix``."""
+    if isinstance(part, dict):
+        return {name.removeprefix(prefix): value for name, value in part.items()}
+    if isinstance(part, list):
+        return [_without(prefix, each) for each in part]
+    return part.removeprefix(prefix) if isinstance(part, str) else part
 
 
 def match_params(model: nn.Module, state: dict[str, Any], strict: bool) -> tuple[dict[str, nn.Parameter], list[str]]:

@@ -46,9 +46,13 @@ def _units(model: nn.Module) -> Iterator[tuple[str, list[str], list[str]]]:
             if has_statistics(module) and not own:
                 unit[2].append(name)
         elif own:
+            layer = name.split(".parametrizations")[0] or "(root)"
+            if unit is not None and unit[0] == layer:  # the bias of a layer whose weight is parametrized
+                unit[1].extend(own)
+                continue
             if unit is not None:
                 yield unit
-            unit = (name.split(".parametrizations")[0] or "(root)", own, [])
+            unit = (layer, own, [])
     if unit is not None:
         yield unit
 

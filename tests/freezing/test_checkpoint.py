@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import pickle
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 from torch.optim import LBFGS, SGD, Adam, Optimizer
 
+from freezekit.auditing import audit
 from freezekit.freezing import freeze, freeze_state, is_held, load_freeze_state, unfreeze
 from tests.freezing.cases import Tied
 
@@ -88,6 +90,8 @@ def test_it_is_plain_data() -> None:
         "frozen": ["1.weight", "1.bias"],
         "trainable": ["0.weight", "0.bias", "2.weight", "2.bias"],
         "statistics": {"1": True},
+        "batch": [],
+        "learns": [],
         "removed": None,
     }
 
@@ -173,6 +177,84 @@ def test_a_layer_frozen_by_a_load_follows_the_model_when_it_is_unfrozen() -> Non
     assert other[1].training
 
 
+def found(model: nn.Module) -> list[tuple[str, str]]:
+    return [(finding.severity, finding.code) for finding in audit(model)]
+
+
+def test_what_was_asked_of_norms_is_known_after_a_resume() -> None:
+    def moving() -> nn.Module:
+        return nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2), nn.BatchNorm1d(2))
+
+    model, other = moving(), moving()
+    freeze(model, "0", "1", norm="batch")
+    freeze(model, "3", norm="freeze")
+    unfreeze(model, "3", norm="freeze")
+    state = through_a_file(freeze_state(model))
+    assert state["batch"] == ["1"]
+    assert state["learns"] == ["3"]
+    asked = [("info", "moving-statistics")]
+    assert found(model) == asked
+    with load_freeze_state(other, state):
+        assert found(other) == asked
+        assert freeze_state(other) == state
+    assert not freeze_state(other)["batch"]
+    load_freeze_state(other, state)
+    assert found(copy.deepcopy(other)) == found(pickle.loads(pickle.dumps(other))) == asked
+    freeze(other, "3", norm="freeze")
+    other[3].weight.requires_grad_(True)
+    assert ("warning", "held-statistics") in found(other), "an older unfreeze must not speak for it"
+
+    old = {key: value for key, value in state.items() if key not in ("batch", "learns")}
+    for fresh in (moving(), model):
+        before = freeze_state(fresh)
+        load_freeze_state(fresh, old)
+        assert [is_held(fresh[1]), is_held(fresh[3])] == [False, True]
+        assert [freeze_state(fresh)[key] for key in ("batch", "learns")] == [before["batch"], before["learns"]]
+    freeze(model, norm="freeze")
+    assert not freeze_state(model)["batch"]
+
+
+def test_a_state_fits_with_and_without_a_wrapper() -> None:
+    def wrapped(model: nn.Module) -> nn.Module:
+        return nn.DataParallel(torch.compile(model, backend="eager"))
+
+    model, optimizer = build()
+    freeze(model, "0", "1", optimizer=optimizer, remove=True)
+    state = freeze_state(model, optimizer)
+    assert freeze_state(wrapped(model), optimizer) == state
+
+    def old(part: Any) -> Any:  # as it was written of a wrapped model
+        if isinstance(part, dict):
+            return {f"module._orig_mod.{name}": value for name, value in part.items()}
+        return [f"module._orig_mod.{each}" if isinstance(each, str) else old(each) for each in part]
+
+    before = {key: value if key == "version" else old(value) for key, value in state.items()}
+    for given in (state, before):
+        for wrap in (wrapped, lambda model: model):
+            other, fresh = build()
+            load_freeze_state(wrap(other), given, fresh)
+            assert freeze_state(other, fresh) == state
+    average = torch.optim.swa_utils.AveragedModel(model)  # has a part of that name itself
+    assert load_freeze_state(average, freeze_state(average)).already == ()
+    assert "module.0.weight" in freeze_state(average)["frozen"]
+
+
+def test_a_lazy_layer_is_frozen_before_it_has_a_size() -> None:
+    def lazy() -> nn.Sequential:
+        return nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.LazyConv2d(2, 3))
+
+    model, other = lazy(), lazy()
+    freeze(model, "0", "1", norm="freeze")
+    load_freeze_state(other, freeze_state(model))
+    for net in (model, other):
+        net.train()(torch.randn(2, 3, 8, 8)).sum().backward()
+        assert [p.requires_grad for p in net.parameters()] == [False] * 4 + [True] * 2
+        assert is_held(net[1])
+        assert net[1].num_batches_tracked == 0
+        unfreeze(net)
+        assert net[1].training
+
+
 def broken(**changes: Any) -> dict[str, Any]:
     model, optimizer = build()
     freeze(model, "0", optimizer=optimizer, remove=True)
@@ -191,6 +273,8 @@ ENTRY = {"group": 0, "position": 0, "state": {}}
         (broken(frozen="0.weight"), "state: 'frozen' must be a list of names, got '0.weight'"),
         (broken(trainable=[1]), "state: 'trainable' must be a list of names, got [1]"),
         (broken(statistics={"1": "yes"}), "state: 'statistics' must map names to bools"),
+        (broken(batch="1"), "state: 'batch' must be a list of names in 'statistics', got '1'"),
+        (broken(learns=["0"]), "state: 'learns' must be a list of names in 'statistics', got ['0']"),
         (broken(trainable=["0.weight"]), "state: both frozen and trainable: 0.weight"),
         (broken(removed={}), "state: 'removed' must be a list of dicts or None"),
         (

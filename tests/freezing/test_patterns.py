@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import prune
 
 from freezekit.freezing import PatternError, freeze
 from freezekit.freezing.patterns import select
@@ -126,34 +125,6 @@ def test_nothing_matched_is_an_error_that_helps(pattern: Any, says: str) -> None
     with pytest.raises(PatternError, match=says):
         freeze(model, "stem", pattern)
     assert all(p.requires_grad for p in model.parameters()), "a refused call must change nothing"
-
-
-ORIGINAL = "0.parametrizations.weight.original"
-
-
-@pytest.mark.parametrize(
-    ("wrap", "made_of"),
-    [
-        (nn.utils.parametrizations.weight_norm, (f"{ORIGINAL}0", f"{ORIGINAL}1")),
-        (nn.utils.parametrizations.spectral_norm, (ORIGINAL,)),
-        (nn.utils.parametrizations.orthogonal, (ORIGINAL,)),
-        (nn.utils.weight_norm, ("0.weight_g", "0.weight_v")),
-        (nn.utils.spectral_norm, ("0.weight_orig",)),
-        (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), ("0.weight_orig",)),
-    ],
-)
-@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
-def test_a_weight_that_is_computed_is_known_by_what_it_is_made_of(wrap: Any, made_of: tuple[str, ...]) -> None:
-    model = nn.Sequential(wrap(nn.Linear(3, 3)), nn.Linear(3, 1))
-    state = [buffer.clone() for buffer in model.buffers()]
-    says = r"'0\.weight' is no parameter, but computed from (.*): name these$"
-    for selected in ({"patterns": ["0.weight"]}, {"patterns": ["0.we*t"]}, {"patterns": [], "until": "0.weight"}):
-        with pytest.raises(PatternError, match=says) as error:
-            select(model, **selected)
-        assert str(error.value).count("'") == 2 + 2 * len(made_of)
-        assert all(repr(name) in str(error.value) for name in made_of)
-    assert all(torch.equal(a, b) for a, b in zip(state, model.buffers(), strict=True))
-    assert freeze(model, *made_of).params == made_of
 
 
 def test_wrong_types_are_named() -> None:
