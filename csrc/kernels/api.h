@@ -147,6 +147,11 @@ Status current_target(Target*);
 // Whether a CUDA graph is being captured on the stream; never under emulation.
 bool is_capturing(Stream);
 
+// What this thread's waits and allocations are to captures that are under way on other streams, of its own or of other
+// threads: by default a fault that ends those. Returns what it was until now.
+enum class CaptureMode : int { global, of_thread, relaxed };
+CaptureMode exchange_capture_mode(CaptureMode);
+
 // One build of the kernels: the nvcc one (device pointers) or the emulated one (host pointers).
 struct KernelTable {
   decltype(&launch_conv2d) conv2d;
@@ -162,6 +167,7 @@ struct KernelTable {
   decltype(&launch_max_pool_gather) max_pool_gather;
   decltype(&current_target) target;
   decltype(&freezekit::is_capturing) capturing;
+  decltype(&freezekit::exchange_capture_mode) exchange_capture_mode;
 };
 
 }  // namespace freezekit

@@ -91,6 +91,7 @@ extern "C" FK_EXPORT const freezekit::KernelTable* freezekit_kernel_table() {
                                                freezekit::launch_max_pool_scatter,
                                                freezekit::launch_max_pool_gather,
                                                freezekit::current_target,
-                                               freezekit::is_capturing};
+                                               freezekit::is_capturing,
+                                               freezekit::exchange_capture_mode};
   return &table;
 }

@@ -61,13 +61,18 @@ constexpr size_t kDynamicSharedDefault = 48 * 1024;
 template <class... Parameters, class... Arguments>
 Status launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t dynamic_shared, Stream stream,
               Arguments... arguments) {
+  const void* const entry = reinterpret_cast<const void*>(kernel);
   cudaError_t error = cudaSuccess;
   if (dynamic_shared > kDynamicSharedDefault) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(dynamic_shared));
+    error = cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(dynamic_shared));
   }
   if (error == cudaSuccess) {
-    kernel<<<grid, block, dynamic_shared, static_cast<cudaStream_t>(stream)>>>(static_cast<Parameters>(arguments)...);
-    error = cudaGetLastError();
+    // As <<<>>> does, but with the launch's own result: the thread's last error may be an earlier call's, of anybody.
+    const auto run = [&](Parameters... values) {
+      void* pointers[] = {&values...};
+      return cudaLaunchKernel(entry, grid, block, pointers, dynamic_shared, static_cast<cudaStream_t>(stream));
+    };
+    error = run(static_cast<Parameters>(arguments)...);
   }
   if (error == cudaSuccess) return Status::success;
   set_last_error(cudaGetErrorString(error));

@@ -38,4 +38,18 @@ bool is_capturing([[maybe_unused]] Stream stream) {
 #endif
 }
 
+CaptureMode exchange_capture_mode(CaptureMode mode) {
+#ifdef __CUDACC__
+  static_assert(static_cast<int>(CaptureMode::global) == cudaStreamCaptureModeGlobal);
+  static_assert(static_cast<int>(CaptureMode::of_thread) == cudaStreamCaptureModeThreadLocal);
+  static_assert(static_cast<int>(CaptureMode::relaxed) == cudaStreamCaptureModeRelaxed);
+  auto exchanged = static_cast<cudaStreamCaptureMode>(mode);
+  if (cudaThreadExchangeStreamCaptureMode(&exchanged) == cudaSuccess) return static_cast<CaptureMode>(exchanged);
+  static_cast<void>(cudaGetLastError());  // as in launch()
+#else
+  static_cast<void>(mode);
+#endif
+  return CaptureMode::global;
+}
+
 }  // namespace freezekit

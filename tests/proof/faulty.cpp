@@ -52,12 +52,21 @@ void wait_if_told() {
   if (calls_until_wait > 0 && --calls_until_wait == 0) std::this_thread::sleep_for(std::chrono::milliseconds(500));
 }
 
-bool is_full = false;  // whether the device said that it has no memory
+const char* said = nullptr;  // what cudaGetErrorString says of the last launch
 
 Status refused(const char* kernel) {
-  is_full = failing == kernel && way == "full";
-  return is_full || (failing == kernel && way == "refused") ? Status::launch_failed : Status::success;
+  said = nullptr;
+  if (failing != kernel) return Status::success;
+  if (way == "full") said = "out of memory";
+  if (way == "no_code") said = "no kernel image is available for execution on the device";
+  if (way == "no_translation") said = "the provided PTX was compiled with an unsupported toolchain.";
+  if (way == "old_driver") said = "CUDA driver version is insufficient for CUDA runtime version";
+  return said || way == "refused" ? Status::launch_failed : Status::success;
 }
+
+// How this thread bears on captures elsewhere, and how often a kernel ran in which way.
+thread_local CaptureMode mode = CaptureMode::global;
+int runs_while[3] = {};
 
 double get(const void* data, int64_t i, DType dtype) {
   if (dtype == DType::f32) return static_cast<const float*>(data)[i];
@@ -162,6 +171,7 @@ Status conv2d(Operator op, const Selection& s, const Conv2dProblem& p, DType dty
 
 Status activation(const PiecewiseActivation& f, const void* x, void* y, uint32_t* bits, int64_t numel, DType dtype,
                   Stream stream) {
+  ++runs_while[static_cast<int>(mode)];
   const auto read = failing == "activation" ? copy_of(x, numel, dtype) : std::vector<double>();
   Status status = emulated().activation(f, x, y, bits, numel, dtype, stream);
   if (is_wrong("activation") || is_far("activation", numel, kFar)) spoil(y, numel, dtype);
@@ -208,7 +218,7 @@ Status max_pool_scatter(const MaxPool& m, DType dtype, const void* dy, const voi
 }  // namespace
 
 extern "C" const char* freezekit_last_error() {
-  if (is_full) return "out of memory";  // as cudaGetErrorString says it
+  if (said) return said;
   return reinterpret_cast<const char* (*)()>(real("freezekit_last_error"))();
 }
 
@@ -219,11 +229,18 @@ extern "C" const KernelTable* freezekit_kernel_table() {
   table.capturing = [](Stream) { return captured; };
   table.target = [](Target* target) {
     const Status status = emulated().target(target);
+    if (const Status failed = refused("target"); failed != Status::success) return failed;
     if (planted.first) target->sm = planted.first, target->sm_count = planted.second;
     target->has_code = target->sm >= 80;  // as a build for 80;90a
     return status;
   };
+  table.exchange_capture_mode = [](CaptureMode now) { return std::exchange(mode, now); };
   return &table;
+}
+
+// Activations that ran while this thread had that mode (0 to 2), since the last call; 3: the mode that it has now.
+extern "C" int capture_mode(int which) {
+  return which == 3 ? static_cast<int>(mode) : std::exchange(runs_while[which], 0);
 }
 
 extern "C" void set_capturing(int is) { captured = is; }
@@ -240,12 +257,13 @@ extern "C" int set_fault(const char* kernel, const char* how) {
   const auto knows = [](std::initializer_list<const char*> names, const std::string& name) {
     return std::find(names.begin(), names.end(), name) != names.end();
   };
-  const bool known =
-      knows({"", "conv2d", "fprop", "dgrad", "wgrad", "conv2d_mask", "activation", "bits", "leaky_relu", "gate",
-             "pack_bytes", "max_pool", "wide_pool", "scatter"},
-            failing) &&
-      knows({"", "wrong", "throws", "memory", "bad_alloc", "refused", "negative", "positive", "nan", "ties", "nonzero",
-             "moved", "term", "far", "full", "channels", "slices", "biased", "unaligned"},
-            way);
+  const bool known = knows({"", "conv2d", "fprop", "dgrad", "wgrad", "conv2d_mask", "activation", "bits", "leaky_relu",
+                            "gate", "pack_bytes", "max_pool", "wide_pool", "scatter", "target"},
+                           failing) &&
+                     knows({"",         "wrong",    "throws", "memory",   "bad_alloc",      "refused",
+                            "negative", "positive", "nan",    "ties",     "nonzero",        "moved",
+                            "term",     "far",      "full",   "no_code",  "no_translation", "old_driver",
+                            "channels", "slices",   "biased", "unaligned"},
+                           way);
   return known ? 0 : 1;
 }

@@ -87,6 +87,11 @@ class Faulty:
         """Whether a CUDA graph seems to be captured from now on."""
         self._library.set_capturing(int(on))
 
+    def capture_modes(self) -> tuple[int, int, int]:
+        """Activations that ran while waits of their thread would end captures elsewhere, and while not; the mode."""
+        ran = [self._library.capture_mode(which) for which in range(4)]
+        return ran[0] + ran[1], ran[2], ran[3]
+
     def wait(self, call: int) -> None:
         """A convolution takes half a second at this one of its calls from now on."""
         self._library.set_wait(call)

@@ -476,3 +476,40 @@ def test_what_interrupts_one_run_decides_nothing(faulty: Faulty, run: int) -> No
     faulty.wait(run)
     conv2d(x, w)
     assert decided()["conv2d"].backend == "native"
+
+
+@pytest.mark.parametrize("how", ["no_code", "no_translation"])
+def test_a_launch_that_finds_no_code_is_no_fault_of_the_kernel(faulty: Faulty, told: Told, how: str) -> None:
+    """Code for sm_90a runs on no later device, and an older driver than nvcc translates nothing: no property tells."""
+    x, w = leaf(1, 3, 6, 6), leaf(4, 3, 3, 3)
+    for kernel, call in (("activation", lambda: step(fk.functional.relu, x)), ("conv2d", lambda: convolution(x, w))):
+        faulty.fail(kernel, how)
+        assert told(call)[1] == []
+    assert {choice.note for choice in fk.tuning.choices()} == {"this build has no code for such a device"}
+
+
+def test_a_device_that_cannot_be_asked_what_it_is_is_torch_s(faulty: Faulty) -> None:
+    """Where the driver serves the CUDA of torch, but not a later one that freezekit was built with."""
+    faulty.fail("target", "old_driver")
+    x, w, block = leaf(1, 3, 6, 6), leaf(4, 3, 3, 3), torch.ops.freezekit.frozen_conv2d
+    calls = [lambda own=own: step(own, x) for _, own, _, _ in LAYERS.values()]
+    calls += [lambda: convolution(x, w), lambda: block(x.detach(), w.detach(), activation="relu")[0]]
+    for call in calls:
+        with fk.backend("aten"):
+            expected = call()
+        assert launched(call) == []
+        torch.testing.assert_close(call(), expected, rtol=0, atol=0)
+    assert fk.tuning.choices() == []
+
+
+@pytest.mark.parametrize("how", ["", "wrong", "throws", "memory"])
+def test_a_proof_ends_no_capture_that_is_under_way_elsewhere(faulty: Faulty, told: Told, how: str) -> None:
+    """Waits and allocations of a thread do, unless it has said that they have nothing to do with captures."""
+    x = leaf(3, 50)
+    faulty.capture_modes()
+    faulty.fail("activation" if how else "", how)
+    told(lambda: fk.functional.relu(x))
+    others, in_proof, now = faulty.capture_modes()
+    assert in_proof > 0
+    assert others == (0 if how else 1), "the call itself, where the proof let it"
+    assert now == 0

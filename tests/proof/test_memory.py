@@ -75,10 +75,34 @@ def test_a_convolution_s_proof_holds_one_result_more(tmp_path: Path) -> None:
 
 def test_in_nchw_the_copy_of_x_is_freed_before_there_is_a_second_result(tmp_path: Path) -> None:
     """So a proof holds no more than the kernel needs in every call, where x is larger than the result."""
-    x, w = torch.randn(16, 16, 128, 128).double().requires_grad_(), torch.randn(1, 16, 1, 1).double()
+    x, w = torch.randn(8, 16, 128, 128).double().requires_grad_(), torch.randn(1, 16, 1, 1).double()
     with stand_in():
         first = peak_of(lambda: conv2d(x, w), tmp_path / "trace")
         assert decided()["conv2d"].agree
         again = peak_of(lambda: conv2d(x, w), tmp_path / "trace")
     assert again >= x.nbytes, "kernels read NHWC"
     assert first <= again
+
+
+COPIED = 32 * MIB
+
+
+@pytest.mark.parametrize(("channels", "filters"), [(32, 2), (2, 32)])
+@pytest.mark.parametrize("residual", [False, True])
+def test_in_nchw_a_large_batch_is_copied_some_images_at_a_time(
+    channels: int, filters: int, residual: bool, tmp_path: Path
+) -> None:
+    """A block and its dgrad hold their result and so much at most, whatever the batch."""
+    # Of float64: see above.
+    x, w = torch.randn(24, channels, 128, 128).double(), torch.randn(filters, channels, 1, 1).double()
+    r = torch.randn(24, filters, 128, 128).double() if residual else None
+    block, dgrad = torch.ops.freezekit.frozen_conv2d, torch.ops.freezekit.frozen_conv2d_dgrad
+    with stand_in():
+        fk.functional.relu(torch.randn(64).double().requires_grad_())  # bits need its kernels
+        y = block(x, w, None, r, "relu", keep_mask=True)[0]
+        peak = peak_of(lambda: block(x, w, None, r, "relu", keep_mask=True), tmp_path / "trace")
+        assert peak <= y.nbytes + y.numel() // 8 + COPIED + MIB
+        dgrad(y, w, x.shape, x if residual else None)
+        peak = peak_of(lambda: dgrad(y, w, x.shape, x if residual else None), tmp_path / "trace")
+        assert peak <= x.nbytes + COPIED + MIB
+        assert {choice.backend for choice in fk.tuning.choices()} == {"native"}

@@ -79,14 +79,17 @@ Tensor workspace_of(size_t bytes, const Tensor& on) {
   return bytes == 0 ? Tensor() : at::empty({static_cast<int64_t>(bytes)}, on.options().dtype(at::kByte));
 }
 
-void launch(const Choice& choice, const Tensor& on, const Conv2dTensors& tensors, const Epilogue& epilogue) {
+// On `images` of the problem's.
+void launch(const Choice& choice, int64_t images, const Tensor& on, const Conv2dTensors& tensors,
+            const Epilogue& epilogue) {
+  Conv2dProblem p = choice.problem;
+  p.n = images;
   const Tensor workspace = workspace_of(choice.selection.workspace_bytes, on);
   check_status(
-      choice.library.table->conv2d(choice.op, choice.selection, choice.problem, choice.dtype, tensors, epilogue,
+      choice.library.table->conv2d(choice.op, choice.selection, p, choice.dtype, tensors, epilogue,
                                    workspace.defined() ? workspace.mutable_data_ptr() : nullptr, stream_of(on)),
       choice.selection.kernel, choice.library);
   if (!launch_log::is_enabled()) return;
-  const Conv2dProblem& p = choice.problem;
   launch_log::add({name_of(choice.op),
                    choice.selection.kernel,
                    choice.backend,
@@ -96,6 +99,59 @@ void launch(const Choice& choice, const Tensor& on, const Conv2dTensors& tensors
 // Kernels write NHWC; the caller gets the layout that ATen would give.
 Tensor empty_output(IntArrayRef size, const Tensor& like) {
   return at::empty(size, like.options(), at::MemoryFormat::ChannelsLast);
+}
+
+// What is copied at once where the tensors are not in NHWC: most of it is still in a GPU's second cache when it is read again.
+constexpr int64_t kCopiedBytes = 32 << 20;
+
+bool is_in_nhwc(const Tensor& tensor) { return tensor.is_contiguous(at::MemoryFormat::ChannelsLast); }
+
+// How many of a batch's images are computed at once. Under a mask all, since its bits are one row of words for the batch.
+int64_t images_at_once(int64_t n, std::initializer_list<std::pair<int64_t, bool>> bytes_and_whether_copied,
+                       bool has_mask) {
+  int64_t copied = 0, unit = 1;
+  for (const auto& [bytes, is_copied] : bytes_and_whether_copied) {
+    if (is_copied) copied += bytes;
+    if (!is_copied && n > 0 && bytes / n % 16 != 0) unit = 8;  // kernels are to begin at multiples of 16 bytes
+  }
+  if (has_mask || copied <= kCopiedBytes) return n;
+  const int64_t slices = (copied + kCopiedBytes - 1) / kCopiedBytes;
+  return std::min(n, ((n + slices - 1) / slices + unit - 1) / unit * unit);
+}
+
+// A result of this size and format by compute(images, x, residual, y), which takes all of them in NHWC. Those that are in
+// another order are copied, some images at a time, so that the copies of a large batch take little memory beside it.
+template <class Compute>
+Tensor by_images(IntArrayRef size, at::MemoryFormat format, const Tensor& x, const Tensor& residual, bool has_mask,
+                 const Compute& compute) {
+  const int64_t n = size[0], bytes = c10::multiply_integers(size) * x.element_size();
+  const bool is_both = size[1] == 1 || size[2] * size[3] == 1;
+  const bool turns = format != at::MemoryFormat::ChannelsLast && !is_both;
+  const int64_t step = images_at_once(n,
+                                      {{static_cast<int64_t>(x.nbytes()), !is_in_nhwc(x)},
+                                       {residual.defined() ? bytes : 0, residual.defined() && !is_in_nhwc(residual)},
+                                       {bytes, turns}},
+                                      has_mask);
+  const auto part = [&](const Tensor& tensor, int64_t first, int64_t images) {
+    return tensor.defined() && images < n ? tensor.narrow(0, first, images) : tensor;
+  };
+  const auto computed = [&](int64_t first, int64_t images, const Tensor& y) {
+    const Tensor r = residual.defined() ? dense_channels_last(part(residual, first, images)) : residual;
+    compute(images, dense_channels_last(part(x, first, images)), r, y);
+  };
+  if (step == n) {
+    const Tensor y = empty_output(size, x);
+    computed(0, n, y);
+    return finish(y, format);
+  }
+  const Tensor y = at::empty(size, x.options(), format);
+  for (int64_t first = 0; first < n; first += step) {
+    const int64_t images = std::min(step, n - first);
+    const Tensor to = part(y, first, images), made = turns ? empty_output(to.sizes(), to) : to;
+    computed(first, images, made);
+    if (turns) to.copy_(made);
+  }
+  return y;
 }
 
 // weight * scale[k] in the layout that kernels read.
@@ -109,16 +165,21 @@ Tensor scaled_filter(const Tensor& weight, const Tensor& scale, int64_t groups, 
 
 }  // namespace
 
-Target target_on(const KernelLibrary& library, Backend backend) {
+std::optional<Target> find_target(const KernelLibrary& library, Backend backend) {
   Target target;
-  TORCH_CHECK(library.table->target(&target) == Status::success,
-              "freezekit cannot read the current device's properties", library.last_error());
+  if (library.table->target(&target) != Status::success) return std::nullopt;
   const auto& context = at::globalContext();
   target.allow_tf32 = context.allowTF32CuDNN(at::Float32Op::CONV);
   target.deterministic = context.deterministicAlgorithms() || context.deterministicCuDNN();
   target.hopper = hopper_decided.value_or(hopper_allowed);
   if (target.hopper && backend == Backend::emulated) target.sm = 90;
   return target;
+}
+
+Target target_on(const KernelLibrary& library, Backend backend) {
+  const auto target = find_target(library, backend);
+  TORCH_CHECK(target, "freezekit cannot read the current device's properties", library.last_error());
+  return *target;
 }
 
 bool is_capturing(const Tensor& on, Backend backend) { return kernel_library(backend).table->capturing(stream_of(on)); }
@@ -172,26 +233,29 @@ std::tuple<Tensor, Tensor> norm_affine(const FixedNormTensors& norm, const Tenso
 }
 
 Tensor conv2d_epilogue(const Conv2dProblem& problem, const Tensor& input, const Tensor& weight, const Finish& finish,
-                       const Geometry& g) {
+                       const Geometry& g, at::MemoryFormat format) {
   const c10::DeviceGuard guard(input.device());
-  const Tensor x = dense_channels_last(input), w = dense_channels_last(weight);
+  const Choice choice = choose(Operator::fprop, problem, input, g.backend);
+  const Tensor w = dense_channels_last(weight);
   const Tensor b = finish.bias.defined() ? aligned(finish.bias.contiguous()) : Tensor();
-  const Tensor r = finish.residual.defined() ? dense_channels_last(finish.residual) : Tensor();
-  const Tensor y = empty_output({problem.n, problem.k, problem.p, problem.q}, input);
   Epilogue epilogue;
   if (finish.scale.defined()) epilogue.scale = finish.scale.const_data_ptr();
-  if (b.defined()) epilogue.bias = b.const_data_ptr(), epilogue.wide_bias = b.scalar_type() != x.scalar_type();
-  if (r.defined()) epilogue.residual = r.const_data_ptr();
+  if (b.defined()) epilogue.bias = b.const_data_ptr(), epilogue.wide_bias = b.scalar_type() != input.scalar_type();
   epilogue.relu = finish.relu, epilogue.relu_end = finish.relu_end;
   if (finish.mask_out.defined()) epilogue.mask_out = static_cast<uint32_t*>(finish.mask_out.mutable_data_ptr());
-  launch(choose(Operator::fprop, problem, input, g.backend), input,
-         {const_cast<void*>(x.const_data_ptr()), const_cast<void*>(w.const_data_ptr()), y.mutable_data_ptr()},
-         epilogue);
-  return y;
+  return by_images(
+      {problem.n, problem.k, problem.p, problem.q}, format, input, finish.residual, finish.mask_out.defined(),
+      [&](int64_t images, const Tensor& x, const Tensor& r, const Tensor& y) {
+        if (r.defined()) epilogue.residual = r.const_data_ptr();
+        launch(choice, images, y,
+               {const_cast<void*>(x.const_data_ptr()), const_cast<void*>(w.const_data_ptr()), y.mutable_data_ptr()},
+               epilogue);
+      });
 }
 
 Tensor dgrad_epilogue(const Conv2dProblem& problem, const Tensor& grad_output, const Tensor& weight,
-                      const Tensor& scale, const Tensor& residual, const Tensor& mask_in, const Geometry& g) {
+                      const Tensor& scale, const Tensor& residual, const Tensor& mask_in, const Geometry& g,
+                      at::MemoryFormat format) {
   const c10::DeviceGuard guard(grad_output.device());
   const Choice choice = choose(Operator::dgrad, problem, grad_output, g.backend);
   // Kernels on tensor cores make a filter of their own anyway, and multiply it there.
@@ -199,36 +263,36 @@ Tensor dgrad_epilogue(const Conv2dProblem& problem, const Tensor& grad_output, c
       choice.selection.family == Family::implicit_gemm || choice.selection.family == Family::hopper;
   const Tensor w = scale.defined() && !makes_filter ? scaled_filter(weight, scale, problem.groups, g.backend)
                                                     : dense_channels_last(weight);
-  const Tensor dy = dense_channels_last(grad_output);
-  const Tensor r = residual.defined() ? dense_channels_last(residual) : Tensor();
   const Tensor m = mask_in.defined() ? mask_in.contiguous() : Tensor();
-  const Tensor dx = empty_output({problem.n, problem.c, problem.h, problem.w}, grad_output);
   Epilogue epilogue;
-  if (r.defined()) epilogue.residual = r.const_data_ptr();
   if (m.defined()) epilogue.mask_in = static_cast<const uint32_t*>(m.const_data_ptr());
-  launch(choice, grad_output,
-         {dx.mutable_data_ptr(), const_cast<void*>(w.const_data_ptr()), const_cast<void*>(dy.const_data_ptr()),
-          scale.defined() && makes_filter ? scale.const_data_ptr() : nullptr},
-         epilogue);
-  return dx;
+  return by_images(
+      {problem.n, problem.c, problem.h, problem.w}, format, grad_output, residual, m.defined(),
+      [&](int64_t images, const Tensor& dy, const Tensor& r, const Tensor& dx) {
+        if (r.defined()) epilogue.residual = r.const_data_ptr();
+        launch(choice, images, dx,
+               {dx.mutable_data_ptr(), const_cast<void*>(w.const_data_ptr()), const_cast<void*>(dy.const_data_ptr()),
+                scale.defined() && makes_filter ? scale.const_data_ptr() : nullptr},
+               epilogue);
+      });
 }
 
 Tensor conv2d(const Conv2dProblem& problem, const Tensor& input, const Tensor& weight,
               const std::optional<Tensor>& bias, const Geometry& g) {
   Finish finish;
   finish.bias = bias.value_or(Tensor());
-  return conv2d_epilogue(problem, input, weight, finish, g).contiguous(layout_of(input, weight));
+  return conv2d_epilogue(problem, input, weight, finish, g, layout_of(input, weight));
 }
 
 Tensor dgrad(const Conv2dProblem& problem, const Tensor& grad_output, const Tensor& weight, const Geometry& g) {
-  return dgrad_epilogue(problem, grad_output, weight, {}, {}, {}, g).contiguous(layout_of(grad_output, weight));
+  return dgrad_epilogue(problem, grad_output, weight, {}, {}, {}, g, layout_of(grad_output, weight));
 }
 
 Tensor wgrad(const Conv2dProblem& problem, const Tensor& grad_output, const Tensor& input, const Geometry& g) {
   const c10::DeviceGuard guard(grad_output.device());
   const Tensor dy = dense_channels_last(grad_output), x = dense_channels_last(input);
   const Tensor dw = empty_output({problem.k, problem.c_per_group(), problem.r, problem.s}, grad_output);
-  launch(choose(Operator::wgrad, problem, grad_output, g.backend), grad_output,
+  launch(choose(Operator::wgrad, problem, grad_output, g.backend), problem.n, grad_output,
          {const_cast<void*>(x.const_data_ptr()), dw.mutable_data_ptr(), const_cast<void*>(dy.const_data_ptr())}, {});
   return dw.contiguous(layout_of(grad_output, input));
 }

@@ -26,7 +26,9 @@ class HopperScope {
   std::optional<bool> outer_;
 };
 
-// The current device and torch's settings, as a choice of kernel needs them.
+// The current device and torch's settings, as a choice of kernel needs them; none, or an error, where the device cannot
+// be asked.
+std::optional<Target> find_target(const KernelLibrary&, Backend);
 Target target_on(const KernelLibrary&, Backend);
 
 // What a launch needs of torch.
@@ -61,10 +63,11 @@ struct Finish {
   Tensor mask_out;
 };
 
-// With the kernels' epilogue, results as the kernels write them: channels_last; masks are in NHWC order. dgrad multiplies
-// the filter by `scale` (K) first, where that is defined, adds `residual`, then applies `mask_in`.
-Tensor conv2d_epilogue(const Conv2dProblem&, const Tensor& input, const Tensor& weight, const Finish&, const Geometry&);
+// With the kernels' epilogue, results in `format`; masks are in NHWC order. dgrad multiplies the filter by `scale` (K)
+// first, where that is defined, adds `residual`, then applies `mask_in`.
+Tensor conv2d_epilogue(const Conv2dProblem&, const Tensor& input, const Tensor& weight, const Finish&, const Geometry&,
+                       at::MemoryFormat format);
 Tensor dgrad_epilogue(const Conv2dProblem&, const Tensor& grad_output, const Tensor& weight, const Tensor& scale,
-                      const Tensor& residual, const Tensor& mask_in, const Geometry&);
+                      const Tensor& residual, const Tensor& mask_in, const Geometry&, at::MemoryFormat format);
 
 }  // namespace freezekit::native

@@ -47,6 +47,14 @@ void time(const Contest& contest, Backend candidate, const Tensor& on, Measureme
   std::tie(result.aten_seconds, result.native_seconds) = interleaved_medians(kRuns, seconds, Backend::aten, candidate);
 }
 
+// Code for one architecture alone, as sm_90a, and code that an older driver cannot translate show when they are launched.
+bool lacks_code(const std::string& error) {
+  for (const char* const text : {"no kernel image is available", "PTX was compiled with an unsupported toolchain"}) {
+    if (error.find(text) != std::string::npos) return true;
+  }
+  return false;
+}
+
 Measurement held(const Tensor& on, Backend candidate, const std::function<Contest()>& make) {
   Measurement result;
   try {
@@ -66,7 +74,8 @@ Measurement held(const Tensor& on, Backend candidate, const std::function<Contes
   } catch (const std::bad_alloc&) {
     result.note = kNoMemory;
   } catch (const c10::Error& error) {
-    result.note = std::string("it failed: ") + error.what_without_backtrace();
+    const std::string text = error.what_without_backtrace();
+    result.note = lacks_code(text) ? kNoCode : "it failed: " + text;
   } catch (const std::exception& error) {
     result.note = std::string("it failed: ") + error.what();
   } catch (...) {
@@ -107,8 +116,23 @@ bool may_wait(const Tensor& on) {
 
 bool is_possible(const Tensor& on, Backend candidate) {
   return on.numel() > 0 && !must_be_repeatable() && is_plain(on) && !is_watched() &&
-         !native::is_capturing(on, candidate) && may_wait(on);
+         !native::is_capturing(on, candidate);
 }
+
+// A proof waits for its stream and may allocate. Where a CUDA graph is captured elsewhere, by another thread perhaps, either
+// would end that capture, unless this thread says that its calls have nothing to do with it; torch's allocator says so, too.
+class BesideCaptures {
+ public:
+  explicit BesideCaptures(Backend candidate)
+      : table_(*kernel_library(candidate).table), outer_(table_.exchange_capture_mode(CaptureMode::relaxed)) {}
+  ~BesideCaptures() { table_.exchange_capture_mode(outer_); }
+  BesideCaptures(const BesideCaptures&) = delete;
+  BesideCaptures& operator=(const BesideCaptures&) = delete;
+
+ private:
+  const KernelTable& table_;
+  CaptureMode outer_;
+};
 
 // In memory order of that layout: pieces are dense.
 Tensor flat(const Tensor& t, at::MemoryFormat format) { return t.contiguous(format).as_strided({t.numel()}, {1}); }
@@ -193,6 +217,8 @@ std::optional<Measurement> verdict(const std::string& key, const Tensor& on, con
   if (const auto found = known(key)) return found;
   const auto candidate = choices::candidate_on(on.device().type());
   if (!candidate || !is_possible(on, *candidate)) return std::nullopt;
+  const BesideCaptures beside(*candidate);
+  if (!may_wait(on)) return std::nullopt;
   // Threads that meet a key at once all measure: none waits for another, whose stream may wait for it, and a checkpoint of
   // none keeps what torch's operator keeps and makes again what a kernel keeps.
   const auto [result, is_new] = choices::settle(key, held(on, *candidate, contest));

@@ -83,18 +83,29 @@ std::string question_of(const Tensor& on, Numbers... numbers) {
 
 constexpr int64_t kLarge = 1 << 20;  // elements; below, most of a layer's time is its launch's
 
-choices::Setting setting_on(const Tensor& on, at::MemoryFormat layout, std::string_view variant = {}) {
+// On the current device. None where it cannot be asked what it is: its driver may serve torch, and be too old for the
+// CUDA that freezekit's kernels were built with.
+std::optional<choices::Setting> setting_on(const Tensor& on, at::MemoryFormat layout, std::string_view variant = {}) {
   const auto device = on.device().type();
   const Backend candidate = *choices::candidate_on(device);
   const native::HopperScope without(false);
-  return {on.scalar_type(), layout, device, native::target_on(kernel_library(candidate), candidate), variant};
+  const KernelLibrary& library = kernel_library(candidate);
+  const auto target = native::find_target(library, candidate);
+  if (!target) {
+    TORCH_WARN_ONCE(
+        "freezekit's kernels are not used in this process, torch's operators are: the device's properties "
+        "cannot be read",
+        library.last_error());
+    return std::nullopt;
+  }
+  return choices::Setting{on.scalar_type(), layout, device, *target, variant};
 }
 
-std::string layer_key(Op layer, const Tensor& on, bool large, at::MemoryFormat layout) {
-  const char* const name = layer != Op::max_pool2d                    ? ""
-                           : layout == at::MemoryFormat::ChannelsLast ? "channels_last"
-                                                                      : "contiguous";
-  return choices::key_of(to_string(layer), large, name, setting_on(on, layout));
+std::string layer_key(Op layer, bool large, const choices::Setting& setting) {
+  const char* const name = layer != Op::max_pool2d                            ? ""
+                           : setting.layout == at::MemoryFormat::ChannelsLast ? "channels_last"
+                                                                              : "contiguous";
+  return choices::key_of(to_string(layer), large, name, setting);
 }
 
 // Whether freezekit's kernels agreed with torch's, whatever the size and whoever was faster: below autograd, where taps
@@ -104,12 +115,15 @@ bool agreed(Op op, const Tensor& on) {
   const auto own = on.suggest_memory_format();
   const auto ask = [&]() -> Answer {
     const c10::DeviceGuard guard(on.device());
+    auto setting = setting_on(on, own);
+    if (!setting) return {};
     const bool has_taps = op == Op::max_pool2d_scatter || op == Op::max_pool2d_gather;
     for (const Op layer : proven_with(op)) {
       for (const bool large : {false, true}) {
         for (const auto layout : {at::MemoryFormat::Contiguous, at::MemoryFormat::ChannelsLast}) {
           if (layout != own && !has_taps) continue;
-          const auto found = choices::find(layer_key(layer, on, large, layout));
+          setting->layout = layout;
+          const auto found = choices::find(layer_key(layer, large, *setting));
           if (found && found->agree) return {Winner::kernel};
         }
       }
@@ -119,19 +133,22 @@ bool agreed(Op op, const Tensor& on) {
   return remembered(question_of(on, op, own, /*agreed=*/true), ask) == Winner::kernel;
 }
 
-bool can_be_held(Op layer, const Tensor& on) {
+// Others kernels could read by a copy alone, which torch's operators do without.
+bool can_be_read(Op layer, const Tensor& on) {
   return layer == Op::max_pool2d ? proof::is_image_batch(on) : proof::is_dense(on);
 }
 
 // Whether freezekit's kernels won, or win now.
 bool won(Op op, const Tensor& on) {
   const Op layer = *proven_with(op).begin();
+  if (!can_be_read(layer, on)) return false;  // whatever is known of tensors of that size and layout
   const bool large = on.numel() >= kLarge;
   const auto layout = on.suggest_memory_format();
   const auto ask = [&]() -> Answer {
-    if (!can_be_held(layer, on)) return {Winner::torch, /*lasts=*/false};
     const c10::DeviceGuard guard(on.device());
-    return answer_of(proof::verdict(layer_key(layer, on, large, layout), on, [&] {
+    const auto setting = setting_on(on, layout);
+    if (!setting) return {};
+    return answer_of(proof::verdict(layer_key(layer, large, *setting), on, [&] {
       if (layer == Op::max_pool2d) return proof::max_pool2d(on);
       return layer == Op::dropout ? proof::dropout(on) : proof::activations(on);
     }));
@@ -242,15 +259,16 @@ Winner proven(const Conv2dStep& step, Run run, Rehearse rehearse) {
   question.append(reinterpret_cast<const char*>(&step.problem), sizeof step.problem).append(step.variant);
   return remembered(question, [&]() -> Answer {
     const c10::DeviceGuard guard(step.on.device());
-    const choices::Setting setting = setting_on(step.on, step.layout, step.variant);
+    const auto setting = setting_on(step.on, step.layout, step.variant);
+    if (!setting) return {};
     Answer answer;
     double least = HUGE_VAL;
-    for (const Option& option : options_for(step.op, step.problem, setting)) {
+    for (const Option& option : options_for(step.op, step.problem, *setting)) {
       const native::HopperScope scope(option.hopper);
-      auto found = known_of(step.op, step.problem, setting, option);
+      auto found = known_of(step.op, step.problem, *setting, option);
       if (!found) {
-        const std::string key = each ? problem_key(step.op, step.problem, setting, option)
-                                     : choices::class_of(step.op, step.problem, setting, option.selection);
+        const std::string key = each ? problem_key(step.op, step.problem, *setting, option)
+                                     : choices::class_of(step.op, step.problem, *setting, option.selection);
         found = proof::verdict(key, step.on, [&] { return proof::conv2d(step, option.selection, run, rehearse); });
       }
       if (!found) answer.lasts = false;

@@ -98,14 +98,14 @@ std::string variant_of(const Tensor& on, std::initializer_list<std::pair<bool, c
 // By freezekit's kernels: one launch, and a tiny one for a norm; bits in NHWC order. Without `activates` what is before the
 // activation.
 Tensor frozen_by_kernels(const Conv2dProblem& problem, const FrozenOperands& o, const FrozenConv2d& f, bool activates,
-                         const Tensor& bits, Backend backend) {
+                         at::MemoryFormat format, const Tensor& bits, Backend backend) {
   const Affine affine = affine_of(o.norm, o.bias, o.input, backend);
   native::Finish finish;
   finish.scale = affine.scale, finish.bias = affine.shift, finish.residual = o.residual;
   finish.relu = activates && f.has_mask();
   if (f.activation == Activation::relu6) finish.relu_end = kRelu6End;
   if (finish.relu && bits.numel() > 0) finish.mask_out = bits;
-  return native::conv2d_epilogue(problem, o.input, o.weight, finish, f.geometry.with(backend));
+  return native::conv2d_epilogue(problem, o.input, o.weight, finish, f.geometry.with(backend), format);
 }
 
 // (y, bits) by ATen's convolution, in the wanted layout. On a CPU one pass does what is left; elsewhere torch's operators.
@@ -189,7 +189,7 @@ std::tuple<Tensor, Tensor> frozen_kernel(const FrozenOperands& o, const FrozenCo
     if (on == Backend::aten) return by_aten(p, operands, f);
     const bool activates = has_kernels_bits(g.backend, format);
     bits = at::empty({wanted && activates ? mask_words(p.y_numel()) : 0}, operands.input.options().dtype(at::kInt));
-    Tensor y = finish(frozen_by_kernels(p, operands, f, activates, bits, on), format);
+    Tensor y = frozen_by_kernels(p, operands, f, activates, format, bits, on);
     if (!activates) bits = activate_(y, f.activation, wanted);
     return y;
   };
@@ -252,7 +252,7 @@ Tensor dgrad_by_kernels(const Conv2dProblem& problem, const FrozenGrad& o, const
   const Tensor dy = o.grad_mask.defined()
                         ? gate(o.grad_output, o.grad_mask, {o.grad_output.sym_strides(), GateRule(), g.backend})
                         : o.grad_output;
-  return native::dgrad_epilogue(problem, dy, o.weight, scale, o.residual, mask, g);
+  return native::dgrad_epilogue(problem, dy, o.weight, scale, o.residual, mask, g, format_of(o.channels_last));
 }
 
 void check_mask(const Tensor& mask, int64_t numel, const char* name) {
@@ -280,7 +280,7 @@ Tensor frozen_dgrad_kernel(const FrozenGradCall& call) {
     const Tensor scale = affine_of(grad.norm, Tensor(), grad.grad_output, on).scale;
     if (on == Backend::aten) return dgrad_by_aten(p, grad, scale, g);
     const bool masks = has_kernels_bits(g.backend, format);
-    const Tensor dx = finish(dgrad_by_kernels(p, grad, masks ? grad.mask : Tensor(), scale, g.with(on)), format);
+    const Tensor dx = dgrad_by_kernels(p, grad, masks ? grad.mask : Tensor(), scale, g.with(on));
     if (!masks && grad.mask.defined()) gate_inplace(dx, grad.mask, {}, on);
     return dx;
   };
