@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from freezekit.distributed import note_freeze
 from freezekit.freezing import norm as statistics
-from freezekit.freezing import optim
+from freezekit.freezing import optim, pending
 from freezekit.freezing.arguments import check_flags, check_lbfgs, check_norm, check_optimizers
 from freezekit.freezing.flags import announce
 from freezekit.freezing.patterns import Patterns, Selection, select
@@ -74,6 +74,9 @@ def freeze(
 
     A tied parameter is one parameter: freezing it under one name freezes it under all (see ``Frozen.shared``).
 
+    Gradients that still wait for a step, as between micro-batches, are lost with ``.grad``: freeze after the step, or
+    in a ``with`` statement, which gives them back. Where they were lost, `unfreeze` warns with a `GradientWarning`.
+
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
     >>> freeze(model, until="2", norm="freeze")
     freeze: 4 parameters (0.weight, 0.bias, 1.weight, 1.bias)
@@ -95,6 +98,7 @@ def freeze(
     result = Frozen("freeze", shared=selection.shared)
     result.on_restore(partial(announce, model, params))  # runs last, when the flags are what they were
     names = all_names(model)
+    pending.note_dropped(result, model, params)
     _set_requires_grad(result, selection, names, False)
     _drop_grads(result, selection, names)
     for name, module in selection.norms.items():
@@ -158,7 +162,10 @@ def unfreeze(
         check_lbfgs(one, params, "unfreeze", ready=state == "reset")
     result = Frozen("unfreeze", shared=selection.shared)
     result.on_restore(partial(announce, model, params))
-    _set_requires_grad(result, selection, names, True)
+    pending.tell_of_lost(model, params)
+    released = _set_requires_grad(result, selection, names, True)
+    pending.note_released(model, released)
+    result.on_restore(partial(pending.tell_of_end, model, released))
     for name, module in selection.norms.items():
         set_statistics(result, model, name, module, held=norm == "freeze")
         set_note(result, module, batch=False, learns=False)
@@ -226,8 +233,10 @@ def names_of(params: Iterable[torch.Tensor], names: dict[int, tuple[str, ...]]) 
     return tuple(name for p in params for name in names.get(id(p), ())[:1])
 
 
-def _set_requires_grad(result: Frozen, selection: Selection, names: dict[int, tuple[str, ...]], value: bool) -> None:
-    """Set the flag; what is restored later are flag and ``.grad``, as they are now."""
+def _set_requires_grad(
+    result: Frozen, selection: Selection, names: dict[int, tuple[str, ...]], value: bool
+) -> list[nn.Parameter]:
+    """Set the flag, and return what it was set of; what is restored later are flag and ``.grad``, as they are now."""
     changed = [p for p in selection.params.values() if p.requires_grad != value]
     same = [p for p in selection.params.values() if p.requires_grad == value]
     for param in changed:
@@ -235,6 +244,7 @@ def _set_requires_grad(result: Frozen, selection: Selection, names: dict[int, tu
         param.requires_grad = value
     result.params = tuple(name for p in changed for name in names[id(p)])
     result.already = tuple(name for p in same for name in names[id(p)])
+    return changed
 
 
 def restore_param(param: nn.Parameter, requires_grad: bool, grad: torch.Tensor | None) -> None:

@@ -25,6 +25,8 @@ def computed(module: nn.Module) -> dict[str, list[str]]:
     {'weight': ['parametrizations.weight.original0', 'parametrizations.weight.original1']}
     """
     lists = _parametrized(module)
+    if not (lists or module._parameters):
+        return {}
     names = [*lists, *_set_by_hooks(module)]
     first = {name: _inside(module, name) if name in lists else _named_after(module, name, names) for name in names}
     return {name: list(_followed(name, first)) for name in names if first[name]}

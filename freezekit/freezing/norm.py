@@ -182,9 +182,11 @@ def statistics_of(module: nn.Module) -> dict[str, torch.Tensor]:
     Means, variances and the counter of BatchNorm, SyncBatchNorm, InstanceNorm and whatever else names its buffers as
     they do; the singular vectors of spectral norm, as a parametrization and as the older hook.
     """
+    own = dict(module._buffers.items())  # not itself a dict in a ScriptModule
+    if not own:
+        return {}
     pairs = [("running_mean", "running_var"), ("_u", "_v")]
     pairs += [(f"{h.name}_u", f"{h.name}_v") for h in module._forward_pre_hooks.values() if isinstance(h, SpectralNorm)]
-    own = dict(module._buffers.items())  # not itself a dict in a ScriptModule
     found: dict[str, torch.Tensor] = {}
     for pair in pairs:
         buffers = {name: own.get(name) for name in pair}
