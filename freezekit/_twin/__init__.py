@@ -6,7 +6,17 @@ as a tensor in another library's cache, is made fake where it is used, and never
 cache has data in the end. With data every tensor is copied, which takes as much memory again as the model has.
 """
 
+from freezekit._twin.higher_order import CannotWatch, call_higher_order, is_higher_order
 from freezekit._twin.roots import has_data, roots_of
 from freezekit._twin.twin import Twin, is_plain, on_twin
 
-__all__ = ["Twin", "has_data", "is_plain", "on_twin", "roots_of"]
+__all__ = [
+    "CannotWatch",
+    "Twin",
+    "call_higher_order",
+    "has_data",
+    "is_higher_order",
+    "is_plain",
+    "on_twin",
+    "roots_of",
+]

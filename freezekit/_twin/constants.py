@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
+from freezekit._twin.higher_order import call_higher_order, is_higher_order
+
 _ATEN = torch.ops.aten
 # These read only the shape, strides, type and device of their first tensor.
 _BY_FORM = {
@@ -52,6 +54,8 @@ class Constants(TorchDispatchMode):
     Tensors with data that the run finds in such places are not written to.
     """
 
+    supports_higher_order_operators = True
+
     def __init__(self, fake: FakeTensorMode) -> None:
         super().__init__()
         self._fake = fake
@@ -61,6 +65,8 @@ class Constants(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = (args, kwargs or {})
+        if is_higher_order(func):
+            return call_higher_order(self, func, *given, has_data=False)
         if func._schema.is_mutable:
             args, kwargs = given = tree_map_only(Tensor, self._without_data, given)
         # Without data nothing is drawn from a generator, and some operators refuse one.

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import random
-import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
 from types import AsyncGeneratorType, CoroutineType, GeneratorType
 from typing import Any, TypeVar
 
@@ -20,8 +19,10 @@ from torch.utils._pytree import tree_leaves
 from freezekit._inputs import Arguments
 from freezekit._twin.constants import Constants
 from freezekit._twin.copies import Copies
+from freezekit._twin.higher_order import CannotWatch, Refusing
 from freezekit._twin.roots import has_data, roots_of
 from freezekit._twin.surroundings import Surroundings
+from freezekit._twin.switches import random_numbers_kept, switches_kept
 from freezekit._twin.untouched import Untouched
 
 Result = TypeVar("Result")
@@ -125,13 +126,17 @@ class Twin:
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
-        """Runs the copies within it; the random state and all that they changed are restored."""
+        """Runs the copies within it; the random state, torch's switches and all that they changed are restored."""
         with ExitStack() as stack:
-            stack.enter_context(self._random_numbers_kept())
+            stack.enter_context(random_numbers_kept(self._devices))
             stack.callback(self._surroundings.put_back)
             if self._untouched is not None:
                 stack.callback(self._untouched.put_back)
+            stack.enter_context(switches_kept())
+            # A function that is first called within a mode is one that torch.compile leaves alone from then on.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(Refusing())
             for mode in (self._fake, self._constants):  # set where the twin has no data
                 stack.enter_context(mode or nullcontext())
             yield
@@ -140,21 +145,8 @@ class Twin:
         """Gives data to what outlives the run, once the graph is gone: see `Constants`."""
         if self._constants is not None:
             attributes = [vars(module) for _, module in self.named_modules()]
-            with self._random_numbers_kept():
+            with random_numbers_kept(self._devices):
                 self._constants.settle({id(value) for value in tree_leaves(attributes) if isinstance(value, Tensor)})
-
-    @contextmanager
-    def _random_numbers_kept(self) -> Iterator[None]:
-        devices = sorted({device.index or 0 for device in self._devices if device.type == "cuda"})
-        state, numpy = random.getstate(), sys.modules.get("numpy")
-        state_of_numpy = numpy.random.get_state() if numpy else None
-        try:
-            with torch.random.fork_rng(devices):
-                yield
-        finally:
-            random.setstate(state)
-            if numpy:
-                numpy.random.set_state(state_of_numpy)
 
     def _stand_in(self, tensor: Tensor) -> Tensor:
         """The copy of one tensor."""
@@ -221,25 +213,50 @@ def on_twin(
             twin = Twin(function, inputs, data=False)
             return act(twin)
         except Exception as error:  # whatever a model raises where it needs values
+            whole = _whole_step(error)
             traceback.clear_frames(error.__traceback__)  # the frames hold its graph
+            if isinstance(error, CannotWatch):
+                raise _failed(function, error, whole) from error
             if data is False or not has_data(roots_of(function), inputs):
-                raise _without_data(function, error) from error
+                raise _without_data(function, error, whole) from error
         finally:
             if twin is not None:
                 twin.settle()
     try:
         return act(Twin(function, inputs, data=True))
-    except (RuntimeError, NotImplementedError) as error:
-        raise RuntimeError(f"running a copy of {_name(function)} on these inputs fails: {error}") from error
+    except Exception as error:
+        if (whole := _whole_step(error)) or isinstance(error, RuntimeError):
+            raise _failed(function, error, whole) from error
+        raise
 
 
-def _without_data(function: Callable[..., Any], error: Exception) -> Exception:
+def _failed(function: Callable[..., Any], error: Exception, whole: str) -> RuntimeError:
+    return RuntimeError(f"running a copy of {_name(function)} on these inputs fails: {error}{whole}")
+
+
+def _without_data(function: Callable[..., Any], error: Exception, whole: str) -> Exception:
     """The error for a failed run without data: the original one where the caller's arguments are wrong."""
     if isinstance(error, TypeError | ValueError):
         return error
-    return RuntimeError(
-        f"{_name(function)} was run on tensors without data, where it fails: {error}. If it needs the values of "
-        "tensors, have a copy of it run on data: give model and inputs that hold some, and not measure=False"
+    needs = (
+        ". If it needs the values of tensors, have a copy of it run on data: give model and inputs that hold some, and "
+        "not measure=False"
+    )
+    return RuntimeError(f"{_name(function)} was run on tensors without data, where it fails: {error}{whole or needs}")
+
+
+def _whole_step(error: Exception) -> str:
+    """What to do about an error of a backward pass or of an optimizer that a function runs; "" for any other error."""
+    folder = Path(torch.__file__).parent
+    places = {(frame.f_code.co_filename, frame.f_code.co_name) for frame, _ in traceback.walk_tb(error.__traceback__)}
+    stepping = (folder / "optim", folder / "amp" / "grad_scaler.py")
+    if (torch.autograd.__file__, "backward") not in places and not any(
+        Path(file).is_relative_to(place) for file, _ in places for place in stepping
+    ):
+        return ""
+    return (
+        "\nIt is a whole training step: its gradients are those of a copy, which its optimizer does not have, or "
+        "nothing is left to learn. Give what computes the loss alone, such as lambda x: loss(model(x))"
     )
 
 

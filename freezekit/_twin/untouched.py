@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_leaves
 
 from freezekit._storages import storages_of
+from freezekit._twin.higher_order import call_higher_order, is_higher_order
 
 
 class Untouched(TorchDispatchMode):
@@ -51,6 +52,8 @@ class Untouched(TorchDispatchMode):
                 for storage in _storages_if_any(tensor):
                     if storage._cdata in self._there:
                         self._look_at(tensor, storage, says_so)
+        if is_higher_order(func):
+            return call_higher_order(self, func, args, kwargs or {}, has_data=True)
         return func(*args, **(kwargs or {}))
 
     def _look_at(self, tensor: Tensor, storage: torch.UntypedStorage, written: bool) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from freezekit._twin import Twin
+from freezekit._twin import CannotWatch, Twin
 from freezekit.distributed import unwrapped
 from freezekit.freezing.bits import same_bits
 
@@ -133,7 +133,10 @@ def run(subject: Subject) -> Probe:
         dropping.watch(module)
     with twin.undisturbed(), torch.enable_grad(), dropping, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        outputs = twin.run()
+        try:
+            outputs = twin.run()
+        except CannotWatch as error:
+            raise CannotCopy(str(error)) from error
     probe.dropping = list(dict.fromkeys(names[id(module)] for module in dropping.found if not drops(module)))
     probe.lost = any(_LOST in str(w.message) for w in caught)
     _walk([t for t in tree_leaves(outputs) if isinstance(t, torch.Tensor)], probe)

@@ -6,12 +6,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._C import DispatchKey
 from torch._prims_common import suggest_memory_format
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from freezekit._twin import call_higher_order, is_higher_order
 from freezekit.explanation import fused
 from freezekit.explanation.record import Call
 
@@ -52,17 +54,24 @@ class Functions(TorchFunctionMode):
 class Operators(TorchDispatchMode):
     """Adds up what the operators compute and move, for the call that is running."""
 
+    supports_higher_order_operators = True
+
     def __init__(self, recorder: Listener) -> None:
         super().__init__()
         self.recorder = recorder
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if is_higher_order(func):
+            return call_higher_order(self, func, args, kwargs, has_data=self.recorder.has_data)
         kind, block = func.overloadpacket, func in fused.OPERATORS
         if kind in OPAQUE and not self.recorder.has_data:
             raise NotImplementedError(f"what {func} keeps is known to its library alone, when it runs")
         if block:
             self.recorder.start_block()
+        if kind not in flop_registry and _is_composed(func):  # which reaches a mode where no autograd is
+            with self:
+                return func.decompose(*args, **kwargs)
         result = func(*args, **kwargs)
         if kind is torch.ops.aten.native_batch_norm and not self.recorder.has_data:
             result = _with_mixed_statistics(args, result)
@@ -78,6 +87,13 @@ class Operators(TorchDispatchMode):
             tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor)]
             call.moved += sum(t.numel() * t.element_size() for t in tensors)
         return result
+
+
+def _is_composed(func: Any) -> bool:
+    """Whether an operator is no more than calls of others; what asks a tensor for its shape or device is none."""
+    gives_tensors = any(isinstance(result.type, torch.TensorType) for result in func._schema.returns)
+    has_own = DispatchKey.CompositeImplicitAutograd in func.py_kernels  # a formula of torch's, for its tracers
+    return gives_tensors and not has_own and bool(func._can_decompose())
 
 
 def _with_mixed_statistics(args: Any, result: Any) -> Any:
