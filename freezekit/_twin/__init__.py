@@ -8,15 +8,19 @@ cache has data in the end. With data every tensor is copied, which takes as much
 
 from freezekit._twin.higher_order import CannotWatch, call_higher_order, is_higher_order
 from freezekit._twin.roots import has_data, roots_of
-from freezekit._twin.twin import Twin, is_plain, on_twin
+from freezekit._twin.switches import random_numbers_kept, switches_kept
+from freezekit._twin.twin import Twin, all_kept, is_plain, on_twin
 
 __all__ = [
     "CannotWatch",
     "Twin",
+    "all_kept",
     "call_higher_order",
     "has_data",
     "is_higher_order",
     "is_plain",
     "on_twin",
+    "random_numbers_kept",
     "roots_of",
+    "switches_kept",
 ]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import copyreg
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import _lru_cache_wrapper, lru_cache, partial
+from itertools import count
 from types import CellType, FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
 from weakref import ref
@@ -15,24 +17,13 @@ from torch import Generator, Tensor, nn
 from torch._C import DisableTorchFunction
 from torch.overrides import TorchFunctionMode
 
+from freezekit._twin.renaming import renamed
 from freezekit._twin.surroundings import CONTAINERS, content_of, is_filled, modules_in, modules_within, names_in
+
+_number = count()
 
 # What is copied with a function that holds it. An object of any other class may hold half of the program.
 _HOLDERS = (Tensor, nn.Module, *CONTAINERS, tuple, FunctionType, MethodType, partial)
-
-
-class Overlay(dict[str, Any]):
-    """Global names for copied functions: some are other values, and the rest is what it is when it is read.
-
-    A hook that is not copied may set a global name during the run that a copied function reads.
-    """
-
-    def __init__(self, known: dict[str, Any]) -> None:
-        super().__init__({name: known[name] for name in ("__builtins__", "__name__") if name in known})
-        self._known = known
-
-    def __missing__(self, name: str) -> Any:
-        return self._known[name]
 
 
 class Copies(TorchFunctionMode):
@@ -48,10 +39,25 @@ class Copies(TorchFunctionMode):
     def __init__(self, stand_in: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self._stand_in = stand_in
-        self._overlays: dict[int, Overlay] = {}
+        self._given: dict[tuple[int, str], str] = {}
+        self._names: dict[str, tuple[dict[str, Any], Any]] = {}
         self._memo: dict[int, Any] = {}
         # `copy` keeps the originals alive in this list, since a memo knows them by their ids.
         self._originals: list[Any] = self._memo.setdefault(id(self._memo), [])
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Context manager: copied functions find copies by names of their own, beside the names of their Python module.
+
+        So they share all other global names with functions that are not copied, whoever sets them.
+        """
+        for name, (known, value) in self._names.items():
+            known[name] = value
+        try:
+            yield
+        finally:
+            for name, (known, _) in self._names.items():
+                known.pop(name, None)
 
     def __enter__(self) -> Copies:
         # `copy` alone would put a generator's state in a tensor, which may have no data here.
@@ -181,18 +187,22 @@ class Copies(TorchFunctionMode):
         held = (*(defaults or ()), *(by_name or {}).values())
         if not (cells or modules or any(isinstance(value, _HOLDERS) for value in held)):
             return function
-        names = self._overlays.setdefault(id(known), Overlay(known)) if modules else known
-        made = FunctionType(code, names, function.__name__, None, tuple(CellType() for _ in cells))
+        names = {name: self._name_for(known, name) for name in modules}
+        made = FunctionType(renamed(code, names), known, function.__name__, None, tuple(CellType() for _ in cells))
         made.__dict__.update(vars(function))
         self._note(function, made)  # before what it holds, which may hold it
         for name, value in modules.items():
-            names[name] = self._held(value)
+            self._names.setdefault(names[name], (known, self._held(value)))
         for source, target in zip(cells, made.__closure__ or ()):
             if is_filled(source):
                 target.cell_contents = self._held(source.cell_contents)
         made.__defaults__ = defaults and tuple(map(self._held, defaults))
         made.__kwdefaults__ = by_name and {name: self._held(value) for name, value in by_name.items()}
         return made
+
+    def _name_for(self, known: dict[str, Any], name: str) -> str:
+        """By what global name copied functions know a copy; each twin has its own, since two may run at a time."""
+        return self._given.setdefault((id(known), name), f"{name} (copy {next(_number)})")
 
     def _held(self, value: Any) -> Any:
         """What a function's copy is to hold in place of `value`: a copy, or `value` itself."""

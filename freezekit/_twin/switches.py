@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -86,6 +87,27 @@ def switches_kept() -> Iterator[None]:
         for read, put, value in before:
             if read() != value:
                 put(value)
+
+
+_lock = threading.Lock()
+_uncompiled: list[Any] = []  # what ends the stance, for each thread that is within it
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Context manager: compiled functions run as they are written.
+
+    One whose first call is within a mode of operators is never compiled from then on.
+    """
+    with _lock:
+        _uncompiled.append(None if _uncompiled else torch.compiler.set_stance("force_eager"))
+    try:
+        yield
+    finally:
+        with _lock:
+            last = _uncompiled.pop()
+            if last is not None:  # of all threads, which may end in any order
+                last.__exit__(None, None, None)
 
 
 @contextmanager

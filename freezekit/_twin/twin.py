@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import AsyncGeneratorType, CoroutineType, GeneratorType
@@ -22,7 +22,7 @@ from freezekit._twin.copies import Copies
 from freezekit._twin.higher_order import CannotWatch, Refusing
 from freezekit._twin.roots import has_data, roots_of
 from freezekit._twin.surroundings import Surroundings
-from freezekit._twin.switches import random_numbers_kept, switches_kept
+from freezekit._twin.switches import random_numbers_kept, switches_kept, uncompiled
 from freezekit._twin.untouched import Untouched
 
 Result = TypeVar("Result")
@@ -71,7 +71,7 @@ class Twin:
         self._originals = {module for root in originals.values() for module in root.modules()}
         self._surroundings = Surroundings([function, *originals.values()], data=data)
         self.strangers = [module for module in self._surroundings.modules if module not in self._originals]
-        copies = Copies(self._stand_in)
+        self._copies = copies = Copies(self._stand_in)
         with copies, torch.inference_mode(False):
             for module in originals.values():
                 copies.add(module)
@@ -133,8 +133,8 @@ class Twin:
             if self._untouched is not None:
                 stack.callback(self._untouched.put_back)
             stack.enter_context(switches_kept())
-            # A function that is first called within a mode is one that torch.compile leaves alone from then on.
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(self._copies.named())
+            stack.enter_context(uncompiled())
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(Refusing())
             for mode in (self._fake, self._constants):  # set where the twin has no data
@@ -174,6 +174,20 @@ class Twin:
         else:
             made = self._fake.from_tensor(source, static_shapes=True)
         return made.requires_grad_(tensor.requires_grad)
+
+
+@contextmanager
+def all_kept(values: Iterable[Any], devices: Iterable[torch.device]) -> Iterator[None]:
+    """Context manager: what a run within it changes of all that ``values`` reach, and of any tensor, is put back."""
+    surroundings, untouched = Surroundings(values, data=False), Untouched()
+    with ExitStack() as stack:
+        stack.enter_context(random_numbers_kept(devices))
+        stack.callback(surroundings.put_back)
+        stack.callback(untouched.put_back)
+        stack.enter_context(switches_kept())
+        stack.enter_context(uncompiled())
+        stack.enter_context(untouched)
+        yield
 
 
 class _Computed(torch.autograd.Function):

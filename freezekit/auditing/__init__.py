@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 
 from freezekit._arguments import check_module
 from freezekit._inputs import arguments
+from freezekit._twin import random_numbers_kept, switches_kept
 from freezekit.freezing.wrapping import optimizers_of
 
 from . import attributes, forward, hooks, optim, tensors, wrappers
@@ -47,7 +49,6 @@ _OPTIMIZER: tuple[_Check, ...] = (
     optim.check_duplicates,
     optim.check_scheduled,
     optim.check_idle,
-    hooks.check_masked,
 )
 
 
@@ -70,6 +71,9 @@ def audit(
     schedule: Any = None,
 ) -> Report:
     """Look for the pitfalls of freezing in a model and its optimizer. Nothing is changed: what runs are copies.
+
+    Hooks on parameters and before the optimizer's step are called with gradients made for it, to see whether they mask
+    part of them; what they write to is put back (what they print or send is not).
 
     Args:
         model: the model, wrapped (DDP, FSDP, torch.compile) or not.
@@ -98,19 +102,27 @@ def audit(
         raise TypeError(f"schedule must have a method compile_entries(), got {type(schedule).__name__}")
     given = None if inputs is None else arguments(inputs)
     subject = Subject(model, _optimizers(optimizer), given, schedule)
+    with random_numbers_kept({p.device for p in model.parameters()}), switches_kept():
+        return _report(subject)
+
+
+def _report(subject: Subject) -> Report:
     checks = [*_ALWAYS]
     skipped: dict[str, str] = {}
     if subject.optimizers:
         checks += _OPTIMIZER
         skipped.update(optim.not_stepped(subject))
+        masks = hooks.Masks(subject)
+        skipped.update(masks.skipped)
+        checks.append(partial(hooks.check_masked, masks=masks))
     else:
         skipped["what the optimizer would move, keep or miss"] = "no optimizer given"
     findings = [f for check in checks for f in check(subject)]
     try:
-        if given is None:
+        if subject.inputs is None:
             raise forward.CannotCopy("no inputs given")
         findings += forward.check_forward(subject)
     except forward.CannotCopy as error:
         skipped[_FORWARD] = str(error)
     findings.sort(key=lambda f: SEVERITIES.index(f.severity))
-    return Report(type(model).__name__, tuple(findings), skipped)
+    return Report(type(subject.model).__name__, tuple(findings), skipped)

@@ -24,7 +24,7 @@ def not_stepped(subject: Subject) -> Iterator[tuple[str, str]]:
     for optimizer in subject.optimizers:
         kind = type(optimizer).__name__
         if count := len(foreign_hooks(optimizer)):
-            yield f"{count} hook(s) around the step of {kind}", "they are not run, and may write to anything"
+            yield f"{count} hook(s) around the step of {kind}", "a step on copies runs without them"
         if why := why_not_stepped(optimizer):
             yield f"a step of {kind} on copies", f"{why}; momentum, decay and gradients were looked at instead"
 

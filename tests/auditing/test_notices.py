@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -242,7 +244,30 @@ masking: dict[str, Callable[[torch.Tensor], Any]] = {
     "filled": lambda gradient: gradient.index_fill(0, torch.arange(2), 0.0),
     "chosen": lambda gradient: torch.where(torch.arange(4).view(4, 1, 1, 1) < 2, 0.0, gradient),
 }
+masking |= {
+    "einsum": lambda gradient: torch.einsum("k,kcrs->kcrs", (torch.arange(4) > 1).float(), gradient),
+    "cat": lambda gradient: torch.cat([torch.zeros_like(gradient[:2]), gradient[2:]]),
+    "index": lambda gradient: (
+        gradient[torch.tensor([2, 3])].new_zeros(gradient.shape).index_add(0, torch.tensor([2, 3]), gradient[2:])
+    ),
+    "computed": lambda gradient: gradient * (torch.arange(4) > 1).view(4, 1, 1, 1),
+    "one element": lambda gradient: gradient.scatter(0, torch.zeros(1, 1, 1, 1, dtype=torch.long), 0.0),
+    "pad": lambda gradient: torch.nn.functional.pad(gradient[2:], (0, 0, 0, 0, 0, 0, 2, 0)),
+    "numpy": lambda gradient: torch.from_numpy(np.where(np.arange(4).reshape(4, 1, 1, 1) < 2, 0, gradient.numpy())),
+    "matmul": lambda gradient: (torch.diag(torch.tensor([0.0, 0, 1, 1])) @ gradient.flatten(1)).view_as(gradient),
+    "whole": lambda gradient: gradient * 0,
+    "compiled": torch.compile(lambda gradient: gradient * (torch.arange(4) > 1).view(4, 1, 1, 1), backend="eager"),
+}
 harmless: dict[str, Callable[[torch.Tensor], Any]] = {
+    "threshold": lambda gradient: torch.where(gradient.abs() < 0.3, 0.0, gradient),
+    "largest": lambda gradient: gradient * (gradient.abs() >= gradient.abs().flatten().topk(5).values[-1]),
+    "smallest": lambda gradient: gradient * (gradient.abs() <= gradient.abs().median()),
+    "positive": lambda gradient: gradient.relu(),
+    "dropped": lambda gradient: torch.nn.functional.dropout(gradient, 0.5),
+    "rounded": lambda gradient: gradient.round(),
+    "held and not used": lambda gradient, mask=HALF: gradient + 0 * mask.sum(),
+    "writes where it is not a number": lambda gradient: gradient.masked_fill_(gradient.isnan(), 0),
+    "once": lambda gradient, calls=[]: gradient * 0 if not calls and not calls.append(1) else gradient,
     "clip": lambda gradient: gradient.clamp(-1, 1),
     "scale": lambda gradient: gradient * SCALE,
     "scale each filter": partial(torch.mul, other=torch.tensor([0.1, 0.2, 0.3, 1.0]).view(4, 1, 1, 1)),
@@ -261,6 +286,115 @@ def test_a_hook_that_masks_is_told_from_one_that_clips_scales_or_logs(kind: str)
     model(images()).square().mean().backward()
     said = [f.names for f in found(audit(model, optimizer), "masked-gradient")]
     assert said == [("0.weight",)] * (kind in masking)
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_chance_is_no_mask_in_a_tensor_of_few_elements(width: int) -> None:
+    model = nn.Linear(3, width)
+    model.bias.register_hook(torch.nn.functional.dropout)
+    assert not found(audit(model, torch.optim.AdamW(model.parameters())), "masked-gradient")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.complex64])
+@pytest.mark.parametrize("masks", [True, False])
+def test_masks_of_any_dtype(dtype: torch.dtype, masks: bool) -> None:
+    model = nn.Linear(3, 4, dtype=dtype)
+    model.weight.register_hook(lambda gradient: gradient * (torch.arange(4) > 1 - 2 * (not masks))[:, None])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
+    assert len(found(audit(model, optimizer), "masked-gradient")) == masks
+
+
+@pytest.mark.parametrize("dead", ["relu", "embedding", "padding"])
+def test_natural_zeros_are_no_mask(dead: str) -> None:
+    """A gradient that has zeros, on parameters whose hook only scales."""
+    if dead == "relu":
+        model: nn.Sequential = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
+        nn.init.constant_(model[0].bias, -100.0)
+    elif dead == "embedding":
+        model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 1))
+    else:
+        model = nn.Sequential(nn.Linear(4, 3))
+    for p in model.parameters():
+        p.register_hook(lambda gradient: gradient.mul_(0.5))
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
+    x = torch.tensor([1]) if dead == "embedding" else torch.tensor([[1.0, 2, 3, 0][: model[0].in_features]])
+    model(x).sum().backward()
+    assert (model[0].weight.grad == 0).any()
+    assert not found(audit(model, optimizer, x), "masked-gradient")
+
+
+@pytest.mark.parametrize("place", ["own", "accumulated", "step"])
+def test_hooks_that_are_called_leave_everything_as_it_was(place: str) -> None:
+    model, seen, drawn = net().eval(), {"calls": 0, "norms": []}, random.Random(0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    model(images()).square().mean().backward()
+    grad, weight = model[0].weight.grad, model[0].weight
+    assert grad is not None
+
+    def hook(*_: object) -> None:
+        seen["calls"] += 1
+        seen["norms"].append(grad.norm())
+        torch.rand(3), np.random.rand(3), random.random(), drawn.random()
+        torch.set_default_dtype(torch.float64)
+        optimizer.step()
+        optimizer.zero_grad()
+        weight.data.mul_(2)
+        model[1].running_mean.add_(1)
+        optimizer.param_groups[0]["lr"] = 5.0
+
+    {
+        "own": weight.register_hook,
+        "accumulated": weight.register_post_accumulate_grad_hook,
+        "step": optimizer.register_step_pre_hook,
+    }[place](hook if place != "step" else lambda *_: hook() if not seen["calls"] else None)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    values, states = grad.clone(), (torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate())
+    mine = drawn.getstate()
+    audit(model, optimizer)
+    assert seen == {"calls": 0, "norms": []}
+    assert weight.grad is grad
+    assert torch.equal(grad, values)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not optimizer.state
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert (np.random.get_state()[1].tolist(), random.getstate()) == states[1:]
+    assert drawn.getstate() == mine
+    assert torch.get_default_dtype() is torch.float32
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_hook_that_raises_is_named_and_leaves_gradients(error: type[BaseException]) -> None:
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+
+    def fails(gradient: torch.Tensor) -> None:
+        raise error("no")
+
+    model[0].bias.register_hook(fails)
+    model[0].weight.register_hook(HALF.mul)
+    if error is KeyboardInterrupt:
+        with pytest.raises(KeyboardInterrupt):
+            audit(model, optimizer)
+    else:
+        report = audit(model, optimizer)
+        assert report.skipped["what hooks do to the gradient of 0.bias"] == "one raised ValueError: no"
+        assert the(report, "masked-gradient").names == ("0.weight",)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_an_optimizer_that_draws_leaves_random_numbers() -> None:
+    class Noisy(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.data.add_(torch.randn_like(p))
+
+    model = nn.Linear(2, 2).requires_grad_(False)
+    optimizer = Noisy(model.parameters(), lr=0.1)
+    state = torch.get_rng_state()
+    assert the(audit(model, optimizer), "would-move")
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("place", ["accumulated", "step"])

@@ -10,6 +10,7 @@ import warnings
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -799,3 +800,71 @@ def test_a_function_reads_what_its_run_sets_by_a_global_name(measure: bool) -> N
         handle.remove()
     assert max(row.bytes_kept for row in explained if row.layer.endswith("tanh")) == 2 * 3 * 6 * 6 * 4
     assert FEATURE is old
+
+
+def read_feature() -> Tensor:
+    return torch.tanh(FEATURE)
+
+
+class Reads:
+    def feature(self) -> Tensor:
+        return torch.tanh(FEATURE)
+
+
+def by_function(x: Tensor) -> Tensor:
+    global FEATURE
+    FEATURE = NAMED(x)
+    return read_feature()
+
+
+def by_method(x: Tensor) -> Tensor:
+    global FEATURE
+    FEATURE = NAMED(x)
+    return Reads().feature()
+
+
+def from_inside(x: Tensor) -> Tensor:
+    def run() -> list[Tensor]:
+        global FEATURE
+        FEATURE = NAMED(x)
+        return [read_feature() for _ in range(1)]
+
+    return run()[0]
+
+
+class Sized:
+    NAMED = 2.0
+
+
+def by_an_attribute_of_that_name(x: Tensor) -> Tensor:
+    global FEATURE
+    FEATURE = NAMED(x) * Sized.NAMED
+    return read_feature()
+
+
+def deleted(x: Tensor) -> Tensor:
+    global FEATURE
+    y = NAMED(x)
+    del FEATURE
+    try:
+        return y + read_feature()
+    except NameError:
+        return torch.tanh(y)
+
+
+@pytest.mark.parametrize("measure", [False, True])
+@pytest.mark.parametrize("call", [by_function, by_method, from_inside, by_an_attribute_of_that_name, deleted])
+def test_what_a_function_sets_by_a_global_name_is_read_by_others(
+    call: Callable[[Tensor], Tensor], measure: bool
+) -> None:
+    old, names = FEATURE, set(globals())
+    explained = fk.explain(call, torch.randn(2, 3, 8, 8), measure=measure)
+    assert max(row.bytes_kept for row in explained if row.layer.endswith("tanh")) == 2 * 3 * 6 * 6 * 4
+    assert FEATURE is old
+    assert set(globals()) == names
+
+
+def test_two_threads_may_explain_one_function() -> None:
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: fk.explain(with_feature, torch.randn(2, 3, 8, 8)).bytes_kept, range(8)))
+    assert len(set(found)) == 1
