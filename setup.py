@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -66,29 +67,45 @@ def arch_flags(archs: list[str]) -> list[str]:
     return [*flags, f"-gencode=arch=compute_{lowest},code=compute_{lowest}"]
 
 
-def ninja(build: Path, name: str, command: str, sources: list[Path], header: Path | None = None) -> list[Path]:
-    """Compiles the sources to objects with `command`, in parallel and only where something changed.
+@dataclass
+class Rule:
+    """Sources that one command compiles. With a header, it is compiled first and every source begins with it."""
 
-    With a header, it is compiled first and every source begins with it.
-    """
-    out = build / name
-    out.mkdir(parents=True, exist_ok=True)
-    lines = [f"rule {name}", f"  command = {command}", f"  description = {name} $in"]
-    lines += ["  depfile = $out.d", "  deps = gcc"]
-    needed = ""
-    if header:
+    name: str
+    command: str
+    sources: list[Path]
+    header: Path | None = None
+
+    def objects(self, build: Path) -> list[Path]:
+        out = build / self.name
+        roots = [CSRC if path.is_relative_to(CSRC) else out for path in self.sources]
+        return [out / path.relative_to(root).with_suffix(".o") for path, root in zip(self.sources, roots)]
+
+    def lines(self, build: Path) -> list[str]:
+        """As ninja reads it."""
+        out = build / self.name
+        out.mkdir(parents=True, exist_ok=True)
         # `-include NAME` takes NAME.gch where there is one.
-        shutil.copy2(header, out)
-        needed = f" | {out / header.name}.gch"
-        lines += [f"build {out / header.name}.gch: {name} {header}", "  begin = -x c++-header"]
-        lines[1] = lines[1].replace("$in", "$begin $in")
-    objects = [out / path.relative_to(CSRC if path.is_relative_to(CSRC) else out).with_suffix(".o") for path in sources]
-    for path, target in zip(sources, objects):
-        lines += [f"build {target}: {name} {path}{needed}"]
-        lines += [f"  begin = -include {out / header.name} -Winvalid-pch"] if header else []
-    (build / f"{name}.ninja").write_text("\n".join([*lines, ""]))
-    subprocess.run(["ninja", "-j", JOBS, "-f", f"{name}.ninja"], cwd=build, check=True)
-    return objects
+        what = self.command.replace("$in", "$begin $in") if self.header else self.command
+        lines = [f"rule {self.name}", f"  command = {what}", f"  description = {self.name} $in"]
+        lines += ["  depfile = $out.d", "  deps = gcc"]
+        needed, begin = "", []
+        if self.header:
+            copy = out / self.header.name
+            shutil.copy2(self.header, copy)
+            lines += [f"build {copy}.gch: {self.name} {self.header}", "  begin = -x c++-header"]
+            needed, begin = f" | {copy}.gch", [f"  begin = -include {copy} -Winvalid-pch"]
+        for path, target in zip(self.sources, self.objects(build)):
+            lines += [f"build {target}: {self.name} {path}{needed}", *begin]
+        return lines
+
+
+def ninja(build: Path, file: str, *rules: Rule) -> list[Path]:
+    """Compiles what the rules say, side by side and only where something changed: the objects, rule by rule."""
+    build.mkdir(parents=True, exist_ok=True)
+    (build / file).write_text("\n".join([line for rule in rules for line in [*rule.lines(build), ""]]))
+    subprocess.run(["ninja", "-j", JOBS, "-f", file], cwd=build, check=True)
+    return [made for rule in rules for made in rule.objects(build)]
 
 
 def one_per_folder(folder: Path, sources: list[Path]) -> list[Path]:
@@ -125,6 +142,8 @@ class Build(build_ext):
         why = "FREEZEKIT_CUDA=0 says so" if os.environ.get("FREEZEKIT_CUDA") == "0" else "there is no nvcc"
         without = "" if nvcc else f", without CUDA kernels since {why}"
         print(f"freezekit: compiling in {JOBS} jobs{without}; the first time takes minutes", flush=True)
+        # The header of the torch layer first, which its files wait for: kernels are compiled beside it.
+        rules = [self.torch_layer(build)]
         if nvcc:
             archs = (os.environ.get("FREEZEKIT_CUDA_ARCHS") or DEFAULT_ARCHS).replace(",", ";").split(";")
             banner = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
@@ -138,9 +157,7 @@ class Build(build_ext):
             # nvcc reads these too: in the command, where they are set, others than before are compiled with again.
             appended = os.environ.get("NVCC_APPEND_FLAGS")
             begin = f"NVCC_APPEND_FLAGS={shlex.quote(appended)} {nvcc}" if appended else str(nvcc)
-            extension.extra_objects += map(
-                str, ninja(build, "nvcc", f"{begin} {flags} -MD -MF $out.d -c $in -o $out", KERNELS)
-            )
+            rules.append(Rule("nvcc", f"{begin} {flags} -MD -MF $out.d -c $in -o $out", KERNELS))
             lib = cuda_home(nvcc)
             extension.library_dirs += [
                 str(p) for p in (lib / "lib64", lib / "lib", lib / "targets/x86_64-linux/lib") if p.is_dir()
@@ -148,11 +165,11 @@ class Build(build_ext):
             # Static, as nvcc links by default: the binary then loads where no CUDA is installed.
             extension.extra_link_args += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
         self.beside(INFO).write_text(json.dumps(info))
-        extension.extra_objects += map(str, self.build_torch_layer(build))
+        extension.extra_objects += map(str, ninja(build, "extension.ninja", *rules))
         extension.depends += extension.extra_objects  # else setuptools links once, and never again
         super().build_extensions()
 
-    def build_torch_layer(self, build: Path) -> list[Path]:
+    def torch_layer(self, build: Path) -> Rule:
         """All that includes torch. Its headers are more than half of the work in each file: they are compiled once."""
         includes = [f"-I{CSRC}", *(f"-isystem {path}" for path in (*include_paths(), sysconfig.get_paths()["include"]))]
         # NDEBUG as torch has it: else each call through its dispatcher is traced and checked again, in its headers.
@@ -160,7 +177,7 @@ class Build(build_ext):
         sources = [path for part in ("kernels", "torch", "python") for path in sorted((CSRC / part).rglob("*.cpp"))]
         sources = one_per_folder(build / "torch", sources)
         command = f"{CXX} {flags} -MD -MF $out.d -c $in -o $out"
-        return ninja(build, "torch", command, sources, CSRC / "torch/common/torch_headers.h")
+        return Rule("torch", command, sources, CSRC / "torch/common/torch_headers.h")
 
     def beside(self, name: str) -> Path:
         """Where a file goes that is made beside the extension: into what will be installed."""
@@ -180,7 +197,8 @@ class Build(build_ext):
         # Arguments of 64-byte alignment, which tensor maps are, are no news since GCC 4.6.
         flags = f"-std=c++17 -O2 -fPIC -fvisibility=hidden -Wno-psabi -I{CSRC}"
         sources = sorted((CSRC / "emulator").glob("*.cpp"))
-        objects = ninja(build, "emulated", f"{CXX} {flags} -x c++ -MD -MF $out.d -c $in -o $out", KERNELS + sources)
+        command = f"{CXX} {flags} -x c++ -MD -MF $out.d -c $in -o $out"
+        objects = ninja(build, "emulated.ninja", Rule("emulated", command, KERNELS + sources))
         subprocess.run([*CXX.split(), "-shared", *objects, "-o", ROOT / "freezekit/_emulated.so"], check=True)
 
 

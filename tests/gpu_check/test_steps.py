@@ -67,7 +67,7 @@ def test_a_command_runs_in_the_root_and_knows_its_end() -> None:
 def test_every_limit_is_a_part_of_what_is_left() -> None:
     """Steps that start or time something are told their end, and no child's limit is a number."""
     plan = steps.plan(Path("out"), emulated=False, about="")
-    assert {s.name for s in plan if "{until}" not in s.command} == {"build"}
+    assert {s.name for s in plan if "{until}" not in s.command} == {"build", "emulator"}
     sources = [*(ROOT / "tools/gpu_check").glob("*.py"), *(ROOT / "tests/conformance").glob("[!t]*.py")]
     sources += [ROOT / "bench/child.py", ROOT / "bench/tiles.py", ROOT / "freezekit/selftest.py"]
     limits = [limit for path in sources for limit in re.findall(r"\btimeout=([^,)]+)", path.read_text())]
@@ -245,8 +245,8 @@ def test_results_that_are_too_large_fail(tmp_path: Path) -> None:
 
 def test_the_budgets_leave_time_for_all_that_needs_a_gpu() -> None:
     plan = steps.plan(Path("out"), emulated=False, about="")
-    *needed, rest = plan
-    assert rest.name == "other tests"
+    *needed, emulator, rest = plan
+    assert (emulator.name, rest.name) == ("emulator", "other tests")
     assert command.FIRST_LOOK + sum(s.budget for s in needed) <= command.SECONDS < 540
     assert not any(s.not_here for s in plan)
     *without_gpu, rest = steps.plan(Path("out"), emulated=True, about="")
@@ -270,6 +270,9 @@ def test_the_plan_covers_all_tests_and_knows_its_files() -> None:
 def test_the_build_is_for_the_device_alone_and_its_waits_end() -> None:
     plan = {s.name: s for s in steps.plan(Path("out"), emulated=False, about="", arch="90a")}
     assert plan["build"].command[:3] == ("env", "NVCC_APPEND_FLAGS=-DFK_BOUNDED_WAITS", "FREEZEKIT_CUDA_ARCHS=90a")
+    assert (*plan["build"].command, "--emulator") == plan["emulator"].command, (
+        "what no step before needs is built later"
+    )
 
 
 def test_without_a_gpu_the_build_compiles_no_kernel_that_is_not_there(
@@ -307,7 +310,9 @@ def test_what_was_built_with_other_flags_is_built_again(tmp_path: Path) -> None:
     to = ("--build-temp", str(build), "--build-lib", str(tmp_path / "lib"))
     command = [sys.executable, "setup.py", "-q", "build_ext", *to]
     assert subprocess.run(command, cwd=ROOT, env=environment, capture_output=True).returncode != 0
-    assert f"command = NVCC_APPEND_FLAGS={flags} {tmp_path / 'nvcc'} -std=" in (build / "nvcc.ninja").read_text()
+    rules = (build / "extension.ninja").read_text()
+    assert f"command = NVCC_APPEND_FLAGS={flags} {tmp_path / 'nvcc'} -std=" in rules
+    assert rules.index("rule torch\n") < rules.index("rule nvcc\n"), "in one run, and what takes longest begins first"
 
 
 def test_gpu_tests_are_looked_for_where_they_are() -> None:

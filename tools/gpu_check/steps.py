@@ -74,10 +74,13 @@ def plan(folder: Path, emulated: bool, about: str, arch: str = "") -> list[Step]
     for_device = ("NVCC_APPEND_FLAGS=-DFK_BOUNDED_WAITS", *((f"FREEZEKIT_CUDA_ARCHS={arch}",) if arch else ()))
     build = emulated_build() if emulated else for_device
     built_in = 350 if emulated else 130  # on few cores; the steps that are left out then have 220
+    extension = ("env", *build, *python("setup.py", "-q", "build_ext", "--inplace"))
+    # The emulated kernels are for the last tests alone, unless they stand for a GPU's.
+    emulator = [] if emulated else [Step("emulator", (*extension, "--emulator"), 60)]
     to = {name: ("--json", str(folder / f"{name}.json")) for name in ("layers", "tiles", "compare")}
     return [
         Step("machine", python("-m", "tools.gpu_check.machine", *UNTIL), 10),
-        Step("build", ("env", *build, *python("setup.py", "-q", "build_ext", "--inplace", "--emulator")), built_in),
+        Step("build", (*extension, *(("--emulator",) if emulated else ())), built_in),
         Step("conformance", python("-m", "tests.conformance", "--place", where, *golden, *UNTIL), 35),
         Step("kernels", python("-m", "tests.conformance.drivers", "--place", where, *UNTIL), 30),
         Step("selftest", python("-m", "freezekit.selftest", *own, *UNTIL), 25),
@@ -86,5 +89,6 @@ def plan(folder: Path, emulated: bool, about: str, arch: str = "") -> list[Step]
         Step("layers", (*compare, *layers, *sides, *UNTIL, *to["layers"]), 75, device),
         Step("tiles", python("-m", "bench.tiles", "--layers", "dozen", *UNTIL, *to["tiles"]), 35, device),
         Step("compare", (*compare, *UNTIL, *to["compare"]), 50),
+        *emulator,
         Step("other tests", pytest("-m", "not gpu and not full", *test_folders(), dist="loadfile"), 400),
     ]
