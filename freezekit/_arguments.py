@@ -6,9 +6,11 @@ import operator
 import reprlib
 from collections.abc import Sequence
 from numbers import Real
+from types import FunctionType, MethodType
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 Size2 = int | Sequence[int]
 
@@ -16,10 +18,10 @@ _SMALL = 2**31
 
 
 def shown(value: object) -> str:
-    """What an error shows of a value: one line of it, and not the elements of a tensor with more than a few.
+    """What an error shows of a value: one line of it, and of what holds others, such as a tensor or a module, its kind.
 
-    >>> shown([torch.zeros(100), "same"])
-    "[a Tensor of shape (100,), 'same']"
+    >>> shown([torch.zeros(100), nn.Linear(1, 1), "same"])
+    "[a Tensor of shape (100,), Linear(...), 'same']"
     """
     return " ".join(_Line().repr(value).split())
 
@@ -27,8 +29,17 @@ def shown(value: object) -> str:
 class _Line(reprlib.Repr):
     def repr1(self, x: object, level: int) -> str:
         if isinstance(x, torch.Tensor):
-            return repr(x) if x.numel() <= 4 else f"a {type(x).__name__} of shape {tuple(x.shape)}"
+            number = type(x) is torch.Tensor and x.numel() == 1
+            return repr(x) if number else f"a {type(x).__name__} of {_shape_of(x)}"
+        if isinstance(x, nn.Module | torch.optim.Optimizer):
+            return f"{type(x).__name__}(...)"
+        if isinstance(x, FunctionType | MethodType):
+            return f"<{type(x).__name__} {x.__qualname__}>"
         return super().repr1(x, level)
+
+
+def _shape_of(tensor: torch.Tensor) -> str:
+    return "no shape yet" if is_lazy(tensor) else f"shape {tuple(tensor.shape)}"
 
 
 def check_module(value: object, name: str = "model") -> None:
@@ -53,6 +64,17 @@ def check_flag(name: str, value: object) -> None:
         raise TypeError(f"{name} must be True or False, got {shown(value)}")
 
 
+def check_choice(name: str, value: object, *choices: str) -> None:
+    """Raises ValueError unless `value` is one of two or more strings.
+
+    >>> check_choice("mode", 3, "raise", "restore")
+    Traceback (most recent call last):
+    ValueError: mode must be "raise" or "restore", got 3
+    """
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be {' or '.join(f'{chr(34)}{c}{chr(34)}' for c in choices)}, got {shown(value)}")
+
+
 def check_real(name: str, value: object) -> None:
     """Raises TypeError unless `value` is a real number, which a bool is not.
 
@@ -71,10 +93,14 @@ def check_count(name: str, value: object) -> None:
     Traceback (most recent call last):
     ValueError: patience must be at least 1, got 0
     """
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an integer, got {shown(value)}")
-    if operator.index(value) < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        count = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {shown(value)}") from None
+    if count < 1:
+        raise ValueError(f"{name} must be at least 1, got {count}")
 
 
 def plain(stride: object, padding: object, dilation: object, groups: object) -> bool:

@@ -17,13 +17,14 @@ import torch
 from torch import nn
 from torch.optim import LBFGS, Optimizer
 
-from freezekit._arguments import check_module
+from freezekit._arguments import check_choice, check_module, shown
 from freezekit.freezing.bits import checksums, local, same_bits
 from freezekit.freezing.causes import causes, describe
 from freezekit.freezing.held import AtRisk, Record, copy_state, frozen_tensors, put_state, record_all, write
 from freezekit.freezing.norm import is_held, statistics_of
+from freezekit.freezing.optim import group_of
 from freezekit.freezing.patterns import Patterns, select
-from freezekit.freezing.wrapping import innermost
+from freezekit.freezing.wrapping import Optimizers, innermost, several
 
 
 class FrozenMoved(RuntimeError):
@@ -62,15 +63,14 @@ class Guard:
         undone: name -> how often its value was put back (mode "restore").
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, every: int, mode: str) -> None:
+    def __init__(self, model: nn.Module, optimizer: Optimizers, every: int, mode: str) -> None:
         check_module(model)
-        optimizer = innermost(optimizer)
+        found = [innermost(one, optimizer) for one in several(optimizer) or [optimizer]]
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-            raise ValueError(f"every must be a number of steps from 1 on, got {every!r}")
-        if mode not in ("raise", "restore"):
-            raise ValueError(f'mode must be "raise" or "restore", got {mode!r}')
+            raise ValueError(f"every must be a number of steps from 1 on, got {shown(every)}")
+        check_choice("mode", mode, "raise", "restore")
         self.model = model
-        self.optimizer = optimizer
+        self.optimizers = tuple({id(one): one for one in found}.values())
         self.every = every
         self.mode = mode
         self.steps = 0
@@ -78,11 +78,12 @@ class Guard:
         self._allowances: list[Allowance] = []
         self._records: dict[str, Record] = {}
         self._frozen: dict[str, torch.Tensor] = {}
-        self._at_risk: list[AtRisk] = []
+        self._at_risk: dict[int, list[AtRisk]] = {}  # by the id of the optimizer that is in a step
         self._refresh()
         self._hooks = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
+            hook
+            for one in self.optimizers
+            for hook in (one.register_step_pre_hook(self._before_step), one.register_step_post_hook(self._after_step))
         ]
 
     def remove(self) -> None:
@@ -174,26 +175,26 @@ class Guard:
         self._settle(self._moved(self._touched()), "outside the optimizer's step")
         self._check_modes()
         closure = any(callable(argument) for argument in (*args[1:], *kwargs.values()))
-        risks = self._find_at_risk(closure)
+        risks = self._find_at_risk(optimizer, closure)
         refused = [risk for risk in risks if risk.reasons] if self.mode == "raise" else []
         if refused:
-            lines = {risk.name: describe(self.optimizer, risk.group, risk.name, risk.reasons) for risk in refused}
+            lines = {risk.name: describe(optimizer, risk.group, risk.name, risk.reasons) for risk in refused}
             raise FrozenMoved("this step would move what is frozen; nothing has moved yet", lines)
-        self._at_risk = risks
+        self._at_risk[id(optimizer)] = risks
 
-    def _find_at_risk(self, closure: bool) -> list[AtRisk]:
+    def _find_at_risk(self, optimizer: Optimizer, closure: bool) -> list[AtRisk]:
         """Frozen parameters in the groups that have a gradient, or may get one in the closure (restore mode)."""
         names = {id(tensor): name for name, tensor in self._frozen.items()}
         risks = []
-        for group in self.optimizer.param_groups:
+        for group in optimizer.param_groups:
             for param in group["params"]:
                 name = names.get(id(param))
                 if name is None or (param.grad is None and not (closure and self.mode == "restore")):
                     continue
                 copied = self._records[name].value
                 value = local(param).detach().clone() if copied is None else copied
-                reasons = causes(self.optimizer, group, param)
-                risks.append(AtRisk(name, param, group, value, copy_state(self.optimizer, param), reasons))
+                reasons = causes(optimizer, group, param)
+                risks.append(AtRisk(name, param, group, value, copy_state(optimizer, param), reasons))
         return risks
 
     def _check_modes(self) -> None:
@@ -206,20 +207,20 @@ class Guard:
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.steps += 1
-        risks, self._at_risk = self._at_risk, []
+        risks = self._at_risk.pop(id(optimizer), [])
         moved = [risk for risk in risks if not same_bits(local(risk.param), risk.value)]
         for risk in risks if self.mode == "restore" else moved:
-            put_state(self.optimizer, risk.param, risk.state)
+            put_state(optimizer, risk.param, risk.state)
         for risk in moved:
             write(risk.param, risk.value)
         if moved and self.mode == "raise":
-            lines = {risk.name: describe(self.optimizer, risk.group, risk.name, risk.reasons) for risk in moved}
+            lines = {risk.name: describe(optimizer, risk.group, risk.name, risk.reasons) for risk in moved}
             raise FrozenMoved("this step moved what is frozen; that was put back", lines)
         self._count(risk.name for risk in moved)
         # A gradient that a closure made is met only now, and a fused step would have counted no version.
         late = {name: tensor for name, tensor in self._frozen.items() if tensor.grad is not None}
         suspects = self._frozen if self.steps % self.every == 0 else {**self._touched(), **late}
-        self._settle(self._moved(suspects), f"in or before step {self.steps} of {type(self.optimizer).__name__}")
+        self._settle(self._moved(suspects), f"in or before step {self.steps} of {type(optimizer).__name__}")
 
     def _settle(self, moved: list[str], when: str) -> None:
         """Undo, or raise, for tensors that moved."""
@@ -241,11 +242,12 @@ class Guard:
         if not record.same_form(now):
             then = f"{record.dtype} {tuple(record.shape)}"
             return f"it was {then} and is {now.dtype} {tuple(now.shape)}. Cure: convert before freezing, {accept}"
-        if isinstance(self.optimizer, LBFGS) and name in dict(self.model.named_parameters()):
+        holders = [one for one in self.optimizers if id(now) in group_of(one)]
+        if any(isinstance(one, LBFGS) for one in holders):
             cure = f"freeze(model, {name!r}, optimizer=optimizer, remove=True, state='reset')"
             return f"LBFGS writes to every parameter it holds, along one history over all. Cure: {cure}"
         how = "load_state_dict, copy_, a write through .data, another optimizer, a frozen norm set to train mode"
-        if any(now is param for group in self.optimizer.param_groups for param in group["params"]):
+        if holders:
             how += ", or this optimizer, if it steps what has no gradient: freeze(..., remove=True) takes it out"
         return f"something wrote to it ({how}). Cure: stop that; guard(mode='restore') undoes it; {accept}"
 
@@ -255,7 +257,10 @@ class Guard:
 
 
 def guard(
-    model: nn.Module, optimizer: Optimizer, every: int = 100, mode: Literal["raise", "restore"] = "raise"
+    model: nn.Module,
+    optimizer: Optimizers,
+    every: int = 100,
+    mode: Literal["raise", "restore"] = "raise",
 ) -> Guard:
     """Hold every frozen parameter, and the statistics of every frozen norm, to its value.
 
@@ -264,8 +269,8 @@ def guard(
 
     Args:
         model: the model; frozen are its parameters with ``requires_grad=False`` and the statistics of held norms.
-        optimizer: the optimizer whose steps are watched; of one that wraps another, as Lookahead and accelerate's do,
-            the one inside. Its copies and pickles do not carry the hooks.
+        optimizer: the optimizer whose steps are watched, or several, as a GAN has; of one that wraps another, as
+            Lookahead and accelerate's do, the one inside. Its copies and pickles do not carry the hooks.
         every: steps between checksums of all frozen tensors. Those find writes that leave address and version alone.
         mode: "raise": a step that would move a frozen parameter raises before anything moved, with name, cause and
             cure; what is found afterwards raises too. "restore": values and optimizer state are put back instead, and

@@ -155,7 +155,7 @@ def test_the_handle_ends_it() -> None:
         ({"every": True}, ValueError, "every must be a number of steps from 1 on, got True"),
         ({"mode": "warn"}, ValueError, 'mode must be "raise" or "restore", got \'warn\''),
         ({"model": 3}, TypeError, "model must be an nn.Module, got int"),
-        ({"optimizer": 3}, TypeError, "optimizer must be a torch.optim.Optimizer, got int"),
+        ({"optimizer": 3}, TypeError, "optimizer must be a torch.optim.Optimizer or several, got int 3"),
     ],
 )
 def test_arguments_are_checked(arguments: dict, error: type[Exception], says: str) -> None:

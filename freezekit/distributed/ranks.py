@@ -8,6 +8,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
+from freezekit._arguments import check_module
+
 
 def check_ranks(model: nn.Module, process_group: dist.ProcessGroup | None = None) -> None:
     """Raise on every rank when the ranks do not agree on which parameters are trainable. Collective.
@@ -19,6 +21,7 @@ def check_ranks(model: nn.Module, process_group: dist.ProcessGroup | None = None
     Raises:
         RuntimeError: names up to eight parameters that are trainable on some ranks only.
     """
+    check_module(model)
     mine = sorted(n for n, p in model.named_parameters() if p.requires_grad)
     digest = hashlib.sha256("\n".join(mine).encode()).hexdigest()
     size = dist.get_world_size(process_group)

@@ -29,6 +29,13 @@ _RETIRED = "_freezekit_retired"
 _BUCKET_STATES = ("PowerSGDState",)
 
 
+def check_ddp(ddp: object) -> None:
+    """Raises TypeError unless ``ddp`` is a DDP wrapper."""
+    if not isinstance(ddp, DDP):
+        cure = "pass its _orig_mod and compile the result again" if hasattr(ddp, "_orig_mod") else "pass the wrapper"
+        raise TypeError(f"ddp must be a DistributedDataParallel, got {type(ddp).__name__}; {cure}")
+
+
 def retired(ddp: DDP) -> bool:
     """Whether `rewrap` replaced this wrapper."""
     return getattr(ddp, _RETIRED, False)
@@ -49,6 +56,7 @@ def sync_buffers(ddp: DDP) -> None:
     Each rank's running statistics are its own after a forward pass in train mode. Call this before freezing: a frozen
     statistic would else move once on every rank but the first. Does nothing when DDP does not synchronise buffers.
     """
+    check_ddp(ddp)
     if not syncs_buffers(ddp):
         return
     source = dist.get_global_rank(ddp.process_group, 0)
@@ -82,9 +90,7 @@ def _settings(ddp: DDP) -> dict[str, Any]:
 def _refuse(ddp: DDP) -> None:
     """Raise ValueError for a wrapper that cannot be rebuilt faithfully."""
     why = None
-    if not isinstance(ddp, DDP):
-        cure = "pass its _orig_mod and compile the result again" if hasattr(ddp, "_orig_mod") else "pass the wrapper"
-        raise TypeError(f"ddp must be a DistributedDataParallel, got {type(ddp).__name__}; {cure}")
+    check_ddp(ddp)
     if retired(ddp):
         why = "it was replaced already; rewrap the wrapper that replaced it"
     elif ddp.mixed_precision is not None:

@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.hooks import RemovableHandle
 
-from freezekit.distributed.rewrapping import retired
+from freezekit._arguments import check_module
+from freezekit.distributed.rewrapping import check_ddp, retired
 
 
 class StaleWrapperError(RuntimeError):
@@ -40,6 +41,7 @@ class Mismatch:
 
 def wrappers(model: nn.Module) -> Iterator[tuple[str, DDP]]:
     """Name and wrapper of every DDP in the model, itself included."""
+    check_module(model)
     for name, module in model.named_modules():
         if isinstance(module, DDP):
             yield name, module
@@ -105,6 +107,7 @@ def reduced(ddp: DDP) -> frozenset[str] | None:
 
     It cannot while an older graph still holds accumulators of other parameters, and under DDP's mixed precision.
     """
+    check_ddp(ddp)
     held = frozenset(n for n, p in _candidates(ddp).items() if _is_held(p))
     return held if len(held) == _built_for(ddp)[0] else None
 
@@ -217,6 +220,7 @@ def watch(module: nn.Module) -> RemovableHandle:
     Returns:
         A handle; ``handle.remove()`` ends the watch.
     """
+    check_module(module, "module")
     return module.register_forward_pre_hook(_Watch())
 
 

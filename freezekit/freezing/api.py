@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial, reduce
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from freezekit.freezing.arguments import check_flags, check_lbfgs, check_norm, c
 from freezekit.freezing.flags import announce
 from freezekit.freezing.patterns import Patterns, Selection, select
 from freezekit.freezing.result import Frozen
+from freezekit.freezing.wrapping import Optimizers
 
 NormPolicy = Literal["freeze", "batch"]
 
@@ -25,7 +26,7 @@ NormPolicy = Literal["freeze", "batch"]
 def freeze(
     model: nn.Module,
     *patterns: Patterns,
-    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    optimizer: Optimizers | None = None,
     remove: bool = False,
     state: optim.StatePolicy = "keep",
     norm: NormPolicy | None = None,
@@ -44,9 +45,9 @@ def freeze(
             that matches it, means all that it is made of. (A predicate meets that by its own names, such as
             ``"0.weight_g"``.) Names inside DDP, DataParallel and torch.compile need no prefix. None of them, and no
             ``until``, means the whole model.
-        optimizer: the optimizer that trains ``model``, or several; of what wraps one, as fastai's OptimWrapper does,
-            the one inside is meant. It may be None when nothing of it needs to change: a frozen parameter is skipped
-            anyway, since its ``.grad`` is None.
+        optimizer: the optimizer that trains ``model``, or several, in a list or by name; of what wraps one, as fastai's
+            OptimWrapper does, the one inside is meant. It may be None when nothing of it needs to change: a frozen
+            parameter is skipped anyway, since its ``.grad`` is None.
         remove: take the parameters out of the optimizer's groups and state as well; `unfreeze` with the same optimizer
             puts them back in their own group. The groups stay, empty ones too, so schedulers go on. The way back is
             an attribute of the optimizer: `freeze_state` saves it, and a copy or pickle of the optimizer is without.
@@ -116,7 +117,7 @@ def freeze(
 def unfreeze(
     model: nn.Module,
     *patterns: Patterns,
-    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    optimizer: Optimizers | None = None,
     state: optim.StatePolicy = "keep",
     norm: NormPolicy = "batch",
     until: str | None = None,

@@ -9,18 +9,17 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim import LBFGS, Optimizer
 
+from freezekit._arguments import check_choice, check_flag, shown
 from freezekit.freezing.optim import strangers
-from freezekit.freezing.wrapping import optimizers_of
+from freezekit.freezing.wrapping import optimizers_of, several
 
 
 def check_optimizers(optimizer: object, remove: bool, state: str, group: int | None = None) -> tuple[Optimizer, ...]:
     """One optimizer, several or none as a tuple; refuses arguments that contradict each other."""
-    if state not in ("keep", "reset"):
-        raise ValueError(f'state must be "keep" or "reset", got {state!r}')
-    if not isinstance(remove, bool):
-        raise TypeError(f"remove must be a bool, got {remove!r}")
-    given = tuple(optimizer) if isinstance(optimizer, list | tuple) else (optimizer,) if optimizer is not None else ()
-    given = tuple(inner for one in given for inner in optimizers_of(one, to_change=True))
+    check_choice("state", state, "keep", "reset")
+    check_flag("remove", remove)
+    inner = [inner for one in several(optimizer) for inner in optimizers_of(one, to_change=True, whole=optimizer)]
+    given = tuple({id(one): one for one in inner}.values())
     if not given:
         for name, used in (("remove=True", remove), ('state="reset"', state == "reset"), ("group", group is not None)):
             if used:
@@ -29,8 +28,8 @@ def check_optimizers(optimizer: object, remove: bool, state: str, group: int | N
         if len(given) > 1:
             raise ValueError(f"group: an index into one of {len(given)} optimizers is ambiguous; pass the one it is of")
         groups = len(given[0].param_groups)
-        if not isinstance(group, int) or not 0 <= group < groups:
-            raise ValueError(f"group must be an index from 0 to {groups - 1}, got {group!r}")
+        if not isinstance(group, int) or isinstance(group, bool) or not 0 <= group < groups:
+            raise ValueError(f"group must be an index from 0 to {groups - 1}, got {shown(group)}")
     return given
 
 
@@ -61,5 +60,4 @@ def check_lbfgs(optimizer: Optimizer, params: list[nn.Parameter], verb: str, rea
 
 
 def check_norm(norm: object) -> None:
-    if norm not in ("freeze", "batch"):
-        raise ValueError(f'norm must be "freeze" or "batch", got {norm!r}')
+    check_choice("norm", norm, "freeze", "batch")

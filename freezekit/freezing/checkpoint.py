@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -18,11 +17,10 @@ from freezekit.freezing.arguments import check_flags, check_optimizers
 from freezekit.freezing.flags import announce
 from freezekit.freezing.result import Frozen
 from freezekit.freezing.saved import VERSION, as_inside, check_form, check_removed, match_norms, match_params
+from freezekit.freezing.wrapping import Optimizers
 
-Optimizers = Optimizer | Sequence[Optimizer] | None
 
-
-def freeze_state(model: nn.Module, optimizer: Optimizers = None) -> dict[str, Any]:
+def freeze_state(model: nn.Module, optimizer: Optimizers | None = None) -> dict[str, Any]:
     """What is frozen in ``model``, by name: plain data for ``torch.save`` and ``torch.load(weights_only=True)``.
 
     Args:
@@ -73,7 +71,7 @@ def _removed_state(named: dict[str, nn.Parameter], record: optim.Removed) -> dic
 
 
 def load_freeze_state(
-    model: nn.Module, state: dict[str, Any], optimizer: Optimizers = None, strict: bool = True
+    model: nn.Module, state: dict[str, Any], optimizer: Optimizers | None = None, strict: bool = True
 ) -> Frozen:
     """Freeze in ``model`` what was frozen when ``state`` was taken, and unfreeze the rest.
 

@@ -6,18 +6,14 @@ schedules (`named_modules`).
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
 
 from freezekit._arguments import check_module, shown
-from freezekit.distributed import wrapper_prefix
-from freezekit.freezing.computed import computed, statistics_inside
+from freezekit.freezing.index import Index, meeting
 from freezekit.freezing.norm import has_statistics
 from freezekit.freezing.order import before
 
@@ -27,8 +23,6 @@ Patterns = Pattern | Iterable[Pattern]
 
 # Each is iterable, and one pattern, or none.
 _NO_LISTS = (str, bytes, type, Mapping, Tensor, nn.Module)
-_MODULES = "names of modules, globs over them, subclasses of nn.Module or modules of the model"
-_PARAMETERS = f"{_MODULES}, names of parameters, parameters, or predicates(name, parameter)"
 
 
 class PatternError(ValueError):
@@ -49,169 +43,6 @@ class Selection:
     shared: tuple[tuple[str, ...], ...] = ()
 
 
-class _Index:
-    """The names of one model, read once. A module or parameter that has several names appears under each."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.modules = dict(model.named_modules(remove_duplicate=False))
-        self.params = {
-            name: param
-            for name, param in model.named_parameters(remove_duplicate=False)
-            if param.is_floating_point() or param.is_complex()  # no other dtype can require grad
-        }
-        self.names: dict[int, list[str]] = {}
-        for name, param in self.params.items():
-            self.names.setdefault(id(param), []).append(name)
-
-    @cached_property
-    def every(self) -> frozenset[str]:
-        """All names of modules, parameters and computed tensors."""
-        return frozenset((*self.modules, *self.params, *(name for name, *_ in self.computed)))
-
-    def whole(self, pattern: Any) -> Any:
-        """``pattern``, with the prefix of DDP, DataParallel or torch.compile where it meets names inside alone."""
-        prefix = wrapper_prefix(self.model)
-        inside = f"{prefix}{pattern}"
-        if not (prefix and isinstance(pattern, str)) or self.meets(pattern) or not self.meets(inside):
-            return pattern
-        return inside
-
-    def meets(self, pattern: str) -> bool:
-        """Whether some name is ``pattern``, or matches it."""
-        return any(name and self._is_meant(name, pattern) for name in self.every)
-
-    def under(self, module_name: str) -> tuple[set[int], set[int]]:
-        """Ids of the parameters and of the norm layers in the module of that name, itself included."""
-        module = self.modules[module_name]
-        params = {id(p) for p in module.parameters() if id(p) in self.names}
-        return params, {id(m) for m in module.modules() if has_statistics(m)}
-
-    def one(self, pattern: Any) -> tuple[set[int], set[int]]:
-        """Ids of the parameters and of the norm layers that one pattern means."""
-        params: set[int] = set()
-        norms: set[int] = set()
-        if isinstance(pattern, nn.Parameter):
-            return {id(pattern)} & self.names.keys(), norms
-        if isinstance(pattern, nn.ParameterList | nn.ParameterDict):
-            return {id(p) for p in pattern.parameters()} & self.names.keys(), norms
-        if isinstance(pattern, str):
-            params = {id(p) for name, p in self.params.items() if self._is_meant(name, pattern)}
-            if pattern in self.params:
-                return params, norms
-            more_params, norms = self.making(pattern)
-            params |= more_params
-        elif not isinstance(pattern, nn.Module | type) and callable(pattern):
-            return {id(p) for name, p in self.params.items() if pattern(name, p)}, norms
-        for name in meeting(self.modules, pattern, "patterns", _PARAMETERS):
-            more_params, more_norms = self.under(name)
-            params |= more_params
-            norms |= more_norms
-        return params, norms
-
-    def has(self, pattern: Any) -> bool:
-        """Whether that is one of the model's modules itself."""
-        return isinstance(pattern, nn.Module) and any(pattern is module for module in self.modules.values())
-
-    def _is_meant(self, name: str, pattern: str) -> bool:
-        return name == pattern if pattern in self.every else fnmatch.fnmatchcase(name, pattern)
-
-    def near(self, pattern: str) -> list[str]:
-        """Up to five names that ``pattern`` may have meant: alike as a whole, or alike in their last part."""
-        names = [name for name in (*self.modules, *self.params) if name]
-        found = difflib.get_close_matches(pattern, names, n=5, cutoff=0.6)
-        last = pattern.rsplit(".", 1)[-1]
-        tails = {name.rsplit(".", 1)[-1] for name in names}
-        for tail in difflib.get_close_matches(last, sorted(tails), n=2, cutoff=0.75):
-            found += [name for name in names if name.rsplit(".", 1)[-1] == tail]
-        return list(dict.fromkeys(found))[:5]
-
-    def complaint(self, pattern: Any) -> str:
-        if isinstance(pattern, str):
-            if self.text_hits(pattern):
-                return f"patterns: {pattern!r} has no parameter that can be trained and no running statistics"
-            return f"patterns: {self.unknown(pattern)}"
-        if isinstance(pattern, type):
-            owners = (m for m in self.modules.values() if next(m.parameters(), None) is not None)
-            kinds = ", ".join(sorted({type(m).__name__ for m in owners}))
-            return (
-                f"patterns: no {pattern.__name__} with parameters or running statistics in "
-                f"{type(self.model).__name__}; it has {kinds or 'no layer with parameters'}"
-            )
-        if isinstance(pattern, nn.Module | nn.Parameter):
-            return f"patterns: this {type(pattern).__name__} is not part of the model, or has nothing to freeze"
-        name = getattr(pattern, "__name__", repr(pattern))
-        return f"patterns: the predicate {name} selects none of the {len(self.names)} parameters"
-
-    @cached_property
-    def computed(self) -> list[tuple[str, nn.Module, str, list[str]]]:
-        """Each tensor that a module computes: its name in the model, the module, its name there, what it is made of."""
-        return [
-            (prefix + name, module, name, [prefix + part for part in made_of])
-            for prefix, module in ((f"{path}." if path else "", module) for path, module in self.modules.items())
-            for name, made_of in computed(module).items()
-        ]
-
-    def making(self, pattern: str) -> tuple[set[int], set[int]]:
-        """Ids of the parameters, and of the layers with statistics, that move a computed tensor which is meant."""
-        params: set[int] = set()
-        norms: set[int] = set()
-        for name, module, own, made_of in self.computed:
-            if self._is_meant(name, pattern):
-                params |= {id(self.params[part]) for part in made_of if part in self.params}
-                norms |= {id(part) for part in statistics_inside(module, own)}
-        return params, norms
-
-    def stilled(self, params: set[int]) -> set[int]:
-        """Ids of the layers whose statistics move a computed tensor that is made of nothing but ``params``."""
-        found: set[int] = set()
-        for _, module, own, made_of in self.computed:
-            if {id(self.params[part]) if part in self.params else 0 for part in made_of} <= params:
-                found |= {id(part) for part in statistics_inside(module, own)}
-        return found
-
-    def unknown(self, pattern: str) -> str:
-        for name, _, _, made_of in self.computed:
-            if name == pattern or fnmatch.fnmatchcase(name, pattern):
-                return f"{name!r} is no parameter, but computed from {' and '.join(map(repr, made_of))}: name these"
-        near = ", ".join(repr(name) for name in self.near(pattern))
-        hint = f"near names: {near}" if near else f"top-level names: {', '.join(map(repr, self.top()))}"
-        return f"{pattern!r} matches no module or parameter of {type(self.model).__name__}; {hint}"
-
-    def text_hits(self, pattern: str) -> bool:
-        params = (name for name, _ in self.model.named_parameters(remove_duplicate=False))
-        names = [name for name in (*self.modules, *params) if name]
-        return pattern in names or any(fnmatch.fnmatchcase(name, pattern) for name in names)
-
-    def top(self) -> list[str]:
-        children = [name for name, _ in self.model.named_children()]
-        return (children or list(self.params))[:8]
-
-
-def meeting(modules: dict[str, nn.Module], pattern: Any, argument: str, expected: str = _MODULES) -> list[str]:
-    """Names of those of a model's ``modules`` that one pattern means, without what they contain.
-
-    Raises:
-        TypeError: the pattern is not a name, glob, subclass of nn.Module or module; says that ``argument`` takes
-            ``expected``.
-    """
-    if isinstance(pattern, str):
-        if pattern in modules:
-            return [pattern] if pattern else []
-        return [name for name in modules if name and fnmatch.fnmatchcase(name, pattern)]
-    if isinstance(pattern, nn.Module):
-        found = [name for name, module in modules.items() if module is pattern]
-        # A slice of a Sequential is a new one, with the same layers.
-        parts = set(pattern.children()) if type(pattern) in (nn.Sequential, nn.ModuleList, nn.ModuleDict) else set()
-        if not found and parts <= set(modules.values()):
-            found = [name for name, module in modules.items() if module in parts]
-        return found
-    if isinstance(pattern, type) and issubclass(pattern, nn.Module):
-        return [name for name, module in modules.items() if isinstance(module, pattern)]
-    more = ", which is not a parameter" if isinstance(pattern, Tensor) else ""
-    raise TypeError(f"{argument} must be {expected};\ngot {shown(pattern)}{more}")
-
-
 def named_modules(model: nn.Module, patterns: Iterable[Any], argument: str) -> dict[str, nn.Module]:
     """Name -> each module that one of ``patterns`` means, in the order of the patterns, without what it contains.
 
@@ -225,7 +56,7 @@ def named_modules(model: nn.Module, patterns: Iterable[Any], argument: str) -> d
     >>> list(named_modules(nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU()), ["1", nn.Conv2d], "only"))
     ['1', '0']
     """
-    index = _Index(model)
+    index = Index(model)
     found: dict[str, nn.Module] = {}
     for pattern in map(index.whole, flat(patterns, argument)):
         names = meeting(index.modules, pattern, argument)
@@ -262,7 +93,7 @@ def select(model: nn.Module, patterns: Iterable[Any], until: str | None = None, 
     check_module(model)
     if inputs is not None and until is None:
         raise ValueError("inputs: only read to find the forward order for until=; pass until= too, or drop it")
-    index = _Index(model)
+    index = Index(model)
     patterns = list(map(index.whole, flat(patterns)))
     params: set[int] = set()
     norms: set[int] = set()
@@ -294,7 +125,7 @@ def select(model: nn.Module, patterns: Iterable[Any], until: str | None = None, 
     return _named(index, params, norms)
 
 
-def _named(index: _Index, params: set[int], norms: set[int]) -> Selection:
+def _named(index: Index, params: set[int], norms: set[int]) -> Selection:
     selection = Selection()
     for name, param in index.params.items():
         if id(param) in params and index.names[id(param)][0] == name:

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from types import MemberDescriptorType
+from collections.abc import Iterable, Iterator, Mapping
+from types import BuiltinFunctionType, FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
 
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from freezekit._arguments import shown
+
+Optimizers = Optimizer | Iterable[Optimizer] | Mapping[str, Optimizer]
+
+# What has optimizers among its globals, cells or attributes wraps none.
+_CODE = (type, FunctionType, MethodType, BuiltinFunctionType, ModuleType)
+
+
+def several(given: Any) -> list[Any]:
+    """What the argument ``optimizer`` holds: none, one, or the elements of a list, a mapping and the like."""
+    if given is None:
+        return []
+    if isinstance(given, Mapping):
+        given = given.values()
+    plain = isinstance(given, (str, bytes, Tensor, nn.Module, *_CODE)) or hasattr(given, "step")
+    if plain or not isinstance(given, Iterable):
+        return [given]
+    return [one for each in given for one in several(each)]
 
 
 def inside(optimizer: Any) -> list[Optimizer]:
@@ -21,7 +39,9 @@ def inside(optimizer: Any) -> list[Optimizer]:
     >>> inside(Wrapper(torch.optim.SGD([torch.zeros(1)])))[0].__class__.__name__
     'SGD'
     """
-    members = [pair for kind in type(optimizer).__mro__ for pair in vars(kind).items()]
+    if isinstance(optimizer, _CODE):
+        return []
+    members = [pair for kind in type(optimizer).__mro__ if "__slots__" in vars(kind) for pair in vars(kind).items()]
     slots = [name for name, member in members if isinstance(member, MemberDescriptorType)]
     held = [*getattr(optimizer, "__dict__", {}).values(), *(getattr(optimizer, name, None) for name in slots)]
     for value in held[:]:
@@ -43,12 +63,15 @@ def layers(optimizer: Any) -> Iterator[Any]:
         optimizer = within[0]
 
 
-def optimizers_of(given: Any, *, to_change: bool) -> list[Optimizer]:
+def optimizers_of(given: Any, *, to_change: bool, whole: Any = None) -> list[Optimizer]:
     """What steps the parameters that ``given`` is to step: itself, or what it wraps.
 
     Of optimizers inside each other it is the innermost that has all parameters; if its groups are to be changed, the
     innermost whose groups are those of ``given``, as those of a shard of ZeroRedundancyOptimizer are not. Of what is no
     optimizer and holds several, it is all of them.
+
+    Args:
+        whole: the argument, where ``given`` is an element of it, for the error.
 
     Raises:
         TypeError: there is none in ``given``.
@@ -59,44 +82,70 @@ def optimizers_of(given: Any, *, to_change: bool) -> list[Optimizer]:
         lists = [[group["params"] for group in one.param_groups] for one in found]
         held = [list(map(id, each)) if to_change else {id(p) for params in each for p in params} for each in lists]
         return [[one for one, ids in zip(found, held) if ids == held[0]][-1]]
-    several = [one for within in inside(every[-1]) for one in optimizers_of(within, to_change=to_change)]
-    if not several:
-        cure = (
-            ", and found none inside it: pass the one that it wraps, or none where it wraps none (what is frozen has "
-            "no .grad, and optimizers pass over what has none)"
-        )
+    within = [one for held in inside(every[-1]) for one in optimizers_of(held, to_change=to_change)]
+    if not within:
         raise TypeError(
-            f"optimizer must be a torch.optim.Optimizer or several, got {_kind_of(given)}"
-            f"{cure if hasattr(given, 'step') else ''}"
+            _refused(
+                given,
+                "pass the one that it wraps, or none where it wraps none (what is frozen has no .grad, and optimizers "
+                "pass over what has none)",
+                whole,
+            )
         )
-    return several
+    return within
 
 
-def innermost(optimizer: Any) -> Optimizer:
+def innermost(optimizer: Any, whole: Any = None) -> Optimizer:
     """The optimizer whose step reads gradients and moves parameters.
+
+    Args:
+        whole: as for `optimizers_of`.
 
     Raises:
         TypeError: there is none in ``optimizer``.
         ValueError: there are several.
     """
     *_, last = layers(optimizer)
-    several = inside(last)
-    if len(several) > 1:
-        kinds = ", ".join(type(one).__name__ for one in several)
+    held = inside(last)
+    if len(held) > 1:
+        kinds = ", ".join(type(one).__name__ for one in held)
         raise ValueError(
             f"optimizer: {type(last).__name__} has several inside it ({kinds}); pass the one that is meant"
         )
     if not isinstance(last, Optimizer) or "_optimizer_step_pre_hooks" not in vars(last):
         # What is no optimizer, or a wrapper around one that cannot be seen, which never called Optimizer.__init__.
         raise TypeError(
-            f"optimizer must be a torch.optim.Optimizer, got {_kind_of(last)}, and found none inside it; "
-            "pass the optimizer that it wraps (where it wraps none, it has no hooks by which its steps can be watched)"
+            _refused(
+                last,
+                "pass the optimizer that it wraps; where it wraps none, it has no hooks to watch its steps by",
+                whole,
+            )
         )
     return last
+
+
+def _refused(given: Any, cure: str, whole: Any) -> str:
+    """What an error says of a value in which there is no optimizer; ``cure`` is how to go on with what has a step."""
+    if isinstance(given, type):
+        cure = ";\npass an instance of it"
+    elif isinstance(given, _CODE):
+        cure = ";\npass the optimizer itself"
+    elif isinstance(given, Tensor):
+        cure = ";\npass the optimizer that steps it"
+    elif isinstance(given, Optimizer) or hasattr(given, "step"):
+        cure = f",\nand found none inside it: {cure}"
+    else:
+        cure = ""
+    where = f" in a {type(whole).__name__}" if whole is not None and whole is not given else ""
+    return f"optimizer must be a torch.optim.Optimizer or several, got {_kind_of(given)}{where}{cure}"
 
 
 def _kind_of(value: Any) -> str:
     """What an error shows: a plain value, or a class with its module, since others name theirs Optimizer as well."""
     kind = type(value)
+    if value is None:
+        return "None"
+    if isinstance(value, _CODE):
+        return f"the {'class' if isinstance(value, type) else kind.__name__} {value.__name__}"
     plain = kind.__module__ == "builtins"
     return f"{kind.__name__} {shown(value)}" if plain else f"{kind.__module__}.{kind.__qualname__}"

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from freezekit._arguments import check_module
+from freezekit._arguments import check_module, shown
 from freezekit.distributed import rewrap, sync_buffers, unwrapped
 from freezekit.freezing import freeze, unfreeze
 from freezekit.freezing.arguments import check_optimizers
@@ -133,11 +133,18 @@ class Schedule:
         if not isinstance(state, dict):
             raise TypeError(f"state must be the dict that state_dict() returns, got {type(state).__name__}")
         mine, theirs = self._config(), state.get("config", {})
-        differ = [f"{k} is {mine.get(k)!r} here and {theirs.get(k)!r} there" for k in sorted({*mine, *theirs})
+        if not isinstance(theirs, dict):
+            raise ValueError(f"state: 'config' must be a dict, got {shown(theirs)}")
+        differ = [f"{k} is {shown(mine.get(k))} here and {shown(theirs.get(k))} there" for k in sorted({*mine, *theirs})
                   if mine.get(k) != theirs.get(k)]  # fmt: skip
         if differ:
             raise ValueError(f"state is of another schedule: {'; '.join(differ)}")
         if missing := sorted(self.state_dict().keys() - state.keys()):
             raise ValueError(f"state must be whole, it has no {', '.join(map(repr, missing))}")
-        self.steps = state["steps"]
-        return self._set(state["frozen"])
+        steps, frozen = state["steps"], state["frozen"]
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
+            raise ValueError(f"state: 'steps' must be a number of steps, got {shown(steps)}")
+        if not isinstance(frozen, list) or not all(any(name == x.name for x in self.layers) for name in frozen):
+            raise ValueError(f"state: 'frozen' must be a list of layers, got {shown(frozen)}")
+        self.steps = steps
+        return self._set(frozen)

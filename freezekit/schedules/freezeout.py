@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from freezekit._arguments import check_count, check_module, check_real
+from freezekit._arguments import check_choice, check_count, check_flag, check_module, check_real, shown
 from freezekit.distributed import unwrapped
 
 from .base import Change, Schedule, compile_entries
@@ -87,6 +87,8 @@ class FreezeOut(Schedule):
         state: Literal["keep", "reset"] = "keep",
     ) -> None:
         super().__init__(model, optimizer, layers, remove, state)
+        check_flag("anneal", anneal)
+        check_flag("scale_lr", scale_lr)
         _check(t0, total_steps, how, stages, len(self.layers))
         if scale_lr and not anneal:
             raise ValueError("scale_lr=True needs anneal=True: it scales the rate that anneal sets")
@@ -102,6 +104,8 @@ class FreezeOut(Schedule):
     def param_groups(model: nn.Module, lr: float, layers: Sequence[Any] | None = None) -> list[dict[str, Any]]:
         """Optimizer groups of one layer each, for ``anneal=True``."""
         check_module(model)
+        if not isinstance(lr, torch.Tensor):
+            check_real("lr", lr)
         inner = unwrapped(model)
         return [{"params": tensors(inner, layer), "lr": lr} for layer in layers_of(inner, layers)]
 
@@ -131,8 +135,9 @@ class FreezeOut(Schedule):
 
     def lr_factor(self, layer: str, step: int) -> float:
         """Learning rate of a layer at a step, as a multiple of its group's initial one."""
-        if layer not in self.times:
-            raise ValueError(f"layer must be one of {', '.join(map(repr, self.times))}, got {layer!r}")
+        if not isinstance(layer, str) or layer not in self.times:
+            raise ValueError(f"layer must be one of {', '.join(map(repr, self.times))}, got {shown(layer)}")
+        check_real("step", step)
         end = self.times[layer] * self.total_steps
         if step >= end:
             return 0.0
@@ -176,8 +181,8 @@ class FreezeOut(Schedule):
         for i, group in enumerate(self.optimizer.param_groups):
             names = {owner.get(id(p)) for p in group["params"]}
             if len(names) != 1 or None in names:
-                shown = sorted(n or "(no scheduled layer)" for n in names)
-                raise ValueError(f"anneal=True: group {i} of the optimizer must hold one layer, has {shown}; build the "
+                held = sorted(n or "(no scheduled layer)" for n in names)
+                raise ValueError(f"anneal=True: group {i} of the optimizer must hold one layer, has {held}; build the "
                                  "optimizer from FreezeOut.param_groups(model, lr)")  # fmt: skip
             found.append(str(names.pop()))
         return found
@@ -200,8 +205,7 @@ def _check(t0: float, total_steps: int, how: str, stages: int | None, layers: in
     if not 0 < t0 <= 1:
         raise ValueError(f"t0 must be above 0 and at most 1, got {t0}")
     check_count("total_steps", total_steps)
-    if how not in ("linear", "cubic"):
-        raise ValueError(f'how must be "linear" or "cubic", got {how!r}')
+    check_choice("how", how, "linear", "cubic")
     if stages is not None:
         check_count("stages", stages)
     if layers < 2:

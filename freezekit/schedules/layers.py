@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from freezekit._arguments import check_module, shown
 from freezekit.freezing.norm import has_statistics
 from freezekit.freezing.patterns import named_modules
 
@@ -93,8 +94,9 @@ def layers_of(model: nn.Module, patterns: Sequence[Any] | None = None) -> tuple[
         >>> [l.name for l in layers_of(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 1)))]
         ['0', '2']
     """
+    check_module(model)
     if patterns is not None and (isinstance(patterns, str) or not isinstance(patterns, Sequence)):
-        raise TypeError(f"layers must be a sequence of names of modules or other patterns, got {patterns!r}")
+        raise TypeError(f"layers must be a sequence of names of modules or other patterns, got {shown(patterns)}")
     units = list(_units(model) if patterns is None else _named_units(model, patterns))
     everything = dict(model.named_parameters(remove_duplicate=False))
     last = {id(everything[p]): name for name, inside, _ in units for p in inside}

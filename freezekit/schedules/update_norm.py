@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from freezekit._arguments import check_count, check_real
+from freezekit._arguments import check_count, check_flag, check_real
 from freezekit.distributed import unwrapped
 
 from .base import Change, Schedule, compile_entries
@@ -75,6 +75,7 @@ class UpdateNorm(Schedule):
         super().__init__(model, optimizer, layers, remove, state)
         if self.optimizer is None:
             raise TypeError("optimizer must be a torch.optim.Optimizer, got None")
+        check_flag("dry_run", dry_run)
         check_real("threshold", threshold)
         if not threshold > 0:
             raise ValueError(f"threshold must be above 0, got {threshold}")

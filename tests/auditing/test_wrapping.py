@@ -208,12 +208,12 @@ def test_what_wraps_none_is_told_what_to_pass() -> None:
     ):
         with pytest.raises(
             TypeError,
-            match=r"got tests.auditing.test_wrapping.Closed, and found none inside it: pass the one .* or none where",
+            match=r"got tests.auditing.test_wrapping.Closed,\nand found none inside it: pass the one .* or none where",
         ):
             ask(Closed(model.parameters()))
         with pytest.raises(TypeError, match=r"torch\.optim\.Optimizer or several, got float 0.1$"):
             ask(0.1)
-    with pytest.raises(TypeError, match=r"got .*Closed.*no hooks by which its steps can be watched"):
+    with pytest.raises(TypeError, match=r"got .*Closed,\n.*that it wraps; .* no hooks to watch its steps by"):
         guard(model, Closed(model.parameters()))
     assert all(p.requires_grad for p in model.parameters())
 
@@ -231,7 +231,7 @@ def test_hooks_around_a_step_are_told_to_be_not_run() -> None:
 
 def test_guard_says_what_to_pass() -> None:
     model = net()
-    with pytest.raises(TypeError, match=r"optimizer must be a torch\.optim\.Optimizer, got .*Module.*that it wraps"):
+    with pytest.raises(TypeError, match=r"optimizer must be a torch\.optim\.Optimizer or several, got .*Module$"):
         guard(model, nn.Module())
     both = Wrapper(sgd(model))
     both.other = sgd(model)

@@ -98,7 +98,7 @@ NUMBERS = [
     settings("stride", "1", "integer", "'1'", label="a string"),
     settings("stride", None, "integer", "None"),
     settings("stride", {1, 2}, "integer"),
-    settings("stride", torch.tensor([2, 2]), "integer", "tensor", label="a tensor of two"),
+    settings("stride", torch.tensor([2, 2]), "integer", r"shape \(2,\)", label="a tensor of two"),
     settings("stride", torch.tensor(1.5), "integer", "1.5", label="a float tensor"),
     settings("stride", 2**63, "64 bits", str(2**63)),
     settings("stride", (1, None), "integer", "None"),

@@ -228,7 +228,7 @@ def test_lbfgs_over_other_parameters_is_not_asked() -> None:
         ({"state": "reset"}, ValueError, 'state="reset" changes an optimizer, but there is none'),
         ({"state": "drop"}, ValueError, 'state must be "keep" or "reset", got \'drop\''),
         ({"norm": "eval"}, ValueError, 'norm must be "freeze" or "batch", got \'eval\''),
-        ({"remove": 1}, TypeError, "remove must be a bool, got 1"),
+        ({"remove": 1}, TypeError, "remove must be True or False, got 1"),
         ({"optimizer": 3}, TypeError, "optimizer must be a torch.optim.Optimizer or several, got int"),
     ],
 )

@@ -1,0 +1,195 @@
+"""The names of a model, and which of its modules and parameters one pattern means."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import inspect
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, nn
+
+from freezekit._arguments import shown
+from freezekit.distributed import wrapper_prefix
+from freezekit.freezing.computed import computed, statistics_inside
+from freezekit.freezing.norm import has_statistics
+
+_MODULES = "names of modules, globs over them, subclasses of nn.Module or modules of the model"
+_PARAMETERS = f"{_MODULES}, names of parameters, parameters, or predicates(name, parameter)"
+
+
+class Index:
+    """The names of one model, read once. A module or parameter that has several names appears under each."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.params = {
+            name: param
+            for name, param in model.named_parameters(remove_duplicate=False)
+            if param.is_floating_point() or param.is_complex()  # no other dtype can require grad
+        }
+        self.names: dict[int, list[str]] = {}
+        for name, param in self.params.items():
+            self.names.setdefault(id(param), []).append(name)
+
+    @cached_property
+    def every(self) -> frozenset[str]:
+        """All names of modules, parameters and computed tensors."""
+        return frozenset((*self.modules, *self.params, *(name for name, *_ in self.computed)))
+
+    def whole(self, pattern: Any) -> Any:
+        """``pattern``, with the prefix of DDP, DataParallel or torch.compile where it meets names inside alone."""
+        prefix = wrapper_prefix(self.model)
+        inside = f"{prefix}{pattern}"
+        if not (prefix and isinstance(pattern, str)) or self.meets(pattern) or not self.meets(inside):
+            return pattern
+        return inside
+
+    def meets(self, pattern: str) -> bool:
+        """Whether some name is ``pattern``, or matches it."""
+        return any(name and self._is_meant(name, pattern) for name in self.every)
+
+    def under(self, module_name: str) -> tuple[set[int], set[int]]:
+        """Ids of the parameters and of the norm layers in the module of that name, itself included."""
+        module = self.modules[module_name]
+        params = {id(p) for p in module.parameters() if id(p) in self.names}
+        return params, {id(m) for m in module.modules() if has_statistics(m)}
+
+    def one(self, pattern: Any) -> tuple[set[int], set[int]]:
+        """Ids of the parameters and of the norm layers that one pattern means."""
+        params: set[int] = set()
+        norms: set[int] = set()
+        if isinstance(pattern, nn.Parameter):
+            return {id(pattern)} & self.names.keys(), norms
+        if isinstance(pattern, nn.ParameterList | nn.ParameterDict):
+            return {id(p) for p in pattern.parameters()} & self.names.keys(), norms
+        if isinstance(pattern, str):
+            params = {id(p) for name, p in self.params.items() if self._is_meant(name, pattern)}
+            if pattern in self.params:
+                return params, norms
+            more_params, norms = self.making(pattern)
+            params |= more_params
+        elif not isinstance(pattern, nn.Module | type) and callable(pattern):
+            _check_predicate(pattern)
+            return {id(p) for name, p in self.params.items() if pattern(name, p)}, norms
+        for name in meeting(self.modules, pattern, "patterns", _PARAMETERS):
+            more_params, more_norms = self.under(name)
+            params |= more_params
+            norms |= more_norms
+        return params, norms
+
+    def has(self, pattern: Any) -> bool:
+        """Whether that is one of the model's modules itself."""
+        return isinstance(pattern, nn.Module) and any(pattern is module for module in self.modules.values())
+
+    def _is_meant(self, name: str, pattern: str) -> bool:
+        return name == pattern if pattern in self.every else fnmatch.fnmatchcase(name, pattern)
+
+    def near(self, pattern: str) -> list[str]:
+        """Up to five names that ``pattern`` may have meant: alike as a whole, or alike in their last part."""
+        names = [name for name in (*self.modules, *self.params) if name]
+        found = difflib.get_close_matches(pattern, names, n=5, cutoff=0.6)
+        last = pattern.rsplit(".", 1)[-1]
+        tails = {name.rsplit(".", 1)[-1] for name in names}
+        for tail in difflib.get_close_matches(last, sorted(tails), n=2, cutoff=0.75):
+            found += [name for name in names if name.rsplit(".", 1)[-1] == tail]
+        return list(dict.fromkeys(found))[:5]
+
+    def complaint(self, pattern: Any) -> str:
+        if isinstance(pattern, str):
+            if self.text_hits(pattern):
+                return f"patterns: {pattern!r} has no parameter that can be trained and no running statistics"
+            return f"patterns: {self.unknown(pattern)}"
+        if isinstance(pattern, type):
+            owners = (m for m in self.modules.values() if next(m.parameters(), None) is not None)
+            kinds = ", ".join(sorted({type(m).__name__ for m in owners}))
+            return (
+                f"patterns: no {pattern.__name__} with parameters or running statistics in "
+                f"{type(self.model).__name__}; it has {kinds or 'no layer with parameters'}"
+            )
+        if isinstance(pattern, nn.Module | nn.Parameter):
+            return f"patterns: this {type(pattern).__name__} is not part of the model, or has nothing to freeze"
+        name = getattr(pattern, "__name__", repr(pattern))
+        return f"patterns: the predicate {name} selects none of the {len(self.names)} parameters"
+
+    @cached_property
+    def computed(self) -> list[tuple[str, nn.Module, str, list[str]]]:
+        """Each tensor that a module computes: its name in the model, the module, its name there, what it is made of."""
+        return [
+            (prefix + name, module, name, [prefix + part for part in made_of])
+            for prefix, module in ((f"{path}." if path else "", module) for path, module in self.modules.items())
+            for name, made_of in computed(module).items()
+        ]
+
+    def making(self, pattern: str) -> tuple[set[int], set[int]]:
+        """Ids of the parameters, and of the layers with statistics, that move a computed tensor which is meant."""
+        params: set[int] = set()
+        norms: set[int] = set()
+        for name, module, own, made_of in self.computed:
+            if self._is_meant(name, pattern):
+                params |= {id(self.params[part]) for part in made_of if part in self.params}
+                norms |= {id(part) for part in statistics_inside(module, own)}
+        return params, norms
+
+    def stilled(self, params: set[int]) -> set[int]:
+        """Ids of the layers whose statistics move a computed tensor that is made of nothing but ``params``."""
+        found: set[int] = set()
+        for _, module, own, made_of in self.computed:
+            if {id(self.params[part]) if part in self.params else 0 for part in made_of} <= params:
+                found |= {id(part) for part in statistics_inside(module, own)}
+        return found
+
+    def unknown(self, pattern: str) -> str:
+        for name, _, _, made_of in self.computed:
+            if name == pattern or fnmatch.fnmatchcase(name, pattern):
+                return f"{name!r} is no parameter, but computed from {' and '.join(map(repr, made_of))}: name these"
+        near = ", ".join(repr(name) for name in self.near(pattern))
+        hint = f"near names: {near}" if near else f"top-level names: {', '.join(map(repr, self.top()))}"
+        return f"{pattern!r} matches no module or parameter of {type(self.model).__name__}; {hint}"
+
+    def text_hits(self, pattern: str) -> bool:
+        params = (name for name, _ in self.model.named_parameters(remove_duplicate=False))
+        names = [name for name in (*self.modules, *params) if name]
+        return pattern in names or any(fnmatch.fnmatchcase(name, pattern) for name in names)
+
+    def top(self) -> list[str]:
+        children = [name for name, _ in self.model.named_children()]
+        return (children or list(self.params))[:8]
+
+
+def _check_predicate(pattern: Callable[..., Any]) -> None:
+    try:
+        signature = inspect.signature(pattern)
+    except ValueError:  # a builtin that does not tell
+        return
+    try:
+        signature.bind("name", "parameter")
+    except TypeError:
+        raise TypeError(f"patterns: a predicate is called as f(name, parameter), got {shown(pattern)}") from None
+
+
+def meeting(modules: dict[str, nn.Module], pattern: Any, argument: str, expected: str = _MODULES) -> list[str]:
+    """Names of those of a model's ``modules`` that one pattern means, without what they contain.
+
+    Raises:
+        TypeError: the pattern is not a name, glob, subclass of nn.Module or module; says that ``argument`` takes
+            ``expected``.
+    """
+    if isinstance(pattern, str):
+        if pattern in modules:
+            return [pattern] if pattern else []
+        return [name for name in modules if name and fnmatch.fnmatchcase(name, pattern)]
+    if isinstance(pattern, nn.Module):
+        found = [name for name, module in modules.items() if module is pattern]
+        # A slice of a Sequential is a new one, with the same layers.
+        parts = set(pattern.children()) if type(pattern) in (nn.Sequential, nn.ModuleList, nn.ModuleDict) else set()
+        if not found and parts <= set(modules.values()):
+            found = [name for name, module in modules.items() if module in parts]
+        return found
+    if isinstance(pattern, type) and issubclass(pattern, nn.Module):
+        return [name for name, module in modules.items() if isinstance(module, pattern)]
+    more = ", which is not a parameter" if isinstance(pattern, Tensor) else ""
+    raise TypeError(f"{argument} must be {expected};\ngot {shown(pattern)}{more}")
