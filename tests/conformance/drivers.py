@@ -81,6 +81,11 @@ def arguments_of(name: str, memory: str = "poisoned", most: int | None = None) -
     return ["0", memory, *([] if name == "small" else ["integers"]), *jobs[::step]]
 
 
+def emulated(name: str) -> Path:
+    """The same program around emulated kernels."""
+    return build_emulated(SMALL_KERNELS if name == "small" else CONV, MODES["plain"])
+
+
 def names() -> list[str]:
     """The drivers for the device that is here: Hopper's for sm_90."""
     hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -93,12 +98,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--place", choices=("emulated", "cuda"), default="cuda")
     add_until(parser)
     options = parser.parse_args(arguments)
-    emulated = options.place == "emulated"
-    programs = {"convolutions": CONV, "small": SMALL_KERNELS, "hopper": CONV}
-    chosen, failed, jobs = list(SOURCES) if emulated else names(), 0, 0
+    on_cpu = options.place == "emulated"
+    chosen, failed, jobs = list(SOURCES) if on_cpu else names(), 0, 0
     for i, name in enumerate(chosen):
-        path = build_emulated(programs[name], MODES["plain"]) if emulated else build(name)
-        given = arguments_of(name, "lazy" if emulated else "poisoned")
+        path = emulated(name) if on_cpu else build(name)
+        given = arguments_of(name, "lazy" if on_cpu else "poisoned")
         limit = left(options.until) / (len(chosen) - i)  # its share of what is left
         try:
             code = subprocess.run([path, *given], timeout=limit).returncode

@@ -73,7 +73,7 @@ def built(name: str, command: Sequence[str], inputs: Sequence[Path], last: Seque
     BUILD.mkdir(parents=True, exist_ok=True)
     whole = [*command, *map(str, inputs), *last]
     out = BUILD / f"{_digest(whole, inputs)}-{name}"
-    with open(BUILD / "lock", "w") as lock:  # processes side by side ask for the same; one of them builds
+    with open(BUILD / f"{name}.lock", "w") as lock:  # processes side by side ask for the same; one of them builds
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not out.exists():
             unfinished = out.with_suffix(".tmp")

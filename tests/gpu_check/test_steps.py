@@ -18,7 +18,7 @@ import torch
 
 from bench import options
 from tools.gpu_check import __main__ as command
-from tools.gpu_check import report, steps
+from tools.gpu_check import build, report, steps
 from tools.gpu_check.machine import Host
 from tools.gpu_check.step import LOG_BYTES, MARGIN, NOT_RUN, ROOT, SPARE, Step, run
 
@@ -67,7 +67,7 @@ def test_a_command_runs_in_the_root_and_knows_its_end() -> None:
 def test_every_limit_is_a_part_of_what_is_left() -> None:
     """Steps that start or time something are told their end, and no child's limit is a number."""
     plan = steps.plan(Path("out"), emulated=False, about="")
-    assert {s.name for s in plan if "{until}" not in s.command} == {"build", "emulator"}
+    assert {s.name for s in plan if "{until}" not in s.command} == {"emulator"}
     sources = [*(ROOT / "tools/gpu_check").glob("*.py"), *(ROOT / "tests/conformance").glob("[!t]*.py")]
     sources += [ROOT / "bench/child.py", ROOT / "bench/tiles.py", ROOT / "freezekit/selftest.py"]
     limits = [limit for path in sources for limit in re.findall(r"\btimeout=([^,)]+)", path.read_text())]
@@ -270,9 +270,8 @@ def test_the_plan_covers_all_tests_and_knows_its_files() -> None:
 def test_the_build_is_for_the_device_alone_and_its_waits_end() -> None:
     plan = {s.name: s for s in steps.plan(Path("out"), emulated=False, about="", arch="90a")}
     assert plan["build"].command[:3] == ("env", "NVCC_APPEND_FLAGS=-DFK_BOUNDED_WAITS", "FREEZEKIT_CUDA_ARCHS=90a")
-    assert (*plan["build"].command, "--emulator") == plan["emulator"].command, (
-        "what no step before needs is built later"
-    )
+    emulator = (*plan["build"].command[:3], *build.EXTENSION, "--emulator")
+    assert plan["emulator"].command == emulator, "later, for the last step"
 
 
 def test_without_a_gpu_the_build_compiles_no_kernel_that_is_not_there(
@@ -281,8 +280,8 @@ def test_without_a_gpu_the_build_compiles_no_kernel_that_is_not_there(
     """As a plain build does it, which in a tree that is built has nothing to do."""
 
     def settings() -> tuple[str, ...]:
-        build = next(s for s in steps.plan(Path("out"), emulated=True, about="") if s.name == "build").command
-        return build[1 : build.index(sys.executable)]
+        command = next(s for s in steps.plan(Path("out"), emulated=True, about="") if s.name == "build").command
+        return command[1 : command.index(sys.executable)]
 
     monkeypatch.setattr(steps, "ROOT", tmp_path)
     (tmp_path / "tests").mkdir()
@@ -300,17 +299,17 @@ def test_what_was_built_with_other_flags_is_built_again(tmp_path: Path) -> None:
     for name, body in (("nvcc", "echo V13.0.1"), ("ninja", "exit 1")):
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / name).chmod(0o755)
-    flags, build = "-DFK_BOUNDED_WAITS", tmp_path / "build"
+    flags, folder = "-DFK_BOUNDED_WAITS", tmp_path / "build"
     environment = {
         **os.environ,
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
         "NVCC_APPEND_FLAGS": flags,
         "CUDA_HOME": "",
     }
-    to = ("--build-temp", str(build), "--build-lib", str(tmp_path / "lib"))
+    to = ("--build-temp", str(folder), "--build-lib", str(tmp_path / "lib"))
     command = [sys.executable, "setup.py", "-q", "build_ext", *to]
     assert subprocess.run(command, cwd=ROOT, env=environment, capture_output=True).returncode != 0
-    rules = (build / "extension.ninja").read_text()
+    rules = (folder / "extension.ninja").read_text()
     assert f"command = NVCC_APPEND_FLAGS={flags} {tmp_path / 'nvcc'} -std=" in rules
     assert rules.index("rule torch\n") < rules.index("rule nvcc\n"), "in one run, and what takes longest begins first"
 

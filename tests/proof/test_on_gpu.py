@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -60,6 +61,20 @@ def test_where_no_wait_is_allowed_nothing_is_decided() -> None:
         torch.cuda.set_sync_debug_mode("default")
     torch.autograd.grad(fk.functional.relu(conv2d(x, w)), x, dy)
     assert [choice.problem.split()[0] for choice in fk.tuning.choices()] == ["activation", "conv2d", "conv2d_dgrad"]
+    fk.tuning.clear_choices()
+
+
+def test_a_proof_ends_no_capture_of_another_thread() -> None:
+    fk.tuning.clear_choices()
+    x, read = torch.randn(64, device="cuda", requires_grad=True), torch.randn(64, device="cuda")
+    prove = threading.Thread(target=fk.functional.relu, args=(x,))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        prove.start(), prove.join()
+        doubled = read * 2
+    graph.replay()
+    assert torch.equal(doubled, read * 2)
+    assert [choice.agree for choice in fk.tuning.choices()] == [True]
     fk.tuning.clear_choices()
 
 

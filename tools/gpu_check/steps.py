@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .build import EXTENSION
 from .step import MARGIN, ROOT, SPARE, Step
 
 NO_DEVICE = "no CUDA device"
@@ -74,13 +75,12 @@ def plan(folder: Path, emulated: bool, about: str, arch: str = "") -> list[Step]
     for_device = ("NVCC_APPEND_FLAGS=-DFK_BOUNDED_WAITS", *((f"FREEZEKIT_CUDA_ARCHS={arch}",) if arch else ()))
     build = emulated_build() if emulated else for_device
     built_in = 350 if emulated else 130  # on few cores; the steps that are left out then have 220
-    extension = ("env", *build, *python("setup.py", "-q", "build_ext", "--inplace"))
     # The emulated kernels are for the last tests alone, unless they stand for a GPU's.
-    emulator = [] if emulated else [Step("emulator", (*extension, "--emulator"), 60)]
+    emulator = [] if emulated else [Step("emulator", ("env", *build, *EXTENSION, "--emulator"), 60)]
     to = {name: ("--json", str(folder / f"{name}.json")) for name in ("layers", "tiles", "compare")}
     return [
         Step("machine", python("-m", "tools.gpu_check.machine", *UNTIL), 10),
-        Step("build", (*extension, *(("--emulator",) if emulated else ())), built_in),
+        Step("build", ("env", *build, *python("-m", "tools.gpu_check.build", "--place", where, *UNTIL)), built_in),
         Step("conformance", python("-m", "tests.conformance", "--place", where, *golden, *UNTIL), 35),
         Step("kernels", python("-m", "tests.conformance.drivers", "--place", where, *UNTIL), 30),
         Step("selftest", python("-m", "freezekit.selftest", *own, *UNTIL), 25),
