@@ -3,7 +3,8 @@
 What a person with a new GPU runs first. On a CPU it is ATen's code that runs or, in a source folder, the source of the
 kernels, emulated: not the same hardware. Rows are printed as they are made. On a GPU of sm_90 its own kernels come
 last; they run in a process with a time limit, always. After an error that the device keeps, the rest runs in a new
-process. The exit code is the number of failures, at most 125.
+process. The exit code is the number of failures, at most 125; it is 77 where there is none and time ended before the
+rows did.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,7 @@ PROBLEMS = (
 HOPPER_PROBLEMS = PROBLEMS[:4]
 SECONDS = 180.0  # until processes that were started must have ended, by default
 MOST_PROCESSES = 4  # beside the first, for the rows after errors that a device keeps
+NOT_ALL_RUN = 77  # exits so where nothing failed, and time ended before the rows did
 
 
 @dataclass(frozen=True)
@@ -317,19 +319,40 @@ def main(arguments: list[str] | None = None) -> int:
     parts = [] if options.hopper else [selftest(backend, device, PROBLEMS, options.skip)]
     if backend == "emulated" or options.hopper:
         parts.append(selftest_hopper(backend, device))
-    rows, lost = [], ""
+    hopper_follows = backend == "native" and not (options.hopper or options.skip) and _is_hopper(device)
+    now = time.monotonic()
+    end = options.until - (options.until - now) / 3 if hopper_follows else options.until
+    rows, lost, stopped = [], "", False
     for row in itertools.chain(*parts):
         rows.append(row)
         _print(row)
-        if row.failure and (lost := _lost(device)):
+        stopped = time.monotonic() >= end
+        if stopped or (row.failure and (lost := _lost(device))):
             break
     failures = sum(not row.passed for row in rows)
     print(f"{len(rows) - failures} passed, {failures} failed; kernels: {len({row.kernel for row in rows})}", flush=True)
+    codes = [failures]
     if lost and not options.hopper:
-        failures += _rest(backend, options.skip + len(rows), lost, options.processes, options.until)
-    if backend == "native" and not (options.hopper or options.skip) and _is_hopper(device):
-        failures += _hopper_in_a_child(backend, options.until)
-    return min(failures, 125)
+        codes.append(_rest(backend, options.skip + len(rows), lost, options.processes, options.until))
+    if hopper_follows:
+        codes.append(_hopper_in_a_child(backend, options.until))
+    if stopped:
+        print("not run: no time was left for the rows behind", flush=True)
+        codes.append(NOT_ALL_RUN)
+    return _code_of(codes)
+
+
+def _code_of(codes: Sequence[int]) -> int:
+    """Of parts that count their failures, or say that not all of them was run.
+
+    >>> _code_of([0, 2, NOT_ALL_RUN]), _code_of([0, NOT_ALL_RUN]), _code_of([200]), _code_of([40, 37])
+    (2, 77, 125, 78)
+    """
+    counted = [code for code in codes if code != NOT_ALL_RUN]
+    failures = min(sum(counted), 125)
+    if failures == NOT_ALL_RUN:
+        return failures + 1
+    return failures or (NOT_ALL_RUN if len(counted) < len(codes) else 0)
 
 
 def _is_hopper(device: torch.device) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -227,6 +228,34 @@ def test_a_setting_that_raises_is_not_read(monkeypatch: pytest.MonkeyPatch) -> N
     assert next(iter(fk.explain(net, torch.randn(1, 3, 6, 6)))).kernel == "aten"
     assert Settings(torch.device("cuda"), torch.float32).tf32 is False
     assert measure_peaks(torch.device("cpu"), torch.float32).tflops > 0
+
+
+@pytest.mark.parametrize("is_wrong", [False, True])
+def test_where_time_ends_before_the_rows_do_nothing_has_passed(
+    is_wrong: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on a busy machine: an end from outside would look like a failure, and Hopper's rows would never be run."""
+    child: list[float] = []
+
+    def slow(*_: object) -> Iterator[selftest.Verdict]:
+        yield selftest.Verdict("conv2d", "p", "float32", "k", 2.0 if is_wrong else 0.5, 0.0)
+        for _ in range(600):
+            time.sleep(0.1)
+            yield selftest.Verdict("conv2d", "p", "float32", "k", 0.5, 0.0)
+
+    monkeypatch.setattr(selftest, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(selftest, "_hopper_in_a_child", lambda backend, until: child.append(until) or 0)
+    monkeypatch.setattr(_C, "has_cuda_kernels", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(selftest, "selftest", slow)
+    start = time.monotonic()
+    assert selftest.main(["--backend", "native", "--until", str(start + 3)]) == (
+        1 if is_wrong else selftest.NOT_ALL_RUN
+    )
+    assert time.monotonic() < start + 2.9, "a third of the time is Hopper's"
+    assert child == [start + 3]
+    assert capsys.readouterr().out.splitlines()[-1] == "not run: no time was left for the rows behind"
 
 
 def test_hopper_alone(capfd: pytest.CaptureFixture[str]) -> None:
