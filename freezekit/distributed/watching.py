@@ -140,9 +140,12 @@ def _compare(ddp: DDP, built: frozenset[str] | None) -> Mismatch:
 def waits_for_frozen(ddp: DDP) -> bool:
     """Whether a parameter frozen after wrapping makes DDP wait for a gradient that never comes.
 
-    With ``find_unused_parameters=True`` and no static graph it finds that out by itself.
+    With ``find_unused_parameters=True`` and no static graph it finds that out by itself, and where all that it reduces is
+    frozen, as a discriminator for the generator's step, it never begins to wait.
     """
-    return bool(ddp.static_graph) or not ddp.find_unused_parameters
+    if ddp.static_graph:
+        return True
+    return not ddp.find_unused_parameters and any(p.requires_grad for p in _candidates(ddp).values())
 
 
 _CURE = "Build the wrapper anew after freezing or unfreezing: ddp = freezekit.distributed.rewrap(ddp)"
@@ -159,7 +162,7 @@ def _raise(ddp: DDP, found: Mismatch) -> None:
         parts.append(
             f"{', '.join(found.frozen)} were frozen after DDP wrapped the model: DDP would wait for their gradients"
         )
-    if found.unnamed:
+    if found.unnamed and any(p.requires_grad for p in _candidates(ddp).values()):
         parts.append(found.unnamed)
     if parts:
         raise StaleWrapperError("; ".join(parts) + ". " + _CURE)
@@ -168,7 +171,7 @@ def _raise(ddp: DDP, found: Mismatch) -> None:
 def check(ddp: DDP) -> None:
     """Raise `StaleWrapperError`, naming the parameters and the cure, when ``ddp`` no longer fits what is frozen.
 
-    Freezing under ``find_unused_parameters=True`` is not an error: DDP copes with it.
+    Freezing under ``find_unused_parameters=True`` is not an error, nor is freezing everything: DDP copes with both.
     """
     _raise(ddp, mismatch(ddp))
 

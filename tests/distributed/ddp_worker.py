@@ -25,6 +25,7 @@ from freezekit.distributed import (
 )
 from freezekit.enabling import enabled
 from freezekit.freezing import freeze, unfreeze
+from freezekit.guarding import guard
 from tests.distributed.harness import raises, run, same_on_all_ranks
 
 
@@ -107,6 +108,43 @@ def check_unfreezing_is_an_error_before_the_forward_pass() -> None:
     assert all(torch.equal(before[n], p) for n, p in parameters(ddp.module).items())
     with torch.no_grad():
         ddp(batch(0))  # validation reduces nothing, so it may run
+
+
+def adversarial(hold: str, settings: dict[str, bool]) -> dict[str, torch.Tensor]:
+    """Three steps of a GAN whose discriminator is wrapped, and frozen for the generator's step."""
+    discriminator = DDP(net(), **settings)
+    generator = nn.Linear(4, 4)
+    wrapped = DDP(generator)
+    optimizers = [torch.optim.Adam(model.parameters()) for model in (discriminator, generator)]
+    with guard(discriminator, optimizers, every=1) if hold != "stock" else nullcontext():
+        for step in range(3):
+            optimizers[0].zero_grad()
+            discriminator(batch(step)).square().mean().backward()
+            optimizers[0].step()
+            optimizers[1].zero_grad()
+            with freeze(discriminator, norm="batch") if hold == "block" else nullcontext():
+                if hold == "stock":
+                    discriminator.requires_grad_(False)
+                elif hold == "calls":
+                    freeze(discriminator, norm="batch")
+                discriminator(wrapped(batch(step))).mean().backward()
+                if hold == "stock":
+                    discriminator.requires_grad_(True)
+                elif hold == "calls":
+                    unfreeze(discriminator)
+            optimizers[1].step()
+    return {**parameters(discriminator), **{f"generator.{name}": p for name, p in parameters(generator).items()}}
+
+
+def check_a_discriminator_frozen_for_the_generators_step_is_no_error() -> None:
+    for settings in ({}, {"find_unused_parameters": True}, {"gradient_as_bucket_view": True}):
+        stock = adversarial("stock", settings)
+        same_on_all_ranks(stock)
+        for hold in ("calls", "block"):
+            ours = adversarial(hold, settings)
+            assert all(torch.equal(stock[name], value) for name, value in ours.items()), (hold, settings)
+    with raises(StaleWrapperError, "0.bias, 0.weight"):
+        adversarial("calls", {"static_graph": True})
 
 
 def check_freezing_is_an_error_before_the_forward_pass() -> None:
