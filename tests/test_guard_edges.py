@@ -137,6 +137,48 @@ def test_lazy_parameters_are_held_once_they_have_data() -> None:
             held.check()
 
 
+SPARSE = {
+    "coo": lambda x: x.to_sparse(),
+    "csr": lambda x: x.to_sparse_csr(),
+    "csc": lambda x: x.to_sparse_csc(),
+    "bsr": lambda x: x.to_sparse_bsr((2, 2)),
+    "bsc": lambda x: x.to_sparse_bsc((2, 2)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse .* support is in beta")
+@pytest.mark.parametrize("layout", SPARSE)
+@pytest.mark.parametrize("mode", ["raise", "restore"])
+def test_sparse_tensors_are_held(layout: str, mode: str) -> None:
+    model = nn.Linear(2, 2)
+    model.graph = nn.Parameter(
+        SPARSE[layout](torch.eye(4)), requires_grad=False
+    )  # an adjacency, as in networks of graphs
+    optimizer = SGD([model.weight], lr=0.1)
+    with guard(model, optimizer, every=1, mode=mode) as held:
+        optimizer.step()
+        held.check()
+        (model.graph._values() if layout == "coo" else model.graph.values()).data.mul_(2)
+        if mode == "raise":
+            with pytest.raises(FrozenMoved, match="'graph'"):
+                held.check()
+        else:
+            held.check()
+            assert held.undone == {"graph": 1}
+            assert torch.equal(model.graph.to_dense(), torch.eye(4))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_quantised_tensors_are_held() -> None:
+    model = nn.Linear(2, 2)
+    model.codes = nn.Parameter(torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8), requires_grad=False)
+    with guard(model, SGD([model.weight], lr=0.1), every=1) as held:
+        held.check()
+        model.codes.data.copy_(torch.zeros(4))
+        with pytest.raises(FrozenMoved, match="'codes'"):
+            held.check()
+
+
 def test_the_handle_ends_it() -> None:
     model, optimizer = trained()
     held = guard(model, optimizer)

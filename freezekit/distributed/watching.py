@@ -140,8 +140,8 @@ def _compare(ddp: DDP, built: frozenset[str] | None) -> Mismatch:
 def waits_for_frozen(ddp: DDP) -> bool:
     """Whether a parameter frozen after wrapping makes DDP wait for a gradient that never comes.
 
-    With ``find_unused_parameters=True`` and no static graph it finds that out by itself, and where all that it reduces is
-    frozen, as a discriminator for the generator's step, it never begins to wait.
+    With ``find_unused_parameters=True`` and no static graph it finds that out by itself, and where all that it reduces
+    is frozen, as a discriminator for the generator's step, it never begins to wait.
     """
     if ddp.static_graph:
         return True

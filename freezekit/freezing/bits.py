@@ -28,9 +28,22 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
     [0, -2147483648]
     """
     tensor = local(tensor).detach()
+    if tensor.layout != torch.strided:
+        return torch.cat([bits(part).to(torch.int64) for part in _parts(tensor)])
+    if tensor.is_quantized:
+        tensor = tensor.int_repr()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
     return tensor.resolve_neg().reshape(-1).view(_INTEGER[tensor.element_size()])
+
+
+def _parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What a sparse tensor is made of: its indices and its values."""
+    if tensor.layout == torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -44,7 +57,8 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     a, b = local(a), local(b)
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    return torch.equal(bits(a), bits(b).to(a.device))
+    first, second = bits(a), bits(b)
+    return first.shape == second.shape and torch.equal(first, second.to(first.device))
 
 
 def checksums(tensors: Sequence[torch.Tensor]) -> list[int]:

@@ -27,7 +27,8 @@ def frozen_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 def identity(tensor: torch.Tensor) -> tuple[int, int]:
     """Address and version: equal as long as no in-place operation and no ``.data =`` happened to ``tensor``."""
     here = local(tensor)
-    return here.data_ptr(), -1 if here.is_inference() else tensor._version
+    address = here.data_ptr() if here.layout == torch.strided else id(here)
+    return address, -1 if here.is_inference() else tensor._version
 
 
 @dataclass

@@ -32,7 +32,7 @@ def check_form(state: object) -> None:
         raise ValueError(f"state: 'statistics' must map names to bools, got {shown(state['statistics'])}")
     for key in ("batch", "learns"):  # which older states have not
         listed = state.get(key, [])
-        if not isinstance(listed, list) or not all(name in state["statistics"] for name in listed):
+        if not isinstance(listed, list) or not all(isinstance(n, str) and n in state["statistics"] for n in listed):
             raise ValueError(f"state: {key!r} must be a list of names in 'statistics', got {shown(listed)}")
     twice = set(state["frozen"]) & set(state["trainable"])
     if twice:

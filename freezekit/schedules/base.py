@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -46,6 +46,11 @@ def compile_entries(changes: int, *, validation: bool = True) -> int:
     (8, 4)
     """
     return (changes + 1) * (2 if validation else 1)
+
+
+def is_count(value: object) -> bool:
+    """Whether that is an integer from 0 on."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def recompile_limit() -> int:
@@ -141,10 +146,18 @@ class Schedule:
             raise ValueError(f"state is of another schedule: {'; '.join(differ)}")
         if missing := sorted(self.state_dict().keys() - state.keys()):
             raise ValueError(f"state must be whole, it has no {', '.join(map(repr, missing))}")
-        steps, frozen = state["steps"], state["frozen"]
-        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
-            raise ValueError(f"state: 'steps' must be a number of steps, got {shown(steps)}")
-        if not isinstance(frozen, list) or not all(any(name == x.name for x in self.layers) for name in frozen):
-            raise ValueError(f"state: 'frozen' must be a list of layers, got {shown(frozen)}")
-        self.steps = steps
-        return self._set(frozen)
+        for key, wanted in self._misfits(state):
+            raise ValueError(f"state: {key!r} must be {wanted}, got {shown(state[key])}")
+        self.steps = state["steps"]
+        return self._set(state["frozen"])
+
+    def _misfits(self, state: dict[str, Any]) -> Iterator[tuple[str, str]]:
+        """What of a whole state is not as `state_dict` has it: the key, and what it should be."""
+        if not is_count(state["steps"]):
+            yield "steps", "a number of steps"
+        if not self._are_layers(state["frozen"], list):
+            yield "frozen", "a list of layers"
+
+    def _are_layers(self, names: object, kind: type) -> bool:
+        known = [layer.name for layer in self.layers]
+        return isinstance(names, kind) and all(name in known for name in cast("Iterable[object]", names))

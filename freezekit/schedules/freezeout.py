@@ -13,7 +13,8 @@ lr_i(0) = lr, or lr / t_i when scaled.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -164,6 +165,13 @@ class FreezeOut(Schedule):
     def state_dict(self) -> dict[str, Any]:
         """Where the schedule stands: plain data."""
         return {**super().state_dict(), "base_lrs": list(self._base)}
+
+    def _misfits(self, state: dict[str, Any]) -> Iterator[tuple[str, str]]:
+        yield from super()._misfits(state)
+        rates = state["base_lrs"]
+        real = isinstance(rates, list) and all(isinstance(rate, Real) for rate in rates)
+        if not real or len(rates) != len(self._base):
+            yield "base_lrs", f"a list of {len(self._base)} learning rates"
 
     def load_state_dict(self, state: dict[str, Any]) -> Change:
         change = super().load_state_dict(state)

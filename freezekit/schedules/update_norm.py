@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 from freezekit._arguments import check_count, check_flag, check_real
 from freezekit.distributed import unwrapped
 
-from .base import Change, Schedule, compile_entries
+from .base import Change, Schedule, compile_entries, is_count
 from .layers import Layer, as_float, tensors
 from .timetable import Timetable
 
@@ -200,11 +200,35 @@ class UpdateNorm(Schedule):
         }
         return {**super().state_dict(), **mine}
 
+    def _misfits(self, state: dict[str, Any]) -> Iterator[tuple[str, str]]:
+        yield from super()._misfits(state)
+        if not self._are_layers(state["held"], list):
+            yield "held", "a list of layers"
+        for key in ("below", "age"):
+            if not self._are_layers(state[key], dict) or not all(map(is_count, state[key].values())):
+                yield key, "a count for each layer"
+        shapes = {name: value.shape for name, value in unwrapped(self.model).named_parameters()}
+        then = state["then"]
+        if not isinstance(then, dict) or not all(
+            isinstance(value, torch.Tensor) and shapes.get(name) == value.shape for name, value in then.items()
+        ):
+            yield "then", "the model's parameters as they were"
+        for key, wanted, kinds in (
+            ("changes", "a list of (step, frozen, thawed)", (int, list, list)),
+            ("history", "a list of (step, relative updates)", (int, dict)),
+        ):
+            entries = state[key]
+            if not isinstance(entries, list) or not all(
+                isinstance(entry, list | tuple) and list(map(type, entry)) == list(kinds) for entry in entries
+            ):
+                yield key, wanted
+
     def load_state_dict(self, state: dict[str, Any]) -> Change:
         change = super().load_state_dict(state)
+        inner = unwrapped(self.model)
         self._held = set(state["held"])
         self._below, self._age = dict(state["below"]), dict(state["age"])
-        self._then = {name: value.clone() for name, value in state["then"].items()}
+        self._then = {n: value.to(inner.get_parameter(n).device, copy=True) for n, value in state["then"].items()}
         self.changes = [Change(step, tuple(f), tuple(t)) for step, f, t in state["changes"]]
         self.history = [(step, dict(measured)) for step, measured in state["history"]]
         return change

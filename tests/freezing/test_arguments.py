@@ -236,6 +236,31 @@ def test_guard_watches_several_optimizers(form: str, mode: str) -> None:
     assert not any(one._optimizer_step_pre_hooks or one._optimizer_step_post_hooks for one in both)
 
 
+@pytest.mark.parametrize("kind", ["FreezeOut", "UpdateNorm"])
+def test_no_part_of_a_schedules_state_is_taken_as_it_comes(kind: str) -> None:
+    def build() -> FreezeOut | UpdateNorm:
+        model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(3)))
+        optimizer = SGD(FreezeOut.param_groups(model, 0.1), lr=0.1)
+        if kind == "FreezeOut":
+            return FreezeOut(model, 0.5, 4, optimizer=optimizer, anneal=True)
+        return UpdateNorm(model, optimizer, 1e-3, every=1)
+
+    used = build()
+    for _ in range(3):
+        used.step()
+    state, bad = used.state_dict(), [None, -1, "x", [3], [[]], {"a": 3}, {"0.weight": torch.ones(1)}, object()]
+    for key in state:
+        for value in bad:
+            fresh = build()
+            before = repr(fresh.state_dict())
+            with pytest.raises((TypeError, ValueError), match="^state"):
+                fresh.load_state_dict({**state, key: value})
+            assert repr(fresh.state_dict()) == before
+    fresh = build()
+    assert fresh.load_state_dict(state).frozen == used.frozen
+    assert repr(fresh.state_dict()) == repr(state)
+
+
 def test_a_state_of_a_schedule_that_is_not_whole() -> None:
     schedule = FreezeOut(net(), 0.5, 10)
     good = schedule.state_dict()
