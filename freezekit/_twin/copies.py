@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import _lru_cache_wrapper, lru_cache, partial
 from itertools import count
-from types import CellType, FunctionType, MemberDescriptorType, MethodType, ModuleType
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 from weakref import ref
 
@@ -18,7 +18,15 @@ from torch._C import DisableTorchFunction
 from torch.overrides import TorchFunctionMode
 
 from freezekit._twin.renaming import renamed
-from freezekit._twin.surroundings import CONTAINERS, content_of, is_filled, modules_in, modules_within, names_in
+from freezekit._twin.surroundings import (
+    CONTAINERS,
+    content_of,
+    in_slots,
+    is_filled,
+    modules_in,
+    modules_within,
+    names_in,
+)
 
 _number = count()
 
@@ -131,7 +139,7 @@ class Copies(TorchFunctionMode):
     def _complete(self, original: nn.Module, copied: nn.Module) -> None:
         """Adds attributes that a class leaves out of its ``__getstate__``; its forward may read them."""
         missing = vars(original).keys() - vars(copied).keys() - {"_compiled_call_impl"}
-        slots = _slots_of(original)  # which `nn.Module.__setstate__` ignores
+        slots = in_slots(original)  # which `nn.Module.__setstate__` ignores
         for name, value in {**{name: vars(original)[name] for name in missing}, **slots}.items():
             try:
                 made = self.of(value)
@@ -222,13 +230,6 @@ class Copies(TorchFunctionMode):
         self._memo[id(original)] = made
         self._originals.append(original)
         return made
-
-
-def _slots_of(value: Any) -> dict[str, Any]:
-    """The values in the slots of an object's class, by name."""
-    members = [pair for kind in type(value).__mro__ for pair in vars(kind).items()]
-    slots = [name for name, member in members if isinstance(member, MemberDescriptorType)]
-    return {name: getattr(value, name) for name in slots if hasattr(value, name)}
 
 
 def _attributes(value: Any) -> Any:

@@ -6,8 +6,9 @@ import random
 import sys
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import _lru_cache_wrapper, partial
-from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from types import CellType, CodeType, FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ _FOLLOWED = (nn.Module, Optimizer, LRScheduler, GradScaler)  # from any object, 
 _WEAK = ("weakref", "_weakrefset")  # whose containers lose entries by themselves
 # Their attributes are Python's or torch's own, and not followed.
 _PLAIN = (*CONTAINERS, tuple, FunctionType, type, MethodType, staticmethod, classmethod, property, partial, Tensor)
+_SMALL = 64 << 20  # bytes
 _LIBRARIES = sys.stdlib_module_names | {"torch", "freezekit"}  # whose functions hold no tensors of a user
 
 
@@ -155,7 +157,8 @@ class Surroundings:
             names = names_in(value.__code__)
             known = {name: value.__globals__[name] for name in names if name in value.__globals__}
             self._undo.append(partial(_bind, value.__globals__, names, known))
-            return (*known.values(), *names_of(value).values())
+            named = [*known.values(), *names_of(value).values()]
+            return [*named, *self._of_python(named, names)]
         if isinstance(value, MethodType | staticmethod | classmethod):
             return (value.__func__, getattr(value, "__self__", None))
         if isinstance(value, property | partial | _lru_cache_wrapper):
@@ -177,12 +180,55 @@ class Surroundings:
             self._undo.append(partial(value.set_state, value.get_state()))
         elif isinstance(value, nn.Module):
             self.modules.append(value)
+        elif _is_small_array(value):
+            self._undo.append(partial(_write, value, value.copy()))
         return ()
+
+    def _of_python(self, values: Iterable[Any], names: list[str]) -> Iterable[Any]:
+        """What Python's modules among ``values`` have by these names, as in ``settings.last``, and theirs."""
+        found: list[Any] = []
+        left = [value for value in values if isinstance(value, ModuleType)]
+        seen: set[int] = set()
+        while left:
+            module = left.pop()
+            if id(module) in seen or module.__name__.partition(".")[0] in _LIBRARIES:
+                continue
+            seen.add(id(module))
+            known = {name: vars(module)[name] for name in names if name in vars(module)}
+            self._undo.append(partial(_bind, vars(module), names, known))
+            found += known.values()
+            left += [value for value in known.values() if isinstance(value, ModuleType)]
+        return found
 
     def _attributes(self, value: Any) -> Iterable[Any]:
         """The attributes and the class of an object of any other class."""
-        held = getattr(value, "__dict__", None)
-        return (held, type(value)) if isinstance(held, dict) and not isinstance(value, _PLAIN) else ()
+        held, names = getattr(value, "__dict__", None), slots_of(type(value))
+        if isinstance(value, _PLAIN) or not (isinstance(held, dict) or names):
+            return ()
+        slots = in_slots(value)
+        self._undo.append(partial(_set, value, names, slots))
+        return (held, *slots.values(), type(value))
+
+
+def slots_of(kind: type) -> list[str]:
+    """The names of a class's slots; one that is not written in Python has none that could be set.
+
+    >>> class Point:
+    ...     __slots__ = ("x", "y")
+    >>> slots_of(Point)
+    ['x', 'y']
+    """
+    written = [vars(one) for one in kind.__mro__ if "__slots__" in vars(one)]
+    return [name for own in written for name, member in own.items() if isinstance(member, MemberDescriptorType)]
+
+
+def in_slots(value: Any) -> dict[str, Any]:
+    """What an object holds in the slots of its class, by name."""
+    found = {}
+    for name in slots_of(type(value)):
+        with suppress(AttributeError):  # of one that is empty
+            found[name] = object.__getattribute__(value, name)
+    return found
 
 
 def names_in(code: CodeType) -> list[str]:
@@ -237,8 +283,39 @@ def _bind(known: dict[str, Any], names: Iterable[str], values: dict[str, Any]) -
     for name in names:
         if name in values:
             known[name] = values[name]
-        else:
-            known.pop(name, None)
+        elif name in known and not _is_part(known[name], known.get("__name__"), name):
+            del known[name]
+
+
+def _is_part(value: Any, package: Any, name: str) -> bool:
+    """Whether a package has this by an import of one of its modules, which Python does only once."""
+    return isinstance(value, ModuleType) and value.__name__ == f"{package}.{name}"
+
+
+def _set(value: Any, names: Iterable[str], slots: dict[str, Any]) -> None:
+    now = in_slots(value)
+    for name in names:
+        if name not in slots and name in now:
+            object.__delattr__(value, name)
+        elif name in slots and now.get(name) is not slots[name]:
+            object.__setattr__(value, name, slots[name])
+
+
+def _is_small_array(value: Any) -> bool:
+    """Whether this is an array of numpy's that may be written to, of a size to copy in passing."""
+    numpy = sys.modules.get("numpy")
+    return (
+        numpy is not None
+        and isinstance(value, numpy.ndarray)
+        and not isinstance(value, numpy.memmap)
+        and value.flags.writeable
+        and value.nbytes <= _SMALL
+    )
+
+
+def _write(array: Any, before: Any) -> None:
+    if array.shape == before.shape and array.tobytes() != before.tobytes():
+        array[...] = before
 
 
 class _Tensor:

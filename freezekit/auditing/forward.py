@@ -7,24 +7,22 @@ parameter or communication of DDP is touched.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from inspect import signature
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from freezekit._twin import CannotWatch, Twin
 from freezekit.distributed import unwrapped
 from freezekit.freezing.bits import same_bits
 
+from .dropping import Dropping
 from .report import Finding, about
 from .subject import Subject, can_train, is_in_frozen_block
-from .tensors import active_dropout, drops, moves_statistics
+from .tensors import active_dropout, dropout_in_frozen_parts, drops, moves_statistics
 
 _LOST = "None of the inputs have requires_grad=True"
 
@@ -39,7 +37,8 @@ class Probe:
 
     moved: buffers and parameters that the pass changed; reached: ``id`` of each parameter that backward from the
     outputs would reach; nodes: class names of the graph's nodes; unrecorded: trainable modules that ran with gradients
-    switched off; dropping: modules that called a function which drops at random; recorded: whether any output requires
+    switched off; dropping: modules that called a function which drops at random; between: modules that dropped what
+    frozen parameters made and frozen ones read; recorded: whether any output requires
     grad; lost: whether reentrant checkpointing said that it found no gradient.
     """
 
@@ -48,40 +47,9 @@ class Probe:
     nodes: set[str] = field(default_factory=set)
     unrecorded: list[str] = field(default_factory=list)
     dropping: list[str] = field(default_factory=list)
+    between: list[str] = field(default_factory=list)
     recorded: bool = False
     lost: bool = False
-
-
-_ELEMENTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
-
-
-class _Dropping(TorchFunctionMode):
-    """Notes by which of the modules that run a function was called that drops at random."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.running: list[nn.Module] = []
-        self.found: list[nn.Module] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if self.running and _drops_now(func, args, kwargs):
-            self.found.append(self.running[-1])
-        return func(*args, **kwargs)
-
-    def watch(self, module: nn.Module) -> None:
-        module.register_forward_pre_hook(lambda module, _: self.running.append(module))
-        module.register_forward_hook(lambda *_: (self.running.pop(), None)[1])
-
-
-def _drops_now(func: Callable[..., Any], args: Any, kwargs: Any) -> bool:
-    if func is F.scaled_dot_product_attention:  # has no signature that can be read
-        return bool(kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0))
-    if func not in _ELEMENTS:
-        return False
-    given = signature(func).bind(*args, **kwargs)
-    given.apply_defaults()
-    return bool(given.arguments["training"] and given.arguments["p"])
 
 
 def _walk(outputs: list[torch.Tensor], probe: Probe) -> None:
@@ -127,7 +95,7 @@ def run(subject: Subject) -> Probe:
         if own and not torch.is_grad_enabled():
             probe.unrecorded.append(names[id(module)])
 
-    dropping = _Dropping()
+    dropping = Dropping()
     for module in copied.modules():
         module.register_forward_pre_hook(before)
         dropping.watch(module)
@@ -137,7 +105,8 @@ def run(subject: Subject) -> Probe:
             outputs = twin.run()
         except CannotWatch as error:
             raise CannotCopy(str(error)) from error
-    probe.dropping = list(dict.fromkeys(names[id(module)] for module in dropping.found if not drops(module)))
+    probe.dropping = list(dict.fromkeys(names[id(module)] for module in dropping.called if not drops(module)))
+    probe.between = list(dict.fromkeys(names[id(module)] for module in dropping.between))
     probe.lost = any(_LOST in str(w.message) for w in caught)
     _walk([t for t in tree_leaves(outputs) if isinstance(t, torch.Tensor)], probe)
     for (name, source), now in zip(_tensors(model), dict(_tensors(copied)).values(), strict=True):
@@ -158,9 +127,14 @@ def check_forward(subject: Subject) -> Iterator[Finding]:
     probe = run(subject)
     yield from _moved(subject, probe)
     yield from _gradients(subject, probe)
+    if not subject.trainable:
+        return
     dropping = [path for path in probe.dropping if path != "(root)" and is_in_frozen_block(subject.model, path)]
-    if dropping and subject.trainable:
+    if dropping:
         yield active_dropout(dropping, f"{len(dropping)} frozen module(s) call functions that drop at random")
+    known = {*dropping, *dropout_in_frozen_parts(subject.model)}
+    if between := [path for path in probe.between if path not in known]:
+        yield active_dropout(between, f"{len(between)} module(s) drop at random between frozen layers")
 
 
 def _moved(subject: Subject, probe: Probe) -> Iterator[Finding]:

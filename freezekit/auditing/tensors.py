@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from freezekit.freezing.norm import holds_unasked, reads_batch
 
 from .report import Finding, about
-from .subject import Subject, is_in_frozen_block
+from .subject import Subject, all_frozen, is_in_frozen_block
 
 
 def check_tied(subject: Subject) -> Iterator[Finding]:
@@ -145,13 +145,38 @@ def _dropout_of(module: nn.Module) -> float:
 
 def check_dropout(subject: Subject) -> Iterator[Finding]:
     """Dropout in train mode in a frozen part: its output is random, however frozen it is."""
-    active = [
-        path
-        for path, module in subject.model.named_modules()
-        if drops(module) and is_in_frozen_block(subject.model, path)
-    ]
+    active = dropout_in_frozen_parts(subject.model)
     if active and subject.trainable:
         yield active_dropout(active, f"{len(active)} layer(s) of frozen parts drop at random, in train mode")
+
+
+def dropout_in_frozen_parts(model: nn.Module) -> list[str]:
+    """Paths of layers that drop at random in a frozen block, or between frozen layers of an `nn.Sequential`."""
+    sequences = (_in_order(module) for module in model.modules() if _is_sequence(module))
+    between = {id(module) for run in sequences for module in _between_frozen(list(run))}
+    found = ((path, module) for path, module in model.named_modules() if drops(module))
+    return [path for path, module in found if id(module) in between or is_in_frozen_block(model, path)]
+
+
+def _is_sequence(module: nn.Module) -> bool:
+    return type(module).forward is nn.Sequential.forward and "forward" not in vars(module)
+
+
+def _in_order(sequence: nn.Module) -> Iterator[nn.Module]:
+    """What runs one after the other; an `nn.Sequential` within is part of it."""
+    for child in sequence._modules.values():  # children() passes over one that comes again
+        if child is not None:
+            yield from _in_order(child) if _is_sequence(child) else (child,)
+
+
+def _between_frozen(run: list[nn.Module]) -> Iterator[nn.Module]:
+    """Modules without parameters that have a frozen one before and a frozen one behind them."""
+    frozen = [all_frozen(module) if any(True for _ in module.parameters()) else None for module in run]
+    for i, module in enumerate(run):
+        before = next((flag for flag in frozen[:i][::-1] if flag is not None), False)
+        behind = next((flag for flag in frozen[i + 1 :] if flag is not None), False)
+        if frozen[i] is None and before and behind:
+            yield module
 
 
 def drops(module: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import random
 import threading
 import types
@@ -11,6 +12,7 @@ import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,6 +25,10 @@ from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 import freezekit as fk
+import tests.explanation
+from freezekit._twin.surroundings import in_slots
+from freezekit.auditing import audit
+from tests.explanation import settings
 from tests.explanation.test_explain import kept_on_data
 from tests.explanation.test_nothing_changes import MACHINE, picture, same
 
@@ -868,3 +874,74 @@ def test_two_threads_may_explain_one_function() -> None:
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(lambda _: fk.explain(with_feature, torch.randn(2, 3, 8, 8)).bytes_kept, range(8)))
     assert len(set(found)) == 1
+
+
+COUNTS, BIG = np.zeros(4), np.zeros(3)
+BIG.flags.writeable = False
+
+
+class Slotted:
+    __slots__ = ("empty", "last", "seen")
+
+    def __init__(self) -> None:
+        self.last: Any = None
+        self.seen: list[int] = []
+
+
+SLOTTED = Slotted()
+
+
+class Marking(nn.Linear):
+    """Writes to what no copy holds: an array, a Python module, an object without a dictionary."""
+
+    fails: type[BaseException] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        COUNTS[0] += 1 + BIG[0]
+        COUNTS[1] = np.nan
+        settings.last = x
+        settings.made = x  # type: ignore[attr-defined]
+        settings.calls["n"] += 1
+        tests.explanation.settings.calls["more"] = 1
+        SLOTTED.last = SLOTTED.empty = x
+        SLOTTED.seen.append(1)
+        if self.fails is not None:
+            raise self.fails("in the middle")
+        return super().forward(x)
+
+
+def _marks() -> list[Any]:
+    return [COUNTS.tobytes(), dict(vars(settings)), dict(settings.calls), in_slots(SLOTTED), list(SLOTTED.seen)]
+
+
+@pytest.mark.parametrize("fails", [None, KeyError, KeyboardInterrupt])
+@pytest.mark.parametrize("look", ["explained", "measured", "audited", "reported"])
+def test_arrays_python_modules_and_slots_are_put_back(look: str, fails: type[BaseException] | None) -> None:
+    x, model, before = torch.randn(2, 4), Marking(4, 4), _marks()
+    model.fails = fails
+    with pytest.raises((KeyError, KeyboardInterrupt, RuntimeError)) if fails else nullcontext():
+        {
+            "explained": lambda: fk.explain(model, x),
+            "measured": lambda: fk.explain(model, x, measure=True),
+            "audited": lambda: audit(model, inputs=x),
+            "reported": lambda: fk.conversion.conversion_report(model, x),
+        }[look]()
+    assert _marks() == before
+
+
+def test_a_part_of_a_package_that_a_run_imports_stays_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python sets it on its package only once."""
+    (tmp_path / "late").mkdir()
+    (tmp_path / "late" / "__init__.py").write_text("")
+    (tmp_path / "late" / "part.py").write_text("factor = 2.0")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    late = importlib.import_module("late")
+
+    class Importing(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            importlib.import_module("late.part")
+            return super().forward(x) * late.part.factor
+
+    model, x = Importing(4, 4), torch.randn(2, 4)
+    fk.explain(model, x)
+    model(x)
