@@ -76,7 +76,8 @@ def freeze(
     A tied parameter is one parameter: freezing it under one name freezes it under all (see ``Frozen.shared``).
 
     Gradients that still wait for a step, as between micro-batches, are lost with ``.grad``: freeze after the step, or
-    in a ``with`` statement, which gives them back. Where they were lost, `unfreeze` warns with a `GradientWarning`.
+    in a ``with`` statement, which gives them back. Where they were lost, `unfreeze` or the next step warns with a
+    `GradientWarning`.
 
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
     >>> freeze(model, until="2", norm="freeze")
@@ -163,7 +164,6 @@ def unfreeze(
         check_lbfgs(one, params, "unfreeze", ready=state == "reset")
     result = Frozen("unfreeze", shared=selection.shared)
     result.on_restore(partial(announce, model, params))
-    pending.tell_of_lost(model, params)
     released = _set_requires_grad(result, selection, names, True)
     pending.note_released(model, released)
     result.on_restore(partial(pending.tell_of_end, model, released))

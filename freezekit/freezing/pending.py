@@ -6,8 +6,10 @@ a discriminator is frozen for the generator's step only, gradients that wait for
 So parameters that `unfreeze` released *wait*, until a step of an optimizer has met them with a gradient, or something
 else has written to them. `freeze` of one that waits and has a gradient notes it as lost, `Frozen.restore` gives the
 gradient back and takes the note away, and the next `unfreeze` warns. A step that meets a parameter without a gradient
-does not end the wait: its gradient may be what was lost. What is frozen and released for the first time cannot be told
-apart from a step that was made before, so the first loss goes unseen.
+does not end the wait: its gradient may be what was lost.
+
+What is frozen for the first time does not wait, and its gradient may have been stepped before. There a step warns, if
+it comes after the release and has no gradient at all, while `freeze` had dropped some: it does nothing.
 
 Notes are kept by module and name: a weak reference to a parameter would stand in the way of ``swap_tensors``.
 """
@@ -17,8 +19,9 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -29,60 +32,83 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from freezekit.freezing.bits import local
 from freezekit.freezing.result import Frozen
 
-_waiting: WeakKeyDictionary[nn.Module, dict[str, int]] = WeakKeyDictionary()  # -> name -> version when it was released
-_lost: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+
+@dataclass
+class _Wait:
+    """Of a parameter that was released: its name in the model, its version then, and whether `freeze` had dropped a
+    gradient that may have been stepped."""
+
+    name: str
+    version: int
+    dropped: bool
+
+
+_waiting: WeakKeyDictionary[nn.Module, dict[str, _Wait]] = WeakKeyDictionary()
+# -> name -> whether the gradient that `freeze` dropped is known to be lost
+_dropped: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
+
+
+_CURE = "step before freeze(), or write `with freeze(...):`, which gives them back at the end of the block"
+T = TypeVar("T")
 
 
 class GradientWarning(UserWarning):
     """Gradients that no optimizer has stepped were dropped for good."""
 
 
-def note_released(model: nn.Module, params: Collection[nn.Parameter]) -> None:
-    """Have ``params`` of ``model``, which `unfreeze` released, wait for a step."""
-    _watch_steps()
-    for module, name, param in _owners(model, params):
-        if not is_lazy(param):
-            _wait(module, name, _version(param))
-
-
 def note_dropped(result: Frozen, model: nn.Module, params: Collection[nn.Parameter]) -> None:
-    """Note which gradients of ``params``, which `freeze` is about to drop, wait for a step."""
+    """Note which of ``params`` have a gradient, which `freeze` is about to drop, and which of these wait for a step."""
     unstepped = []
-    for module, name, param in _owners(model, params) if _waiting else ():
-        version = _waiting.get(module, {}).pop(name, None)
-        if version is not None:
-            result.on_restore(partial(_wait, module, name, version))
-            if param.grad is not None and _version(param) == version:
+    for module, name, param in _owners(model, params):
+        wait = _take(_waiting, module, name)
+        if wait is not None:
+            result.on_restore(partial(_keep, _waiting, module, name, wait))
+        if param.grad is not None:
+            _keep(_dropped, module, name, False)
+            result.on_restore(partial(_take, _dropped, module, name))
+            if wait is not None and _version(param) == wait.version:
                 unstepped.append((module, name, param))
     if _count([param for *_, param in unstepped]):
         for module, name, _ in unstepped:
-            _lost.setdefault(module, set()).add(name)
-            result.on_restore(partial(_lost[module].discard, name))
+            _dropped[module][name] = True
 
 
-def tell_of_lost(model: nn.Module, params: Collection[nn.Parameter]) -> None:
-    """Warn the caller of `unfreeze` of gradients of ``params`` that `freeze` dropped and nothing gave back."""
+def note_released(model: nn.Module, params: Collection[nn.Parameter]) -> None:
+    """Have ``params`` of ``model``, which `unfreeze` released, wait for a step.
+
+    Warns the caller of `unfreeze` of gradients that `freeze` dropped and nothing gave back.
+    """
+    _watch_steps()
+    names = {id(param): name for name, param in model.named_parameters()}
     lost = []
-    for module, name, param in _owners(model, params) if _lost else ():
-        if name in _lost.get(module, ()):
-            _lost[module].discard(name)
-            lost.append(param)
+    for module, name, param in _owners(model, params):
+        known = _take(_dropped, module, name)
+        if not is_lazy(param):
+            _keep(_waiting, module, name, _Wait(names[id(param)], _version(param), known is False))
+        if known:
+            lost.append(names[id(param)])
     if lost:
-        _warn(f"unfreeze: freeze() had dropped gradients of {_named(model, lost)} that no optimizer has stepped, and "
-              "they are lost;\nstep before freeze(), or write `with freeze(...):`, which gives them back at the end of "
-              "the block", stacklevel=4)  # fmt: skip
+        _warn(
+            f"unfreeze: freeze() had dropped gradients of {_listed(lost)} that no optimizer has stepped, and they are "
+            f"lost;\n{_CURE}",
+            stacklevel=4,
+        )
 
 
 def tell_of_end(model: nn.Module, params: Collection[nn.Parameter]) -> None:
     """Warn where a block of `unfreeze` is about to drop gradients of ``params``."""
-    unstepped = []
-    for module, name, param in _owners(model, params) if _waiting else ():
-        version = _waiting.get(module, {}).pop(name, None)
-        if version is not None and param.grad is not None and _version(param) == version:
+    unstepped, names = [], []
+    for module, name, param in _owners(model, params):
+        wait = _take(_waiting, module, name)
+        if wait is not None and param.grad is not None and _version(param) == wait.version:
             unstepped.append(param)
+            names.append(wait.name)
     if _count(unstepped):
-        _warn(f"unfreeze: the block ends and drops gradients of {_named(model, unstepped)} that no optimizer has "
-              "stepped;\nstep within the block", stacklevel=8)  # fmt: skip
+        _warn(
+            f"unfreeze: the block ends and drops gradients of {_listed(names)} that no optimizer has stepped;\n"
+            "step within the block",
+            stacklevel=8,
+        )
 
 
 @cache
@@ -91,18 +117,26 @@ def _watch_steps() -> None:
 
 
 def _end_waits(optimizer: Any, *step: Any) -> None:
-    """A step has met what it holds: what of that has a gradient waits no longer."""
+    """A step has met what it holds: what of that has a gradient waits no longer. One without any is told of."""
     if torch.compiler.is_compiling() or not _waiting:
         return
-    met = [(module, name, module._parameters.get(name)) for module, names in [*_waiting.items()] for name in names]
-    met = [(module, name, param) for module, name, param in met if param is None or param.grad is not None]
-    if met:
-        stepped = {id(param) for group in getattr(optimizer, "param_groups", ()) for param in group["params"]}
-        for module, name, param in met:
-            if param is None or id(param) in stepped:
-                del _waiting[module][name]
-                if not _waiting[module]:
-                    del _waiting[module]
+    held = {id(param): param for group in getattr(optimizer, "param_groups", ()) for param in group["params"]}
+    idle = all(param.grad is None for param in held.values())
+    missed = []
+    for module, waits in [*_waiting.items()]:
+        for name, wait in [*waits.items()]:
+            param = module._parameters.get(name)
+            if param is None or (id(param) in held and param.grad is not None):
+                _take(_waiting, module, name)
+            elif id(param) in held and wait.dropped:
+                wait.dropped = False
+                missed += [wait.name] if idle else []
+    if missed:
+        _warn(
+            f"{type(optimizer).__name__}.step: there is no gradient to step by, since freeze() had dropped those of "
+            f"{_listed(missed)};\n{_CURE}",
+            stacklevel=4,
+        )
 
 
 def _owners(model: nn.Module, params: Collection[nn.Parameter]) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
@@ -113,8 +147,17 @@ def _owners(model: nn.Module, params: Collection[nn.Parameter]) -> Iterator[tupl
                 yield module, name, param
 
 
-def _wait(module: nn.Module, name: str, version: int) -> None:
-    _waiting.setdefault(module, {})[name] = version
+def _keep(notes: WeakKeyDictionary[nn.Module, dict[str, T]], module: nn.Module, name: str, value: T) -> None:
+    notes.setdefault(module, {})[name] = value
+
+
+def _take(notes: WeakKeyDictionary[nn.Module, dict[str, T]], module: nn.Module, name: str) -> T | None:
+    """The note of a parameter, which is gone then."""
+    own = notes.get(module, {})
+    value = own.pop(name, None)
+    if not own:
+        notes.pop(module, None)
+    return value
 
 
 def _version(param: torch.Tensor) -> int:
@@ -132,9 +175,9 @@ def _count(params: list[nn.Parameter]) -> bool:
     return 0.0 < total < math.inf
 
 
-def _named(model: nn.Module, params: list[nn.Parameter]) -> str:
-    names = {id(param): name for name, param in model.named_parameters()}
-    return repr(names[id(params[0])]) + (f" and {len(params) - 1} more" if len(params) > 1 else "")
+def _listed(names: list[str]) -> str:
+    names = list(dict.fromkeys(names))  # a parameter of two modules has two notes
+    return repr(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def _warn(message: str, stacklevel: int) -> None:

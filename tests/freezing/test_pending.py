@@ -21,6 +21,7 @@ from freezekit.guarding import guard
 from freezekit.schedules import FreezeOut, UpdateNorm
 
 pytestmark = pytest.mark.filterwarnings("error::freezekit.freezing.GradientWarning")
+IDLE = r"SGD\.step: there is no gradient .* freeze\(\) had dropped those of '0\.weight' and 3 more;\n.*`with"
 LOST = r"unfreeze: freeze\(\) had dropped gradients of '0\.weight' and 3 more that no optimizer has stepped.*\n.*`with"
 
 
@@ -114,14 +115,38 @@ def test_gradients_of_micro_batches_are_told(choice: Callable[[Any], Optimizer],
 
 def test_a_step_that_met_no_gradient_does_not_end_the_wait() -> None:
     gan = Gan()
-    for told in (False, True, True):  # both backward passes, then both steps: the discriminator never learns
+    for first in (True, False, False):  # both backward passes, then both steps: the discriminator never learns
         gan.opt_d.zero_grad()
         gan.discriminate()
-        with pytest.warns(GradientWarning, match=LOST) if told else nullcontext() as caught:
+        with nullcontext() if first else pytest.warns(GradientWarning, match=LOST) as caught:
             gan.generate()
-        assert not told or caught[0].filename == __file__
-        gan.opt_d.step()
+        assert first or caught[0].filename == __file__
         gan.opt_g.step()
+        with pytest.warns(GradientWarning, match=IDLE) if first else nullcontext() as caught:
+            gan.opt_d.step()
+        assert not first or caught[0].filename == __file__
+
+
+def test_a_step_without_gradients_that_nothing_dropped_is_quiet() -> None:
+    gan = Gan()
+    gan.generate()
+    gan.opt_d.step()
+    gan.discriminate()
+    gan.generate(block=True)
+    gan.opt_d.zero_grad()
+    gan.opt_d.step()
+
+
+def test_a_step_of_others_is_quiet() -> None:
+    gan = Gan()
+    gan.discriminate()
+    gan.opt_d.step()
+    gan.generate()
+    gan.opt_g.step()
+    gan.discriminate()
+    gan.opt_d.step()
+    gan.opt_d.zero_grad()
+    gan.opt_d.step()
 
 
 @pytest.mark.parametrize("released_before", [False, True])
