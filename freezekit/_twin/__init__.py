@@ -10,6 +10,7 @@ from freezekit._twin.higher_order import CannotWatch, call_higher_order, is_high
 from freezekit._twin.roots import has_data, roots_of
 from freezekit._twin.switches import random_numbers_kept, switches_kept
 from freezekit._twin.twin import Twin, all_kept, is_plain, on_twin
+from freezekit._twin.untouched import looking_once
 
 __all__ = [
     "CannotWatch",
@@ -19,6 +20,7 @@ __all__ = [
     "has_data",
     "is_higher_order",
     "is_plain",
+    "looking_once",
     "on_twin",
     "random_numbers_kept",
     "roots_of",

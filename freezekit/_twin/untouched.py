@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from itertools import compress
 from typing import Any
 
@@ -18,7 +21,7 @@ from freezekit._twin.higher_order import call_higher_order, is_higher_order
 
 
 class Untouched(TorchDispatchMode):
-    """Knows all tensors that there are when it is made; what runs within it may write to them until `put_back`.
+    """Knows all tensors that there are; what runs within it may write to them until `put_back`.
 
     No search through names finds all that a function reaches. So operators are looked at: what one reads that was there
     before is copied first, and put back. Of parameters, which may be large, only those that an operator says it writes
@@ -31,26 +34,16 @@ class Untouched(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        # Weak references: nothing is kept alive, but no new storage takes the address of one that went.
-        self._there: dict[int, StorageWeakRef] = {}
-        self._parameters: set[int] = set()
+        self._there = _there()
         self._before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
         self._forms: dict[int, tuple[Tensor, torch.UntypedStorage, tuple[Any, ...]]] = {}
-        with torch._C.DisableTorchFunction():
-            for tensor in _all_tensors():
-                if is_traceable_wrapper_subclass(tensor):  # Python knows what it wraps
-                    continue
-                for storage in _storages_if_any(tensor):
-                    self._there.setdefault(storage._cdata, StorageWeakRef(storage))
-                    if isinstance(tensor, nn.Parameter):
-                        self._parameters.add(storage._cdata)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         says_so = getattr(getattr(func, "_schema", None), "is_mutable", True)
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, Tensor):
                 for storage in _storages_if_any(tensor):
-                    if storage._cdata in self._there:
+                    if storage._cdata in self._there.storages:
                         self._look_at(tensor, storage, says_so)
         if is_higher_order(func):
             return call_higher_order(self, func, args, kwargs or {}, has_data=True)
@@ -58,7 +51,7 @@ class Untouched(TorchDispatchMode):
 
     def _look_at(self, tensor: Tensor, storage: torch.UntypedStorage, written: bool) -> None:
         key = storage._cdata
-        if key not in self._before and (written or key not in self._parameters):
+        if key not in self._before and (written or key not in self._there.parameters):
             self._before[key] = (storage, storage.clone())
         if written and type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided:
             self._forms.setdefault(id(tensor), (tensor, storage, form_of(tensor)))
@@ -77,6 +70,57 @@ class Untouched(TorchDispatchMode):
             if not torch.equal(now, then):  # else it may be memory that is only to be read
                 now.copy_(then)
         self._before.clear()
+
+
+@dataclass
+class _There:
+    """The storages of all tensors that there were at a time, by address, and which are parameters'.
+
+    Weak references: nothing is kept alive, but no new storage takes the address of one that went.
+    """
+
+    storages: dict[int, StorageWeakRef] = field(default_factory=dict)
+    parameters: set[int] = field(default_factory=set)
+
+    @classmethod
+    def now(cls) -> _There:
+        there = cls()
+        with torch._C.DisableTorchFunction():
+            for tensor in _all_tensors():
+                if is_traceable_wrapper_subclass(tensor):  # Python knows what it wraps
+                    continue
+                for storage in _storages_if_any(tensor):
+                    there.storages.setdefault(storage._cdata, StorageWeakRef(storage))
+                    if isinstance(tensor, nn.Parameter):
+                        there.parameters.add(storage._cdata)
+        return there
+
+
+_looked: ContextVar[list[_There] | None] = ContextVar("_looked", default=None)
+
+
+@contextmanager
+def looking_once() -> Iterator[None]:
+    """Context manager and decorator: for all runs within it the tensors that there are are those of the first.
+
+    To find them takes 0.1 s where Python holds 300,000 objects, and a plan may run a model a hundred times. What a run
+    makes and leaves somewhere, it may write to when it is run again.
+    """
+    outer = _looked.get()
+    token = _looked.set([] if outer is None else outer)
+    try:
+        yield
+    finally:
+        _looked.reset(token)
+
+
+def _there() -> _There:
+    looked = _looked.get()
+    if looked is None:
+        return _There.now()
+    if not looked:
+        looked.append(_There.now())
+    return looked[0]
 
 
 def _all_tensors() -> Iterator[Tensor]:

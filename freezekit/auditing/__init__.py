@@ -16,7 +16,7 @@ from torch import nn
 
 from freezekit._arguments import check_module
 from freezekit._inputs import arguments
-from freezekit._twin import random_numbers_kept, switches_kept
+from freezekit._twin import looking_once, random_numbers_kept, switches_kept
 from freezekit.freezing.wrapping import optimizers_of
 
 from . import attributes, forward, hooks, optim, tensors, wrappers
@@ -102,7 +102,7 @@ def audit(
         raise TypeError(f"schedule must have a method compile_entries(), got {type(schedule).__name__}")
     given = None if inputs is None else arguments(inputs)
     subject = Subject(model, _optimizers(optimizer), given, schedule)
-    with random_numbers_kept({p.device for p in model.parameters()}), switches_kept():
+    with random_numbers_kept({p.device for p in model.parameters()}), switches_kept(), looking_once():
         return _report(subject)
 
 

@@ -16,6 +16,7 @@ import freezekit._C as _C
 from freezekit._arguments import check_flag
 from freezekit._inputs import Arguments, arguments
 from freezekit._showing import BLUE, Shown, console_for, figure
+from freezekit._twin import looking_once
 from freezekit.distributed import unwrapped
 from freezekit.explanation.advice import Advisor, Held, Key, keyed
 from freezekit.explanation.kernels import WITHOUT_CHOICE, kernels_of
@@ -194,13 +195,18 @@ def explain(model: Callable[..., Any], inputs: Any, *, measure: bool | None = No
     if measure is not None:
         check_flag("measure", measure)
     model, given = unwrapped(model), arguments(inputs)
+    with looking_once():
+        return _explain(model, given, measure)
+
+
+def _explain(model: Callable[..., Any], given: Arguments, measure: bool | None) -> Explanation:
     traced = trace(model, given, measure)
 
     def again(prepare: Callable[[str, nn.Module], object], learns: bool) -> Trace:
         try:
             return trace(model, learning(given) if learns else given, traced.measured, prepare)
         except Exception as error:  # of any class: the model was never run like this
-            warnings.warn(f"no advice from a run of the model converted, frozen or enabled: {error}", stacklevel=4)
+            warnings.warn(f"no advice from a run of the model converted, frozen or enabled: {error}", stacklevel=5)
             return traced  # in which nothing is saved
 
     advisor = Advisor(traced, again)

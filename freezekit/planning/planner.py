@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from freezekit._arguments import check_flag, check_real
 from freezekit._inputs import Arguments, arguments
-from freezekit._twin import Twin, has_data, roots_of
+from freezekit._twin import Twin, has_data, looking_once, roots_of
 from freezekit.distributed import unwrapped
 from freezekit.explanation.record import Trace
 from freezekit.explanation.report import learning
@@ -80,9 +80,10 @@ def plan(
     where = "cpu" if parameter.is_meta else parameter.device
     machine = machine or Machine.measure(where, parameter.dtype)
     planner = _Planner(model, given, machine)
-    options = [*planner.depths(), *planner.regimes()]
-    if measure:
-        options = [planner.measured(option) for option in options]
+    with looking_once():
+        options = [*planner.depths(), *planner.regimes()]
+        if measure:
+            options = [planner.measured(option) for option in options]
     return Plan(options, machine, memory, time)
 
 
