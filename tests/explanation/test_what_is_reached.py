@@ -773,6 +773,26 @@ def test_what_python_no_longer_lists_is_put_back() -> None:
     assert far.held.held.running_mean.tolist() == [0, 0, 0]
 
 
+def halve(far: Far) -> None:
+    far.far.held.held.held.square.mul_(0.5)
+
+
+@pytest.mark.parametrize("look", ["explain", "plan", "audit"])
+def test_tensors_are_looked_for_once(look: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    far, net, x = Far(), nn.Sequential(nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3)), torch.randn(2, 3, 8, 8)
+    net[0].register_forward_pre_hook(lambda *_: halve(far))
+    before, times = far.far.held.held.held.square.clone(), []
+    monkeypatch.setattr(gc, "get_objects", lambda find=gc.get_objects: times.append(1) or find())
+    if look == "explain":
+        fk.explain(net, x, measure=True)
+    elif look == "plan":
+        fk.plan(net, x, machine=MACHINE, measure=True)
+    else:
+        fk.audit(net, torch.optim.SGD(net.parameters(), lr=1), x)
+    assert times == [1]
+    assert torch.equal(far.far.held.held.held.square, before)
+
+
 @pytest.mark.parametrize("kind", ["meta", "escaped"])
 def test_a_tensor_that_has_no_data_may_be_named(kind: str) -> None:
     named: list[Any] = [nn.Linear(4, 4, device="meta")]
