@@ -1,4 +1,4 @@
-"""`python -m freezekit.selftest`: every kernel on the device that is here, against float64.
+"""`python -m freezekit.selftest`: every kernel on the device that is here, against float64; layers against torch's own.
 
 What a person with a new GPU runs first. On a CPU it is ATen's code that runs or, in a source folder, the source of the
 kernels, emulated: not the same hardware. Rows are printed as they are made. On a GPU of sm_90 its own kernels come
@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from freezekit import _C, _extension, functional
+from freezekit import _C, _extension, _layer_checks, functional
+from freezekit._layer_checks import LAYERS, layers_for
 from freezekit._tf32 import tf32 as with_tf32
 from freezekit.backends import switched
 from freezekit.tuning import dump_choices
@@ -68,6 +69,9 @@ PROBLEMS = (
     Problem("depthwise, multiplier 2", (1, 16, 11, 11), (32, 1, 5, 5), stride=2, padding=2, groups=16),
 )
 
+# Of layers: their sizes are _layer_checks'.
+LAYER = Problem("layer", _layer_checks.SIZE, (0, 0, 0, 0))
+
 # What the kernels of sm_90a take: whole 16-byte chunks of channels, at least half of 128 bytes of them.
 HOPPER_PROBLEMS = PROBLEMS[:4]
 SECONDS = 180.0  # until processes that were started must have ended, by default
@@ -109,18 +113,36 @@ def _cases(problems: Iterable[Problem]) -> Iterator[Case]:
                 yield operator, problem, dtype, tf32
 
 
+def _layer_cases(layers: Iterable[str]) -> Iterator[Case]:
+    for name in layers:
+        for dtype in DTYPES:
+            yield name, LAYER, dtype, False
+
+
+def _all_cases(backend: str) -> Iterator[Case]:
+    return itertools.chain(_cases(PROBLEMS), _layer_cases(layers_for(backend)))
+
+
 def selftest(
-    backend: str, device: torch.device, problems: Iterable[Problem] = PROBLEMS, skip: int = 0
+    backend: str,
+    device: torch.device,
+    problems: Iterable[Problem] = PROBLEMS,
+    skip: int = 0,
+    layers: Iterable[str] = (),
 ) -> Iterator[Verdict]:
     """Runs each operator of each problem in each dtype on `backend`, and float32 in tf32 too, all but the first `skip`.
+
+    Then the layers of these names, value and gradient.
 
     >>> rows = list(selftest("aten", torch.device("cpu"), PROBLEMS[:1]))
     >>> all(row.passed for row in rows), len(rows)
     (True, 19)
     """
-    for operator, problem, dtype, tf32 in itertools.islice(_cases(problems), skip, None):
+    cases = itertools.chain(_cases(problems), _layer_cases(layers))
+    for operator, problem, dtype, tf32 in itertools.islice(cases, skip, None):
         with with_tf32(tf32), switched(backend):
-            yield _run(operator, problem, dtype, tf32, backend, device)
+            run = _run_layer if problem is LAYER else _run
+            yield run(operator, problem, dtype, tf32, backend, device)
 
 
 def selftest_hopper(backend: str, device: torch.device) -> Iterator[Verdict]:
@@ -158,6 +180,19 @@ def _run(
     return Verdict(operator, problem.name, name, kernel, error, seconds * 1e3)
 
 
+def _run_layer(
+    operator: str, problem: Problem, dtype: torch.dtype, tf32: bool, backend: str, device: torch.device
+) -> Verdict:
+    own, stock = LAYERS[operator]
+    name = _name_of(dtype, tf32)
+    try:
+        kernel, result, seconds = _timed(lambda: _layer_checks.step(own, operator, dtype, device), backend, device)
+        error = _layer_checks.error(result, _layer_checks.step(stock, operator, dtype, device))
+    except RuntimeError as failure:
+        return Verdict(operator, problem.name, name, "", float("nan"), 0.0, str(failure).splitlines()[0])
+    return Verdict(operator, problem.name, name, kernel, error, seconds * 1e3)
+
+
 def _name_of(dtype: torch.dtype, tf32: bool) -> str:
     return "tf32" if tf32 else str(dtype).removeprefix("torch.")
 
@@ -174,7 +209,7 @@ def _tensors(problem: Problem, dtype: torch.dtype, device: torch.device) -> tupl
     return x, w, random(*y_size)
 
 
-def _timed(call: Any, backend: str, device: torch.device) -> tuple[str, Tensor, float]:
+def _timed(call: Any, backend: str, device: torch.device) -> tuple[str, Any, float]:
     """The kernel that ran, its result, and seconds of a call; a GPU's first call also loads its code."""
     seconds = 0.0
     for _ in range(2 if device.type == "cuda" else 1):
@@ -188,7 +223,8 @@ def _timed(call: Any, backend: str, device: torch.device) -> tuple[str, Tensor, 
             log = _C.take_launch_log()
         finally:
             _C.set_launch_log(False)
-    return (log[-1]["kernel"] if log else backend), result, seconds
+    kernels = [row["kernel"] for row in log if row["kernel"] not in ("filter_transform", "norm_affine")]
+    return ", ".join(kernels) or backend, result, seconds
 
 
 def _error(
@@ -265,7 +301,7 @@ def _hopper_in_a_child(backend: str, until: float) -> int:
 
 def _rest(backend: str, done: int, why: str, processes: int, until: float) -> int:
     """What is left after `done` rows, once the device answers `why` to everything. The failures."""
-    left = list(itertools.islice(_cases(PROBLEMS), done, None))
+    left = list(itertools.islice(_all_cases(backend), done, None))
     if left and processes > 0:
         print(f"the device is lost to this process ({why}): {len(left)} rows are left to another", flush=True)
         again = (*_named(backend), "--skip", str(done), "--processes", str(processes - 1))
@@ -316,7 +352,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.skip:
         print(f"freezekit selftest: {backend} on {where}")
         print(f"{'problem':24} {'operator':17} {'dtype':9} {'kernel':36} {'error / bound':>13} {'ms':>9}")
-    parts = [] if options.hopper else [selftest(backend, device, PROBLEMS, options.skip)]
+    parts = [] if options.hopper else [selftest(backend, device, PROBLEMS, options.skip, layers_for(backend))]
     if backend == "emulated" or options.hopper:
         parts.append(selftest_hopper(backend, device))
     hopper_follows = backend == "native" and not (options.hopper or options.skip) and _is_hopper(device)

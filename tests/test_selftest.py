@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 import freezekit as fk
 from bench.environment import measure_peaks
@@ -26,6 +27,8 @@ def test_every_kernel_passes_on_this_machine() -> None:
     assert run.returncode == 0, run.stdout
     kernels = [f"{family}_{op}" for family in ("direct", "implicit_gemm") for op in ("fprop", "dgrad", "wgrad")]
     kernels += [f"depthwise_{op}_{kind}" for op in ("fprop", "dgrad", "wgrad") for kind in ("tiled", "generic")]
+    kernels += ["activation_relu", "activation_hardtanh", "activation_leaky_relu", "gate_select", "gate_scale"]
+    kernels += ["max_pool, max_pool_scatter", "frozen_conv2d"]
     for word in ("native" if torch.cuda.is_available() else "emulated", "error / bound", "ms", "bias_grad", *kernels):
         assert word in run.stdout, word
     assert "0 failed" in run.stdout
@@ -84,10 +87,31 @@ def test_the_exit_code_counts_the_failures_of_a_planted_bug(
     right = functional.conv2d_bias_grad
     monkeypatch.setattr(functional, "conv2d_bias_grad", lambda dy, **settings: right(dy, **settings) + 1)
     monkeypatch.setattr(selftest, "PROBLEMS", selftest.PROBLEMS[:1])
+    monkeypatch.setattr(selftest, "layers_for", lambda backend: [])
     assert selftest.main(["--backend", "aten"]) == 4  # one a dtype
     printed = capsys.readouterr().out
     assert printed.count("FAIL") == 4
     assert "15 passed, 4 failed" in printed
+
+
+@pytest.mark.parametrize("name", selftest.LAYERS)
+def test_a_layer_is_torch_s_value_for_value(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    device, state = torch.device("cpu"), torch.get_rng_state()
+    for backend in ("aten", "emulated"):
+        rows = list(selftest.selftest(backend, device, (), 0, [name]))
+        assert [(row.operator, row.passed) for row in rows] == [(name, True)] * len(selftest.DTYPES)
+    assert torch.equal(torch.get_rng_state(), state)
+    own, stock = selftest.LAYERS[name]
+
+    def wrong(x: Tensor) -> Tensor:
+        """In the gradient of one element alone."""
+        y = own(x)
+        share = torch.zeros_like(y)
+        share[0, 0, 0, 0] = 0.5
+        return y + share * (x - x.detach())[0, 0, 0, 0]
+
+    monkeypatch.setitem(selftest.LAYERS, name, (wrong, stock))
+    assert not any(row.passed for row in selftest.selftest("aten", device, (), 0, [name]))
 
 
 def test_nan_and_errors_are_failures(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,6 +162,7 @@ def lost(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError(KEPT)
 
     monkeypatch.setattr(selftest, "PROBLEMS", selftest.PROBLEMS[:1])
+    monkeypatch.setattr(selftest, "layers_for", lambda backend: [])
     monkeypatch.setattr(functional, "conv2d_dgrad", broken)
     monkeypatch.setattr(selftest, "_lost", lambda device: KEPT if down else "")
 
