@@ -78,6 +78,11 @@ Status launch_conv2d(Operator op, const Selection& selection, const Conv2dProble
 
 }  // namespace freezekit
 
+#ifndef __CUDACC__
+// A library of its own may be of an older tree than what loads it.
+extern "C" FK_EXPORT size_t freezekit_kernel_table_bytes() { return sizeof(freezekit::KernelTable); }
+#endif
+
 extern "C" FK_EXPORT const freezekit::KernelTable* freezekit_kernel_table() {
   static const freezekit::KernelTable table = {freezekit::launch_conv2d,
                                                freezekit::bias_grad_workspace,

@@ -222,6 +222,8 @@ extern "C" const char* freezekit_last_error() {
   return reinterpret_cast<const char* (*)()>(real("freezekit_last_error"))();
 }
 
+extern "C" size_t freezekit_kernel_table_bytes() { return sizeof(KernelTable); }
+
 extern "C" const KernelTable* freezekit_kernel_table() {
   static KernelTable table = emulated();
   table.conv2d = conv2d, table.activation = activation, table.gate = gate, table.pack_bytes = pack_bytes;

@@ -32,6 +32,9 @@ const KernelLibrary& load_emulator() {
   // RTLD_LOCAL: the CUDA build of the same functions may be in this process too.
   void* handle = dlopen(emulator_path.c_str(), RTLD_NOW | RTLD_LOCAL);
   TORCH_CHECK(handle, "the emulated kernels cannot be loaded: ", dlerror());
+  // Of a tree whose extension alone was built again: entries of another table would be called with these arguments.
+  TORCH_CHECK(symbol<size_t (*)()>(handle, "freezekit_kernel_table_bytes")() == sizeof(KernelTable),
+              "the emulated kernels in ", emulator_path, " are older than this build; rebuild freezekit");
   emulator.error = symbol<const char* (*)()>(handle, "freezekit_last_error");
   emulator.table = symbol<const KernelTable* (*)()>(handle, "freezekit_kernel_table")();
   return emulator;
