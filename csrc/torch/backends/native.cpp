@@ -115,8 +115,9 @@ int64_t images_at_once(int64_t n, std::initializer_list<std::pair<int64_t, bool>
     if (!is_copied && n > 0 && bytes / n % 16 != 0) unit = 8;  // kernels are to begin at multiples of 16 bytes
   }
   if (has_mask || copied <= kCopiedBytes) return n;
-  const int64_t slices = (copied + kCopiedBytes - 1) / kCopiedBytes;
-  return std::min(n, ((n + slices - 1) / slices + unit - 1) / unit * unit);
+  const int64_t most = std::max<int64_t>(kCopiedBytes / ((copied + n - 1) / n), 1);
+  const int64_t slices = (n + most - 1) / most, even = (n + slices - 1) / slices;
+  return std::min(n, std::max(even / unit * unit, unit));
 }
 
 // A result of this size and format by compute(images, x, residual, y), which takes all of them in NHWC. Those that are in
