@@ -99,8 +99,8 @@ def freeze(
         _tell_of_norms([name for name, module in selection.norms.items() if module.training])
     result = Frozen("freeze", shared=selection.shared)
     result.on_restore(partial(announce, model, params))  # runs last, when the flags are what they were
-    names = all_names(model)
-    pending.note_dropped(result, model, params)
+    names = selection.names
+    pending.note_dropped(result, selection)
     _set_requires_grad(result, selection, names, False)
     _drop_grads(result, selection, names)
     for name, module in selection.norms.items():
@@ -157,7 +157,7 @@ def unfreeze(
     selection = select(model, patterns, until, inputs)
     check_flags(selection.params, frozen=False)
     params = list(selection.params.values())
-    names = all_names(model)
+    names = selection.names
     if optimizers and group is None:
         _check_known(optimizers, params, names)
     for one in optimizers:
@@ -165,14 +165,18 @@ def unfreeze(
     result = Frozen("unfreeze", shared=selection.shared)
     result.on_restore(partial(announce, model, params))
     released = _set_requires_grad(result, selection, names, True)
-    pending.note_released(model, released)
-    result.on_restore(partial(pending.tell_of_end, model, released))
+    pending.note_released(selection, released)
+    result.on_restore(partial(pending.tell_of_end, selection, released))
     for name, module in selection.norms.items():
         set_statistics(result, model, name, module, held=norm == "freeze")
         set_note(result, module, batch=False, learns=False)
     selected = set(params)
-    for module in model.modules():  # of one that stays held, whatever of it was selected is meant to train
-        if statistics.is_held(module) and not selected.isdisjoint(module.parameters(recurse=False)):
+    for module in selection.modules:  # of one that stays held, whatever of it was selected is meant to train
+        if (
+            "train" in vars(module)
+            and statistics.is_held(module)
+            and not selected.isdisjoint(module.parameters(recurse=False))
+        ):
             set_note(result, module, batch=False, learns=True)
     for one in optimizers:
         _keep_way_back(result, one, params, names, state)

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from freezekit._arguments import shown
 from freezekit.distributed import wrapper_prefix
@@ -137,6 +138,8 @@ class Index:
     def stilled(self, params: set[int]) -> set[int]:
         """Ids of the layers whose statistics move a computed tensor that is made of nothing but ``params``."""
         found: set[int] = set()
+        if not any(module._forward_pre_hooks or is_parametrized(module) for module in self.modules.values()):
+            return found
         for _, module, own, made_of in self.computed:
             if {id(self.params[part]) if part in self.params else 0 for part in made_of} <= params:
                 found |= {id(part) for part in statistics_inside(module, own)}

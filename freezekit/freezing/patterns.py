@@ -36,11 +36,15 @@ class Selection:
     params: name -> parameter; one name per parameter (its first), found by identity, never by value.
     norms: name -> layer with running statistics, when the pattern covers the layer or all parameters it owns.
     shared: the names of each selected parameter that has more than one.
+    names: id of each parameter of the model that can be frozen -> all its names, in registration order.
+    modules: each module of the model once, in that order.
     """
 
     params: dict[str, nn.Parameter] = field(default_factory=dict)
     norms: dict[str, nn.Module] = field(default_factory=dict)
     shared: tuple[tuple[str, ...], ...] = ()
+    names: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    modules: list[nn.Module] = field(default_factory=list)
 
 
 def named_modules(model: nn.Module, patterns: Iterable[Any], argument: str) -> dict[str, nn.Module]:
@@ -126,16 +130,20 @@ def select(model: nn.Module, patterns: Iterable[Any], until: str | None = None, 
 
 
 def _named(index: Index, params: set[int], norms: set[int]) -> Selection:
-    selection = Selection()
+    selection = Selection(names={i: tuple(names) for i, names in index.names.items()})
     for name, param in index.params.items():
         if id(param) in params and index.names[id(param)][0] == name:
             selection.params[name] = param
     norms |= index.stilled(params)
-    for name, module in index.model.named_modules():
+    first = {id(module): name for name, module in reversed(index.modules.items())}
+    for name, module in index.modules.items():
+        if first[id(module)] != name:
+            continue
+        selection.modules.append(module)
         if not has_statistics(module):
             continue
         own = {id(p) for p in module.parameters(recurse=False)}
         if id(module) in norms or (own and own <= params):
             selection.norms[name] = module
-    selection.shared = tuple(tuple(names) for i, names in index.names.items() if i in params and len(names) > 1)
+    selection.shared = tuple(names for i, names in selection.names.items() if i in params and len(names) > 1)
     return selection

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, TypeVar
@@ -30,6 +30,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from freezekit.freezing.bits import local
+from freezekit.freezing.patterns import Selection
 from freezekit.freezing.result import Frozen
 
 
@@ -56,10 +57,12 @@ class GradientWarning(UserWarning):
     """Gradients that no optimizer has stepped were dropped for good."""
 
 
-def note_dropped(result: Frozen, model: nn.Module, params: Collection[nn.Parameter]) -> None:
-    """Note which of ``params`` have a gradient, which `freeze` is about to drop, and which of these wait for a step."""
+def note_dropped(result: Frozen, selection: Selection) -> None:
+    """Note which parameters have a gradient, which `freeze` is about to drop, and which of these wait for a step."""
     unstepped = []
-    for module, name, param in _owners(model, params):
+    params = selection.params.values()
+    noted = params if _waiting else [param for param in params if param.grad is not None]
+    for module, name, param in _owners(selection, noted):
         wait = _take(_waiting, module, name)
         if wait is not None:
             result.on_restore(partial(_keep, _waiting, module, name, wait))
@@ -73,20 +76,20 @@ def note_dropped(result: Frozen, model: nn.Module, params: Collection[nn.Paramet
             _dropped[module][name] = True
 
 
-def note_released(model: nn.Module, params: Collection[nn.Parameter]) -> None:
-    """Have ``params`` of ``model``, which `unfreeze` released, wait for a step.
+def note_released(selection: Selection, params: Collection[nn.Parameter]) -> None:
+    """Have ``params``, which `unfreeze` released, wait for a step.
 
     Warns the caller of `unfreeze` of gradients that `freeze` dropped and nothing gave back.
     """
     _watch_steps()
-    names = {id(param): name for name, param in model.named_parameters()}
     lost = []
-    for module, name, param in _owners(model, params):
+    for module, name, param in _owners(selection, params):
         known = _take(_dropped, module, name)
+        first = selection.names[id(param)][0]
         if not is_lazy(param):
-            _keep(_waiting, module, name, _Wait(names[id(param)], _version(param), known is False))
+            _keep(_waiting, module, name, _Wait(first, _version(param), known is False))
         if known:
-            lost.append(names[id(param)])
+            lost.append(first)
     if lost:
         _warn(
             f"unfreeze: freeze() had dropped gradients of {_listed(lost)} that no optimizer has stepped, and they are "
@@ -95,10 +98,10 @@ def note_released(model: nn.Module, params: Collection[nn.Parameter]) -> None:
         )
 
 
-def tell_of_end(model: nn.Module, params: Collection[nn.Parameter]) -> None:
+def tell_of_end(selection: Selection, params: Collection[nn.Parameter]) -> None:
     """Warn where a block of `unfreeze` is about to drop gradients of ``params``."""
     unstepped, names = [], []
-    for module, name, param in _owners(model, params):
+    for module, name, param in _owners(selection, params):
         wait = _take(_waiting, module, name)
         if wait is not None and param.grad is not None and _version(param) == wait.version:
             unstepped.append(param)
@@ -139,9 +142,9 @@ def _end_waits(optimizer: Any, *step: Any) -> None:
         )
 
 
-def _owners(model: nn.Module, params: Collection[nn.Parameter]) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+def _owners(selection: Selection, params: Iterable[nn.Parameter]) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
     wanted = {id(param) for param in params}
-    for module in model.modules() if wanted else ():
+    for module in selection.modules if wanted else ():
         for name, param in module._parameters.items():
             if param is not None and id(param) in wanted:
                 yield module, name, param
