@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from freezekit._factory import FactoryError, build
-from freezekit._inputs import Arguments, arguments
+from freezekit._inputs import Arguments, arguments, tensors_in
 from freezekit.enabling import enabled
 from freezekit.profiling import profile
 
@@ -190,7 +189,7 @@ def _record(text: str) -> profile:
 
 
 def _step(model: nn.Module, inputs: Arguments) -> None:
-    outputs = [t for t in tree_leaves(inputs.call(model)) if isinstance(t, Tensor) and t.requires_grad]
+    outputs = [t for t in tensors_in(inputs.call(model)) if t.requires_grad]
     if outputs:  # With everything frozen and no input that learns there is no backward pass.
         torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
 

@@ -9,9 +9,8 @@ from types import FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from freezekit._inputs import Arguments
+from freezekit._inputs import Arguments, tensors_in
 from freezekit._twin.surroundings import modules_in, modules_within, names_of
 
 
@@ -67,4 +66,4 @@ def _parameters(function: Callable[..., Any]) -> list[str]:
 def has_data(roots: dict[str, nn.Module], inputs: Arguments) -> bool:
     """Whether no tensor of the modules and inputs is on the meta device."""
     tensors = [t for root in roots.values() for t in (*root.parameters(), *root.buffers())]
-    return not any(isinstance(t, Tensor) and t.is_meta for t in (*tensors, *tree_leaves(tuple(inputs))))
+    return not any(isinstance(t, Tensor) and t.is_meta for t in (*tensors, *tensors_in(tuple(inputs))))

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
-from freezekit._inputs import Arguments
+from freezekit._inputs import Arguments, tensors_in
 from freezekit._twin.constants import Constants
 from freezekit._twin.copies import Copies
 from freezekit._twin.higher_order import CannotWatch, Refusing
@@ -92,8 +92,8 @@ class Twin:
         """Makes the copies of computed inputs computed too: a leaf that needs a gradient refuses writes in place."""
         root = torch.zeros((), requires_grad=True)
         with torch.inference_mode(False), torch.enable_grad():
-            for original, copied in zip(tree_leaves(tuple(inputs)), tree_leaves(tuple(self.inputs))):
-                if isinstance(original, Tensor) and not original.is_leaf and copied.is_leaf:
+            for original, copied in zip(tensors_in(tuple(inputs)), tensors_in(tuple(self.inputs))):
+                if not original.is_leaf and copied.is_leaf:
                     _Computed.apply(root, copied.requires_grad_(False))
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:

@@ -10,8 +10,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
+
+from freezekit._inputs import tensors_in
 
 from .tensors import drops
 
@@ -59,7 +60,7 @@ class Dropping(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        before = self._together(_tensors((args, kwargs)))
+        before = self._together(tensors_in((args, kwargs)))
         result = func(*args, **kwargs)
         if before is not None:
             self._note(result, before)
@@ -88,15 +89,15 @@ class Dropping(TorchFunctionMode):
         return self._histories.get(tensor, _History())
 
     def _note(self, result: Any, history: _History) -> None:
-        for tensor in _tensors(result):
+        for tensor in tensors_in(result):
             if not isinstance(tensor, nn.Parameter):
                 self._histories[tensor] = history
 
     def _drop(self, module: nn.Module, given: Any, result: Any) -> None:
-        come_from = [self._history_of(t) for t in _tensors(given)]
+        come_from = [self._history_of(t) for t in tensors_in(given)]
         if not any(history.frozen for history in come_from) or any(history.frozen is False for history in come_from):
             return
-        for tensor in _tensors(result):
+        for tensor in tensors_in(result):
             history = self._history_of(tensor)
             self._histories[tensor] = _History(True, history.is_weight, history.dropped_by | {id(module)})
 
@@ -107,10 +108,6 @@ def _joined(histories: list[_History]) -> _History:
     frozen = all(known) if known else None
     dropped = frozenset[int]().union(*(history.dropped_by for history in histories)) if frozen else frozenset[int]()
     return _History(frozen, all(history.is_weight for history in histories), dropped)
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    return [part for part in tree_leaves(value) if isinstance(part, Tensor)]
 
 
 def _drops_now(func: Callable[..., Any], args: Any, kwargs: Any) -> bool:

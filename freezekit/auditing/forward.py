@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
+from freezekit._inputs import tensors_in
 from freezekit._twin import CannotWatch, Twin
 from freezekit.distributed import unwrapped
 from freezekit.freezing.bits import same_bits
@@ -108,7 +108,7 @@ def run(subject: Subject) -> Probe:
     probe.dropping = list(dict.fromkeys(names[id(module)] for module in dropping.called if not drops(module)))
     probe.between = list(dict.fromkeys(names[id(module)] for module in dropping.between))
     probe.lost = any(_LOST in str(w.message) for w in caught)
-    _walk([t for t in tree_leaves(outputs) if isinstance(t, torch.Tensor)], probe)
+    _walk(tensors_in(outputs), probe)
     for (name, source), now in zip(_tensors(model), dict(_tensors(copied)).values(), strict=True):
         if not same_bits(now, source):
             probe.moved.append(name)

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from freezekit._inputs import tensors_in
 from freezekit._twin import call_higher_order, is_higher_order
 from freezekit.explanation import fused
 from freezekit.explanation.record import Call
@@ -109,11 +110,11 @@ def _with_mixed_statistics(args: Any, result: Any) -> Any:
 
 def note(call: Call, arguments: Any, result: Any) -> None:
     """Shapes and needs of the first tensors in and out; in-place ones by what they were on the way in."""
-    if tensors := [t for t in tree_leaves(arguments) if isinstance(t, Tensor)]:
+    if tensors := tensors_in(arguments):
         call.inputs = tuple(tensors[0].shape)
         call.channels_last = suggest_memory_format(tensors[0]) == torch.channels_last
         call.input_needs_grad = any(map(_needs_grad, tensors))
-    if tensors := [t for t in tree_leaves(result) if isinstance(t, Tensor)]:
+    if tensors := tensors_in(result):
         call.outputs = tuple(tensors[0].shape)
         call.output_needs_grad = any(map(_needs_grad, tensors))
 
@@ -127,12 +128,11 @@ def _needs_grad(tensor: Tensor) -> bool:
 
 def fallback(inputs: Any) -> str:
     """Why a layer of freezekit's is torch's own in this call, and keeps what torch keeps; "" where it is not."""
-    for tensor in tree_leaves(inputs):
-        if isinstance(tensor, Tensor):
-            if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-                return "within a torch.func transform"
-            if torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
-                return "within forward-mode AD"
-            if tensor.is_complex():
-                return "for complex numbers"
+    for tensor in tensors_in(inputs):
+        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            return "within a torch.func transform"
+        if torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
+            return "within forward-mode AD"
+        if tensor.is_complex():
+            return "for complex numbers"
     return ""

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 
 import freezekit._C as _C
 from freezekit._arguments import check_flag
-from freezekit._inputs import Arguments, arguments
+from freezekit._inputs import Arguments, arguments, with_tensors
 from freezekit._showing import BLUE, Shown, console_for, figure
 from freezekit._twin import looking_once
 from freezekit.distributed import unwrapped
@@ -225,7 +224,7 @@ def learning(inputs: Arguments) -> Arguments:
         return value
 
     with torch.inference_mode(False), torch.enable_grad():
-        return tree_map(learns, inputs)
+        return with_tensors(learns, inputs)
 
 
 def _title(call: Call) -> str:

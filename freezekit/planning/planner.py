@@ -10,12 +10,11 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
-from torch.utils._pytree import tree_leaves
 
 from freezekit._arguments import check_flag, check_real
-from freezekit._inputs import Arguments, arguments
+from freezekit._inputs import Arguments, arguments, tensors_in
 from freezekit._twin import Twin, has_data, looking_once, roots_of
 from freezekit.distributed import unwrapped
 from freezekit.explanation.record import Trace
@@ -160,9 +159,9 @@ class _Planner:
         for name, root in twin.roots.items():
             _freezer(frozen)(name, root)
         with twin.undisturbed(), torch.enable_grad():
-            outputs = [t for t in tree_leaves(twin.run()) if isinstance(t, Tensor) and t.requires_grad]
-            leaves = [*twin.tensors(), *tree_leaves(tuple(twin.inputs))]
-            wanted = [t for t in leaves if isinstance(t, Tensor) and t.requires_grad]
+            outputs = [t for t in tensors_in(twin.run()) if t.requires_grad]
+            leaves = [*twin.tensors(), *tensors_in(tuple(twin.inputs))]
+            wanted = [t for t in leaves if t.requires_grad]
             ones = [torch.ones_like(t) for t in outputs]
 
             def backward() -> object:
