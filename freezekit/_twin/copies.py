@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import copyreg
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,17 @@ from freezekit._twin.surroundings import (
     names_in,
 )
 
+# How `copy` is to copy what it refuses, or would put in a tensor, which may have no data here. Of a lock that is taken
+# there is a copy that is not.
+_REDUCED: dict[type, Callable[[Any], Any]] = {
+    Generator: lambda generator: (generator.clone_state, ()),
+    ModuleType: lambda module: module.__name__,  # its own copy, as a function is
+    type(threading.Lock()): lambda lock: (threading.Lock, ()),
+    type(threading.RLock()): lambda lock: (threading.RLock, ()),
+    threading.local: lambda local: (threading.local, (), vars(local)),
+}
+_lock = threading.Lock()
+_copying: list[Any] = []  # of all threads
 _number = count()
 
 # What is copied with a function that holds it. An object of any other class may hold half of the program.
@@ -68,15 +80,17 @@ class Copies(TorchFunctionMode):
                 known.pop(name, None)
 
     def __enter__(self) -> Copies:
-        # `copy` alone would put a generator's state in a tensor, which may have no data here.
-        copyreg.dispatch_table[Generator] = lambda generator: (generator.clone_state, ())
-        copyreg.dispatch_table[ModuleType] = lambda module: module.__name__  # its own copy, as a function is
+        with _lock:
+            copyreg.dispatch_table.update(_REDUCED)
+            _copying.append(self)
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        for kind in (Generator, ModuleType):
-            copyreg.dispatch_table.pop(kind, None)
         super().__exit__(*error)
+        with _lock:
+            _copying.remove(self)
+            for kind in () if _copying else _REDUCED:
+                copyreg.dispatch_table.pop(kind, None)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__deepcopy__:

@@ -8,7 +8,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import _lru_cache_wrapper, partial
-from types import CellType, CodeType, FunctionType, MemberDescriptorType, MethodType, ModuleType
+from types import BuiltinMethodType, CellType, CodeType, FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -149,8 +149,9 @@ class Surroundings:
         if isinstance(value, tuple):
             return value
         if isinstance(value, FunctionType | type):
-            if _is_a_librarys(value):
-                return ()
+            if _is_a_librarys(value):  # which may hold a function of a user
+                cells = value.__closure__ or () if isinstance(value, FunctionType) else ()
+                return [cell.cell_contents for cell in cells if is_filled(cell)]
             if isinstance(value, type):
                 self._undo.append(partial(_name, value, _own(value)))
                 return (*value.__bases__, *vars(value).values())
@@ -161,6 +162,8 @@ class Surroundings:
             return [*named, *self._of_python(named, names)]
         if isinstance(value, MethodType | staticmethod | classmethod):
             return (value.__func__, getattr(value, "__self__", None))
+        if isinstance(value, BuiltinMethodType):  # as ``seen.append``
+            return (value.__self__,)
         if isinstance(value, property | partial | _lru_cache_wrapper):
             held = ("fget", "func", "args", "keywords", "__wrapped__")
             return [getattr(value, name, None) for name in held]

@@ -186,6 +186,7 @@ def all_kept(values: Iterable[Any], devices: Iterable[torch.device]) -> Iterator
         stack.callback(untouched.put_back)
         stack.enter_context(switches_kept())
         stack.enter_context(uncompiled())
+        stack.enter_context(torch.inference_mode(False))
         stack.enter_context(untouched)
         yield
 

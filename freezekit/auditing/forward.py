@@ -89,6 +89,7 @@ def run(subject: Subject) -> Probe:
     copied = twin.roots[""]
     names = {id(module): name for name, module in subject.modules()}
     names = {id(twin): names[id(source)] for source, twin in zip(model.modules(), copied.modules(), strict=True)}
+    sources = {id(twin): id(source) for source, twin in zip(model.parameters(), copied.parameters(), strict=True)}
 
     def before(module: nn.Module, args: Any) -> None:
         own = any(p.requires_grad for p in module.parameters(recurse=False))
@@ -105,21 +106,19 @@ def run(subject: Subject) -> Probe:
             outputs = twin.run()
         except CannotWatch as error:
             raise CannotCopy(str(error)) from error
-    probe.dropping = list(dict.fromkeys(names[id(module)] for module in dropping.called if not drops(module)))
-    probe.between = list(dict.fromkeys(names[id(module)] for module in dropping.between))
+    probe.dropping = list(dict.fromkeys(names[id(m)] for m in dropping.called if id(m) in names and not drops(m)))
+    probe.between = list(dict.fromkeys(names[id(m)] for m in dropping.between if id(m) in names))
     probe.lost = any(_LOST in str(w.message) for w in caught)
     _walk(tensors_in(outputs), probe)
-    for (name, source), now in zip(_tensors(model), dict(_tensors(copied)).values(), strict=True):
-        if not same_bits(now, source):
-            probe.moved.append(name)
-    parameters = zip(model.parameters(), copied.parameters(), strict=True)
-    probe.reached = {id(source) for source, copy in parameters if id(copy) in probe.reached}
+    now = dict(_tensors(copied, remove_duplicate=False))  # of which the pass may have taken some away, or added some
+    probe.moved = [n for n, source in _tensors(model) if n in now and not same_bits(now[n], source)]
+    probe.reached = {sources[key] for key in probe.reached if key in sources}
     return probe
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from model.named_buffers()
-    yield from model.named_parameters()
+def _tensors(model: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_buffers(remove_duplicate=remove_duplicate)
+    yield from model.named_parameters(remove_duplicate=remove_duplicate)
 
 
 def check_forward(subject: Subject) -> Iterator[Finding]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,12 +22,9 @@ from .subject import Subject
 _CALLS = 8
 
 
-def _on_gradient(p: Tensor) -> list[Any]:
-    return list((p._backward_hooks or {}).values())
-
-
-def _once_accumulated(p: Tensor) -> list[Any]:
-    return list((p._post_accumulate_grad_hooks or {}).values())
+def _own_hooks(p: Tensor) -> list[dict[int, Any]]:
+    """Those on its gradient, and on itself once that is accumulated."""
+    return [hooks for hooks in (p._backward_hooks, p._post_accumulate_grad_hooks) if hooks]
 
 
 def _before_steps(optimizer: torch.optim.Optimizer) -> list[Any]:
@@ -40,17 +38,19 @@ def _gradients(p: Tensor) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(0)
     shape = (*p.shape, 2) if p.is_complex() else p.shape
     while True:
-        sizes = torch.rand(shape, generator=generator) + 0.1
-        signs = torch.randint(0, 2, shape, generator=generator) * 2.0 - 1
-        for one in (sizes * signs, -sizes * signs, (1.2 - sizes) * signs, (sizes - 1.2) * signs):
+        sizes = torch.rand(shape, generator=generator, device="cpu") + 0.1
+        signs = torch.randint(0, 2, shape, generator=generator, device="cpu") * 2.0 - 1
+        for sign, swapped in ((1, False), (-1, False), (1, True), (-1, True)):
+            one = (1.2 - sizes if swapped else sizes) * signs * sign
             yield torch.empty_like(p).copy_(torch.view_as_complex(one) if p.is_complex() else one)
 
 
 class Masks:
     """What hooks set to zero of gradients, whatever their values are.
 
-    Hooks are called as a backward pass and a step call them, on gradients made for it, and what they write to is put
-    back. Those of processes that work together are not: they may wait for each other.
+    Backward passes of nothing but a parameter call its hooks, with gradients made for it; those before a step are
+    called behind them. What they write to is put back. Processes that work together call none: one may wait for the
+    others.
 
     Attributes:
         zeros: ``id`` of a parameter -> which elements of its gradient are set to zero.
@@ -59,86 +59,81 @@ class Masks:
 
     def __init__(self, subject: Subject) -> None:
         self.zeros: dict[int, Tensor] = {}
-        self.skipped: dict[str, str] = {}
-        members = {id(p): (name, optimizer, p) for optimizer, _, name, p in subject.members() if _has_gradients(p)}
-        self._left = {
-            key: (name, p)
-            for key, (name, optimizer, p) in members.items()
-            if _before_steps(optimizer) or _on_gradient(p) or _once_accumulated(p)
-        }
-        if not self._left:
-            return
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            self._skip(list(self._left), "they may wait for other processes")
-            return
+        self._failed: dict[str, list[str]] = defaultdict(list)
         self._optimizers = [optimizer for optimizer in subject.optimizers if _before_steps(optimizer)]
-        params = [p for _, p in self._left.values()]
-        hooks = [hook for p in params for hook in (*_on_gradient(p), *_once_accumulated(p))]
-        hooks += [hook for optimizer in self._optimizers for hook in _before_steps(optimizer)]
-        before = [p.grad for p in params]
-        with all_kept([*hooks, *subject.optimizers], {p.device for p in params}), torch.no_grad():
+        members = {id(p): (name, optimizer, p) for optimizer, _, name, p in subject.members() if _has_gradients(p)}
+        self._names = {
+            key: name for key, (name, optimizer, p) in members.items() if _before_steps(optimizer) or _own_hooks(p)
+        }
+        params = [members[key][2] for key in self._names]
+        if params and torch.distributed.is_available() and torch.distributed.is_initialized():
+            self._skip(params, "they may wait for other processes")
+            return
+        if not params:
+            return
+        own = [hooks for p in params for hooks in _own_hooks(p)]
+        with all_kept([*own, *subject.optimizers], {p.device for p in params}):
+            # Those before a step may look at all gradients; else one at a time takes less memory.
+            for group in [params] if self._optimizers else [[p] for p in params]:
+                self._run(group)
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        return {
+            f"what hooks do to the gradient of {names[0]}{f' and {len(names) - 1} more' * (len(names) > 1)}": why
+            for why, names in self._failed.items()
+        }
+
+    def _run(self, params: list[nn.Parameter]) -> None:
+        """Calls the hooks of some parameters, as long as any of them may be masked."""
+        before, given = [p.grad for p in params], {id(p): _gradients(p) for p in params}
+        try:
+            left = params
+            for call in range(_CALLS):
+                self._call(left, given)
+                left = [p for p in left if self._is_masked(p, first=call == 0)]
+                if not left:
+                    return
+        finally:
+            for p, grad in zip(params, before):
+                p.grad = grad
+
+    def _call(self, params: list[nn.Parameter], given: dict[int, Iterator[Tensor]]) -> None:
+        for p in params:
+            p.grad = None
             try:
-                self._run()
-            finally:
-                for p, grad in zip(params, before):
-                    p.grad = grad
+                torch.autograd.backward([p], [next(given[id(p)])])
+            except Exception as error:  # whatever a hook raises
+                p.grad = None
+                self._skip([p], f"one raised {type(error).__name__}: {error}")
+        for optimizer in self._optimizers:
+            try:
+                for hook in _before_steps(optimizer):
+                    hook(optimizer, (), {})
+            except Exception as error:  # as above
+                self._skip(params, f"one before a step raised {type(error).__name__}: {error}")
+                for p in params:
+                    p.grad = None
 
-    def _run(self) -> None:
-        given = {key: _gradients(p) for key, (_, p) in self._left.items()}
-        for call in range(_CALLS):
-            for key, (_, p) in list(self._left.items()):
-                try:
-                    _accumulate(p, next(given[key]))
-                except Exception as error:  # whatever a hook raises
-                    self._skip([key], f"one raised {type(error).__name__}: {error}")
-            for optimizer in self._optimizers:
-                try:
-                    for hook in _before_steps(optimizer):
-                        hook(optimizer, (), {})
-                except Exception as error:  # as above
-                    self._skip(list(self._left), f"one raised {type(error).__name__}: {error}")
-            for key, (_, p) in list(self._left.items()):
-                zeros = _zeros_of(p)
-                if zeros is None or (call and not torch.equal(zeros, self.zeros[key])):
-                    self.zeros.pop(key, None)
-                    del self._left[key]
-                else:
-                    self.zeros[key] = zeros
-            if not self._left:
-                return
+    def _is_masked(self, p: nn.Parameter, *, first: bool) -> bool:
+        """Whether hooks set the same elements to zero as ever."""
+        grad, known = p.grad, self.zeros.pop(id(p), None)
+        if grad is None or grad.layout is not torch.strided:
+            return False
+        zeros = grad == 0
+        if bool(zeros.any()) and (first or (known is not None and torch.equal(zeros, known))):
+            self.zeros[id(p)] = zeros
+        return id(p) in self.zeros
 
-    def _skip(self, keys: list[int], why: str) -> None:
-        names = [self._left.pop(key)[0] for key in keys]
-        for key in keys:
-            self.zeros.pop(key, None)
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            self.skipped[f"what hooks do to the gradient of {names[0]}{more}"] = why
+    def _skip(self, params: list[nn.Parameter], why: str) -> None:
+        names = [self._names[id(p)] for p in params]
+        self._failed[why] += [name for name in names if name not in self._failed[why]]
 
 
 def _has_gradients(p: nn.Parameter) -> bool:
     """Whether it learns, and its values are all of this process and of one dense tensor."""
     dense = p.layout is torch.strided and not (p.is_meta or is_lazy(p) or is_traceable_wrapper_subclass(p))
     return p.requires_grad and dense and p.numel() > 0
-
-
-def _accumulate(p: nn.Parameter, grad: Tensor) -> None:
-    """Sets ``p.grad`` as a backward pass does, hooks included."""
-    for hook in _on_gradient(p):
-        made = hook(grad)
-        grad = grad if made is None else made
-    p.grad = grad
-    for hook in _once_accumulated(p):
-        hook(p)
-
-
-def _zeros_of(p: nn.Parameter) -> Tensor | None:
-    """Which elements of ``p.grad`` are zero; None for none, and where there is no such gradient any more."""
-    grad = p.grad
-    if grad is None or grad.layout is not torch.strided:
-        return None
-    zeros = grad == 0
-    return zeros if bool(zeros.any()) else None
 
 
 def check_masked(subject: Subject, masks: Masks) -> Iterator[Finding]:

@@ -383,6 +383,55 @@ def test_a_hook_that_raises_is_named_and_leaves_gradients(error: type[BaseExcept
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_hooks_that_take_themselves_away_stay() -> None:
+    model = net()
+    handles: list[Any] = []
+
+    def once(gradient: torch.Tensor) -> torch.Tensor:
+        handles.pop().remove()
+        return gradient * 0
+
+    handles.append(model[0].weight.register_hook(once))
+    assert not found(audit(model, torch.optim.AdamW(model.parameters())), "masked-gradient")
+    assert list(model[0].weight._backward_hooks.values()) == [once]
+    assert len(handles) == 1
+
+
+@pytest.mark.parametrize("mode", ["all", "any"])
+def test_hooks_on_several_gradients_are_called_in_a_backward_pass(mode: Any) -> None:
+    model, seen = net(), []
+    torch.autograd.graph.register_multi_grad_hook(list(model.parameters()), seen.append, mode=mode)
+    model[0].weight.register_hook(HALF.mul)
+    report = audit(model, torch.optim.AdamW(model.parameters()))
+    assert the(report, "masked-gradient").names == ("0.weight",)
+    assert list(report.skipped) == ["moving tensors and lost gradients in a forward pass"]
+    assert seen == []
+
+
+@pytest.mark.parametrize("where", [torch.inference_mode, torch.no_grad, lambda: torch.device("meta")])
+def test_masks_are_seen_wherever_audit_is_called(where: Callable[[], Any]) -> None:
+    model = net()
+    model[0].weight.register_hook(HALF.mul)
+    with where():
+        assert the(audit(model, torch.optim.AdamW(model.parameters())), "masked-gradient").names == ("0.weight",)
+
+
+def test_an_optimizer_in_the_backward_pass_is_not_stepped() -> None:
+    model = net()
+    optimizers = {p: torch.optim.AdamW([p]) for p in model.parameters()}
+
+    def step(p: torch.Tensor) -> None:
+        optimizers[p].step()
+        optimizers[p].zero_grad()
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(step)
+    before = copy.deepcopy(model.state_dict())
+    assert not found(audit(model, list(optimizers.values())), "masked-gradient")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not any(optimizer.state for optimizer in optimizers.values())
+
+
 def test_an_optimizer_that_draws_leaves_random_numbers() -> None:
     class Noisy(torch.optim.SGD):
         def step(self, closure: Any = None) -> None:

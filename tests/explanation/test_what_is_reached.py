@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import importlib
+import itertools
 import random
 import threading
 import types
@@ -509,22 +511,61 @@ def test_hooks_of_all_modules_are_run_and_what_they_write_is_put_back() -> None:
 
 
 def test_what_cannot_be_copied_is_named_and_can_be_held_by_what_is_its_own_copy() -> None:
-    class Locked(Net):
-        def __init__(self, lock: Any) -> None:
+    class Drawing(Net):
+        def __init__(self, numbers: Any) -> None:
             super().__init__()
-            self.again, self.lock = lambda: self.lock, lock
+            self.again, self.numbers = lambda: self.numbers, numbers
 
         def forward(self, x: Tensor) -> Tensor:
-            with getattr(self.lock, "held", self.lock):
-                return super().forward(x)
+            return super().forward(x) * next(getattr(self.numbers, "held", self.numbers))
 
     shared, x = Shared(), torch.randn(2, 3, 8, 8)
-    shared.held = threading.Lock()
+    shared.held = itertools.repeat(2.0)
     with pytest.raises(
-        TypeError, match=r"cannot be copied: hold '1.lock' in an object whose __deepcopy__ returns.*lock"
+        TypeError, match=r"cannot be copied: hold '1.numbers' in an object whose __deepcopy__ returns.*generator"
     ):
-        fk.explain(nn.Sequential(nn.ReLU(), Locked(threading.Lock())), x)
-    assert fk.explain(Locked(shared), x).bytes_kept == fk.explain(Net(), x).bytes_kept
+        fk.explain(nn.Sequential(nn.ReLU(), Drawing(number for number in range(1))), x)
+    assert fk.explain(Drawing(shared), x).measured is False
+
+
+@pytest.mark.parametrize("kind", [threading.Lock, threading.RLock, threading.Event, threading.Condition])
+@pytest.mark.parametrize("measure", [None, True])
+def test_locks_are_copied_as_they_are_before_anybody_takes_them(kind: Any, measure: bool | None) -> None:
+    class Locked(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lock, self.own = kind(), threading.local()
+            self.own.calls = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.own.calls.append(1)
+            with self.lock if hasattr(self.lock, "acquire") else nullcontext():
+                return super().forward(x)
+
+    model, x = Locked(), torch.randn(2, 3, 8, 8)
+    with model.lock if hasattr(model.lock, "acquire") else nullcontext():
+        assert fk.explain(model, x, measure=measure).bytes_kept == fk.explain(Net(), x).bytes_kept
+    assert model.own.calls == []
+    with pytest.raises(TypeError, match="pickle"):  # as everywhere else
+        copy.copy(threading.Lock())
+
+
+def test_a_forward_may_add_modules_and_take_parameters_away() -> None:
+    class Growing(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            self.more = nn.Dropout()
+            self.more.weight = nn.Parameter(torch.ones(3, 1, 1))
+            del self.body[1].running_var
+            self.body[1].register_buffer("running_var", torch.ones(3))
+            del self.body[0].bias
+            return self.more(y) * self.more.weight
+
+    model = Growing()
+    audit(model, torch.optim.SGD(model.parameters()), torch.randn(2, 3, 8, 8))
+    fk.explain(model, torch.randn(2, 3, 8, 8))
+    assert len(list(model.modules())) == len(list(Net().modules()))
+    assert model.body[0].bias is not None
 
 
 TABLES = Holder(Holder(None))
