@@ -9,6 +9,7 @@ from types import FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from freezekit._inputs import Arguments, tensors_in
 from freezekit._twin.surroundings import modules_in, modules_within, names_of
@@ -19,11 +20,19 @@ def roots_of(function: Any) -> dict[str, nn.Module]:
 
     Raises:
         TypeError: there are none.
+        ValueError: a lazy parameter of theirs has no shape yet.
 
     >>> vae = nn.Sequential(nn.Linear(2, 2))
     >>> list(roots_of(lambda x: vae(x).sin())), list(roots_of(vae.forward))
     (['vae'], [''])
     """
+    found = _modules_of(function)
+    if any(is_lazy(t) for root in found.values() for t in (*root.parameters(), *root.buffers())):
+        raise ValueError("model has lazy parameters, whose shapes are not known before a first forward pass")
+    return found
+
+
+def _modules_of(function: Any) -> dict[str, nn.Module]:
     given: dict[str, Any] = {}
     while isinstance(function, partial):
         given.update(zip(_parameters(function.func), function.args))

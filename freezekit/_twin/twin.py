@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from freezekit._inputs import Arguments, tensors_in
@@ -48,15 +47,13 @@ class Twin:
         strangers: modules that are not copied: copied ones reach them only by names of their source code.
 
     Raises:
-        TypeError: no module is found in ``function``, or something in it cannot be copied.
-        ValueError: data is wanted, and there is none; or a lazy parameter has no shape yet.
+        TypeError: as `roots_of`; or something in ``function`` cannot be copied.
+        ValueError: as `roots_of`; or data is wanted, and there is none.
     """
 
     def __init__(self, function: Callable[..., Any], inputs: Arguments, *, data: bool) -> None:
         originals = roots_of(function)
         tensors = [t for module in originals.values() for t in (*module.parameters(), *module.buffers())]
-        if any(is_lazy(t) for t in tensors):
-            raise ValueError("model has lazy parameters, whose shapes are not known before a first forward pass")
         for name, module in ((name, m) for root in originals.values() for name, m in root.named_modules()):
             if isinstance(module, torch.jit.ScriptModule):
                 raise TypeError(f"model must be of modules whose calls can be seen, got a ScriptModule ({name!r})")

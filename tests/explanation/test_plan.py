@@ -11,6 +11,7 @@ from rich.console import Console
 from torch import nn
 
 import freezekit as fk
+from freezekit.explanation import explain
 from freezekit.planning import Machine, Option, Plan, plan
 
 MACHINE = Machine(flops=1e9, bandwidth=1e9)
@@ -109,6 +110,10 @@ def test_bad_budgets_and_models() -> None:
         plan(nn.ReLU(), torch.empty(1))
     with pytest.raises(TypeError, match="model must be"):
         plan(None, torch.empty(1))
+    lazy, x = nn.Sequential(nn.LazyConv2d(4, 3)), torch.empty(1, 3, 16, 16)
+    for look in (explain, plan):
+        with pytest.raises(ValueError, match="^model has lazy parameters, whose shapes are not known before a first"):
+            look(lazy, x)
 
 
 def test_machine_is_measured() -> None:
