@@ -97,7 +97,7 @@ class Advisor:
         if call.function:
             name = call.function.rstrip("_")
             each = FUNCTIONS.get(name)
-            if each is None or _is_a_librarys(call.module):
+            if each is None or _is_a_librarys(call.package):
                 return self._advise_enabling(key, held)
             saved = _saved(held, self._free[key], math.ceil(each * math.prod(call.outputs)))
             return f"call fk.functional.{name}: {saved}" if saved else ""
@@ -161,9 +161,9 @@ def _convert_and_freeze(name: str, module: nn.Module) -> None:
         freeze(module, norm="freeze")
 
 
-def _is_a_librarys(module: nn.Module | None) -> bool:
-    """Whether the forward that makes a call belongs to an installed package, and not to the user."""
-    source = getattr(sys.modules.get(type(module).__module__), "__file__", None)
+def _is_a_librarys(package: str) -> bool:
+    """Whether the code that makes a call belongs to an installed package, and not to the user."""
+    source = getattr(sys.modules.get(package), "__file__", None)
     return source is not None and any(Path(source).is_relative_to(folder) for folder in INSTALLED)
 
 

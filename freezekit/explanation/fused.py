@@ -37,7 +37,7 @@ class FusedBlocks:
                     self.labels.setdefault(id(module), []).append("fused " + label(names))
                     self.unwatched |= {id(layer) for layer in layers if isinstance(layer, nn.Module)}
 
-    def label_of(self, module: nn.Module, number: int) -> str:
+    def label_of(self, module: nn.Module | None, number: int) -> str:
         """What the `number`-th fused operator in a module's forward stands for; "" for a module without any."""
         labels = self.labels.get(id(module))
         return labels[min(max(number, 1), len(labels)) - 1] if labels else ""

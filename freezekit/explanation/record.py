@@ -12,20 +12,22 @@ class Call:
     """One layer's computation, or one function's that a module with children calls in its own forward.
 
     Attributes:
-        name: the module's name; "" is the model itself.
-        layer: its class.
-        function: what its own forward calls, for modules that have children; "" for a layer.
+        name: the module's name; "" is the model itself, or the function that is explained.
+        layer: its class, or that function's name.
+        package: the Python module that its code is in.
+        function: what its own forward, or that function, calls; "" for a layer, which is a module without children.
         inputs, outputs: shapes of the first tensor in and out.
         flops: multiplications and additions of the forward pass.
         moved: bytes of all tensors that the operators read and wrote.
         input_needs_grad, output_needs_grad: what autograd sees.
         channels_last: whether the first tensor in is.
         fallback: why torch's own code runs in place of a layer of freezekit's; "" where it does not.
-        module: the copy of the layer that ran.
+        module: the copy of the module that ran; None where it is that function.
     """
 
     name: str
     layer: str
+    package: str
     function: str
     inputs: tuple[int, ...] = ()
     outputs: tuple[int, ...] = ()

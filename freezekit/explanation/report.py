@@ -32,8 +32,8 @@ class Row:
     """One layer, or one function that a module with children calls in its own forward.
 
     Attributes:
-        name: the module's name; "" is the model itself.
-        layer: the module's class, with the function that it calls where the row is one.
+        name: the module's name; "" is the model itself, or the function that is explained, for what this calls itself.
+        layer: the module's class, or that function's name, with the function that it calls where the row is one.
         inputs, outputs: shapes.
         flops: of the forward pass; a dgrad and a wgrad cost as much again, each.
         fprop, dgrad, wgrad, db: whether a training step runs it now.

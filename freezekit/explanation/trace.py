@@ -69,9 +69,9 @@ class Recorder:
         self.calls: list[Call] = []
         self.kept: dict[int, Kept] = {}
         self._index: dict[tuple[int, str, int], int] = {}
-        # What a method or a function calls outside of any forward counts as its module's.
+        # What is called outside of any forward counts as the module's whose method is explained, or as the function's.
         outside = not isinstance(twin.function, nn.Module)
-        self._active: list[tuple[nn.Module, int]] = [(next(iter(twin.roots.values())), 0)] if outside else []
+        self._active: list[tuple[nn.Module | None, int]] = [(twin.roots.get(""), 0)] if outside else []
         self._entries = 0
         of_strangers = [tensor for module in twin.strangers for tensor in module.buffers(recurse=False)]
         there = [*twin.tensors(), *of_strangers]
@@ -92,7 +92,7 @@ class Recorder:
             return None
         module, entry = self._active[-1]
         function = ""
-        if next(module.children(), None) is not None:
+        if not _is_layer(module):
             running = self._functions.outermost
             block = self._fused.label_of(module, self._blocks_run[entry])
             if block and (running is None or running.startswith("frozen_conv2d")):
@@ -102,17 +102,20 @@ class Recorder:
         key = (id(module), function, entry)
         if key not in self._index:
             self._index[key] = len(self.calls)
-            name = self.names.get(id(module), "?")
-            self.calls.append(Call(name, type(module).__name__, function, module=module))
+            if module is None:
+                self.calls.append(Call("", *_code_of(self.twin.function), function))
+            else:
+                kind, name = type(module), self.names.get(id(module), "?")
+                self.calls.append(Call(name, kind.__name__, kind.__module__, function, module=module))
         return self._index[key]
 
     def note_function(self, arguments: Any, result: Any) -> None:
         """Shapes of a function that computed something; property reads and the like have no call of their own."""
-        module = self._active[-1][0] if self._active else None
         running = self._functions.outermost
-        if module is None or running is None or next(module.children(), None) is None:
+        if not self._active or running is None or _is_layer(self._active[-1][0]):
             return
-        index = self._index.get((id(module), running, self._active[-1][1]))
+        module, entry = self._active[-1]
+        index = self._index.get((id(module), running, entry))
         if index is not None:
             note(self.calls[index], arguments, result)
 
@@ -124,13 +127,13 @@ class Recorder:
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._entries += 1
         self._active.append((module, self._entries))
-        if next(module.children(), None) is None and (call := self.current()):
+        if _is_layer(module) and (call := self.current()):
             note(call, (args, kwargs), None)
             if isinstance(module, OURS):
                 call.fallback = fallback((args, kwargs, *module.parameters(recurse=False)))
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if next(module.children(), None) is None and (call := self.current()):
+        if _is_layer(module) and (call := self.current()):
             note(call, None, output)
         self._active.pop()
 
@@ -184,3 +187,16 @@ class Recorder:
             stack.enter_context(Operators(self))
             stack.enter_context(watched())
             yield
+
+
+def _is_layer(module: nn.Module | None) -> bool:
+    """Whether this is a module without children, whose forward is one row."""
+    return module is not None and next(module.children(), None) is None
+
+
+def _code_of(function: Callable[..., Any]) -> tuple[str, str]:
+    """What a function that is no module is called, and which Python module it is from."""
+    while isinstance(function, partial):
+        function = function.func
+    kind = type(function)
+    return getattr(function, "__name__", kind.__name__), getattr(function, "__module__", None) or ""

@@ -253,6 +253,7 @@ def test_any_callable_over_a_model_is_explained() -> None:
     assert {row.name.partition(".")[0] for row in fk.explain(both, z) if row.name} == {"vae", "other"}
     own = fk.explain(lambda x: vae.decode(x).sigmoid(), z)  # a function's own calls count too
     assert own.bytes_kept == expected.bytes_kept + 3 * 8 * 8 * 4
+    assert [(row.name, row.layer) for row in own][2:] == [("", "<lambda>: sigmoid")]
     with pytest.raises(TypeError, match=r"model must be an nn\.Module, or a callable that runs one"):
         fk.explain(torch.relu, z)
 
@@ -312,6 +313,37 @@ def test_a_function_may_run_a_module_by_a_function_that_it_names(call: Any, meas
     assert explained.bytes_kept == fk.explain(NAMED, x).bytes_kept
     other = nn.Conv2d(4, 4, 3)
     assert {row.name for row in fk.explain(lambda x: other(call(x)), x, measure=measure)} >= {"NAMED.0", "other"}
+
+
+def mean_of(parts: list[nn.Module], x: Tensor) -> Tensor:
+    return F.gelu(parts[1](x)) + 0 * parts[0].training
+
+
+class Ensemble:
+    def __init__(self, parts: list[nn.Module]) -> None:
+        self.first, self.second = parts
+
+    def mean(self, x: Tensor) -> Tensor:
+        return mean_of([self.first, self.second], x)
+
+    __call__ = mean
+
+
+@pytest.mark.parametrize("measure", [None, True])
+@pytest.mark.parametrize("wrap", [lambda layer: layer, nn.Sequential])
+def test_what_a_function_calls_itself_is_no_modules(wrap: Callable[..., nn.Module], measure: bool | None) -> None:
+    parts, x = [wrap(nn.Conv2d(3, 3, 3)) for _ in range(2)], torch.randn(2, 3, 8, 8)
+    ensemble = Ensemble(parts)
+    for call, name in (
+        (lambda y: mean_of(parts, y), "<lambda>"),
+        (partial(mean_of, parts), "mean_of"),
+        (ensemble, "Ensemble"),
+        (ensemble.mean, "mean"),
+    ):
+        layer, own, *more = fk.explain(call, x, measure=measure)
+        assert (layer.layer, layer.bytes_kept) == ("Conv2d", x.nbytes)
+        assert (own.name, own.layer, own.bytes_kept) == ("", f"{name}: gelu", 2 * 3 * 6 * 6 * 4)
+        assert {(row.name, row.bytes_kept) for row in more} <= {("", 0)}
 
 
 def test_modules_of_two_functions_by_one_name_are_both_explained() -> None:
