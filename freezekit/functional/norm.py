@@ -72,6 +72,8 @@ def instance_norm(
 ) -> Tensor:
     """`torch.nn.functional.instance_norm`; by given statistics it is :func:`batch_norm`, and keeps as little.
 
+    Of the vectors that its gradients read it keeps copies, as torch's does.
+
     Args:
         input: (N, C, L), or with more dimensions at the end.
         running_mean, running_var, weight, bias: (C,), or None.
@@ -91,8 +93,10 @@ def instance_norm(
     alike = isinstance(input, Tensor) and input.layout == torch.strided and input.dim() >= 3 and input.numel() > 0
     if use_input_stats or not alike or not are_numbers(eps) or eps <= 0:
         return LEFT_TO_TORCH
-    # As torch's, which views the channels of all images as those of one: whatever the input's layout, contiguous.
-    return batch_norm(input.contiguous(), running_mean, running_var, weight, bias, False, momentum, eps)
+    # As torch's, which views the channels of all images as those of one: whatever the input's layout, contiguous. And
+    # with copies of what its gradients read, for each image: nobody's write before a backward pass matters.
+    mean, var, scale = ((t.clone() if isinstance(t, Tensor) else t) for t in (running_mean, running_var, weight))
+    return batch_norm(input.contiguous(), mean, var, scale, bias, False, momentum, eps)
 
 
 @as_torch(F.layer_norm, _C.quick.layer_norm)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -78,7 +79,8 @@ def test_instance_norm_is_torch_s(axes: int, statistics: bool, training: bool) -
     norm.requires_grad_(False)
     x = torch.randn(SIZES[axes], requires_grad=True)
     own = training or not statistics
-    assert (bytes_kept(norm, x) == 0) == (not own)
+    copies = 2 * 6 * 4  # of weight and variance
+    assert (bytes_kept(norm, x) == copies) == (not own)
     unbatched = x.detach()[0]
     torch.testing.assert_close(norm(unbatched), twin(norm)(unbatched))
 
@@ -93,6 +95,34 @@ def test_instance_norm_by_given_statistics_is_contiguous_as_torch_s(learns: bool
     assert y.stride() == expected.stride() == (120, 20, 4, 1)
     dy = torch.ones_like(x)
     assert grad(y, x, dy)[0].stride() == grad(expected, x, dy)[0].stride()
+
+
+def write_data(norm: nn.Module, x: Tensor) -> None:
+    for tensor in (norm.weight, norm.running_mean, norm.running_var):
+        tensor.data.mul_(3)
+
+
+def write_in_place(norm: nn.Module, x: Tensor) -> None:
+    with torch.no_grad():
+        norm.weight.add_(1)
+
+
+def train_once(norm: nn.Module, x: Tensor) -> None:
+    norm.train()(x)
+
+
+@pytest.mark.parametrize("write", [write_data, write_in_place, train_once])
+@pytest.mark.parametrize("learns", [False, True])
+def test_instance_norm_keeps_copies_of_its_vectors_as_torch_s(write: Callable[..., None], learns: bool) -> None:
+    torch.manual_seed(0)
+    stock = settled(nn.InstanceNorm2d(6, affine=True, track_running_stats=True)).eval().requires_grad_(learns)
+    x, gradients = torch.randn(2, 6, 5, 5, requires_grad=True), []
+    for norm in (stock, fk.convert(copy.deepcopy(stock))):
+        y = norm(x)
+        write(norm, x.detach())
+        gradients.append(torch.autograd.grad(y, [x, norm.weight] if learns else x, x.detach()))
+    for expected, found in zip(*gradients):
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize(
