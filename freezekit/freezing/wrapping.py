@@ -18,37 +18,64 @@ _CODE = (type, FunctionType, MethodType, BuiltinFunctionType, ModuleType)
 
 
 def several(given: Any) -> list[Any]:
-    """What the argument ``optimizer`` holds: none, one, or the elements of a list, a mapping and the like."""
-    if given is None:
-        return []
+    """What the argument ``optimizer`` holds: none, one, or the elements of a list, a mapping and the like.
+
+    None among the elements is kept, to be refused: a trainer that lost its second optimizer is to hear of it.
+    """
+    return [] if given is None else list(_elements(given))
+
+
+def _elements(given: Any) -> Iterator[Any]:
     if isinstance(given, Mapping):
         given = given.values()
     plain = isinstance(given, (str, bytes, Tensor, nn.Module, *_CODE)) or hasattr(given, "step")
     if plain or not isinstance(given, Iterable):
-        return [given]
-    return [one for each in given for one in several(each)]
+        yield given
+        return
+    for each in given:
+        yield from _elements(each)
 
 
 def inside(optimizer: Any) -> list[Optimizer]:
     """The optimizers that ``optimizer``, itself one or not, has as attributes, or in lists and dictionaries; each once.
 
+    Where what is no optimizer has none, those of the wrappers that it has, and so on. A wrapper is what has a ``step``.
+
     >>> import torch
     >>> class Wrapper:
     ...     def __init__(self, optimizer):
     ...         self.optimizer = optimizer
-    >>> inside(Wrapper(torch.optim.SGD([torch.zeros(1)])))[0].__class__.__name__
-    'SGD'
+    ...     def step(self):
+    ...         self.optimizer.step()
+    >>> sgd = torch.optim.SGD([torch.zeros(1)])
+    >>> [type(one).__name__ for one in (*inside(Wrapper(sgd)), *inside(Wrapper(Wrapper(sgd))))]
+    ['SGD', 'SGD']
     """
-    if isinstance(optimizer, _CODE):
+    level, met = [optimizer], {id(optimizer)}
+    while level:
+        held = {id(value): value for one in level for value in _held(one)}
+        found = [value for value in held.values() if isinstance(value, Optimizer) and value is not optimizer]
+        if found or isinstance(optimizer, Optimizer):
+            return found
+        level = [value for key, value in held.items() if key not in met and _is_wrapper(value)]
+        met |= held.keys()
+    return []
+
+
+def _is_wrapper(value: Any) -> bool:
+    return callable(getattr(type(value), "step", None)) and not isinstance(value, (nn.Module, *_CODE))
+
+
+def _held(value: Any) -> list[Any]:
+    """The attributes of ``value``, and what is in lists and dictionaries among them."""
+    if isinstance(value, _CODE):
         return []
-    members = [pair for kind in type(optimizer).__mro__ if "__slots__" in vars(kind) for pair in vars(kind).items()]
+    members = [pair for kind in type(value).__mro__ if "__slots__" in vars(kind) for pair in vars(kind).items()]
     slots = [name for name, member in members if isinstance(member, MemberDescriptorType)]
-    held = [*getattr(optimizer, "__dict__", {}).values(), *(getattr(optimizer, name, None) for name in slots)]
-    for value in held[:]:
-        held += dict.values(value) if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return list(
-        {id(value): value for value in held if isinstance(value, Optimizer) and value is not optimizer}.values()
-    )
+    held = [*getattr(value, "__dict__", {}).values(), *(getattr(value, name, None) for name in slots)]
+    for each in held[:]:
+        held += dict.values(each) if isinstance(each, dict) else each if isinstance(each, list | tuple) else ()
+    return held
 
 
 def layers(optimizer: Any) -> Iterator[Any]:

@@ -112,6 +112,8 @@ WRAPPERS: dict[str, Callable[[nn.Module], Any]] = {
     "Slotted": lambda m: Slotted(sgd(m)),
     "InTable": lambda m: InTable(sgd(m)),
     "Delegating": lambda m: Delegating(sgd(m)),
+    "Wrapper of wrappers": lambda m: Wrapper(Slotted(Wrapper(sgd(m)))),
+    "Wrapper in a table of a Wrapper": lambda m: InTable(Wrapper(sgd(m))),
     "Accelerated Lookahead": lambda m: Accelerated(Lookahead(sgd(m))),
     "ZeroRedundancyOptimizer": lambda m: ZeroRedundancyOptimizer(m.parameters(), SGD, lr=0.1, momentum=0.9),
     "PostLocalSGDOptimizer": lambda m: PostLocalSGDOptimizer(sgd(m), PeriodicModelAverager(4)),
@@ -140,7 +142,7 @@ def inner_of(optimizer: Any) -> SGD:
     while not isinstance(optimizer, SGD):
         held = [getattr(optimizer, "inner", None), *getattr(optimizer, "__dict__", {}).values()]
         held += [value["main"] for value in held if isinstance(value, dict) and "main" in value]
-        optimizer = next(value for value in held if isinstance(value, Optimizer))
+        optimizer = next(value for value in held if isinstance(value, Optimizer | Wrapper | Slotted))
     return optimizer
 
 
@@ -158,6 +160,16 @@ def test_nothing_moves_and_the_move_is_seen(name: str) -> None:
     assert sum(len(group["params"]) for group in inner.param_groups) == len(before)
     optimizer.step()
     assert not torch.equal(before[0], model[0].weight), "what audit said is so"
+
+
+def test_wrappers_of_each_other_end() -> None:
+    model = net()
+    one = Wrapper(None)
+    one._optimizer = Wrapper(one)
+    for take in (lambda: guard(model, one), lambda: freeze(model, "0", optimizer=one), lambda: audit(model, one)):
+        with pytest.raises(TypeError, match=r"got .*Wrapper,\nand found none inside it"):
+            take()
+    assert model[0].weight.requires_grad
 
 
 @pytest.mark.parametrize("name", WRAPPERS)

@@ -159,7 +159,10 @@ WRONG_OPTIMIZERS = [
     (list(MODEL.parameters()), r"got torch\.nn\.parameter\.Parameter in a list;\npass the optimizer that steps it"),
     (OPTIMIZER.state_dict(), r"got .* in a dict"),
     ([OPTIMIZER, 3], r"got int 3 in a list"),
-    ({"a": OPTIMIZER, "b": None, "c": "x"}, r"got str 'x' in a dict"),
+    ({"a": OPTIMIZER, "c": "x"}, r"got str 'x' in a dict"),
+    ({"a": OPTIMIZER, "b": None}, r"got None in a dict"),
+    ([OPTIMIZER, None], r"got None in a list"),
+    ([[OPTIMIZER], [None]], r"got None in a list"),
     (torch.amp.GradScaler("cpu"), r"got torch\.amp\.grad_scaler\.GradScaler,\nand found none inside it: pass the"),
 ]
 TAKERS: list[Callable[[Any], Any]] = [
