@@ -109,6 +109,11 @@ def audit(
 def _report(subject: Subject) -> Report:
     checks = [*_ALWAYS]
     skipped: dict[str, str] = {}
+    scripted = [name for name, module in subject.modules() if isinstance(module, torch.jit.ScriptModule)]
+    if scripted:
+        skipped[f"dropout and flags in {len(scripted)} module(s) of TorchScript"] = (
+            f"a ScriptModule ({scripted[0]!r}) does not show its layers' kinds; audit the model that it was made of"
+        )
     if subject.optimizers:
         checks += _OPTIMIZER
         skipped.update(optim.not_stepped(subject))

@@ -159,7 +159,7 @@ def dropout_in_frozen_parts(model: nn.Module) -> list[str]:
 
 
 def _is_sequence(module: nn.Module) -> bool:
-    return type(module).forward is nn.Sequential.forward and "forward" not in vars(module)
+    return getattr(type(module), "forward", None) is nn.Sequential.forward and "forward" not in vars(module)
 
 
 def _in_order(sequence: nn.Module) -> Iterator[nn.Module]:

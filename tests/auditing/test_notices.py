@@ -517,3 +517,16 @@ def test_a_model_that_cannot_be_copied_says_so() -> None:
     model.stream = (number for number in range(3))
     report = audit(model, inputs=images())
     assert "cannot be copied" in report.skipped["moving tensors and lost gradients in a forward pass"]
+
+
+@pytest.mark.parametrize("within", [False, True])
+@pytest.mark.parametrize("traced", [False, True])
+def test_what_torchscript_hides_is_said(within: bool, traced: bool) -> None:
+    inner = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Dropout()).eval()
+    made = torch.jit.trace(inner, torch.randn(3, 2)) if traced else torch.jit.script(inner)
+    model = nn.Sequential(made, nn.Linear(2, 1)) if within else made
+    freeze(model, "0", norm="freeze")
+    report = audit(model, torch.optim.SGD(model.parameters(), lr=0.1), torch.randn(3, 2))
+    where = "0" if within else "(root)"
+    assert f"a ScriptModule ('{where}')" in report.skipped["dropout and flags in 4 module(s) of TorchScript"]
+    assert "ScriptModule" in report.skipped["moving tensors and lost gradients in a forward pass"]
