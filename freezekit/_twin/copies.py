@@ -149,6 +149,7 @@ class Copies(TorchFunctionMode):
         for original in self._originals:  # which grows on the way
             if id(original) in self._memo:
                 self._mend(original, self._memo[id(original)])
+        del self._stand_in  # a method of what holds this: after `gc.freeze()` the two would never be collected
 
     def _complete(self, original: nn.Module, copied: nn.Module) -> None:
         """Adds attributes that a class leaves out of its ``__getstate__``; its forward may read them."""

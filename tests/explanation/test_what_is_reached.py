@@ -814,6 +814,24 @@ def test_what_python_no_longer_lists_is_put_back() -> None:
     assert far.held.held.running_mean.tolist() == [0, 0, 0]
 
 
+def test_copies_are_let_go_of_after_a_freeze_of_the_collector() -> None:
+    alive: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+    class Seen(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            alive.add(self)
+            return super().forward(x)
+
+    model = Seen()
+    gc.freeze()
+    try:
+        fk.explain(model, torch.randn(2, 3, 8, 8), measure=True)
+        gc.collect()
+        assert not alive
+    finally:
+        gc.unfreeze()
+
+
 def halve(far: Far) -> None:
     far.far.held.held.held.square.mul_(0.5)
 
