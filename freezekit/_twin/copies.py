@@ -61,6 +61,8 @@ class Copies(TorchFunctionMode):
         self._stand_in = stand_in
         self._given: dict[tuple[int, str], str] = {}
         self._names: dict[str, tuple[dict[str, Any], Any]] = {}
+        self._methods: list[tuple[dict[str, Any], str, MethodType]] = []
+        self._caches: dict[int, Any] = {}
         self._memo: dict[int, Any] = {}
         # `copy` keeps the originals alive in this list, since a memo knows them by their ids.
         self._originals: list[Any] = self._memo.setdefault(id(self._memo), [])
@@ -69,13 +71,20 @@ class Copies(TorchFunctionMode):
     def named(self) -> Iterator[None]:
         """Context manager: copied functions find copies by names of their own, beside the names of their Python module.
 
-        So they share all other global names with functions that are not copied, whoever sets them.
+        So they share all other global names with functions that are not copied, whoever sets them. Copied objects have
+        the methods that their class caches, with caches of the twin's: those of the class would keep the copies.
         """
         for name, (known, value) in self._names.items():
             known[name] = value
+        for held, name, method in self._methods:
+            held[name] = method
         try:
             yield
         finally:
+            for held, name, _ in self._methods:
+                held.pop(name, None)
+            for cache in self._caches.values():
+                cache.cache_clear()
             for name, (known, _) in self._names.items():
                 known.pop(name, None)
 
@@ -168,6 +177,7 @@ class Copies(TorchFunctionMode):
     def _mend(self, original: Any, copied: Any) -> None:
         if isinstance(original, nn.Module) and not hasattr(type(original), "__deepcopy__"):
             self._complete(original, copied)
+        self._methods += self._cached_methods(original, copied)
         if type(copied) is partial:
             func, args = self._constant(original.func, copied.func), self._constant(original.args, copied.args)
             copied.__setstate__((func, args, copied.keywords, vars(copied)))  # type: ignore[attr-defined]
@@ -177,6 +187,17 @@ class Copies(TorchFunctionMode):
                 key = self._memo.get(id(key), key)
                 if key in entries and (made := self._constant(value, entries[key])) is not entries[key]:
                     target[key] = made
+
+    def _cached_methods(self, original: Any, copied: Any) -> Iterator[tuple[dict[str, Any], str, MethodType]]:
+        """What an object's class caches by the object itself: where it is to be, by which name, and the method."""
+        held, kind = _attributes(copied), type(copied)
+        # One that equals its original may find there what the original's calls have made.
+        if copied is original or not isinstance(held, dict) or kind.__eq__ is not object.__eq__:
+            return
+        for name, cache in _caches_of(kind).items():
+            if name not in held:
+                made = lru_cache(**cache.cache_parameters())(cache.__wrapped__)
+                yield held, name, MethodType(self._caches.setdefault(id(cache), made), copied)
 
     def _constant(self, original: Any, copied: Any) -> Any:
         """The copy, with what `copy` passed through as a constant copied too: all of it, or parts."""
@@ -245,6 +266,12 @@ class Copies(TorchFunctionMode):
         self._memo[id(original)] = made
         self._originals.append(original)
         return made
+
+
+def _caches_of(kind: type) -> dict[str, Any]:
+    """The methods that a class caches by `functools.cache` or `lru_cache`, by name."""
+    found = {name: value for one in reversed(kind.__mro__) for name, value in vars(one).items()}
+    return {name: value for name, value in found.items() if type(value) is _lru_cache_wrapper}
 
 
 def _attributes(value: Any) -> Any:

@@ -15,7 +15,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -1024,3 +1024,91 @@ def test_a_part_of_a_package_that_a_run_imports_stays_imported(tmp_path: Path, m
     model, x = Importing(4, 4), torch.randn(2, 4)
     fk.explain(model, x)
     model(x)
+
+
+class Grids:
+    def __init__(self) -> None:
+        self.made: list[int] = []
+
+    @cache  # noqa: B019
+    def grid(self, size: int) -> Tensor:
+        self.made.append(size)
+        return torch.arange(size).float()
+
+
+class Cached(Net):
+    """Caches of methods, by the module and by an object of its own, and of the module's base class."""
+
+    alive: ClassVar[weakref.WeakSet[nn.Module]] = weakref.WeakSet()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grids = Grids()
+
+    @lru_cache(maxsize=2)  # noqa: B019
+    def grid(self, size: int, scale: float = 1.0) -> Tensor:
+        return self.grids.grid(size) * scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.alive.add(self)
+        y = super().forward(x)
+        grid, count = self.grid(y.shape[-1], scale=2.0), len(self.grids.made)
+        assert self.grid(y.shape[-1], scale=2.0) is grid, "the cache of a copy caches"
+        assert self.grids.grid(y.shape[-1]) is self.grids.grid(y.shape[-1])
+        assert len(self.grids.made) == count
+        return y * grid
+
+
+class CachedBelow(Cached):
+    pass
+
+
+@pytest.mark.parametrize("kind", [Cached, CachedBelow])
+@pytest.mark.parametrize("look", ["explain", "measured", "plan", "measured plan", "audit"])
+def test_caches_of_methods_hold_what_they_held(kind: type[Cached], look: str) -> None:
+    for cached in (Cached.grid, Grids.grid):
+        cached.cache_clear()
+    Cached.alive.clear()
+    model, x = kind(), torch.randn(2, 3, 8, 8)
+    model(x)
+    made = model.grid(6, scale=2.0), model.grids.grid(6)
+    before = Cached.grid.cache_info(), Grids.grid.cache_info()
+    looks = {
+        "explain": lambda: fk.explain(model, x),
+        "measured": lambda: fk.explain(model, x, measure=True),
+        "plan": lambda: fk.plan(model, x, machine=MACHINE),
+        "measured plan": lambda: fk.plan(model, x, machine=MACHINE, measure=True),
+        "audit": lambda: audit(model, torch.optim.SGD(model.parameters()), x),
+    }
+    looks[look]()
+    assert (Cached.grid.cache_info(), Grids.grid.cache_info()) == before
+    assert model.grid(6, scale=2.0) is made[0]
+    assert model.grids.grid(6) is made[1]
+    assert "grid" not in vars(model)
+    gc.collect()
+    assert list(Cached.alive) == [model]
+
+
+def test_what_caches_of_equal_objects_hold_is_found_by_copies() -> None:
+    class Settings:
+        def __eq__(self, other: object) -> bool:
+            return type(other) is type(self)
+
+        def __hash__(self) -> int:
+            return 0
+
+        @cache  # noqa: B019
+        def found(self) -> dict[str, float]:
+            return {}
+
+    class Set(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.settings = Settings()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.settings.found()["scale"]
+
+    model = Set()
+    model.settings.found()["scale"] = 2.0
+    assert fk.explain(model, torch.randn(2, 3, 8, 8)).bytes_kept > 0
