@@ -10,9 +10,10 @@ hides the class's own method, so that ``model.train()`` reaches it and leaves th
 * a patched ``nn.Module.train``: that is everybody's.
 
 The attribute is in the instance's ``__dict__``: no entry in ``state_dict``, ``type`` and ``isinstance`` as before, and
-read by no forward, so nothing recompiles. ``deepcopy`` copies it with its module. A pickle holds a stand-in made of the
-standard library alone, which holds the layer just as well: a frozen stock model loads where freezekit is not installed
-(``del layer.train`` releases the layer there), and stays frozen in a process that it was sent to.
+read by no forward, so nothing recompiles. A copy of the module, shallow or deep, has its own (`standing`). A pickle
+holds a stand-in made of the standard library alone, which holds the layer just as well: a frozen stock model loads
+where freezekit is not installed (``del layer.train`` releases the layer there), and stays frozen in a process that it
+was sent to.
 
 A trainer that records ``module.training`` before an evaluation and writes it back afterwards goes past ``train``: a
 layer held in between is put into train mode. Nothing of the instance can refuse that write, so it is looked for after
@@ -45,6 +46,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from freezekit._arguments import check_module
+from freezekit.freezing.standing import StandIn
 
 # What a layer was asked to do, in its dictionary, and so in copies and files of it.
 _READS_BATCH = "_freezekit_reads_batch"
@@ -59,21 +61,21 @@ class NormWarning(UserWarning):
     """
 
 
-class _StandIn:
+class _Train(StandIn):
     """Stands in for the ``train`` method of one layer; every optimizer step looks at the layer."""
 
+    name = "train"
+
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
+        super().__init__(module)
         _watched().add(module)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        twin = memo[id(self)] = object.__new__(type(self))
-        twin.__dict__.update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
-        _watched().add(twin.module)
-        return twin
+    def bind(self, module: nn.Module) -> None:
+        super().bind(module)
+        _watched().add(module)
 
 
-class Hold(_StandIn):
+class Hold(_Train):
     """Keeps a layer in eval mode.
 
     Args:
@@ -97,11 +99,14 @@ class Hold(_StandIn):
         type(self.module).train(self.module, False)
         return self.module
 
+    def follow(self, memo: dict[int, Any]) -> None:
+        self.before = copy.deepcopy(self.before, memo)
+
     def __reduce__(self) -> tuple[Any, ...]:
         return partial, _stand_in(self.module)
 
 
-class Released(_StandIn):
+class Released(_Train):
     """Waits, in a layer that was released while its parent evaluates, for the first call of ``train()``.
 
     As long as there was none, it was no user who put the layer into another mode than its parent's.
@@ -115,11 +120,14 @@ class Released(_StandIn):
         self.module.__dict__.pop("train", None)
         return self.module.train(mode)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        twin = super().__deepcopy__(memo)
-        copied = memo.get(id(self.parent()))
-        twin.parent = (lambda: None) if copied is None else ref(copied)
-        return twin
+    def bind(self, module: nn.Module) -> None:
+        super().bind(module)
+        self.source, self.parent = self.parent, lambda: None  # a shallow copy has no place in the parent
+
+    def follow(self, memo: dict[int, Any]) -> None:
+        copied = memo.get(id(self.source()))
+        if copied is not None:
+            self.parent = ref(copied)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return partial, (type(self.module).train, self.module)

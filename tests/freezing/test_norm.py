@@ -162,6 +162,65 @@ def test_a_norm_released_while_it_evaluates_is_plain_torch_in_a_file_and_alone()
     assert not model[1].training
 
 
+@pytest.mark.parametrize("released", [False, True], ids=["held", "released"])
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_a_shallow_copy_has_a_mode_of_its_own(released: bool, evaluates: bool) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).train(not evaluates)
+    freeze(model, norm="freeze")
+    if released:
+        unfreeze(model)
+    twin = copy.copy(model[1])
+    again = copy.copy(twin)
+    assert type(twin) is nn.BatchNorm1d
+    assert twin.running_mean is model[1].running_mean
+    for one in (twin, again):
+        before = model[1].training
+        assert one.train() is one
+        assert one.training is released
+        assert one.eval() is one
+        assert not one.training
+        assert model[1].training is before
+    unfreeze(model.train())
+    assert model[1].training
+    assert twin.eval() is twin
+    assert model[1].training
+    assert is_held(twin) is not released
+    unfreeze(twin)
+    assert twin.train().training
+    assert model.eval()[1].training is False
+    assert twin.training
+    freeze(twin)
+    for other in (copy.deepcopy(twin), pickle.loads(pickle.dumps(twin)), copy.deepcopy(copy.copy(twin))):
+        assert is_held(other)
+        assert other.train() is other
+        assert not other.training
+    assert model.train()[1].training
+
+
+def test_copies_of_a_layer_with_a_reduction_of_its_own_are_what_it_makes_them() -> None:
+    norm, stock = Reduced(2), Reduced(2)
+    freeze(norm, norm="freeze")
+    for other in (copy.copy(norm), copy.deepcopy(norm), pickle.loads(pickle.dumps(norm)), copy.copy(stock)):
+        assert not is_held(other)
+        assert other.eval() is other
+    assert stock.training
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_every_protocol_of_pickle_holds_a_frozen_norm(protocol: int) -> None:
+    norm = nn.BatchNorm1d(2)
+    freeze(norm, norm="freeze")
+    file = pickle.dumps(norm, protocol)
+    assert b"freezekit" not in file
+    assert is_held(pickle.loads(file))
+    assert not is_held(pickle.loads(pickle.dumps(nn.BatchNorm1d(2), protocol)))
+
+
+class Reduced(nn.BatchNorm1d):
+    def __reduce__(self) -> tuple[object, ...]:
+        return Reduced, (self.num_features,)
+
+
 def test_a_released_norm_in_train_mode_is_left_alone() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     freeze(model, "1")
