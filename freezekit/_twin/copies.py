@@ -62,7 +62,7 @@ class Copies(TorchFunctionMode):
         self._given: dict[tuple[int, str], str] = {}
         self._names: dict[str, tuple[dict[str, Any], Any]] = {}
         self._methods: list[tuple[dict[str, Any], str, MethodType]] = []
-        self._caches: dict[int, Any] = {}
+        self._caches: dict[type, dict[str, Any]] = {}
         self._memo: dict[int, Any] = {}
         # `copy` keeps the originals alive in this list, since a memo knows them by their ids.
         self._originals: list[Any] = self._memo.setdefault(id(self._memo), [])
@@ -83,8 +83,8 @@ class Copies(TorchFunctionMode):
         finally:
             for held, name, _ in self._methods:
                 held.pop(name, None)
-            for cache in self._caches.values():
-                cache.cache_clear()
+            for _, _, method in self._methods:
+                method.cache_clear()  # type: ignore[attr-defined]
             for name, (known, _) in self._names.items():
                 known.pop(name, None)
 
@@ -192,12 +192,13 @@ class Copies(TorchFunctionMode):
         """What an object's class caches by the object itself: where it is to be, by which name, and the method."""
         held, kind = _attributes(copied), type(copied)
         # One that equals its original may find there what the original's calls have made.
-        if copied is original or not isinstance(held, dict) or kind.__eq__ is not object.__eq__:
+        if not isinstance(held, dict) or held is _attributes(original) or kind.__eq__ is not object.__eq__:
             return
-        for name, cache in _caches_of(kind).items():
+        if kind not in self._caches:
+            self._caches[kind] = _new_caches(kind)
+        for name, cache in self._caches[kind].items():
             if name not in held:
-                made = lru_cache(**cache.cache_parameters())(cache.__wrapped__)
-                yield held, name, MethodType(self._caches.setdefault(id(cache), made), copied)
+                yield held, name, MethodType(cache, copied)
 
     def _constant(self, original: Any, copied: Any) -> Any:
         """The copy, with what `copy` passed through as a constant copied too: all of it, or parts."""
@@ -268,10 +269,11 @@ class Copies(TorchFunctionMode):
         return made
 
 
-def _caches_of(kind: type) -> dict[str, Any]:
-    """The methods that a class caches by `functools.cache` or `lru_cache`, by name."""
-    found = {name: value for one in reversed(kind.__mro__) for name, value in vars(one).items()}
-    return {name: value for name, value in found.items() if type(value) is _lru_cache_wrapper}
+def _new_caches(kind: type) -> dict[str, Any]:
+    """Empty caches for the methods that a class caches by `functools.cache` or `lru_cache`, by name."""
+    known = {name: value for one in reversed(kind.__mro__) for name, value in vars(one).items()}
+    found = {name: value for name, value in known.items() if type(value) is _lru_cache_wrapper}
+    return {name: lru_cache(**cache.cache_parameters())(cache.__wrapped__) for name, cache in found.items()}
 
 
 def _attributes(value: Any) -> Any:

@@ -1089,6 +1089,30 @@ def test_caches_of_methods_hold_what_they_held(kind: type[Cached], look: str) ->
     assert list(Cached.alive) == [model]
 
 
+class Alike:
+    """Its attributes are those of all others."""
+
+    common: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self) -> None:
+        self.__dict__ = self.common
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Alike:
+        return Alike()
+
+    @cache  # noqa: B019
+    def scale(self) -> float:
+        assert "scale" not in self.common
+        return 2.0
+
+
+def test_attributes_that_a_copy_shares_get_no_method_of_the_copy() -> None:
+    model = Net()
+    model.alike = Alike()
+    model.body.register_forward_hook(lambda module, args, y: y * model.alike.scale())
+    assert fk.explain(model, torch.randn(2, 3, 8, 8)).bytes_kept > 0
+
+
 def test_what_caches_of_equal_objects_hold_is_found_by_copies() -> None:
     class Settings:
         def __eq__(self, other: object) -> bool:
