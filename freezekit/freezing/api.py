@@ -15,6 +15,7 @@ from freezekit.distributed import note_freeze
 from freezekit.freezing import norm as statistics
 from freezekit.freezing import optim, pending
 from freezekit.freezing.arguments import check_flags, check_lbfgs, check_norm, check_optimizers
+from freezekit.freezing.baked import check_can_hold
 from freezekit.freezing.flags import announce
 from freezekit.freezing.patterns import Patterns, Selection, select
 from freezekit.freezing.result import Frozen
@@ -70,7 +71,8 @@ def freeze(
 
     Raises:
         PatternError: (a ValueError) a pattern that selects nothing, with near names.
-        ValueError: arguments that contradict each other; LBFGS without ``remove=True, state="reset"``.
+        ValueError: arguments that contradict each other; LBFGS without ``remove=True, state="reset"``; statistics that
+            a model moves which was traced or exported in train mode.
         TypeError: an argument of the wrong type.
 
     A tied parameter is one parameter: freezing it under one name freezes it under all (see ``Frozen.shared``).
@@ -91,6 +93,8 @@ def freeze(
         check_norm(norm)
     selection = select(model, patterns, until, inputs)
     check_flags(selection.params, frozen=True)
+    if norm != "batch":
+        check_can_hold(model, selection.norms, selection.modules)
     params = list(selection.params.values())
     for one in optimizers:
         check_lbfgs(one, params, "freeze", ready=remove and state == "reset")
@@ -156,6 +160,8 @@ def unfreeze(
     check_norm(norm)
     selection = select(model, patterns, until, inputs)
     check_flags(selection.params, frozen=False)
+    if norm == "freeze":
+        check_can_hold(model, selection.norms, selection.modules)
     params = list(selection.params.values())
     names = selection.names
     if optimizers and group is None:

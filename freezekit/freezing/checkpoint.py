@@ -14,6 +14,7 @@ from freezekit.freezing import norm as statistics
 from freezekit.freezing import optim
 from freezekit.freezing.api import all_names, names_of, restore_param, set_note, set_statistics
 from freezekit.freezing.arguments import check_flags, check_optimizers
+from freezekit.freezing.baked import check_can_hold
 from freezekit.freezing.flags import announce
 from freezekit.freezing.result import Frozen
 from freezekit.freezing.saved import VERSION, as_inside, check_form, check_removed, match_norms, match_params
@@ -108,6 +109,7 @@ def load_freeze_state(
     for flag, listed in ((True, "frozen"), (False, "trainable")):
         check_flags({name: params[name] for name in state[listed] if name in params}, frozen=flag)
     norms, skipped_norms = match_norms(model, state, strict)
+    check_can_hold(model, [name for name, (_, held) in norms.items() if held], model.modules())
     names = all_names(model)
     result = Frozen("load", skipped=tuple(skipped + skipped_norms))
     result.on_restore(partial(announce, model, params.values()))
