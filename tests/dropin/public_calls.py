@@ -144,7 +144,12 @@ for change in (fk.freeze, fk.unfreeze):
 rows(
     "freeze",
     ("remove from nothing", lambda m, o: fk.freeze(m, remove=True), ValueError, ("remove", "optimizer")),
-    ("remove of text", lambda m, o: fk.freeze(m, optimizer=o, remove="yes"), TypeError, ("remove", "bool", "'yes'")),
+    (
+        "remove of text",
+        lambda m, o: fk.freeze(m, optimizer=o, remove="yes"),
+        TypeError,
+        ("remove", "True or False", "'yes'"),
+    ),
 )
 rows(
     "unfreeze",
