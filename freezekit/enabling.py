@@ -99,22 +99,6 @@ def precision() -> str | None:
     return asked[0][1] if asked else None
 
 
-def asked() -> list[tuple[enabled | None, str | None]]:
-    """What is on: for each `enable` and each block the block, and the precision asked for."""
-    return list(_asked)
-
-
-def set_asked(before: list[tuple[enabled | None, str | None]]) -> None:
-    """Brings back what `asked` gave."""
-    with _lock:
-        if before and not _asked:
-            _enable(*before[0])
-        while _asked and not before:
-            _disable(_asked[-1][0])
-        _asked[:] = before
-        _C.enable.set_bits(_BITS[precision()])
-
-
 def _check_precision(precision: object) -> None:
     if precision is not None and not isinstance(precision, str):
         raise TypeError(f"precision must be None, 'int8' or 'int4', got {precision!r}")

@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 
-from freezekit import enabling
-
 Switch = tuple[Callable[[], Any], Callable[[Any], object]]  # how it is read, and set
 
 _TINY = 1e-310  # less than any normal number in float64
@@ -69,12 +67,11 @@ def _switches() -> Iterator[Switch]:
         yield getattr(torch.__future__, f"get_{name}"), getattr(torch.__future__, f"set_{name}")
     if torch.cuda.is_initialized():
         yield torch.cuda.current_device, torch.cuda.set_device
-    yield enabling.asked, enabling.set_asked
 
 
 @contextmanager
 def switches_kept() -> Iterator[None]:
-    """Context manager: at its end torch's switches, and `freezekit.enable`, are what they were."""
+    """Context manager: at its end torch's switches are what they were."""
     before = []
     for read, put in _switches():
         try:
