@@ -93,12 +93,9 @@ def check_count(name: str, value: object) -> None:
     Traceback (most recent call last):
     ValueError: patience must be at least 1, got 0
     """
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        count = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {shown(value)}") from None
+    count = _integer(value)
+    if count is None:
+        raise TypeError(f"{name} must be an integer, got {shown(value)}")
     if count < 1:
         raise ValueError(f"{name} must be at least 1, got {count}")
 
@@ -145,15 +142,22 @@ def number(name: str, value: object) -> int:
     return _number(name, value, value, ValueError)
 
 
+def _integer(value: object) -> int | None:
+    """None for what is no integer, which a bool is not."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
 def _number(name: str, value: object, whole: object, overflow: type[Exception]) -> int:
     if isinstance(value, torch.SymInt):
         return value  # type: ignore[return-value]
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        result = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(f"{name} must be an integer or a list of them, got {shown(whole)}") from None
+    result = _integer(value)
+    if result is None:
+        raise TypeError(f"{name} must be an integer or a list of them, got {shown(whole)}")
     if not -(2**63) <= result < 2**63:
         raise overflow(f"{name} must fit into 64 bits, got {whole!r}")
     return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -98,7 +99,10 @@ class _There:
 
 
 # Advice is from runs with freezekit enabled, which is for all threads: what another explains meanwhile would keep less.
-_one_at_a_time = threading.RLock()
+_one_at_a_time = threading.Lock()
+# A child forked while another thread holds it would wait for ever.
+if hasattr(os, "register_at_fork"):  # a system that has fork
+    os.register_at_fork(after_in_child=_one_at_a_time._at_fork_reinit)  # type: ignore[attr-defined]
 _looked: ContextVar[list[_There] | None] = ContextVar("_looked", default=None)
 
 
@@ -108,10 +112,14 @@ def looking_once() -> Iterator[None]:
 
     To find them takes 0.1 s where Python holds 300,000 objects, and a plan may run a model a hundred times. What a run
     makes and leaves somewhere, it may write to when it is run again.
+
+    Raises:
+        RuntimeError: a run within it asks for another, which would copy the copies, and those of all that it made.
     """
-    outer = _looked.get()
+    if _looked.get() is not None:
+        raise RuntimeError("explain, plan and audit run a copy of what they are given, which must not call any of them")
     with _one_at_a_time:
-        token = _looked.set([] if outer is None else outer)
+        token = _looked.set([])
         try:
             yield
         finally:

@@ -215,3 +215,12 @@ def test_threads_that_explain_at_a_time() -> None:
         found = list(pool.map(lambda net: [fk.explain(net, x).to_dict() for _ in range(8)], nets))
     assert found == [[one] * 8 for one in alone]
     assert not fk.is_enabled()
+
+
+@pytest.mark.parametrize("measure", [None, True])
+def test_explain_within_explain_is_refused(measure: bool | None) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    x = torch.randn(1, 3, 8, 8)
+    with pytest.raises(RuntimeError, match="which must not call any of them"):
+        fk.explain(lambda x: (fk.explain(net, x), net(x))[1], x, measure=measure)
+    assert fk.explain(net, x).bytes_kept > 0
