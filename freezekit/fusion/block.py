@@ -1,4 +1,8 @@
-"""What replaces a convolution and the layers behind it in a rewritten forward: one operator, or the layers."""
+"""What a rewritten forward calls: one operator in place of a convolution and the layers behind it, or the layers.
+
+A layer or a residual that a forward has is never None for such a call: where it is None at the time, the layers are
+to say so.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +25,16 @@ from freezekit.fusion.layers import (
     NORMS,
     OWN,
     activation_kind,
+    function_kind,
+    is_watched,
     norm_tensors,
     sources,
     why_unfused,
 )
+from freezekit.fusion.norms import has_activation
+from freezekit.fusion.sequences import children_of_list, children_of_sequence, has_shape
+
+ABSENT = object()  # a layer that the block does not have
 
 _frozen = torch.ops.freezekit.frozen_conv2d.default
 # The call where all is plainly fit for one operator, without Python; None where it is not, and `_runs_fused` decides.
@@ -32,66 +42,66 @@ _run = _C.blocks.run
 _C.blocks.know(CONVS, NORMS, ACTIVATIONS, OWN, METHODS, FUNCTIONS)
 
 
-def run(
+def fused(
     x: Any,
-    conv: nn.Module,
-    norm: nn.Module | None,
-    activation: nn.Module | str | None,
-    residual: Tensor | None,
+    conv: Any,
+    norm: Any = ABSENT,
+    activation: Any = ABSENT,
+    residual: Any = ABSENT,
+    owns: bool = False,
     shares: bool = False,
 ) -> Any:
     """activation(norm(conv(x)) + residual) as one operator; None where the layers have to run one by one.
 
     Args:
         x: (N, C, H, W).
-        conv, norm, activation: the layers; norm and activation may be absent, activation may be a function's name.
-        residual: of the size of the result, or None.
-        shares: returns x too, for its later readers: their gradients are added inside this one's dgrad where possible.
+        conv, norm, activation: the layers, or what takes their places; an activation may be a function or the name
+            of a method.
+        residual: what is added, of the size of the result.
+        owns: whether the norm has an activation of its own, which is part of the block or runs behind it.
+        shares: returns x too, for blocks that read it after: their gradients are added inside this one's dgrad where
+            possible.
     """
+    if norm is None or activation is None or residual is None or type(conv) not in CONVS:
+        return None
+    if residual is not ABSENT and not is_plain(residual):
+        return None
+    if norm is not ABSENT and has_activation(norm) is not owns:
+        return None
+    if not isinstance(activation, nn.Module) and activation is not ABSENT:
+        activation = function_kind(activation)
+        if activation is None:
+            return None
+    norm, activation, residual = (None if part is ABSENT else part for part in (norm, activation, residual))
     if jit_trace() is not None and not backends.demands_kernels():
         return None  # an archive of torch's operators loads without freezekit
     if not torch.compiler.is_compiling():
         y = _run(x, conv, norm, activation, residual, backends._current, shares)
         if y is not None:
             return y
+    y = _by_operator(x, conv, norm, activation, residual)
+    return (y, x) if shares and y is not None else y
+
+
+def _by_operator(
+    x: Any, conv: nn.Conv2d, norm: nn.Module | None, activation: nn.Module | str | None, residual: Tensor | None
+) -> Tensor | None:
     if not _runs_fused(x, conv, norm, activation, residual):
         return None
     if not backends.demands_kernels() and records_as_torch(x, residual, *sources(conv, norm)):
         return None
-    y = _fused(x, conv, norm, activation, residual)
-    if not _is_laid_out_as_by_layers(y, activation, residual):
-        return None
-    return (y, x) if shares else y
-
-
-def _fused(
-    x: Tensor,
-    conv: nn.Module,
-    norm: nn.Module | None,
-    activation: nn.Module | str | None,
-    residual: Tensor | None,
-) -> Tensor:
-    assert isinstance(conv, nn.Conv2d)
     settings = (activation_kind(activation), conv.stride, conv.padding, conv.dilation, conv.groups)
     live = {} if norm is None else norm_tensors(norm)
-    y, _ = _frozen(
-        x,
-        conv._parameters["weight"],
-        conv._parameters["bias"],
-        residual,
-        *settings,
-        **live,
-        backend=backends._current,
-    )
-    return y
+    weight, bias = conv._parameters["weight"], conv._parameters["bias"]
+    y, _ = _frozen(x, weight, bias, residual, *settings, **live, backend=backends._current)
+    return y if _is_laid_out_as_by_layers(y, activation, residual) else None
 
 
 def _runs_fused(
-    x: Tensor, conv: nn.Module, norm: nn.Module | None, activation: nn.Module | str | None, residual: Tensor | None
+    x: Tensor, conv: nn.Conv2d, norm: nn.Module | None, activation: nn.Module | str | None, residual: Tensor | None
 ) -> bool:
     if why_unfused(conv, norm, activation) or _is_watched_by_a_mode():
         return False
-    assert isinstance(conv, nn.Conv2d)
     weight, bias = conv._parameters["weight"], conv._parameters["bias"]
     assert weight is not None
     own = sources(conv, norm)
@@ -178,3 +188,28 @@ def _is_laid_out_as_by_layers(y: Tensor, activation: nn.Module | str | None, res
     # What is both formats turns to NCHW in torch's elementwise operators.
     turns = y.is_contiguous() and suggest_memory_format(y) is torch.channels_last
     return not turns and (residual is None or residual.stride() == y.stride())
+
+
+def is_identity(module: Any) -> bool:
+    return type(module) is nn.Identity and not is_watched(module)
+
+
+def drops_nothing(norm: Any) -> bool:
+    """Whether a norm with an activation of its own passes all on to it."""
+    if not isinstance(norm, nn.Module) or not has_activation(norm):
+        return False
+    return "drop" not in norm._modules or is_identity(norm._modules["drop"])
+
+
+# By their names in rewritten forwards, less the prefix.
+NAMES = {
+    "absent": ABSENT,
+    "fused": fused,
+    "children_of_list": children_of_list,
+    "children_of_sequence": children_of_sequence,
+    "has_shape": has_shape,
+    "own_forward": nn.Sequential.forward,
+    "is_identity": is_identity,
+    "drops_nothing": drops_nothing,
+    "torch_add": torch.add,
+}

@@ -5,10 +5,11 @@ from __future__ import annotations
 import ast
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from freezekit.fusion.blocks import Block, Condition, Finder, Opened, Unit, names_read, names_set
-from freezekit.fusion.flow import Place, places
 from freezekit.fusion.steps import Statement, Steps
 
 
@@ -19,12 +20,12 @@ class Emitter:
         steps: takes its statements apart.
         uses: how often each name is read in it.
         captured: names that functions in it read.
-        prefix: of names that it does not know; `running.NAMES` follow ``prefix_``.
+        prefix: of names that it does not know; `block.NAMES` follow ``prefix_``.
 
     Attributes:
         blocks: all that were found.
         sequences: paths of the sequences whose layers are called one by one.
-        values: what new names stand for, beyond those of `freezekit.fusion.running`.
+        values: what new names stand for, beyond those of `freezekit.fusion.block`.
     """
 
     def __init__(self, steps: Steps, uses: Counter[str], captured: frozenset[str], prefix: str) -> None:
@@ -151,7 +152,9 @@ class Emitter:
             parts.append("owns=True")
         while parts[-1] == absent:
             parts.pop()
-        return f"{self._own('shared' if place.hands_on else 'fused')}({', '.join(parts)})"
+        if place.hands_on:
+            parts.append("shares=True")
+        return f"{self._own('fused')}({', '.join(parts)})"
 
     def _all(self, conditions: list[Condition], flag: str = "") -> str:
         terms = [flag] if flag else []
@@ -204,3 +207,82 @@ def _flat(units: list[Unit]) -> Iterator[Block | Statement]:
             yield Statement(ast.Pass())
         else:
             yield unit
+
+
+@dataclass
+class Place:
+    """What a block does for others, and gets from them. Names are those of variables.
+
+    Attributes:
+        base, residual: what it reads.
+        hands_on: gets its input, for the next reader.
+        reset: (variable, name) of values handed on that its layers, which may write to them, make unsafe.
+    """
+
+    base: str
+    residual: str
+    hands_on: str = ""
+    reset: list[tuple[str, str]] = field(default_factory=list)
+
+
+_Readers = list[tuple[Block, int]]  # of a value: the blocks that read it, each with the number of barriers before it
+
+
+def places(units: list[Block | Statement], fresh: Iterator[str]) -> dict[Block, Place]:
+    """A place for each block of a list, so that gradients are added inside dgrads.
+
+    Of several blocks that read one value, the first hands it on to the next, whose gradient it then adds inside its own
+    dgrad; between them there may be blocks only, so that nothing can write to the value.
+    """
+    held: dict[str, _Readers] = {}  # by name
+    names: list[dict[str, _Readers]] = []  # `held` as each unit finds it
+    values: list[_Readers] = []
+    barriers = 0
+
+    def new() -> _Readers:
+        values.append([])
+        return values[-1]
+
+    def readers(name: str) -> _Readers:
+        if name not in held:
+            held[name] = new()
+        return held[name]
+
+    for unit in units:
+        names.append({})
+        if isinstance(unit, Block):
+            for name in filter(None, (unit.conv.value, unit.residual)):
+                if (unit, barriers) not in readers(name):
+                    readers(name).append((unit, barriers))
+            names[-1] = dict(held)
+            for step in unit.steps:
+                if step.target is not None:
+                    held[step.target] = new()
+        elif unit.kind == "copy" and unit.target is not None:
+            held[unit.target] = readers(unit.value)
+        else:
+            barriers += 1
+            for name in names_set(unit.node):
+                held[name] = new()
+    return _assigned(units, values, names, fresh)
+
+
+def _assigned(
+    units: list[Block | Statement], values: list[_Readers], names: list[dict[str, _Readers]], fresh: Iterator[str]
+) -> dict[Block, Place]:
+    order = {unit: i for i, unit in enumerate(units) if isinstance(unit, Block)}
+    found = {unit: Place(unit.conv.value, unit.residual) for unit in order}
+    for one in values:
+        for (first, before), (second, after) in pairwise(one):
+            if before != after or names[order[first]].get(first.conv.value) is not one:
+                continue  # it is the input that is handed on
+            variable = found[first].hands_on = next(fresh)
+            for field_name in ("base", "residual"):
+                name = second.conv.value if field_name == "base" else second.residual
+                if names[order[second]].get(name) is one:
+                    setattr(found[second], field_name, variable)
+            for block, i in order.items():
+                if order[first] < i < order[second]:
+                    name = next(name for name, held in names[i].items() if held is one)
+                    found[block].reset.append((variable, name))
+    return found

@@ -24,10 +24,10 @@ from typing import Any
 
 from torch import nn
 
+from freezekit.fusion.block import NAMES
 from freezekit.fusion.blocks import Block, names_read
 from freezekit.fusion.emission import Emitter
 from freezekit.fusion.patterns import Lookup
-from freezekit.fusion.running import NAMES
 from freezekit.fusion.sequences import members, nested, shape
 from freezekit.fusion.source import Source, Unreadable, define, read
 from freezekit.fusion.steps import Steps
