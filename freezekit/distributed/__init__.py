@@ -9,8 +9,7 @@ FSDP2 (``fully_shard``) reads ``requires_grad`` at every forward pass, so it nee
 on what is frozen, which `check_ranks` asks them.
 """
 
-from freezekit.distributed.ranks import check_ranks
-from freezekit.distributed.rewrapping import rewrap, sync_buffers
+from freezekit.distributed.rewrapping import check_ranks, rewrap, sync_buffers
 from freezekit.distributed.watching import (
     Mismatch,
     StaleWrapperError,

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from torch import nn
 
 from freezekit import conversion
-from freezekit.conversion.calls import INSTALLED
+from freezekit.conversion.report import INSTALLED
 from freezekit.enabling import enabled, is_enabled
 from freezekit.explanation.record import Call, Trace
 from freezekit.explanation.units import bytes_text, flops_text

@@ -1,7 +1,18 @@
 """Layers as functions, as in `torch.nn.functional`, that keep for backward only what the requested gradients read."""
 
 from freezekit.functional._conv2d import conv2d, conv2d_bias_grad, conv2d_dgrad, conv2d_wgrad
-from freezekit.functional.activation import dropout, hardtanh, leaky_relu, prelu, relu, relu6
+from freezekit.functional.activation import (
+    dropout,
+    gelu,
+    hardswish,
+    hardtanh,
+    leaky_relu,
+    mish,
+    prelu,
+    relu,
+    relu6,
+    silu,
+)
 from freezekit.functional.conv_nd import (
     conv1d,
     conv3d,
@@ -22,7 +33,6 @@ from freezekit.functional.pool import (
     max_pool3d,
     pad,
 )
-from freezekit.functional.smooth import gelu, hardswish, mish, silu
 
 __all__ = [
     "adaptive_avg_pool1d",

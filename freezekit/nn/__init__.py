@@ -5,7 +5,7 @@ errors.
 """
 
 from freezekit.nn._tracers import refuse_script
-from freezekit.nn.activation import Dropout, Hardtanh, LeakyReLU, PReLU, ReLU, ReLU6
+from freezekit.nn.activation import GELU, Dropout, Hardswish, Hardtanh, LeakyReLU, Mish, PReLU, ReLU, ReLU6, SiLU
 from freezekit.nn.conv2d import FreezableConv2d
 from freezekit.nn.conv_nd import (
     FreezableConv1d,
@@ -41,7 +41,6 @@ from freezekit.nn.pool import (
     ReplicationPad2d,
     ReplicationPad3d,
 )
-from freezekit.nn.smooth import GELU, Hardswish, Mish, SiLU
 
 __all__ = [
     "GELU",

@@ -1,4 +1,4 @@
-"""Activations and dropout that keep one bit per element."""
+"""Activations and dropout that keep one bit per element; smooth ones, which behind a norm keep nothing."""
 
 from __future__ import annotations
 
@@ -83,3 +83,51 @@ class Dropout(nn.Dropout):
         if isinstance(input, fx.Proxy) and (leaf := as_leaf(self, input)) is not None:
             return leaf
         return functional.dropout(input, self.p, self.training, self.inplace)
+
+
+class SiLU(nn.SiLU):
+    """An `nn.SiLU` that keeps nothing behind a freezable group or layer norm, and its input elsewhere.
+
+    >>> import torch, freezekit as fk
+    >>> fk.nn.SiLU()(torch.zeros(2))
+    tensor([0., 0.])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.silu(input, self.inplace)
+
+
+class GELU(nn.GELU):
+    """An `nn.GELU` that keeps nothing behind a freezable group or layer norm, and its input elsewhere.
+
+    >>> import torch, freezekit as fk
+    >>> fk.nn.GELU("tanh")(torch.zeros(2))
+    tensor([0., 0.])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.gelu(input, approximate=self.approximate)
+
+
+class Hardswish(nn.Hardswish):
+    """An `nn.Hardswish` that keeps nothing behind a freezable group or layer norm, and its input elsewhere.
+
+    >>> import torch, freezekit as fk
+    >>> fk.nn.Hardswish()(torch.tensor([-3.0, 3.0]))
+    tensor([-0., 3.])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.hardswish(input, self.inplace)
+
+
+class Mish(nn.Mish):
+    """An `nn.Mish` that keeps nothing behind a freezable group or layer norm, and its input elsewhere.
+
+    >>> import torch, freezekit as fk
+    >>> fk.nn.Mish()(torch.zeros(2))
+    tensor([0., 0.])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.mish(input, self.inplace)

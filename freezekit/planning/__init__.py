@@ -1,7 +1,6 @@
 """What freezing would buy, for every depth, before paying for any of it."""
 
-from freezekit.planning.machine import Machine
 from freezekit.planning.planner import plan
-from freezekit.planning.report import Option, Plan
+from freezekit.planning.report import Machine, Option, Plan
 
 __all__ = ["Machine", "Option", "Plan", "plan"]

@@ -21,8 +21,7 @@ from freezekit.explanation.record import Trace
 from freezekit.explanation.report import learning
 from freezekit.explanation.trace import trace
 from freezekit.freezing import freeze, unfreeze
-from freezekit.planning.machine import Machine, seconds
-from freezekit.planning.report import Option, Plan
+from freezekit.planning.report import Machine, Option, Plan, seconds
 
 
 def plan(

@@ -8,10 +8,8 @@ from typing import Any
 import torch
 
 from freezekit._showing import Shown
-from freezekit.profiling.diff import KernelDiff, ProfileDiff, compare
-from freezekit.profiling.events import Event, read
-from freezekit.profiling.phases import PHASES, outermost_operators, phases_of_kernel, phases_of_operator
-from freezekit.profiling.table import COLUMNS, KernelRow, KernelTable, tabulate
+from freezekit.profiling.events import PHASES, Event, outermost_operators, phases_of_kernel, phases_of_operator, read
+from freezekit.profiling.table import COLUMNS, KernelDiff, KernelRow, KernelTable, ProfileDiff, compare, tabulate
 
 __all__ = ["COLUMNS", "PHASES", "KernelDiff", "KernelRow", "KernelTable", "ProfileDiff", "profile"]
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from freezekit.profiling.diff import compare
-from freezekit.profiling.events import Event, nest
-from freezekit.profiling.phases import PHASES, outermost_operators, phases_of_kernel, phases_of_operator
-from freezekit.profiling.table import COLUMNS, tabulate
+from freezekit.profiling.events import PHASES, Event, nest, outermost_operators, phases_of_kernel, phases_of_operator
+from freezekit.profiling.table import COLUMNS, compare, tabulate
 
 
 def op(name: str, start: int, end: int, correlation: int = 0, thread: int = 1, inputs: list | None = None) -> Event:
