@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from freezekit import nn as layers
 from freezekit._arguments import check_module, shown
+from freezekit.freezing.index import Index
 from freezekit.freezing.patterns import PatternError, flat, named_modules
 from freezekit.fusion.classes import plan_of, unfuse_module
 from freezekit.fusion.identity import classes_read
@@ -144,7 +145,7 @@ def _selected(model: nn.Module, only: Only | None) -> list[nn.Module]:
         return list(model.modules())
     several = isinstance(only, Iterable) and not isinstance(only, str | type | nn.Module)
     found: dict[int, nn.Module] = {}
-    for part in flat([list(only) if several else only], "only"):  # type: ignore[arg-type]
+    for part in flat(Index(model), [list(only) if several else only], "only"):  # type: ignore[arg-type]
         met = {id(m): m for root in named_modules(model, [part], "only").values() for m in root.modules()}
         if not any(stock_base(m) or plan_of(m) for m in met.values()):
             raise PatternError(f"only: {shown(part)} matches no layer that freezekit has one for")

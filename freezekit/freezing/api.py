@@ -40,12 +40,12 @@ def freeze(
         model: any ``nn.Module``.
         patterns: what to freeze; their union. A module or parameter name (``"layer1"``), a glob over dotted names
             (``"layer*.bn?"``; ``*`` crosses dots), a subclass of ``nn.Module``, a module or parameter of the model, a
-            predicate ``f(name, parameter) -> bool``, or a list of these (``layer.parameters()`` too). A module stands
-            for all it contains; one of several may have nothing to freeze, as in ``list(model.children())[:3]``. The
-            name of a weight that a parametrization, weight norm, spectral norm, pruning or a hook computes, or a glob
-            that matches it, means all that it is made of. (A predicate meets that by its own names, such as
-            ``"0.weight_g"``.) Names inside DDP, DataParallel and torch.compile need no prefix. None of them, and no
-            ``until``, means the whole model.
+            predicate ``f(name, parameter) -> bool``, or a list of these (``layer.parameters()`` and
+            ``layer.named_parameters()`` too). A module stands for all it contains; one of several may have nothing to
+            freeze, as in ``list(model.children())[:3]``. The name of a weight that a parametrization, weight norm,
+            spectral norm, pruning or a hook computes, or a glob that matches it, means all that it is made of. (A
+            predicate meets that by its own names, such as ``"0.weight_g"``.) Names inside DDP, DataParallel and
+            torch.compile need no prefix. None of them, and no ``until``, means the whole model.
         optimizer: the optimizer that trains ``model``, or several, in a list or by name; of what wraps one, as fastai's
             OptimWrapper does, the one inside is meant. It may be None when nothing of it needs to change: a frozen
             parameter is skipped anyway, since its ``.grad`` is None.

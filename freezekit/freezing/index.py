@@ -51,7 +51,19 @@ class Index:
 
     def meets(self, pattern: str) -> bool:
         """Whether some name is ``pattern``, or matches it."""
-        return any(name and self._is_meant(name, pattern) for name in self.every)
+        return bool(self.met_by(pattern))
+
+    def met_by(self, pattern: str) -> set[str]:
+        """The names of modules, parameters and computed tensors that ``pattern`` is, or matches."""
+        if pattern in self.every or not any(character in pattern for character in "*?["):
+            return {pattern} & self.every - {""}
+        return {name for name in self.every if name and self._is_meant(name, pattern)}
+
+    def names_of(self, part: nn.Parameter | nn.Module) -> set[str]:
+        """All names of a parameter or a module of the model."""
+        if isinstance(part, nn.Parameter):
+            return set(self.names.get(id(part), ()))
+        return {name for name, module in self.modules.items() if name and module is part}
 
     def under(self, module_name: str) -> tuple[set[int], set[int]]:
         """Ids of the parameters and of the norm layers in the module of that name, itself included."""

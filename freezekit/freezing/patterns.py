@@ -19,7 +19,8 @@ from freezekit.freezing.order import before
 
 Predicate = Callable[[str, nn.Parameter], bool]
 Pattern = str | type[nn.Module] | nn.Module | nn.Parameter | Predicate
-Patterns = Pattern | Iterable[Pattern]
+Named = tuple[str, nn.Parameter] | tuple[str, nn.Module]
+Patterns = Pattern | Iterable[Pattern] | Iterable[Named]
 
 # Each is iterable, and one pattern, or none.
 _NO_LISTS = (str, bytes, type, Mapping, Tensor, nn.Module)
@@ -62,7 +63,7 @@ def named_modules(model: nn.Module, patterns: Iterable[Any], argument: str) -> d
     """
     index = Index(model)
     found: dict[str, nn.Module] = {}
-    for pattern in map(index.whole, flat(patterns, argument)):
+    for pattern in map(index.whole, flat(index, patterns, argument)):
         names = meeting(index.modules, pattern, argument)
         if not names:
             said = index.unknown(pattern) if isinstance(pattern, str) else f"no module matches {shown(pattern)}"
@@ -71,20 +72,45 @@ def named_modules(model: nn.Module, patterns: Iterable[Any], argument: str) -> d
     return found
 
 
-def flat(patterns: Iterable[Any], argument: str = "patterns") -> Iterator[Any]:
+def flat(index: Index, patterns: Iterable[Any], argument: str = "patterns") -> Iterator[Any]:
     """The patterns in ``patterns``, and in lists, sets, iterators and the like among them, as ``layer.parameters()``.
 
+    A pair as ``layer.named_parameters()`` gives it means its parameter or module, whose name in the model is another.
+
     Raises:
-        PatternError: a list that holds nothing: it selects nothing, and must not pass for "everything".
+        PatternError: a list that holds nothing: it selects nothing, and must not pass for "everything"; or a pair whose
+            name is something else in the model.
     """
     for pattern in patterns:
         if isinstance(pattern, Iterable) and not isinstance(pattern, _NO_LISTS):
-            inside = list(flat(pattern, argument))
+            part = _part_of_pair(index, pattern, argument)
+            inside = list(flat(index, pattern, argument)) if part is None else [part]
             if not inside:
                 raise PatternError(f"{argument}: an empty {type(pattern).__name__} selects nothing")
             yield from inside
         else:
             yield pattern
+
+
+def _part_of_pair(index: Index, given: Any, argument: str) -> nn.Parameter | nn.Module | None:
+    """The second of a pair, where the first is its name within a part of the model, or within all of it; None for what
+    is a list of two patterns, or anything else."""
+    if not (isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], str)):
+        return None
+    name, value = given
+    if not isinstance(value, nn.Parameter | nn.Module):
+        return None
+    own = index.names_of(value)
+    starts = name == "" and index.has(value)  # as named_modules() does
+    if not starts and not any(f".{one}".endswith(f".{name}") for one in own):
+        return None
+    if others := sorted(index.met_by(index.whole(name)) - own):
+        parts = "parameters" if isinstance(value, nn.Parameter) else "children"
+        raise PatternError(
+            f"{argument}: a pair of {name!r} and {sorted(own)[0]!r} may mean that one, or {others[0]!r} too;\n"
+            f"pass the part's .{parts}() instead of .named_{parts}()"
+        )
+    return value
 
 
 def select(model: nn.Module, patterns: Iterable[Any], until: str | None = None, inputs: Any = None) -> Selection:
@@ -98,7 +124,7 @@ def select(model: nn.Module, patterns: Iterable[Any], until: str | None = None, 
     if inputs is not None and until is None:
         raise ValueError("inputs: only read to find the forward order for until=; pass until= too, or drop it")
     index = Index(model)
-    patterns = list(map(index.whole, flat(patterns)))
+    patterns = list(map(index.whole, flat(index, patterns)))
     params: set[int] = set()
     norms: set[int] = set()
     if not patterns and until is None:

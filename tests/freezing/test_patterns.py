@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from freezekit.freezing import PatternError, freeze
+import freezekit
+from freezekit import guard
+from freezekit.freezing import PatternError, freeze, unfreeze
 from freezekit.freezing.patterns import select
 from tests.freezing.cases import Tied
 
@@ -149,3 +151,50 @@ def test_integer_parameters_are_left_alone() -> None:
 def test_an_exact_module_name_is_never_read_as_a_glob() -> None:
     model = nn.ModuleDict({"a[b]": nn.Linear(1, 1), "ab": nn.Linear(1, 1)})
     assert list(select(model, ["a[b]"]).params) == ["a[b].weight", "a[b].bias"]
+
+
+def two_deep() -> nn.Module:
+    block = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2))
+    return nn.Sequential(OrderedDict(block=block, head=nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))))
+
+
+IN_BLOCK = ["block.0.weight", "block.0.bias", "block.1.weight", "block.1.bias"]
+
+
+def test_pairs_of_a_part_mean_its_parameters_and_modules_and_not_what_has_their_name_in_the_model() -> None:
+    model = two_deep()
+    assert list(select(model, [model.block.named_parameters()]).params) == IN_BLOCK
+    assert list(select(model, list(model.block.named_parameters())).params) == IN_BLOCK
+    assert list(select(model, [dict(model.block.named_parameters()).items()]).params) == IN_BLOCK
+    assert list(select(model, [model.block.named_children()]).norms) == ["block.1"]
+    assert list(select(model, [model.named_parameters(prefix="")]).params) == list(dict(model.named_parameters()))
+    assert list(select(model, [model.block.named_modules()]).params) == IN_BLOCK
+    compiled = nn.Sequential(OrderedDict(module=model))
+    assert list(select(compiled, [model.block.named_parameters()]).params) == [f"module.{name}" for name in IN_BLOCK]
+    with freeze(model, model.block.named_parameters(), norm="freeze") as frozen:
+        unfreeze(model, model.block[1].named_parameters())
+        assert [name for name, p in model.named_parameters() if not p.requires_grad] == IN_BLOCK[:2]
+    assert frozen.params == tuple(IN_BLOCK)
+    with guard(model, torch.optim.SGD(model.parameters())) as held, held.allow(model.block.named_parameters()):
+        pass
+    freezekit.convert(model, only=model.block.named_children())
+    assert type(model.block[0]) is freezekit.FreezableConv2d
+
+
+def test_pairs_whose_name_is_something_else_too_are_refused_and_tuples_of_two_patterns_are_not_pairs() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+    with pytest.raises(PatternError, match=r"^patterns: a pair of '0' and '1.0' may .* or '0' too;\n.*\.children\(\)"):
+        freeze(model, model[1].named_children())
+    model.weight = nn.Parameter(torch.zeros(2))
+    with pytest.raises(PatternError, match=r"'weight' and '0.weight' .*\npass the part's \.parameters\(\) instead"):
+        freeze(model, model[0].named_parameters())
+    assert all(p.requires_grad for p in model.parameters())
+    assert list(select(model, [("0", model[1][1].weight)]).params) == ["0.weight", "0.bias", "1.1.weight"]
+    assert list(select(model, [("0", model[1][1])]).params) == ["0.weight", "0.bias", "1.1.weight", "1.1.bias"]
+    with pytest.raises(PatternError, match="this Parameter is not part of the model"):
+        freeze(model, nn.Sequential(nn.Linear(2, 2)).named_parameters())
+
+
+def test_pairs_of_a_tied_parameter_mean_it_under_any_of_its_names() -> None:
+    model = nn.Sequential(OrderedDict(net=Tied()))
+    assert list(select(model, [model.net.back.named_parameters()]).params) == ["net.there.weight", "net.back.bias"]
