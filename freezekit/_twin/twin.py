@@ -262,14 +262,13 @@ def _whole_step(error: Exception) -> str:
     folder = Path(torch.__file__).parent
     places = {(frame.f_code.co_filename, frame.f_code.co_name) for frame, _ in traceback.walk_tb(error.__traceback__)}
     stepping = (folder / "optim", folder / "amp" / "grad_scaler.py")
-    if (torch.autograd.__file__, "backward") not in places and not any(
-        Path(file).is_relative_to(place) for file, _ in places for place in stepping
-    ):
+    if any(Path(file).is_relative_to(place) for file, _ in places for place in stepping):
+        what = "It is a whole training step: its gradients are those of a copy, which its optimizer does not have"
+    elif (torch.autograd.__file__, "backward") in places:
+        what = "It calls backward() itself, which fails where nothing learns, as where a plan freezes all of it"
+    else:
         return ""
-    return (
-        "\nIt is a whole training step: its gradients are those of a copy, which its optimizer does not have, or "
-        "nothing is left to learn. Give what computes the loss alone, such as lambda x: loss(model(x))"
-    )
+    return f"\n{what}. Give what computes the loss alone, such as lambda x: loss(model(x))"
 
 
 def _name(function: Any) -> str:

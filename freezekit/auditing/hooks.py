@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
@@ -18,8 +19,10 @@ from .steps import moved_at_zero
 from .subject import Subject
 
 # How often hooks are called. What a hook sets to zero for another reason than a mask (a threshold, dropout, all but the
-# largest few) depends on the values or on chance, and is not the same each time.
-_CALLS = 8
+# largest few) depends on the values or on chance, and is not the same each time. On few elements chance may repeat.
+_CALLS, _CALLS_OF_MANY, _MANY = 8, 4, 64
+# So many random numbers are drawn; larger gradients repeat them. A prime, so that no two rows are alike.
+_DRAWN = 65521
 
 
 def _own_hooks(p: Tensor) -> list[dict[int, Any]]:
@@ -34,14 +37,16 @@ def _before_steps(optimizer: torch.optim.Optimizer) -> list[Any]:
 
 
 def _gradients(p: Tensor) -> Iterator[Tensor]:
-    """Gradients without zeros: each element is positive and negative, and among the largest and the smallest."""
+    """Gradients without zeros: in each four, elements are positive and negative, among the largest and the smallest."""
     generator = torch.Generator().manual_seed(0)
     shape = (*p.shape, 2) if p.is_complex() else p.shape
+    count = math.prod(shape)
+    drawn = min(count, _DRAWN)
     while True:
-        sizes = torch.rand(shape, generator=generator, device="cpu") + 0.1
-        signs = torch.randint(0, 2, shape, generator=generator, device="cpu") * 2.0 - 1
-        for sign, swapped in ((1, False), (-1, False), (1, True), (-1, True)):
-            one = (1.2 - sizes if swapped else sizes) * signs * sign
+        sizes = torch.rand(drawn, generator=generator, device="cpu") + 0.1
+        signs = torch.randint(0, 2, (drawn,), generator=generator, device="cpu") * 2.0 - 1
+        for some in (sizes * signs, sizes * -signs, (1.2 - sizes) * signs, (1.2 - sizes) * -signs):
+            one = some.repeat(-(-count // drawn))[:count].view(shape)
             yield torch.empty_like(p).copy_(torch.view_as_complex(one) if p.is_complex() else one)
 
 
@@ -91,7 +96,8 @@ class Masks:
             left = params
             for call in range(_CALLS):
                 self._call(left, given)
-                left = [p for p in left if self._is_masked(p, first=call == 0)]
+                masked = [p for p in left if self._is_masked(p, first=call == 0)]
+                left = [p for p in masked if call + 1 < _CALLS_OF_MANY or p.numel() < _MANY]
                 if not left:
                     return
         finally:

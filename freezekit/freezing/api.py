@@ -51,7 +51,8 @@ def freeze(
             parameter is skipped anyway, since its ``.grad`` is None.
         remove: take the parameters out of the optimizer's groups and state as well; `unfreeze` with the same optimizer
             puts them back in their own group. The groups stay, empty ones too, so schedulers go on. The way back is
-            an attribute of the optimizer: `freeze_state` saves it, and a copy or pickle of the optimizer is without.
+            an attribute of the optimizer, which its copies and pickles lack: `freeze_state` saves it, and
+            `load_freeze_state` gives it to them.
         state: "keep" leaves the optimizer's state (momentum, Adam's moments) for the day the parameters are unfrozen;
             "reset" drops it.
         norm: "freeze": normalisation layers that are covered use and keep their running statistics, and ``.train()``
@@ -236,7 +237,8 @@ def _check_known(
         raise ValueError(
             f"optimizer: it holds none of {', '.join(unknown[:6])}{' ...' if len(unknown) > 6 else ''} and freeze() "
             "did not take them out of it, so they would never move; pass group=<index of the group to put them in>, or "
-            "call optimizer.add_param_group first"
+            "call optimizer.add_param_group first.\nIf it is a copy or a pickle, which does not know what was taken "
+            "out of the original: load_freeze_state(model, state, optimizer), with the original's freeze_state()"
         )
 
 

@@ -145,7 +145,12 @@ class _Planner:
         return Option(name, tuple(frozen), traced.bytes_kept, flops, seconds, trainable)
 
     def _trace(self, option: str, frozen: list[str], measure: bool | None = None) -> Trace:
-        return trace(self.model, self._inputs_of(option), measure, _freezer(frozen))
+        try:
+            return trace(self.model, self._inputs_of(option), measure, _freezer(frozen))
+        except RuntimeError as error:
+            if not frozen:
+                raise
+            raise RuntimeError(f"{option}, {len(frozen)} of {len(self.sizes)} parameters frozen: {error}") from error
 
     def _inputs_of(self, option: str) -> Arguments:
         return learning(self.inputs) if option == "input learns" else self.inputs

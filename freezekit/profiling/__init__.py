@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import profiler
 
 from freezekit._showing import Shown
 from freezekit.profiling.events import PHASES, Event, outermost_operators, phases_of_kernel, phases_of_operator, read
 from freezekit.profiling.table import COLUMNS, KernelDiff, KernelRow, KernelTable, ProfileDiff, compare, tabulate
 
 __all__ = ["COLUMNS", "PHASES", "KernelDiff", "KernelRow", "KernelTable", "ProfileDiff", "profile"]
+
+_recording = threading.Lock()
+_ONE = (
+    "torch's profiler is recording already, and there is one for all threads of the process;\n"
+    "let that block end first, or put one profile() around both"
+)
 
 
 class profile(Shown):
@@ -23,6 +31,9 @@ class profile(Shown):
 
     torch.profiler does the recording, with record_shapes on; recording costs some microseconds per operator, so compare
     times of small operators with care. GPU work that is still running at the end is waited for.
+
+    There is one torch.profiler for all threads of a process: a second recording at the same time would lose the first
+    one's events, or end the process. Entering the block is a RuntimeError then.
 
     >>> import torch, freezekit as fk
     >>> from freezekit.profiling import profile
@@ -50,14 +61,25 @@ class profile(Shown):
     def __enter__(self) -> profile:
         if self._events is not None:
             raise RuntimeError("this profile has recorded already: make a new profile() for every block")
-        self._profiler.__enter__()
+        if not _recording.acquire(blocking=False):
+            raise RuntimeError(_ONE)
+        try:
+            if profiler._is_profiler_enabled:  # by somebody else
+                raise RuntimeError(_ONE)
+            self._profiler.__enter__()
+        except BaseException:
+            _recording.release()
+            raise
         return self
 
     def __exit__(self, *error: Any) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self._profiler.__exit__(*error)
-        self._events = read(self._profiler)
+        try:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self._profiler.__exit__(*error)
+            self._events = read(self._profiler)
+        finally:
+            _recording.release()
 
     def kernels(self) -> KernelTable:
         """The kernel table; print it.

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from freezekit.auditing import audit
+from freezekit.auditing import audit, hooks
 from freezekit.freezing import freeze, unfreeze
 from tests.auditing.helpers import found, images, net, the
 
@@ -530,3 +530,20 @@ def test_what_torchscript_hides_is_said(within: bool, traced: bool) -> None:
     where = "0" if within else "(root)"
     assert f"a ScriptModule ('{where}')" in report.skipped["dropout and flags in 4 module(s) of TorchScript"]
     assert "ScriptModule" in report.skipped["moving tensors and lost gradients in a forward pass"]
+
+
+def test_hooks_are_called_a_few_times_with_gradients_of_either_sign_and_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight times, and numbers drawn anew for each, made `audit` of 100 masked parameters take seconds."""
+    seen: list[torch.Tensor] = []
+    given = hooks._gradients
+    monkeypatch.setattr(hooks, "_gradients", lambda p: (seen.append(gradient) or gradient for gradient in given(p)))
+    model = nn.Linear(300, 300, bias=False)
+    model.weight.register_hook(lambda gradient: gradient * (torch.arange(300) > 1))
+    assert the(audit(model, torch.optim.AdamW(model.parameters())), "masked-gradient").names == ("weight",)
+    assert len(seen) == 4
+    every = torch.stack(seen)
+    assert torch.equal(every.sign().sum(0), torch.zeros(300, 300))
+    assert torch.allclose(every.abs().sum(0), torch.full((300, 300), 2.4))
+    assert bool((every != 0).all())
+    rows = every[0].abs().sum(1)
+    assert len(rows.unique()) > 290, "rows alike would hide a hook that drops some of them"

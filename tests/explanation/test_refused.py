@@ -42,10 +42,39 @@ def test_a_step_with_a_scaler_is_refused_with_what_to_give_instead(measure: bool
         fk.explain(steps()["scaled"], X, measure=measure)
 
 
-@pytest.mark.parametrize("name", ["scaled", "plain"])
-def test_a_plan_of_a_whole_step_is_refused_with_what_to_give_instead(name: str) -> None:
-    with pytest.raises(RuntimeError, match="whole training step"):
+@pytest.mark.parametrize(
+    ("name", "says"), [("scaled", "is a whole training step"), ("plain", r"calls backward\(\) itself")]
+)
+def test_a_plan_of_a_whole_step_is_refused_with_what_to_give_instead(name: str, says: str) -> None:
+    with pytest.raises(RuntimeError, match=f"\nIt {says}.*lambda x: loss"):
         fk.plan(steps()[name], X, machine=MACHINE)
+
+
+class Meta(nn.Module):
+    """Two layers whose forward runs a backward pass of its own."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        loss = self.second(self.first(x)).mean()
+        if self.how == "grad":
+            return torch.autograd.grad(loss, self.second.weight)[0].sum() * loss
+        loss.backward()
+        return loss.detach()
+
+
+@pytest.mark.parametrize(
+    ("how", "says"), [("backward", r"\nIt calls backward\(\) itself, .* freezes all"), ("grad", "")]
+)
+def test_a_plan_of_a_forward_that_runs_backward_itself_says_which_option_fails(how: str, says: str) -> None:
+    with pytest.raises(
+        RuntimeError, match=r"^depth 2, 4 of 4 parameters frozen: .*does not require grad.*" + says
+    ) as told:
+        fk.plan(Meta(how), X, machine=MACHINE)
+    assert "step" not in str(told.value)
 
 
 def test_an_error_of_a_forward_that_takes_gradients_is_not_called_a_step() -> None:

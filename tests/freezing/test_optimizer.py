@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, Muon, Optimizer
 
-from freezekit.freezing import freeze, unfreeze
+from freezekit.freezing import freeze, freeze_state, load_freeze_state, unfreeze
 from freezekit.freezing.bits import same_bits
 
 
@@ -259,3 +260,23 @@ def test_names_beside_the_parameters_follow_them() -> None:
     unfreeze(model, "2.bias", optimizer=optimizer, group=0)
     assert optimizer.param_groups[0]["param_names"] == ["0.weight", "0.bias", "1.bias", "2.bias"]
     assert names(model, optimizer) == [["0.weight", "0.bias", "1.bias", "2.bias"]]
+
+
+def test_a_copy_of_an_optimizer_is_told_how_it_learns_what_was_taken_out_of_the_original() -> None:
+    model = net()
+    optimizer = Adam(model.parameters(), lr=0.1)
+    model(torch.randn(4, 2)).sum().backward()
+    optimizer.step()
+    moment = optimizer.state[model[0].weight]["exp_avg"].clone()
+    freeze(model, "0", optimizer=optimizer, remove=True)
+    copied, steps_it = copy.deepcopy((model, optimizer))
+    with pytest.raises(
+        ValueError, match=r"(?s)holds none of 0.weight, 0.bias .*\nIf it is a copy or a pickle.*freeze_state"
+    ):
+        unfreeze(copied, "0", optimizer=steps_it)
+    load_freeze_state(copied, freeze_state(model, optimizer), steps_it)
+    assert unfreeze(copied, "0", optimizer=steps_it).returned == ("0.weight", "0.bias")
+    assert names(copied, steps_it) == [[name for name, _ in copied.named_parameters()]]
+    assert torch.equal(steps_it.state[copied[0].weight]["exp_avg"], moment)
+    unfreeze(model, "0", optimizer=optimizer)
+    assert optimizer.state[model[0].weight]["exp_avg"] is not steps_it.state[copied[0].weight]["exp_avg"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -148,3 +149,28 @@ def test_kernels_on_a_gpu_have_their_own_names_and_phases() -> None:
     names = {row.name for row in recorded.kernels()}
     assert not any(name.startswith(("aten::", "freezekit::")) for name in names)
     assert {"dgrad", "wgrad"} <= {phase for row in recorded.kernels() for phase in row.phases}
+
+
+def test_a_second_recording_at_the_same_time_is_refused() -> None:
+    """torch's profiler lost the outer events of two nested ones, and ended the process of two threads."""
+    with profile() as outer:
+        F.relu(torch.randn(4))
+        with (
+            pytest.raises(RuntimeError, match=r"^torch's profiler is recording already.*\n.*one profile\(\)"),
+            profile(),
+        ):
+            pass
+        with ThreadPoolExecutor(1) as thread, pytest.raises(RuntimeError, match="one for all threads of the process"):
+            thread.submit(profile().__enter__).result()
+        F.relu(torch.randn(4))
+    assert [(row.label, row.instances) for row in outer.kernels() if "relu" in row.name] == [("aten::relu", 2)]
+    with torch.profiler.profile() as torchs:
+        with pytest.raises(RuntimeError, match="is recording already"), profile():
+            pass
+        F.relu(torch.randn(4))
+    assert "aten::relu" in {event.name for event in torchs.events()}
+    with pytest.raises(ZeroDivisionError), profile():
+        raise ZeroDivisionError
+    with profile() as after:
+        F.relu(torch.randn(4))
+    assert after.kernels()
