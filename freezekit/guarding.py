@@ -20,7 +20,7 @@ from torch.optim import LBFGS, Optimizer
 from freezekit._arguments import check_choice, check_module, shown
 from freezekit.freezing.bits import checksums, local, same_bits
 from freezekit.freezing.causes import causes, describe
-from freezekit.freezing.held import AtRisk, Record, copy_state, frozen_tensors, put_state, record_all, write
+from freezekit.freezing.held import AtRisk, Record, copy_state, frozen_tensors, put_state, record_all, replaced, write
 from freezekit.freezing.norm import is_held, statistics_of
 from freezekit.freezing.optim import group_of
 from freezekit.freezing.patterns import Patterns, select
@@ -78,6 +78,7 @@ class Guard:
         self._allowances: list[Allowance] = []
         self._records: dict[str, Record] = {}
         self._frozen: dict[str, torch.Tensor] = {}
+        self._replaced: set[str] = set()  # of which a step was refused
         self._at_risk: dict[int, list[AtRisk]] = {}  # by the id of the optimizer that is in a step
         self._refresh()
         self._hooks = [
@@ -146,10 +147,19 @@ class Guard:
         """Read what is frozen now; forget what is no longer or may be written to, record what newly is."""
         allowed = {tensor for allowance in self._allowances for tensor in allowance.tensors}
         self._frozen = {name: t for name, t in frozen_tensors(self.model).items() if id(t) not in allowed}
-        for name in self._records.keys() - self._frozen.keys():
+        for name in self._replaced & self._frozen.keys():  # which was frozen again
+            self._records.pop(name, None)
+        self._replaced.clear()
+        gone = {name: record for name, record in self._records.items() if name not in self._frozen}
+        if lines := replaced(self.model, gone) if gone else {}:
+            cure = "Cure: change layers before freeze(), freeze() again, or guard.accept() what was meant"
+            lines = {name: f"{line}. {cure}" for name, line in lines.items()}
+            self._replaced = set(gone)
+            raise FrozenMoved("a layer that was frozen is no longer, though nobody unfroze it", lines)
+        for name in gone:
             del self._records[name]
         new = {name: tensor for name, tensor in self._frozen.items() if name not in self._records}
-        self._records.update(record_all(new, with_value=self.mode == "restore"))
+        self._records.update(record_all(self.model, new, with_value=self.mode == "restore"))
 
     def _touched(self) -> dict[str, torch.Tensor]:
         """Frozen tensors that may have changed. One touched tensor makes all of its layer suspect: batch norm in

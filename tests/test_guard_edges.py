@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize, prune
 from torch.optim import LBFGS, SGD, Optimizer
 
 from freezekit.freezing import freeze, unfreeze
@@ -205,3 +208,85 @@ def test_arguments_are_checked(arguments: dict, error: type[Exception], says: st
     with pytest.raises(error) as caught:
         guard(**{"model": model, "optimizer": optimizer, **arguments})
     assert says in str(caught.value)
+
+
+def normed() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+
+
+def weight_normed() -> nn.Module:
+    model = normed()
+    torch.nn.utils.weight_norm(model[0])
+    return model
+
+
+def another_weight(model: nn.Module) -> None:
+    model[0].weight = nn.Parameter(torch.randn(4, 3, 3, 3))
+
+
+REPLACING: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], object], str]] = {
+    "weight norm removed": (weight_normed, lambda m: torch.nn.utils.remove_weight_norm(m[0]), "'0.weight': it trains"),
+    "weight norm added": (normed, lambda m: torch.nn.utils.weight_norm(m[0]), "'0.weight_g': it trains"),
+    "another parameter": (normed, another_weight, "'0.weight': it trains in place of '0.weight'"),
+    "another norm": (normed, nn.SyncBatchNorm.convert_sync_batchnorm, "'1.running_mean': it is in a SyncBatchNorm now"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+@pytest.mark.parametrize("mode", ["raise", "restore"])
+@pytest.mark.parametrize("how", REPLACING)
+def test_what_takes_the_place_of_a_frozen_tensor_and_learns_or_moves_is_told_before_the_step(
+    how: str, mode: Any
+) -> None:
+    make, change, says = REPLACING[how]
+    model = make()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    freeze(model, "0", "1", norm="freeze")
+    held = guard(model, optimizer, mode=mode)
+    change(model)
+    for _ in range(2):
+        with pytest.raises(FrozenMoved, match=r"though nobody unfroze it\n(.*\n)*.*" + says):
+            optimizer.step()
+    freeze(model, "0", "1", norm="freeze")
+    optimizer.step()
+    unfreeze(model, "0", "1")
+    optimizer.step()
+    held.remove()
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+@pytest.mark.parametrize("how", REPLACING)
+def test_what_was_unfrozen_first_or_is_accepted_may_be_replaced(how: str) -> None:
+    make, change, _ = REPLACING[how]
+    for accepted in (False, True):
+        model = make()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        freeze(model, "0", "1", norm="freeze")
+        held = guard(model, optimizer)
+        if not accepted:
+            unfreeze(model, "0", "1")
+        change(model)
+        if accepted:
+            held.accept()
+        optimizer.step()
+
+
+def test_new_layers_adapters_and_other_forms_of_a_frozen_parameter_are_no_replacement() -> None:
+    model = normed()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    freeze(model, "0", "1", norm="freeze")
+    guard(model, optimizer)
+    model[0].lora = nn.Parameter(torch.randn(4, 3))  # beside the frozen weight
+    model[2] = nn.Conv2d(4, 2, 1)
+    optimizer.step()
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    optimizer.step()
+    parametrize.register_parametrization(model[0], "bias", nn.Identity())
+    optimizer.step()
+    parametrize.remove_parametrizations(model[0], "bias", leave_parametrized=False)
+    optimizer.step()
+    model[0] = nn.Conv2d(3, 4, 3)  # a layer of its own, which was never frozen
+    optimizer.step()
+    with torch.no_grad():
+        model.load_state_dict(model.state_dict(), assign=True)
+    optimizer.step()

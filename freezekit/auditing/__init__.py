@@ -30,6 +30,7 @@ _ALWAYS: tuple[_Check, ...] = (
     attributes.check_parameters,
     attributes.check_modules,
     attributes.check_buffers,
+    attributes.check_qconfig,
     tensors.check_tied,
     tensors.check_shared_storage,
     tensors.check_statistics,

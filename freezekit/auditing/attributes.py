@@ -11,7 +11,9 @@ from difflib import SequenceMatcher
 
 import torch
 
-from .report import Finding
+from freezekit.conversion import SWAPS
+
+from .report import Finding, about
 from .subject import Subject, can_train
 
 # Words by which people of other libraries say "train this" (True) or "hold this still" (False inverts the meaning).
@@ -113,3 +115,21 @@ def check_buffers(subject: Subject) -> Iterator[Finding]:
                 "register it as nn.Parameter, or call requires_grad_(False) on it",
                 (name,),
             )
+
+
+def check_qconfig(subject: Subject) -> Iterator[Finding]:
+    """Layers of freezekit's that torch.ao was to quantize: it knows exact classes, and passes over others."""
+    names = [
+        name
+        for name, module in subject.modules()
+        if isinstance(module, tuple(SWAPS.values())) and vars(module).get("qconfig") is not None
+    ]
+    if names:
+        yield about(
+            names,
+            "not-quantized",
+            "error",
+            f"{len(names)} layer(s) have a qconfig and stay in float: torch.ao.quantization passes over classes that "
+            "are not torch.nn's own, without a word",
+            "call freezekit.revert(model) before prepare, and freezekit.enable() in place of convert",
+        )

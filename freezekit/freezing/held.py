@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -35,7 +36,8 @@ def identity(tensor: torch.Tensor) -> tuple[int, int]:
 class Record:
     """A frozen tensor as it was when it was first seen frozen; ``value`` is a copy, where one is wanted.
 
-    ``tensor`` is kept so that nothing else can take its address while the record speaks of it.
+    ``tensor`` is kept so that nothing else can take its address while the record speaks of it. So are ``layer``, the
+    module that has it, and the ``beside``, all parameters of that.
     """
 
     tensor: torch.Tensor
@@ -44,6 +46,8 @@ class Record:
     identity: tuple[int, int]
     checksum: int
     value: torch.Tensor | None
+    layer: nn.Module
+    beside: tuple[nn.Parameter, ...]
 
     def touched(self, now: torch.Tensor) -> bool:
         """Whether ``now`` may differ. Writes through ``.data`` and fused steps change neither address nor version."""
@@ -69,13 +73,55 @@ class AtRisk:
     reasons: list[str]
 
 
-def record_all(tensors: dict[str, torch.Tensor], with_value: bool) -> dict[str, Record]:
-    """A record of each tensor as it is now."""
+def record_all(model: nn.Module, tensors: dict[str, torch.Tensor], with_value: bool) -> dict[str, Record]:
+    """A record of each of these tensors of ``model`` as it is now."""
     records = {}
+    modules = dict(model.named_modules(remove_duplicate=False)) if tensors else {}
     for (name, tensor), checksum in zip(tensors.items(), checksums(list(tensors.values())), strict=True):
         value = local(tensor).detach().clone() if with_value else None
-        records[name] = Record(tensor, tensor.shape, tensor.dtype, identity(tensor), checksum, value)
+        layer = modules[layer_of(name.rpartition(".")[0])]
+        form = (tensor.shape, tensor.dtype, identity(tensor), checksum, value)
+        records[name] = Record(tensor, *form, layer, tuple(layer.parameters()))
     return records
+
+
+def layer_of(path: str) -> str:
+    """The module at a path, or the one whose parametrization it is part of.
+
+    >>> layer_of("0.1"), layer_of("0.parametrizations.weight.0")
+    ('0.1', '0')
+    """
+    return re.sub(r"(^|\.)parametrizations(\..*)?$", "", path)
+
+
+def replaced(model: nn.Module, records: dict[str, Record]) -> dict[str, str]:
+    """What took the place of frozen tensors that nobody unfroze, and learns or moves: name -> what happened.
+
+    Args:
+        records: of tensors that are not among the frozen ones any more.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    params = {id(param): name for name, param in model.named_parameters()}
+    buffers = {id(buffer) for buffer in model.buffers()}
+    found: dict[str, str] = {}
+    for name, record in records.items():
+        if isinstance(record.tensor, nn.Parameter):
+            if record.tensor.requires_grad or id(record.tensor) in params or id(record.layer) not in names:
+                continue  # unfrozen, or elsewhere, or gone with its layer
+            known = {id(param) for param in record.beside}
+            new = [p for p in record.layer.parameters() if p.requires_grad and id(p) not in known]
+            found.update((params[id(p)], f"it trains in place of {name!r}, which is gone") for p in new)
+        elif id(record.layer) not in names and id(record.tensor) in buffers:
+            path = next(path for path, module in model.named_modules() if _has(module, record.tensor))
+            own = list(model.get_submodule(path).parameters(recurse=False))
+            if own and not any(p.requires_grad for p in own):
+                kind = type(model.get_submodule(path)).__name__
+                found[name] = f"it is in a {kind} now, which moves its statistics in train mode"
+    return found
+
+
+def _has(module: nn.Module, buffer: torch.Tensor) -> bool:
+    return any(own is buffer for own in module._buffers.values())
 
 
 def write(tensor: torch.Tensor, value: torch.Tensor) -> None:

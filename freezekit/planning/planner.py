@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -21,6 +20,7 @@ from freezekit.explanation.record import Trace
 from freezekit.explanation.report import learning
 from freezekit.explanation.trace import trace
 from freezekit.freezing import freeze, unfreeze
+from freezekit.freezing.held import layer_of
 from freezekit.planning.report import Machine, Option, Plan, seconds
 
 
@@ -124,10 +124,10 @@ class _Planner:
         """Names of the parameters of each layer that has some and is called, in forward order."""
         owned: dict[str, list[str]] = defaultdict(list)
         for name in self.sizes:
-            owned[_layer_of(name.rpartition(".")[0])].append(name)
+            owned[layer_of(name.rpartition(".")[0])].append(name)
         order: dict[str, list[str]] = {}
         for call in self._trace("depth 0", []).calls:
-            layer = _layer_of(call.name)
+            layer = layer_of(call.name)
             # A parametrized layer has children, and is known by the functions that it calls.
             parametrized = layer != call.name or (call.module is not None and is_parametrized(call.module))
             if layer in owned and (parametrized or not call.function):
@@ -186,15 +186,6 @@ def _freezer(frozen: list[str]) -> Callable[[str, nn.Module], None]:
             freeze(root, held, norm="freeze")
 
     return play
-
-
-def _layer_of(path: str) -> str:
-    """The module at a path, or the one whose parametrization it is part of.
-
-    >>> _layer_of("0.1"), _layer_of("0.parametrizations.weight.0")
-    ('0.1', '0')
-    """
-    return re.sub(r"(^|\.)parametrizations(\..*)?$", "", path)
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -122,6 +122,22 @@ def test_quantization_leaves_the_layer_in_float_and_the_layer_says_so() -> None:
         quantized(X)
 
 
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
+@pytest.mark.parametrize("training", [False, True])
+def test_audit_tells_of_converted_layers_that_quantization_passes_over(training: bool) -> None:
+    from torch.ao.quantization import get_default_qat_qconfig, get_default_qconfig, prepare, prepare_qat
+
+    stock = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)).train(training)
+    stock.qconfig = get_default_qat_qconfig("x86") if training else get_default_qconfig("x86")
+    stock[2].qconfig = None
+    ask = prepare_qat if training else prepare
+    missed = ask(fk.convert(copy.deepcopy(stock)))
+    (finding,) = [finding for finding in fk.audit(missed) if finding.code == "not-quantized"]
+    assert (finding.severity, finding.names) == ("error", ("0", "1"))
+    for fine in (fk.convert(copy.deepcopy(stock[2:])), ask(fk.revert(fk.convert(copy.deepcopy(stock))))):
+        assert "not-quantized" not in {finding.code for finding in fk.audit(fine)}
+
+
 def test_as_stock_layers_it_quantizes() -> None:
     from torch.ao.quantization import DeQuantStub, QuantStub, convert, get_default_qconfig, prepare
 
