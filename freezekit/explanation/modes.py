@@ -15,7 +15,7 @@ from torch.utils.flop_counter import flop_registry
 
 from freezekit._inputs import tensors_in
 from freezekit._twin import call_higher_order, is_higher_order
-from freezekit.explanation import fused
+from freezekit.explanation import fused, larger
 from freezekit.explanation.record import Call
 
 # Their results include a workspace, which backward reads and whose size is known to the library alone.
@@ -74,8 +74,10 @@ class Operators(TorchDispatchMode):
             with self:
                 return func.decompose(*args, **kwargs)
         result = func(*args, **kwargs)
-        if kind is torch.ops.aten.native_batch_norm and not self.recorder.has_data:
-            result = _with_mixed_statistics(args, result)
+        if not self.recorder.has_data:
+            if kind is torch.ops.aten.native_batch_norm:
+                result = _with_mixed_statistics(args, result)
+            larger.store(kind, args, result)
         call = self.recorder.current()
         if call is None:
             return result
