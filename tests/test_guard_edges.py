@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import parametrize, prune
 from torch.optim import LBFGS, SGD, Optimizer
 
@@ -290,3 +291,17 @@ def test_new_layers_adapters_and_other_forms_of_a_frozen_parameter_are_no_replac
     with torch.no_grad():
         model.load_state_dict(model.state_dict(), assign=True)
     optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+def test_a_wrapper_that_shortens_the_names_of_parameters() -> None:
+    model = checkpoint_wrapper(weight_normed())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    freeze(model, "0.bias", "0.weight_g", "0.weight_v")
+    assert "0.bias" in dict(model.named_parameters())
+    assert "0" not in dict(model.named_modules())
+    guard(model, optimizer)
+    optimizer.step()
+    torch.nn.utils.remove_weight_norm(model._checkpoint_wrapped_module[0])
+    with pytest.raises(FrozenMoved, match=r"'0.weight': it trains in place of '0.weight_[gv]', which is gone"):
+        optimizer.step()

@@ -37,7 +37,7 @@ class Record:
     """A frozen tensor as it was when it was first seen frozen; ``value`` is a copy, where one is wanted.
 
     ``tensor`` is kept so that nothing else can take its address while the record speaks of it. So are ``layer``, the
-    module that has it, and the ``beside``, all parameters of that.
+    module that has it, where it can be seen, and ``beside``, all parameters of that.
     """
 
     tensor: torch.Tensor
@@ -46,7 +46,7 @@ class Record:
     identity: tuple[int, int]
     checksum: int
     value: torch.Tensor | None
-    layer: nn.Module
+    layer: nn.Module | None
     beside: tuple[nn.Parameter, ...]
 
     def touched(self, now: torch.Tensor) -> bool:
@@ -77,11 +77,17 @@ def record_all(model: nn.Module, tensors: dict[str, torch.Tensor], with_value: b
     """A record of each of these tensors of ``model`` as it is now."""
     records = {}
     modules = dict(model.named_modules(remove_duplicate=False)) if tensors else {}
+    # Not by the tensors' names, which some wrappers make shorter than those of their modules.
+    paths = {
+        id(tensor): path
+        for path, module in modules.items()
+        for tensor in (*module._parameters.values(), *module._buffers.values())
+    }
     for (name, tensor), checksum in zip(tensors.items(), checksums(list(tensors.values())), strict=True):
         value = local(tensor).detach().clone() if with_value else None
-        layer = modules[layer_of(name.rpartition(".")[0])]
+        layer = modules.get(layer_of(paths[id(tensor)])) if id(tensor) in paths else None
         form = (tensor.shape, tensor.dtype, identity(tensor), checksum, value)
-        records[name] = Record(tensor, *form, layer, tuple(layer.parameters()))
+        records[name] = Record(tensor, *form, layer, () if layer is None else tuple(layer.parameters()))
     return records
 
 
@@ -105,6 +111,8 @@ def replaced(model: nn.Module, records: dict[str, Record]) -> dict[str, str]:
     buffers = {id(buffer) for buffer in model.buffers()}
     found: dict[str, str] = {}
     for name, record in records.items():
+        if record.layer is None:
+            continue
         if isinstance(record.tensor, nn.Parameter):
             if record.tensor.requires_grad or id(record.tensor) in params or id(record.layer) not in names:
                 continue  # unfrozen, or elsewhere, or gone with its layer

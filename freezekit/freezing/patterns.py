@@ -105,10 +105,10 @@ def _part_of_pair(index: Index, given: Any, argument: str) -> nn.Parameter | nn.
     if not starts and not any(f".{one}".endswith(f".{name}") for one in own):
         return None
     if others := sorted(index.met_by(index.whole(name)) - own):
-        parts = "parameters" if isinstance(value, nn.Parameter) else "children"
+        alone = "the part's .parameters()" if isinstance(value, nn.Parameter) else "the part, or its .children()"
         raise PatternError(
             f"{argument}: a pair of {name!r} and {sorted(own)[0]!r} may mean that one, or {others[0]!r} too;\n"
-            f"pass the part's .{parts}() instead of .named_{parts}()"
+            f"pass {alone}, without names"
         )
     return value
 
