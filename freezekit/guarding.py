@@ -11,6 +11,7 @@ Three watches, from cheap to sure:
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -159,7 +160,11 @@ class Guard:
         for name in gone:
             del self._records[name]
         new = {name: tensor for name, tensor in self._frozen.items() if name not in self._records}
-        self._records.update(record_all(self.model, new, with_value=self.mode == "restore"))
+        before = {id(record.tensor): record for record in gone.values()}
+        for name, record in record_all(self.model, new, with_value=self.mode == "restore").items():
+            # What has another name now, as within an adapter, is held to the same value.
+            known = before.get(id(record.tensor))
+            self._records[name] = record if known is None else replace(known, layer=record.layer, beside=record.beside)
 
     def _touched(self) -> dict[str, torch.Tensor]:
         """Frozen tensors that may have changed. One touched tensor makes all of its layer suspect: batch norm in

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -305,3 +306,46 @@ def test_a_wrapper_that_shortens_the_names_of_parameters() -> None:
     torch.nn.utils.remove_weight_norm(model._checkpoint_wrapped_module[0])
     with pytest.raises(FrozenMoved, match=r"'0.weight': it trains in place of '0.weight_[gv]', which is gone"):
         optimizer.step()
+
+
+class Adapter(nn.Module):
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones_like(weight))
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight + self.scale
+
+
+@pytest.mark.parametrize("mode", ["raise", "restore", "allowed"])
+def test_an_adapter_that_is_merged_into_a_frozen_weight_moves_it_though_the_weight_had_another_name(mode: Any) -> None:
+    model = normed()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    freeze(model, "0", norm="freeze")
+    before = model[0].weight.detach().clone()
+    held = guard(model, optimizer, mode="raise" if mode == "allowed" else mode)
+    parametrize.register_parametrization(model[0], "weight", Adapter(model[0].weight))
+    optimizer.step()
+    with held.allow() if mode == "allowed" else nullcontext():
+        parametrize.remove_parametrizations(model[0], "weight")
+    assert torch.equal(model[0].weight, before + 1)
+    if mode == "raise":
+        with pytest.raises(FrozenMoved, match=r"frozen tensors moved outside.*\n  '0.weight'"):
+            optimizer.step()
+        return
+    optimizer.step()
+    assert torch.equal(model[0].weight, before + (mode == "allowed"))
+
+
+def test_steps_after_a_scripted_model_was_unfrozen() -> None:
+    """Any optimizer's: the hook that waits for steps is for all of them."""
+    model = torch.jit.script(normed())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    freeze(model, "0", norm="freeze")
+    with guard(model, optimizer):
+        optimizer.step()
+        unfreeze(model, "0")
+        model(torch.randn(2, 3, 8, 8)).sum().backward()
+        optimizer.step()
+    other = torch.nn.Linear(2, 2)
+    torch.optim.SGD(other.parameters()).step()

@@ -128,7 +128,7 @@ def _end_waits(optimizer: Any, *step: Any) -> None:
     missed = []
     for module, waits in [*_waiting.items()]:
         for name, wait in [*waits.items()]:
-            param = module._parameters.get(name)
+            param = dict(module._parameters.items()).get(name)  # a ScriptModule has no dictionary of them
             if param is None or (id(param) in held and param.grad is not None):
                 _take(_waiting, module, name)
             elif id(param) in held and wait.dropped:
