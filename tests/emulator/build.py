@@ -5,12 +5,17 @@ A planted bug is a textual patch of a copy of a source file, so that the product
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import os
 import re
+import shutil
 import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,12 +39,13 @@ class Mode:
     environment: tuple[tuple[str, str], ...] = ()
 
 
+PLAIN = ("-O2",)  # as setup.py compiles the emulated kernels
 SANITIZE = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 MODES = {
     mode.name: mode
     for mode in (
-        Mode("plain", ("-O2",), ("-O2",)),
-        Mode("ucontext", ("-O2",), ("-O2", "-DFK_EMULATOR_UCONTEXT")),
+        Mode("plain", PLAIN, PLAIN),
+        Mode("ucontext", PLAIN, (*PLAIN, "-DFK_EMULATOR_UCONTEXT")),
         Mode(
             "asan",
             SANITIZE,
@@ -120,6 +126,41 @@ def compile_or_fail(command: list[str]) -> None:
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
 
 
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Context manager: of the workers of a parallel run, which are processes, one at a time is within it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def made(out: Path, make: Callable[[Path], None]) -> Path:
+    """A file of the cache, which one worker makes where it is not there, under another name until it is whole."""
+    if not out.exists():
+        with locked(out.with_name(f"{out.name}.lock")):
+            if not out.exists():
+                unfinished = out.with_name(f"{out.name}.tmp")
+                make(unfinished)
+                unfinished.rename(out)
+    return out
+
+
+@functools.cache
+def objects_of_the_package() -> dict[str, Path]:
+    """What `make build` has compiled for mode "plain", brought up to date; empty where it has not."""
+    folders = sorted((ROOT / "build").glob(f"temp.*{sys.implementation.cache_tag}*"))
+    rules = folders[-1] / "emulated.ninja" if folders else ROOT / "build" / "emulated.ninja"
+    if not rules.exists():
+        return {}
+    with locked(CACHE / "package.lock"):
+        done = subprocess.run(["ninja", "-f", rules.name], cwd=rules.parent, capture_output=True)
+    if done.returncode:  # sources that it names may be gone
+        return {}
+    lines = re.findall(r"^build (\S+): emulated (\S+)$", rules.read_text(), re.MULTILINE)
+    return {os.path.relpath(source, ROOT): Path(target) for target, source in lines}
+
+
 @functools.cache
 def unavailable(mode: Mode) -> str | None:
     """Why programs of a mode cannot be built here: the sanitizer's library is a package of its own on some systems."""
@@ -169,14 +210,16 @@ def compiled(source: str, flags: tuple[str, ...], patched: Path | None) -> Path:
     path = resolve(source, patched)
     includes = ([f"-I{patched / 'csrc'}"] if patched else []) + [f"-I{CSRC}", f"-I{ROOT}"]
     out = CACHE / f"{digest(' '.join(flags), source, *read_with_includes(path, patched))}.o"
-    if not out.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        unfinished = out.with_suffix(f".{os.getpid()}.tmp")
+
+    def make(unfinished: Path) -> None:
+        if patched is None and flags == PLAIN and source in objects_of_the_package():
+            shutil.copy(objects_of_the_package()[source], unfinished)
+            return
         warnings = ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"]
         base = ["g++", "-std=c++17", "-fPIC", "-fvisibility=hidden", *(warnings if patched is None else ["-w"])]
         compile_or_fail([*base, *flags, *includes, "-x", "c++", "-c", str(path), "-o", str(unfinished)])
-        unfinished.rename(out)
-    return out
+
+    return made(out, make)
 
 
 @functools.cache
@@ -195,12 +238,8 @@ def build(program: Program, mode: Mode, planted: Planted = UNMODIFIED) -> Path:
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
         objects = list(pool.map(lambda item: compiled(item[0], flags[item[0]], item[1]), sources))
     out = CACHE / f"{program.name}-{mode.name}-{digest(*(o.name for o in objects))}{'.so' if program.shared else ''}"
-    if not out.exists():
-        unfinished = out.with_suffix(f".{os.getpid()}.tmp")
-        shared = ["-shared"] if program.shared else []
-        compile_or_fail(["g++", *shared, *mode.link_flags, *map(str, objects), "-o", str(unfinished)])
-        unfinished.rename(out)
-    return out
+    link = ["g++", *(["-shared"] if program.shared else []), *mode.link_flags, *map(str, objects), "-o"]
+    return made(out, lambda unfinished: compile_or_fail([*link, str(unfinished)]))
 
 
 @functools.cache

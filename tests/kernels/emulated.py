@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import functools
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[2]
-CSRC = ROOT / "csrc"
-BUILD = ROOT / "build" / "kernel-tests"
-FLAGS = "-std=c++17 -O2 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-unknown-pragmas -Wno-psabi"
+from tests.emulator.build import MODES, Program, build, kernel_host_sources, kernel_sources
+
+PROGRAM = Program("kernels", kernel_sources(), (*kernel_host_sources(), "tests/kernels/driver.cpp"), shared=True)
 OPERATORS = ("fprop", "dgrad", "wgrad")
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 STATUS = ("success", "unsupported", "invalid_argument", "launch_failed")
@@ -31,25 +27,7 @@ class KernelError(RuntimeError):
 @functools.cache
 def library() -> ctypes.CDLL:
     """The emulated kernels with the driver, built where a source changed."""
-    sources = [*sorted((CSRC / "kernels").rglob("*.cu")), *sorted((CSRC / "kernels").rglob("*.cpp"))]
-    sources += [*sorted((CSRC / "emulator").glob("*.cpp")), Path(__file__).with_name("driver.cpp")]
-    BUILD.mkdir(parents=True, exist_ok=True)
-    objects = [BUILD / f"{source.parent.name}_{source.name}.o" for source in sources]
-    out = BUILD / "libkernels.so"
-    compile_one = f"g++ {FLAGS} -I{CSRC} -x c++ -MD -MF $out.d -c $in -o $out"
-    lines = [
-        f"rule cc\n  command = {compile_one}\n  depfile = $out.d\n  deps = gcc",
-        "rule link\n  command = g++ -shared $in -o $out",
-        *(f"build {o}: cc {s}" for o, s in zip(objects, sources)),
-        f"build {out}: link {' '.join(map(str, objects))}",
-    ]
-    with open(BUILD / "lock", "w") as lock:  # workers of a parallel run build once, one after another
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        (BUILD / "build.ninja").write_text("\n".join(lines) + "\n")
-        built = subprocess.run(["ninja"], cwd=BUILD, capture_output=True, text=True)
-    if built.returncode:
-        raise RuntimeError(built.stdout + built.stderr)
-    loaded = ctypes.CDLL(str(out))
+    loaded = ctypes.CDLL(str(build(PROGRAM, MODES["plain"])))
     loaded.freezekit_last_error.restype = ctypes.c_char_p
     loaded.freezekit_emulator_counter.restype = ctypes.c_uint64
     return loaded

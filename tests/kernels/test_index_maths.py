@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from .emulated import CSRC
+from tests.emulator.build import CSRC
 
 
 def test_exhaustive_small_cases(tmp_path: Path) -> None:
