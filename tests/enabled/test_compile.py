@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +12,7 @@ from torch import Tensor, nn
 
 import freezekit as fk
 from tests.enabled.helpers import gradients
+from tests.fresh import Fresh
 from tests.observe import bytes_saved
 
 
@@ -169,15 +167,26 @@ print(found["autograd_cache_hit"], found["autograd_cache_miss"], int(x.numel() i
 """
 
 
-def test_persistent_caches_hand_nothing_across(tmp_path: Path) -> None:
+@pytest.fixture
+def processes(tmp_path: Path) -> Iterator[Fresh]:
+    """Each with an empty memory, all with one folder for what they compile."""
+    environment = {"CACHE_DIR": str(tmp_path), "FX_GRAPH_CACHE": "1", "AUTOGRAD_CACHE": "1"}
+    environment |= {
+        "COMPILE_THREADS": "1",
+        "VEC_ISA_OK": "1",
+    }  # no other processes
+    with_inductor = Fresh("torch._inductor.compile_fx", {f"TORCHINDUCTOR_{k}": v for k, v in environment.items()})
+    yield with_inductor
+    with_inductor.close()
+
+
+def test_persistent_caches_hand_nothing_across(processes: Fresh) -> None:
     """Processes that share one cache: (hits, misses, whether the convolution keeps its input)."""
 
     def process(how: str) -> list[str]:
-        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_FX_GRAPH_CACHE": "1"}
-        environment["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "1"
-        run = subprocess.run([sys.executable, "-c", COMPILE, how], env=environment, capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr
-        return run.stdout.split()
+        done = processes.run(COMPILE, how)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
 
     assert process("enabled") == ["0", "1", "0"]
     assert process("stock") == ["0", "1", "1"]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import os
 import signal
-import subprocess
-import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -17,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import freezekit as fk
+from tests import fresh
 from tests.enabled.helpers import AUTOGRAD_KEYS, tables
 from tests.observe import bytes_saved
 
@@ -332,15 +331,15 @@ with fk.enabled():
 )
 def test_another_library_s_kernel_for_a_device_is_called(operator: str, key: str, warns: bool) -> None:
     """As libraries of kernels register theirs: below autograd."""
-    run = subprocess.run([sys.executable, "-c", BELOW, operator, key], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout == f"{warns}\n"
+    done = fresh.run(BELOW, operator, key)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{warns}\n"
 
 
 @pytest.mark.parametrize("script", [OTHER, LATER], ids=["before", "after"])
 def test_another_library_s_kernel_is_called(script: str) -> None:
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    done = fresh.run(script)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_warning_made_an_error_leaves_it_off() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 import warnings
 from collections import deque
 from pathlib import Path
@@ -15,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from freezekit.freezing import NormWarning, PatternError, freeze, is_held, unfreeze
+from tests import fresh
 
 
 def net() -> nn.Sequential:
@@ -100,7 +99,7 @@ def test_a_frozen_model_loads_and_stays_frozen_where_freezekit_is_not_installed(
         if watched:
             dist.destroy_process_group()
     torch.save(model, path)
-    done = subprocess.run([sys.executable, "-c", LOAD, str(path)], capture_output=True, text=True)
+    done = fresh.run(LOAD, str(path))
     assert done.returncode == 0, done.stderr
     again = torch.load(path, weights_only=False)  # saved there, loaded here
     assert is_held(again[1])

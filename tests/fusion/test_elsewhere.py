@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 import freezekit as fk
 from freezekit.fusion import fuse, fusion_report, unfuse
+from tests import fresh
 from tests.fusion.alike import assert_alike
 from tests.fusion.nets import Bottleneck, plain, settled
 
@@ -47,7 +46,7 @@ def test_what_is_saved_loads_without_freezekit(freezes: str, tmp_path: Path) -> 
     x = image().detach()
     path = tmp_path / "model.pt"
     torch.save((model, x, model(x)), path)
-    done = subprocess.run([sys.executable, "-c", LOADS, str(path)], capture_output=True, text=True, check=False)
+    done = fresh.run(LOADS, str(path))
     assert done.stdout.split() == ["Sequential", "False"], done.stderr
 
 

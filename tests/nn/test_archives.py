@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import freezekit as fk
+from tests.fresh import Fresh
 
 LOAD = """
 import sys, torch
@@ -62,10 +61,20 @@ def fused() -> nn.Module:
     return fk.fuse(nn.Sequential(Residual(), Residual()).eval())
 
 
+@pytest.fixture(scope="module")
+def torch_alone() -> Iterator[Fresh]:
+    """Processes that have imported what torch reads archives with."""
+    made = Fresh("torch._export.serde.serialize", {})
+    yield made
+    made.close()
+
+
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("way", ["export", "trace"])
 @pytest.mark.parametrize("make", [model, fused])
-def test_it_loads_without_freezekit(make: Callable[[], nn.Module], way: str, frozen: bool, tmp_path: Path) -> None:
+def test_it_loads_without_freezekit(
+    make: Callable[[], nn.Module], way: str, frozen: bool, tmp_path: Path, torch_alone: Fresh
+) -> None:
     """Frozen weights and an input that does not learn need no gradient; elsewhere `no_grad` says so."""
     net, x = make().requires_grad_(not frozen), torch.linspace(-1, 1, 2 * 3 * 16 * 16).view(2, 3, 16, 16)
     path = str(tmp_path / ("archive.pt2" if way == "export" else "archive.pt"))
@@ -74,9 +83,9 @@ def test_it_loads_without_freezekit(make: Callable[[], nn.Module], way: str, fro
             torch.export.save(torch.export.export(net, (x,)), path)
         else:
             torch.jit.save(torch.jit.trace(net, x), path)
-    run = subprocess.run([sys.executable, "-c", LOAD, path], capture_output=True, text=True, cwd=tmp_path)
-    assert run.returncode == 0, run.stderr
-    assert float(run.stdout) == pytest.approx(net(x).sum(dtype=torch.float64).item(), rel=1e-5)
+    loaded = torch_alone.run(LOAD, path, folder=tmp_path)
+    assert loaded.returncode == 0, loaded.stderr
+    assert float(loaded.stdout) == pytest.approx(net(x).sum(dtype=torch.float64).item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("make", [model, fused])
