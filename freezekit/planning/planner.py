@@ -147,7 +147,7 @@ class _Planner:
     def _trace(self, option: str, frozen: list[str], measure: bool | None = None) -> Trace:
         try:
             return trace(self.model, self._inputs_of(option), measure, _freezer(frozen))
-        except RuntimeError as error:
+        except Exception as error:  # whatever a model raises that needs gradients of what is frozen
             if not frozen:
                 raise
             raise RuntimeError(f"{option}, {len(frozen)} of {len(self.sizes)} parameters frozen: {error}") from error

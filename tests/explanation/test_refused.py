@@ -63,6 +63,8 @@ class Meta(nn.Module):
         if self.how == "grad":
             return torch.autograd.grad(loss, self.second.weight)[0].sum() * loss
         loss.backward()
+        if self.how == "update":
+            return loss - self.first.weight.grad.sum()
         return loss.detach()
 
 
@@ -253,3 +255,8 @@ def test_explain_within_explain_is_refused(measure: bool | None) -> None:
     with pytest.raises(RuntimeError, match="which must not call any of them"):
         fk.explain(lambda x: (fk.explain(net, x), net(x))[1], x, measure=measure)
     assert fk.explain(net, x).bytes_kept > 0
+
+
+def test_a_plan_of_a_forward_that_reads_gradients_says_which_option_fails() -> None:
+    with pytest.raises(RuntimeError, match=r"^depth 1, 2 of 4 parameters frozen: 'NoneType'"):
+        fk.plan(Meta("update"), X, machine=MACHINE)
