@@ -14,6 +14,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from freezekit import _C
+from freezekit.planning import Machine
+
+MACHINE = Machine(
+    flops=1e9, bandwidth=1e9
+)  # where the times of a plan do not matter: to measure one takes half a second
 
 
 class Calls(TorchDispatchMode):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import TensorWeakRef
 
 from freezekit._storages import storages_of
 from freezekit._twin.higher_order import call_higher_order, is_higher_order
@@ -141,27 +142,52 @@ def _all_tensors() -> Iterator[Tensor]:
     while left:
         kinds.add(kind := left.pop())
         left += [one for one in type.__subclasses__(kind) if one not in kinds]
-    objects = _all_objects()
-    for tensor in compress(objects, map(kinds.__contains__, map(type, objects))):
+    for tensor in _all_of(kinds):
         yield tensor
         if tensor.is_leaf and tensor.grad is not None:
             yield tensor.grad
 
 
-def _all_objects() -> list[Any]:
-    """All that the garbage collector knows, with what a program took out of its sight by ``gc.freeze()``."""
+class _Mark:
+    """One is made once frozen tensors are known: it is frozen itself by the next ``gc.freeze()``."""
+
+
+_frozen: tuple[_Mark, list[TensorWeakRef]] | None = None
+
+
+def _all_of(kinds: set[Any]) -> list[Tensor]:
+    """All that the garbage collector knows, with what a program took out of its sight by ``gc.freeze()``.
+
+    To find that takes as long as to list all objects three times. It is known from then on: nothing comes to it but by
+    another ``gc.freeze()``, and what leaves it is listed again.
+    """
+    global _frozen
+    listed = _instances({*kinds, _Mark})
+    known = _frozen
+    if known is not None and any(one is known[0] for one in listed):
+        every = (*listed, *(ref() for ref in known[1]))
+        return [one for one in every if one is not None and one is not known[0]]
+    _frozen = None
     if not gc.get_freeze_count():
-        return gc.get_objects()
+        return listed
+    del listed
     gc.collect()  # garbage is not to be frozen below
     enabled = gc.isenabled()
     gc.disable()
     gc.unfreeze()
     try:
-        return gc.get_objects()
+        found = _instances(kinds)
     finally:
         gc.freeze()
         if enabled:
             gc.enable()
+    _frozen = _Mark(), [TensorWeakRef(tensor) for tensor in found]
+    return found
+
+
+def _instances(kinds: set[Any]) -> list[Any]:
+    objects = gc.get_objects()
+    return list(compress(objects, map(kinds.__contains__, map(type, objects))))
 
 
 def form_of(tensor: Tensor) -> tuple[Any, ...]:

@@ -44,10 +44,10 @@ class Index:
     def whole(self, pattern: Any) -> Any:
         """``pattern``, with the prefix of DDP, DataParallel or torch.compile where it meets names inside alone."""
         prefix = wrapper_prefix(self.model)
-        inside = f"{prefix}{pattern}"
-        if not (prefix and isinstance(pattern, str)) or self.meets(pattern) or not self.meets(inside):
+        if not (prefix and isinstance(pattern, str)) or self.meets(pattern):  # of a tensor, text is all its elements
             return pattern
-        return inside
+        inside = f"{prefix}{pattern}"
+        return inside if self.meets(inside) else pattern
 
     def meets(self, pattern: str) -> bool:
         """Whether some name is ``pattern``, or matches it."""

@@ -19,6 +19,7 @@ import freezekit as fk
 from bench.memory import bytes_kept
 from freezekit import _C
 from tests.enabled.helpers import gradients
+from tests.observe import MACHINE
 
 SIZE = (2, 8, 9, 7)
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -529,7 +530,7 @@ def test_explain_and_plan_tell_of_chains(measure: bool) -> None:
     x = torch.randn(2, 8, 32, 32, requires_grad=True)
     with fk.enabled():
         kept, told = bytes_kept(model, x), fk.explain(model, x, measure=measure)
-        planned = {option.name: option.bytes_kept for option in fk.plan(model, x)}
+        planned = {option.name: option.bytes_kept for option in fk.plan(model, x, machine=MACHINE)}
     assert told.bytes_kept == kept == planned["input learns"]
     made_from = {f"{row.name}, {row.layer}": row.made_from for row in told if row.made_from}
     assert made_from == {"act, SiLU": ("norm",), ", Gated: mul": ("norm", "act")}
@@ -546,7 +547,7 @@ def test_explain_counts_what_a_recipe_has_of_its_own(name: str, dtype: torch.dty
     stock = bytes_kept(model, x)
     with fk.enabled():
         kept, told = bytes_kept(model, x), fk.explain(model, x, measure=measure)
-        planned = {option.name: option.bytes_kept for option in fk.plan(model, x)}
+        planned = {option.name: option.bytes_kept for option in fk.plan(model, x, machine=MACHINE)}
     assert told.bytes_kept == kept == planned["input learns"] < stock
     assert {row.name: row.made_from for row in told if row.made_from} == {"2": ("1",)}
 

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import freezekit as fk
 from bench.memory import bytes_kept
 from tests.enabled.helpers import gradients
+from tests.observe import MACHINE
 
 SIZE = (2, 8, 16, 16)
 
@@ -441,7 +442,7 @@ def test_explain_and_plan_count_formulas(name: str, measure: bool, inputs: tuple
     numbers = bytes_kept(model, x) - fk.explain(model, x, measure=measure).bytes_kept  # which torch shows to no hook
     with fk.enabled():
         kept, told = bytes_kept(model, x), fk.explain(model, x, measure=measure).bytes_kept
-        planned = {option.name: option.bytes_kept for option in fk.plan(model, x)}
+        planned = {option.name: option.bytes_kept for option in fk.plan(model, x, machine=MACHINE)}
     assert planned["input learns"] == told
     assert kept - told == numbers <= 4 * 8
 

@@ -795,6 +795,16 @@ def test_gradients_that_python_has_not_seen_are_put_back() -> None:
     assert far.held.held.weight.grad.tolist() == [[2, 2, 2, 2]]
 
 
+@pytest.fixture
+def frees_the_collector() -> Iterator[None]:
+    """Afterwards what `collected_once` of tests/conftest.py froze is frozen again."""
+    yield
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.mark.usefixtures("frees_the_collector")
 def test_what_python_no_longer_lists_is_put_back() -> None:
     far, conv, x = Holder(Holder(nn.BatchNorm2d(3))), nn.Conv2d(3, 3, 3), torch.randn(2, 3, 8, 8)
 
@@ -814,6 +824,42 @@ def test_what_python_no_longer_lists_is_put_back() -> None:
     assert far.held.held.running_mean.tolist() == [0, 0, 0]
 
 
+@pytest.mark.usefixtures("frees_the_collector")
+def test_what_is_frozen_between_two_looks_is_put_back() -> None:
+    """What was frozen at one look is known at the next, unless the program froze again."""
+    fars, conv, x = [], nn.Conv2d(3, 3, 3), torch.randn(2, 3, 8, 8)
+
+    def call(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            for far in fars:
+                far.held.held.add_(1)
+        return conv(x)
+
+    def stay() -> bool:
+        fk.explain(call, x, measure=True)
+        return all(far.held.held.tolist() == [0, 0, 0] for far in fars)
+
+    fars.append(Holder(Holder(torch.zeros(3))))
+    gc.freeze()
+    try:
+        assert stay()
+        fars.append(Holder(Holder(torch.zeros(3))))
+        assert stay()
+        gc.freeze()
+        assert stay()
+        fars[0].held.held.data = torch.zeros(3)
+        fars[1].held.held = fars[1].held.held.clone()
+        assert stay()
+        gc.unfreeze()
+        assert stay()
+        gc.freeze()
+        assert stay()
+    finally:
+        gc.unfreeze()
+    assert stay()
+
+
+@pytest.mark.usefixtures("frees_the_collector")
 def test_copies_are_let_go_of_after_a_freeze_of_the_collector() -> None:
     alive: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -841,6 +887,7 @@ def test_tensors_are_looked_for_once(look: str, monkeypatch: pytest.MonkeyPatch)
     far, net, x = Far(), nn.Sequential(nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3)), torch.randn(2, 3, 8, 8)
     net[0].register_forward_pre_hook(lambda *_: halve(far))
     before, times = far.far.held.held.held.square.clone(), []
+    fk.explain(net, x, measure=True)  # what is frozen is known from here on
     monkeypatch.setattr(gc, "get_objects", lambda find=gc.get_objects: times.append(1) or find())
     if look == "explain":
         fk.explain(net, x, measure=True)

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import freezekit as fk
 from bench.memory import bytes_kept
+from tests.observe import MACHINE
 
 KINDS: dict[str, Callable[[], nn.Module]] = {
     "SiLU": nn.SiLU,
@@ -348,7 +349,7 @@ def test_explain_and_plan_count_the_chain(measure: bool) -> None:
     assert norm.made_from == ()
     assert activation.made_from == ("0",)
     assert activation.bytes_kept == 2 * x[:, :, :1, :1].nbytes  # a scale and a shift for each channel of each image
-    planned = {option.name: option.bytes_kept for option in fk.plan(ours, x)}
+    planned = {option.name: option.bytes_kept for option in fk.plan(ours, x, machine=MACHINE)}
     assert planned["input learns"] == kept
 
 
