@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import document
-from bench.measured import Measured
+from bench.measure import Measured
 from bench.report import Printout, mebibytes
 
 # Student's t, two-sided, 0.001, by degrees of freedom.

@@ -11,8 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from bench.environment import Peaks
-from bench.measure import MakeCase, measure
-from bench.measured import Measured
+from bench.measure import MakeCase, Measured, measure
 from bench.settings import Settings
 from bench.sides import cudnn_benchmark
 from bench.timing import clock_for, small_heap

@@ -30,8 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bench import baseline, document, environment, options
 from bench.child import Child, Lost, measure_there
 from bench.environment import Environment
-from bench.measure import Case, MakeCase, describe, failed, measure
-from bench.measured import Measured
+from bench.measure import Case, MakeCase, Measured, describe, failed, measure
 from bench.report import Printout
 from bench.sections import SECTIONS, kernels, layers, models
 from bench.settings import Settings

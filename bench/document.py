@@ -11,7 +11,7 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 
 from bench.environment import Environment
-from bench.measured import Measured
+from bench.measure import Measured
 from bench.sections.kernels import Profiled
 from bench.settings import Settings
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import freezekit
-from bench.timing import Clock, clock_for
+from bench.timing import clock_for
 from freezekit._tf32 import allows_tf32
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -86,24 +86,19 @@ def measure_peaks(device: torch.device, dtype: torch.dtype) -> Peaks:
     """Best of several runs, at sizes that exceed the caches and take well under a second."""
     cuda = device.type == "cuda"
     clock = clock_for(device, cold=False)
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "tf32" if allows_tf32() else "ieee"  # As convolutions are.
-    try:
-        return _peaks_with(clock, device, dtype, cuda)
-    finally:
-        matmul.fp32_precision = before
-
-
-def _peaks_with(clock: Clock, device: torch.device, dtype: torch.dtype, cuda: bool) -> Peaks:
     n = 8192 if cuda else 768
     a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
     source = torch.zeros((1 << 30) if cuda else (1 << 26), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return Peaks(
-        tflops=2 * n**3 / _best(lambda: clock(lambda: torch.mm(a, b), 1)) / 1e12,
-        gbs=2 * source.numel() / _best(lambda: clock(lambda: target.copy_(source), 1)) / 1e9,
-    )
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32" if allows_tf32() else "ieee"  # As convolutions are.
+    try:
+        product = _best(lambda: clock(lambda: torch.mm(a, b), 1))
+    finally:
+        matmul.fp32_precision = before
+    copy = _best(lambda: clock(lambda: target.copy_(source), 1))
+    return Peaks(tflops=2 * n**3 / product / 1e12, gbs=2 * source.numel() / copy / 1e9)
 
 
 def _best(measure: Any, seconds: float = 0.3) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -11,19 +11,87 @@ import torch
 from torch import Tensor, nn
 
 from bench.environment import Peaks
-from bench.measured import Measured
 from bench.memory import bytes_kept, trace
 from bench.settings import Settings
 from bench.sides import SIDES, Side
-from bench.timing import Clock, Timeable, interleave
-from bench.verify import Tolerance, WrongResult, check
+from bench.timing import Clock, Spread, Timeable, interleave
+from bench.verify import WrongResult, check, tolerance
 from bench.work import Work, count
 from freezekit.profiling import profile
 
 
 @dataclass(frozen=True)
+class Measured:
+    """One side of one case. `bench/schema.json` says the same of its JSON form.
+
+    Attributes:
+        section: "layers", "blocks", "models", "memory" or "scaling".
+        group: the layer list or network that the case belongs to.
+        case: the layer, block or network.
+        detail: its shape.
+        regime: what is trainable.
+        part: what was timed: "step", "fprop", "dgrad" or "wgrad".
+        side: "stock", "freezekit" or another competitor.
+        count: how often the case occurs in its group.
+        rounds: how many values `seconds` and `ratio` are medians of.
+        seconds: of one call.
+        ratio: to the time of the side's reference, round by round: stock in the same memory format.
+        error: largest difference from stock as a fraction of what rounding explains; at most 1.
+        tflops, gbs: arithmetic and least memory traffic of the mathematics over the time; None where unknown.
+        roofline: the least time that the device's measured peaks allow over the time.
+        bytes_kept: for the backward pass, parameters not counted; None where there is no backward pass.
+        peak_bytes: most bytes held during the step beyond those held before it.
+        kernels: kernels launched by one call, or operators called on a CPU.
+        x: where the case stands on a plot's axis (frozen layers, batch, image size); None elsewhere.
+        failure: why there is no figure: the side raised an error or computed other values than stock; "" otherwise.
+    """
+
+    section: str
+    group: str
+    case: str
+    detail: str
+    regime: str
+    part: str
+    side: str
+    count: int
+    rounds: int
+    seconds: Spread | None
+    ratio: Spread | None
+    error: float | None
+    tflops: float | None = None
+    gbs: float | None = None
+    roofline: float | None = None
+    bytes_kept: int | None = None
+    peak_bytes: int | None = None
+    kernels: int | None = None
+    x: float | None = None
+    failure: str = ""
+
+    @property
+    def time(self) -> Spread:
+        """`seconds`, of a row that has figures."""
+        assert self.seconds is not None, self.failure
+        return self.seconds
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What identifies this measurement in another run."""
+        return (self.section, self.group, self.case, self.detail, self.regime, self.part, self.side)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Measured:
+        """The reverse of :meth:`to_dict`."""
+        spreads = {name: Spread(**data[name]) if data[name] else None for name in ("seconds", "ratio")}
+        return Measured(**{**data, **spreads})
+
+
+@dataclass(frozen=True)
 class Case:
-    """One comparison; the labels are those of :class:`bench.measured.Measured`.
+    """One comparison; the labels are those of `Measured`.
 
     Attributes:
         module: stock's, already in its regime; every side gets a copy.
@@ -53,6 +121,11 @@ class Case:
     def label(self) -> str:
         """For messages."""
         return f"{self.group} {self.case} ({self.detail}), {self.regime}, {self.part}"
+
+    def labels(self, side: str) -> dict[str, Any]:
+        """What the row of a side says of the case."""
+        shared = ("section", "group", "case", "detail", "regime", "part", "count", "x")
+        return {"side": side, **{name: getattr(self, name) for name in shared}}
 
 
 MakeCase = partial[Case]  # Cases are made when their turn comes: together they would not fit on a GPU.
@@ -94,7 +167,7 @@ class Contestant:
         pre-activation that rounding can push to the other side of zero gets there in some try.
         """
         here = self.results()
-        rounding = Tolerance(self.x.dtype, 512, tf32).relative
+        rounding = tolerance(self.x.dtype, 512, tf32)
         generator = torch.Generator(self.x.device).manual_seed(0)
 
         def round_otherwise(module: nn.Module, args: Any, y: Tensor) -> Tensor:
@@ -150,8 +223,7 @@ def describe(error: Exception) -> str:
 
 def failed(case: Case, side: str, why: str) -> Measured:
     """The row of a side that has no figures."""
-    labels = (case.section, case.group, case.case, case.detail, case.regime, case.part, side)
-    return Measured(*labels, case.count, 0, None, None, None, x=case.x, failure=why)
+    return Measured(**case.labels(side), rounds=0, seconds=None, ratio=None, error=None, failure=why)
 
 
 def _measure(case: Case, sides: Sequence[str], settings: Settings, peaks: Peaks, clock: Clock) -> list[Measured]:
@@ -184,24 +256,17 @@ def _measure(case: Case, sides: Sequence[str], settings: Settings, peaks: Peaks,
             rows.append(failed(case, name, failures[name]))
             continue
         seconds, reference = timed.time(name), SIDES[name].reference
+        ratio = timed.ratio(name, reference) if reference in contestants else None
         rows.append(
             Measured(
-                case.section,
-                case.group,
-                case.case,
-                case.detail,
-                case.regime,
-                case.part,
-                name,
-                case.count,
-                rounds,
-                seconds,
-                timed.ratio(name, reference) if reference in contestants else None,
-                errors[name],
+                **case.labels(name),
+                rounds=rounds,
+                seconds=seconds,
+                ratio=ratio,
+                error=errors[name],
                 tflops=work.flops / seconds.median / 1e12,
                 gbs=work.traffic / seconds.median / 1e9,
                 roofline=peaks.least_seconds(work.flops, work.traffic) / seconds.median,
-                x=case.x,
                 **counted[name],
             )
         )

@@ -13,12 +13,34 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FormatStrFormatter, NullFormatter
 
-from bench.measured import Measured
-from bench.palette import colour, hatch, line, marker
+from bench.measure import Measured
 from bench.report import MIB
+
+# How each side looks: of Okabe and Ito's palette, for colour-blind readers, and in grey by marker, hatch and dash.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442", "#999999")
+_MARKERS = "osD^vP*Xh"
+_HATCHES = ("", "//", "..", "xx", "\\\\", "++", "--", "oo", "**")
+_DASHES = ("-", "--", ":", "-.")
+_ORDER = [
+    *("stock", "freezekit", "freezekit_fused", "stock_channels_last"),
+    *("stock_compiled", "memsave_torch", "checkpoint", "freezekit_native"),
+]
 
 plt.switch_backend("Agg")  # No window, so no display is needed.
 plt.rcParams["font.size"] = 8
+
+
+def _rank(side: str) -> int:
+    if side not in _ORDER:
+        _ORDER.append(side)
+    return _ORDER.index(side) % len(_COLOURS)
+
+
+def _line(side: str) -> dict[str, Any]:
+    """Keywords of a line: later sides are thinner, so that both lines are seen where one covers the other."""
+    rank = _rank(side)
+    look = {"color": _COLOURS[rank], "marker": _MARKERS[rank], "ls": _DASHES[rank % len(_DASHES)], "label": side}
+    return {**look, "lw": max(3.0 - 0.35 * rank, 0.8), "ms": max(8.0 - rank, 3.0)}
 
 
 def draw(document: dict[str, Any], folder: Path) -> list[Path]:
@@ -34,15 +56,13 @@ def draw(document: dict[str, Any], folder: Path) -> list[Path]:
         chosen = [row for row in layers if (row.group, row.regime, row.part) == (group, regime, part)]
         name = f"layers-{group}-{regime}-{part}".replace(" ", "-")
         pictures += _layer_pages(chosen, name, f"{group}, {regime}, {part}")
-    models = [row for row in rows if row.section == "models"]
-    if models:
-        pictures.append(("regimes", _regimes(models)))
-    memory = [row for row in rows if row.section == "memory"]
-    if memory:
-        pictures.append(("memory", _memory(memory)))
-    scaling = [row for row in rows if row.section == "scaling"]
-    if scaling:
-        pictures.append(("scaling", _scaling(scaling)))
+    for section, name, drawn in (
+        ("models", "regimes", _regimes),
+        ("memory", "memory", _memory),
+        ("scaling", "scaling", _scaling),
+    ):
+        if chosen := [row for row in rows if row.section == section]:
+            pictures.append((name, drawn(chosen)))
     if any(row.tflops for row in layers):
         pictures.append(("roofline", _roofline(layers, document["environment"]["peaks"])))
     written = []
@@ -89,8 +109,8 @@ def _bars(
                 middle,
                 height * 0.92,
                 xerr=[[max(middle - low, 0)], [max(high - middle, 0)]] if high > low else None,
-                color=colour(side),
-                hatch=hatch(side),
+                color=_COLOURS[_rank(side)],
+                hatch=_HATCHES[_rank(side)],
                 edgecolor="white",
                 error_kw={"lw": 0.8, "capsize": 1.5},
                 label=side if place == 0 else None,
@@ -105,15 +125,12 @@ def _layer_pages(rows: list[Measured], name: str, title: str) -> list[tuple[str,
     """A picture for every 20 layers: more on a page could not be read."""
     layers = list(dict.fromkeys((row.case, row.detail) for row in rows))
     pages = [layers[start : start + 20] for start in range(0, len(layers), 20)]
-    if len(pages) == 1:
-        return [(name, _layer_ratios(rows, title))]
-    return [
-        (
-            f"{name}-{number}",
-            _layer_ratios([r for r in rows if (r.case, r.detail) in page], f"{title}, {number} of {len(pages)}"),
-        )
-        for number, page in enumerate(pages, 1)
-    ]
+    pictures = []
+    for number, page in enumerate(pages, 1):
+        place, of = ("", "") if len(pages) == 1 else (f"-{number}", f", {number} of {len(pages)}")
+        chosen = [row for row in rows if (row.case, row.detail) in page]
+        pictures.append((f"{name}{place}", _layer_ratios(chosen, f"{title}{of}")))
+    return pictures
 
 
 def _layer_ratios(rows: list[Measured], title: str) -> Figure:
@@ -169,25 +186,17 @@ def _memory(rows: list[Measured]) -> Figure:
     figure, (left, right) = _figure(9, 3.6, 2)
     for side in _sides(rows):
         mine = sorted((row for row in rows if row.side == side), key=lambda row: row.x or 0)
-        _line(left, side, [(row.x, row.peak_bytes) for row in mine])
-        _line(right, side, [(row.x, row.bytes_kept) for row in mine])
+        for axis, name in ((left, "peak_bytes"), (right, "bytes_kept")):
+            known = [(row.x, getattr(row, name) / MIB) for row in mine if getattr(row, name) is not None]
+            axis.plot(*zip(*known, strict=True), **_line(side))
     for axis, name in ((left, "peak memory of a step, MiB"), (right, "kept for the backward pass, MiB")):
         axis.set_xlabel("frozen parts, counted from the end (input learns)")
         axis.set_ylabel(name)
-        _from_zero(axis)
+        axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
         axis.grid(lw=0.4)
     figure.suptitle(f"{rows[0].group}, {rows[0].detail}", fontsize=10)
     left.legend(fontsize=7)
     return figure
-
-
-def _line(axis: Axes, side: str, points: list[tuple[float | None, int | None]]) -> None:
-    known = [(x, y / MIB) for x, y in points if x is not None and y is not None]
-    axis.plot(*zip(*known, strict=True), **line(side))
-
-
-def _from_zero(axis: Axes) -> None:
-    axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
 
 
 def _scaling(rows: list[Measured]) -> Figure:
@@ -202,12 +211,12 @@ def _scaling(rows: list[Measured]) -> Figure:
                 [(row.time.high - row.time.median) * 1e3 for row in mine],
             ]
             x = [row.x or 0 for row in mine]
-            axis.errorbar(x, middle, errors, **line(side), elinewidth=0.8, capsize=2)
+            axis.errorbar(x, middle, errors, **_line(side), elinewidth=0.8, capsize=2)
         unit = "images" if group.endswith("by batch") else "pixels (height and width)"
         axis.set_xlabel(f"{group.split(' by ')[-1]}, {unit}")
         axis.set_ylabel("training step, ms")
         axis.set_xticks(sorted({row.x for row in rows if row.group == group and row.x is not None}))
-        _from_zero(axis)
+        axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
         axis.grid(lw=0.4)
     axes[0].legend(fontsize=7)
     figure.suptitle(f"{groups[0].split(' by ')[0]}, {rows[0].regime}", fontsize=10)
@@ -223,7 +232,9 @@ def _roofline(rows: list[Measured], peaks: dict[str, float]) -> Figure:
         x = [row.tflops * 1e3 / row.gbs for row in mine if row.tflops and row.gbs]
         y = [row.tflops or 0 for row in mine]
         intensities += x
-        axis.scatter(x, y, s=16, color=colour(side), marker=marker(side), alpha=0.75, label=side, lw=0)
+        axis.scatter(
+            x, y, s=16, color=_COLOURS[_rank(side)], marker=_MARKERS[_rank(side)], alpha=0.75, label=side, lw=0
+        )
     ends = [min(intensities) / 1.5, max(*intensities, peaks["tflops"] * 1e3 / peaks["gbs"]) * 1.5]
     knee = peaks["tflops"] * 1e3 / peaks["gbs"]
     line = sorted({*ends, min(max(knee, ends[0]), ends[1])})

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bench.measured import Measured
+from bench.measure import Measured
 from bench.timing import Spread
 
 MIB = 1 << 20

@@ -11,7 +11,7 @@ timed; the exit code is then 1. With `--json` the file is whole after each line.
 from __future__ import annotations
 
 import argparse
-import math
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -90,20 +90,17 @@ class TiledProblem:
 
     def aten(self) -> Tensor:
         """The operator by ATen."""
-        stride, padding, dilation, groups = self.geometry
-        settings: dict[str, Any] = dict(stride=stride, padding=padding, dilation=dilation, groups=groups)
         if self.operator == "conv2d":
-            return conv2d(self.x, self.w, **settings, backend="aten")
+            return conv2d(self.x, self.w, None, *self.geometry, backend="aten")
         if self.operator == "conv2d_dgrad":
-            return conv2d_dgrad(self.y, self.w, self.x.shape, **settings, backend="aten")
-        return conv2d_wgrad(self.y, self.x, self.w.shape, **settings, backend="aten")
+            return conv2d_dgrad(self.y, self.w, self.x.shape, *self.geometry, backend="aten")
+        return conv2d_wgrad(self.y, self.x, self.w.shape, *self.geometry, backend="aten")
 
     def run(self, candidate: Candidate, out: Tensor) -> bool:
         """Computes into `out`; False if the candidate does not take the problem."""
         y, x, w = (out if i == self.number else tensor for i, tensor in enumerate((self.y, self.x, self.w)))
-        stride, padding, dilation, groups = self.geometry
-        how = FAMILIES.index(candidate.family), candidate.config, candidate.split_k
-        return _C.tiles.launch(self.number, x, w, y, stride, padding, dilation, groups, *how)
+        how: Any = (*self.geometry, FAMILIES.index(candidate.family), candidate.config, candidate.split_k)
+        return _C.tiles.launch(self.number, x, w, y, *how)
 
     def chosen(self) -> Candidate:
         """What `select` takes on this device."""
@@ -181,12 +178,12 @@ def summary(rows: Sequence[Timed]) -> str:
         if row.candidate != "aten":
             problems.setdefault((row.layer, row.operator), []).append(row)
     ratios = [
-        math.log(row.seconds / min(other.seconds for other in found))
+        row.seconds / min(other.seconds for other in found)
         for found in problems.values()
         for row in found
         if row.chosen
     ]
-    mean = math.exp(sum(ratios) / len(ratios)) if ratios else float("nan")
+    mean = statistics.geometric_mean(ratios) if ratios else float("nan")
     return f"{len(problems)} problems; time of select's choice over the fastest, geometric mean: {mean:.3f}"
 
 
@@ -223,9 +220,7 @@ def main(arguments: list[str] | None = None) -> int:
             try:
                 problem = TiledProblem(layer, operator, options.batch, device, dtype)
                 found = measure(problem, options.rounds, not options.warm, wrong)
-            except (
-                RuntimeError
-            ) as failed:  # such as an error that the device keeps: what it costs is told, line by line
+            except RuntimeError as failed:  # such as an error that the device keeps: what it costs is told
                 wrong.append(f"{layer.name}, {operator}, nothing is timed: {str(failed).partition(chr(10))[0]}")
             rows += found
             said = [f"WRONG RESULT: {text}" for text in wrong[told:]]

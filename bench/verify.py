@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,24 +12,15 @@ class WrongResult(RuntimeError):
     """A side whose results differ from stock's."""
 
 
-@dataclass(frozen=True)
-class Tolerance:
-    """How far two right results may be apart.
+def tolerance(dtype: torch.dtype, length: int, tf32: bool = False) -> float:
+    """How far two right results may be apart, relative to the largest element of stock's.
 
     An element is a sum of `length` products. Two orders of summation differ by about sqrt(length) roundings of the
-    accumulator; each product carries the rounding of its factors, and the result is rounded to `dtype` once more. All
-    of it is relative to the largest element of stock's result.
+    accumulator; each product carries the rounding of its factors, and the result is rounded to `dtype` once more.
     """
-
-    dtype: torch.dtype
-    length: int
-    tf32: bool = False
-
-    @property
-    def relative(self) -> float:
-        accumulator = torch.finfo(torch.float64 if self.dtype is torch.float64 else torch.float32).eps
-        factor = 2.0**-10 if self.tf32 else torch.finfo(self.dtype).eps
-        return 4 * factor + 4 * accumulator * self.length**0.5
+    accumulator = torch.finfo(torch.float64 if dtype is torch.float64 else torch.float32).eps
+    factor = 2.0**-10 if tf32 else torch.finfo(dtype).eps
+    return 4 * factor + 4 * accumulator * length**0.5
 
 
 def largest_error(result: Tensor, stock: Tensor, moved: Tensor | float = 0.0) -> float:

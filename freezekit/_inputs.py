@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from contextlib import suppress
+from types import BuiltinFunctionType, FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map
-
-__all__ = ["Arguments", "arguments", "tensors_in", "with_tensors"]
 
 # Not looked into for tensors that a call takes or returns.
 _CLOSED = (nn.Module, Optimizer, type, FunctionType, MethodType, BuiltinFunctionType, ModuleType, str, bytes)
@@ -87,13 +86,28 @@ def _content_of(value: Any) -> dict[Any, Any]:
     items = (
         dict.items(value) if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
     )
-    slots = [name for kind in type(value).__mro__ for name in _names(vars(kind).get("__slots__", ()))]
-    own = {name: getattr(value, name) for name in slots if hasattr(value, name)}
-    return {**dict(items), **own, **getattr(value, "__dict__", {})}
+    return {**dict(items), **in_slots(value), **getattr(value, "__dict__", {})}
 
 
-def _names(slots: Any) -> list[str]:
-    return [slots] if isinstance(slots, str) else [name for name in slots if name not in ("__dict__", "__weakref__")]
+def slots_of(kind: type) -> list[str]:
+    """The names of a class's slots; one that is not written in Python has none that could be set.
+
+    >>> class Point:
+    ...     __slots__ = ("x", "y")
+    >>> slots_of(Point)
+    ['x', 'y']
+    """
+    written = [vars(one) for one in kind.__mro__ if "__slots__" in vars(one)]
+    return [name for own in written for name, member in own.items() if isinstance(member, MemberDescriptorType)]
+
+
+def in_slots(value: Any) -> dict[str, Any]:
+    """What an object holds in the slots of its class, by name."""
+    found = {}
+    for name in slots_of(type(value)):
+        with suppress(AttributeError):  # of one that is empty
+            found[name] = object.__getattribute__(value, name)
+    return found
 
 
 def with_tensors(function: Callable[[Any], Any], value: Any) -> Any:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-
-_BY_ROWS = (torch.sparse_csr, torch.sparse_bsr)
-_BY_COLUMNS = (torch.sparse_csc, torch.sparse_bsc)
 
 
 def storages_of(tensor: Tensor) -> list[torch.UntypedStorage]:
@@ -16,16 +15,22 @@ def storages_of(tensor: Tensor) -> list[torch.UntypedStorage]:
     >>> [storage.nbytes() for storage in storages_of(torch.eye(3).to_sparse())]  # 2 x 3 indices, 3 values
     [48, 12]
     """
-    parts: tuple[Tensor, ...]
     if is_traceable_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()
-        parts = tuple(getattr(tensor, name) for name in names)
-    elif tensor.layout is torch.sparse_coo:
-        parts = tensor._indices(), tensor._values()
-    elif tensor.layout in _BY_ROWS:
-        parts = tensor.crow_indices(), tensor.col_indices(), tensor.values()
-    elif tensor.layout in _BY_COLUMNS:
-        parts = tensor.ccol_indices(), tensor.row_indices(), tensor.values()
+        parts: Iterable[Tensor] = (getattr(tensor, name) for name in names)
+    elif tensor.layout is torch.strided:
+        return [tensor.untyped_storage()]
     else:
-        return [tensor.untyped_storage()] if tensor.layout is torch.strided else []
+        parts = sparse_parts(tensor)
     return [storage for part in parts for storage in storages_of(part)]
+
+
+def sparse_parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """The indices and values that a sparse tensor is made of; nothing where it is of another layout."""
+    if tensor.layout is torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
+    return ()

@@ -141,8 +141,7 @@ def selftest(
     cases = itertools.chain(_cases(problems), _layer_cases(layers))
     for operator, problem, dtype, tf32 in itertools.islice(cases, skip, None):
         with with_tf32(tf32), switched(backend):
-            run = _run_layer if problem is LAYER else _run
-            yield run(operator, problem, dtype, tf32, backend, device)
+            yield _run(operator, problem, dtype, tf32, backend, device)
 
 
 def selftest_hopper(backend: str, device: torch.device) -> Iterator[Verdict]:
@@ -160,6 +159,21 @@ def selftest_hopper(backend: str, device: torch.device) -> Iterator[Verdict]:
 def _run(
     operator: str, problem: Problem, dtype: torch.dtype, tf32: bool, backend: str, device: torch.device
 ) -> Verdict:
+    name = _name_of(dtype, tf32)
+    try:
+        if problem is LAYER:
+            kernel, error, seconds = _layer(operator, dtype, backend, device)
+        else:
+            kernel, error, seconds = _product(operator, problem, dtype, tf32, backend, device)
+    except RuntimeError as failure:
+        return Verdict(operator, problem.name, name, "", float("nan"), 0.0, str(failure).splitlines()[0])
+    return Verdict(operator, problem.name, name, kernel, error, seconds * 1e3)
+
+
+def _product(
+    operator: str, problem: Problem, dtype: torch.dtype, tf32: bool, backend: str, device: torch.device
+) -> tuple[str, float, float]:
+    """The kernel that ran, its error over the bound, and seconds."""
     x, w, dy = _tensors(problem, dtype, device)
     call = {
         "conv2d": lambda: functional.conv2d(x, w, **problem.settings),
@@ -167,30 +181,19 @@ def _run(
         "conv2d_wgrad": lambda: functional.conv2d_wgrad(dy, x, problem.weight_size, **problem.settings),
         "conv2d_bias_grad": lambda: functional.conv2d_bias_grad(dy),
     }[operator]
-    name = _name_of(dtype, tf32)
-    try:
-        kernel, result, seconds = _timed(call, backend, device)
-    except RuntimeError as failure:
-        return Verdict(operator, problem.name, name, "", float("nan"), 0.0, str(failure).splitlines()[0])
+    kernel, result, seconds = _timed(call, backend, device)
     unit = TF32_ROUNDOFF if tf32 else UNIT_ROUNDOFF[dtype]
     error = _error(operator, problem, x, w, dy, result, unit, UNIT_ROUNDOFF[dtype])
     if backend == "aten":
         stock = _by_torch(operator, problem, x, w, dy)
         error /= max(1.0, _error(operator, problem, x, w, dy, stock, unit, UNIT_ROUNDOFF[dtype]))
-    return Verdict(operator, problem.name, name, kernel, error, seconds * 1e3)
+    return kernel, error, seconds
 
 
-def _run_layer(
-    operator: str, problem: Problem, dtype: torch.dtype, tf32: bool, backend: str, device: torch.device
-) -> Verdict:
-    own, stock = LAYERS[operator]
-    name = _name_of(dtype, tf32)
-    try:
-        kernel, result, seconds = _timed(lambda: _layer_checks.step(own, operator, dtype, device), backend, device)
-        error = _layer_checks.error(result, _layer_checks.step(stock, operator, dtype, device))
-    except RuntimeError as failure:
-        return Verdict(operator, problem.name, name, "", float("nan"), 0.0, str(failure).splitlines()[0])
-    return Verdict(operator, problem.name, name, kernel, error, seconds * 1e3)
+def _layer(name: str, dtype: torch.dtype, backend: str, device: torch.device) -> tuple[str, float, float]:
+    own, stock = LAYERS[name]
+    kernel, result, seconds = _timed(lambda: _layer_checks.step(own, name, dtype, device), backend, device)
+    return kernel, _layer_checks.error(result, _layer_checks.step(stock, name, dtype, device)), seconds
 
 
 def _name_of(dtype: torch.dtype, tf32: bool) -> str:
@@ -314,18 +317,11 @@ def _rest(backend: str, done: int, why: str, processes: int, until: float) -> in
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the number of failures, at most 125."""
     parser = argparse.ArgumentParser(prog="python -m freezekit.selftest", description=__doc__)
-    parser.add_argument(
-        "--backend",
-        choices=("native", "aten"),
-        help="default: native where CUDA kernels and a GPU are there",
-    )
+    default = "default: native where CUDA kernels and a GPU are there"
+    parser.add_argument("--backend", choices=("native", "aten"), help=default)
     parser.add_argument("--hopper", action="store_true", help="the kernels for sm_90a alone")
-    parser.add_argument(
-        "--save-choices",
-        metavar="FILE",
-        help="with --hopper: if they pass, write a file for freezekit.tuning.load_choices, which makes them a "
-        "candidate of 'auto'",
-    )
+    written = "with --hopper: if they pass, a file for freezekit.tuning.load_choices, for 'auto' to consider them"
+    parser.add_argument("--save-choices", metavar="FILE", help=written)
     parser.add_argument("--skip", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--processes", type=int, default=MOST_PROCESSES, help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, default=time.monotonic() + SECONDS, help=argparse.SUPPRESS)

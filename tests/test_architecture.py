@@ -69,7 +69,7 @@ LAYERS = [
     {"functional"},
     {"nn"},
     {"conversion", "freezing", "guarding", "schedules", "distributed", "fusion"},
-    {"auditing", "explanation", "planning", "profiling", "info", "_layer_checks", "selftest", "cli", "_factory"},
+    {"auditing", "explanation", "planning", "profiling", "info", "_layer_checks", "selftest", "cli"},
 ]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from bench.measure import describe
 from bench.settings import Settings
 from bench.sides import SIDES, why_absent
-from bench.verify import Tolerance, WrongResult, check
+from bench.verify import WrongResult, check, tolerance
 from freezekit.profiling import KernelTable, profile
 
 OWN = "freezekit_native"
@@ -90,8 +90,8 @@ def _profiled(
     if name == "stock":
         reference.update(results)
     # 9 products per input channel, three layers deep; gradients of weights sum over 22 x 22 positions.
-    tolerance = Tolerance(settings.dtype, 3 * 22 * 22, settings.tf32).relative
-    check(f"forum example, {regime}", name, results, reference, dict.fromkeys(reference, tolerance))
+    bound = tolerance(settings.dtype, 3 * 22 * 22, settings.tf32)
+    check(f"forum example, {regime}", name, results, reference, dict.fromkeys(reference, bound))
     with profile():  # The first recording pays for the profiler's own start.
         _results(model, forward, x)
     with profile() as recorded:

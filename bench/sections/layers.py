@@ -7,10 +7,10 @@ from functools import partial
 
 import torch
 
+from bench import verify
 from bench.layer_lists import LayerShape, layers_of
 from bench.measure import Case, MakeCase
 from bench.settings import Settings
-from bench.verify import Tolerance
 from bench.work import Work
 
 SECTION = "layers"
@@ -79,7 +79,7 @@ def tolerance(layer: LayerShape, batch: int, settings: Settings, name: str) -> f
         "weight": batch * layer.output_size**2,
         "bias": batch * layer.output_size**2,
     }
-    return Tolerance(settings.dtype, lengths[name], settings.tf32).relative
+    return verify.tolerance(settings.dtype, lengths[name], settings.tf32)
 
 
 def work(layer: LayerShape, batch: int, part: str, regime: str, itemsize: int) -> Work:

@@ -18,11 +18,11 @@ from torch import Generator, Tensor, nn
 from torch._C import DisableTorchFunction
 from torch.overrides import TorchFunctionMode
 
+from freezekit._inputs import in_slots
 from freezekit._twin.renaming import renamed
 from freezekit._twin.surroundings import (
     CONTAINERS,
     content_of,
-    in_slots,
     is_filled,
     modules_in,
     modules_within,

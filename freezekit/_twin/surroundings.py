@@ -6,9 +6,8 @@ import random
 import sys
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from functools import _lru_cache_wrapper, partial
-from types import BuiltinMethodType, CellType, CodeType, FunctionType, MemberDescriptorType, MethodType, ModuleType
+from types import BuiltinMethodType, CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch.nn.modules import module as hooks
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from freezekit._inputs import in_slots, slots_of
 from freezekit._twin.untouched import form_of
 
 CONTAINERS = (dict, list, set, deque)  # which a run may write to
@@ -211,27 +211,6 @@ class Surroundings:
         slots = in_slots(value)
         self._undo.append(partial(_set, value, names, slots))
         return (held, *slots.values(), type(value))
-
-
-def slots_of(kind: type) -> list[str]:
-    """The names of a class's slots; one that is not written in Python has none that could be set.
-
-    >>> class Point:
-    ...     __slots__ = ("x", "y")
-    >>> slots_of(Point)
-    ['x', 'y']
-    """
-    written = [vars(one) for one in kind.__mro__ if "__slots__" in vars(one)]
-    return [name for own in written for name, member in own.items() if isinstance(member, MemberDescriptorType)]
-
-
-def in_slots(value: Any) -> dict[str, Any]:
-    """What an object holds in the slots of its class, by name."""
-    found = {}
-    for name in slots_of(type(value)):
-        with suppress(AttributeError):  # of one that is empty
-            found[name] = object.__getattribute__(value, name)
-    return found
 
 
 def names_in(code: CodeType) -> list[str]:

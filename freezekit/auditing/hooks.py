@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from freezekit._twin import all_kept
 
 from .report import Finding, about
-from .steps import moved_at_zero
+from .steps import moved_at_zero, not_ours
 from .subject import Subject
 
 # How often hooks are called. What a hook sets to zero for another reason than a mask (a threshold, dropout, all but the
@@ -32,8 +32,7 @@ def _own_hooks(p: Tensor) -> list[dict[int, Any]]:
 
 def _before_steps(optimizer: torch.optim.Optimizer) -> list[Any]:
     """What runs before its step, freezekit's own hooks aside."""
-    hooks = getattr(optimizer, "_optimizer_step_pre_hooks", {}).values()  # what wraps one may lack it
-    return [hook for hook in hooks if not (getattr(hook, "__module__", None) or "").startswith("freezekit.")]
+    return not_ours(getattr(optimizer, "_optimizer_step_pre_hooks", {}))  # what wraps one may lack it
 
 
 def _gradients(p: Tensor) -> Iterator[Tensor]:

@@ -38,8 +38,12 @@ def foreign_hooks(optimizer: torch.optim.Optimizer) -> list[Any]:
     """What runs before and after its step, freezekit's own hooks aside."""
     own = [getattr(optimizer, name, {}) for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")]
     hooks = (*own, optim._global_optimizer_pre_hooks, optim._global_optimizer_post_hooks)
-    every = [hook for each in hooks for hook in each.values()]
-    return [hook for hook in every if not (getattr(hook, "__module__", None) or "").startswith("freezekit.")]
+    return [hook for each in hooks for hook in not_ours(each)]
+
+
+def not_ours(hooks: dict[int, Any]) -> list[Any]:
+    """Hooks that others registered."""
+    return [hook for hook in hooks.values() if not (getattr(hook, "__module__", None) or "").startswith("freezekit.")]
 
 
 def steps_what_has_no_gradient(optimizer: torch.optim.Optimizer) -> bool:

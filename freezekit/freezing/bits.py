@@ -15,6 +15,8 @@ from collections.abc import Sequence
 
 import torch
 
+from freezekit._storages import sparse_parts
+
 _CHUNK = 1 << 20  # elements per pass: 8 MiB of int64 scratch, whatever the size of the tensor
 _ODD = 0x9E3779B97F4A7C15 - (1 << 64)
 _MULTIPLIERS = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
@@ -29,21 +31,12 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
     """
     tensor = local(tensor).detach()
     if tensor.layout != torch.strided:
-        return torch.cat([bits(part).to(torch.int64) for part in _parts(tensor)])
+        return torch.cat([bits(part).to(torch.int64) for part in sparse_parts(tensor)])
     if tensor.is_quantized:
         tensor = tensor.int_repr()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
     return tensor.resolve_neg().reshape(-1).view(_INTEGER[tensor.element_size()])
-
-
-def _parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """What a sparse tensor is made of: its indices and its values."""
-    if tensor.layout == torch.sparse_coo:
-        return tensor._indices(), tensor._values()
-    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
-        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
-    return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from types import BuiltinFunctionType, FunctionType, MemberDescriptorType, MethodType, ModuleType
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from freezekit._arguments import shown
+from freezekit._inputs import in_slots
 
 Optimizers = Optimizer | Iterable[Optimizer] | Mapping[str, Optimizer]
 
@@ -70,9 +71,7 @@ def _held(value: Any) -> list[Any]:
     """The attributes of ``value``, and what is in lists and dictionaries among them."""
     if isinstance(value, _CODE):
         return []
-    members = [pair for kind in type(value).__mro__ if "__slots__" in vars(kind) for pair in vars(kind).items()]
-    slots = [name for name, member in members if isinstance(member, MemberDescriptorType)]
-    held = [*getattr(value, "__dict__", {}).values(), *(getattr(value, name, None) for name in slots)]
+    held = [*getattr(value, "__dict__", {}).values(), *in_slots(value).values()]
     for each in held[:]:
         held += dict.values(each) if isinstance(each, dict) else each if isinstance(each, list | tuple) else ()
     return held

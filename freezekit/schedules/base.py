@@ -53,13 +53,6 @@ def is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def recompile_limit() -> int:
-    """``torch._dynamo.config.recompile_limit``: after so many versions torch.compile gives up on a function."""
-    import torch._dynamo
-
-    return torch._dynamo.config.recompile_limit
-
-
 class Schedule:
     """Base of the schedules: holds the model, its layers, and which of them are frozen.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from freezekit._showing import Shown, console_for, figure
 
-from .base import compile_entries, recompile_limit
+from .base import compile_entries
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -60,6 +60,7 @@ class Timetable(Shown):
 
     def print(self, console: Console | None = None) -> None:
         """Print a row for each stage, and what torch.compile will make of it."""
+        import torch._dynamo
         from rich.table import Table
         from rich.text import Text
 
@@ -74,7 +75,8 @@ class Timetable(Shown):
             table.add_row(*map(Text, (*row, f"{self.trainable(held):.0%}")))
             before = held
         console.print(table)
-        plain, full, limit = self.compile_entries(validation=False), self.compile_entries(), recompile_limit()
+        plain, full = self.compile_entries(validation=False), self.compile_entries()
+        limit = torch._dynamo.config.recompile_limit
         verdict = "within" if full <= limit else "BEYOND"
         console.print(f"torch.compile: {plain} versions in training, {full} with a no_grad validation pass in each "
                       f"stage; {verdict} its limit of {limit}", highlight=False)  # fmt: skip

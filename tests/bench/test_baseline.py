@@ -12,7 +12,7 @@ from rich.console import Console
 
 from bench import baseline
 from bench.document import NotThisSchema
-from bench.measured import Measured
+from bench.measure import Measured
 from bench.report import Printout
 from bench.timing import Spread
 from tests.bench.test_document import ROW, VALID

@@ -17,8 +17,7 @@ from torch import nn
 
 from bench import compare, document, options, sections, sides
 from bench.environment import ROOT, Peaks
-from bench.measure import measure
-from bench.measured import Measured
+from bench.measure import Measured, measure
 from bench.report import Printout
 from bench.sections import kernels, layers
 from bench.settings import Settings

@@ -12,7 +12,7 @@ import pytest
 
 from bench import document
 from bench.document import SCHEMA, NotThisSchema
-from bench.measured import Measured
+from bench.measure import Measured
 from bench.timing import Spread
 from freezekit.profiling import KernelRow
 

@@ -12,7 +12,7 @@ pytest.importorskip("matplotlib")
 import matplotlib.pyplot as plt
 
 from bench import plots
-from bench.measured import Measured
+from bench.measure import Measured
 from bench.timing import Spread
 from tests.bench.test_document import VALID
 

@@ -10,12 +10,12 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import freezekit as fk
-from bench import compare, document, sides
+from bench import compare, document, sides, verify
 from bench.layer_lists import layers_of
 from bench.measure import Case, Contestant
 from bench.sections.layers import tolerance
 from bench.settings import Settings
-from bench.verify import Tolerance, WrongResult, check, largest_error
+from bench.verify import WrongResult, check, largest_error
 
 
 def test_equal_results_have_no_error() -> None:
@@ -118,7 +118,7 @@ def test_tolerance_lets_another_summation_order_pass(dtype: torch.dtype) -> None
     stock = (x.to(dtype) @ w.to(dtype)).double()
     order = torch.randperm(4096)
     result = (x[:, order].to(dtype) @ w[order].to(dtype)).double()
-    assert largest_error(result, stock) <= Tolerance(dtype, 4096).relative
+    assert largest_error(result, stock) <= verify.tolerance(dtype, 4096)
 
 
 def test_tolerance_stops_one_lost_product() -> None:
