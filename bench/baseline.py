@@ -66,7 +66,9 @@ def show(report: Printout, path: Path, rows: list[Measured]) -> None:
     for change in found:
         row = change.row
         place = f"{row.section}: {row.group} {row.case} {row.detail}, {row.regime}, {row.part}, {row.side}"
-        report.line(f"{'worse ' if change.worse else 'better'}  {place}: {change.what}", _colour(change))
+        report.line(
+            f"{'worse ' if change.worse else 'better'}  {place}: {change.what}", "red" if change.worse else "green"
+        )
     report.line(f"{shared} of {len(rows)} measurements are in both runs; {len(found)} changed beyond noise")
 
 
@@ -83,7 +85,3 @@ def noise(a: Measured, b: Measured) -> float:
     freedom = int(0.37 * (a.rounds + b.rounds - 2))
     reach = [t for degrees, t in _STUDENT.items() if degrees <= max(freedom, 1)][-1]
     return reach * (errors[0] ** 2 + errors[1] ** 2) ** 0.5
-
-
-def _colour(change: Difference) -> str:
-    return "red" if change.worse else "green"

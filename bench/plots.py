@@ -65,19 +65,16 @@ def draw(document: dict[str, Any], folder: Path) -> list[Path]:
             pictures.append((name, drawn(chosen)))
     if any(row.tflops for row in layers):
         pictures.append(("roofline", _roofline(layers, document["environment"]["peaks"])))
-    written = []
+    written, e = [], document["environment"]
+    made_by = f"torch {e['torch']}, freezekit {e['freezekit']} ({e['commit']}), {e['date']}"
+    caption = f"{e['device']}, {document['settings']['dtype']}, {made_by}"
     for name, figure in pictures:
-        figure.text(0.995, 0.005, _caption(document), ha="right", va="bottom", fontsize=6, color="#444444")
+        figure.text(0.995, 0.005, caption, ha="right", va="bottom", fontsize=6, color="#444444")
         path = folder / f"{name}.png"
         figure.savefig(path, dpi=160)
         plt.close(figure)
         written.append(path)
     return written
-
-
-def _caption(document: dict[str, Any]) -> str:
-    e, dtype = document["environment"], document["settings"]["dtype"]
-    return f"{e['device']}, {dtype}, torch {e['torch']}, freezekit {e['freezekit']} ({e['commit']}), {e['date']}"
 
 
 def _sides(rows: Iterable[Measured]) -> list[str]:

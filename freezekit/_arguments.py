@@ -30,16 +30,13 @@ class _Line(reprlib.Repr):
     def repr1(self, x: object, level: int) -> str:
         if isinstance(x, torch.Tensor):
             number = type(x) is torch.Tensor and x.numel() == 1
-            return repr(x) if number else f"a {type(x).__name__} of {_shape_of(x)}"
+            shape = "no shape yet" if is_lazy(x) else f"shape {tuple(x.shape)}"
+            return repr(x) if number else f"a {type(x).__name__} of {shape}"
         if isinstance(x, nn.Module | torch.optim.Optimizer):
             return f"{type(x).__name__}(...)"
         if isinstance(x, FunctionType | MethodType):
             return f"<{type(x).__name__} {x.__qualname__}>"
         return super().repr1(x, level)
-
-
-def _shape_of(tensor: torch.Tensor) -> str:
-    return "no shape yet" if is_lazy(tensor) else f"shape {tuple(tensor.shape)}"
 
 
 def check_module(value: object, name: str = "model") -> None:

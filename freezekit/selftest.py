@@ -119,10 +119,6 @@ def _layer_cases(layers: Iterable[str]) -> Iterator[Case]:
             yield name, LAYER, dtype, False
 
 
-def _all_cases(backend: str) -> Iterator[Case]:
-    return itertools.chain(_cases(PROBLEMS), _layer_cases(layers_for(backend)))
-
-
 def selftest(
     backend: str,
     device: torch.device,
@@ -304,7 +300,8 @@ def _hopper_in_a_child(backend: str, until: float) -> int:
 
 def _rest(backend: str, done: int, why: str, processes: int, until: float) -> int:
     """What is left after `done` rows, once the device answers `why` to everything. The failures."""
-    left = list(itertools.islice(_all_cases(backend), done, None))
+    cases = itertools.chain(_cases(PROBLEMS), _layer_cases(layers_for(backend)))
+    left = list(itertools.islice(cases, done, None))
     if left and processes > 0:
         print(f"the device is lost to this process ({why}): {len(left)} rows are left to another", flush=True)
         again = (*_named(backend), "--skip", str(done), "--processes", str(processes - 1))

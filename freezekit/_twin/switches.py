@@ -26,17 +26,16 @@ def _default_device() -> torch.device | None:
     return None if context is None else context.device
 
 
-def _set_anomaly(value: tuple[bool, bool]) -> None:
-    torch.autograd.set_detect_anomaly(*value)
-
-
 def _switches() -> Iterator[Switch]:
     """What the switches are; a setting before those that inherit it."""
     backends: Any = torch.backends
     yield torch.get_default_dtype, torch.set_default_dtype
     yield _default_device, torch.set_default_device
     yield torch.is_grad_enabled, torch.set_grad_enabled
-    yield lambda: (torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()), _set_anomaly
+    yield (
+        lambda: (torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()),
+        lambda value: torch.autograd.set_detect_anomaly(*value),
+    )
     yield torch._C._is_multithreading_enabled, torch._C._set_multithreading_enabled
     for device in torch._C._autocast_supported_devices():
         yield partial(torch.is_autocast_enabled, device), partial(torch.set_autocast_enabled, device)

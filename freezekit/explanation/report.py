@@ -132,7 +132,8 @@ class Explanation(Shown):
             kept += "\nlossy" if row.lossy else ""
             shared = "\n".join([*filter(None, [shared]), *(f"made from {name}" for name in row.made_from)])
             flops = flops_text(row.flops) if row.flops else ""
-            table.add_row(row.name, row.layer, shape, flops, _runs(row), kept, shared, row.kernel, row.advice)
+            runs = " ".join(name for name in ("fprop", "dgrad", "wgrad", "db") if getattr(row, name))
+            table.add_row(row.name, row.layer, shape, flops, runs, kept, shared, row.kernel, row.advice)
         backward = f"backward {flops_text(self.backward_flops)}"
         table.add_section()
         table.add_row("total", f"{len(self)} rows", "", flops_text(self.flops), backward, bytes_text(self.bytes_kept))
@@ -233,7 +234,9 @@ def _title(call: Call) -> str:
 
 
 def _row(advisor: Advisor, traced: Trace, index: int, call: Call, key: Key, held: Held) -> Row:
-    calls = traced.calls
+    # The calls that keep what the operand of this one is made from.
+    first = [kept.holders[0] for kept in traced.kept if index in kept.chained]
+    sources = [traced.calls[i] for i in first if i != index]
     return Row(
         name=call.name,
         layer=f"{call.layer}: {call.function}" if call.function else call.layer,
@@ -247,17 +250,7 @@ def _row(advisor: Advisor, traced: Trace, index: int, call: Call, key: Key, held
         bytes_kept=held.first,
         bytes_shared=held.shared,
         lossy=any(kept.lossy and kept.holders[0] == index for kept in traced.kept),
-        made_from=tuple(dict.fromkeys(_title(calls[first]) for first in _sources(traced, index) if first != index)),
+        made_from=tuple(dict.fromkeys(map(_title, sources))),
         kernel=kernels_of(call, traced.has_device),
         advice=advisor.advise(call, key, held),
     )
-
-
-def _sources(traced: Trace, index: int) -> Iterator[int]:
-    """The calls that keep what the operand of call `index` is made from."""
-    return (kept.holders[0] for kept in traced.kept if index in kept.chained)
-
-
-def _runs(row: Row) -> str:
-    names = (("fprop", row.fprop), ("dgrad", row.dgrad), ("wgrad", row.wgrad), ("db", row.db))
-    return " ".join(name for name, runs in names if runs)

@@ -51,15 +51,11 @@ def conv3d(
     dilation: SizeN = 1,
     groups: int = 1,
 ) -> Tensor:
-    """`torch.nn.functional.conv3d`, keeping and computing only what the gradients asked for need.
+    """`torch.nn.functional.conv3d`, keeping what :func:`conv1d` keeps. Other arguments and errors as there.
 
     Args:
         input: (N, C, D, H, W), or (C, D, H, W) unbatched.
         weight: (K, C / groups, T, R, S).
-        bias, stride, padding, dilation, groups: as in torch, string padding too.
-
-    Raises:
-        RuntimeError, TypeError: as torch's.
 
     >>> import torch, freezekit as fk
     >>> fk.functional.conv3d(torch.ones(1, 1, 2, 2, 2), torch.ones(1, 1, 2, 2, 2)).item()
@@ -79,15 +75,11 @@ def conv_transpose1d(
     groups: int = 1,
     dilation: SizeN = 1,
 ) -> Tensor:
-    """`torch.nn.functional.conv_transpose1d`, keeping and computing only what the gradients asked for need.
+    """`torch.nn.functional.conv_transpose1d`, keeping what :func:`conv_transpose2d` keeps. Else as there.
 
     Args:
         input: (N, C, L), or (C, L) unbatched.
         weight: (C, K / groups, R).
-        bias, stride, padding, output_padding, groups, dilation: as in torch.
-
-    Raises:
-        RuntimeError, TypeError: as torch's.
 
     >>> import torch, freezekit as fk
     >>> fk.functional.conv_transpose1d(torch.ones(1, 1, 2), torch.ones(1, 1, 2))
@@ -137,15 +129,11 @@ def conv_transpose3d(
     groups: int = 1,
     dilation: SizeN = 1,
 ) -> Tensor:
-    """`torch.nn.functional.conv_transpose3d`, keeping and computing only what the gradients asked for need.
+    """`torch.nn.functional.conv_transpose3d`, keeping what :func:`conv_transpose2d` keeps. Else as there.
 
     Args:
         input: (N, C, D, H, W), or (C, D, H, W) unbatched.
         weight: (C, K / groups, T, R, S).
-        bias, stride, padding, output_padding, groups, dilation: as in torch.
-
-    Raises:
-        RuntimeError, TypeError: as torch's.
 
     >>> import torch, freezekit as fk
     >>> fk.functional.conv_transpose3d(torch.ones(1, 1, 1, 1, 1), torch.ones(1, 1, 2, 2, 2)).sum().item()

@@ -128,7 +128,8 @@ def layer_norm(
     """
     if not _bias_alone(input, weight, bias):
         return _noted(F.layer_norm, input, normalized_shape, weight, bias, eps)
-    if not _are_sizes(normalized_shape) or not are_numbers(eps):
+    are_sizes = isinstance(normalized_shape, tuple | list) and all(map(is_integer, normalized_shape))
+    if not are_sizes or not are_numbers(eps):
         return LEFT_TO_TORCH
     return _layer_norm(input, normalized_shape, weight, bias, eps)
 
@@ -179,7 +180,3 @@ def _noted(
 def _bias_alone(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
     learns = [isinstance(t, Tensor) and t.requires_grad for t in (input, weight, bias)]
     return learns == [False, False, True] and isinstance(input, Tensor) and are_tensors(weight)
-
-
-def _are_sizes(value: object) -> bool:
-    return isinstance(value, tuple | list) and all(map(is_integer, value))

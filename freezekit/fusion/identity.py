@@ -80,7 +80,7 @@ def _read(kind: type[nn.Module]) -> _Asked:
     asked = _Asked()
     for name in _reached(methods):
         for function, wrapper in methods[name]:
-            if wrapper is classmethod or _may(function.__code__):
+            if wrapper is classmethod or not {"type", "__class__"}.isdisjoint(_names(function.__code__)):
                 _read_function(function, wrapper, asked)
     return asked
 
@@ -117,10 +117,6 @@ def _functions(value: Any) -> Iterator[FunctionType]:
         while isinstance(one, FunctionType):
             yield one
             one = getattr(one, "__wrapped__", None)
-
-
-def _may(code: CodeType) -> bool:
-    return not {"type", "__class__"}.isdisjoint(_names(code))
 
 
 def _read_function(function: FunctionType, wrapper: type, asked: _Asked) -> None:
