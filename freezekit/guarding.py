@@ -19,13 +19,23 @@ from torch import nn
 from torch.optim import LBFGS, Optimizer
 
 from freezekit._arguments import check_choice, check_module, shown
+from freezekit.freezing.arguments import Optimizers, innermost, several
 from freezekit.freezing.bits import checksums, local, same_bits
-from freezekit.freezing.causes import causes, describe
-from freezekit.freezing.held import AtRisk, Record, copy_state, frozen_tensors, put_state, record_all, replaced, write
+from freezekit.freezing.held import (
+    AtRisk,
+    Record,
+    causes,
+    copy_state,
+    describe,
+    frozen_tensors,
+    put_state,
+    record_all,
+    replaced,
+    write,
+)
 from freezekit.freezing.norm import is_held, statistics_of
 from freezekit.freezing.optim import group_of
 from freezekit.freezing.patterns import Patterns, select
-from freezekit.freezing.wrapping import Optimizers, innermost, several
 
 
 class FrozenMoved(RuntimeError):

@@ -17,9 +17,9 @@ from torch import nn
 from freezekit._arguments import check_module
 from freezekit._inputs import arguments
 from freezekit._twin import looking_once, random_numbers_kept, switches_kept
-from freezekit.freezing.wrapping import optimizers_of
+from freezekit.freezing.arguments import optimizers_of
 
-from . import attributes, forward, hooks, optim, tensors, wrappers
+from . import forward, hooks, optim, tensors, wrappers
 from .report import SEVERITIES, AuditError, Finding, Report
 from .subject import Subject
 
@@ -27,10 +27,10 @@ __all__ = ["AuditError", "Finding", "Report", "audit"]
 
 _Check = Callable[[Subject], Iterator[Finding]]
 _ALWAYS: tuple[_Check, ...] = (
-    attributes.check_parameters,
-    attributes.check_modules,
-    attributes.check_buffers,
-    attributes.check_qconfig,
+    tensors.check_parameters,
+    tensors.check_modules,
+    tensors.check_buffers,
+    tensors.check_qconfig,
     tensors.check_tied,
     tensors.check_shared_storage,
     tensors.check_statistics,

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch.nn.parameter import is_lazy
 
-from freezekit.freezing.causes import causes, momenta
+from freezekit.freezing.held import causes, momenta
 from freezekit.freezing.optim import group_of
 
 from .report import Finding, about, brief

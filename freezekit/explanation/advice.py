@@ -17,10 +17,10 @@ from typing import NamedTuple
 from torch import nn
 
 from freezekit import conversion
+from freezekit._showing import bytes_text, flops_text
 from freezekit.conversion.report import INSTALLED
 from freezekit.enabling import enabled, is_enabled
 from freezekit.explanation.record import Call, Trace
-from freezekit.explanation.units import bytes_text, flops_text
 from freezekit.freezing import freeze
 from freezekit.freezing.norm import has_statistics
 from freezekit.fusion.classes import original_class, plan_of

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C import DispatchKey
 from torch._prims_common import suggest_memory_format
 from torch.overrides import TorchFunctionMode
@@ -15,8 +16,43 @@ from torch.utils.flop_counter import flop_registry
 
 from freezekit._inputs import tensors_in
 from freezekit._twin import call_higher_order, is_higher_order
-from freezekit.explanation import fused, larger
+from freezekit.explanation import larger
 from freezekit.explanation.record import Call
+from freezekit.fusion.classes import plan_of
+from freezekit.fusion.layers import why_unfused
+from freezekit.fusion.report import block_layers
+
+_BLOCKS = (torch.ops.freezekit.frozen_conv2d.default, torch.ops.freezekit.frozen_conv2d_shared.default)
+
+
+class FusedBlocks:
+    """The blocks of models that would run fused in a call made now.
+
+    A hook on a layer makes its block run layer by layer, and a trace watches layers by hooks. It must not change what
+    it looks at: layers of such blocks get none, and their operator is told by the block's name.
+    """
+
+    def __init__(self, models: Iterable[nn.Module]) -> None:
+        self.labels: dict[int, list[str]] = {}
+        self.unwatched: set[int] = set()
+        for module in (part for model in models for part in model.modules()):
+            plan = plan_of(module)
+            if plan is None or "forward" in module.__dict__ or id(module) in self.unwatched:
+                continue
+            # A hook on a sequence that the plan looks into would change what runs.
+            self.unwatched |= {id(module.get_submodule(path)) for path in plan.sequences}
+            for names in plan.blocks:
+                layers = block_layers(module, names)
+                if layers is not None and not why_unfused(*layers):
+                    parts = (names.conv, names.norm, "add" if names.adds else "", names.activation)
+                    self.labels.setdefault(id(module), []).append("fused " + " + ".join(filter(None, parts)))
+                    self.unwatched |= {id(layer) for layer in layers if isinstance(layer, nn.Module)}
+
+    def label_of(self, module: nn.Module | None, number: int) -> str:
+        """What the `number`-th fused operator in a module's forward stands for; "" for a module without any."""
+        labels = self.labels.get(id(module))
+        return labels[min(max(number, 1), len(labels)) - 1] if labels else ""
+
 
 # Their results include a workspace, which backward reads and whose size is known to the library alone.
 OPAQUE = (torch.ops.aten.mkldnn_rnn_layer, torch.ops.aten._cudnn_rnn, torch.ops.aten.miopen_rnn)
@@ -65,7 +101,7 @@ class Operators(TorchDispatchMode):
         kwargs = kwargs or {}
         if is_higher_order(func):
             return call_higher_order(self, func, args, kwargs, has_data=self.recorder.has_data)
-        kind, block = func.overloadpacket, func in fused.OPERATORS
+        kind, block = func.overloadpacket, func in _BLOCKS
         if kind in OPAQUE and not self.recorder.has_data:
             raise NotImplementedError(f"what {func} keeps is known to its library alone, when it runs")
         if block:

@@ -14,14 +14,13 @@ from torch import nn
 import freezekit._C as _C
 from freezekit._arguments import check_flag
 from freezekit._inputs import Arguments, arguments, with_tensors
-from freezekit._showing import BLUE, Shown, console_for, figure
+from freezekit._showing import BLUE, Shown, bytes_text, console_for, figure, flops_text
 from freezekit._twin import looking_once
 from freezekit.distributed import unwrapped
 from freezekit.explanation.advice import Advisor, Held, Key, keyed
 from freezekit.explanation.kernels import WITHOUT_CHOICE, kernels_of
 from freezekit.explanation.record import Call, Trace
 from freezekit.explanation.trace import trace
-from freezekit.explanation.units import bytes_text, flops_text
 
 if TYPE_CHECKING:
     from rich.console import Console

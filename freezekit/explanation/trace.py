@@ -21,8 +21,7 @@ from freezekit._storages import storages_of
 from freezekit._twin import Twin, on_twin
 from freezekit.conversion import SWAPS
 from freezekit.enabling import watched
-from freezekit.explanation.fused import FusedBlocks
-from freezekit.explanation.modes import Functions, Operators, fallback, note
+from freezekit.explanation.modes import Functions, FusedBlocks, Operators, fallback, note
 from freezekit.explanation.record import Call, Kept, Trace
 
 OURS = tuple(SWAPS.values())

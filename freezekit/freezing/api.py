@@ -14,12 +14,11 @@ from torch.optim import Optimizer
 from freezekit.distributed import note_freeze
 from freezekit.freezing import norm as statistics
 from freezekit.freezing import optim, pending
-from freezekit.freezing.arguments import check_flags, check_lbfgs, check_norm, check_optimizers
+from freezekit.freezing.arguments import Optimizers, check_flags, check_lbfgs, check_norm, check_optimizers
 from freezekit.freezing.baked import check_can_hold
 from freezekit.freezing.flags import announce
 from freezekit.freezing.patterns import Patterns, Selection, select
 from freezekit.freezing.result import Frozen
-from freezekit.freezing.wrapping import Optimizers
 
 NormPolicy = Literal["freeze", "batch"]
 
