@@ -49,9 +49,9 @@ class Turn:
 UNLIMITED = 180.0  # seconds for a case in a process of its own, where the run has no time limit
 
 
-def half_until(end: float) -> float:
+def half_until(end: float | None) -> float:
     """Half of the seconds that are left: the other half is for what waits behind a case that hangs."""
-    return (end - time.monotonic()) / 2
+    return UNLIMITED if end is None else (end - time.monotonic()) / 2
 
 
 class Run:
@@ -171,8 +171,8 @@ class Run:
         assert self.environment is not None
         beside = replace(settings, sides=tuple(dict.fromkeys(("stock", SIDES[side].reference, side))))
         try:
-            limit = UNLIMITED if end is None else half_until(end)
-            answer = self.children[side].ask(partial(measure_there, make, beside, self.environment.peaks), limit)
+            work = partial(measure_there, make, beside, self.environment.peaks)
+            answer = self.children[side].ask(work, half_until(end))
             return [row for row in answer if row.side == side]
         except Lost as lost:
             return [failed(case, side, str(lost))]
@@ -212,8 +212,7 @@ class Run:
         if not SIDES[kernels.OWN].is_apart(self.settings.device):
             return kernels.run(regime, self.settings)
         try:
-            limit = UNLIMITED if self.end is None else half_until(self.end)
-            return self.of_tables.ask(partial(kernels.run, regime, self.settings), limit)
+            return self.of_tables.ask(partial(kernels.run, regime, self.settings), half_until(self.end))
         except Lost as lost:
             return [kernels.failed(regime, name, str(lost)) for name in kernels.sides(self.settings)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def build(
     """The document of a run, finished or not."""
     document = {
         "version": VERSION,
-        "environment": environment.to_dict(),
+        "environment": asdict(environment),
         "settings": {
             "device": str(settings.device),
             "dtype": str(settings.dtype).removeprefix("torch."),

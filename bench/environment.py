@@ -7,7 +7,7 @@ import platform
 import re
 import subprocess
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +49,6 @@ class Environment:
     commit: str
     date: str
     peaks: Peaks
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
-        return asdict(self)
 
     def lines(self) -> list[str]:
         """For people."""

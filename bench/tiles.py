@@ -227,7 +227,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(*said, *([line(found)] if found else []), sep="\n", flush=True)
             if options.json:
                 content = {
-                    "environment": environment.to_dict(),
+                    "environment": asdict(environment),
                     "emulated": options.device == "cpu",
                     "rows": list(map(asdict, rows)),
                     "wrong": wrong,

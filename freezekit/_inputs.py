@@ -90,13 +90,7 @@ def _content_of(value: Any) -> dict[Any, Any]:
 
 
 def slots_of(kind: type) -> list[str]:
-    """The names of a class's slots; one that is not written in Python has none that could be set.
-
-    >>> class Point:
-    ...     __slots__ = ("x", "y")
-    >>> slots_of(Point)
-    ['x', 'y']
-    """
+    """The names of a class's slots; one that is not written in Python has none that could be set."""
     written = [vars(one) for one in kind.__mro__ if "__slots__" in vars(one)]
     return [name for own in written for name, member in own.items() if isinstance(member, MemberDescriptorType)]
 

@@ -43,11 +43,7 @@ LAYERS: dict[str, tuple[Layer, Layer]] = {
 
 
 def layers_for(backend: str) -> list[str]:
-    """Those that are to be equal by a backend. Sums by ATen are not: see above.
-
-    >>> set(LAYERS) - set(layers_for("aten"))
-    {'frozen_conv2d'}
-    """
+    """Those that are to be equal by a backend. Sums by ATen are not: see above."""
     return [name for name in LAYERS if backend != "aten" or name != "frozen_conv2d"]
 
 
@@ -70,10 +66,5 @@ def step(layer: Layer, name: str, dtype: torch.dtype, device: torch.device) -> t
 
 
 def error(own: tuple[Tensor, Tensor], stock: tuple[Tensor, Tensor]) -> float:
-    """0 where both are equal, else infinite.
-
-    >>> x = torch.ones(2)
-    >>> error((x, x), (x, x)), error((x, x), (x, 2 * x))
-    (0.0, inf)
-    """
+    """0 where both are equal, else infinite."""
     return 0.0 if all(torch.equal(a, b) for a, b in zip(own, stock)) else float("inf")

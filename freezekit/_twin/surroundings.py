@@ -88,11 +88,7 @@ def _is_a_librarys(value: Any) -> bool:
 
 
 def is_filled(cell: CellType) -> bool:
-    """Whether a variable of a closure has a value.
-
-    >>> is_filled(CellType()), is_filled(CellType(1))
-    (False, True)
-    """
+    """Whether a variable of a closure has a value."""
     try:
         _ = cell.cell_contents
     except ValueError:

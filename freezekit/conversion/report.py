@@ -230,10 +230,6 @@ def functional_calls(model: nn.Module, inputs: Arguments) -> list[FunctionCall]:
 
     A copy of `model` runs once, in its present mode and with gradients. Calls in installed packages are left out: they
     cannot be replaced.
-
-    Args:
-        model: any module.
-        inputs: of its forward.
     """
 
     def run(twin: Twin) -> _Seen:

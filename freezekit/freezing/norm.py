@@ -197,10 +197,7 @@ def statistics_of(module: nn.Module) -> dict[str, torch.Tensor]:
     pairs += [(f"{h.name}_u", f"{h.name}_v") for h in module._forward_pre_hooks.values() if isinstance(h, SpectralNorm)]
     found: dict[str, torch.Tensor] = {}
     for pair in pairs:
-        buffers = {name: own.get(name) for name in pair}
-        present = {
-            name: buffer for name, buffer in buffers.items() if buffer is not None
-        }  # a lazy one cannot be compared
+        present = {name: buffer for name in pair if (buffer := own.get(name)) is not None}
         found.update(present if len(present) == 2 else {})
     counter = own.get("num_batches_tracked")
     if "running_mean" in found and counter is not None:
@@ -288,14 +285,7 @@ def notes(module: nn.Module) -> dict[str, bool]:
 
 
 def reads_batch(module: nn.Module) -> bool:
-    """Whether ``freeze(norm="batch")`` left the statistics of ``module`` to move.
-
-    >>> import freezekit as fk
-    >>> norm = nn.BatchNorm2d(4)
-    >>> _ = fk.freeze(norm, norm="batch")
-    >>> reads_batch(norm)
-    True
-    """
+    """Whether ``freeze(norm="batch")`` left the statistics of ``module`` to move."""
     return _READS_BATCH in module.__dict__
 
 

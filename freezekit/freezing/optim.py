@@ -229,15 +229,9 @@ class Membership:
 
     @classmethod
     def of(cls, optimizer: Optimizer, params: Iterable[nn.Parameter]) -> Membership:
-        params = list(params)
-        groups = group_of(optimizer)
-        unknown = strangers(optimizer, params)
-        return cls(
-            optimizer,
-            [p for p in params if id(p) in groups],
-            [p for p in params if p in removed_from(optimizer).group],
-            unknown,
-        )
+        params, groups, record = list(params), group_of(optimizer), removed_from(optimizer)
+        inside, outside = [p for p in params if id(p) in groups], [p for p in params if p in record.group]
+        return cls(optimizer, inside, outside, strangers(optimizer, params))
 
     def restore(self) -> None:
         """Put every parameter back where it stood, with the state that was forgotten; touch no other."""

@@ -109,16 +109,8 @@ def _row(module: nn.Module, prefix: str, names: BlockNames) -> BlockReport:
     if layers is not None:
         reason, activation = why_unfused(*layers), layers[-1]
         kind = activation_kind(activation) or type(activation).__name__
-    outside = prefix + names.outside if names.outside else ""
-    return BlockReport(
-        prefix + names.conv,
-        "" if names.norm is None else prefix + names.norm,
-        kind,
-        names.adds,
-        not reason,
-        reason,
-        outside,
-    )
+    norm, outside = (prefix + path if path else "" for path in (names.norm, names.outside))
+    return BlockReport(prefix + names.conv, norm, kind, names.adds, not reason, reason, outside)
 
 
 def _why_not_rewritten(module: nn.Module) -> str:

@@ -5,6 +5,7 @@ And what changed from one profile to another.
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -164,13 +165,7 @@ class ProfileDiff(Shown):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
-        return {
-            "phases": {phase: list(counts) for phase, counts in self.phases.items()},
-            "kernels": [
-                {"name": c.name, "instances": list(c.instances), "nanoseconds": list(c.nanoseconds)}
-                for c in self.kernels
-            ],
-        }
+        return json.loads(json.dumps(asdict(self)))
 
 
 def compare(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ def test_the_row_fits_the_table_of_the_docs() -> None:
 
 
 def test_a_row_without_a_device_says_that_it_is_no_proof() -> None:
-    here = machine.Host(**{**HERE.to_dict(), "device": ""})  # type: ignore[arg-type]
+    here = replace(HERE, device="")
     row = report.row(here, OUTCOMES, "make gpu-check EMULATED=1")
     assert "| no CUDA device |" in row
     assert "emulated, which says nothing of hardware: 1 of 3 steps passed" in row
@@ -63,7 +64,7 @@ def test_only_results_are_removed(tmp_path: Path) -> None:
 
 @pytest.fixture
 def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    here = machine.Host(**{**HERE.to_dict(), "device": ""})  # type: ignore[arg-type]
+    here = replace(HERE, device="")
     monkeypatch.setattr(machine, "read", lambda *_: here)
 
 

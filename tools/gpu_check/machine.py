@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from .step import ASKED, add_until, call, left, was_asked_to_end
 
@@ -44,10 +44,6 @@ class Host:
     cores: int
     commit: str
     arch: str = ""  # of the device, as nvcc names it
-
-    def to_dict(self) -> dict[str, str | int]:
-        """Plain data, ready for JSON."""
-        return asdict(self)
 
 
 def output_of(seconds: float, *command: str) -> str | None:

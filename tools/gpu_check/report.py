@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from .machine import Host
@@ -44,7 +45,7 @@ def write(folder: Path, machine: Host, outcomes: Sequence[Outcome], command: str
     Each is replaced in one step: a write that fails leaves the one before.
     """
     steps = [{"step": o.step, "result": o.result, "seconds": round(o.seconds, 1), "said": o.said} for o in outcomes]
-    summary = {"machine": machine.to_dict(), "command": command, "steps": steps}
+    summary = {"machine": asdict(machine), "command": command, "steps": steps}
     log = "".join(f"===== {o.step}: {o.result}\n{o.log.rstrip()}\n\n" for o in outcomes)
     texts = {
         "summary.json": json.dumps(summary, indent=1) + "\n",
