@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from bench.measure import MakeCase
-from bench.sections import blocks, layers, models
+from bench.sections import layers, models
 from bench.settings import Settings
 
 # All but `kernels`, which times nothing and prints what ran.
 SECTIONS: dict[str, Callable[[Settings], list[MakeCase]]] = {
     "layers": layers.cases,
-    "blocks": blocks.cases,
+    "blocks": models.block_cases,
     "models": models.cases,
     "memory": models.depth_cases,
     "scaling": models.scaling_cases,

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from freezekit.freezing import PatternError, freeze, is_held, unfreeze
-from freezekit.freezing.computed import computed
+from freezekit.freezing.index import computed
 from freezekit.freezing.patterns import select
 from freezekit.guarding import guard
 from freezekit.schedules import FreezeOut, layers_of
