@@ -1,7 +1,5 @@
 """Compares a run with an earlier one and flags what changed beyond noise."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Runs work in a process of its own: a kernel that hangs or crashes costs its own rows and nothing else."""
 
-from __future__ import annotations
-
 import multiprocessing
 import time
 from collections.abc import Callable

@@ -11,8 +11,6 @@ A side that fails, or computes something else, has a row that says so; the run g
 each case. Exit code 0; 1 if a row failed; 2 for arguments that make no sense.
 """
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Iterable

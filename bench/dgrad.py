@@ -6,8 +6,6 @@ Both sides ask autograd for the gradient of x alone, so stock runs `convolution_
 for every point, not for their mean: a network may consist of one point.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import sys

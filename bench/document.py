@@ -1,7 +1,5 @@
 """A run as a JSON document, which `bench/schema.json` describes."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from dataclasses import asdict

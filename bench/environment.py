@@ -1,7 +1,5 @@
 """What a figure was measured on: device, versions, commit, date and the device's measured peaks."""
 
-from __future__ import annotations
-
 import datetime
 import platform
 import re

@@ -9,8 +9,6 @@ interleaved rounds. The bounds are the project's own, for the six blocks: 0.87 o
 and with --compile not slower than torch.compile of stock.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import importlib

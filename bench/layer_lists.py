@@ -1,7 +1,5 @@
 """The convolutions of well-known networks, as data: one entry for each distinct shape, with how often it occurs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 

@@ -10,8 +10,6 @@ transformer's, the first Linear and GELU alone. Bytes are counted from allocatio
 Then an adapter beside each of a net's frozen layers learns to fit random labels, by the same steps from the same start.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import statistics

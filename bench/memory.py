@@ -6,8 +6,6 @@ caching allocator keeps the sums, rounded up to its blocks of 512 bytes. Neither
 themselves, such as oneDNN's scratch space.
 """
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Small networks that a CPU trains in a fraction of a second, and the regimes that people freeze them in."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """The command line, checked before anything is measured."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import time

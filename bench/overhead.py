@@ -9,8 +9,6 @@ chains are of fewer than 8 KiB. And disabled again, which is 1 but for the noise
 were.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import sys

@@ -1,7 +1,5 @@
 """Pictures of a run, readable in print: units on every axis, colours that colour-blind readers tell apart."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Tables for people: rows appear as they are measured, in fixed columns that fit 120 characters, or the terminal."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """What a run was asked for: the command line, checked."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

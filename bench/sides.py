@@ -1,7 +1,5 @@
 """The competitors: each gets its own copy of the stock module and turns it into what it stands for."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import importlib.util

@@ -11,8 +11,6 @@
 Exit code 0; with --check 1 if a promise does not hold. A machine that is busy with something else proves nothing.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import sys

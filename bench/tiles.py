@@ -8,8 +8,6 @@ are timed interleaved. A candidate that computes other values than ATen, or fail
 timed; the exit code is then 1. With `--json` the file is whole after each line.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import sys

@@ -1,7 +1,5 @@
 """A fast wrong kernel never gets a time: every result is compared with stock's first."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 
 import torch

@@ -1,7 +1,5 @@
 """The least that the mathematics of a step needs: arithmetic, and bytes read and written."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

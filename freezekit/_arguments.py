@@ -1,7 +1,5 @@
 """Checks of arguments by torch's rules, with errors that name the argument."""
 
-from __future__ import annotations
-
 import operator
 import reprlib
 from collections.abc import Sequence

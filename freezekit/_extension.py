@@ -1,7 +1,5 @@
 """Loads the compiled half, or says how to get one that fits."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from types import ModuleType

@@ -1,7 +1,5 @@
 """How the arguments of a forward pass are handed over: one rule for every function that takes `inputs`."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Mapping
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """What the self-test holds layers to, value for value: torch's own, on the same device and from the same seed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import cast
 

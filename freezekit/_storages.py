@@ -1,7 +1,5 @@
 """Where a tensor's elements are, whatever its layout."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch

@@ -1,7 +1,5 @@
 """Whether float32 convolutions on a GPU may round their factors to tf32."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

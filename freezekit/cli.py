@@ -1,7 +1,5 @@
 """The `freezekit` command: info, explain, plan, audit, selftest and profile from a shell."""
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import json

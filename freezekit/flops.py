@@ -6,8 +6,6 @@ counted as in the first order: of a converted, trainable, grouped convolution th
 work.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

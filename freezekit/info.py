@@ -1,7 +1,5 @@
 """`python -m freezekit.info`: what this build is, and what it can run on here."""
 
-from __future__ import annotations
-
 import platform
 from typing import Any
 

@@ -7,8 +7,6 @@ process. The exit code is the number of failures, at most 125; it is 77 where th
 rows did.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import os

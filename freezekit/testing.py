@@ -3,8 +3,6 @@
 What passes here is *emulated*: the kernels' own source ran, not their machine code.
 """
 
-from __future__ import annotations
-
 from freezekit import _extension
 from freezekit._arguments import check_flag
 from freezekit.backends import switched

@@ -8,8 +8,6 @@ The kernels for sm_90a are candidates only where choices that `freezekit selftes
 on such a GPU were loaded.
 """
 
-from __future__ import annotations
-
 import json
 import platform
 from dataclasses import asdict, dataclass

@@ -6,8 +6,6 @@ stores, on a warning or message C75xx of ptxas (wgmma serialised, setmaxnreg ign
 instruction that it is made of. No GPU is needed: nvcc compiles, nvdisasm (PyPI: nvidia-cuda-nvdisasm) disassembles.
 """
 
-from __future__ import annotations
-
 import collections
 import os
 import re

@@ -1,7 +1,5 @@
 """The parts of a comparison, one per file: each lists its cases, and `kernels` its tables."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from bench.measure import MakeCase

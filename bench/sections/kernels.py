@@ -4,8 +4,6 @@ Somebody asked on discuss.pytorch.org whether the gradient of a frozen layer is 
 answers: two dgrads and three wgrads while all learn (the input needs no gradient), two and two with the middle frozen.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

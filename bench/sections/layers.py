@@ -1,7 +1,5 @@
 """Single convolutions of well-known networks, trainable and frozen."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 

@@ -3,8 +3,6 @@
 And blocks through which a gradient passes, trainable and frozen: Conv-BN-ReLU and ResNet-50's bottleneck.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 import torch

@@ -1,7 +1,5 @@
 """Gives data to tensors that outlive a run without data, in a library's cache of grids by size, say."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from weakref import getweakrefs

@@ -1,7 +1,5 @@
 """Operators that take functions, as torch.cond does, within a mode."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

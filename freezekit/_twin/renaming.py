@@ -1,7 +1,5 @@
 """Code that knows some of its global names by others."""
 
-from __future__ import annotations
-
 import dis
 import sys
 from collections.abc import Mapping

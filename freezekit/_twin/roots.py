@@ -1,7 +1,5 @@
 """Finds the modules that a callable runs, which a twin copies."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from inspect import signature, unwrap

@@ -1,7 +1,5 @@
 """Restores what a forward changes outside of its model: objects that it reaches by name, which no copy holds."""
 
-from __future__ import annotations
-
 import random
 import sys
 from collections import OrderedDict, deque

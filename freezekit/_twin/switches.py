@@ -1,7 +1,5 @@
 """Torch's own switches, and random generators, as they were before a run that may have set them."""
 
-from __future__ import annotations
-
 import random
 import sys
 import threading

@@ -1,7 +1,5 @@
 """A copy of a model, and how it is run."""
 
-from __future__ import annotations
-
 import copy
 import traceback
 from collections.abc import Callable, Iterable, Iterator

@@ -5,8 +5,6 @@
     freezekit audit package.module:factory
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any

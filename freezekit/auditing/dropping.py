@@ -1,7 +1,5 @@
 """Which calls drop at random while a model runs, and between which parameters: as the tensors tell that pass there."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import signature

@@ -4,8 +4,6 @@ The pass runs on a copy of the model, in its present mode. There is no backward 
 parameter or communication of DDP is touched.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Hooks that set part of a gradient to zero, in place of freezing it: told by what they do to one without zeros."""
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Iterator

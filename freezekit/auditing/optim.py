@@ -1,7 +1,5 @@
 """Checks of the model against its optimizers: what would move, what is kept for nothing, what no optimizer steps."""
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 

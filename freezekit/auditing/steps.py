@@ -5,8 +5,6 @@ copy of the frozen tensor, its gradient and its state goes through the optimizer
 where the step cannot reach anything but copies; other optimizers are looked at.
 """
 
-from __future__ import annotations
-
 import copy
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The model and the optimizers under audit, indexed once for every check."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property

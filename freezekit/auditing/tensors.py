@@ -4,8 +4,6 @@ Python lets any attribute be set on a parameter and on a module, so a typo such 
 silent (pytorch/pytorch#72332), and so is ``module.requires_grad = False``, which modules do not have.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from difflib import SequenceMatcher

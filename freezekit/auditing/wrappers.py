@@ -1,7 +1,5 @@
 """Checks of what is wrapped around the model: DistributedDataParallel, FSDP1, torch.compile."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """What of a model is freezekit's, what `convert` would swap, and what it leaves alone, and why."""
 
-from __future__ import annotations
-
 import sys
 import sysconfig
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """`convert` and `revert`: which layer becomes which, by reassigning the class of the same object."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterable
 from typing import TypeVar

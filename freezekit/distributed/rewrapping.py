@@ -1,7 +1,5 @@
 """Build a new DistributedDataParallel wrapper with the settings of the old one."""
 
-from __future__ import annotations
-
 import hashlib
 import inspect
 from collections.abc import Sequence

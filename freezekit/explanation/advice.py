@@ -4,8 +4,6 @@ How much is not worked out from the classes of layers but seen: the model is tra
 frozen, and with freezekit enabled, on copies.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 from collections import Counter, defaultdict

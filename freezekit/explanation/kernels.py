@@ -1,7 +1,5 @@
 """The kernel column of `explain`: what computes a layer, and why; of a convolution as `_C.select` tells it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

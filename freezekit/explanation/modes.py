@@ -1,7 +1,5 @@
 """What listens while a model runs: the functions that it calls, and the operators that these run."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any, Protocol
 

@@ -1,7 +1,5 @@
 """What a trace writes down: the calls of a forward pass, and what autograd keeps of each."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn

@@ -3,8 +3,6 @@
 Without data where that tells, so that it costs no memory and any model can be traced; on data where it does not.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager

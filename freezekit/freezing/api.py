@@ -1,7 +1,5 @@
 """`freeze` and `unfreeze`: both steps of freezing, autograd's and the optimizer's, in one call."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterable
 from functools import partial, reduce

@@ -3,8 +3,6 @@
 An optimizer may be inside another: Lookahead, ZeroRedundancyOptimizer, the wrappers of accelerate, fastai, Lightning.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any

@@ -4,8 +4,6 @@
 moves the running statistics for good: they cannot be held.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from typing import Any
 

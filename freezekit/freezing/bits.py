@@ -9,8 +9,6 @@ sign bit of an even number of float64 elements adds a multiple of 2^64 to any su
 Integer arithmetic is exact, so the value is the same on every device and for every memory layout.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -3,8 +3,6 @@
 A saved state is checked alone and against a model and its optimizers, before anything is changed.
 """
 
-from __future__ import annotations
-
 import difflib
 from functools import partial
 from typing import Any, TypeVar

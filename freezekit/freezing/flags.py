@@ -1,7 +1,5 @@
 """Tells torch.compile, which does not read ``requires_grad`` at each call, that it changed."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from torch import nn

@@ -1,7 +1,5 @@
 """The tensors that are frozen in a model, what `guard` remembers of each, and why a step would move it."""
 
-from __future__ import annotations
-
 import copy
 import re
 from collections.abc import Mapping

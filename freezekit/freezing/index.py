@@ -5,8 +5,6 @@ parameter. What trains is what it is made of (``weight_g`` and ``weight_v``, ``w
 ``parametrizations.weight.original``), and a frozen weight is one of which all that holds still.
 """
 
-from __future__ import annotations
-
 import difflib
 import fnmatch
 import inspect

@@ -31,8 +31,6 @@ weight that the layer uses, however frozen the parameter is. In eval they hold s
 Only `is_held` answers whether a layer is held.
 """
 
-from __future__ import annotations
-
 import copy
 import warnings
 from collections.abc import Callable

@@ -4,8 +4,6 @@ One language for all that takes patterns: `freeze` and `unfreeze` (`select`), ``
 schedules (`named_modules`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial

@@ -14,8 +14,6 @@ it comes after the release and has no gradient at all, while `freeze` had droppe
 Notes are kept by module and name: a weak reference to a parameter would stand in the way of ``swap_tensors``.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Collection, Iterable, Iterator

@@ -6,8 +6,6 @@ both ask, has an entry for the classes of such modules: it is given the module t
 that becomes the copy's. A module without one is reduced as ever.
 """
 
-from __future__ import annotations
-
 import copy
 import copyreg
 from functools import partial

@@ -1,7 +1,5 @@
 """Convolutions whose gradients are operators of their own, so that a gradient that is not needed is never computed."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Which calls freezekit's functions leave to torch's own: where nothing is kept, and where arguments are unusual."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Real

@@ -3,8 +3,6 @@
 Smooth ones keep nothing behind a group or layer norm: the norm keeps what their input is made from.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

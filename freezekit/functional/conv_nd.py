@@ -1,7 +1,5 @@
 """Convolutions of one and three dimensions, and transposed ones: a frozen weight keeps no input and runs no wgrad."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Normalisations that keep what their gradients read: for frozen batch norm, nothing of the input's size."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

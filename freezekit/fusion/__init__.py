@@ -1,7 +1,5 @@
 """Frozen Conv-BatchNorm-(add)-ReLU as one operator each way, in a model that stays what it was."""
 
-from __future__ import annotations
-
 from typing import TypeVar
 
 import torch

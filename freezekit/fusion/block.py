@@ -4,8 +4,6 @@ A layer or a residual that a forward has is never None for such a call: where it
 to say so.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

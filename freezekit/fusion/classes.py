@@ -5,8 +5,6 @@ attributes, state_dict, names, hooks and isinstance are untouched, and nothing i
 gives a fused copy. pickle writes the stock class, so that what was saved loads without freezekit.
 """
 
-from __future__ import annotations
-
 import copy
 import copyreg
 from collections.abc import Callable

@@ -5,8 +5,6 @@ another outcome. What torch calls of a module (forward, train, ...), and what th
 where there is one, the class stays.
 """
 
-from __future__ import annotations
-
 import ast
 import builtins
 from collections.abc import Iterator, Mapping

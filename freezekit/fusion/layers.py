@@ -1,7 +1,5 @@
 """Which layers a fused block may be made of, and whether they are what a frozen one needs right now."""
 
-from __future__ import annotations
-
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 

@@ -8,8 +8,6 @@ Some also drop out and activate in the end (timm). A class is known by its name,
 layer of it was seen to give these values.
 """
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

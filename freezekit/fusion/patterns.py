@@ -1,7 +1,5 @@
 """What a forward's expressions stand for: its children, what can be told of its tests, and the layers of a block."""
 
-from __future__ import annotations
-
 import ast
 import inspect
 import operator

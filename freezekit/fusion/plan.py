@@ -11,8 +11,6 @@ run as the forward has them:
         out = _fk0
 """
 
-from __future__ import annotations
-
 import ast
 import inspect
 from abc import ABCMeta

@@ -1,7 +1,5 @@
 """What is fused, what is not, and why, in the model's present state."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import nn

@@ -1,7 +1,5 @@
 """Sequences that do nothing but call their children in order, so that those may be called in their place."""
 
-from __future__ import annotations
-
 from typing import Any, TypeAlias
 
 from torch import nn

@@ -4,8 +4,6 @@ The text is found by file and line, and the file may have been edited since it w
 and counts only if that gives the same bytecode as the one that runs.
 """
 
-from __future__ import annotations
-
 import ast
 import linecache
 from collections.abc import Mapping

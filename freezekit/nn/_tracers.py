@@ -1,7 +1,5 @@
 """What torch's older tracers get of freezekit's layers: torch.fx a call of the layer, TorchScript a clear error."""
 
-from __future__ import annotations
-
 from typing import Any, NoReturn
 
 from torch import fx, nn

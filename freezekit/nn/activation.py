@@ -1,7 +1,5 @@
 """Activations and dropout that keep one bit per element; smooth ones, which behind a norm keep nothing."""
 
-from __future__ import annotations
-
 from torch import Tensor, fx, nn
 
 from freezekit import functional

@@ -1,7 +1,5 @@
 """Convolutions of one and three dimensions, and transposed ones, for layers that are frozen now, sometimes or never."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, fx, nn

@@ -4,8 +4,6 @@ Whether a batch norm normalises by its running statistics is its `training` flag
 that flag (see `freezekit.freezing.is_held`), so a frozen layer goes on using its statistics after `model.train()`.
 """
 
-from __future__ import annotations
-
 from torch import Tensor, fx, nn
 
 from freezekit import functional

@@ -1,7 +1,5 @@
 """Pools and pads that keep a byte per output element, or sizes alone."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

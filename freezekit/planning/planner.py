@@ -1,7 +1,5 @@
 """One forward pass of a copy for every way of freezing; on request a real step too."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace

@@ -3,8 +3,6 @@
 And what changed from one profile to another.
 """
 
-from __future__ import annotations
-
 import json
 import statistics
 from collections.abc import Iterable, Iterator, Sequence

@@ -4,8 +4,6 @@ Plain objects: ``step()`` after each ``optimizer.step()``, ``state_dict()`` and 
 look at it beforehand. No hooks, no trainer.
 """
 
-from __future__ import annotations
-
 from .base import Change, Schedule, compile_entries
 from .freezeout import FreezeOut, freeze_times
 from .layers import Layer, layers_of

@@ -1,7 +1,5 @@
 """What all schedules share: freezing layers of a model that may be wrapped, and saying what changed."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast

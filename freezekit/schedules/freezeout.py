@@ -10,8 +10,6 @@ and its learning rate, if the schedule sets it, falls to zero there: lr_i(t) = l
 lr_i(0) = lr, or lr / t_i when scaled.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from numbers import Real

@@ -1,7 +1,5 @@
 """The units that a schedule freezes: a layer with its parameters, and the norm that follows it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """UpdateNorm: freeze any layer that has stopped moving, and let it try again later."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal

@@ -4,8 +4,6 @@ The exit code is the number of steps that failed, and at least 1 where the check
 Without a GPU there is nothing to check; --emulated exercises the steps all the same, which says nothing about hardware.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import shutil

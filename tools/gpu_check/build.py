@@ -4,8 +4,6 @@ The extension decides the exit code. What else could not be compiled, or not in 
 compiles it, or fails by it.
 """
 
-from __future__ import annotations
-
 import argparse
 import subprocess
 import sys

@@ -7,8 +7,6 @@ it exits with NOT_RUN where nothing failed. So it does where every test was skip
 a later test hangs, pytest's own report is never printed.
 """
 
-from __future__ import annotations
-
 import time
 from typing import Any
 

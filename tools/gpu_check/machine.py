@@ -1,7 +1,5 @@
 """Where a check ran: device, driver, versions, commit; and what is missing here."""
 
-from __future__ import annotations
-
 import argparse
 import datetime
 import importlib.util

@@ -1,7 +1,5 @@
 """The folder of results: summary.json, summary.md, log.txt, and what the steps themselves put there."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import asdict

@@ -5,8 +5,6 @@ machines it is there and cannot watch the device. The exit code is the number of
 where none did, and some did not run or end.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import shutil

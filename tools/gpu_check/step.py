@@ -4,8 +4,6 @@ A command is told the instant by which it must have ended, on the clock that all
 starts are parts of what is left until then. So none of them is a number that could exceed the step's own.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import os

@@ -1,7 +1,5 @@
 """The steps, in order: what all others need, then what hardware alone can tell, then what fits in the time left."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import re
