@@ -128,25 +128,24 @@ def check_forward(subject: Subject) -> Iterator[Finding]:
         return
     dropping = [path for path in probe.dropping if path != "(root)" and is_in_frozen_block(subject.model, path)]
     if dropping:
-        yield active_dropout(dropping, f"{len(dropping)} frozen module(s) call functions that drop at random")
+        yield from active_dropout(dropping, f"{len(dropping)} frozen module(s) call functions that drop at random")
     known = {*dropping, *dropout_in_frozen_parts(subject.model)}
     if between := [path for path in probe.between if path not in known]:
-        yield active_dropout(between, f"{len(between)} module(s) drop at random between frozen layers")
+        yield from active_dropout(between, f"{len(between)} module(s) drop at random between frozen layers")
 
 
 def _moved(subject: Subject, probe: Probe) -> Iterator[Finding]:
     model = unwrapped(subject.model)
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     parameters = [name for name in probe.moved if name in frozen]
-    if parameters:
-        yield about(
-            parameters,
-            "moving-parameter",
-            "error",
-            f"{len(parameters)} frozen parameter(s) were written to in one forward pass, as nn.Embedding(max_norm=...) "
-            "does",
-            "keep the forward from writing to them, or unfreeze them",
-        )
+    yield from about(
+        parameters,
+        "moving-parameter",
+        "error",
+        f"{len(parameters)} frozen parameter(s) were written to in one forward pass, as nn.Embedding(max_norm=...) "
+        "does",
+        "keep the forward from writing to them, or unfreeze them",
+    )
     buffers = dict(model.named_buffers())
     values: list[str] = []
     counters: list[str] = []
@@ -157,14 +156,13 @@ def _moved(subject: Subject, probe: Probe) -> Iterator[Finding]:
             (values if can_train(buffers[name]) else counters).append(name)
     # An integer buffer is most often a counter that the output does not depend on.
     for names, severity in ((values, "error"), (counters, "info")):
-        if names:
-            yield about(
-                names,
-                "moving-buffer",
-                severity,
-                f"{len(names)} buffer(s) of frozen modules changed in one forward pass",
-                "call .eval() on these modules, or write the buffer in train mode only",
-            )
+        yield from about(
+            names,
+            "moving-buffer",
+            severity,
+            f"{len(names)} buffer(s) of frozen modules changed in one forward pass",
+            "call .eval() on these modules, or write the buffer in train mode only",
+        )
 
 
 def _gradients(subject: Subject, probe: Probe) -> Iterator[Finding]:
@@ -173,7 +171,7 @@ def _gradients(subject: Subject, probe: Probe) -> Iterator[Finding]:
     checkpointed = any("CheckpointFunction" in n for n in probe.nodes)
     if probe.lost and probe.unrecorded:
         doubt = "some of " if checkpointed else ""
-        yield about(
+        yield from about(
             probe.unrecorded,
             "reentrant-checkpoint",
             "error",
@@ -195,11 +193,10 @@ def _gradients(subject: Subject, probe: Probe) -> Iterator[Finding]:
         )
         return
     missed = tuple(n for n, p in subject.trainable.items() if id(p) not in probe.reached)
-    if missed:
-        yield about(
-            missed,
-            "unreached",
-            "info",
-            f"{len(missed)} trainable parameter(s) get no gradient from these inputs",
-            "freeze them if that is always so; under DDP they need find_unused_parameters=True",
-        )
+    yield from about(
+        missed,
+        "unreached",
+        "info",
+        f"{len(missed)} trainable parameter(s) get no gradient from these inputs",
+        "freeze them if that is always so; under DDP they need find_unused_parameters=True",
+    )

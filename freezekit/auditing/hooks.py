@@ -148,12 +148,11 @@ def check_masked(subject: Subject, masks: Masks) -> Iterator[Finding]:
             moved = moved_at_zero(optimizer, group, p)
             if bool(group.get("weight_decay")) if moved is None else bool((moved & zeros).any()):
                 found.append(name)
-    if found:
-        yield about(
-            found,
-            "masked-gradient",
-            "warning",
-            f"{len(found)} parameter(s) have a hook, of their own or before the step, that sets some or all of their "
-            "gradient to zero, and their optimizer moves such elements, by decay or momentum: they are not frozen",
-            "freeze part of a tensor by a parametrization (see docs/two_step.md), or set weight_decay=0 and momentum=0",
-        )
+    yield from about(
+        found,
+        "masked-gradient",
+        "warning",
+        f"{len(found)} parameter(s) have a hook, of their own or before the step, that sets some or all of their "
+        "gradient to zero, and their optimizer moves such elements, by decay or momentum: they are not frozen",
+        "freeze part of a tensor by a parametrization (see docs/two_step.md), or set weight_decay=0 and momentum=0",
+    )

@@ -59,9 +59,9 @@ def check_moves(subject: Subject) -> Iterator[Finding]:
         sizes = [m for _, m in found if m is not None]
         size = f"would move by up to {max(sizes):.3g}" if sizes else "would probably move"
         why_text = f"frozen, but {size} at the next {kind}.step() (group {i}): {reason}"
-        yield about(names, "would-move", "error", why_text, _TAKE_OUT if reason is _WITHOUT_GRADIENT else mend)
+        yield from about(names, "would-move", "error", why_text, _TAKE_OUT if reason is _WITHOUT_GRADIENT else mend)
     for (kind, i), held in still.items():
-        yield about(
+        yield from about(
             held,
             "stale-grad",
             "warning",
@@ -69,28 +69,26 @@ def check_moves(subject: Subject) -> Iterator[Finding]:
             "or decay would, it takes memory, and gradient clipping counts it",
             mend,
         )
-    if skipped:
-        yield about(
-            skipped,
-            "frozen-in-optimizer",
-            "info",
-            f"{len(skipped)} frozen parameter(s) are in the optimizer; steps skip them as long as .grad is None",
-            "nothing to do; freeze(..., remove=True) takes them out",
-        )
+    yield from about(
+        skipped,
+        "frozen-in-optimizer",
+        "info",
+        f"{len(skipped)} frozen parameter(s) are in the optimizer; steps skip them as long as .grad is None",
+        "nothing to do; freeze(..., remove=True) takes them out",
+    )
 
 
 def check_stray_grads(subject: Subject) -> Iterator[Finding]:
     """Frozen parameters outside every optimizer, with a gradient left."""
     names = [n for n, p in subject.frozen.items() if p.grad is not None and id(p) not in subject.optimized]
-    if names:
-        yield about(
-            names,
-            "stray-grad",
-            "warning",
-            f"{len(names)} frozen parameter(s) hold a .grad that no optimizer clears: clip_grad_norm_ over "
-            "model.parameters() counts it in the norm, and it takes memory",
-            "set .grad = None on them",
-        )
+    yield from about(
+        names,
+        "stray-grad",
+        "warning",
+        f"{len(names)} frozen parameter(s) hold a .grad that no optimizer clears: clip_grad_norm_ over "
+        "model.parameters() counts it in the norm, and it takes memory",
+        "set .grad = None on them",
+    )
 
 
 def check_orphan_state(subject: Subject) -> Iterator[Finding]:
@@ -100,7 +98,7 @@ def check_orphan_state(subject: Subject) -> Iterator[Finding]:
         orphans = [p for p in optimizer.state if isinstance(p, torch.Tensor) and id(p) not in inside]
         if orphans:
             names = tuple(subject.names.get(id(p), "(not of this model)") for p in orphans)
-            yield about(
+            yield from about(
                 names,
                 "orphan-state",
                 "error",
@@ -118,7 +116,7 @@ def check_membership(subject: Subject) -> Iterator[Finding]:
     shapes = {subject.trainable[n].shape for n in idle if not is_lazy(subject.trainable[n])}
     stale = [p for p in foreign if not is_lazy(p) and p.shape in shapes]
     if idle and stale:
-        yield about(
+        yield from about(
             idle,
             "stale-parameters",
             "error",
@@ -127,7 +125,7 @@ def check_membership(subject: Subject) -> Iterator[Finding]:
             "make the optimizer after the model was moved, converted or loaded",
         )
     elif idle:
-        yield about(
+        yield from about(
             idle,
             "not-optimized",
             "warning",
@@ -152,15 +150,14 @@ def check_state(subject: Subject) -> Iterator[Finding]:
         for optimizer, _, name, p in subject.members()
         if not p.requires_grad and p.grad is None and momenta(optimizer, p)
     ]
-    if kept:
-        yield about(
-            kept,
-            "kept-state",
-            "info",
-            f"{len(kept)} frozen parameter(s) keep momentum from before the freeze: it takes memory, and moves them "
-            "after unfreezing even at zero gradient",
-            'unfreeze with state="reset", unless the old momentum is wanted',
-        )
+    yield from about(
+        kept,
+        "kept-state",
+        "info",
+        f"{len(kept)} frozen parameter(s) keep momentum from before the freeze: it takes memory, and moves them "
+        "after unfreezing even at zero gradient",
+        'unfreeze with state="reset", unless the old momentum is wanted',
+    )
 
 
 def check_scheduled(subject: Subject) -> Iterator[Finding]:
@@ -170,13 +167,14 @@ def check_scheduled(subject: Subject) -> Iterator[Finding]:
         if late and len(late) < len(optimizer.param_groups):
             names = tuple(subject.names[id(p)] for i in late for p in optimizer.param_groups[i]["params"]
                           if id(p) in subject.names)  # fmt: skip
-            yield about(
-                names,
+            yield Finding(
                 "unscheduled-group",
                 "warning",
+                brief(names),
                 f"group(s) {late} of {type(optimizer).__name__} were added after its learning-rate scheduler was made: "
                 "at its next step LambdaLR raises ValueError, OneCycleLR KeyError, others leave the rate as it is",
                 "keep frozen parameters in their group (freeze does), or build a new scheduler",
+                names,
             )
 
 
@@ -184,14 +182,13 @@ def check_duplicates(subject: Subject) -> Iterator[Finding]:
     """Parameters that are stepped twice: twice in one group, or in two optimizers."""
     count = Counter(name for _, _, name, _ in subject.members())
     twice = [name for name, times in count.items() if times > 1]
-    if twice:
-        yield about(
-            twice,
-            "duplicate-parameter",
-            "error",
-            f"{len(twice)} parameter(s) are listed more than once in the optimizers, and move more than once per step",
-            "list each parameter once",
-        )
+    yield from about(
+        twice,
+        "duplicate-parameter",
+        "error",
+        f"{len(twice)} parameter(s) are listed more than once in the optimizers, and move more than once per step",
+        "list each parameter once",
+    )
 
 
 def check_idle(subject: Subject) -> Iterator[Finding]:

@@ -60,9 +60,10 @@ def brief(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
-def about(names: Sequence[str], code: str, severity: str, why: str, mend: str) -> Finding:
-    """What was seen of several parameters, buffers or modules."""
-    return Finding(code, severity, brief(names), why, mend, tuple(names))
+def about(names: Sequence[str], code: str, severity: str, why: str, mend: str) -> Iterator[Finding]:
+    """What was seen of several parameters, buffers or modules; nothing where there are none."""
+    if names:
+        yield Finding(code, severity, brief(names), why, mend, tuple(names))
 
 
 @dataclass(frozen=True)

@@ -131,15 +131,14 @@ def check_qconfig(subject: Subject) -> Iterator[Finding]:
         for name, module in subject.modules()
         if isinstance(module, tuple(SWAPS.values())) and vars(module).get("qconfig") is not None
     ]
-    if names:
-        yield about(
-            names,
-            "not-quantized",
-            "error",
-            f"{len(names)} layer(s) have a qconfig and stay in float: torch.ao.quantization passes over classes that "
-            "are not torch.nn's own, without a word",
-            "call freezekit.revert(model) before prepare, and freezekit.enable() in place of convert",
-        )
+    yield from about(
+        names,
+        "not-quantized",
+        "error",
+        f"{len(names)} layer(s) have a qconfig and stay in float: torch.ao.quantization passes over classes that "
+        "are not torch.nn's own, without a word",
+        "call freezekit.revert(model) before prepare, and freezekit.enable() in place of convert",
+    )
 
 
 def check_tied(subject: Subject) -> Iterator[Finding]:
@@ -149,7 +148,7 @@ def check_tied(subject: Subject) -> Iterator[Finding]:
     for p in subject.frozen.values():
         names = subject.all_names[id(p)]
         if len(names) > 1:
-            yield about(
+            yield from about(
                 names,
                 "tied",
                 "warning",
@@ -211,7 +210,7 @@ def check_statistics(subject: Subject) -> Iterator[Finding]:
             found[isinstance(module, _SpectralNorm), reads_batch(module)].append(path or "(root)")
     for (spectral, asked), names in found.items():
         what, cure = _SPECTRAL if spectral else _NORM
-        yield about(
+        yield from about(
             names,
             "moving-statistics",
             "info" if asked else "error",
@@ -240,15 +239,14 @@ def check_held(subject: Subject) -> Iterator[Finding]:
         parameters = list(module.parameters(recurse=False))
         if holds_unasked(module) and any(p.requires_grad for p in parameters):
             held.append(path)
-    if held:
-        yield about(
-            held,
-            "held-statistics",
-            "warning",
-            f"{len(held)} norm(s) train their parameters, and freeze() still holds their statistics: they stay in eval "
-            "mode whatever train() says",
-            "call freezekit.unfreeze(model, ...) instead of setting requires_grad by hand",
-        )
+    yield from about(
+        held,
+        "held-statistics",
+        "warning",
+        f"{len(held)} norm(s) train their parameters, and freeze() still holds their statistics: they stay in eval "
+        "mode whatever train() says",
+        "call freezekit.unfreeze(model, ...) instead of setting requires_grad by hand",
+    )
 
 
 def _dropout_of(module: nn.Module) -> float:
@@ -269,7 +267,7 @@ def check_dropout(subject: Subject) -> Iterator[Finding]:
     """Dropout in train mode in a frozen part: its output is random, however frozen it is."""
     active = dropout_in_frozen_parts(subject.model)
     if active and subject.trainable:
-        yield active_dropout(active, f"{len(active)} layer(s) of frozen parts drop at random, in train mode")
+        yield from active_dropout(active, f"{len(active)} layer(s) of frozen parts drop at random, in train mode")
 
 
 def dropout_in_frozen_parts(model: nn.Module) -> list[str]:
@@ -306,7 +304,7 @@ def drops(module: nn.Module) -> bool:
     return module.training and _dropout_of(module) > 0
 
 
-def active_dropout(paths: Sequence[str], what: str) -> Finding:
+def active_dropout(paths: Sequence[str], what: str) -> Iterator[Finding]:
     """The finding about frozen modules at ``paths``, which drop."""
     return about(
         paths,

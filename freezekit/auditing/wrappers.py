@@ -28,18 +28,17 @@ def check_ddp(subject: Subject) -> Iterator[Finding]:
     """Parameters frozen or unfrozen after DDP had decided which gradients to reduce."""
     for name, ddp in distributed.wrappers(subject.model):
         found = distributed.mismatch(ddp)
-        if found.unfrozen:
-            yield about(
-                found.unfrozen,
-                "ddp-unfrozen",
-                "error",
-                f"{len(found.unfrozen)} parameter(s) became trainable after DDP wrapped {name or '(root)'}: their "
-                "gradients are not reduced, and the ranks diverge without a word",
-                "ddp = freezekit.distributed.rewrap(ddp)",
-            )
+        yield from about(
+            found.unfrozen,
+            "ddp-unfrozen",
+            "error",
+            f"{len(found.unfrozen)} parameter(s) became trainable after DDP wrapped {name or '(root)'}: their "
+            "gradients are not reduced, and the ranks diverge without a word",
+            "ddp = freezekit.distributed.rewrap(ddp)",
+        )
         if found.frozen:
             fatal = distributed.waits_for_frozen(ddp)
-            yield about(
+            yield from about(
                 found.frozen,
                 "ddp-frozen",
                 "error" if fatal else "info",
@@ -69,7 +68,7 @@ def check_fsdp1(subject: Subject) -> Iterator[Finding]:
         fqns = getattr(flat, "_fqns", ())
         frozen = tuple(n for n, p in zip(fqns, originals, strict=False) if not p.requires_grad)
         if frozen and flat.requires_grad:
-            yield about(
+            yield from about(
                 frozen,
                 "fsdp1-mixed",
                 "warning",
@@ -112,7 +111,7 @@ def check_compile(subject: Subject) -> Iterator[Finding]:
     if subject.schedule is not None:
         entries = subject.schedule.compile_entries()
         if entries > limit:
-            yield about(
+            yield from about(
                 [name for name, _ in compiled],
                 "recompile-limit",
                 "warning",
@@ -136,12 +135,11 @@ def check_autocast(subject: Subject) -> Iterator[Finding]:
             device = weight.device.type
             if weight.dtype == torch.float32 and device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
                 found.append(name)
-    if found:
-        yield about(
-            found,
-            "autocast-cast",
-            "info",
-            f"autocast casts the frozen weights of {len(found)} layer(s) at every call: its cache holds only weights "
-            "that require grad",
-            "convert the model with freezekit, or store these weights in the low-precision dtype",
-        )
+    yield from about(
+        found,
+        "autocast-cast",
+        "info",
+        f"autocast casts the frozen weights of {len(found)} layer(s) at every call: its cache holds only weights "
+        "that require grad",
+        "convert the model with freezekit, or store these weights in the low-precision dtype",
+    )
