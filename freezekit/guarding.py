@@ -282,10 +282,7 @@ class Guard:
 
 
 def guard(
-    model: nn.Module,
-    optimizer: Optimizers,
-    every: int = 100,
-    mode: Literal["raise", "restore"] = "raise",
+    model: nn.Module, optimizer: Optimizers, every: int = 100, mode: Literal["raise", "restore"] = "raise"
 ) -> Guard:
     """Hold every frozen parameter, and the statistics of every frozen norm, to its value.
 

@@ -20,14 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from freezekit._inputs import in_slots
 from freezekit._twin.renaming import renamed
-from freezekit._twin.surroundings import (
-    CONTAINERS,
-    content_of,
-    is_filled,
-    modules_in,
-    modules_within,
-    names_in,
-)
+from freezekit._twin.surroundings import CONTAINERS, content_of, is_filled, modules_in, modules_within, names_in
 
 # How `copy` is to copy what it refuses, or would put in a tensor, which may have no data here. Of a lock that is taken
 # there is a copy that is not.

@@ -49,11 +49,7 @@ def check_ddp(subject: Subject) -> Iterator[Finding]:
             )  # fmt: skip
         if found.unnamed:
             yield Finding(
-                "ddp-stale",
-                "error",
-                name or "(root)",
-                found.unnamed,
-                "ddp = freezekit.distributed.rewrap(ddp)",
+                "ddp-stale", "error", name or "(root)", found.unnamed, "ddp = freezekit.distributed.rewrap(ddp)"
             )
 
 

@@ -13,13 +13,7 @@ from freezekit.functional.activation import (
     relu6,
     silu,
 )
-from freezekit.functional.conv_nd import (
-    conv1d,
-    conv3d,
-    conv_transpose1d,
-    conv_transpose2d,
-    conv_transpose3d,
-)
+from freezekit.functional.conv_nd import conv1d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d
 from freezekit.functional.norm import batch_norm, group_norm, instance_norm, layer_norm
 from freezekit.functional.pool import (
     adaptive_avg_pool1d,

@@ -141,14 +141,7 @@ def conv_transpose3d(
     return _convolve(3, input, weight, bias, groups, **settings)
 
 
-def _convolve(
-    axes: int,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    groups: int,
-    **settings: Any,
-) -> Tensor:
+def _convolve(axes: int, input: Tensor, weight: Tensor, bias: Tensor | None, groups: int, **settings: Any) -> Tensor:
     """By freezekit's operator; torch's own says what is wrong, and splits complex numbers."""
     numbers, whole = dict(settings), input
     fits = isinstance(input, Tensor) and isinstance(weight, Tensor) and are_tensors(bias) and is_integer(groups)

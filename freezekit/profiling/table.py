@@ -177,9 +177,7 @@ def compare(
         a, b = old.get(name), new.get(name)
         changes.append(
             KernelDiff(
-                name,
-                (a.instances if a else 0, b.instances if b else 0),
-                (a.total if a else 0, b.total if b else 0),
+                name, (a.instances if a else 0, b.instances if b else 0), (a.total if a else 0, b.total if b else 0)
             )
         )
     changes.sort(key=lambda c: (-max(c.nanoseconds), c.name))
