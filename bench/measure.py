@@ -22,28 +22,9 @@ from freezekit.profiling import profile
 
 @dataclass(frozen=True)
 class Measured:
-    """One side of one case. `bench/schema.json` says the same of its JSON form.
+    """One side of one case: the record that tables, JSON, plots and comparisons of two runs share.
 
-    Attributes:
-        section: "layers", "blocks", "models", "memory" or "scaling".
-        group: the layer list or network that the case belongs to.
-        case: the layer, block or network.
-        detail: its shape.
-        regime: what is trainable.
-        part: what was timed: "step", "fprop", "dgrad" or "wgrad".
-        side: "stock", "freezekit" or another competitor.
-        count: how often the case occurs in its group.
-        rounds: how many values `seconds` and `ratio` are medians of.
-        seconds: of one call.
-        ratio: to the time of the side's reference, round by round: stock in the same memory format.
-        error: largest difference from stock as a fraction of what rounding explains; at most 1.
-        tflops, gbs: arithmetic and least memory traffic of the mathematics over the time; None where unknown.
-        roofline: the least time that the device's measured peaks allow over the time.
-        bytes_kept: for the backward pass, parameters not counted; None where there is no backward pass.
-        peak_bytes: most bytes held during the step beyond those held before it.
-        kernels: kernels launched by one call, or operators called on a CPU.
-        x: where the case stands on a plot's axis (frozen layers, batch, image size); None elsewhere.
-        failure: why there is no figure: the side raised an error or computed other values than stock; "" otherwise.
+    `bench/schema.json` says what each field is, and in which unit.
     """
 
     section: str

@@ -11,21 +11,16 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.f
 
 @dataclass(frozen=True)
 class Settings:
-    """How to measure.
+    """How to measure; the command line says more of what has a name there.
 
     Attributes:
-        device, dtype: where and in what.
         batch: images; None lets a section choose for the device.
         rounds: the most interleaved rounds per case; fewer where `budget` ends first, but at least `least_rounds`.
         budget: seconds of timing per case.
         seed: of inputs, weights and the order within rounds.
         cold: on a GPU, clear the L2 cache before each timing.
-        quick: smaller networks, for a first look.
         thorough: every regime of `models`, not just the three that matter most.
-        everything: all sections, layer lists, parts and competitors.
-        sides: names of :data:`bench.sides.SIDES`, stock first.
-        parts: of the `layers` section.
-        layer_lists: names of :data:`bench.layer_lists.NAMES`.
+        sides: stock first.
     """
 
     device: torch.device

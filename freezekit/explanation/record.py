@@ -7,15 +7,11 @@ from torch import Tensor, nn
 
 @dataclass
 class Call:
-    """One layer's computation, or one function's that a module with children calls in its own forward.
+    """One layer's computation, or one function's that a module with children calls in its own forward: see `Row`.
 
     Attributes:
-        name: the module's name; "" is the model itself, or the function that is explained.
-        layer: its class, or that function's name.
         package: the Python module that its code is in.
         function: what its own forward, or that function, calls; "" for a layer, which is a module without children.
-        inputs, outputs: shapes of the first tensor in and out.
-        flops: multiplications and additions of the forward pass.
         moved: bytes of all tensors that the operators read and wrote.
         input_needs_grad, output_needs_grad: what autograd sees.
         channels_last: whether the first tensor in is.

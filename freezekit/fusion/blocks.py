@@ -83,8 +83,7 @@ class Finder:
     """Finds blocks in a list of steps.
 
     Args:
-        uses: how often the whole function reads a name; names that are missing are read once.
-        captured: names that functions in it read.
+        uses, captured: as for `Steps`; names that are missing are read once.
         unfold: the steps that the call of a sequence is; None if neither sequences nor tests are looked into.
     """
 

@@ -47,18 +47,12 @@ def is_ours(module: nn.Module) -> bool:
 
 
 def _subclass(kind: type[nn.Module], plan: FusionPlan) -> type[nn.Module]:
-    def reduce_as_stock(self: nn.Module, protocol: Any) -> Any:
-        return _stock_reduce(self, kind, protocol)
-
-    def deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
-        return _deepcopy(self, kind, memo)
-
     body: dict[str, Any] = {
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
         "__doc__": kind.__doc__,
-        "__reduce_ex__": reduce_as_stock,
-        "__deepcopy__": deepcopy,
+        "__reduce_ex__": lambda self, protocol: _stock_reduce(self, kind, protocol),
+        "__deepcopy__": lambda self, memo: _deepcopy(self, kind, memo),
         ORIGINAL: kind,
         _PLAN: plan,
     }

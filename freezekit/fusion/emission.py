@@ -18,8 +18,7 @@ class Emitter:
 
     Args:
         steps: takes its statements apart.
-        uses: how often each name is read in it.
-        captured: names that functions in it read.
+        uses, captured: as for `Steps`.
         prefix: of names that it does not know; `block.NAMES` follow ``prefix_``.
 
     Attributes:

@@ -33,7 +33,8 @@ class profile(Shown):
     times of small operators with care. GPU work that is still running at the end is waited for.
 
     There is one torch.profiler for all threads of a process: a second recording at the same time would lose the first
-    one's events, or end the process. Entering the block is a RuntimeError then.
+    one's events, or end the process. Entering the block is a RuntimeError then. So is reading what a block has recorded
+    before it has ended.
 
     >>> import torch, freezekit as fk
     >>> from freezekit.profiling import profile
@@ -82,11 +83,7 @@ class profile(Shown):
             _recording.release()
 
     def kernels(self) -> KernelTable:
-        """The kernel table; print it.
-
-        Raises:
-            RuntimeError: if the block has not ended.
-        """
+        """The kernel table; print it."""
         events = self._recorded()
         on_device = [event for event in events if event.on_device]
         if on_device:
@@ -97,9 +94,6 @@ class profile(Shown):
         """How often each of PHASES was computed, counted in operators on every device.
 
         An epilogue is what a fused block does beside its convolution: bias, residual, activation, mask.
-
-        Raises:
-            RuntimeError: if the block has not ended.
         """
         counts = dict.fromkeys(PHASES, 0)
         for event in outermost_operators(self._recorded()):
@@ -111,7 +105,6 @@ class profile(Shown):
         """What changed from this profile to `after`.
 
         Raises:
-            RuntimeError: if one of the two blocks has not ended.
             TypeError: if `after` is not a profile.
         """
         if not isinstance(after, profile):
@@ -119,18 +112,13 @@ class profile(Shown):
         return compare(self.kernels(), self.counts(), after.kernels(), after.counts())
 
     def to_dict(self) -> dict[str, Any]:
-        """``{"counts": {phase: int}, "kernels": [row, ...]}``, plain data; a row has :class:`KernelRow`'s fields.
-
-        Raises:
-            RuntimeError: if the block has not ended.
-        """
+        """``{"counts": {phase: int}, "kernels": [row, ...]}``, plain data; a row has :class:`KernelRow`'s fields."""
         return {"counts": self.counts(), "kernels": self.kernels().to_dicts()}
 
     def to_chrome_trace(self, path: str | Path) -> None:
         """Writes a trace for chrome://tracing or ui.perfetto.dev to `path` (JSON, or gzip if it ends in .gz).
 
         Raises:
-            RuntimeError: if the block has not ended.
             FileNotFoundError: if the folder of `path` is not there: torch's profiler would only log it.
         """
         self._recorded()
