@@ -24,6 +24,17 @@ def shown(value: object) -> str:
     return " ".join(_Line().repr(value).split())
 
 
+def brief(names: Sequence[str]) -> str:
+    """The first name, and how many more there are.
+
+    >>> brief(["a", "b", "c"])
+    'a and 2 more'
+    """
+    if not names:
+        return "-"
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
 class _Line(reprlib.Repr):
     def repr1(self, x: object, level: int) -> str:
         if isinstance(x, torch.Tensor):

@@ -5,7 +5,7 @@
     freezekit audit package.module:factory
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import nn
 from freezekit._arguments import check_module
 from freezekit._inputs import arguments
 from freezekit._twin import looking_once, random_numbers_kept, switches_kept
-from freezekit.freezing.arguments import optimizers_of
+from freezekit.freezing.arguments import optimizers_of, several
 
 from . import forward, hooks, optim, tensors, wrappers
 from .report import SEVERITIES, AuditError, Finding, Report
@@ -52,14 +52,6 @@ _OPTIMIZER: tuple[_Check, ...] = (
 
 
 _FORWARD = "moving tensors and lost gradients in a forward pass"
-
-
-def _optimizers(given: Any) -> tuple[torch.optim.Optimizer, ...]:
-    """One optimizer, several or none as a tuple."""
-    several = given.values() if isinstance(given, Mapping) else given
-    if not isinstance(several, Iterable) or isinstance(several, str):
-        several = () if given is None else (given,)
-    return tuple(inner for one in several for inner in optimizers_of(one, to_change=False))
 
 
 def audit(
@@ -100,7 +92,8 @@ def audit(
     if schedule is not None and not callable(getattr(schedule, "compile_entries", None)):
         raise TypeError(f"schedule must have a method compile_entries(), got {type(schedule).__name__}")
     given = None if inputs is None else arguments(inputs)
-    subject = Subject(model, _optimizers(optimizer), given, schedule)
+    inner = [found for one in several(optimizer) for found in optimizers_of(one, to_change=False, whole=optimizer)]
+    subject = Subject(model, tuple(inner), given, schedule)
     with random_numbers_kept({p.device for p in model.parameters()}), switches_kept(), looking_once():
         return _report(subject)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from freezekit._arguments import brief
 from freezekit._twin import all_kept
 
 from .report import Finding, about
@@ -81,10 +82,7 @@ class Masks:
 
     @property
     def skipped(self) -> dict[str, str]:
-        return {
-            f"what hooks do to the gradient of {names[0]}{f' and {len(names) - 1} more' * (len(names) > 1)}": why
-            for why, names in self._failed.items()
-        }
+        return {f"what hooks do to the gradient of {brief(names)}": why for why, names in self._failed.items()}
 
     def _run(self, params: list[nn.Parameter]) -> None:
         """Calls the hooks of some parameters, as long as any of them may be masked."""

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 import torch
 from torch.nn.parameter import is_lazy
 
+from freezekit._arguments import brief
 from freezekit.freezing.held import causes, momenta
 from freezekit.freezing.optim import group_of
 
-from .report import Finding, about, brief
+from .report import Finding, about
 from .steps import foreign_hooks, steps_what_has_no_gradient, why_not_stepped, would_move
 from .subject import Subject
 

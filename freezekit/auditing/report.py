@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from freezekit._arguments import brief
 from freezekit._showing import Shown, console_for
 
 if TYPE_CHECKING:
@@ -47,17 +48,6 @@ class AuditError(RuntimeError):
     def __init__(self, message: str, report: Report) -> None:
         super().__init__(message)
         self.report = report
-
-
-def brief(names: Sequence[str]) -> str:
-    """The first name, and how many more there are.
-
-    >>> brief(["a", "b", "c"])
-    'a and 2 more'
-    """
-    if not names:
-        return "-"
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def about(names: Sequence[str], code: str, severity: str, why: str, mend: str) -> Iterator[Finding]:

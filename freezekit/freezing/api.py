@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from freezekit._arguments import brief
 from freezekit.distributed import note_freeze
 from freezekit.freezing import norm as statistics
 from freezekit.freezing import optim, pending
@@ -195,7 +196,7 @@ def unfreeze(
 def _tell_of_norms(names: list[str]) -> None:
     """Warn the caller of `freeze` that these layers were in train mode until now."""
     if names:
-        layers = f"{names[0] or 'the model'!r}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+        layers = brief([repr(name or "the model") for name in names])
         warnings.warn(
             f"freeze: {layers} went from train mode to running statistics that hold still, which changes what the "
             'model computes. Say norm="freeze" if that is meant (fine-tuning), norm="batch" to leave norms as '

@@ -43,7 +43,7 @@ from torch import nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from freezekit._arguments import check_module
+from freezekit._arguments import brief, check_module
 from freezekit.freezing.standing import StandIn
 
 # What a layer was asked to do, in its dictionary, and so in copies and files of it.
@@ -164,7 +164,7 @@ def _check_modes(*step: Any) -> None:
         (released, "unfreeze", False, "It used its running statistics in every forward since; from here it trains"),
     ):
         if wrong:
-            layers = f"{wrong[0]}" + (f" and {len(wrong) - 1} more" if len(wrong) > 1 else "")
+            layers = brief(list(map(str, wrong)))
             warnings.warn(
                 f"{layers}: given to {verb}(), but .training was set to {mode} past train(), as a trainer does that "
                 f"records every module's mode before an evaluation and restores it afterwards. {since}. Call {verb}() "

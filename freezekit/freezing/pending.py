@@ -27,6 +27,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from freezekit._arguments import brief
 from freezekit.freezing.bits import local
 from freezekit.freezing.patterns import Selection
 from freezekit.freezing.result import Frozen
@@ -177,8 +178,7 @@ def _count(params: list[nn.Parameter]) -> bool:
 
 
 def _listed(names: list[str]) -> str:
-    names = list(dict.fromkeys(names))  # a parameter of two modules has two notes
-    return repr(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+    return brief(list(map(repr, dict.fromkeys(names))))  # a parameter of two modules has two notes
 
 
 def _warn(message: str, stacklevel: int) -> None:
