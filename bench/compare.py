@@ -66,7 +66,7 @@ class Run:
         self.report = report
         self.file = file
         self.end = time.monotonic() + time_limit if time_limit else None
-        self.environment: Environment | None = None
+        self.environment: Environment  # once it goes
         self.kernels: list[kernels.Profiled] = []
         self.rows: list[Measured] = []
         self.skipped: list[str] = []
@@ -152,7 +152,6 @@ class Run:
                 # Half of a case's share is timing; checks and counts take the rest.
                 settings = replace(settings, budget=min(settings.budget, left / (len(turn.cases) - done) / 2))
             progress.update(task, description=case.label)
-            assert self.environment is not None
             if turn.side:
                 rows = self._apart(turn.side, case, make, settings, end)
             else:
@@ -166,7 +165,6 @@ class Run:
 
     def _apart(self, side: str, case: Case, make: MakeCase, settings: Settings, end: float | None) -> list[Measured]:
         """The row of a side that runs in a process of its own, beside the stock that it is compared with."""
-        assert self.environment is not None
         beside = replace(settings, sides=tuple(dict.fromkeys(("stock", SIDES[side].reference, side))))
         try:
             work = partial(measure_there, make, beside, self.environment.peaks)
@@ -183,7 +181,6 @@ class Run:
 
     def document(self) -> dict[str, Any]:
         """What is known by now."""
-        assert self.environment is not None
         return document.build(self.environment, self.settings, self.kernels, self.rows, self.skipped)
 
     def write(self) -> None:

@@ -103,12 +103,9 @@ def _compile(tree: ast.FunctionDef, function: FunctionType, more: tuple[str, ...
     code = function.__code__
     # Private names are spelled by the class around them; free variables come from a function around that.
     owner = function.__qualname__.split(".")[-2:-1]
-    (outer,) = ast.parse("def _():\n class _:\n  def _(): pass").body
-    assert isinstance(outer, ast.FunctionDef)
-    (around,) = outer.body
-    assert isinstance(around, ast.ClassDef)
-    (inner,) = around.body
-    assert isinstance(inner, ast.FunctionDef)
+    outer: Any = ast.parse("def _():\n class _:\n  def _(): pass").body[0]
+    around = outer.body[0]
+    inner = around.body[0]
     outer.args.args = [ast.arg(name) for name in (*code.co_freevars, *more)]
     around.name = owner[0] if owner and owner[0].isidentifier() else "_"
     if around.name not in (*code.co_freevars, *more):
