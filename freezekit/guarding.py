@@ -31,6 +31,7 @@ from freezekit.freezing.held import (
     put_state,
     record_all,
     replaced,
+    watches,
     write,
 )
 from freezekit.freezing.norm import is_held, statistics_of
@@ -90,8 +91,10 @@ class Guard:
         self._records: dict[str, Record] = {}
         self._frozen: dict[str, torch.Tensor] = {}
         self._replaced: set[str] = set()  # of which a step was refused
+        self._unfrozen: dict[int, nn.Parameter] = {}  # by `unfreeze`, since it was last read what is frozen
         self._at_risk: dict[int, list[AtRisk]] = {}  # by the id of the optimizer that is in a step
         self._refresh()
+        watches.add(self)
         self._hooks = [
             hook
             for one in self.optimizers
@@ -102,8 +105,10 @@ class Guard:
         """Take the hooks off and forget the values; a second time does nothing."""
         for hook in self._hooks:
             hook.remove()
+        watches.discard(self)
         self._records.clear()
         self._frozen.clear()
+        self._unfrozen.clear()
 
     def __enter__(self) -> Guard:
         return self
@@ -149,6 +154,11 @@ class Guard:
         self._refresh()
         return self._allowances[-1]
 
+    def note_unfrozen(self, params: Iterable[nn.Parameter]) -> None:
+        """For `unfreeze`: these may take the place of what was frozen."""
+        own = {id(param) for param in self.model.parameters()}  # not those of a copy, as a plan has them
+        self._unfrozen.update((id(param), param) for param in params if id(param) in own)
+
     def _end(self, allowance: Allowance) -> None:
         if allowance in self._allowances:
             self._allowances.remove(allowance)
@@ -162,11 +172,14 @@ class Guard:
             self._records.pop(name, None)
         self._replaced.clear()
         gone = {name: record for name, record in self._records.items() if name not in self._frozen}
-        if lines := replaced(self.model, gone) if gone else {}:
-            cure = "Cure: change layers before freeze(), freeze() again, or guard.accept() what was meant"
+        if lines := replaced(self.model, gone, self._unfrozen.keys()) if gone else {}:
+            cure = "Cure: change layers before freeze(), freeze() again, or unfreeze() or guard.accept() what was meant"
             lines = {name: f"{line}. {cure}" for name, line in lines.items()}
             self._replaced = set(gone)
-            raise FrozenMoved("a layer that was frozen is no longer, though nobody unfroze it", lines)
+            raise FrozenMoved(
+                "something took the place of what is frozen, and freezekit was not told to unfreeze it", lines
+            )
+        self._unfrozen.clear()
         for name in gone:
             del self._records[name]
         new = {name: tensor for name, tensor in self._frozen.items() if name not in self._records}

@@ -247,7 +247,7 @@ def test_what_takes_the_place_of_a_frozen_tensor_and_learns_or_moves_is_told_bef
     held = guard(model, optimizer, mode=mode)
     change(model)
     for _ in range(2):
-        with pytest.raises(FrozenMoved, match=r"though nobody unfroze it\n(.*\n)*.*" + says):
+        with pytest.raises(FrozenMoved, match=r"was not told to unfreeze it\n(.*\n)*.*" + says):
             optimizer.step()
     freeze(model, "0", "1", norm="freeze")
     optimizer.step()
@@ -271,6 +271,47 @@ def test_what_was_unfrozen_first_or_is_accepted_may_be_replaced(how: str) -> Non
         if accepted:
             held.accept()
         optimizer.step()
+
+
+def assigned(model: nn.Module) -> None:
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+@pytest.mark.parametrize("change", [REPLACING["weight norm added"][1], another_weight, assigned])
+def test_what_was_replaced_first_and_then_unfrozen_trains(change: Callable[[nn.Module], object]) -> None:
+    model = normed()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    freeze(model, "0", "1", norm="freeze")
+    guard(model, optimizer)
+    change(model)
+    unfreeze(model, "0")
+    optimizer.step()
+
+
+def test_a_parameter_names_what_took_its_own_place() -> None:
+    model = normed()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    freeze(model, "0")
+    guard(model, optimizer)
+    assigned(model)
+    model.requires_grad_()
+    with pytest.raises(FrozenMoved) as error:
+        optimizer.step()
+    assert "'0.weight': it trains in place of '0.weight', which is gone" in str(error.value)
+    assert "'0.bias': it trains in place of '0.bias', which is gone" in str(error.value)
+
+
+def test_a_new_layer_is_no_replacement_of_a_parameter_of_the_model_around_it() -> None:
+    """As a vision transformer that loses its frozen token and gets another head."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model.token = nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    freeze(model, "token", "0")
+    guard(model, optimizer)
+    model.token = None
+    model[1] = nn.Linear(2, 3)
+    optimizer.step()
 
 
 def test_new_layers_adapters_and_other_forms_of_a_frozen_parameter_are_no_replacement() -> None:

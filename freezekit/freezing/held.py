@@ -2,14 +2,16 @@
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
 from torch.optim import LBFGS, Optimizer
 
 from freezekit.freezing.bits import checksums, local
@@ -35,7 +37,7 @@ class Record:
     """A frozen tensor as it was when it was first seen frozen; ``value`` is a copy, where one is wanted.
 
     ``tensor`` is kept so that nothing else can take its address while the record speaks of it. So are ``layer``, the
-    module that has it, where it can be seen, and ``beside``, all parameters of that.
+    module that has it, where it can be seen, and ``beside``, the parameters of that.
     """
 
     tensor: torch.Tensor
@@ -85,8 +87,17 @@ def record_all(model: nn.Module, tensors: dict[str, torch.Tensor], with_value: b
         value = local(tensor).detach().clone() if with_value else None
         layer = modules.get(layer_of(paths[id(tensor)])) if id(tensor) in paths else None
         form = (tensor.shape, tensor.dtype, identity(tensor), checksum, value)
-        records[name] = Record(tensor, *form, layer, () if layer is None else tuple(layer.parameters()))
+        records[name] = Record(tensor, *form, layer, () if layer is None else own_parameters(layer))
     return records
+
+
+class Watch(Protocol):
+    """What `unfreeze` tells of its parameters: a guard."""
+
+    def note_unfrozen(self, params: Iterable[nn.Parameter]) -> None: ...
+
+
+watches: WeakSet[Watch] = WeakSet()
 
 
 def layer_of(path: str) -> str:
@@ -98,11 +109,12 @@ def layer_of(path: str) -> str:
     return re.sub(r"(^|\.)parametrizations(\..*)?$", "", path)
 
 
-def replaced(model: nn.Module, records: dict[str, Record]) -> dict[str, str]:
-    """What took the place of frozen tensors that nobody unfroze, and learns or moves: name -> what happened.
+def replaced(model: nn.Module, records: dict[str, Record], unfrozen: Collection[int]) -> dict[str, str]:
+    """What took the place of frozen tensors and learns or moves, though it was not unfrozen: name -> what happened.
 
     Args:
         records: of tensors that are not among the frozen ones any more.
+        unfrozen: ``id`` of each parameter that `unfreeze` was called for meanwhile.
     """
     names = {id(module): name for name, module in model.named_modules()}
     params = {id(param): name for name, param in model.named_parameters()}
@@ -114,9 +126,12 @@ def replaced(model: nn.Module, records: dict[str, Record]) -> dict[str, str]:
         if isinstance(record.tensor, nn.Parameter):
             if record.tensor.requires_grad or id(record.tensor) in params or id(record.layer) not in names:
                 continue  # unfrozen, or elsewhere, or gone with its layer
-            known = {id(param) for param in record.beside}
-            new = [p for p in record.layer.parameters() if p.requires_grad and id(p) not in known]
-            found.update((params[id(p)], f"it trains in place of {name!r}, which is gone") for p in new)
+            known = {id(param) for param in record.beside} | set(unfrozen)
+            for param in own_parameters(record.layer):
+                if param.requires_grad and id(param) not in known:
+                    new = params[id(param)]
+                    if new == name or new not in found:
+                        found[new] = f"it trains in place of {name!r}, which is gone"
         elif id(record.layer) not in names and id(record.tensor) in buffers:
             path = next(path for path, module in model.named_modules() if _has(module, record.tensor))
             own = list(model.get_submodule(path).parameters(recurse=False))
@@ -124,6 +139,13 @@ def replaced(model: nn.Module, records: dict[str, Record]) -> dict[str, str]:
                 kind = type(model.get_submodule(path)).__name__
                 found[name] = f"it is in a {kind} now, which moves its statistics in train mode"
     return found
+
+
+def own_parameters(layer: nn.Module) -> tuple[nn.Parameter, ...]:
+    """The parameters of a module itself, and those of its parametrizations; not those of layers within it."""
+    parametrizations = layer._modules["parametrizations"] if is_parametrized(layer) else None
+    parts = () if parametrizations is None else parametrizations.parameters()
+    return (*layer.parameters(recurse=False), *parts)
 
 
 def _has(module: nn.Module, buffer: torch.Tensor) -> bool:
