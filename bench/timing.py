@@ -150,13 +150,18 @@ class Interleaved:
 
 @contextmanager
 def small_heap() -> Iterator[None]:
-    """Hides from the collector what is alive now, so that the collection before each count is cheap."""
+    """Hides from the collector what is alive now, so that the collection before each count is cheap.
+
+    Within another one, or in a program that has frozen its objects, they stay hidden afterwards.
+    """
+    within = gc.get_freeze_count() > 0
     gc.collect()
     gc.freeze()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if not within:
+            gc.unfreeze()
 
 
 @contextmanager

@@ -7,7 +7,6 @@ import os
 import time
 from dataclasses import replace
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,8 @@ from bench.environment import Peaks
 from bench.report import Printout
 from bench.sections import kernels
 from bench.settings import Settings
+from tests.bench import lost as lost_processes
+from tests.bench.lost import crash, crash_at_once, hang
 
 PATIENCE = 300.0  # seconds, which no test waits for
 
@@ -33,22 +34,6 @@ def take_four_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Child.MOST_LOSSES == 3
     cases = sections.SECTIONS["layers"]
     monkeypatch.setitem(sections.SECTIONS, "layers", lambda settings: cases(settings)[:4])
-
-
-def hang(pipe: Connection) -> None:
-    pipe.send(READY)
-    pipe.recv()
-    time.sleep(600)
-
-
-def crash(pipe: Connection) -> None:
-    pipe.send(READY)
-    pipe.recv()
-    os._exit(7)
-
-
-def crash_at_once(pipe: Connection) -> None:
-    os._exit(8)
 
 
 def spoiled() -> str:
@@ -65,6 +50,10 @@ def test_rows_come_back() -> None:
         assert [row.side for row in rows] == ["stock", "freezekit"]
         assert all(row.seconds is not None for row in rows)
     child.close()
+
+
+def test_lost_processes_speak_as_others_do() -> None:
+    assert lost_processes.READY == READY
 
 
 def test_a_hang_ends_after_its_limit() -> None:
