@@ -126,11 +126,13 @@ def check_buffers(subject: Subject) -> Iterator[Finding]:
 
 def check_qconfig(subject: Subject) -> Iterator[Finding]:
     """Layers of freezekit's that torch.ao was to quantize: it knows exact classes, and passes over others."""
-    names = [
-        name
+    asked = [
+        (name, module)
         for name, module in subject.modules()
         if isinstance(module, tuple(SWAPS.values())) and vars(module).get("qconfig") is not None
     ]
+    quantized = _quantized() if asked else ()
+    names = [name for name, module in asked if isinstance(module, quantized)]
     yield from about(
         names,
         "not-quantized",
@@ -139,6 +141,15 @@ def check_qconfig(subject: Subject) -> Iterator[Finding]:
         "are not torch.nn's own, without a word",
         "call freezekit.revert(model) before prepare, and freezekit.enable() in place of convert",
     )
+
+
+def _quantized() -> tuple[type[nn.Module], ...]:
+    """Those of the classes that freezekit converts which torch.ao replaces. Others, as ReLU, and dropout in inference
+    take quantized tensors as they are."""
+    from torch.ao.quantization import quantization_mappings as maps
+
+    classes = {*maps.get_default_static_quant_module_mappings(), *maps.get_default_dynamic_quant_module_mappings()}
+    return tuple(kind for kind in SWAPS if kind in classes and not issubclass(kind, _DropoutNd))
 
 
 def check_tied(subject: Subject) -> Iterator[Finding]:

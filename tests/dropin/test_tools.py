@@ -138,6 +138,24 @@ def test_audit_tells_of_converted_layers_that_quantization_passes_over(training:
         assert "not-quantized" not in {finding.code for finding in fk.audit(fine)}
 
 
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
+@pytest.mark.parametrize("kind", [nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.Dropout])
+def test_audit_says_nothing_of_converted_layers_that_take_quantized_tensors_as_they_are(kind: type[nn.Module]) -> None:
+    from torch.ao.quantization import DeQuantStub, QuantStub, convert, get_default_qconfig, prepare
+
+    args = (2,) if "Pool" in kind.__name__ else ()
+    stock = nn.Sequential(QuantStub(), nn.Conv2d(3, 4, 3), kind(*args), DeQuantStub()).eval()
+    stock.qconfig = get_default_qconfig("x86")
+    ours = fk.convert(copy.deepcopy(stock), only=[kind])
+    assert type(ours[2]) is not kind
+    prepared = [prepare(model) for model in (stock, ours)]
+    for model in prepared:
+        model(X)
+    assert "not-quantized" not in {finding.code for finding in fk.audit(prepared[1])}
+    expected, got = (convert(model)(X) for model in prepared)
+    assert torch.equal(got, expected)
+
+
 def test_as_stock_layers_it_quantizes() -> None:
     from torch.ao.quantization import DeQuantStub, QuantStub, convert, get_default_qconfig, prepare
 
