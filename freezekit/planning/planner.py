@@ -35,7 +35,7 @@ def plan(
     Each option is played by `unfreeze` and `freeze` on a copy of the model, norms included, and a forward pass of that
     copy, without data where that tells (see `explain`); nothing of the model changes. The depths freeze the first
     layers in forward order, which is what fine-tuning does most; bytes are those of the layers that the model has now,
-    so convert it first.
+    so convert it first. Where the forward refuses inputs that need a gradient, there is no option "input learns".
 
     Args:
         model, inputs: as for `explain`.
@@ -115,7 +115,13 @@ class _Planner:
             "input learns": lambda name: False,
         }
         for regime, learns in learning.items():
-            yield self._option(regime, [name for name in self.sizes if not learns(name)])
+            frozen = [name for name in self.sizes if not learns(name)]
+            try:
+                yield self._option(regime, frozen)
+            except RuntimeError:
+                # The last depth has run with all of it frozen: it is an input that cannot need a gradient.
+                if regime != "input learns":
+                    raise
 
     @cached_property
     def _layers(self) -> list[list[str]]:

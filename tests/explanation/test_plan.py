@@ -148,3 +148,15 @@ def test_json_print_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "rank correlation" in out
     made.plot(tmp_path / "plan.png")
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("measure", [False, True])
+def test_a_forward_that_refuses_inputs_which_learn_has_no_option_of_that(measure: bool) -> None:
+    """As one that reads x by numpy, or has it as the target of a loss too."""
+    model = nn.Linear(2, 2)
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.soft_margin_loss(model(x), x)
+
+    names = [option.name for option in plan(loss, torch.ones(3, 2), measure=measure)]
+    assert names == ["depth 0", "depth 1", "biases learn", "norms learn", "last layer learns"]
