@@ -265,7 +265,7 @@ class Guard:
         past_help = []
         for name in moved:
             record, tensor = self._records[name], self._frozen[name]
-            if record.value is None or not record.same_form(tensor):
+            if record.value is None or not record.same_form(tensor) or self._is_of_another_layer(name):
                 past_help.append(name)
                 continue
             write(tensor, record.value)
@@ -274,8 +274,16 @@ class Guard:
         if past_help:
             raise FrozenMoved(f"frozen tensors moved {when}", {name: self._explain(name) for name in past_help})
 
+    def _is_of_another_layer(self, name: str) -> bool:
+        """Whether the name is that of a new layer's tensor now, whose own values nothing wrote to."""
+        record = self._records[name]
+        gone = record.layer is not None and all(module is not record.layer for module in self.model.modules())
+        return gone and record.tensor is not self._frozen[name]
+
     def _explain(self, name: str) -> str:
         now, record = self._frozen[name], self._records[name]
+        if self._is_of_another_layer(name):
+            return "it is another layer's now. Cure: replace layers before guard(), or guard.accept() what was meant"
         accept = "or, if it was meant (an EMA update, a merged adapter), do it within guard.allow()"
         if not record.same_form(now):
             then = f"{record.dtype} {tuple(record.shape)}"

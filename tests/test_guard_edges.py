@@ -349,6 +349,29 @@ def test_a_wrapper_that_shortens_the_names_of_parameters() -> None:
         optimizer.step()
 
 
+@pytest.mark.parametrize("mode", ["raise", "restore"])
+def test_another_frozen_layer_of_the_same_name_is_told_and_keeps_its_values(mode: Any) -> None:
+    """As another pretrained stage: restoring wrote the old one's values into it."""
+    model = normed()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    freeze(model, "0", norm="freeze")
+    held = guard(model, optimizer, mode=mode)
+    model[0] = nn.Conv2d(3, 4, 3).requires_grad_(False)
+    before = model[0].weight.clone()
+    with pytest.raises(FrozenMoved, match=r"'0\.weight': it is another layer's now"):
+        optimizer.step()
+    assert torch.equal(model[0].weight, before)
+    held.accept()
+    optimizer.step()
+    model[0].weight.data.add_(1)
+    if mode == "raise":
+        with pytest.raises(FrozenMoved, match=r"'0\.weight': something wrote to it"):
+            held.check()
+    else:
+        held.check()
+        assert torch.equal(model[0].weight, before)
+
+
 class Adapter(nn.Module):
     def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()
