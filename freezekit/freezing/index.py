@@ -8,7 +8,7 @@ parameter. What trains is what it is made of (``weight_g`` and ``weight_v``, ``w
 import difflib
 import fnmatch
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -25,7 +25,10 @@ _PARAMETERS = f"{_MODULES}, names of parameters, parameters, or predicates(name,
 
 
 class Index:
-    """The names of one model, read once. A module or parameter that has several names appears under each."""
+    """The names of one model, read once. A module or parameter that has several names appears under each.
+
+    What patterns mean is told by the ids of parameters that can be frozen, and of layers with running statistics.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -38,6 +41,15 @@ class Index:
         self.names: dict[int, list[str]] = {}
         for name, param in self.params.items():
             self.names.setdefault(id(param), []).append(name)
+
+    @cached_property
+    def norms(self) -> set[int]:
+        """Ids of the layers with running statistics."""
+        return {id(module) for module in self.modules.values() if has_statistics(module)}
+
+    def known(self, parts: Iterable[nn.Parameter | nn.Module]) -> set[int]:
+        """Ids of those that can be frozen."""
+        return {id(part) for part in parts if id(part) in self.names or id(part) in self.norms}
 
     @cached_property
     def every(self) -> frozenset[str]:
@@ -68,34 +80,25 @@ class Index:
             return set(self.names.get(id(part), ()))
         return {name for name, module in self.modules.items() if name and module is part}
 
-    def under(self, module_name: str) -> tuple[set[int], set[int]]:
-        """Ids of the parameters and of the norm layers in the module of that name, itself included."""
+    def under(self, module_name: str) -> set[int]:
+        """What can be frozen of the module of that name."""
         module = self.modules[module_name]
-        params = {id(p) for p in module.parameters() if id(p) in self.names}
-        return params, {id(m) for m in module.modules() if has_statistics(m)}
+        return self.known([*module.parameters(), *module.modules()])
 
-    def one(self, pattern: Any) -> tuple[set[int], set[int]]:
-        """Ids of the parameters and of the norm layers that one pattern means."""
-        params: set[int] = set()
-        norms: set[int] = set()
-        if isinstance(pattern, nn.Parameter):
-            return {id(pattern)} & self.names.keys(), norms
-        if isinstance(pattern, nn.ParameterList | nn.ParameterDict):
-            return {id(p) for p in pattern.parameters()} & self.names.keys(), norms
+    def one(self, pattern: Any) -> set[int]:
+        """What one pattern means."""
+        if isinstance(pattern, nn.Parameter | nn.ParameterList | nn.ParameterDict):
+            return self.known([pattern] if isinstance(pattern, nn.Parameter) else pattern.parameters())
+        found: set[int] = set()
         if isinstance(pattern, str):
-            params = {id(p) for name, p in self.params.items() if self._is_meant(name, pattern)}
+            found = {id(p) for name, p in self.params.items() if self._is_meant(name, pattern)}
             if pattern in self.params:
-                return params, norms
-            more_params, norms = self.making(pattern)
-            params |= more_params
+                return found
+            found |= self.making(pattern)
         elif not isinstance(pattern, nn.Module | type) and callable(pattern):
             _check_predicate(pattern)
-            return {id(p) for name, p in self.params.items() if pattern(name, p)}, norms
-        for name in meeting(self.modules, pattern, "patterns", _PARAMETERS):
-            more_params, more_norms = self.under(name)
-            params |= more_params
-            norms |= more_norms
-        return params, norms
+            return {id(p) for name, p in self.params.items() if pattern(name, p)}
+        return found.union(*map(self.under, meeting(self.modules, pattern, "patterns", _PARAMETERS)))
 
     def has(self, pattern: Any) -> bool:
         """Whether that is one of the model's modules itself."""
@@ -140,18 +143,17 @@ class Index:
             for name, made_of in computed(module).items()
         ]
 
-    def making(self, pattern: str) -> tuple[set[int], set[int]]:
-        """Ids of the parameters, and of the layers with statistics, that move a computed tensor which is meant."""
-        params: set[int] = set()
-        norms: set[int] = set()
+    def making(self, pattern: str) -> set[int]:
+        """What moves a computed tensor that is meant."""
+        found: set[int] = set()
         for name, module, own, made_of in self.computed:
             if self._is_meant(name, pattern):
-                params |= {id(self.params[part]) for part in made_of if part in self.params}
-                norms |= {id(part) for part in statistics_inside(module, own)}
-        return params, norms
+                found |= {id(self.params[part]) for part in made_of if part in self.params}
+                found |= {id(part) for part in statistics_inside(module, own)}
+        return found
 
     def stilled(self, params: set[int]) -> set[int]:
-        """Ids of the layers whose statistics move a computed tensor that is made of nothing but ``params``."""
+        """The layers whose statistics move a computed tensor that is made of nothing but ``params``."""
         found: set[int] = set()
         if not any(module._forward_pre_hooks or is_parametrized(module) for module in self.modules.values()):
             return found

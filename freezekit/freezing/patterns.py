@@ -6,7 +6,6 @@ schedules (`named_modules`).
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from freezekit._arguments import check_module, shown
 from freezekit._inputs import Arguments, arguments
 from freezekit._twin import Twin, on_twin
 from freezekit.freezing.index import Index, meeting
-from freezekit.freezing.norm import has_statistics
 
 Predicate = Callable[[str, nn.Parameter], bool]
 Pattern = str | type[nn.Module] | nn.Module | nn.Parameter | Predicate
@@ -126,20 +124,18 @@ def select(model: nn.Module, patterns: Iterable[Any], until: str | None = None, 
         raise ValueError("inputs: only read to find the forward order for until=; pass until= too, or drop it")
     index = Index(model)
     patterns = list(map(index.whole, flat(index, patterns)))
-    params: set[int] = set()
-    norms: set[int] = set()
+    found: set[int] = set()
     if not patterns and until is None:
-        params, norms = index.under("")
-        if not params and not norms:
+        found = index.under("")
+        if not found:
             raise PatternError(f"model: {type(model).__name__} has no parameter that can be trained and no statistics")
     for pattern in patterns:
-        more_params, more_norms = index.one(pattern)
+        meant = index.one(pattern)
         # Among a model's children some are activations.
-        if not more_params and not more_norms and not (len(patterns) > 1 and index.has(pattern)):
+        if not meant and not (len(patterns) > 1 and index.has(pattern)):
             raise PatternError(index.complaint(pattern))
-        params |= more_params
-        norms |= more_norms
-    if patterns and not params and not norms:
+        found |= meant
+    if patterns and not found:
         raise PatternError(index.complaint(patterns[0]))
     if until is not None:
         if not isinstance(until, str):
@@ -147,77 +143,65 @@ def select(model: nn.Module, patterns: Iterable[Any], until: str | None = None, 
         until = index.whole(until)
         if not until or (until not in index.modules and until not in index.params):
             raise PatternError(f"until: {index.unknown(until)}")
-        came_before = _registered_before if inputs is None else partial(_called_before, inputs=inputs)
-        more_params, more_norms = came_before(model, until)
-        more_params &= index.names.keys()
-        if not more_params and not more_norms:
+        before = _registered_before(index, until) if inputs is None else _called_before(index, until, inputs)
+        if not before:
             raise PatternError(f"until: nothing with parameters comes before {until!r}")
-        params |= more_params
-        norms |= more_norms
-    return _named(index, params, norms)
+        found |= before
+    return _named(index, found)
 
 
-def _named(index: Index, params: set[int], norms: set[int]) -> Selection:
+def _named(index: Index, found: set[int]) -> Selection:
     selection = Selection(names={i: tuple(names) for i, names in index.names.items()})
     for name, param in index.params.items():
-        if id(param) in params and index.names[id(param)][0] == name:
+        if id(param) in found and index.names[id(param)][0] == name:
             selection.params[name] = param
-    norms |= index.stilled(params)
+    found |= index.stilled(found)
     first = {id(module): name for name, module in reversed(index.modules.items())}
     for name, module in index.modules.items():
         if first[id(module)] != name:
             continue
         selection.modules.append(module)
-        if not has_statistics(module):
-            continue
         own = {id(p) for p in module.parameters(recurse=False)}
-        if id(module) in norms or (own and own <= params):
+        if id(module) in index.norms and (id(module) in found or (own and own <= found)):
             selection.norms[name] = module
-    selection.shared = tuple(names for i, names in selection.names.items() if i in params and len(names) > 1)
+    selection.shared = tuple(names for i, names in selection.names.items() if i in found and len(names) > 1)
     return selection
 
 
-def _registered_before(model: nn.Module, until: str) -> tuple[set[int], set[int]]:
-    """Ids of the parameters and norm layers before ``until``, which itself stays out (as a range's stop does).
+def _registered_before(index: Index, until: str) -> set[int]:
+    """What can be frozen before ``until``, which itself stays out (as a range's stop does).
 
     The order of ``model.named_modules()``, in which ``__init__`` assigned the layers, is what a reader of the model's
     repr sees, needs no data, and is the forward order of most models.
     """
-    params: set[int] = set()
-    norms: set[int] = set()
-    for module_name, module in model.named_modules(remove_duplicate=False):
+    found: list[nn.Parameter | nn.Module] = []
+    for module_name, module in index.modules.items():
         if module_name == until:
             # One that is shared with an earlier layer is not before ``until``.
-            return params - {id(p) for p in module.parameters()}, norms
+            return index.known(found) - {id(p) for p in module.parameters()}
         for name, param in module._parameters.items():
             if f"{module_name}.{name}".lstrip(".") == until:
-                return params - {id(param)}, norms
-            if param is not None:
-                params.add(id(param))
-        if has_statistics(module):
-            norms.add(id(module))
+                return index.known(found) - {id(param)}
+            found += [] if param is None else [param]
+        found.append(module)
     raise AssertionError(f"{until} is a name of the model and was not met")
 
 
-def _called_before(model: nn.Module, until: str, inputs: Any) -> tuple[set[int], set[int]]:
+def _called_before(index: Index, until: str, inputs: Any) -> set[int]:
     """The same in the true order of calls, of one forward with ``inputs``."""
-    first_call = _trace(model, arguments(inputs))
-    names = dict(model.named_modules(remove_duplicate=False))
+    first_call = _trace(index.model, arguments(inputs))
+    names = index.modules
     owner_name = until if until in names else until.rpartition(".")[0]
     stop = _position(names, owner_name, first_call)
     if stop is None:
         raise ValueError(f"until: {until!r} was not called in the forward with these inputs; name a layer that is")
     stays = {id(p) for p in names[owner_name].parameters()}
-    params: set[int] = set()
-    norms: set[int] = set()
+    found: set[int] = set()
     for name, module in names.items():
         position = _position(names, name, first_call, descend=False)
-        if position is None or position >= stop:
-            continue
-        params |= {id(p) for p in module._parameters.values() if p is not None}
-        if has_statistics(module):
-            norms.add(id(module))
-    return params - stays, norms
+        if position is not None and position < stop:
+            found |= index.known([module, *(p for p in module._parameters.values() if p is not None)])
+    return found - stays
 
 
 def _position(names: dict[str, nn.Module], name: str, first_call: dict[int, int], descend: bool = True) -> int | None:
