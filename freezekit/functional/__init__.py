@@ -1,21 +1,10 @@
 """Layers as functions, as in `torch.nn.functional`, that keep for backward only what the requested gradients read."""
 
-from freezekit.functional._conv2d import conv2d, conv2d_bias_grad, conv2d_dgrad, conv2d_wgrad
-from freezekit.functional.activation import (
-    dropout,
-    gelu,
-    hardswish,
-    hardtanh,
-    leaky_relu,
-    mish,
-    prelu,
-    relu,
-    relu6,
-    silu,
-)
-from freezekit.functional.conv_nd import conv1d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d
-from freezekit.functional.norm import batch_norm, group_norm, instance_norm, layer_norm
-from freezekit.functional.pool import (
+from ._conv2d import conv2d, conv2d_bias_grad, conv2d_dgrad, conv2d_wgrad
+from .activation import dropout, gelu, hardswish, hardtanh, leaky_relu, mish, prelu, relu, relu6, silu
+from .conv_nd import conv1d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d
+from .norm import batch_norm, group_norm, instance_norm, layer_norm
+from .pool import (
     adaptive_avg_pool1d,
     adaptive_avg_pool2d,
     adaptive_avg_pool3d,
