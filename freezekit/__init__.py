@@ -19,36 +19,14 @@ from freezekit.explanation import explain  # noqa: E402
 from freezekit.freezing import freeze, freeze_state, unfreeze  # noqa: E402
 from freezekit.fusion import fuse, unfuse  # noqa: E402
 from freezekit.guarding import guard  # noqa: E402
-from freezekit.nn import (  # noqa: E402
-    FreezableBatchNorm1d,
-    FreezableBatchNorm2d,
-    FreezableBatchNorm3d,
-    FreezableConv1d,
-    FreezableConv2d,
-    FreezableConv3d,
-    FreezableConvTranspose1d,
-    FreezableConvTranspose2d,
-    FreezableConvTranspose3d,
-    FreezableGroupNorm,
-    FreezableLayerNorm,
-)
+from freezekit.nn import FreezableConv2d  # noqa: E402
 from freezekit.planning import plan  # noqa: E402
 from freezekit.profiling import profile  # noqa: E402
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "FreezableBatchNorm1d",
-    "FreezableBatchNorm2d",
-    "FreezableBatchNorm3d",
-    "FreezableConv1d",
     "FreezableConv2d",
-    "FreezableConv3d",
-    "FreezableConvTranspose1d",
-    "FreezableConvTranspose2d",
-    "FreezableConvTranspose3d",
-    "FreezableGroupNorm",
-    "FreezableLayerNorm",
     "audit",
     "backend",
     "convert",

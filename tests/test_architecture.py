@@ -192,9 +192,7 @@ def test_imports_follow_the_layers(path: Path) -> None:
 
 
 PUBLIC = {
-    *(f"FreezableConv{kind}{rank}d" for kind in ("", "Transpose") for rank in (1, 2, 3)),
-    *(f"FreezableBatchNorm{rank}d" for rank in (1, 2, 3)),
-    *("FreezableGroupNorm", "FreezableLayerNorm", "convert", "revert", "fuse", "unfuse", "freeze", "unfreeze"),
+    *("FreezableConv2d", "convert", "revert", "fuse", "unfuse", "freeze", "unfreeze"),
     *("freeze_state", "guard", "audit", "explain", "plan", "profile", "schedules", "backend"),
     *("enable", "disable", "enabled", "is_enabled"),
 }
