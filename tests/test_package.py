@@ -19,6 +19,7 @@ from freezekit import _C, _extension
 from freezekit.backends import current_backend
 from freezekit.functional import conv2d
 from freezekit.info import describe, info
+from tests import fresh
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -52,7 +53,9 @@ net(torch.ones(1, 3, 8, 8, requires_grad=True)).sum().backward()
 @pytest.mark.parametrize("then", ["", STEP], ids=["import", "step"])
 def test_nothing_comes_in_that_only_some_need(then: str) -> None:
     code = f"import sys, torch; old = set(sys.modules); import freezekit\n{then}\nprint(*(set(sys.modules) - old))"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    done = fresh.run(code, folder=ROOT)
+    assert done.returncode == 0, done.stderr
+    out = done.stdout
     new = {name.split(".")[0] if not name.startswith("torch.") else name for name in out.split()}
     assert "freezekit" in new
     assert not new & {"rich", "matplotlib", "numpy", "sklearn", "sympy", "torch._dynamo", "torch._inductor"}
@@ -126,11 +129,11 @@ def test_import_under_another_torch_refuses(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "freezekit", tmp_path / "freezekit", ignore=shutil.ignore_patterns("__pycache__"))
     record = tmp_path / "freezekit" / "_build_info.json"
     record.write_text(json.dumps({**json.loads(record.read_text()), "torch": "2.9.0"}))
-    run = subprocess.run([sys.executable, "-c", "import freezekit"], cwd=tmp_path, capture_output=True, text=True)
+    run = fresh.run("import freezekit", folder=tmp_path)
     assert run.returncode == 1
     assert "was built for torch 2.9" in run.stderr
     record.unlink()
-    run = subprocess.run([sys.executable, "-c", "import freezekit"], cwd=tmp_path, capture_output=True, text=True)
+    run = fresh.run("import freezekit", folder=tmp_path)
     assert "freezekit is not built yet" in run.stderr
 
 
