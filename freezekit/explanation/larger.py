@@ -1,4 +1,4 @@
-"""Results that a CPU keeps in a larger storage than they fill, since its kernels resize what they had allocated.
+"""Results that are kept in a larger storage than they fill, most since a CPU's kernels resize what they had allocated.
 
 Without data torch allocates what the result fills. A sweep over torch's own samples of operators found these.
 """
@@ -16,7 +16,7 @@ aten = torch.ops.aten
 
 def store(operator: Any, args: Any, result: Any) -> None:
     """Gives results without data the storages that they have on a CPU."""
-    if operator not in _ELEMENTS or args[0].device.type != "cpu":
+    if operator not in _ELEMENTS or not (operator in _WINDOWS or args[0].device.type == "cpu"):
         return
     for tensor, elements in _ELEMENTS[operator](args, result):
         storage, size = tensor.untyped_storage(), elements * tensor.element_size()
@@ -40,6 +40,13 @@ def _bags(args: Any, result: tuple[Tensor, ...]) -> list[tuple[Tensor, int]]:
     return [(result[1], indices.numel() + 1), (result[2], offsets.numel())]
 
 
+def _window(args: Any, result: Tensor) -> list[tuple[Tensor, int]]:
+    """A periodic window is one longer, without its last value; a cache of torch's forgets that."""
+    periodic = next((arg for arg in args if isinstance(arg, bool)), True)
+    return [(result, args[0] + 1)] if periodic and args[0] > 1 else []
+
+
+_WINDOWS = (aten.bartlett_window, aten.blackman_window, aten.hamming_window, aten.hann_window, aten.kaiser_window)
 _ELEMENTS: dict[Any, Callable[[Any, Any], list[tuple[Tensor, int]]]] = {
     aten.col2im: _blocks,
     aten.mse_loss: _losses,
@@ -48,4 +55,5 @@ _ELEMENTS: dict[Any, Callable[[Any, Any], list[tuple[Tensor, int]]]] = {
     aten.binary_cross_entropy: _losses,
     aten._embedding_bag: _bags,
     aten._embedding_bag_forward_only: _bags,
+    **dict.fromkeys(_WINDOWS, _window),
 }

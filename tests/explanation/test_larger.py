@@ -47,6 +47,17 @@ def test_bags(mode: str, last: bool, padding: int | None) -> None:
     check(bags, torch.arange(6), torch.tensor([0, 2, 4, 6] if last else [0, 2, 4]))
 
 
+@pytest.mark.parametrize("periodic", [(), (False,)])
+@pytest.mark.parametrize("kind", ["bartlett", "blackman", "hamming", "hann", "kaiser"])
+def test_windows(kind: str, periodic: tuple[bool, ...]) -> None:
+    def windowed(x: Tensor) -> Tensor:
+        return ONE(x * getattr(torch, f"{kind}_window")(x.numel(), *periodic))
+
+    check(windowed, torch.rand(1, requires_grad=True))
+    for _ in range(2):  # the second comes from torch's cache of tensors without data
+        check(windowed, torch.rand(9, requires_grad=True))
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize(
     "loss",
