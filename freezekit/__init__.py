@@ -1,9 +1,9 @@
 """freezekit: a frozen layer costs only what the chain rule still needs of it.
 
 What most programs need is here; the rest has a module for each concern. `freezekit.functional` and `freezekit.nn` hold
-the operators and all layers; `freezing`, `conversion`, `fusion`, `schedules` and `distributed` change a model;
-`auditing`, `explanation`, `planning` and `profiling` look at one; `backends` and `tuning` choose the kernels, and
-`testing` emulates them.
+the operators and all layers, of which the convolutions are here too; `freezing`, `conversion`, `fusion`, `schedules`
+and `distributed` change a model; `auditing`, `explanation`, `planning` and `profiling` look at one; `backends` and
+`tuning` choose the kernels, and `testing` emulates them.
 """
 
 from freezekit import _extension
@@ -19,14 +19,26 @@ from freezekit.explanation import explain  # noqa: E402
 from freezekit.freezing import freeze, freeze_state, unfreeze  # noqa: E402
 from freezekit.fusion import fuse, unfuse  # noqa: E402
 from freezekit.guarding import guard  # noqa: E402
-from freezekit.nn import FreezableConv2d  # noqa: E402
+from freezekit.nn import (  # noqa: E402
+    FreezableConv1d,
+    FreezableConv2d,
+    FreezableConv3d,
+    FreezableConvTranspose1d,
+    FreezableConvTranspose2d,
+    FreezableConvTranspose3d,
+)
 from freezekit.planning import plan  # noqa: E402
 from freezekit.profiling import profile  # noqa: E402
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "FreezableConv1d",
     "FreezableConv2d",
+    "FreezableConv3d",
+    "FreezableConvTranspose1d",
+    "FreezableConvTranspose2d",
+    "FreezableConvTranspose3d",
     "audit",
     "backend",
     "convert",

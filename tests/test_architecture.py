@@ -192,7 +192,8 @@ def test_imports_follow_the_layers(path: Path) -> None:
 
 
 PUBLIC = {
-    *("FreezableConv2d", "convert", "revert", "fuse", "unfuse", "freeze", "unfreeze"),
+    *(f"FreezableConv{kind}{rank}d" for kind in ("", "Transpose") for rank in (1, 2, 3)),
+    *("convert", "revert", "fuse", "unfuse", "freeze", "unfreeze"),
     *("freeze_state", "guard", "audit", "explain", "plan", "profile", "schedules", "backend"),
     *("enable", "disable", "enabled", "is_enabled"),
 }
