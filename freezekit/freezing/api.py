@@ -253,23 +253,45 @@ def _set_requires_grad(
     """Set the flag, and return what it was set of; what is restored later are flag and ``.grad``, as they are now."""
     changed = [p for p in selection.params.values() if p.requires_grad != value]
     same = [p for p in selection.params.values() if p.requires_grad == value]
+    places = list(pending.owners(selection, changed))
+    result.on_restore(partial(_restore_in_place_of, places, not value))
     for param in changed:
-        result.on_restore(partial(restore_param, param, not value, param.grad))
+        keep_param(result, param, not value)
         param.requires_grad = value
     result.params = tuple(name for p in changed for name in names[id(p)])
     result.already = tuple(name for p in same for name in names[id(p)])
     return changed
 
 
-def restore_param(param: nn.Parameter, requires_grad: bool, grad: torch.Tensor | None) -> None:
-    param.requires_grad = requires_grad
-    param.grad = grad
+def keep_param(result: Frozen, param: nn.Parameter, requires_grad: bool) -> None:
+    """Have `restore` set the flag, and ``.grad`` to what it is now."""
+    result.on_restore(partial(setattr, param, "requires_grad", requires_grad))
+    keep_grad(result, param)
+
+
+def keep_grad(result: Frozen, param: nn.Parameter) -> None:
+    """Have `restore` give back the gradient that ``param`` has now, converted as ``module.to()`` did meanwhile."""
+    grad, form = param.grad, (param.device, param.dtype)
+
+    def give_back() -> None:
+        there = (param.device, param.dtype)
+        param.grad = grad if grad is None or there == form else grad.to(*there)
+
+    result.on_restore(give_back)
+
+
+def _restore_in_place_of(places: list[tuple[nn.Module, str, nn.Parameter]], requires_grad: bool) -> None:
+    """Set the flag of what took a parameter's place, as ``load_state_dict(assign=True)`` puts it there."""
+    for module, name, was in places:
+        now = dict(module._parameters.items()).get(name)
+        if now is not None and now is not was and (now.is_floating_point() or now.is_complex()):
+            now.requires_grad = requires_grad
 
 
 def _drop_grads(result: Frozen, selection: Selection, names: dict[int, tuple[str, ...]]) -> None:
     with_grad = [p for p in selection.params.values() if p.grad is not None]
     for param in with_grad:
-        result.on_restore(partial(setattr, param, "grad", param.grad))
+        keep_grad(result, param)
         param.grad = None
     result.grads = names_of(with_grad, names)
 

@@ -14,7 +14,7 @@ from freezekit._arguments import check_flag, check_module, shown
 from freezekit.distributed import note_freeze, unwrapped
 from freezekit.freezing import norm as statistics
 from freezekit.freezing import optim
-from freezekit.freezing.api import all_names, names_of, restore_param, set_note, set_statistics
+from freezekit.freezing.api import all_names, keep_param, names_of, set_note, set_statistics
 from freezekit.freezing.arguments import Optimizers, check_flags, check_optimizers
 from freezekit.freezing.baked import check_can_hold
 from freezekit.freezing.flags import announce
@@ -140,7 +140,7 @@ def _apply_flags(
     changed: list[nn.Parameter] = []
     dropped: list[nn.Parameter] = []
     for name, param in params.items():
-        result.on_restore(partial(restore_param, param, param.requires_grad, param.grad))
+        keep_param(result, param, param.requires_grad)
         if param.requires_grad == (name in frozen):
             param.requires_grad = name not in frozen
             changed.append(param)

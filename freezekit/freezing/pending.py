@@ -61,7 +61,7 @@ def note_dropped(result: Frozen, selection: Selection) -> None:
     unstepped = []
     params = selection.params.values()
     noted = params if _waiting else [param for param in params if param.grad is not None]
-    for module, name, param in _owners(selection, noted):
+    for module, name, param in owners(selection, noted):
         wait = _take(_waiting, module, name)
         if wait is not None:
             result.on_restore(partial(_keep, _waiting, module, name, wait))
@@ -82,7 +82,7 @@ def note_released(selection: Selection, params: Collection[nn.Parameter]) -> Non
     """
     _watch_steps()
     lost = []
-    for module, name, param in _owners(selection, params):
+    for module, name, param in owners(selection, params):
         known = _take(_dropped, module, name)
         first = selection.names[id(param)][0]
         if not is_lazy(param):
@@ -100,7 +100,7 @@ def note_released(selection: Selection, params: Collection[nn.Parameter]) -> Non
 def tell_of_end(selection: Selection, params: Collection[nn.Parameter]) -> None:
     """Warn where a block of `unfreeze` is about to drop gradients of ``params``."""
     unstepped, names = [], []
-    for module, name, param in _owners(selection, params):
+    for module, name, param in owners(selection, params):
         wait = _take(_waiting, module, name)
         if wait is not None and param.grad is not None and _version(param) == wait.version:
             unstepped.append(param)
@@ -141,7 +141,8 @@ def _end_waits(optimizer: Any, *step: Any) -> None:
         )
 
 
-def _owners(selection: Selection, params: Iterable[nn.Parameter]) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+def owners(selection: Selection, params: Iterable[nn.Parameter]) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+    """Module, name there and parameter of each place where one of ``params`` is."""
     wanted = {id(param) for param in params}
     for module in selection.modules if wanted else ():
         for name, param in module._parameters.items():

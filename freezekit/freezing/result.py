@@ -23,8 +23,8 @@ class Frozen:
         skipped: names that ``load_freeze_state(strict=False)`` could not match.
 
     `restore` gives back ``requires_grad``, ``.grad``, statistics, groups and optimizer state as they were, and touches
-    no value: what trained in the block stays trained. Until then the object keeps the dropped gradients and optimizer
-    state alive; drop it to free them.
+    no value: what trained in the block stays trained, and parameters that ``load_state_dict(assign=True)`` put there
+    stay. Until then the object keeps the dropped gradients and optimizer state alive; drop it to free them.
     """
 
     action: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import weakref
 from typing import Any
@@ -174,3 +175,24 @@ def test_gradients_are_let_go_with_the_result() -> None:
     grad = weakref.ref(model[0].weight.grad)
     freeze(model, optimizer=SGD(model.parameters()))
     assert grad() is None
+
+
+def test_parameters_that_were_assigned_in_the_block_get_the_flags_back() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    with freeze(model, "0"):
+        model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+        assert not model[0].weight.requires_grad
+    assert all(param.requires_grad for param in model.parameters())
+    model.requires_grad_(False)
+    with unfreeze(model, "0"):
+        model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    assert not any(param.requires_grad for param in model.parameters())
+
+
+def test_gradients_follow_a_conversion_in_the_block() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model(torch.ones(1, 2)).sum().backward()
+    before = [param.grad.clone() for param in model.parameters()]
+    with freeze(model, "0"):
+        model.double()
+    assert all(torch.equal(param.grad, grad.double()) for param, grad in zip(model.parameters(), before, strict=True))
