@@ -46,10 +46,6 @@ void land(void* to, const void* from, int bytes, bool copy) {
   }
 }
 
-bool lands_at_once() {
-  return settings.cp_async == CpAsync::eager || (settings.cp_async == CpAsync::mixed && (schedule_random() & 1));
-}
-
 }  // namespace
 
 void cp_async(void* shared, const void* global, int bytes, bool copy) {

@@ -56,6 +56,11 @@ extern Block block;
 extern Thread* current;               // the running thread, null outside of kernels
 extern std::mt19937 schedule_random;  // seeded at each launch
 
+// Whether asynchronous work that is issued now is done at once; else as late as its wait allows.
+inline bool lands_at_once() {
+  return settings.cp_async == CpAsync::eager || (settings.cp_async == CpAsync::mixed && (schedule_random() & 1));
+}
+
 inline int index_of(const Thread& t) { return static_cast<int>(&t - block.threads.data()); }
 
 // The running thread waits in `state` until another one makes it ready.
@@ -68,6 +73,15 @@ void complete_collectives_after_exit(int thread);
 // A thread must not end with copies in flight. What a failed launch leaves is forgotten.
 void check_no_copies_in_flight();
 void forget_copies(Thread&);
+
+// wgmmas: what begins with a block, and that none of the running thread, which ends, is in flight.
+void begin_wgmma();
+void check_no_wgmma_in_flight();
+
+// mbarriers: of a block; no copy may be in flight when its last thread ends; after a launch.
+void begin_mbarriers();
+void check_mbarriers_at_end();
+void release_mbarriers();
 
 // Shared memory is made before a block runs and released after it. `is_shared`: all bytes are in one array.
 void begin_shared_memory(size_t dynamic_bytes);

@@ -5,8 +5,6 @@
 #include <cstdint>
 #include <cstring>
 
-#include "emulator/vector_types.h"
-
 namespace freezekit::emulator {
 
 inline uint32_t float_bits(float value) {

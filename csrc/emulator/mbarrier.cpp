@@ -1,11 +1,10 @@
 // mbarrier objects in shared memory (PTX ISA 9.7.13.15): phases that complete once all arrivals have come and all bytes
 // that were expected have landed. What is opaque there is kept here, beside the eight bytes.
-#include "emulator/mbarrier.h"
-
 #include <memory>
 #include <vector>
 
 #include "emulator/block.h"
+#include "emulator/tensor_copy.h"
 #include "emulator/tsan.h"
 
 namespace freezekit::emulator {
@@ -67,10 +66,6 @@ void try_complete(Mbarrier& barrier, bool wanted) {
   }
   barrier.pending = barrier.arrivals;
   barrier.phase++;
-}
-
-bool lands_at_once() {
-  return settings.cp_async == CpAsync::eager || (settings.cp_async == CpAsync::mixed && (schedule_random() & 1));
 }
 
 }  // namespace

@@ -10,9 +10,7 @@
 #include <mutex>
 
 #include "emulator/block.h"
-#include "emulator/mbarrier.h"
 #include "emulator/tsan.h"
-#include "emulator/wgmma.h"
 #include "kernels/last_error.h"
 
 namespace freezekit::emulator {

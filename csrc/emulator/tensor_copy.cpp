@@ -8,7 +8,6 @@
 
 #include "emulator/block.h"
 #include "emulator/half_types.h"
-#include "emulator/mbarrier.h"
 #include "emulator/tsan.h"
 
 namespace freezekit::emulator {

@@ -28,6 +28,9 @@ struct TensorCopy {
 
 void land(const TensorCopy&);
 
+// The copy's bytes are counted by the barrier once it has landed: at once, or as late as a thread that waits allows.
+void complete_on_mbarrier(uint64_t* barrier, const TensorCopy&);
+
 // Called with each copy as it is issued, where a test takes notes.
 extern void (*on_tensor_copy)(const TensorCopy&);
 

@@ -2,12 +2,11 @@
 //
 // Each warp's 16 rows are computed apart, once the warp's lanes have met. Accumulators are NaN from the issue to the
 // wait that covers it; what they really are is kept here, so that one changed in between without a fence shows.
-#include "emulator/wgmma.h"
-
 #include <cmath>
 #include <cstring>
 #include <vector>
 
+#include "emulator/block.h"
 #include "emulator/half_types.h"
 #include "emulator/tensor_copy.h"
 #include "emulator/tsan.h"
@@ -219,10 +218,7 @@ void combine_products(void* const (&lanes)[kWarpSize]) {
     const AsHost as_host;
     warp.pending.push_back({first, warp.committed, false});
   }
-  const CpAsync when = settings.cp_async;
-  if (when == CpAsync::eager || (when == CpAsync::mixed && (schedule_random() & 1))) {
-    compute(warp, index, warp.committed + 1);
-  }
+  if (lands_at_once()) compute(warp, index, warp.committed + 1);
 }
 
 void combine_fences(void* const (&)[kWarpSize]) { of_warps[my_warp()].fenced = true; }

@@ -22,18 +22,32 @@ bool epilogue_is_valid(Operator op, const Epilogue& e) {
 }
 
 // Tiled where the selection says so and the addresses allow it, else generic: both compute the same.
-Status launch_depthwise(Operator op, const Selection& selection, const Conv2dProblem& p, DType dtype,
-                        const Conv2dTensors& tensors, const Epilogue& epilogue, void* workspace, Stream stream) {
-  const bool tiled = selection.config == kDepthwiseTiled && is_aligned_16(tensors.x) && is_aligned_16(tensors.y) &&
-                     is_aligned_16(epilogue.scale) && is_aligned_16(epilogue.bias) && is_aligned_16(epilogue.residual);
-  if (op == Operator::wgrad) {
-    return tiled ? launch_depthwise_wgrad(selection.split_k, p, dtype, tensors, workspace, stream)
-                 : launch_depthwise_generic_wgrad(selection.split_k, p, dtype, tensors, workspace, stream);
+Status launch_depthwise(const Conv2dLaunch& launch) {
+  const Conv2dTensors& t = launch.tensors;
+  const Epilogue& e = launch.epilogue;
+  const bool tiled = launch.selection.config == kDepthwiseTiled && is_aligned_16(t.x) && is_aligned_16(t.y) &&
+                     is_aligned_16(e.scale) && is_aligned_16(e.bias) && is_aligned_16(e.residual);
+  if (launch.op == Operator::wgrad) {
+    return tiled ? launch_depthwise_wgrad(launch) : launch_depthwise_generic_wgrad(launch);
   }
-  const void* const in = op == Operator::fprop ? tensors.x : tensors.y;
-  void* const out = op == Operator::fprop ? tensors.y : tensors.x;
-  return tiled ? launch_depthwise_gather(op, p, dtype, in, tensors.filter, out, epilogue, stream)
-               : launch_depthwise_generic_gather(op, p, dtype, in, tensors.filter, out, epilogue, stream);
+  return tiled ? launch_depthwise_gather(launch) : launch_depthwise_generic_gather(launch);
+}
+
+Status launch_family(const Conv2dLaunch& launch) {
+  const bool wgrad = launch.op == Operator::wgrad;
+  switch (launch.selection.family) {
+    case Family::direct:
+      return wgrad ? launch_direct_wgrad(launch) : launch_direct_gather(launch);
+    case Family::implicit_gemm:
+      return wgrad ? launch_wgrad_gemm(launch) : launch_implicit_gemm(launch);
+    case Family::hopper:
+      return wgrad ? launch_hopper_wgrad(launch) : launch_hopper_gemm(launch);
+    case Family::depthwise:
+      return launch_depthwise(launch);
+    case Family::none:
+      break;
+  }
+  return Status::unsupported;
 }
 
 }  // namespace
@@ -48,32 +62,13 @@ Status launch_conv2d(Operator op, const Selection& selection, const Conv2dProble
   }
   const bool makes_filter = selection.family == Family::implicit_gemm || selection.family == Family::hopper;
   if (tensors.filter_scale && !(op == Operator::dgrad && makes_filter)) return Status::invalid_argument;
-  const bool fprop = op == Operator::fprop;
-  const void* const in = fprop ? tensors.x : tensors.y;
-  void* const out = fprop ? tensors.y : tensors.x;
-  switch (selection.family) {
-    case Family::direct:
-      if (op == Operator::wgrad) {
-        return launch_direct_wgrad(selection.config, selection.split_k, p, dtype, tensors, workspace, stream);
-      }
-      return launch_direct_gather(selection.config, make_gather(op, p), dtype, in, tensors.filter, out, epilogue,
-                                  stream);
-    case Family::implicit_gemm:
-      if (op == Operator::wgrad) {
-        return launch_wgrad_gemm(selection.config, selection.split_k, p, dtype, tensors, workspace, stream);
-      }
-      return launch_implicit_gemm(op, selection.config, p, dtype, tensors, epilogue, workspace, stream);
-    case Family::hopper:
-      if (op == Operator::wgrad) {
-        return launch_hopper_wgrad(selection.config, selection.split_k, p, dtype, tensors, workspace, stream);
-      }
-      return launch_hopper_gemm(op, selection.config, p, dtype, tensors, epilogue, workspace, stream);
-    case Family::depthwise:
-      return launch_depthwise(op, selection, p, dtype, tensors, epilogue, workspace, stream);
-    case Family::none:
-      break;
-  }
-  return Status::unsupported;
+  const int split_k = selection.split_k;
+  const bool has_slices = op == Operator::wgrad && (split_k > 1 || selection.family == Family::depthwise);
+  if (op == Operator::wgrad && (split_k < 1 || split_k > kMaxGridYZ)) return Status::invalid_argument;
+  if (has_slices && !workspace) return Status::invalid_argument;
+  const Status status = launch_family({op, selection, p, dtype, tensors, epilogue, workspace, stream});
+  if (status != Status::success || !has_slices) return status;
+  return launch_ordered_reduce(workspace, tensors.filter, p.filter_numel(), split_k, dtype, stream);
 }
 
 }  // namespace freezekit
@@ -84,19 +79,10 @@ extern "C" FK_EXPORT size_t freezekit_kernel_table_bytes() { return sizeof(freez
 #endif
 
 extern "C" FK_EXPORT const freezekit::KernelTable* freezekit_kernel_table() {
-  static const freezekit::KernelTable table = {freezekit::launch_conv2d,
-                                               freezekit::bias_grad_workspace,
-                                               freezekit::launch_bias_grad,
-                                               freezekit::launch_filter_transform,
-                                               freezekit::launch_norm_affine,
-                                               freezekit::launch_activation,
-                                               freezekit::launch_gate,
-                                               freezekit::launch_pack_bytes,
-                                               freezekit::launch_max_pool,
-                                               freezekit::launch_max_pool_scatter,
-                                               freezekit::launch_max_pool_gather,
-                                               freezekit::current_target,
-                                               freezekit::is_capturing,
-                                               freezekit::exchange_capture_mode};
+  using namespace freezekit;
+  static const KernelTable table = {
+      launch_conv2d,          bias_grad_workspace, launch_bias_grad,  launch_filter_transform, launch_norm_affine,
+      launch_activation,      launch_gate,         launch_pack_bytes, launch_max_pool,         launch_max_pool_scatter,
+      launch_max_pool_gather, current_target,      is_capturing,      exchange_capture_mode};
   return &table;
 }

@@ -23,7 +23,6 @@ namespace freezekit {
 
 // What a kernel is compiled for; a member that is null at run time does nothing.
 enum EpilogueFlags : int {
-  kEpilogueNone = 0,
   kEpilogueAffine = 1,  // scale and bias
   kEpilogueResidual = 2,
   kEpilogueRelu = 4,

@@ -1,5 +1,6 @@
 // The launchers behind launch_conv2d, one per family and operator, and the steps that they share.
-// They take problems that fits_int32 holds for and outputs that are not empty.
+// They take problems that fits_int32 holds for and outputs that are not empty. A wgrad of several slices leaves their sums
+// in the workspace, as split_k * filter_numel() accumulators; launch_conv2d adds them.
 #pragma once
 
 #include "core/pixel_box.h"
@@ -41,50 +42,43 @@ inline int64_t wgrad_blocks(const Conv2dProblem& p, const Tile& tile) {
 constexpr int64_t kMaxGridX = (int64_t{1} << 31) - 1;
 constexpr int64_t kMaxGridYZ = 65535;
 
-Status launch_direct_gather(int config, const Gather&, DType, const void* in, const void* filter, void* out,
-                            const Epilogue&, Stream);
-Status launch_direct_wgrad(int config, int split_k, const Conv2dProblem&, DType, const Conv2dTensors&, void* workspace,
-                           Stream);
-
-// fprop and dgrad. dgrad needs filter_numel() elements of workspace for W'.
-Status launch_implicit_gemm(Operator, int config, const Conv2dProblem&, DType, const Conv2dTensors&, const Epilogue&,
-                            void* workspace, Stream);
-
-// The filter as the GEMM of fprop or dgrad reads it: as it is, or W' made in the workspace.
-Status prepare_filter(Operator, const Conv2dProblem&, DType, const Conv2dTensors&, void* workspace, Stream,
-                      const void** filter);
-
-// `filter` is KRSC for fprop and CRSK for dgrad; tf32 takes float.
-Status launch_implicit_gemm_bf16(int config, const Gather&, const void* in, const void* filter, void* out,
-                                 const Epilogue&, Stream);
-Status launch_implicit_gemm_f16(int config, const Gather&, const void* in, const void* filter, void* out,
-                                const Epilogue&, Stream);
-Status launch_implicit_gemm_tf32(int config, const Gather&, const void* in, const void* filter, void* out,
-                                 const Epilogue&, Stream);
-
-// The same for sm_90a, of what hopper_takes; at addresses that tensor maps cannot name the kernels of sm_80 run.
-Status launch_hopper_gemm(Operator, int config, const Conv2dProblem&, DType, const Conv2dTensors&, const Epilogue&,
-                          void* workspace, Stream);
-Status launch_hopper_gemm_bf16(int config, const Gather&, const void* in, const void* filter, void* out,
-                               const Epilogue&, Stream);
-Status launch_hopper_gemm_f16(int config, const Gather&, const void* in, const void* filter, void* out, const Epilogue&,
-                              Stream);
-Status launch_hopper_gemm_tf32(int config, const Gather&, const void* in, const void* filter, void* out,
-                               const Epilogue&, Stream);
-
-// A wgrad by tensor cores.
-struct WgradLaunch {
+// A call of launch_conv2d.
+struct Conv2dLaunch {
+  Operator op;
+  Selection selection;
   const Conv2dProblem& problem;
-  int split_k;
+  DType dtype;
   const Conv2dTensors& tensors;
+  const Epilogue& epilogue;
   void* workspace;
   Stream stream;
+
+  // What fprop and dgrad gather, and what they make.
+  const void* in() const { return op == Operator::fprop ? tensors.x : tensors.y; }
+  void* out() const { return op == Operator::fprop ? tensors.y : tensors.x; }
 };
 
-// wgrad in bf16 and f16. Needs split_k * filter_numel() floats of workspace, 16-byte aligned, where split_k > 1.
-Status launch_hopper_wgrad(int config, int split_k, const Conv2dProblem&, DType, const Conv2dTensors&, void* workspace,
-                           Stream);
-Status launch_hopper_wgrad_kernel(int config, DType, const WgradLaunch&);
+Status launch_direct_gather(const Conv2dLaunch&);
+Status launch_direct_wgrad(const Conv2dLaunch&);
+
+// The filter as the GEMM of fprop or dgrad reads it: as it is, or W' made in the workspace of filter_numel() elements.
+Status prepare_filter(const Conv2dLaunch&, const void** filter);
+
+// fprop and dgrad, then those of one type, of a filter that is KRSC for fprop and CRSK for dgrad; tf32 takes float.
+Status launch_implicit_gemm(const Conv2dLaunch&);
+template <class T>
+Status launch_implicit_gemm_of(const Conv2dLaunch&, const void* filter);
+
+// Of tensor cores. Several slices need a workspace that is 16-byte aligned.
+Status launch_wgrad_gemm(const Conv2dLaunch&);
+
+// The same for sm_90a, of what hopper_takes; at addresses that tensor maps cannot name the kernels of sm_80 run. wgrad is
+// that of bf16 and f16.
+Status launch_hopper_gemm(const Conv2dLaunch&);
+template <class T>
+Status launch_hopper_gemm_of(const Conv2dLaunch&, const void* filter);
+Status launch_hopper_wgrad(const Conv2dLaunch&);
+Status launch_hopper_wgrad_kernel(const Conv2dLaunch&);
 
 // Panels of 64 channels of one tap, of a group.
 inline int64_t hopper_wgrad_panels(const Conv2dProblem& p) { return (p.c_per_group() + 63) / 64 * p.r * p.s; }
@@ -106,20 +100,13 @@ inline bool hopper_takes(Operator op, const Conv2dProblem& p, DType dtype) {
   return fits_map(boxes.h) && fits_map(boxes.w);
 }
 
-// Needs split_k * filter_numel() floats of workspace, 16-byte aligned, where split_k > 1.
-Status launch_wgrad_gemm(int config, int split_k, const Conv2dProblem&, DType, const Conv2dTensors&, void* workspace,
-                         Stream);
-
 // Depthwise, one input channel per group. Config 0 is generic; 1 is tiled, where depthwise_is_tiled.
-// Both wgrads always need split_k * filter_numel() accumulators of workspace.
+// A wgrad always leaves sums of slices, if of one.
 constexpr int kDepthwiseTiled = 1;
-Status launch_depthwise_gather(Operator, const Conv2dProblem&, DType, const void* in, const void* filter, void* out,
-                               const Epilogue&, Stream);
-Status launch_depthwise_wgrad(int split_k, const Conv2dProblem&, DType, const Conv2dTensors&, void* workspace, Stream);
-Status launch_depthwise_generic_gather(Operator, const Conv2dProblem&, DType, const void* in, const void* filter,
-                                       void* out, const Epilogue&, Stream);
-Status launch_depthwise_generic_wgrad(int split_k, const Conv2dProblem&, DType, const Conv2dTensors&, void* workspace,
-                                      Stream);
+Status launch_depthwise_gather(const Conv2dLaunch&);
+Status launch_depthwise_wgrad(const Conv2dLaunch&);
+Status launch_depthwise_generic_gather(const Conv2dLaunch&);
+Status launch_depthwise_generic_wgrad(const Conv2dLaunch&);
 
 // Whether the tiled depthwise kernels are made for the problem's sizes; addresses are looked at when they are launched.
 inline bool depthwise_is_tiled(const Conv2dProblem& p, DType dtype) {

@@ -54,6 +54,29 @@ Status dispatch_dtype(DType dtype, const F& f) {
   return Status::invalid_argument;
 }
 
+// The same for the types that are summed in fp32; f64 is not supported.
+template <class F>
+Status dispatch_short_dtype(DType dtype, const F& f) {
+  return dispatch_dtype(dtype, [&](auto tag) {
+    if constexpr (std::is_same_v<typename decltype(tag)::type, double>) {
+      return Status::unsupported;
+    } else {
+      return f(tag);
+    }
+  });
+}
+
+// f(std::integral_constant) of a config below kConfigs; any other is an invalid argument.
+template <int kConfigs, class F>
+Status dispatch_config(int config, const F& f) {
+  if constexpr (kConfigs == 0) {
+    return Status::invalid_argument;
+  } else {
+    if (config == kConfigs - 1) return f(std::integral_constant<int, kConfigs - 1>());
+    return dispatch_config<kConfigs - 1>(config, f);
+  }
+}
+
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace freezekit

@@ -148,15 +148,15 @@ Status run_kernel(int config, Operator op, const Conv2dProblem& p, DType dtype) 
   const Memory x = zeros(p.x_numel(), size), filter = zeros(p.filter_numel(), size), y = zeros(p.y_numel(), size);
   notes.gathered = op == Operator::dgrad ? y.get() : x.get();
   notes.other = op == Operator::wgrad ? y.get() : filter.get();
-  if (op == Operator::wgrad) {
-    return launch_hopper_wgrad_kernel(config, dtype, {p, 1, {x.get(), filter.get(), y.get()}, nullptr, nullptr});
-  }
-  const Gather g = make_gather(op, p);
-  void* const out = op == Operator::dgrad ? x.get() : y.get();
-  const auto launch = dtype == DType::f32   ? launch_hopper_gemm_tf32
-                      : dtype == DType::f16 ? launch_hopper_gemm_f16
-                                            : launch_hopper_gemm_bf16;
-  return launch(config, g, notes.gathered, notes.other, out, {}, nullptr);
+  const Conv2dTensors tensors{x.get(), filter.get(), y.get()};
+  const Epilogue epilogue;
+  Conv2dLaunch launch{op, {}, p, dtype, tensors, epilogue, nullptr, nullptr};
+  launch.selection.config = config;
+  if (op == Operator::wgrad) return launch_hopper_wgrad_kernel(launch);
+  const auto run = dtype == DType::f32   ? launch_hopper_gemm_of<float>
+                   : dtype == DType::f16 ? launch_hopper_gemm_of<f16>
+                                         : launch_hopper_gemm_of<bf16>;
+  return run(launch, filter.get());
 }
 
 }  // namespace

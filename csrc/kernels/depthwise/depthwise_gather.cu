@@ -180,55 +180,47 @@ int64_t blocks_of(const DepthwiseShape& shape, int32_t rows, int32_t columns, in
          ceil_div(shape.out_w + before_w, columns) * shape.batch;
 }
 
-struct Arguments {
-  DepthwiseShape shape;
-  bool dgrad;
-  const void *in, *filter;
-  Stream stream;
-};
-
 template <class T, int kSize, int kStride>
-Status launch(const Arguments& a, const EpilogueParameters<T>& epilogue) {
-  const T *const in = static_cast<const T*>(a.in), *const filter = static_cast<const T*>(a.filter);
+Status launch_tile(const Conv2dLaunch& launch, const DepthwiseShape& shape, const EpilogueParameters<T>& epilogue) {
+  const T* const in = static_cast<const T*>(launch.in());
+  const T* const filter = static_cast<const T*>(launch.tensors.filter);
+  const bool dgrad = launch.op == Operator::dgrad;
   if constexpr (kStride == 2) {
-    if (a.dgrad) {
+    if (dgrad) {
       using Tile = BackwardTile<T, kSize>;
       const int64_t blocks =
-          blocks_of(a.shape, Tile::kRows, Tile::kColumns, Tile::Patch::kChannels, a.shape.pad_h & 1, a.shape.pad_w & 1);
+          blocks_of(shape, Tile::kRows, Tile::kColumns, Tile::Patch::kChannels, shape.pad_h & 1, shape.pad_w & 1);
       if (blocks > kMaxGridX) return Status::invalid_argument;
       return FK_LAUNCH(depthwise_dgrad_stride2_kernel<T, kSize>, dim3(static_cast<unsigned>(blocks)),
-                       dim3(Tile::kThreads), Tile::kSharedBytes, a.stream, a.shape, in, filter, epilogue);
+                       dim3(Tile::kThreads), Tile::kSharedBytes, launch.stream, shape, in, filter, epilogue);
     }
   }
   using Tile = ForwardTile<T, kSize, kStride>;
-  const int64_t blocks = blocks_of(a.shape, Tile::kRows, Tile::kColumns, Tile::Patch::kChannels, 0, 0);
+  const int64_t blocks = blocks_of(shape, Tile::kRows, Tile::kColumns, Tile::Patch::kChannels, 0, 0);
   if (blocks > kMaxGridX) return Status::invalid_argument;
   return FK_LAUNCH(depthwise_forward_kernel<T, kSize, kStride>, dim3(static_cast<unsigned>(blocks)),
-                   dim3(Tile::kThreads), Tile::kSharedBytes, a.stream, a.shape, a.dgrad, in, filter, epilogue);
+                   dim3(Tile::kThreads), Tile::kSharedBytes, launch.stream, shape, dgrad, in, filter, epilogue);
 }
 
 }  // namespace
 
-Status launch_depthwise_gather(Operator op, const Conv2dProblem& p, DType dtype, const void* in, const void* filter,
-                               void* out, const Epilogue& epilogue, Stream stream) {
-  if (!depthwise_is_tiled(p, dtype) || !is_aligned_16(in)) return Status::invalid_argument;
-  const Gather g = make_gather(op, p);
-  const bool dgrad = op == Operator::dgrad;
+Status launch_depthwise_gather(const Conv2dLaunch& launch) {
+  const Conv2dProblem& p = launch.problem;
+  if (!depthwise_is_tiled(p, launch.dtype) || !is_aligned_16(launch.in())) return Status::invalid_argument;
+  const Gather g = make_gather(launch.op, p);
   DepthwiseShape shape = {g.batch, static_cast<int32_t>(p.c), g.in_h, g.in_w, g.out_h, g.out_w, g.h.pad, g.w.pad};
-  if (dgrad && p.stride_h == 1) shape.pad_h = g.h.taps - 1 - g.h.pad, shape.pad_w = g.w.taps - 1 - g.w.pad;
-  return dispatch_dtype(dtype, [&](auto tag) {
+  if (launch.op == Operator::dgrad && p.stride_h == 1) {
+    shape.pad_h = g.h.taps - 1 - g.h.pad, shape.pad_w = g.w.taps - 1 - g.w.pad;
+  }
+  return dispatch_short_dtype(launch.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    if constexpr (std::is_same_v<T, double>) {
-      return Status::unsupported;
-    } else {
-      const auto parameters = epilogue_parameters<T>(epilogue, out, p.c);
-      if (!parameters.vector) return Status::invalid_argument;
-      const Status status = launch_mask_prepare(epilogue.mask_out, g.out_numel(), parameters.vector, stream);
-      if (status != Status::success) return status;
-      return dispatch_depthwise(p, [&](auto size, auto stride) {
-        return launch<T, size.value, stride.value>({shape, dgrad, in, filter, stream}, parameters);
-      });
-    }
+    const auto parameters = epilogue_parameters<T>(launch.epilogue, launch.out(), p.c);
+    if (!parameters.vector) return Status::invalid_argument;
+    const Status status =
+        launch_mask_prepare(launch.epilogue.mask_out, g.out_numel(), parameters.vector, launch.stream);
+    if (status != Status::success) return status;
+    return dispatch_depthwise(
+        p, [&](auto size, auto stride) { return launch_tile<T, size.value, stride.value>(launch, shape, parameters); });
   });
 }
 

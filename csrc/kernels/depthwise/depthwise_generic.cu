@@ -90,38 +90,35 @@ __global__ void __launch_bounds__(kLanes* kWarps)
 
 }  // namespace
 
-Status launch_depthwise_generic_gather(Operator op, const Conv2dProblem& p, DType dtype, const void* in,
-                                       const void* filter, void* out, const Epilogue& epilogue, Stream stream) {
-  if (p.c_per_group() != 1) return Status::invalid_argument;
-  const Gather g = make_gather(op, p);
+Status launch_depthwise_generic_gather(const Conv2dLaunch& launch) {
+  if (launch.problem.c_per_group() != 1) return Status::invalid_argument;
+  const Gather g = make_gather(launch.op, launch.problem);
   const int64_t channels = static_cast<int64_t>(g.out_c) * g.groups;
   const int64_t blocks = ceil_div(g.max_rows() * ceil_div(channels, 8), kThreads);
   if (blocks > kMaxGridX || g.phases_h > kMaxGridYZ || g.phases_w > kMaxGridYZ) return Status::invalid_argument;
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(g.phases_h), static_cast<unsigned>(g.phases_w));
-  return dispatch_dtype(dtype, [&](auto tag) {
+  return dispatch_dtype(launch.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const auto parameters = epilogue_parameters<T>(epilogue, out, channels);
-    const Status status = launch_mask_prepare(epilogue.mask_out, g.out_numel(), parameters.vector, stream);
+    const auto parameters = epilogue_parameters<T>(launch.epilogue, launch.out(), channels);
+    const Status status =
+        launch_mask_prepare(launch.epilogue.mask_out, g.out_numel(), parameters.vector, launch.stream);
     if (status != Status::success) return status;
-    return FK_LAUNCH(depthwise_generic_gather_kernel<T>, grid, dim3(kThreads), 0, stream, g, static_cast<const T*>(in),
-                     static_cast<const T*>(filter), parameters);
+    return FK_LAUNCH(depthwise_generic_gather_kernel<T>, grid, dim3(kThreads), 0, launch.stream, g,
+                     static_cast<const T*>(launch.in()), static_cast<const T*>(launch.tensors.filter), parameters);
   });
 }
 
-Status launch_depthwise_generic_wgrad(int split_k, const Conv2dProblem& p, DType dtype, const Conv2dTensors& tensors,
-                                      void* workspace, Stream stream) {
-  if (p.c_per_group() != 1 || !workspace || split_k < 1 || split_k > kMaxGridYZ) return Status::invalid_argument;
+Status launch_depthwise_generic_wgrad(const Conv2dLaunch& launch) {
+  const Conv2dProblem& p = launch.problem;
   const int64_t blocks = ceil_div(p.k, kLanes) * p.r * p.s;
-  if (blocks > kMaxGridX) return Status::invalid_argument;
-  const Wgrad wgrad = make_wgrad(p, split_k, kWarps);
-  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(split_k));
-  return dispatch_dtype(dtype, [&](auto tag) {
+  if (p.c_per_group() != 1 || blocks > kMaxGridX) return Status::invalid_argument;
+  const Wgrad wgrad = make_wgrad(p, launch.selection.split_k, kWarps);
+  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(launch.selection.split_k));
+  return dispatch_dtype(launch.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const auto partial = static_cast<Accumulator<T>*>(workspace);
-    const Status status = FK_LAUNCH(depthwise_generic_wgrad_kernel<T>, grid, dim3(kLanes, kWarps), 0, stream, wgrad,
-                                    static_cast<const T*>(tensors.y), static_cast<const T*>(tensors.x), partial);
-    if (status != Status::success) return status;
-    return launch_ordered_reduce(partial, tensors.filter, p.filter_numel(), split_k, dtype, stream);
+    return FK_LAUNCH(depthwise_generic_wgrad_kernel<T>, grid, dim3(kLanes, kWarps), 0, launch.stream, wgrad,
+                     static_cast<const T*>(launch.tensors.y), static_cast<const T*>(launch.tensors.x),
+                     static_cast<Accumulator<T>*>(launch.workspace));
   });
 }
 

@@ -5,8 +5,8 @@
 // Layouts: x, dy NHWC, dw C x R x S; C a multiple of 8, 16-byte alignment.
 //
 // A block walks the tiles of its slice (blockIdx.y) for 64 bytes of channels. Its threads are 8 lanes of rows times
-// pairs of channels; each keeps all taps of its pair. The lanes are added in order through shared memory, the slices by
-// launch_ordered_reduce from partial sums [slice][dw] in fp32.
+// pairs of channels; each keeps all taps of its pair. The lanes are added in order through shared memory, partial sums
+// [slice][dw] stay in fp32.
 #include "kernels/depthwise/depthwise.h"
 
 namespace freezekit {
@@ -119,33 +119,28 @@ __global__ void __launch_bounds__(WgradTile<T, kSize, kStride>::kThreads, WgradT
 
 }  // namespace
 
-Status launch_depthwise_wgrad(int split_k, const Conv2dProblem& p, DType dtype, const Conv2dTensors& tensors,
-                              void* workspace, Stream stream) {
-  if (!depthwise_is_tiled(p, dtype) || !is_aligned_16(tensors.x) || !is_aligned_16(tensors.y) || !workspace ||
-      split_k < 1 || split_k > kMaxGridYZ) {
+Status launch_depthwise_wgrad(const Conv2dLaunch& launch) {
+  const Conv2dProblem& p = launch.problem;
+  const Conv2dTensors& tensors = launch.tensors;
+  if (!depthwise_is_tiled(p, launch.dtype) || !is_aligned_16(tensors.x) || !is_aligned_16(tensors.y)) {
     return Status::invalid_argument;
   }
   const auto narrow = [](int64_t value) { return static_cast<int32_t>(value); };
   const DepthwiseShape shape = {narrow(p.n), narrow(p.c), narrow(p.h),     narrow(p.w),
                                 narrow(p.p), narrow(p.q), narrow(p.pad_h), narrow(p.pad_w)};
-  const Status status = dispatch_dtype(dtype, [&](auto tag) {
+  return dispatch_short_dtype(launch.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    if constexpr (std::is_same_v<T, double>) {
-      return Status::unsupported;
-    } else {
-      return dispatch_depthwise(p, [&](auto size, auto stride) {
-        using Tile = WgradTile<T, size.value, stride.value>;
-        const int64_t tiles = ceil_div(p.p, Tile::kRows) * ceil_div(p.q, kTileColumns) * p.n;
-        const dim3 grid(static_cast<unsigned>(ceil_div(p.c, Tile::X::kChannels)), static_cast<unsigned>(split_k));
-        return FK_LAUNCH(depthwise_wgrad_kernel<T, size.value, stride.value>, grid, dim3(Tile::kThreads),
-                         Tile::kSharedBytes, stream, shape, narrow(ceil_div(tiles, split_k)),
-                         static_cast<const T*>(tensors.y), static_cast<const T*>(tensors.x),
-                         static_cast<float*>(workspace));
-      });
-    }
+    return dispatch_depthwise(p, [&](auto size, auto stride) {
+      using Tile = WgradTile<T, size.value, stride.value>;
+      const int split_k = launch.selection.split_k;
+      const int64_t tiles = ceil_div(p.p, Tile::kRows) * ceil_div(p.q, kTileColumns) * p.n;
+      const dim3 grid(static_cast<unsigned>(ceil_div(p.c, Tile::X::kChannels)), static_cast<unsigned>(split_k));
+      return FK_LAUNCH(depthwise_wgrad_kernel<T, size.value, stride.value>, grid, dim3(Tile::kThreads),
+                       Tile::kSharedBytes, launch.stream, shape, narrow(ceil_div(tiles, split_k)),
+                       static_cast<const T*>(tensors.y), static_cast<const T*>(tensors.x),
+                       static_cast<float*>(launch.workspace));
+    });
   });
-  if (status != Status::success) return status;
-  return launch_ordered_reduce(workspace, tensors.filter, p.filter_numel(), split_k, dtype, stream);
 }
 
 }  // namespace freezekit

@@ -11,6 +11,8 @@
 //   reduction l | tap and input channel  | r, s, c       | the phase's r, s and k
 //
 // A block of 128 threads makes a tile of kRows x kColumns outputs in steps of 8 along l; each thread kThreadRows x 8.
+#include <iterator>
+
 #include "core/gather.h"
 #include "kernels/epilogue.h"
 #include "kernels/families.h"
@@ -125,22 +127,23 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-Status launch_direct_gather(int config, const Gather& g, DType dtype, const void* in, const void* filter, void* out,
-                            const Epilogue& epilogue, Stream stream) {
-  if (config < 0 || config > 1) return Status::invalid_argument;
-  const int64_t blocks = gather_blocks(g, kDirectGatherTiles[config]);
-  if (blocks > kMaxGridX || g.phases_h > kMaxGridYZ || g.phases_w > kMaxGridYZ) return Status::invalid_argument;
-  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(g.phases_h), static_cast<unsigned>(g.phases_w));
-  return dispatch_dtype(dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    const auto parameters = epilogue_parameters<T>(epilogue, out, g.out_c);
-    const Status status = launch_mask_prepare(epilogue.mask_out, g.out_numel(), parameters.vector, stream);
-    if (status != Status::success) return status;
-    constexpr Tile wide = kDirectGatherTiles[0], narrow = kDirectGatherTiles[1];
-    const auto kernel = config == 0 ? conv2d_direct_gather_kernel<T, wide.rows, wide.columns>
-                                    : conv2d_direct_gather_kernel<T, narrow.rows, narrow.columns>;
-    return FK_LAUNCH(kernel, grid, kThreads, 0, stream, g, static_cast<const T*>(in), static_cast<const T*>(filter),
-                     parameters);
+Status launch_direct_gather(const Conv2dLaunch& launch) {
+  const Gather g = make_gather(launch.op, launch.problem);
+  return dispatch_config<std::size(kDirectGatherTiles)>(launch.selection.config, [&](auto config) {
+    constexpr Tile tile = kDirectGatherTiles[config.value];
+    const int64_t blocks = gather_blocks(g, tile);
+    if (blocks > kMaxGridX || g.phases_h > kMaxGridYZ || g.phases_w > kMaxGridYZ) return Status::invalid_argument;
+    const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(g.phases_h),
+                    static_cast<unsigned>(g.phases_w));
+    return dispatch_dtype(launch.dtype, [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      const auto parameters = epilogue_parameters<T>(launch.epilogue, launch.out(), g.out_c);
+      const Status status =
+          launch_mask_prepare(launch.epilogue.mask_out, g.out_numel(), parameters.vector, launch.stream);
+      if (status != Status::success) return status;
+      return FK_LAUNCH(conv2d_direct_gather_kernel<T, tile.rows, tile.columns>, grid, kThreads, 0, launch.stream, g,
+                       static_cast<const T*>(launch.in()), static_cast<const T*>(launch.tensors.filter), parameters);
+    });
   });
 }
 

@@ -4,8 +4,10 @@
 // element's.
 //
 // The reduction is long and dw small, so it is cut into split_k slices (blockIdx.y) whose sums go to the workspace as
-// [slice][dw] in the accumulator's type; launch_ordered_reduce adds them in a fixed order. One slice stores dw itself.
+// [slice][dw] in the accumulator's type; they are added in a fixed order. One slice stores dw itself.
 // A block of 128 threads makes a tile of kRows x kColumns in steps of 8 positions; each thread kThreadRows x 8.
+#include <iterator>
+
 #include "core/wgrad.h"
 #include "kernels/families.h"
 #include "kernels/numeric.h"
@@ -89,24 +91,22 @@ __global__ void __launch_bounds__(kThreads, 4)
 
 }  // namespace
 
-Status launch_direct_wgrad(int config, int split_k, const Conv2dProblem& p, DType dtype, const Conv2dTensors& tensors,
-                           void* workspace, Stream stream) {
-  if (config < 0 || config > 1 || split_k < 1 || split_k > kMaxGridYZ) return Status::invalid_argument;
-  if (split_k > 1 && !workspace) return Status::invalid_argument;
-  const int64_t blocks = wgrad_blocks(p, kDirectWgradTiles[config]);
-  if (blocks > kMaxGridX) return Status::invalid_argument;
+Status launch_direct_wgrad(const Conv2dLaunch& launch) {
+  const Conv2dProblem& p = launch.problem;
+  const int split_k = launch.selection.split_k;
   const Wgrad wgrad = make_wgrad(p, split_k, kStep);
-  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(split_k));
-  return dispatch_dtype(dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    constexpr Tile wide = kDirectWgradTiles[0], narrow = kDirectWgradTiles[1];
-    const auto kernel = config == 0 ? conv2d_direct_wgrad_kernel<T, wide.rows, wide.columns>
-                                    : conv2d_direct_wgrad_kernel<T, narrow.rows, narrow.columns>;
-    const auto partial = static_cast<Accumulator<T>*>(split_k > 1 ? workspace : nullptr);
-    const Status status = FK_LAUNCH(kernel, grid, kThreads, 0, stream, wgrad, static_cast<const T*>(tensors.y),
-                                    static_cast<const T*>(tensors.x), static_cast<T*>(tensors.filter), partial);
-    if (status != Status::success || split_k == 1) return status;
-    return launch_ordered_reduce(partial, tensors.filter, p.filter_numel(), split_k, dtype, stream);
+  return dispatch_config<std::size(kDirectWgradTiles)>(launch.selection.config, [&](auto config) {
+    constexpr Tile tile = kDirectWgradTiles[config.value];
+    const int64_t blocks = wgrad_blocks(p, tile);
+    if (blocks > kMaxGridX) return Status::invalid_argument;
+    const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(split_k));
+    return dispatch_dtype(launch.dtype, [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      const auto partial = static_cast<Accumulator<T>*>(split_k > 1 ? launch.workspace : nullptr);
+      return FK_LAUNCH(conv2d_direct_wgrad_kernel<T, tile.rows, tile.columns>, grid, kThreads, 0, launch.stream, wgrad,
+                       static_cast<const T*>(launch.tensors.y), static_cast<const T*>(launch.tensors.x),
+                       static_cast<T*>(launch.tensors.filter), partial);
+    });
   });
 }
 

@@ -1,6 +1,8 @@
 // Picks the instantiation of conv2d_implicit_gemm_kernel for one dtype. Each dtype's .cu file instantiates it once.
 #pragma once
 
+#include <iterator>
+
 #include "kernels/gemm_sm80/implicit_gemm.h"
 
 namespace freezekit {
@@ -24,29 +26,28 @@ Status launch_implicit_gemm_chunks(const Gather& g, const T* in, const T* filter
   return launch_implicit_gemm_tile<T, Tile, Access::chunks>(g, in, filter, epilogue, stream);
 }
 
+// Warps of a config's tile, along its rows.
+constexpr int kGemmWarpRows[] = {2, 2, 2, 4, 2};
+
 template <class T>
-Status launch_implicit_gemm_of(int config, const Gather& g, const void* in_bytes, const void* filter_bytes, void* out,
-                               const Epilogue& epilogue, Stream stream) {
-  const T* const in = static_cast<const T*>(in_bytes);
-  const T* const filter = static_cast<const T*>(filter_bytes);
-  const auto parameters = epilogue_parameters<T>(epilogue, out, g.out_c);
-  const Status status = launch_mask_prepare(epilogue.mask_out, g.out_numel(), parameters.vector, stream);
+Status launch_implicit_gemm_of(const Conv2dLaunch& launch, const void* filter_bytes) {
+  const Gather g = make_gather(launch.op, launch.problem);
+  const Stream stream = launch.stream;
+  const T *const in = static_cast<const T*>(launch.in()), *const filter = static_cast<const T*>(filter_bytes);
+  const auto parameters = epilogue_parameters<T>(launch.epilogue, launch.out(), g.out_c);
+  const Status status = launch_mask_prepare(launch.epilogue.mask_out, g.out_numel(), parameters.vector, stream);
   if (status != Status::success) return status;
   const bool whole_chunks = g.in_c % (kChunkBytes / sizeof(T)) == 0 && is_aligned_16(in) && is_aligned_16(filter);
-  switch (whole_chunks ? config : kImplicitGemmElements) {
-    case 0:
-      return launch_implicit_gemm_chunks<T, GemmTile<128, 128, 2, 4>>(g, in, filter, parameters, stream);
-    case 1:
-      return launch_implicit_gemm_chunks<T, GemmTile<128, 64, 2, 4>>(g, in, filter, parameters, stream);
-    case 2:
-      return launch_implicit_gemm_chunks<T, GemmTile<64, 64, 2, 4>>(g, in, filter, parameters, stream);
-    case 3:
-      return launch_implicit_gemm_chunks<T, GemmTile<128, 32, 4, 4>>(g, in, filter, parameters, stream);
-    case kImplicitGemmElements:
-      return launch_implicit_gemm_tile<T, GemmTile<64, 64, 2, 4>, Access::elements>(g, in, filter, parameters, stream);
-    default:
-      return Status::invalid_argument;
-  }
+  const int config = whole_chunks ? launch.selection.config : kImplicitGemmElements;
+  return dispatch_config<std::size(kImplicitGemmTiles)>(config, [&](auto i) {
+    constexpr Tile size = kImplicitGemmTiles[i.value];
+    using Shape = GemmTile<size.rows, size.columns, kGemmWarpRows[i.value], 4>;
+    if constexpr (i.value == kImplicitGemmElements) {
+      return launch_implicit_gemm_tile<T, Shape, Access::elements>(g, in, filter, parameters, stream);
+    } else {
+      return launch_implicit_gemm_chunks<T, Shape>(g, in, filter, parameters, stream);
+    }
+  });
 }
 
 }  // namespace freezekit

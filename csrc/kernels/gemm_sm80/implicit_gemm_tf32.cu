@@ -2,9 +2,6 @@
 
 namespace freezekit {
 
-Status launch_implicit_gemm_tf32(int config, const Gather& g, const void* in, const void* filter, void* out,
-                                 const Epilogue& epilogue, Stream stream) {
-  return launch_implicit_gemm_of<float>(config, g, in, filter, out, epilogue, stream);
-}
+template Status launch_implicit_gemm_of<float>(const Conv2dLaunch&, const void* filter);
 
 }  // namespace freezekit

@@ -1,68 +1,50 @@
 // Picks the instantiation of conv2d_wgrad_gemm_kernel.
+#include <iterator>
+
 #include "kernels/gemm_sm80/wgrad_gemm.h"
 
 namespace freezekit {
 namespace {
 
 template <class T, class Tile, bool kChunksOfDy, bool kChunksOfX>
-Status launch_tile(const WgradLaunch& launch) {
+Status launch_tile(const Conv2dLaunch& launch) {
   using Loader = WgradLoader<T, Tile, kChunksOfDy, kChunksOfX>;
+  const int split_k = launch.selection.split_k;
   const int64_t blocks = wgrad_blocks(launch.problem, {Tile::kRows, Tile::kColumns});
   if (blocks > kMaxGridX) return Status::invalid_argument;
-  const Wgrad wgrad = make_wgrad(launch.problem, launch.split_k, Loader::Dy::kDepth);
-  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(launch.split_k));
+  const Wgrad wgrad = make_wgrad(launch.problem, split_k, Loader::Dy::kDepth);
+  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(split_k));
   return FK_LAUNCH(conv2d_wgrad_gemm_kernel<T, Tile, kChunksOfDy, kChunksOfX>, grid, dim3(Tile::kThreads),
                    size_t{kWgradStages} * Loader::kStageBytes, launch.stream, wgrad,
                    static_cast<const T*>(launch.tensors.y), static_cast<const T*>(launch.tensors.x),
                    static_cast<T*>(launch.tensors.filter),
-                   static_cast<float*>(launch.split_k > 1 ? launch.workspace : nullptr));
+                   static_cast<float*>(split_k > 1 ? launch.workspace : nullptr));
 }
 
+// Warps of a config's tile, along its rows.
+constexpr int kWarpRows[] = {2, 1, 2};
+
+template <int kConfig>
+using TileOf = WgradTile<kWgradGemmTiles[kConfig].rows, kWgradGemmTiles[kConfig].columns, kWarpRows[kConfig]>;
+
 template <class T>
-Status launch_of(int config, const WgradLaunch& launch) {
+Status launch_of(const Conv2dLaunch& launch) {
   constexpr int64_t chunk = kChunkBytes / sizeof(T);
   const bool dy_chunks = launch.problem.k_per_group() % chunk == 0 && is_aligned_16(launch.tensors.y);
   const bool x_chunks = launch.problem.c_per_group() % chunk == 0 && is_aligned_16(launch.tensors.x);
-  if (dy_chunks && x_chunks) {
-    switch (config) {
-      case 0:
-        return launch_tile<T, WgradTile<128, 128, 2>, true, true>(launch);
-      case 1:
-        return launch_tile<T, WgradTile<64, 128, 1>, true, true>(launch);
-      case 2:
-        return launch_tile<T, WgradTile<64, 64, 2>, true, true>(launch);
-      default:
-        return Status::invalid_argument;
-    }
-  }
-  using Tile = WgradTile<64, 64, 2>;
-  if (dy_chunks) return launch_tile<T, Tile, true, false>(launch);
-  if (x_chunks) return launch_tile<T, Tile, false, true>(launch);
-  return launch_tile<T, Tile, false, false>(launch);
-}
-
-Status launch_dtype(int config, DType dtype, const WgradLaunch& launch) {
-  switch (dtype) {
-    case DType::bf16:
-      return launch_of<bf16>(config, launch);
-    case DType::f16:
-      return launch_of<f16>(config, launch);
-    case DType::f32:
-      return launch_of<float>(config, launch);
-    default:
-      return Status::unsupported;
-  }
+  return dispatch_config<std::size(kWgradGemmTiles)>(launch.selection.config, [&](auto config) {
+    if (dy_chunks && x_chunks) return launch_tile<T, TileOf<config.value>, true, true>(launch);
+    using Smallest = TileOf<kWgradGemmSmallest>;
+    if (dy_chunks) return launch_tile<T, Smallest, true, false>(launch);
+    return x_chunks ? launch_tile<T, Smallest, false, true>(launch) : launch_tile<T, Smallest, false, false>(launch);
+  });
 }
 
 }  // namespace
 
-Status launch_wgrad_gemm(int config, int split_k, const Conv2dProblem& p, DType dtype, const Conv2dTensors& tensors,
-                         void* workspace, Stream stream) {
-  if (config < 0 || config > 2 || split_k < 1 || split_k > kMaxGridYZ) return Status::invalid_argument;
-  if (split_k > 1 && !is_aligned_16(workspace)) return Status::invalid_argument;
-  const Status status = launch_dtype(config, dtype, {p, split_k, tensors, workspace, stream});
-  if (status != Status::success || split_k == 1) return status;
-  return launch_ordered_reduce(workspace, tensors.filter, p.filter_numel(), split_k, dtype, stream);
+Status launch_wgrad_gemm(const Conv2dLaunch& launch) {
+  if (launch.selection.split_k > 1 && !is_aligned_16(launch.workspace)) return Status::invalid_argument;
+  return dispatch_short_dtype(launch.dtype, [&](auto tag) { return launch_of<typename decltype(tag)::type>(launch); });
 }
 
 }  // namespace freezekit

@@ -14,8 +14,7 @@
 // Chunks of 16 bytes go by cp.async through a ring of stages where channels come in whole chunks and pointers are
 // 16-byte aligned; any other operand (kChunksOf... false) is loaded element by element.
 //
-// blockIdx.y is the slice of the reduction. One slice stores dw; several store partial sums [slice][dw] in fp32, which
-// launch_ordered_reduce adds in a fixed order.
+// blockIdx.y is the slice of the reduction. One slice stores dw; several store partial sums [slice][dw] in fp32.
 #pragma once
 
 #include "core/wgrad.h"

@@ -1,5 +1,4 @@
 // Launches the Hopper family: on addresses that tensor maps take, else the family of sm_80, which computes the same.
-#include "core/gather.h"
 #include "kernels/families.h"
 #include "kernels/numeric.h"
 
@@ -18,48 +17,36 @@ Status check_build() {
 
 }  // namespace
 
-Status launch_hopper_gemm(Operator op, int config, const Conv2dProblem& p, DType dtype, const Conv2dTensors& tensors,
-                          const Epilogue& epilogue, void* workspace, Stream stream) {
-  const bool dgrad = op == Operator::dgrad;
-  const void* const in = dgrad ? tensors.y : tensors.x;
-  if (!is_aligned_16(in) || !is_aligned_16(dgrad ? workspace : tensors.filter)) {
-    return launch_implicit_gemm(op, kImplicitGemmElements, p, dtype, tensors, epilogue, workspace, stream);
+Status launch_hopper_gemm(const Conv2dLaunch& launch) {
+  const bool dgrad = launch.op == Operator::dgrad;
+  if (!is_aligned_16(launch.in()) || !is_aligned_16(dgrad ? launch.workspace : launch.tensors.filter)) {
+    Conv2dLaunch other = launch;
+    other.selection.config = kImplicitGemmElements;
+    return launch_implicit_gemm(other);
   }
-  if (!hopper_takes(op, p, dtype)) return Status::invalid_argument;
+  if (!hopper_takes(launch.op, launch.problem, launch.dtype)) return Status::invalid_argument;
   Status status = check_build();
   if (status != Status::success) return status;
   const void* filter = nullptr;
-  status = prepare_filter(op, p, dtype, tensors, workspace, stream, &filter);
+  status = prepare_filter(launch, &filter);
   if (status != Status::success) return status;
-  void* const out = dgrad ? tensors.x : tensors.y;
-  const Gather g = make_gather(op, p);
-  switch (dtype) {
-    case DType::bf16:
-      return launch_hopper_gemm_bf16(config, g, in, filter, out, epilogue, stream);
-    case DType::f16:
-      return launch_hopper_gemm_f16(config, g, in, filter, out, epilogue, stream);
-    case DType::f32:
-      return launch_hopper_gemm_tf32(config, g, in, filter, out, epilogue, stream);
-    default:
-      return Status::unsupported;
-  }
+  return dispatch_short_dtype(
+      launch.dtype, [&](auto tag) { return launch_hopper_gemm_of<typename decltype(tag)::type>(launch, filter); });
 }
 
-Status launch_hopper_wgrad(int config, int split_k, const Conv2dProblem& p, DType dtype, const Conv2dTensors& tensors,
-                           void* workspace, Stream stream) {
+Status launch_hopper_wgrad(const Conv2dLaunch& launch) {
   // A tensor without elements has no map.
-  if (p.n == 0 || !is_aligned_16(tensors.x) || !is_aligned_16(tensors.y)) {
-    return launch_wgrad_gemm(kWgradGemmSmallest, split_k, p, dtype, tensors, workspace, stream);
+  if (launch.problem.n == 0 || !is_aligned_16(launch.tensors.x) || !is_aligned_16(launch.tensors.y)) {
+    Conv2dLaunch other = launch;
+    other.selection.config = kWgradGemmSmallest;
+    return launch_wgrad_gemm(other);
   }
-  if (!hopper_takes(Operator::wgrad, p, dtype) || split_k < 1 || split_k > kMaxGridYZ ||
-      (split_k > 1 && !is_aligned_16(workspace))) {
+  if (!hopper_takes(Operator::wgrad, launch.problem, launch.dtype) ||
+      (launch.selection.split_k > 1 && !is_aligned_16(launch.workspace))) {
     return Status::invalid_argument;
   }
-  Status status = check_build();
-  if (status != Status::success) return status;
-  status = launch_hopper_wgrad_kernel(config, dtype, {p, split_k, tensors, workspace, stream});
-  if (status != Status::success || split_k == 1) return status;
-  return launch_ordered_reduce(workspace, tensors.filter, p.filter_numel(), split_k, dtype, stream);
+  const Status status = check_build();
+  return status == Status::success ? launch_hopper_wgrad_kernel(launch) : status;
 }
 
 }  // namespace freezekit

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <iterator>
 
 #include "kernels/hopper/hopper_gemm.h"
 
@@ -61,22 +62,15 @@ Status launch_hopper_gemm_tile(const Gather& g, DType dtype, const void* in, con
 }
 
 template <class T>
-Status launch_hopper_gemm_of(int config, const Gather& g, DType dtype, const void* in, const void* filter, void* out,
-                             const Epilogue& epilogue, Stream stream) {
-  const auto parameters = epilogue_parameters<T>(epilogue, out, g.out_c);
-  const Status status = launch_mask_prepare(epilogue.mask_out, g.out_numel(), parameters.vector, stream);
+Status launch_hopper_gemm_of(const Conv2dLaunch& launch, const void* filter) {
+  const Gather g = make_gather(launch.op, launch.problem);
+  const auto parameters = epilogue_parameters<T>(launch.epilogue, launch.out(), g.out_c);
+  const Status status = launch_mask_prepare(launch.epilogue.mask_out, g.out_numel(), parameters.vector, launch.stream);
   if (status != Status::success) return status;
-  static_assert(kHopperTiles[0].columns == 256 && kHopperTiles[1].columns == 128 && kHopperTiles[2].columns == 64);
-  switch (config) {
-    case 0:
-      return launch_hopper_gemm_tile<T, 256>(g, dtype, in, filter, parameters, stream);
-    case 1:
-      return launch_hopper_gemm_tile<T, 128>(g, dtype, in, filter, parameters, stream);
-    case 2:
-      return launch_hopper_gemm_tile<T, 64>(g, dtype, in, filter, parameters, stream);
-    default:
-      return Status::invalid_argument;
-  }
+  return dispatch_config<std::size(kHopperTiles)>(launch.selection.config, [&](auto config) {
+    return launch_hopper_gemm_tile<T, kHopperTiles[config.value].columns>(g, launch.dtype, launch.in(), filter,
+                                                                          parameters, launch.stream);
+  });
 }
 
 }  // namespace freezekit

@@ -2,9 +2,6 @@
 
 namespace freezekit {
 
-Status launch_hopper_gemm_tf32(int config, const Gather& g, const void* in, const void* filter, void* out,
-                               const Epilogue& epilogue, Stream stream) {
-  return launch_hopper_gemm_of<float>(config, g, DType::f32, in, filter, out, epilogue, stream);
-}
+template Status launch_hopper_gemm_of<float>(const Conv2dLaunch&, const void* filter);
 
 }  // namespace freezekit

@@ -11,7 +11,7 @@
 // tf32 is left to wgrad_gemm.h. Channels beyond a group's last bring what is there, into rows and columns that are not stored.
 //
 // The warps' roles and the ring are those of hopper_gemm.h. Positions are cut into slices; one slice stores dw, several
-// store partial sums [slice][dw] in fp32, which launch_ordered_reduce adds in a fixed order.
+// store partial sums [slice][dw] in fp32.
 #pragma once
 
 #include "core/wgrad.h"

@@ -1,9 +1,14 @@
 // out = cast(filter * scale[k]) as KRSC, or transposed to CRSK, which is W': made anew for every dgrad. scale is that of a
 // batch norm behind the convolution; none is 1.
 //
+//   KRSC: group, k, r, s, c     fprop and wgrad; with k over the whole K it is the usual K x R x S x C/G
+//   CRSK: group, c, r, s, k     W', which dgrad reads as if it were the KRSC filter of an fprop from dy to dx
+//
+// W' is only transposed. The rotation by 180 degrees and the choice of taps of a strided dgrad are in core/gather.h, so
+// that one W' serves every stride and padding.
+//
 // A block of 32 x 8 threads moves a tile of 32 x 32 (k, c) of one tap: reads run along c, writes along c or, through a
 // tile in shared memory, along k. The filter has any strides, so that torch's own layout needs no copy before this one.
-#include "core/filter_layout.h"
 #include "core/gather.h"
 #include "kernels/families.h"
 #include "kernels/numeric.h"
@@ -13,6 +18,10 @@ namespace {
 
 constexpr int kTile = 32;
 constexpr int kRowLanes = 8;
+
+struct FilterExtent {
+  int32_t k, taps, c;  // of one group
+};
 
 struct Source {
   FilterExtent size;
@@ -50,8 +59,8 @@ __global__ void __launch_bounds__(kTile* kRowLanes)
   for (int32_t i = y; i < kTile; i += kRowLanes) {
     const int32_t k = k0 + (transposed ? x : i), c = c0 + (transposed ? i : x);
     if (k >= size.k || c >= size.c) continue;
-    const FilterElement element = {group, k, tap, c};
-    const int64_t offset = transposed ? crsk_offset(element, size) : krsc_offset(element, size);
+    const int64_t offset = transposed ? ((static_cast<int64_t>(group) * size.c + c) * size.taps + tap) * size.k + k
+                                      : ((static_cast<int64_t>(group) * size.k + k) * size.taps + tap) * size.c + c;
     store_global(out + offset, cast<To>(static_cast<Accumulator<To>>(tile[k - k0][c - c0])));
   }
 }

@@ -11,6 +11,9 @@ from .plant import DIRECT_WGRAD, WGRAD_GEMM, Plant
 
 GEMM_LAUNCH = "csrc/kernels/gemm_sm80/wgrad_gemm.cu"
 DEPTHWISE_WGRAD = "csrc/kernels/depthwise/depthwise_wgrad.cu"
+ONE_SLICE = Patch(
+    "csrc/kernels/conv2d.cu", "p.filter_numel(), split_k, dtype, stream);", "p.filter_numel(), 1, dtype, stream);"
+)
 
 
 def plant(case: Case, *patches: Patch) -> Plant:
@@ -27,11 +30,11 @@ UNORDERED_SPLIT_K = {
         ),
         Patch(
             DIRECT_WGRAD,
-            "    const Status status = FK_LAUNCH(kernel, grid, kThreads,",
-            "    if (partial) memset(partial, 0, p.filter_numel() * sizeof(*partial));\n"
-            "    const Status status = FK_LAUNCH(kernel, grid, kThreads,",
+            "      return FK_LAUNCH(conv2d_direct_wgrad_kernel",
+            "      if (partial) memset(partial, 0, p.filter_numel() * sizeof(*partial));\n"
+            "      return FK_LAUNCH(conv2d_direct_wgrad_kernel",
         ),
-        Patch(DIRECT_WGRAD, "p.filter_numel(), split_k, dtype, stream);", "p.filter_numel(), 1, dtype, stream);"),
+        ONE_SLICE,
     ),
     "implicit_gemm": plant(
         gemm("f32", "wgrad", GEMM_LONG, split_k=3),
@@ -43,10 +46,10 @@ UNORDERED_SPLIT_K = {
         ),
         Patch(
             GEMM_LAUNCH,
-            "  const Status status = launch_dtype(",
-            "  memset(workspace, 0, p.filter_numel() * 4);\n  const Status status = launch_dtype(",
+            "  return dispatch_short_dtype(",
+            "  memset(launch.workspace, 0, launch.problem.filter_numel() * 4);\n  return dispatch_short_dtype(",
         ),
-        Patch(GEMM_LAUNCH, "p.filter_numel(), split_k, dtype, stream);", "p.filter_numel(), 1, dtype, stream);"),
+        ONE_SLICE,
     ),
     "depthwise": plant(
         Case("wgrad", DEPTHWISE_3, "f32", "depthwise", 1, split_k=4),  # as many slices as tiles
@@ -57,9 +60,9 @@ UNORDERED_SPLIT_K = {
         ),
         Patch(
             DEPTHWISE_WGRAD,
-            "  const Status status = dispatch_dtype(",
-            "  memset(workspace, 0, p.filter_numel() * 4);\n  const Status status = dispatch_dtype(",
+            "  return dispatch_short_dtype(",
+            "  memset(launch.workspace, 0, p.filter_numel() * 4);\n  return dispatch_short_dtype(",
         ),
-        Patch(DEPTHWISE_WGRAD, "p.filter_numel(), split_k, dtype, stream);", "p.filter_numel(), 1, dtype, stream);"),
+        ONE_SLICE,
     ),
 }
