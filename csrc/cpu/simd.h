@@ -21,3 +21,13 @@
 #else
 #define FK_INLINE inline
 #endif
+
+namespace freezekit::cpu {
+
+// A function as such a one. Arguments are passed as they are given: by std::ref, references.
+template <auto kFunction, class... Arguments>
+static FK_SIMD_CLONES auto in_vectors(Arguments... arguments) {
+  return kFunction(arguments...);
+}
+
+}  // namespace freezekit::cpu

@@ -14,7 +14,7 @@
 
 #include "python/bindings.h"
 #include "torch/common/layout.h"
-#include "torch/common/optional.h"
+#include "torch/common/operators.h"
 #include "torch/frozen_conv2d/frozen_conv2d.h"
 #include "torch/frozen_conv2d/node.h"
 
@@ -28,6 +28,17 @@ struct Name {
   Name(const char* text) : object(PyUnicode_InternFromString(text)) {}  // NOLINT: a string literal is a name
   PyObject* object;
 };
+
+struct Names {
+  Name stride{"stride"}, padding{"padding"}, dilation{"dilation"}, groups{"groups"}, padding_mode{"padding_mode"};
+  Name weight{"weight"}, bias{"bias"}, running_mean{"running_mean"}, running_var{"running_var"}, eps{"eps"};
+  Name training{"training"}, _parameters{"_parameters"}, _buffers{"_buffers"};
+  std::array<Name, 4> hooks{"_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"};
+};
+const Names& names() {
+  static const auto& interned = *new Names();
+  return interned;
+}
 
 // Known classes: convolutions; norms, and whether they normalise with fixed statistics even while training; activations
 // and the operator's names for them. Names that a layer must not have of its own. Methods of classes, and functions as
@@ -103,13 +114,11 @@ class Layer {
 
   // Whether calling it does no more than its class's forward says.
   bool is_unwatched() const {
-    static const auto& names =
-        *new std::array<Name, 4>{"_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"};
     if (is_patched(type_)) return false;
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(kinds().own); ++i) {
       if (PyDict_GetItemWithError(dict_.ptr(), PyTuple_GET_ITEM(kinds().own, i))) return false;
     }
-    for (const Name& name : names) {
+    for (const Name& name : names().hooks) {
       PyObject* const hooks = attribute(name);
       if (!hooks || !PyDict_Check(hooks) || PyDict_Size(hooks) != 0) return false;
     }
@@ -118,10 +127,8 @@ class Layer {
 
   // A parameter or a buffer, dense and without a transform; undefined for None. False where it is neither.
   bool tensor(const Name& name, Tensor* result) const {
-    static const auto& parameters = *new Name("_parameters");
-    static const auto& buffers = *new Name("_buffers");
-    PyObject* found = get(attribute(parameters), name);
-    if (!found) found = get(attribute(buffers), name);
+    PyObject* found = get(attribute(names()._parameters), name);
+    if (!found) found = get(attribute(names()._buffers), name);
     if (found == Py_None) return true;
     if (!found || !THPVariable_CheckExact(found)) return false;
     *result = THPVariable_Unpack(found);
@@ -160,42 +167,33 @@ std::optional<at::ScalarType> autocast_dtype(c10::DeviceType device) {
 }
 
 bool read_conv(PyObject* module, FrozenOperands* o, Geometry* g) {
-  static const auto& stride = *new Name("stride");
-  static const auto& padding = *new Name("padding");
-  static const auto& dilation = *new Name("dilation");
-  static const auto& groups = *new Name("groups");
-  static const auto& mode = *new Name("padding_mode");
-  static const auto& weight = *new Name("weight");
-  static const auto& bias = *new Name("bias");
+  const Names& of = names();
   if (PySet_Contains(kinds().convs, type_of(module)) != 1) return false;
   const Layer layer(module);
-  PyObject *const grouping = layer.attribute(groups), *const padded = layer.attribute(mode);
+  PyObject *const grouping = layer.attribute(of.groups), *const padded = layer.attribute(of.padding_mode);
   if (!grouping || !PyLong_CheckExact(grouping) || !padded || !PyUnicode_CheckExact(padded)) return false;
   if (PyUnicode_CompareWithASCIIString(padded, "zeros") != 0) return false;
   g->groups = c10::SymInt(PyLong_AsLongLong(grouping));
-  return pair_of(layer.attribute(stride), &g->stride) && pair_of(layer.attribute(padding), &g->padding) &&
-         pair_of(layer.attribute(dilation), &g->dilation) && layer.is_unwatched() && layer.tensor(weight, &o->weight) &&
-         o->weight.defined() && o->weight.dim() == 4 && layer.tensor(bias, &o->bias);
+  return pair_of(layer.attribute(of.stride), &g->stride) && pair_of(layer.attribute(of.padding), &g->padding) &&
+         pair_of(layer.attribute(of.dilation), &g->dilation) && layer.is_unwatched() &&
+         layer.tensor(of.weight, &o->weight) && o->weight.defined() && o->weight.dim() == 4 &&
+         layer.tensor(of.bias, &o->bias);
 }
 
 // `always_fixed`: whether its class normalises with fixed statistics even while training.
 bool read_norm(PyObject* module, FixedNormTensors* norm, bool* always_fixed) {
-  static const auto& training = *new Name("training");
-  static const auto& eps = *new Name("eps");
-  static const auto& weight = *new Name("weight");
-  static const auto& bias = *new Name("bias");
-  static const auto& mean = *new Name("running_mean");
-  static const auto& var = *new Name("running_var");
+  const Names& of = names();
   if (module == Py_None) return true;
   PyObject* const fixed = PyDict_GetItemWithError(kinds().norms, type_of(module));
   if (!fixed) return false;
   const Layer layer(module);
-  PyObject *const trains = layer.attribute(training), *const small = layer.attribute(eps);
+  PyObject *const trains = layer.attribute(of.training), *const small = layer.attribute(of.eps);
   if ((fixed != Py_True && trains != Py_False) || !small || !PyFloat_CheckExact(small)) return false;
   norm->eps = PyFloat_AS_DOUBLE(small), *always_fixed = fixed == Py_True;
   return (norm->eps > 0 || (norm->eps == 0 && *always_fixed)) && layer.is_unwatched() &&
-         layer.tensor(weight, &norm->gamma) && layer.tensor(bias, &norm->beta) && layer.tensor(mean, &norm->mean) &&
-         layer.tensor(var, &norm->var) && norm->mean.defined() && norm->var.defined();
+         layer.tensor(of.weight, &norm->gamma) && layer.tensor(of.bias, &norm->beta) &&
+         layer.tensor(of.running_mean, &norm->mean) && layer.tensor(of.running_var, &norm->var) &&
+         norm->mean.defined() && norm->var.defined();
 }
 
 // The operator's name for an activation: a module, a function's name, or None; null if it is another one.

@@ -14,12 +14,9 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <atomic>
-#include <limits>
 
 #include "python/bindings.h"
-#include "torch/bits/activation.h"
-#include "torch/bits/dropout.h"
-#include "torch/bits/prelu.h"
+#include "torch/bits/layers.h"
 #include "torch/common/operators.h"
 #include "torch/common/unseen.h"
 #include "torch/conv2d/autograd.h"
@@ -94,6 +91,12 @@ bool read(PyObject* object, OptionalTensor* tensor) {
   return read(object, &tensor->emplace());
 }
 
+// The arguments from `first` on, one after another.
+template <class... Values>
+bool read_all(const Given& given, Py_ssize_t first, Values*... values) {
+  return (read(given[first++], values) && ...);
+}
+
 // A function's result for a plain call; undefined where this way does not serve.
 using Function = Tensor (*)(const Given&);
 
@@ -118,18 +121,16 @@ Tensor without_gil(const Compute& compute) {
   return compute();
 }
 
+c10::SymIntArrayRef symbols(at::IntArrayRef numbers) { return c10::fromIntArrayRefSlow(numbers); }
+
 Tensor quick_conv2d(const Given& given) {
   Tensor input, weight;
   OptionalTensor bias;
   std::array<int64_t, 2> stride = {1, 1}, padding = {0, 0}, dilation = {1, 1};
   int64_t groups = 1;
-  if (!read(given[0], &input) || input.dim() != 4 || !read(given[1], &weight) || !read(given[2], &bias) ||
-      !read(given[3], &stride) || !read(given[4], &padding) || !read(given[5], &dilation) || !read(given[6], &groups)) {
-    return {};
-  }
+  if (!read_all(given, 0, &input, &weight, &bias, &stride, &padding, &dilation, &groups) || input.dim() != 4) return {};
   return without_gil([&] {
-    const Geometry geometry(c10::fromIntArrayRefSlow(stride), c10::fromIntArrayRefSlow(padding),
-                            c10::fromIntArrayRefSlow(dilation), groups, to_string(backend));
+    const Geometry geometry(symbols(stride), symbols(padding), symbols(dilation), groups, to_string(backend));
     return is_unseen(input, weight, bias ? *bias : weight) ? record_conv2d(input, weight, bias, geometry)
                                                            : conv2d(input, weight, bias, geometry);
   });
@@ -142,17 +143,17 @@ Tensor quick_convolution(const Given& given) {
   std::array<int64_t, kAxes> stride, padding = {}, dilation, output_padding = {};
   stride.fill(1), dilation.fill(1);
   int64_t groups = 1;
-  if (!read(given[0], &input) || input.dim() != kAxes + 2 || !read(given[1], &weight) || weight.dim() != kAxes + 2 ||
-      !read(given[2], &bias) || !read(given[3], &stride) || !read(given[4], &padding) ||
-      !(kTransposed ? read(given[5], &output_padding) && read(given[7], &dilation) : read(given[5], &dilation)) ||
-      !read(given[6], &groups) || !is_unseen(input, weight, bias ? *bias : weight) || input.is_complex()) {
+  const bool is_plain =
+      read_all(given, 0, &input, &weight, &bias, &stride, &padding) &&
+      (kTransposed ? read_all(given, 5, &output_padding, &groups, &dilation) : read_all(given, 5, &dilation, &groups));
+  if (!is_plain || input.dim() != kAxes + 2 || weight.dim() != kAxes + 2 ||
+      !is_unseen(input, weight, bias ? *bias : weight) || input.is_complex()) {
     return {};
   }
   return without_gil([&] {
-    return record_convolution(input, weight, bias,
-                              ConvNdGeometry(c10::fromIntArrayRefSlow(stride), c10::fromIntArrayRefSlow(padding),
-                                             c10::fromIntArrayRefSlow(dilation), kTransposed,
-                                             c10::fromIntArrayRefSlow(output_padding), groups));
+    const ConvNdGeometry geometry(symbols(stride), symbols(padding), symbols(dilation), kTransposed,
+                                  symbols(output_padding), groups);
+    return record_convolution(input, weight, bias, geometry);
   });
 }
 
@@ -177,7 +178,7 @@ Tensor activation(Tensor x, const PiecewiseActivation& f, bool inplace) {
 Tensor quick_relu(const Given& given) {
   Tensor x;
   bool inplace = false;
-  if (!read(given[0], &x) || !read(given[1], &inplace)) return {};
+  if (!read_all(given, 0, &x, &inplace)) return {};
   return activation(std::move(x), {ActivationKind::relu}, inplace);
 }
 
@@ -185,10 +186,7 @@ Tensor quick_hardtanh(const Given& given) {
   Tensor x;
   double lowest = -1, highest = 1;
   bool inplace = false;
-  if (!read(given[0], &x) || !read(given[1], &lowest) || !read(given[2], &highest) || !read(given[3], &inplace) ||
-      !(lowest <= highest)) {
-    return {};
-  }
+  if (!read_all(given, 0, &x, &lowest, &highest, &inplace) || !(lowest <= highest)) return {};
   return activation(std::move(x), {ActivationKind::hardtanh, lowest, highest}, inplace);
 }
 
@@ -196,13 +194,13 @@ Tensor quick_leaky_relu(const Given& given) {
   Tensor x;
   double slope = 0.01;
   bool inplace = false;
-  if (!read(given[0], &x) || !read(given[1], &slope) || !read(given[2], &inplace)) return {};
+  if (!read_all(given, 0, &x, &slope, &inplace)) return {};
   return activation(std::move(x), {ActivationKind::leaky_relu, slope}, inplace);
 }
 
 Tensor quick_prelu(const Given& given) {
   Tensor x, weight;
-  if (!read(given[0], &x) || !read(given[1], &weight)) return {};
+  if (!read_all(given, 0, &x, &weight)) return {};
   return without_gil([&] {
     if (is_unseen(x, weight)) return prelu(x, weight, backend);
     static const auto op = find_operator<Tensor(const Tensor&, const Tensor&, std::string_view)>("freezekit::prelu");
@@ -214,10 +212,7 @@ Tensor quick_dropout(const Given& given) {
   Tensor x;
   double p = 0.5;
   bool train = true, inplace = false;
-  if (!read(given[0], &x) || !read(given[1], &p) || !read(given[2], &train) || !read(given[3], &inplace) ||
-      !(p >= 0 && p <= 1) || !is_unseen(x)) {
-    return {};
-  }
+  if (!read_all(given, 0, &x, &p, &train, &inplace) || !(p >= 0 && p <= 1) || !is_unseen(x)) return {};
   return without_gil([&] {
     if (!inplace) return record_dropout(x, p, train, backend);
     record_dropout_(x, p, train, backend);
@@ -230,9 +225,7 @@ Tensor quick_batch_norm(const Given& given) {
   OptionalTensor weight, bias;
   bool training = false;
   double momentum = 0.1, eps = 1e-5;
-  if (!read(given[0], &x) || !read(given[1], &mean) || !read(given[2], &var) || !read(given[3], &weight) ||
-      !read(given[4], &bias) || !read(given[5], &training) || !read(given[6], &momentum) || !read(given[7], &eps) ||
-      training || !(eps > 0)) {
+  if (!read_all(given, 0, &x, &mean, &var, &weight, &bias, &training, &momentum, &eps) || training || !(eps > 0)) {
     return {};
   }
   return without_gil([&] {
@@ -250,10 +243,8 @@ Tensor quick_layer_norm(const Given& given) {
   OptionalTensor weight, bias;
   double eps = 1e-5;
   c10::SmallVector<int64_t, 4> shape;
-  if (!read(given[0], &x) || !read(given[1], &shape) || !read(given[2], &weight) || !read(given[3], &bias) ||
-      !read(given[4], &eps) || is_for_bias_alone(x, tensor_of(weight), tensor_of(bias))) {
-    return {};
-  }
+  if (!read_all(given, 0, &x, &shape, &weight, &bias, &eps)) return {};
+  if (is_for_bias_alone(x, tensor_of(weight), tensor_of(bias))) return {};
   return without_gil([&] {
     const Tensor y = at::layer_norm(x, shape, weight, bias, eps, at::globalContext().userEnabledCuDNN());
     enable::note_norm(y, bias.value_or(Tensor()), eps);
@@ -266,10 +257,8 @@ Tensor quick_group_norm(const Given& given) {
   OptionalTensor weight, bias;
   int64_t groups = 0;
   double eps = 1e-5;
-  if (!read(given[0], &x) || !read(given[1], &groups) || !read(given[2], &weight) || !read(given[3], &bias) ||
-      !read(given[4], &eps) || is_for_bias_alone(x, tensor_of(weight), tensor_of(bias))) {
-    return {};
-  }
+  if (!read_all(given, 0, &x, &groups, &weight, &bias, &eps)) return {};
+  if (is_for_bias_alone(x, tensor_of(weight), tensor_of(bias))) return {};
   // Of one value per group torch says in Python that there is nothing to normalise.
   if (x.dim() < 2 || groups < 1 || x.numel() <= x.size(0) * groups) return {};
   return without_gil([&] {
@@ -295,21 +284,19 @@ Tensor quick_max_pool(const Given& given) {
   dilation.fill(1);
   bool ceil_mode = false, return_indices = false;
   if (!read(given[0], &x) || x.dim() != kAxes + 2 || !read_windows(given, &kernel_size, &stride, &padding) ||
-      !read(given[4], &dilation) || !read(given[5], &ceil_mode) || !read(given[6], &return_indices) || return_indices ||
-      !is_unseen(x)) {
+      !read_all(given, 4, &dilation, &ceil_mode, &return_indices) || return_indices || !is_unseen(x)) {
     return {};
   }
+  const auto kernels = symbols(kernel_size), strides = symbols(stride), paddings = symbols(padding);
   return without_gil([&] {
-    const auto symbols = [](const auto& numbers) { return c10::fromIntArrayRefSlow(numbers); };
     if constexpr (kAxes == 3) {
-      return record_max_pool3d(
-          x, Windows3d(symbols(kernel_size), symbols(stride), symbols(padding), symbols(dilation), ceil_mode));
+      return record_max_pool3d(x, Windows3d(kernels, strides, paddings, symbols(dilation), ceil_mode));
     } else if constexpr (kAxes == 2) {
-      return record_max_pool2d(x, PoolGeometry(symbols(kernel_size), symbols(stride), symbols(padding),
-                                               symbols(dilation), ceil_mode, to_string(backend)));
+      return record_max_pool2d(
+          x, PoolGeometry(kernels, strides, paddings, symbols(dilation), ceil_mode, to_string(backend)));
     } else {
-      return record_max_pool1d(x, PoolGeometry::of_rows(symbols(kernel_size), symbols(stride), symbols(padding),
-                                                        symbols(dilation), ceil_mode, to_string(backend)));
+      return record_max_pool1d(
+          x, PoolGeometry::of_rows(kernels, strides, paddings, symbols(dilation), ceil_mode, to_string(backend)));
     }
   });
 }
@@ -319,8 +306,7 @@ Tensor quick_avg_pool2d(const Given& given) {
   std::array<int64_t, 2> kernel_size, stride, padding = {0, 0};
   bool ceil_mode = false, count_include_pad = true;
   if (!read(given[0], &x) || x.dim() < 3 || x.dim() > 4 || !read_windows(given, &kernel_size, &stride, &padding) ||
-      !read(given[4], &ceil_mode) || !read(given[5], &count_include_pad) || (given[6] && given[6] != Py_None) ||
-      !is_unseen(x)) {
+      !read_all(given, 4, &ceil_mode, &count_include_pad) || (given[6] && given[6] != Py_None) || !is_unseen(x)) {
     return {};
   }
   return without_gil(
@@ -330,20 +316,17 @@ Tensor quick_avg_pool2d(const Given& given) {
 Tensor quick_adaptive_avg_pool2d(const Given& given) {
   Tensor x;
   std::array<int64_t, 2> size;
-  if (!read(given[0], &x) || x.dim() < 3 || x.dim() > 4 || !given[1] || !read(given[1], &size) || !is_unseen(x)) {
-    return {};
-  }
+  if (!given[1] || !read_all(given, 0, &x, &size) || x.dim() < 3 || x.dim() > 4 || !is_unseen(x)) return {};
   const bool is_mean = size[0] == 1 && size[1] == 1;  // torch's own, which keeps sizes
-  return without_gil([&] {
-    return is_mean ? at::adaptive_avg_pool2d(x, size) : record_adaptive_avg_pool(x, c10::fromIntArrayRefSlow(size));
-  });
+  return without_gil(
+      [&] { return is_mean ? at::adaptive_avg_pool2d(x, size) : record_adaptive_avg_pool(x, symbols(size)); });
 }
 
 Tensor quick_pad(const Given& given) {
   Tensor x;
   c10::SmallVector<int64_t, 4> padding;
-  if (!read(given[0], &x) || !read(given[1], &padding) || padding.empty() || padding.size() % 2 || padding.size() > 6 ||
-      !given[2] || !PyUnicode_Check(given[2]) || (given[3] && given[3] != Py_None) || !is_unseen(x)) {
+  if (!read_all(given, 0, &x, &padding) || padding.empty() || padding.size() % 2 || padding.size() > 6 || !given[2] ||
+      !PyUnicode_Check(given[2]) || (given[3] && given[3] != Py_None) || !is_unseen(x)) {
     return {};
   }
   const bool reflects = PyUnicode_CompareWithASCIIString(given[2], "reflect") == 0;
@@ -351,8 +334,7 @@ Tensor quick_pad(const Given& given) {
   const int64_t batch_dims = x.dim() - static_cast<int64_t>(padding.size() / 2);
   if (batch_dims < 1 || batch_dims > 2) return {};
   return without_gil([&] {
-    const auto record = reflects ? record_reflection_pad : record_replication_pad;
-    return record(x, c10::fromIntArrayRefSlow(padding));
+    return reflects ? record_reflection_pad(x, symbols(padding)) : record_replication_pad(x, symbols(padding));
   });
 }
 

@@ -4,8 +4,6 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include <array>
-
 #include "python/bindings.h"
 #include "torch/backends/native.h"
 

@@ -2,8 +2,6 @@
 
 #include <ATen/ops/zeros_like.h>
 
-#include "torch/autograd/linked.h"
-
 namespace freezekit {
 namespace {
 

@@ -14,7 +14,7 @@
 
 #include <string>
 
-#include "torch/common/schema.h"
+#include "torch/common/operators.h"
 
 namespace freezekit {
 namespace {
@@ -117,8 +117,15 @@ KeptTensor::KeptTensor(const Tensor& tensor) {
   variable = torch::autograd::SavedVariable(bytes, /*is_output=*/false);
 }
 
-Tensor KeptTensor::unpack() const {
-  const Tensor given = variable.unpack();
+KeptTensor KeptTensor::of_result(const Tensor& result) {
+  KeptTensor kept;
+  kept.variable = torch::autograd::SavedVariable(result, /*is_output=*/true);
+  kept.is_result = true;
+  return kept;
+}
+
+Tensor KeptTensor::unpack(AnyNodePtr node) const {
+  const Tensor given = variable.unpack(std::move(node));
   if (!original_ || !given.defined()) return given;
   const auto device = original_->device;
   TORCH_CHECK(given.device() == device, kCause, "of a tensor on ", device, " they made one on ", given.device());

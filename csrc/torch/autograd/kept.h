@@ -17,16 +17,21 @@
 #include <optional>
 #include <vector>
 
+#include "torch/autograd/node.h"
+
 namespace freezekit {
 
 class KeptTensor {
  public:
   KeptTensor() = default;
   explicit KeptTensor(const at::Tensor&);
+  // What its node makes itself. Such a tensor is unpacked for the node.
+  static KeptTensor of_result(const at::Tensor&);
 
-  at::Tensor unpack() const;
+  at::Tensor unpack(AnyNodePtr node = {}) const;
 
   torch::autograd::SavedVariable variable;  // what hooks see, for the engine and compiled autograd
+  bool is_result = false;
 
  private:
   // What was shown as bytes; to a checkpoint without a checksum.

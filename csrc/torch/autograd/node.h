@@ -4,7 +4,6 @@
 #include <torch/csrc/autograd/function.h>
 
 #include <memory>
-#include <type_traits>
 #include <utility>
 
 namespace freezekit {

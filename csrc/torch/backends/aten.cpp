@@ -5,7 +5,6 @@
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
-#include <c10/util/SmallVector.h>
 
 #include <array>
 #include <tuple>

@@ -1,9 +1,11 @@
-#include "torch/backends/few_channels.h"
+#include "cpu/few_channels.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/zeros.h>
 
-#include "cpu/few_channels.h"
+#include <functional>
+
+#include "torch/backends/few.h"
 #include "torch/common/layout.h"
 
 namespace freezekit::few_channels {
@@ -17,11 +19,6 @@ constexpr int64_t kFewestInRow = 9, kFewestInNchwRow = 12;
 // Filters, times the stride: what adding to dx takes does not depend on them, and of fewer oneDNN is the faster in NHWC. (Measured
 // likewise, 128 x 128: 2.7 of its time for 2 filters of 3 x 3, 1.3 for 8, 1.0 for 12.) Of one channel it is not.
 constexpr int64_t kFewestFilters = 12;
-
-FK_SIMD_CLONES void run(const Conv2dProblem& p, const cpu::FilterRows& filter, const float* dy, float* dx,
-                        int64_t first, int64_t last) {
-  cpu::add_bands(p, filter, dy, dx, first, last);
-}
 
 bool has_few_filters(const Conv2dProblem& p, const Tensor& grad_output, const Tensor& weight) {
   return p.c > 1 && p.k * p.stride_w < kFewestFilters && layout_of(grad_output, weight) == kLast;
@@ -50,8 +47,8 @@ Tensor dgrad(const Conv2dProblem& p, const Tensor& grad_output, const Tensor& we
     at::parallel_for(0, p.n * half, 1, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
         const int64_t image = i / half, band = 2 * (i % half) + parity;
-        run(p, filter, dy + image * p.p * p.q * p.k, to + image * p.h * p.w * p.c, band * size,
-            std::min(p.p, (band + 1) * size));
+        cpu::in_vectors<cpu::add_bands>(std::cref(p), std::cref(filter), dy + image * p.p * p.q * p.k,
+                                        to + image * p.h * p.w * p.c, band * size, std::min(p.p, (band + 1) * size));
       }
     });
   }

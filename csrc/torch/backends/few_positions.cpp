@@ -1,10 +1,11 @@
-#include "torch/backends/few_positions.h"
-
 #include <ATen/Parallel.h>
 #include <ATen/TensorIterator.h>
 #include <ATen/ops/zeros.h>
 
+#include <functional>
+
 #include "cpu/few_rows.h"
+#include "torch/backends/few.h"
 
 namespace freezekit::few_positions {
 namespace {
@@ -15,16 +16,6 @@ namespace {
 constexpr int64_t kMostPositions = 16, kFewest = 4, kLargeFilter = 1 << 18;
 
 constexpr auto kLast = at::MemoryFormat::ChannelsLast;
-
-FK_SIMD_CLONES void run_products(const cpu::FewRows& size, const float* a, const float* w, float* y, int64_t first,
-                                 int64_t last) {
-  cpu::products(size, a, w, y, first, last);
-}
-
-FK_SIMD_CLONES void run_combinations(const cpu::FewRows& size, const float* dy, const float* w, float* d, int64_t first,
-                                     int64_t last) {
-  cpu::combinations(size, dy, w, d, first, last);
-}
 
 cpu::FewRows size_of(const Conv2dProblem& p) { return {p.n * p.p * p.q, p.k, p.c * p.r * p.s}; }
 
@@ -89,7 +80,9 @@ Tensor conv2d(const Conv2dProblem& p, const Tensor& input, const Tensor& weight)
   float* const to = y.mutable_data_ptr<float>();
   // Threads take channels, so that each reads a part of the filter.
   const int64_t grain = std::max<int64_t>(3, at::internal::GRAIN_SIZE / std::max<int64_t>(size.length, 1));
-  at::parallel_for(0, p.k, grain, [&](int64_t first, int64_t last) { run_products(size, a, w, to, first, last); });
+  at::parallel_for(0, p.k, grain, [&](int64_t first, int64_t last) {
+    cpu::in_vectors<cpu::products>(std::cref(size), a, w, to, first, last);
+  });
   return y.permute({0, 3, 1, 2});
 }
 
@@ -101,8 +94,9 @@ Tensor dgrad(const Conv2dProblem& p, const Tensor& grad_output, const Tensor& we
   const float *const dy = rows.const_data_ptr<float>(), *const w = weight.const_data_ptr<float>();
   float* const d = columns.mutable_data_ptr<float>();
   const int64_t grain = std::max<int64_t>(128, at::internal::GRAIN_SIZE / std::max<int64_t>(size.channels, 1));
-  at::parallel_for(0, size.length, grain,
-                   [&](int64_t first, int64_t last) { run_combinations(size, dy, w, d, first, last); });
+  at::parallel_for(0, size.length, grain, [&](int64_t first, int64_t last) {
+    cpu::in_vectors<cpu::combinations>(std::cref(size), dy, w, d, first, last);
+  });
   if (!is_plain(p)) {
     float* const to = dx.mutable_data_ptr<float>();
     const Order order = order_of(p, weight);

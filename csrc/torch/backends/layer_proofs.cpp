@@ -1,19 +1,14 @@
-#include "torch/backends/layer_proofs.h"
-
+// What is held against torch's operators before `auto` takes freezekit's kernels for the layers around convolutions.
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/full.h>
-#include <ATen/ops/hardtanh.h>
 #include <ATen/ops/hardtanh_backward.h>
-#include <ATen/ops/leaky_relu.h>
 #include <ATen/ops/leaky_relu_backward.h>
 #include <ATen/ops/max_pool2d_with_indices.h>
 #include <ATen/ops/max_pool2d_with_indices_backward.h>
 #include <ATen/ops/native_dropout_backward.h>
 #include <ATen/ops/ones.h>
-#include <ATen/ops/relu.h>
 #include <ATen/ops/threshold_backward.h>
 #include <ATen/ops/where.h>
 
@@ -22,6 +17,7 @@
 
 #include "torch/backends/native_layers.h"
 #include "torch/backends/own_values.h"
+#include "torch/backends/proof.h"
 #include "torch/common/bit_mask.h"
 
 namespace freezekit::proof {
@@ -66,10 +62,7 @@ struct Formula {
   const char* name;
   PiecewiseActivation f;
 
-  Tensor value(const Tensor& x) const {
-    if (f.kind == ActivationKind::relu) return at::relu(x);
-    return f.kind == ActivationKind::hardtanh ? at::hardtanh(x, f.a, f.b) : at::leaky_relu(x, f.a);
-  }
+  Tensor value(const Tensor& x) const { return native::by_torch(f, x); }
   Tensor gradient(const Tensor& dy, const Tensor& x, const Tensor& y) const {
     if (f.kind == ActivationKind::relu) return at::threshold_backward(dy, y, 0);
     if (f.kind == ActivationKind::leaky_relu) return at::leaky_relu_backward(dy, x, f.a, /*self_is_result=*/false);
@@ -81,9 +74,6 @@ struct Formula {
     if (f.kind == ActivationKind::leaky_relu) return x.gt(0);
     const Tensor wide = x.to(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);  // the ends are not rounded
     return wide.le(f.a).logical_or_(wide.ge(f.b)).logical_not_();
-  }
-  GateRule gate() const {
-    return {1, f.kind == ActivationKind::leaky_relu ? std::optional<double>(f.a) : std::nullopt};
   }
 };
 
@@ -102,7 +92,7 @@ std::string fault_of(const Formula& formula, const Tensor& like, int64_t first, 
   const Tensor expected_bits = pack_bits(formula.passes(x)), bits = empty_bits(x);
   const Tensor y = first == 0 ? at::empty_like(x) : x, dx = first == 0 ? at::empty_like(dy) : dy;
   native::activation(f, x, y, bits);
-  native::gate(formula.gate(), dy, bits, dx);
+  native::gate(gate_of(f), dy, bits, dx);
   const std::string text =
       first_of([&] { return difference(expected, y); }, [&] { return difference(expected_bits, bits); },
                [&] { return difference(gradient, dx); });
@@ -254,7 +244,7 @@ Contest activations(const Tensor& x) {
     }
     const Tensor bits = empty_bits(part);
     native::activation(kRelu.f, part, at::empty_like(part), bits);
-    native::gate(kRelu.gate(), part, bits, at::empty_like(part));
+    native::gate(gate_of(kRelu.f), part, bits, at::empty_like(part));
   };
   return contest_of(faults, run, candidate_for(x));
 }

@@ -10,7 +10,6 @@
 
 #include "torch/backends/launch_log.h"
 #include "torch/backends/route.h"
-#include "torch/common/checks.h"
 #include "torch/common/layout.h"
 
 namespace freezekit::native {
@@ -156,11 +155,19 @@ Tensor by_images(IntArrayRef size, at::MemoryFormat format, const Tensor& x, con
 }
 
 // weight * scale[k] in the layout that kernels read.
-Tensor scaled_filter(const Tensor& weight, const Tensor& scale, int64_t groups, Backend backend) {
+Tensor scaled_filter(const Choice& choice, const Tensor& weight, const Tensor& scale) {
   const Tensor scaled = at::empty(weight.sizes(), weight.options(), at::MemoryFormat::ChannelsLast);
   FilterTransform transform;
+  transform.from = transform.to = choice.dtype;
+  transform.stride_k = weight.stride(0), transform.stride_c = weight.stride(1);
+  transform.stride_r = weight.stride(2), transform.stride_s = weight.stride(3);
   transform.scale = scale.const_data_ptr();
-  transform_filter(transform, weight, groups, scaled, backend);
+  check_status(choice.library.table->filter_transform(choice.problem, transform, weight.const_data_ptr(),
+                                                      scaled.mutable_data_ptr(), stream_of(weight)),
+               "filter_transform", choice.library);
+  if (launch_log::is_enabled()) {
+    launch_log::add({"filter_transform", "filter_transform", choice.backend, {{"weight_size", weight.sizes().vec()}}});
+  }
   return scaled;
 }
 
@@ -189,24 +196,6 @@ DType kernel_dtype(const Tensor& tensor) {
   const auto dtype = dtype_of(tensor.scalar_type());
   TORCH_CHECK(dtype, "freezekit's kernels take float32, float64, float16 and bfloat16, got ", tensor.scalar_type());
   return *dtype;
-}
-
-void transform_filter(FilterTransform transform, const Tensor& filter, int64_t groups, const Tensor& out,
-                      Backend backend) {
-  route_step(Op::frozen_conv2d, backend, filter);  // refuses what cannot be
-  const c10::DeviceGuard guard(filter.device());
-  const KernelLibrary& library = kernel_library(backend);
-  Conv2dProblem problem;
-  problem.k = filter.size(0), problem.c = filter.size(1) * groups, problem.r = filter.size(2);
-  problem.s = filter.size(3), problem.groups = groups;
-  transform.from = kernel_dtype(filter), transform.to = kernel_dtype(out);
-  transform.stride_k = filter.stride(0), transform.stride_c = filter.stride(1);
-  transform.stride_r = filter.stride(2), transform.stride_s = filter.stride(3);
-  check_status(library.table->filter_transform(problem, transform, filter.const_data_ptr(), out.mutable_data_ptr(),
-                                               stream_of(filter)),
-               "filter_transform", library);
-  if (!launch_log::is_enabled()) return;
-  launch_log::add({"filter_transform", "filter_transform", backend, {{"weight_size", filter.sizes().vec()}}});
 }
 
 std::tuple<Tensor, Tensor> norm_affine(const FixedNormTensors& norm, const Tensor& bias, const Tensor& like,
@@ -262,8 +251,8 @@ Tensor dgrad_epilogue(const Conv2dProblem& problem, const Tensor& grad_output, c
   // Kernels on tensor cores make a filter of their own anyway, and multiply it there.
   const bool makes_filter =
       choice.selection.family == Family::implicit_gemm || choice.selection.family == Family::hopper;
-  const Tensor w = scale.defined() && !makes_filter ? scaled_filter(weight, scale, problem.groups, g.backend)
-                                                    : dense_channels_last(weight);
+  const Tensor w =
+      scale.defined() && !makes_filter ? scaled_filter(choice, weight, scale) : dense_channels_last(weight);
   const Tensor m = mask_in.defined() ? mask_in.contiguous() : Tensor();
   Epilogue epilogue;
   if (m.defined()) epilogue.mask_in = static_cast<const uint32_t*>(m.const_data_ptr());

@@ -6,7 +6,6 @@
 
 #include "kernels/api.h"
 #include "torch/backends/kernel_library.h"
-#include "torch/common/fixed_norm.h"
 #include "torch/common/operators.h"
 
 namespace freezekit::native {
@@ -44,9 +43,6 @@ DType kernel_dtype(const Tensor&);
 // scale and shift (K) of the norm behind a convolution, of what tensors of `like`'s dtype accumulate in; undefined parts
 // of the norm and an undefined bias do nothing.
 std::tuple<Tensor, Tensor> norm_affine(const FixedNormTensors&, const Tensor& bias, const Tensor& like, Backend);
-
-// Another form of a filter (K, C/G, R, S) of any strides, as `transform` says; dtypes and strides are filled in.
-void transform_filter(FilterTransform transform, const Tensor& filter, int64_t groups, const Tensor& out, Backend);
 
 Tensor conv2d(const Conv2dProblem&, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
               const Geometry&);

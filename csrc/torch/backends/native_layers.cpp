@@ -1,5 +1,8 @@
 #include "torch/backends/native_layers.h"
 
+#include <ATen/ops/hardtanh.h>
+#include <ATen/ops/leaky_relu.h>
+#include <ATen/ops/relu.h>
 #include <c10/core/DeviceGuard.h>
 
 #include "torch/backends/kernel_library.h"
@@ -26,6 +29,11 @@ void run(const char* op, const char* kernel, const Tensor& on, std::initializer_
 uint32_t* words_of(const Tensor& bits) { return static_cast<uint32_t*>(bits.mutable_data_ptr()); }
 
 }  // namespace
+
+Tensor by_torch(const PiecewiseActivation& f, const Tensor& x) {
+  if (f.kind == ActivationKind::relu) return at::relu(x);
+  return f.kind == ActivationKind::hardtanh ? at::hardtanh(x, f.a, f.b) : at::leaky_relu(x, f.a);
+}
 
 void activation(const PiecewiseActivation& f, const Tensor& x, const Tensor& y, const Tensor& bits) {
   static constexpr const char* kernels[] = {"activation_relu", "activation_hardtanh", "activation_leaky_relu"};

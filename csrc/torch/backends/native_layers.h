@@ -19,7 +19,15 @@ struct GateRule {
   std::optional<double> off;
 };
 
+// The gradient of an activation.
+inline GateRule gate_of(const PiecewiseActivation& f) {
+  return {1, f.kind == ActivationKind::leaky_relu ? std::optional<double>(f.a) : std::nullopt};
+}
+
 namespace native {
+
+// What torch's own operator makes of x.
+Tensor by_torch(const PiecewiseActivation&, const Tensor& x);
 
 void activation(const PiecewiseActivation&, const Tensor& x, const Tensor& y, const Tensor& bits);
 void gate(const GateRule&, const Tensor& x, const Tensor& bits, const Tensor& out);

@@ -6,7 +6,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 
-#include <algorithm>
 #include <limits>
 
 namespace freezekit::proof {
@@ -67,32 +66,16 @@ Tensor with_other_signs(int which, const Tensor& of) {
 Tensor special_values(const Tensor& like, std::initializer_list<double> around) {
   const Limits of = limits_of(like.scalar_type());
   constexpr double infinity = std::numeric_limits<double>::infinity(), nan = std::numeric_limits<double>::quiet_NaN();
-  std::vector<double> values = {0.,
-                                -0.,
-                                nan,
-                                infinity,
-                                -infinity,
-                                of.largest,
-                                -of.largest,
-                                of.smallest,
-                                -of.smallest,
-                                of.subnormal,
-                                -of.subnormal,
-                                3 * of.subnormal,
-                                1.,
-                                -1.,
-                                1 + of.epsilon,
-                                -1 - of.epsilon,
-                                1. / 3,
-                                -1. / 3,
-                                2.7182818284590452,
-                                -3.1415926535897932,
-                                0.1,
-                                -0.7,
-                                100.3,
-                                -250.9,
-                                1e-3,
-                                -2e-3};
+  std::vector<double> values = {0., -0., nan};
+  const auto add = [&](std::initializer_list<double> sizes) {
+    for (const double size : sizes) values.insert(values.end(), {size, -size});
+  };
+  add({infinity, of.largest, of.smallest, of.subnormal});
+  values.push_back(3 * of.subnormal);
+  add({1., 1 + of.epsilon, 1. / 3});
+  for (const double rounded : {2.7182818284590452, -3.1415926535897932, 0.1, -0.7, 100.3, -250.9, 1e-3, -2e-3}) {
+    values.push_back(rounded);
+  }
   for (const double end : around) {
     values.insert(values.end(), {end, end * (1 + of.epsilon), end * (1 - of.epsilon)});
   }

@@ -12,7 +12,6 @@
 #include <functional>
 #include <optional>
 #include <string>
-#include <vector>
 
 #include "torch/backends/choices.h"
 
@@ -63,5 +62,16 @@ std::optional<choices::Measurement> known(const std::string& key);
 // transforms, dispatch modes and determinism, and where nothing may wait for the device.
 std::optional<choices::Measurement> verdict(const std::string& key, const Tensor& on,
                                             const std::function<Contest()>& contest);
+
+// Of layers around convolutions, a layer's kernels of both passes (layer_proofs.cpp). They are compared on values of a
+// proof's own, and timed on a part of the layer's input, of which they hold no more than a result of torch's two passes.
+// Activations come with the gate that is their gradient, dropout with the mask as bits, of which nothing is drawn, max
+// pooling with both maps by taps.
+Contest activations(const Tensor& x);
+Contest dropout(const Tensor& x);
+Contest max_pool2d(const Tensor& x);
+// Whether kernels could read such a tensor without a copy.
+bool is_dense(const Tensor& x);
+bool is_image_batch(const Tensor& x);
 
 }  // namespace freezekit::proof

@@ -2,7 +2,6 @@
 
 #include <ATen/Context.h>
 #include <c10/core/DeviceGuard.h>
-#include <torch/csrc/autograd/variable.h>
 
 #include <array>
 #include <cmath>
@@ -10,7 +9,7 @@
 #include <unordered_map>
 #include <vector>
 
-#include "torch/backends/layer_proofs.h"
+#include "torch/backends/proof.h"
 #include "torch/common/unseen.h"
 
 namespace freezekit {

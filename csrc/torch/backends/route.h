@@ -13,7 +13,6 @@
 #include <ATen/core/Tensor.h>
 #include <torch/csrc/autograd/functions/utils.h>
 
-#include <optional>
 #include <string>
 #include <string_view>
 

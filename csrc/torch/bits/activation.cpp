@@ -8,12 +8,8 @@
 //   relu         max(x, 0)                  dy where x > 0, else 0
 //   hardtanh     min(max(x, a), b)          dy where a < x < b, else 0 lowest and highest value
 //   leaky_relu   x where x > 0, else a x    dy where x > 0, else a dy  a is the slope
-#include "torch/bits/activation.h"
-
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/hardtanh.h>
 #include <ATen/ops/leaky_relu.h>
 #include <ATen/ops/relu.h>
@@ -29,12 +25,15 @@
 #include "torch/backends/native_layers.h"
 #include "torch/backends/route.h"
 #include "torch/bits/gate.h"
+#include "torch/bits/layers.h"
 #include "torch/common/checks.h"
 #include "torch/common/layout.h"
 #include "torch/common/unseen.h"
 
 namespace freezekit {
 namespace {
+
+using native::by_torch;
 
 constexpr std::array<const char*, 3> kKinds = {"relu", "hardtanh", "leaky_relu"};
 
@@ -59,10 +58,6 @@ struct Piecewise : PiecewiseActivation {
 
   Backend backend;
 
-  Tensor by_aten(const Tensor& x) const {
-    if (kind == ActivationKind::relu) return at::relu(x);
-    return kind == ActivationKind::hardtanh ? at::hardtanh(x, a, b) : at::leaky_relu(x, a);
-  }
   void by_aten_(Tensor& x) const {
     if (kind == ActivationKind::relu) {
       at::relu_(x);
@@ -83,7 +78,6 @@ struct Piecewise : PiecewiseActivation {
     if (kind == ActivationKind::hardtanh) return x.le(a).logical_or(x.ge(b)).logical_not();
     return x.gt(0);
   }
-  GateRule rule() const { return {1, kind == ActivationKind::leaky_relu ? std::optional<double>(a) : std::nullopt}; }
   // relu's backward operator reads the result, and leaky_relu's that of a call in place; else they read the input, of a
   // call in place a copy of it.
   GateGradient gradient(const Tensor& x, const Tensor* y) const {
@@ -92,7 +86,7 @@ struct Piecewise : PiecewiseActivation {
     const Link link{of_result ? Link::To::result : Link::To::operands, 1, /*zeros=*/true, /*lasting=*/true};
     Operand operand = of_result || inplace ? Operand() : Operand(x);
     operand.is_first = kind != ActivationKind::hardtanh;
-    return {{dense_strides(of_result && y ? *y : x), rule(), backend}, link, std::move(operand)};
+    return {{dense_strides(of_result && y ? *y : x), gate_of(*this), backend}, link, std::move(operand)};
   }
 };
 
@@ -100,23 +94,6 @@ using ActivationOperator = SettingsOperator<Piecewise, Tensor(const Tensor& inpu
 using InplaceOperator = SettingsOperator<Piecewise, void(Tensor& input)>;
 using BitsOperator = SettingsOperator<Piecewise, std::tuple<Tensor, Tensor>(const Tensor& input)>;
 using InplaceBitsOperator = SettingsOperator<Piecewise, Tensor(Tensor& input)>;
-
-template <class T>
-FK_SIMD_CLONES void relu_words(const T* x, T* y, uint32_t* bits, int64_t numel, int64_t first, int64_t last) {
-  cpu::make_bits(x, y, bits, numel, first, last, cpu::Relu<T>{});
-}
-
-template <class T>
-FK_SIMD_CLONES void leaky_relu_words(const T* x, T* y, uint32_t* bits, int64_t numel, int64_t first, int64_t last,
-                                     cpu::LeakyRelu<T> rule) {
-  cpu::make_bits(x, y, bits, numel, first, last, rule);
-}
-
-template <class T>
-FK_SIMD_CLONES void hardtanh_words(const T* x, T* y, uint32_t* bits, int64_t numel, int64_t first, int64_t last,
-                                   cpu::Hardtanh<T> rule) {
-  cpu::make_bits(x, y, bits, numel, first, last, rule);
-}
 
 // x and y dense and of one layout; they may be one tensor.
 void bits_cpu(const Tensor& x, const Tensor& y, const Tensor& bits, const Piecewise& f) {
@@ -129,15 +106,16 @@ void bits_cpu(const Tensor& x, const Tensor& y, const Tensor& bits, const Piecew
     const C a = static_cast<C>(f.a), b = static_cast<C>(f.b);
     const auto rounded = [](C value) { return static_cast<C>(static_cast<scalar_t>(value)); };
     at::parallel_for(0, mask_words(numel), kWordsPerTask, [&](int64_t first, int64_t last) {
+      const auto make = [&]<class Rule>(Rule rule) {
+        cpu::in_vectors<cpu::make_bits<scalar_t, Rule>>(from, to, words, numel, first, last, rule);
+      };
       if (f.kind == ActivationKind::relu) {
         first = cpu::relu_fast(from, to, words, first, std::clamp(numel / 32, first, last));
-      }
-      if (f.kind == ActivationKind::relu) {
-        relu_words(from, to, words, numel, first, last);
+        make(cpu::Relu<scalar_t>{});
       } else if (f.kind == ActivationKind::hardtanh) {
-        hardtanh_words(from, to, words, numel, first, last, {rounded(a), rounded(b), a, b});
+        make(cpu::Hardtanh<scalar_t>{rounded(a), rounded(b), a, b});
       } else {
-        leaky_relu_words(from, to, words, numel, first, last, {a});
+        make(cpu::LeakyRelu<scalar_t>{a});
       }
     });
   });
@@ -152,7 +130,7 @@ std::tuple<Tensor, Tensor> bits_kernel(const Tensor& input, const Piecewise& f) 
   check_floating(input, "input");
   const Tensor x = dense(input);
   const Computer computer = route_step(Op::activation, f.backend, x).computer;
-  if (!has_kernel(computer)) return {f.by_aten(input), pack_bits(f.mask_by_aten(x))};
+  if (!has_kernel(computer)) return {by_torch(f, input), pack_bits(f.mask_by_aten(x))};
   const Tensor y = x.is_same(input) ? f.empty_result(x) : x;
   const Tensor bits = empty_bits(x);
   by_kernel(computer, x, y, bits, f);
@@ -197,31 +175,18 @@ Tensor activation_bits_(Tensor& input, const Piecewise& f) {
 }
 
 Tensor activation_entry(const Tensor& input, const Piecewise& f) {
-  if (route(Op::activation, f.backend, input).computer == Computer::formula) return f.by_aten(input);
-  auto [result, bits] = [&] {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    return activation_bits(input, f);
-  }();
+  if (route(Op::activation, f.backend, input).computer == Computer::formula) return by_torch(f, input);
+  auto [result, bits] = below_autograd([&] { return activation_bits(input, f); });
   const auto node = formula_node("FreezekitActivationBackward", f.gradient(input, &result), input);
-  if (!node) return result;
-  node->keep(bits);
-  torch::autograd::set_history(result, node);
-  return result;
+  return with_history(std::move(result), node, bits);
 }
 
 void activation_inplace_entry(Tensor& input, const Piecewise& f) {
   if (route(Op::activation, f.backend, input).computer == Computer::formula) return f.by_aten_(input);
   torch::autograd::check_inplace(input, torch::autograd::compute_requires_grad(input));
   const auto node = formula_node("FreezekitActivationBackward", f.gradient(input, /*y=*/nullptr), input);
-  const Tensor bits = [&] {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    return activation_bits_(input, f);
-  }();
-  torch::autograd::impl::bump_version(input);
-  if (!node) return;
-  node->keep(bits);
-  torch::autograd::impl::rebase_history(input, {node, node->add_input_metadata(input)});
-  if (input.is_view()) node->set_view(input);
+  set_history_in_place(input, node, below_autograd([&] { return activation_bits_(input, f); }));
+  if (node && input.is_view()) node->set_view(input);
 }
 
 void register_activations(torch::Library& m) {
@@ -231,7 +196,7 @@ void register_activations(torch::Library& m) {
 
 // Without autograd: in inference mode, and below other transforms.
 Tensor activation_plain(const Tensor& input, const Piecewise& f) {
-  return is_own(f.backend) ? std::get<0>(bits_kernel(input, f)) : f.by_aten(input);
+  return is_own(f.backend) ? std::get<0>(bits_kernel(input, f)) : by_torch(f, input);
 }
 
 void activation_inplace_plain(Tensor& input, const Piecewise& f) {

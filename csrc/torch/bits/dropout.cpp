@@ -5,8 +5,6 @@
 // The random numbers come from the very calls that torch makes, so a seed gives the result of torch's dropout: on a CPU
 // and in place bernoulli_ of a tensor of noise, which is freed at once, elsewhere native_dropout, whose mask of bytes is
 // packed and freed. So a GPU's bits come from torch's own Philox stream.
-#include "torch/bits/dropout.h"
-
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/dropout.h>
 #include <ATen/ops/empty_like.h>
@@ -18,6 +16,7 @@
 #include "torch/backends/native_layers.h"
 #include "torch/backends/route.h"
 #include "torch/bits/gate.h"
+#include "torch/bits/layers.h"
 #include "torch/common/checks.h"
 #include "torch/common/layout.h"
 #include "torch/common/unseen.h"
@@ -178,15 +177,10 @@ void register_dropout(torch::Library& m) {
 
 Tensor record_dropout(const Tensor& input, double p, bool train, Backend backend) {
   if (is_left_to_torch(input, p, train, backend)) return at::dropout(input, p, train);
-  auto [result, bits] = [&] {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    return call_bits(input, p, backend);
-  }();
+  auto [result, bits] = below_autograd([&] { return call_bits(input, p, backend); });
   const auto node =
       formula_node("FreezekitDropoutBackward", DropoutGradient(input, p, /*inplace=*/false, backend), input);
-  node->keep(bits);
-  torch::autograd::set_history(result, node);
-  return result;
+  return with_history(std::move(result), node, bits);
 }
 
 void record_dropout_(Tensor& input, double p, bool train, Backend backend) {
@@ -197,13 +191,7 @@ void record_dropout_(Tensor& input, double p, bool train, Backend backend) {
   torch::autograd::check_inplace(input, /*requires_grad=*/true);
   const auto node =
       formula_node("FreezekitDropoutBackward", DropoutGradient(input, p, /*inplace=*/true, backend), input);
-  const Tensor bits = [&] {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    return call_bits_(input, p, backend);
-  }();
-  torch::autograd::impl::bump_version(input);
-  node->keep(bits);
-  torch::autograd::impl::rebase_history(input, {node, node->add_input_metadata(input)});
+  set_history_in_place(input, node, below_autograd([&] { return call_bits_(input, p, backend); }));
 }
 
 TORCH_LIBRARY_FRAGMENT(freezekit, m) {

@@ -3,14 +3,11 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
-#include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/empty_strided.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/where.h>
-#include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -19,7 +16,6 @@
 #include "cpu/relu_avx512.h"
 #include "cpu/simd.h"
 #include "torch/backends/cpu_formats.h"
-#include "torch/backends/native.h"
 #include "torch/backends/native_layers.h"
 #include "torch/backends/proof.h"
 #include "torch/backends/route.h"
@@ -28,17 +24,6 @@
 
 namespace freezekit {
 namespace {
-
-template <class T>
-FK_SIMD_CLONES void select_words(const T* x, T* y, const uint32_t* bits, int64_t numel, int64_t first, int64_t last) {
-  cpu::apply_bits(x, y, bits, numel, first, last, cpu::Select<T>{});
-}
-
-template <class T>
-FK_SIMD_CLONES void scale_words(const T* x, T* y, const uint32_t* bits, int64_t numel, int64_t first, int64_t last,
-                                cpu::Compute<T> on, cpu::Compute<T> off) {
-  cpu::apply_bits(x, y, bits, numel, first, last, cpu::Scale<T>{on, off});
-}
 
 // x and y dense, in the memory order of bits; they may be one tensor.
 void gate_cpu(const Tensor& x, const Tensor& y, const Tensor& bits, const GateRule& rule) {
@@ -49,11 +34,14 @@ void gate_cpu(const Tensor& x, const Tensor& y, const Tensor& bits, const GateRu
     scalar_t* to = y.mutable_data_ptr<scalar_t>();
     using C = cpu::Compute<scalar_t>;
     at::parallel_for(0, mask_words(numel), kWordsPerTask, [&](int64_t first, int64_t last) {
-      if (!rule.off) first = cpu::select_fast(from, to, words, first, std::clamp(numel / 32, first, last));
+      const auto apply = [&]<class Rule>(Rule each) {
+        cpu::in_vectors<cpu::apply_bits<scalar_t, Rule>>(from, to, words, numel, first, last, each);
+      };
       if (rule.off) {
-        scale_words(from, to, words, numel, first, last, static_cast<C>(rule.on), static_cast<C>(*rule.off));
+        apply(cpu::Scale<scalar_t>{static_cast<C>(rule.on), static_cast<C>(*rule.off)});
       } else {
-        select_words(from, to, words, numel, first, last);
+        first = cpu::select_fast(from, to, words, first, std::clamp(numel / 32, first, last));
+        apply(cpu::Select<scalar_t>{});
       }
     });
   });

@@ -3,22 +3,18 @@
 //   prelu(input, weight)   torch's value; its node keeps one bit per element, and the slope, where torch keeps the input
 //
 // dx is dy where x > 0, else slope * dy. The gradient of a slope reads x: where the slope learns, the call is torch's own.
-#include "torch/bits/prelu.h"
-
 #include <ATen/Dispatch.h>
-#include <ATen/autocast_mode.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/_prelu_kernel.h>
-#include <ATen/ops/add.h>
-#include <ATen/ops/bitwise_not.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/mul.h>
 #include <ATen/ops/prelu.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/library.h>
 
 #include "torch/backends/route.h"
 #include "torch/bits/gate.h"
+#include "torch/bits/layers.h"
+#include "torch/common/autocast.h"
 #include "torch/common/layout.h"
 #include "torch/common/shape_only.h"
 
@@ -91,13 +87,10 @@ Tensor prelu_plain(const Tensor& input, const Tensor& weight, std::string_view b
   return is_own(parse_backend(backend)) ? prelu_entry(input, weight, backend) : at::prelu(input, weight);
 }
 
-template <c10::DeviceType kDevice, c10::DispatchKey kKey>
 Tensor prelu_autocast(const Tensor& input, const Tensor& weight, std::string_view backend) {
   static const auto op = find_operator<PreluOperator>("freezekit::prelu");
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKeySet{kKey});
-  const auto dtype = at::autocast::get_lower_precision_fp_from_device_type(kDevice);
-  return op.call(at::autocast::cached_cast(dtype, input, kDevice), at::autocast::cached_cast(dtype, weight, kDevice),
-                 backend);
+  const Autocast cast(input);
+  return op.call(cast(input), cast(weight), backend);
 }
 
 }  // namespace
@@ -138,10 +131,7 @@ Tensor record_prelu(const Tensor& x, const Tensor& slope, Backend backend) {
   }
   const auto node =
       formula_node("FreezekitPReLUBackward", PreluGradient{dense_strides(x), Operand(x), backend}, x, slope);
-  if (!node) return y;
-  node->keep(bits, slope);
-  torch::autograd::set_history(y, node);
-  return y;
+  return with_history(std::move(y), node, bits, slope);
 }
 
 TORCH_LIBRARY_FRAGMENT(freezekit, m) {
@@ -150,11 +140,7 @@ TORCH_LIBRARY_FRAGMENT(freezekit, m) {
 TORCH_LIBRARY_IMPL(freezekit, CompositeExplicitAutograd, m) { m.impl("prelu", prelu_plain); }
 TORCH_LIBRARY_IMPL(freezekit, Autograd, m) { m.impl("prelu", prelu_entry); }
 TORCH_LIBRARY_IMPL(freezekit, FuncTorchBatched, m) { m.impl("prelu", prelu_entry); }
-TORCH_LIBRARY_IMPL(freezekit, AutocastCPU, m) {
-  m.impl("prelu", prelu_autocast<c10::DeviceType::CPU, c10::DispatchKey::AutocastCPU>);
-}
-TORCH_LIBRARY_IMPL(freezekit, AutocastCUDA, m) {
-  m.impl("prelu", prelu_autocast<c10::DeviceType::CUDA, c10::DispatchKey::AutocastCUDA>);
-}
+TORCH_LIBRARY_IMPL(freezekit, AutocastCPU, m) { m.impl("prelu", prelu_autocast); }
+TORCH_LIBRARY_IMPL(freezekit, AutocastCUDA, m) { m.impl("prelu", prelu_autocast); }
 
 }  // namespace freezekit

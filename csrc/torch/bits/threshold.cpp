@@ -1,5 +1,3 @@
-#include "torch/bits/threshold.h"
-
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -9,18 +7,13 @@
 #include "cpu/simd.h"
 #include "torch/backends/cpu_formats.h"
 #include "torch/bits/gate.h"
+#include "torch/bits/layers.h"
 #include "torch/common/layout.h"
 
 namespace freezekit {
 namespace {
 
 using at::Scalar;
-
-template <class T>
-FK_SIMD_CLONES void threshold_words(const T* x, T* y, uint32_t* bits, int64_t numel, int64_t first, int64_t last,
-                                    cpu::Threshold<T> rule) {
-  cpu::make_bits(x, y, bits, numel, first, last, rule);
-}
 
 // x and y dense and of one layout; they may be one tensor.
 Tensor threshold_bits(const Tensor& x, const Tensor& y, const Scalar& threshold, const Scalar& value) {
@@ -34,8 +27,9 @@ Tensor threshold_bits(const Tensor& x, const Tensor& y, const Scalar& threshold,
     // As torch has it: the value is rounded to the tensor's dtype, the threshold is not.
     const cpu::Threshold<scalar_t> rule{threshold.to<cpu::Compute<scalar_t>>(),
                                         cpu::bits_as<cpu::Bits<scalar_t>>(value.to<scalar_t>())};
-    at::parallel_for(0, mask_words(numel), kWordsPerTask,
-                     [&](int64_t first, int64_t last) { threshold_words(from, to, words, numel, first, last, rule); });
+    at::parallel_for(0, mask_words(numel), kWordsPerTask, [&](int64_t first, int64_t last) {
+      cpu::in_vectors<cpu::make_bits<scalar_t, cpu::Threshold<scalar_t>>>(from, to, words, numel, first, last, rule);
+    });
   });
   return bits;
 }
@@ -56,23 +50,18 @@ Tensor record_threshold(const Tensor& x, const Scalar& threshold, const Scalar& 
     y = whole.is_same(x) ? empty_elementwise(x) : whole;
     bits = threshold_bits(whole, y, threshold, value);
   }
-  const auto node = node_of(x, Operand(x));
-  node->keep(bits);
-  torch::autograd::set_history(y, node);
-  return y;
+  return with_history(std::move(y), node_of(x, Operand(x)), bits);
 }
 
 void record_threshold_(Tensor& x, const Scalar& threshold, const Scalar& value) {
   torch::autograd::check_inplace(x, /*requires_grad=*/true);
   const auto node = node_of(x, Operand());
-  {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    const Tensor whole = dense(x);
-    node->keep(threshold_bits(whole, whole, threshold, value));
+  const Tensor bits = below_autograd([&] {
+    const Tensor whole = dense(x), made = threshold_bits(whole, whole, threshold, value);
     if (!whole.is_same(x)) x.copy_(whole);
-  }
-  torch::autograd::impl::bump_version(x);
-  torch::autograd::impl::rebase_history(x, {node, node->add_input_metadata(x)});
+    return made;
+  });
+  set_history_in_place(x, node, bits);
 }
 
 }  // namespace freezekit

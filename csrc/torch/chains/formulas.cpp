@@ -18,11 +18,9 @@
 #include <array>
 #include <cmath>
 #include <optional>
-#include <typeinfo>
 #include <utility>
 
 #include "torch/autograd/node.h"
-#include "torch/chains/node_lock.h"
 
 namespace freezekit::chain {
 namespace {
@@ -34,29 +32,15 @@ using torch::autograd::SavedVariable;
 
 constexpr int kDeepest = 5;  // nodes on the way to a tensor that is kept
 
-template <class T>
-std::weak_ptr<T> weak(const std::shared_ptr<T>& pointer) {
-  return pointer;
-}
-template <class T>
-c10::weak_intrusive_ptr<T> weak(const c10::intrusive_ptr<T>& pointer) {
-  return c10::weak_intrusive_ptr<T>(pointer);
-}
-
 // The last powers. An edge to what one of them keeps is known by its numbers, and the node is asked whether it is there.
 struct Power {
   const Node* operand = nullptr;
   uint32_t nr = 0;
-  std::optional<decltype(weak(AnyNodePtr()))> node;
+  WeakNodePtr node{AnyNodePtr()};
 };
 
 thread_local std::array<Power, 32> powers;
 thread_local size_t next_power = 0;
-
-template <class T>
-const T* as(const Node* node) {
-  return node && typeid(*node) == typeid(T) ? static_cast<const T*>(node) : nullptr;
-}
 
 // Of a sum or a product of which one operand alone needs a gradient: that operand.
 std::optional<int> learning_operand(const Node* node) {
@@ -112,8 +96,8 @@ class Reader {
     if (const Tensor found = result ? kept_in(node, *result, pointer_to(*node)) : Tensor(); found.defined()) {
       return start(found);
     }
-    if (as<generated::ErfBackward0>(node)) {
-      let_operand_go(static_cast<generated::ErfBackward0*>(node));
+    if (auto* erf = as<generated::ErfBackward0>(node)) {
+      let_operand_go(erf);
       return {};
     }
     if (as<generated::SigmoidBackward0>(node)) {
@@ -181,7 +165,7 @@ class Reader {
   Tensor kept_by_power(const Edge& edge) const {
     for (const Power& power : powers) {
       if (power.operand != edge.function.get() || power.nr != edge.input_nr) continue;
-      const auto node = power.node->lock();
+      const auto node = power.node.lock();
       const auto* found = as<generated::PowBackward0>(node.get());
       if (!found || found->next_edge(0) != edge) continue;
       if (const Tensor tensor = kept_in(found, found->self_); tensor.defined()) return tensor;
@@ -261,9 +245,9 @@ bool makes_formula(const Node* node) {
 }
 
 SavedVariable* saved_result(Node* node) {
-  if (as<generated::SigmoidBackward0>(node)) return &static_cast<generated::SigmoidBackward0*>(node)->result_;
-  if (as<generated::TanhBackward0>(node)) return &static_cast<generated::TanhBackward0*>(node)->result_;
-  return nullptr;
+  if (auto* sigmoid = as<generated::SigmoidBackward0>(node)) return &sigmoid->result_;
+  auto* const tanh = as<generated::TanhBackward0>(node);
+  return tanh ? &tanh->result_ : nullptr;
 }
 
 std::shared_ptr<Recipe> formula_for(const Tensor& value, const Tensor& beside, bool watched, bool has_data) {
@@ -276,7 +260,7 @@ void note_power(const Tensor& result) {
   const Edge& operand = node->next_edge(0);
   // From torch 2.13 on a node that saved a leaf by hooks holds it until there is no pointer left, not even a weak one.
   if (as<torch::autograd::AccumulateGrad>(operand.function.get())) return;
-  powers[next_power++ % powers.size()] = {operand.function.get(), operand.input_nr, weak(node)};
+  powers[next_power++ % powers.size()] = {operand.function.get(), operand.input_nr, WeakNodePtr(node)};
 }
 
 }  // namespace freezekit::chain

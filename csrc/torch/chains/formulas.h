@@ -2,14 +2,46 @@
 // which both are kept, the sigmoid of a multiple of what it is multiplied with.
 #pragma once
 
+#include <c10/util/Exception.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/saved_variable.h>
 
+#include <mutex>
 #include <optional>
+#include <typeinfo>
 
 #include "torch/chains/recipes.h"
 
 namespace freezekit::chain {
+
+// The node as one of that very class; else null.
+template <class T>
+const T* as(const torch::autograd::Node* node) {
+  return node && typeid(*node) == typeid(T) ? static_cast<const T*>(node) : nullptr;
+}
+template <class T>
+T* as(torch::autograd::Node* node) {
+  return const_cast<T*>(as<T>(static_cast<const torch::autograd::Node*>(node)));
+}
+
+// A node that another thread may be going backward through: what it saved is read, and replaced, under its lock.
+// Raises where the node is busy: waiting could be for ever, and without a recipe all is kept as in torch. A node that this
+// thread is running is locked already.
+class NodeLock {
+ public:
+  explicit NodeLock(const torch::autograd::Node& node) {
+    if (&node == torch::autograd::get_current_node().get()) return;
+    lock_ = std::unique_lock(Access::mutex_of(node), std::try_to_lock);
+    TORCH_CHECK(lock_.owns_lock(), node.name(), " is being run by another thread");
+  }
+
+ private:
+  struct Access : torch::autograd::Node {
+    static std::mutex& mutex_of(const Node& node) { return const_cast<Node&>(node).*(&Access::mutex_); }
+  };
+
+  std::unique_lock<std::mutex> lock_;
+};
 
 // Whether a value of that node may be one.
 bool makes_formula(const torch::autograd::Node* node);

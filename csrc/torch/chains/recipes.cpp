@@ -1,10 +1,8 @@
 #include "torch/chains/recipes.h"
 
-#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/TensorIterator.h>
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/native_group_norm.h>
 #include <ATen/ops/native_layer_norm.h>
 #include <torch/csrc/autograd/saved_variable.h>
@@ -42,16 +40,6 @@ std::vector<Tensor> with_defined(std::vector<Tensor> tensors, const std::vector<
   return tensors;
 }
 
-template <class T, class Channels>
-FK_SIMD_CLONES void write_row(const T* x, Channels channels, T* y, int64_t count) {
-  cpu::affine_row(x, channels, y, count);
-}
-
-template <class T, class Channels>
-FK_SIMD_CLONES bool is_row(const T* x, Channels channels, const T* y, int64_t count) {
-  return cpu::is_affine_row(x, channels, y, count);
-}
-
 // The elements of (N, C, ...) as rows in memory order; by_channel where a row is of one channel.
 struct ChannelRows {
   int64_t count, length, per_image;
@@ -80,16 +68,27 @@ struct ChannelRows {
   }
 };
 
-// x * scale + shift, as torch computes group and batch norms. What is made of parameters and statistics is its own: nobody
-// else can write to it.
+// Of one tensor that is kept. What is made of parameters and statistics is its own: nobody else can write to it.
+class OfOne : public Recipe {
+ public:
+  explicit OfOne(const Tensor& x) : x_(x) {}
+
+  void hold() override { x_.hold(); }
+  void check(bool bytes) const override { x_.check(bytes); }
+
+ protected:
+  Held x_;
+};
+
+// x * scale + shift, as torch computes group and batch norms.
 template <class T>
-class AffineNorm : public Recipe {
+class AffineNorm : public OfOne {
  public:
   // x: (N, C, ...). Of the N * C channels in a row, `width` share a mean and rstd. Where a vector ends, it begins again;
   // weight and bias, as they were for x, may be undefined.
   AffineNorm(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean, const Tensor& rstd,
              int64_t width)
-      : x_(x), scales_and_shifts_(unrecorded([&] {
+      : OfOne(x), scales_and_shifts_(unrecorded([&] {
           const c10::SymInt count = 2 * x.size(0) * x.size(1);
           return empty_beside(x, count, at::MemoryFormat::Contiguous, x.scalar_type());
         })) {
@@ -112,16 +111,12 @@ class AffineNorm : public Recipe {
     }
   }
 
-  void hold() override { x_.hold(); }
-
-  void check(bool bytes) const override { x_.check(bytes); }
-
   Tensor compute() const override {
     const Tensor& x = x_.tensor();
     const Tensor y = empty_beside(x, x.sym_sizes(), x.sym_strides(), x.scalar_type());
     T* to = y.mutable_data_ptr<T>();
-    all_rows([&](const T* row, auto channels, int64_t at, int64_t length) {
-      write_row(row, channels, to + at, length);
+    all_rows([&]<class Channels>(const T* row, Channels channels, int64_t at, int64_t length) {
+      cpu::in_vectors<cpu::affine_row<T, Channels>>(row, channels, to + at, length);
       return true;
     });
     return y;
@@ -134,8 +129,8 @@ class AffineNorm : public Recipe {
       return false;
     }
     const auto is_value = [&, y = value.const_data_ptr<T>()] {
-      return all_rows([&](const T* row, auto channels, int64_t at, int64_t length) {
-        return is_row(row, channels, y + at, length);
+      return all_rows([&]<class Channels>(const T* row, Channels channels, int64_t at, int64_t length) {
+        return cpu::in_vectors<cpu::is_affine_row<T, Channels>>(row, channels, y + at, length);
       });
     };
     // Whether a shift is rounded once or twice was decided by the compiler of this torch.
@@ -158,20 +153,17 @@ class AffineNorm : public Recipe {
                     [&](int64_t at, auto channels) { return f(from + at, channels, at, rows.length); });
   }
 
-  Held x_;
   Tensor scales_and_shifts_;              // (2, N, C)
   mutable std::vector<T> rounded_twice_;  // shifts, until the trial
 };
 
 // Torch normalises each row by itself, on however many threads.
-class LayerNorm : public Recipe {
+class LayerNorm : public OfOne {
  public:
   // x: contiguous rows of that shape. weight, bias: of one row, as they were for x, or undefined.
   LayerNorm(const Tensor& x, at::IntArrayRef shape, const Tensor& weight, const Tensor& bias, double eps)
-      : x_(x), shape_(shape.vec()), weight_(copy_of(weight)), bias_(copy_of(bias)), eps_(eps) {}
+      : OfOne(x), shape_(shape.vec()), weight_(copy_of(weight)), bias_(copy_of(bias)), eps_(eps) {}
 
-  void hold() override { x_.hold(); }
-  void check(bool bytes) const override { x_.check(bytes); }
   std::vector<Tensor> reads() const override { return with_defined({x_.tensor()}, {weight_, bias_}); }
 
   Tensor compute() const override {
@@ -207,7 +199,6 @@ class LayerNorm : public Recipe {
     return std::get<0>(at::native_layer_norm(rows, shape_, weight_, bias_, eps_));
   }
 
-  Held x_;
   std::vector<int64_t> shape_;
   Tensor weight_, bias_;
   double eps_;

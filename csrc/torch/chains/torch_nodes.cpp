@@ -22,7 +22,6 @@
 
 #include "torch/autograd/node.h"
 #include "torch/chains/formulas.h"
-#include "torch/chains/node_lock.h"
 #include "torch/chains/recipes.h"
 
 namespace freezekit::chain {
@@ -83,11 +82,6 @@ const Note* note_of(const Node* node) {
 
 Node* node_of(const Tensor& result) { return result.grad_fn().get(); }
 
-template <class T>
-T* as(Node* node) {
-  return node && typeid(*node) == typeid(T) ? static_cast<T*>(node) : nullptr;
-}
-
 // A tensor that hooks have not taken is there without what autograd knows of it. Undefined once the graph is freed.
 template <class T>
 Tensor statistic(const T& node, const SavedVariable& variable) {
@@ -139,25 +133,57 @@ std::shared_ptr<Recipe> of_layer_norm(const generated::NativeLayerNormBackward0&
 
 // The node, or what is behind it if it is a view's: instance norm is a batch norm's result with other sizes.
 const Node* behind_view(const Node* node) {
-  if (!node || typeid(*node) != typeid(generated::ViewBackward0)) return node;
+  if (!as<generated::ViewBackward0>(node)) return node;
   const auto& edge = node->next_edge(0);
   return edge.input_nr == 0 ? edge.function.get() : nullptr;
 }
 
-bool is_batch_norm(const Node* node) { return node && typeid(*node) == typeid(generated::NativeBatchNormBackward0); }
+bool is_batch_norm(const Node* node) { return as<generated::NativeBatchNormBackward0>(node); }
 
 bool is_norm(const Node* node) {
-  return node && (typeid(*node) == typeid(generated::NativeGroupNormBackward0) ||
-                  typeid(*node) == typeid(generated::NativeLayerNormBackward0) || is_batch_norm(node));
+  return as<generated::NativeGroupNormBackward0>(node) || as<generated::NativeLayerNormBackward0>(node) ||
+         is_batch_norm(node);
+}
+
+// What an activation's node computed.
+Function operator_of(const generated::SiluBackward0&) {
+  return [](const Tensor& x) { return at::silu(x); };
+}
+Function operator_of(const generated::HardswishBackward0&) {
+  return [](const Tensor& x) { return at::hardswish(x); };
+}
+Function operator_of(const generated::MishBackward0&) {
+  return [](const Tensor& x) { return at::mish(x); };
+}
+Function operator_of(const generated::GeluBackward0& node) {
+  return [how = node.approximate](const Tensor& x) { return at::gelu(x, how); };
+}
+Function operator_of(const generated::EluBackward0& node) {
+  return [alpha = node.alpha, scale = node.scale, input_scale = node.input_scale](const Tensor& x) {
+    return at::elu(x, alpha, scale, input_scale);
+  };
+}
+Function operator_of(const generated::SoftplusBackward0& node) {
+  return [beta = node.beta, threshold = node.threshold](const Tensor& x) { return at::softplus(x, beta, threshold); };
+}
+
+// f(the node) as what it is, if that is an activation's.
+template <class F>
+bool visit_activation(Node* node, const F& f) {
+  const auto visit = [&]<class... T>(std::tuple<T...>*) { return ((as<T>(node) && (f(*as<T>(node)), true)) || ...); };
+  return visit(
+      static_cast<std::tuple<generated::SiluBackward0, generated::HardswishBackward0, generated::MishBackward0,
+                             generated::GeluBackward0, generated::EluBackward0, generated::SoftplusBackward0>*>(
+          nullptr));
 }
 
 template <class T>
-std::shared_ptr<Recipe> of_activation(const T& node, bool watched, bool has_data, Function f) {
+std::shared_ptr<Recipe> of_activation(const T& node, bool watched, bool has_data) {
   const NodeLock lock(node);
   const Note* note = node.self_.has_hooks() ? note_of(&node) : nullptr;
-  if (RecipePtr inner = note ? note->recipe.lock() : nullptr) return function_of(std::move(inner), std::move(f));
+  if (RecipePtr inner = note ? note->recipe.lock() : nullptr) return function_of(std::move(inner), operator_of(node));
   if (node.self_.has_hooks() && !watched) return nullptr;
-  return function_of(node.self_.unpack(), std::move(f), has_data);
+  return function_of(node.self_.unpack(), operator_of(node), has_data);
 }
 
 std::shared_ptr<Recipe> candidate_for(const Tensor& value, Maker maker, bool watched, const Tensor& beside,
@@ -165,40 +191,18 @@ std::shared_ptr<Recipe> candidate_for(const Tensor& value, Maker maker, bool wat
   if (maker == Maker::formula) return formula_for(value, beside, watched, has_data);
   Node* const made = node_of(value);
   if (maker == Maker::norm) {
-    if (const auto* node = as<generated::NativeLayerNormBackward0>(made))
+    if (const auto* node = as<generated::NativeLayerNormBackward0>(made)) {
       return of_layer_norm(*node, watched, has_data);
-    if (const auto* node = as<generated::NativeGroupNormBackward0>(made))
+    }
+    if (const auto* node = as<generated::NativeGroupNormBackward0>(made)) {
       return of_group_norm(*node, watched, has_data);
-    const Node* const behind = behind_view(made);
-    if (!is_batch_norm(behind)) return nullptr;
-    return of_batch_norm(static_cast<const generated::NativeBatchNormBackward0&>(*behind), value.sizes(), watched,
-                         has_data);
+    }
+    const auto* const node = as<generated::NativeBatchNormBackward0>(behind_view(made));
+    return node ? of_batch_norm(*node, value.sizes(), watched, has_data) : nullptr;
   }
-  if (const auto* node = as<generated::SiluBackward0>(made)) {
-    return of_activation(*node, watched, has_data, [](const Tensor& x) { return at::silu(x); });
-  }
-  if (const auto* node = as<generated::HardswishBackward0>(made)) {
-    return of_activation(*node, watched, has_data, [](const Tensor& x) { return at::hardswish(x); });
-  }
-  if (const auto* node = as<generated::MishBackward0>(made)) {
-    return of_activation(*node, watched, has_data, [](const Tensor& x) { return at::mish(x); });
-  }
-  if (const auto* node = as<generated::GeluBackward0>(made)) {
-    return of_activation(*node, watched, has_data,
-                         [how = node->approximate](const Tensor& x) { return at::gelu(x, how); });
-  }
-  if (const auto* node = as<generated::EluBackward0>(made)) {
-    return of_activation(*node, watched, has_data,
-                         [alpha = node->alpha, scale = node->scale, input_scale = node->input_scale](const Tensor& x) {
-                           return at::elu(x, alpha, scale, input_scale);
-                         });
-  }
-  if (const auto* node = as<generated::SoftplusBackward0>(made)) {
-    return of_activation(*node, watched, has_data, [beta = node->beta, threshold = node->threshold](const Tensor& x) {
-      return at::softplus(x, beta, threshold);
-    });
-  }
-  return nullptr;
+  std::shared_ptr<Recipe> recipe;
+  visit_activation(made, [&](const auto& node) { recipe = of_activation(node, watched, has_data); });
+  return recipe;
 }
 
 class ComputedAgain : public SavedVariableHooks {
@@ -228,19 +232,10 @@ class ComputedAgain : public SavedVariableHooks {
   const bool is_last_;  // of the nodes that ask for it
 };
 
-template <class T>
-SavedVariable* saved_self(Node* node) {
-  T* activation = as<T>(node);
-  return activation ? &activation->self_ : nullptr;
-}
-
 SavedVariable* saved_of_activation(Node* node) {
-  for (auto find : {saved_self<generated::SiluBackward0>, saved_self<generated::GeluBackward0>,
-                    saved_self<generated::HardswishBackward0>, saved_self<generated::MishBackward0>,
-                    saved_self<generated::EluBackward0>, saved_self<generated::SoftplusBackward0>}) {
-    if (SavedVariable* found = find(node)) return found;
-  }
-  return nullptr;
+  SavedVariable* saved = nullptr;
+  visit_activation(node, [&](auto& activation) { saved = &activation.self_; });
+  return saved;
 }
 
 SavedVariable* saved(Node* node, Slot slot) {
@@ -357,7 +352,7 @@ void note_norm(const Tensor& result, const Tensor& bias, double eps) {
   Note& note = new_note(node);
   note.has_bias = bias.defined();
   note.eps = eps;
-  const bool keeps_bias = typeid(*node) == typeid(generated::NativeLayerNormBackward0);
+  const bool keeps_bias = as<generated::NativeLayerNormBackward0>(node);
   if (keeps_bias || !note.has_bias || !is_in_memory(bias) || !bias.is_contiguous()) return;
   if (!is_batch_norm(node)) {
     note.bias.emplace(bias);

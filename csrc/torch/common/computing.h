@@ -1,7 +1,6 @@
 // What operators that compute on data share: the problem in plain numbers, and a way to call ATen from below autograd.
 #pragma once
 
-#include <ATen/core/Tensor.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include "torch/common/operators.h"

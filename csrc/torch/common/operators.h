@@ -1,4 +1,5 @@
-// The operators as C++ functions that enter torch's dispatcher, and what their kernels share.
+// The operators as C++ functions that enter torch's dispatcher, and what their kernels share. Schemas are flat lists of
+// arguments; C++ functions take the settings of a call as one struct.
 //
 // The three convolutions are the partial derivatives of one trilinear form
 //   T(x, w, y) = sum over n, k, p, q, c, r, s of y[n, k, p, q] * x[n, c, h, w'] * w[k, c, r, s]
@@ -6,6 +7,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/SymInt.h>
 #include <c10/core/SymIntArrayRef.h>
 
@@ -14,13 +16,65 @@
 #include <optional>
 
 #include "core/problem.h"
-#include "torch/common/schema.h"
 
 namespace freezekit {
 
 using at::Tensor;
 using c10::IntArrayRef;
 using c10::SymIntArrayRef;
+
+// Arguments that may be absent: autograd's functions take an undefined tensor for one.
+using OptionalTensor = std::optional<Tensor>;
+
+inline const Tensor& tensor_of(const Tensor& tensor) { return tensor; }
+inline const Tensor& tensor_of(const OptionalTensor& tensor) {
+  static const Tensor none;
+  return tensor ? *tensor : none;
+}
+
+inline OptionalTensor optional_of(const Tensor& tensor) {
+  return tensor.defined() ? std::make_optional(tensor) : std::nullopt;
+}
+
+// Whether it is there, and requires a gradient.
+inline bool learns(const Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); }
+
+template <class... T>
+struct Arguments {};
+
+template <class Signature>
+c10::TypedOperatorHandle<Signature> find_operator(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+// An operator on operands, then settings. `Settings` has
+//   using Flat = Arguments<...>;           the C++ types of the arguments that it stands for, in the schema's order
+//   Settings(Flat...);
+//   apply(f), which calls f(Flat...)
+template <class Settings, class Signature, class Flat = typename Settings::Flat>
+class SettingsOperator;
+
+template <class Settings, class Result, class... Operands, class... Flat>
+class SettingsOperator<Settings, Result(Operands...), Arguments<Flat...>> {
+ public:
+  using Function = Result (*)(Operands..., const Settings&);
+
+  explicit SettingsOperator(const char* name) : handle_(find_operator<Result(Operands..., Flat...)>(name)) {}
+
+  // Enters torch's dispatcher.
+  Result operator()(Operands... operands, const Settings& settings) const {
+    return settings.apply([&](Flat... flat) -> Result { return handle_.call(operands..., flat...); });
+  }
+
+  // What the dispatcher calls: kFunction behind the schema's flat arguments.
+  template <Function kFunction>
+  static Result kernel(Operands... operands, Flat... flat) {
+    return kFunction(operands..., Settings(flat...));
+  }
+
+ private:
+  c10::TypedOperatorHandle<Result(Operands..., Flat...)> handle_;
+};
 
 enum class Backend : int8_t { automatic, native, aten, emulated };
 
@@ -63,6 +117,15 @@ struct Geometry {
 
 // Of a call on data, where all numbers are known.
 inline std::array<int64_t, 2> ints(const Geometry::Pair& pair) { return {pair[0].expect_int(), pair[1].expect_int()}; }
+
+// A batch norm with fixed statistics, as its live tensors: nothing is kept of what is made from them.
+// All of size (K); gamma, beta and mean may be undefined: 1, 0, 0. Without var there is no norm.
+struct FixedNormTensors {
+  Tensor gamma, beta, mean, var;
+  double eps = 0;
+
+  bool defined() const { return var.defined(); }
+};
 
 using Conv2dOperator =
     SettingsOperator<Geometry, Tensor(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias)>;

@@ -3,7 +3,6 @@
 // It reads grad_output alone. ATen's is a sum; under freezekit's own kernels it is a reduction whose order depends on
 // the sizes alone, so that the bits are the same whatever the layout of grad_output and the schedule of the device.
 #include <ATen/ops/empty.h>
-#include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/library.h>
 
 #include "torch/autograd/formula.h"

@@ -7,7 +7,7 @@
 #include "torch/common/checks.h"
 #include "torch/common/computing.h"
 #include "torch/common/layout.h"
-#include "torch/common/optional.h"
+#include "torch/common/operators.h"
 #include "torch/common/unseen.h"
 #include "torch/conv2d/autograd.h"
 

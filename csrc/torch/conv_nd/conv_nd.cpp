@@ -3,21 +3,18 @@
 // What the node keeps is what conv2d's keeps: x only for wgrad, w only for dgrad, nothing for the gradient of the bias.
 #include "torch/conv_nd/conv_nd.h"
 
-#include <ATen/autocast_mode.h>
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/library.h>
 
 #include "torch/autograd/formula.h"
 #include "torch/backends/route.h"
+#include "torch/common/autocast.h"
 #include "torch/common/checks.h"
 #include "torch/common/layout.h"
 #include "torch/common/unseen.h"
 
 namespace freezekit {
 namespace {
-
-using OptionalTensor = std::optional<Tensor>;
 
 using ConvNdOperator =
     SettingsOperator<ConvNdGeometry, Tensor(const Tensor& input, const Tensor& weight, const OptionalTensor& bias)>;
@@ -111,14 +108,11 @@ Tensor convolution_aten(const Tensor& input, const Tensor& weight, const Optiona
   return g.convolution(input, weight, bias);
 }
 
-template <c10::DeviceType kDevice, c10::DispatchKey kKey>
 Tensor convolution_autocast(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                             const ConvNdGeometry& g) {
   static const ConvNdOperator op("freezekit::convolution");
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKeySet{kKey});
-  const auto dtype = at::autocast::get_lower_precision_fp_from_device_type(kDevice);
-  const auto cast = [dtype](const Tensor& tensor) { return at::autocast::cached_cast(dtype, tensor, kDevice); };
-  return op(cast(input), cast(weight), bias ? std::make_optional(cast(*bias)) : std::nullopt, g);
+  const Autocast cast(input);
+  return op(cast(input), cast(weight), cast(bias), g);
 }
 
 }  // namespace
@@ -134,13 +128,7 @@ TORCH_LIBRARY_IMPL(freezekit, CompositeExplicitAutograd, m) {
 }
 TORCH_LIBRARY_IMPL(freezekit, FuncTorchBatched, m) { m.impl("convolution", ConvNdOperator::kernel<convolution_aten>); }
 TORCH_LIBRARY_IMPL(freezekit, Autograd, m) { m.impl("convolution", ConvNdOperator::kernel<record_convolution>); }
-TORCH_LIBRARY_IMPL(freezekit, AutocastCPU, m) {
-  m.impl("convolution",
-         ConvNdOperator::kernel<convolution_autocast<c10::DeviceType::CPU, c10::DispatchKey::AutocastCPU>>);
-}
-TORCH_LIBRARY_IMPL(freezekit, AutocastCUDA, m) {
-  m.impl("convolution",
-         ConvNdOperator::kernel<convolution_autocast<c10::DeviceType::CUDA, c10::DispatchKey::AutocastCUDA>>);
-}
+TORCH_LIBRARY_IMPL(freezekit, AutocastCPU, m) { m.impl("convolution", ConvNdOperator::kernel<convolution_autocast>); }
+TORCH_LIBRARY_IMPL(freezekit, AutocastCUDA, m) { m.impl("convolution", ConvNdOperator::kernel<convolution_autocast>); }
 
 }  // namespace freezekit

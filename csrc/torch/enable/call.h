@@ -1,11 +1,13 @@
 // Which calls a stand-in serves. A list of what it serves, not of what it does not: what is unknown is torch's.
 #pragma once
 
+#include <ATen/core/Scalar.h>
 #include <ATen/core/Tensor.h>
-#include <torch/csrc/autograd/VariableTypeUtils.h>
+
+#include <optional>
 
 #include "torch/backends/route.h"
-#include "torch/common/optional.h"
+#include "torch/common/operators.h"
 #include "torch/common/unseen.h"
 #include "torch/enable/enable.h"
 
@@ -36,6 +38,12 @@ bool serves(Value value, const Tensor& input, const Tensors&... others) {
 // Whether freezekit serves the call and its entry would not hand it back to torch's operator.
 inline bool gains(Op op, const Tensor& input) {
   return serves(Value::ours, input) && route(op, Backend::automatic, input).computer != Computer::formula;
+}
+
+// The value of a setting that is a plain number.
+inline std::optional<double> number_in(const at::Scalar& scalar) {
+  const bool is_number = !scalar.isSymbolic() && (scalar.isFloatingPoint() || scalar.isIntegral(/*includeBool=*/false));
+  return is_number ? std::optional(scalar.toDouble()) : std::nullopt;
 }
 
 }  // namespace freezekit::enable

@@ -16,20 +16,16 @@ using c10::SymIntArrayRef;
 using Convolution = Stock<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, SymIntArrayRef, SymIntArrayRef,
                                  SymIntArrayRef, bool, SymIntArrayRef, SymInt)>;
 
-Tensor convolution(const Convolution& op, DispatchKeySet keys, const Tensor& input, const Tensor& weight,
-                   const OptionalTensor& bias, SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
-                   bool transposed, SymIntArrayRef output_padding, SymInt groups) {
+std::optional<Tensor> convolution(const Convolution& op, DispatchKeySet keys, const Tensor& input, const Tensor& weight,
+                                  const OptionalTensor& bias, SymIntArrayRef stride, SymIntArrayRef padding,
+                                  SymIntArrayRef dilation, bool transposed, SymIntArrayRef output_padding,
+                                  SymInt groups) {
   const Tensor& b = tensor_of(bias);
-  if (is_unrecorded(input, weight, b)) {
-    return op.unrecorded(keys, input, weight, bias, stride, padding, dilation, transposed, output_padding, groups);
-  }
   const size_t axes = input.dim() - 2;
   const auto fits = [axes](SymIntArrayRef numbers) { return numbers.size() == 1 || numbers.size() == axes; };
   const bool gains = !weight.requires_grad() && weight.dim() == input.dim() && axes >= 1 && axes <= 3 && fits(stride) &&
                      fits(padding) && fits(dilation) && fits(output_padding) && !is_empty(input);
-  if (!gains || !serves(Value::stock, input, weight, b)) {
-    return op.stock(keys, input, weight, bias, stride, padding, dilation, transposed, output_padding, groups);
-  }
+  if (!gains || !serves(Value::stock, input, weight, b)) return {};
   const auto compute = [&] {
     return op.forward(keys, input, weight, bias, stride, padding, dilation, transposed, output_padding, groups);
   };

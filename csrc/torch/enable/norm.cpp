@@ -16,10 +16,9 @@ using c10::SymIntArrayRef;
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-using BatchNorm = Stock<Three(const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                              const OptionalTensor&, bool, double, double)>;
-using CudnnBatchNorm = Stock<Four(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
-                                  const OptionalTensor&, bool, double, double)>;
+template <class Result, class Weight>
+using BatchNorm = Stock<Result(const Tensor&, Weight, const OptionalTensor&, const OptionalTensor&,
+                               const OptionalTensor&, bool, double, double)>;
 using FixedBatchNorm = Stock<Three(const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&,
                                    const Tensor&, double, double)>;
 using LayerNorm = Stock<Three(const Tensor&, SymIntArrayRef, const OptionalTensor&, const OptionalTensor&, double)>;
@@ -27,20 +26,18 @@ using GroupNorm =
     Stock<Three(const Tensor&, const OptionalTensor&, const OptionalTensor&, SymInt, SymInt, SymInt, int64_t, double)>;
 
 // `rest`: what else torch's operator takes, behind the statistics.
-template <class Op, class Weight, class Statistic, class... Rest>
-auto batch_norm_by(const Op& op, DispatchKeySet keys, bool training, double eps, const Tensor& input,
-                   const Weight& weight, const OptionalTensor& bias, const Statistic& running_mean,
-                   const Statistic& running_var, Rest... rest) {
+template <class Result, class Op, class Weight, class Statistic, class... Rest>
+std::optional<Result> batch_norm_by(const Op& op, DispatchKeySet keys, bool training, double eps, const Tensor& input,
+                                    const Weight& weight, const OptionalTensor& bias, const Statistic& running_mean,
+                                    const Statistic& running_var, Rest... rest) {
   const Tensor &w = tensor_of(weight), &b = tensor_of(bias);
   const Tensor &mean = tensor_of(running_mean), &var = tensor_of(running_var);
-  if (is_unrecorded(input, w, b, mean, var)) {
-    return op.unrecorded(keys, input, weight, bias, running_mean, running_var, rest...);
-  }
   const bool gains =
       !training && mean.defined() && var.defined() && input.dim() >= 2 && !learns(w) && !learns(mean) && !learns(var);
   if (!gains || !serves(Value::stock, input, w, b, mean, var)) {
+    if (!training) return {};
     auto results = op.stock(keys, input, weight, bias, running_mean, running_var, rest...);
-    if (training) note_norm(std::get<0>(results), b, eps);
+    note_norm(std::get<0>(results), b, eps);
     return results;
   }
   auto results = op.forward(keys, input, weight, bias, running_mean, running_var, rest...);
@@ -48,37 +45,31 @@ auto batch_norm_by(const Op& op, DispatchKeySet keys, bool training, double eps,
   return results;
 }
 
-Three native_batch_norm(const BatchNorm& op, DispatchKeySet keys, const Tensor& input, const OptionalTensor& weight,
-                        const OptionalTensor& bias, const OptionalTensor& running_mean,
-                        const OptionalTensor& running_var, bool training, double momentum, double eps) {
-  return batch_norm_by(op, keys, training, eps, input, weight, bias, running_mean, running_var, training, momentum,
-                       eps);
+template <class Result, class Weight>
+std::optional<Result> batch_norm(const BatchNorm<Result, Weight>& op, DispatchKeySet keys, const Tensor& input,
+                                 Weight weight, const OptionalTensor& bias, const OptionalTensor& running_mean,
+                                 const OptionalTensor& running_var, bool training, double momentum, double eps) {
+  return batch_norm_by<Result>(op, keys, training, eps, input, weight, bias, running_mean, running_var, training,
+                               momentum, eps);
 }
 
 // What torch.compile makes of batch norm in eval mode.
-Three fixed_batch_norm(const FixedBatchNorm& op, DispatchKeySet keys, const Tensor& input, const OptionalTensor& weight,
-                       const OptionalTensor& bias, const Tensor& running_mean, const Tensor& running_var,
-                       double momentum, double eps) {
-  return batch_norm_by(op, keys, /*training=*/false, eps, input, weight, bias, running_mean, running_var, momentum,
-                       eps);
-}
-
-Four cudnn_batch_norm(const CudnnBatchNorm& op, DispatchKeySet keys, const Tensor& input, const Tensor& weight,
-                      const OptionalTensor& bias, const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                      bool training, double momentum, double eps) {
-  return batch_norm_by(op, keys, training, eps, input, weight, bias, running_mean, running_var, training, momentum,
-                       eps);
+std::optional<Three> fixed_batch_norm(const FixedBatchNorm& op, DispatchKeySet keys, const Tensor& input,
+                                      const OptionalTensor& weight, const OptionalTensor& bias,
+                                      const Tensor& running_mean, const Tensor& running_var, double momentum,
+                                      double eps) {
+  return batch_norm_by<Three>(op, keys, /*training=*/false, eps, input, weight, bias, running_mean, running_var,
+                              momentum, eps);
 }
 
 bool serves_bias_alone(const Tensor& input, const Tensor& weight, const Tensor& bias) {
   return is_for_bias_alone(input, weight, bias) && serves(Value::stock, input, weight, bias);
 }
 
-Three native_layer_norm(const LayerNorm& op, DispatchKeySet keys, const Tensor& input, SymIntArrayRef shape,
-                        const OptionalTensor& weight, const OptionalTensor& bias, double eps) {
-  const Tensor &w = tensor_of(weight), &b = tensor_of(bias);
-  if (is_unrecorded(input, w, b)) return op.unrecorded(keys, input, shape, weight, bias, eps);
-  if (!serves_bias_alone(input, w, b)) {
+std::optional<Three> layer_norm(const LayerNorm& op, DispatchKeySet keys, const Tensor& input, SymIntArrayRef shape,
+                                const OptionalTensor& weight, const OptionalTensor& bias, double eps) {
+  const Tensor& b = tensor_of(bias);
+  if (!serves_bias_alone(input, tensor_of(weight), b)) {
     auto results = op.stock(keys, input, shape, weight, bias, eps);
     note_norm(std::get<0>(results), b, eps);
     return results;
@@ -88,14 +79,15 @@ Three native_layer_norm(const LayerNorm& op, DispatchKeySet keys, const Tensor& 
   return results;
 }
 
-Three native_group_norm(const GroupNorm& op, DispatchKeySet keys, const Tensor& input, const OptionalTensor& weight,
-                        const OptionalTensor& bias, SymInt n, SymInt c, SymInt hw, int64_t groups, double eps) {
-  const Tensor &w = tensor_of(weight), &b = tensor_of(bias);
-  if (is_unrecorded(input, w, b)) return op.unrecorded(keys, input, weight, bias, n, c, hw, groups, eps);
+std::optional<Three> group_norm(const GroupNorm& op, DispatchKeySet keys, const Tensor& input,
+                                const OptionalTensor& weight, const OptionalTensor& bias, SymInt n, SymInt c, SymInt hw,
+                                int64_t groups, double eps) {
+  const Tensor& b = tensor_of(bias);
   const bool is_batch = input.dim() >= 2 && input.sym_size(0) == n && input.sym_size(1) == c;
-  if (!is_batch || !serves_bias_alone(input, w, b)) {
+  if (!is_batch) return {};
+  if (!serves_bias_alone(input, tensor_of(weight), b)) {
     auto results = op.stock(keys, input, weight, bias, n, c, hw, groups, eps);
-    if (is_batch) note_norm(std::get<0>(results), b, eps);
+    note_norm(std::get<0>(results), b, eps);
     return results;
   }
   auto results = op.forward(keys, input, weight, bias, n, c, hw, groups, eps);
@@ -105,11 +97,11 @@ Three native_group_norm(const GroupNorm& op, DispatchKeySet keys, const Tensor& 
   return results;
 }
 
-StandIn<native_batch_norm> of_batch_norm("native_batch_norm");
-StandIn<cudnn_batch_norm> of_cudnn_batch_norm("cudnn_batch_norm");
+StandIn<batch_norm<Three, const OptionalTensor&>> of_batch_norm("native_batch_norm");
+StandIn<batch_norm<Four, const Tensor&>> of_cudnn_batch_norm("cudnn_batch_norm");
 StandIn<fixed_batch_norm> of_fixed_batch_norm("_native_batch_norm_legit_no_training");
-StandIn<native_layer_norm> of_layer_norm("native_layer_norm");
-StandIn<native_group_norm> of_group_norm("native_group_norm");
+StandIn<layer_norm> of_layer_norm("native_layer_norm");
+StandIn<group_norm> of_group_norm("native_group_norm");
 
 }  // namespace
 }  // namespace freezekit::enable

@@ -1,21 +1,29 @@
 // Torch's operators with a stand-in: while freezekit is enabled, a kernel of freezekit's answers on their autograd keys
 // of CPU, CUDA and Meta, and hands every call that it gains nothing from to the kernel that torch has there.
 //
-//   Tensor relu(const Stock<Tensor(const Tensor&)>& op, DispatchKeySet keys, const Tensor& x) { ... op.stock(keys, x) ... }
+//   std::optional<Tensor> relu(const Stock<Tensor(const Tensor&)>& op, DispatchKeySet keys, const Tensor& x);
 //   StandIn<relu> of_relu("relu", "relu");
+//
+// A function is asked where a gradient is recorded; what it gives nothing for is torch's.
 #pragma once
 
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
 #include <optional>
 #include <string>
+#include <tuple>
 #include <type_traits>
 #include <vector>
 
+#include "torch/common/operators.h"
+#include "torch/common/unseen.h"
+
 namespace freezekit::enable {
 
+using at::Tensor;
 using c10::DispatchKeySet;
 
 class AnyStandIn {
@@ -77,12 +85,37 @@ class Stock<Result(Args...)> {
   std::optional<c10::TypedOperatorHandle<Result(Args...)>> handle_;
 };
 
-// Registers kFunction for one operator; a function that stands in for several is a template.
-template <auto kFunction>
+// What a stand-in gives: a result, or of a call in place the tensor that was written to; nothing where the call is torch's.
+template <class Result>
+using Served = std::conditional_t<std::is_reference_v<Result>, std::remove_reference_t<Result>*, std::optional<Result>>;
+
+inline std::optional<Tensor> served(Tensor&& result) { return std::move(result); }
+inline Tensor* served(Tensor& written) { return &written; }
+
+// Of operators on one tensor, which X says: const Tensor&, or Tensor& of a call in place.
+template <class X>
+constexpr bool kInPlace = std::is_same_v<X, Tensor&>;
+template <class X>
+using ResultOf = std::conditional_t<kInPlace<X>, Tensor&, Tensor>;
+template <class X, class... Rest>
+using Unary = Stock<ResultOf<X>(X, Rest...)>;
+
+// The tensors among a call's arguments.
+inline std::tuple<const Tensor&> tensors_in(const Tensor& tensor) { return {tensor}; }
+inline std::tuple<const Tensor&> tensors_in(const OptionalTensor& tensor) { return {tensor_of(tensor)}; }
+template <class Other>
+std::tuple<> tensors_in(const Other&) {
+  return {};
+}
+
+// Registers kFunction for one operator; a function that stands in for several is a template. Torch composes some operators
+// of others, which modes and tracers see: under one of these its own kernel is called.
+template <auto kFunction, bool kIsComposed = false>
 class StandIn;
 
-template <class Result, class... Args, Result (*kFunction)(const Stock<Result(Args...)>&, DispatchKeySet, Args...)>
-class StandIn<kFunction> final : public AnyStandIn {
+template <class Result, class... Args,
+          Served<Result> (*kFunction)(const Stock<Result(Args...)>&, DispatchKeySet, Args...), bool kIsComposed>
+class StandIn<kFunction, kIsComposed> final : public AnyStandIn {
  public:
   // `computes`: the operator whose kernel on a CPU or a GPU the stand-in does without; none where it calls torch's.
   explicit StandIn(const char* name, const char* computes = nullptr)
@@ -91,12 +124,21 @@ class StandIn<kFunction> final : public AnyStandIn {
  private:
   // A function without state: it can be called while it is being replaced.
   static Result kernel(DispatchKeySet keys, Args... args) {
-    return kFunction(stock_, keys, std::forward<Args>(args)...);
+    const auto tensors = std::tuple_cat(tensors_in(args)...);
+    if (!std::apply([](const auto&... each) { return is_unrecorded(each...); }, tensors)) {
+      if (Served<Result> result = kFunction(stock_, keys, args...)) return *std::move(result);
+    } else if (!kIsComposed || std::apply([](const auto&... each) { return is_unseen(each...); }, tensors)) {
+      return stock_.unrecorded(keys, std::forward<Args>(args)...);
+    }
+    return stock_.stock(keys, std::forward<Args>(args)...);
   }
 
   void bind(const c10::OperatorHandle& handle) override { stock_.bind(handle); }
 
   static inline Stock<Result(Args...)> stock_;
 };
+
+template <auto kFunction>
+using ComposedStandIn = StandIn<kFunction, /*kIsComposed=*/true>;
 
 }  // namespace freezekit::enable

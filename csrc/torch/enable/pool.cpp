@@ -11,9 +11,10 @@
 namespace freezekit::enable {
 namespace {
 
+using Two = std::tuple<Tensor, Tensor>;
+
 using MaxPool = Stock<Tensor(const Tensor&, IntArrayRef, IntArrayRef, IntArrayRef, IntArrayRef, bool)>;
-using MaxPoolWithIndices =
-    Stock<std::tuple<Tensor, Tensor>(const Tensor&, IntArrayRef, IntArrayRef, IntArrayRef, IntArrayRef, bool)>;
+using MaxPoolWithIndices = Stock<Two(const Tensor&, IntArrayRef, IntArrayRef, IntArrayRef, IntArrayRef, bool)>;
 using AvgPool = Stock<Tensor(const Tensor&, IntArrayRef, IntArrayRef, IntArrayRef, bool, bool, std::optional<int64_t>)>;
 using Linear = Stock<Tensor(const Tensor&, SymIntArrayRef)>;
 
@@ -56,41 +57,25 @@ PoolGeometry geometry(IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef p
   return {symbols(kernel_size), symbols(stride), symbols(padding), symbols(dilation), ceil_mode, "auto"};
 }
 
-Tensor max_pool1d(const MaxPool& op, DispatchKeySet keys, const Tensor& x, IntArrayRef kernel_size, IntArrayRef stride,
-                  IntArrayRef padding, IntArrayRef dilation, bool ceil_mode) {
-  // As below.
-  if (is_unseen(x) && is_unrecorded(x)) {
-    return op.unrecorded(keys, x, kernel_size, stride, padding, dilation, ceil_mode);
-  }
-  if (is_unrecorded(x) || x.dim() != 3 || !are_windows(x, 1, kernel_size, stride, padding, dilation) ||
-      !gains(Op::max_pool2d, x)) {
-    return op.stock(keys, x, kernel_size, stride, padding, dilation, ceil_mode);
-  }
+std::optional<Tensor> max_pool1d(const MaxPool&, DispatchKeySet, const Tensor& x, IntArrayRef kernel_size,
+                                 IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, bool ceil_mode) {
+  const bool is_served =
+      x.dim() == 3 && are_windows(x, 1, kernel_size, stride, padding, dilation) && gains(Op::max_pool2d, x);
+  if (!is_served) return {};
   return record_max_pool1d(x, PoolGeometry::of_rows(symbols(kernel_size), symbols(stride), symbols(padding),
                                                     symbols(dilation), ceil_mode, "auto"));
 }
 
-Tensor max_pool2d(const MaxPool& op, DispatchKeySet keys, const Tensor& x, IntArrayRef kernel_size, IntArrayRef stride,
-                  IntArrayRef padding, IntArrayRef dilation, bool ceil_mode) {
-  // Torch composes it of the next operator, which modes and tracers see: under one of these its own kernel is called.
-  if (is_unseen(x) && is_unrecorded(x)) {
-    return op.unrecorded(keys, x, kernel_size, stride, padding, dilation, ceil_mode);
-  }
-  if (is_unrecorded(x) || !has_taps(x, kernel_size, stride, padding, dilation)) {
-    return op.stock(keys, x, kernel_size, stride, padding, dilation, ceil_mode);
-  }
+std::optional<Tensor> max_pool2d(const MaxPool&, DispatchKeySet, const Tensor& x, IntArrayRef kernel_size,
+                                 IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, bool ceil_mode) {
+  if (!has_taps(x, kernel_size, stride, padding, dilation)) return {};
   return record_max_pool2d(x, geometry(kernel_size, stride, padding, dilation, ceil_mode));
 }
 
-std::tuple<Tensor, Tensor> max_pool2d_with_indices(const MaxPoolWithIndices& op, DispatchKeySet keys, const Tensor& x,
-                                                   IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef padding,
-                                                   IntArrayRef dilation, bool ceil_mode) {
-  if (is_unrecorded(x)) {
-    return op.unrecorded(keys, x, kernel_size, stride, padding, dilation, ceil_mode);
-  }
-  if (!makes_indices(x, Backend::automatic) || !has_taps(x, kernel_size, stride, padding, dilation)) {
-    return op.stock(keys, x, kernel_size, stride, padding, dilation, ceil_mode);
-  }
+std::optional<Two> max_pool2d_with_indices(const MaxPoolWithIndices&, DispatchKeySet, const Tensor& x,
+                                           IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef padding,
+                                           IntArrayRef dilation, bool ceil_mode) {
+  if (!makes_indices(x, Backend::automatic) || !has_taps(x, kernel_size, stride, padding, dilation)) return {};
   return record_max_pool2d_with_indices(x, geometry(kernel_size, stride, padding, dilation, ceil_mode));
 }
 
@@ -102,38 +87,26 @@ std::optional<Windows3d> windows(const Tensor& x, IntArrayRef kernel_size, IntAr
   return keeps_taps(x, g) ? std::optional(g) : std::nullopt;
 }
 
-Tensor max_pool3d(const MaxPool& op, DispatchKeySet keys, const Tensor& x, IntArrayRef kernel_size, IntArrayRef stride,
-                  IntArrayRef padding, IntArrayRef dilation, bool ceil_mode) {
-  // As in two dimensions.
-  if (is_unseen(x) && is_unrecorded(x)) {
-    return op.unrecorded(keys, x, kernel_size, stride, padding, dilation, ceil_mode);
-  }
-  if (!is_unrecorded(x)) {
-    const auto g = windows(x, kernel_size, stride, padding, dilation, ceil_mode);
-    if (g) return record_max_pool3d(x, *g);
-  }
-  return op.stock(keys, x, kernel_size, stride, padding, dilation, ceil_mode);
+std::optional<Tensor> max_pool3d(const MaxPool&, DispatchKeySet, const Tensor& x, IntArrayRef kernel_size,
+                                 IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, bool ceil_mode) {
+  const auto g = windows(x, kernel_size, stride, padding, dilation, ceil_mode);
+  return g ? std::optional(record_max_pool3d(x, *g)) : std::nullopt;
 }
 
-std::tuple<Tensor, Tensor> max_pool3d_with_indices(const MaxPoolWithIndices& op, DispatchKeySet keys, const Tensor& x,
-                                                   IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef padding,
-                                                   IntArrayRef dilation, bool ceil_mode) {
-  if (is_unrecorded(x)) return op.unrecorded(keys, x, kernel_size, stride, padding, dilation, ceil_mode);
+std::optional<Two> max_pool3d_with_indices(const MaxPoolWithIndices& op, DispatchKeySet keys, const Tensor& x,
+                                           IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef padding,
+                                           IntArrayRef dilation, bool ceil_mode) {
   const auto g = windows(x, kernel_size, stride, padding, dilation, ceil_mode);
-  if (!g) return op.stock(keys, x, kernel_size, stride, padding, dilation, ceil_mode);
+  if (!g) return {};
   return record_max_pool3d_with_indices(
       x, *g, [&] { return op.forward(keys, x, kernel_size, stride, padding, dilation, ceil_mode); });
 }
 
 template <size_t kAxes>
-Tensor avg_pool(const AvgPool& op, DispatchKeySet keys, const Tensor& x, IntArrayRef kernel_size, IntArrayRef stride,
-                IntArrayRef padding, bool ceil_mode, bool count_include_pad, std::optional<int64_t> divisor_override) {
-  if (is_unrecorded(x)) {
-    return op.unrecorded(keys, x, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override);
-  }
-  if (kernel_size.size() != kAxes || !serves(Value::stock, x)) {
-    return op.stock(keys, x, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override);
-  }
+std::optional<Tensor> avg_pool(const AvgPool&, DispatchKeySet, const Tensor& x, IntArrayRef kernel_size,
+                               IntArrayRef stride, IntArrayRef padding, bool ceil_mode, bool count_include_pad,
+                               std::optional<int64_t> divisor_override) {
+  if (kernel_size.size() != kAxes || !serves(Value::stock, x)) return {};
   return record_avg_pool(x, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override);
 }
 
@@ -149,11 +122,8 @@ constexpr char kAdaptiveAvgPool[] = "freezekit::adaptive_avg_pool", kReflectionP
 
 // freezekit's operator kOwn reads the number of axes from the count of `numbers`.
 template <const char* kOwn, size_t kCount>
-Tensor linear(const Linear& op, DispatchKeySet keys, const Tensor& x, SymIntArrayRef numbers) {
-  if (is_unrecorded(x)) return op.unrecorded(keys, x, numbers);
-  if (numbers.size() != kCount || !is_in_range(numbers) || !serves(Value::stock, x)) {
-    return op.stock(keys, x, numbers);
-  }
+std::optional<Tensor> linear(const Linear&, DispatchKeySet keys, const Tensor& x, SymIntArrayRef numbers) {
+  if (numbers.size() != kCount || !is_in_range(numbers) || !serves(Value::stock, x)) return {};
   static const auto own = find_operator<Tensor(const Tensor&, SymIntArrayRef)>(kOwn);
   return own.redispatch(keys, x, numbers);
 }
@@ -164,14 +134,15 @@ bool is_mean(SymIntArrayRef output_size) {
 }
 
 template <size_t kAxes>
-Tensor adaptive_avg_pool(const Linear& op, DispatchKeySet keys, const Tensor& x, SymIntArrayRef output_size) {
-  return is_mean(output_size) ? op.stock(keys, x, output_size)
-                              : linear<kAdaptiveAvgPool, kAxes>(op, keys, x, output_size);
+std::optional<Tensor> adaptive_avg_pool(const Linear& op, DispatchKeySet keys, const Tensor& x,
+                                        SymIntArrayRef output_size) {
+  if (is_mean(output_size)) return {};
+  return linear<kAdaptiveAvgPool, kAxes>(op, keys, x, output_size);
 }
 
-StandIn<max_pool1d> of_max_pool1d("max_pool1d", "max_pool2d_with_indices");
-StandIn<max_pool2d> of_max_pool2d("max_pool2d", "max_pool2d_with_indices");
-StandIn<max_pool3d> of_max_pool3d("max_pool3d", "max_pool3d_with_indices");
+ComposedStandIn<max_pool1d> of_max_pool1d("max_pool1d", "max_pool2d_with_indices");
+ComposedStandIn<max_pool2d> of_max_pool2d("max_pool2d", "max_pool2d_with_indices");
+ComposedStandIn<max_pool3d> of_max_pool3d("max_pool3d", "max_pool3d_with_indices");
 StandIn<max_pool2d_with_indices> of_max_pool2d_indices("max_pool2d_with_indices", "max_pool2d_with_indices");
 StandIn<max_pool3d_with_indices> of_max_pool3d_indices("max_pool3d_with_indices");
 StandIn<avg_pool<2>> of_avg_pool2d("avg_pool2d");

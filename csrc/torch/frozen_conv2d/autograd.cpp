@@ -1,7 +1,5 @@
 // Autograd, autocast and transforms of a frozen convolution. What its backward pass does is in node.h.
 #include <ATen/ATen.h>
-#include <ATen/autocast_mode.h>
-#include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
@@ -10,6 +8,7 @@
 #include "torch/backends/aten.h"
 #include "torch/backends/route.h"
 #include "torch/bits/gate.h"
+#include "torch/common/autocast.h"
 #include "torch/common/checks.h"
 #include "torch/common/layout.h"
 #include "torch/frozen_conv2d/frozen_conv2d.h"
@@ -52,14 +51,9 @@ bool needs_formulas(const FrozenOperands& o) {
 
 // What autocast does to the operands of a convolution. A bias and a norm are applied as they are, before the result is
 // rounded.
-FrozenOperands low_precision(FrozenOperands o, c10::DeviceType device) {
-  const auto dtype = at::autocast::get_lower_precision_fp_from_device_type(device);
-  for (Tensor* tensor : {&o.input, &o.weight, &o.residual}) {
-    if (tensor->defined()) *tensor = at::autocast::cached_cast(dtype, *tensor, device);
-  }
-  if (o.bias.defined() && o.bias.scalar_type() != at::kFloat) {
-    o.bias = at::autocast::cached_cast(dtype, o.bias, device);
-  }
+FrozenOperands low_precision(FrozenOperands o, const Autocast& cast) {
+  for (Tensor* tensor : {&o.input, &o.weight, &o.residual}) *tensor = cast(*tensor);
+  if (o.bias.defined() && o.bias.scalar_type() != at::kFloat) o.bias = cast(o.bias);
   return o;
 }
 
@@ -91,12 +85,9 @@ Result record(const FrozenOperands& o, const FrozenConv2d& f, bool keep_mask, bo
     node->set_next_edges(with_residual ? torch::autograd::collect_next_edges(o.input, o.residual)
                                        : torch::autograd::collect_next_edges(o.input));
   }
-  auto [y, bits] = [&] {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    return frozen_conv2d(o, f, keep_mask || needed);
-  }();
+  auto [y, bits] = below_autograd([&] { return frozen_conv2d(o, f, keep_mask || needed); });
   if (!needed) return {y, bits, o.input};
-  node->keep(y, bits);
+  node->keep_bits(y, bits);
   torch::autograd::set_history(y, node);
   if (!share || !o.input.requires_grad()) return {y, bits, o.input};
   Tensor passed = o.input.detach();  // shares storage and version counter
@@ -116,8 +107,7 @@ Tensor frozen_dgrad_autograd(const FrozenGradCall& call) {
   const Tensor& r = o.residual;
   const bool transformed = obstacle_in(o.grad_output) || (r.defined() && obstacle_in(r));
   if (!transformed && !torch::autograd::compute_requires_grad(o.grad_output, r)) {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    return frozen_conv2d_dgrad(o, g);
+    return below_autograd([&] { return frozen_conv2d_dgrad(o, g); });
   }
   check_dgrad(o.grad_output, o.weight, o.input_size, g);
   Tensor dy = o.grad_output;
@@ -137,18 +127,17 @@ std::tuple<Tensor, Tensor> frozen_shared(const FrozenCall& arguments) {
   const c10::DeviceType device = o.input.device().type();
   // Autocast does not know the meta device, on which models are explained, and raises when asked.
   const bool casts = device != c10::DeviceType::Meta && at::autocast::is_autocast_enabled(device);
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(casts ? c10::autocast_dispatch_keyset : c10::DispatchKeySet());
-  const FrozenOperands call = casts ? low_precision(o, device) : o;
+  const auto cast = casts ? std::optional<Autocast>(std::in_place, o.input) : std::nullopt;
+  const FrozenOperands call = cast ? low_precision(o, *cast) : o;
   // The copy that a cast made is not what the other readers read.
   const bool share = call.input.is_same(o.input);
   const Result result = record(call, f, /*keep_mask=*/false, share);
   return {result.y, share ? result.input : o.input};
 }
 
-template <c10::DeviceType kDevice, c10::DispatchKey kKey>
 std::tuple<Tensor, Tensor> frozen_autocast(const FrozenOperands& o, const FrozenConv2d& f, bool keep_mask) {
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKeySet{kKey});
-  return frozen_conv2d(low_precision(o, kDevice), f, keep_mask);
+  const Autocast cast(o.input);
+  return frozen_conv2d(low_precision(o, cast), f, keep_mask);
 }
 
 std::tuple<Tensor, Tensor> frozen_batched(const FrozenOperands& o, const FrozenConv2d& f, bool keep_mask) {
@@ -183,13 +172,10 @@ TORCH_LIBRARY_IMPL(freezekit, Autograd, m) {
   m.impl("frozen_conv2d_dgrad", freezekit::FrozenGradOperator::kernel<freezekit::frozen_dgrad_autograd>);
 }
 TORCH_LIBRARY_IMPL(freezekit, AutocastCPU, m) {
-  using namespace freezekit;
-  m.impl("frozen_conv2d", FrozenOperator::kernel<frozen_autocast<c10::DeviceType::CPU, c10::DispatchKey::AutocastCPU>>);
+  m.impl("frozen_conv2d", freezekit::FrozenOperator::kernel<freezekit::frozen_autocast>);
 }
 TORCH_LIBRARY_IMPL(freezekit, AutocastCUDA, m) {
-  using namespace freezekit;
-  m.impl("frozen_conv2d",
-         FrozenOperator::kernel<frozen_autocast<c10::DeviceType::CUDA, c10::DispatchKey::AutocastCUDA>>);
+  m.impl("frozen_conv2d", freezekit::FrozenOperator::kernel<freezekit::frozen_autocast>);
 }
 TORCH_LIBRARY_IMPL(freezekit, FuncTorchBatched, m) {
   m.impl("frozen_conv2d", freezekit::FrozenOperator::kernel<freezekit::frozen_batched>);

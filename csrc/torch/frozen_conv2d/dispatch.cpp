@@ -10,8 +10,7 @@
 
 #include "core/mask.h"
 #include "torch/backends/aten.h"
-#include "torch/backends/few_channels.h"
-#include "torch/backends/few_positions.h"
+#include "torch/backends/few.h"
 #include "torch/backends/native.h"
 #include "torch/backends/proof.h"
 #include "torch/backends/route.h"

@@ -8,6 +8,7 @@
 #include <ATen/ops/zeros_like.h>
 
 #include <cmath>
+#include <functional>
 
 #include "core/mask.h"
 #include "cpu/finish.h"
@@ -19,18 +20,6 @@ namespace freezekit {
 namespace {
 
 constexpr int64_t kWordsPerPass = 512;
-
-template <class T, bool kResidual, class Rule>
-FK_SIMD_CLONES void finish_words(T* y, const T* residual, uint32_t* bits, const cpu::ChannelAffine<T>& affine,
-                                 int64_t numel, int64_t first, int64_t last, Rule rule) {
-  cpu::finish<kResidual>(y, residual, bits, affine, numel, first, last, rule);
-}
-
-template <class T>
-FK_SIMD_CLONES void scale_back_words(const T* dy, T* out, const uint32_t* bits, const cpu::ChannelAffine<T>& affine,
-                                     int64_t numel, int64_t first, int64_t last) {
-  cpu::scale_back(dy, out, bits, affine, numel, first, last);
-}
 
 // Whether a tensor that is NCHW or NHWC is the latter. Sizes of 1 may make it both, which is then the same.
 bool is_nhwc(const Tensor& dense) {
@@ -104,14 +93,16 @@ template <class T, bool kResidual>
 void finish_as(FrozenConv2d::Activation activation, T* y, const T* residual, uint32_t* bits,
                const cpu::ChannelAffine<T>& affine, int64_t numel, int64_t first, int64_t last) {
   using C = cpu::Compute<T>;
+  const auto run = [&]<class Rule>(Rule rule) {
+    cpu::in_vectors<cpu::finish<kResidual, T, Rule>>(y, residual, bits, std::cref(affine), numel, first, last, rule);
+  };
   switch (activation) {
     case FrozenConv2d::Activation::none:
-      return finish_words<T, kResidual>(y, residual, bits, affine, numel, first, last, cpu::Identity<T>{});
+      return run(cpu::Identity<T>{});
     case FrozenConv2d::Activation::relu:
-      return finish_words<T, kResidual>(y, residual, bits, affine, numel, first, last, cpu::Relu<T>{});
+      return run(cpu::Relu<T>{});
     case FrozenConv2d::Activation::relu6:
-      return finish_words<T, kResidual>(y, residual, bits, affine, numel, first, last,
-                                        cpu::Hardtanh<T>{C(0), C(6), C(0), C(6)});
+      return run(cpu::Hardtanh<T>{C(0), C(6), C(0), C(6)});
   }
 }
 
@@ -162,7 +153,8 @@ Tensor scale_back(const Tensor& dy, const Tensor& bits, const Tensor& scale) {
     const scalar_t* const from = dy.const_data_ptr<scalar_t>();
     scalar_t* const to = out.mutable_data_ptr<scalar_t>();
     at::parallel_for(0, mask_words(numel), kWordsPerPass, [&](int64_t first, int64_t last) {
-      scale_back_words(from, to, words, channels.affine(), numel, first, last);
+      const auto affine = std::cref(channels.affine());
+      cpu::in_vectors<cpu::scale_back<scalar_t>>(from, to, words, affine, numel, first, last);
     });
   });
   return out;

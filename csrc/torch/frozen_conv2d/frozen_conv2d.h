@@ -14,9 +14,7 @@
 #include <tuple>
 #include <vector>
 
-#include "torch/common/fixed_norm.h"
 #include "torch/common/operators.h"
-#include "torch/common/optional.h"
 
 namespace freezekit {
 

@@ -19,68 +19,72 @@
 // dgrad's epilogue, where autograd would sum in a pass of its own.
 #pragma once
 
-#include <torch/csrc/autograd/function.h>
-#include <torch/csrc/autograd/saved_variable.h>
-
-#include <mutex>
 #include <optional>
-#include <string>
 #include <vector>
 
-#include "torch/autograd/compiled.h"
-#include "torch/autograd/kept.h"
-#include "torch/autograd/node.h"
+#include "torch/autograd/formula.h"
 #include "torch/bits/gate.h"
 #include "torch/frozen_conv2d/frozen_conv2d.h"
 
 namespace freezekit {
 
-// Edges: the input and, where there is one, the residual.
-class FrozenConv2dBackward : public torch::autograd::Node {
- public:
-  using variable_list = torch::autograd::variable_list;
+// The gradients as a function of values alone, which knows no neighbours.
+struct FrozenGradients {
+  enum Keeps : size_t { kWeight, kGamma, kVar, kBits, kResult, kKept };
 
-  FrozenConv2dBackward(FrozenConv2d f, SymIntArrayRef input_size, bool dx_is_channels_last, const Tensor& weight,
+  Geometry geometry;
+  std::vector<c10::SymInt> input_size, bits_stride;
+  double eps = 0;
+  bool has_norm = false, has_bits = false, has_result = false;
+
+  auto fields() {
+    Geometry& g = geometry;
+    return std::tie(g.stride, g.padding, g.dilation, g.groups, g.backend, input_size, bits_stride, eps, has_norm,
+                    has_bits, has_result);
+  }
+  variable_list of_all(const variable_list& grads, Kept, const Wanted&) const;
+
+  // What is kept of a norm.
+  FixedNormTensors norm(Kept) const;
+  // dx of differentiable operators; masks are applied where they were made.
+  Tensor input_gradient(const Tensor& dy, const Tensor& weight, const FixedNormTensors&, const Tensor& passed) const;
+};
+
+// Edges: the input and, where there is one, the residual.
+class FrozenConv2dBackward : public CompiledNode<FrozenGradients> {
+ public:
+  FrozenConv2dBackward(const FrozenConv2d& f, SymIntArrayRef input_size, bool dx_is_channels_last, const Tensor& weight,
                        const FixedNormTensors&);
 
   // After the forward pass: the bits and their layout.
-  void keep(const Tensor& y, const Tensor& bits);
+  void keep_bits(const Tensor& y, const Tensor& bits);
 
   // The result will be kept by another: bits are no longer needed, if nothing has happened to it and them.
   void keep_result(const Tensor& y);
 
-  std::string name() const override { return "FreezekitFrozenConv2dBackward"; }
   void release_variables() override;
   variable_list apply(variable_list&& grads) override;
-  void compiled_args(CompiledNodeArgs& args) const override;
-  variable_list apply_with_saved(const variable_list& grads, SwapSavedVariables& saved) override;
 
  private:
   variable_list apply_recording(const variable_list& grads);
   AnyNodePtr before_activation(const Tensor& dy, const Tensor& weight, const FixedNormTensors&) const;
   Tensor masked(Tensor&& dy);
   Tensor input_gradient(const Tensor& dy, const Tensor& grad_mask, const Tensor& passed);
-  FixedNormTensors norm() const;
+  FixedNormTensors norm();
+  bool owns_kernels() const { return is_own(formula_.geometry.backend); }
   FrozenConv2dBackward* maker_of_input() const;
   Tensor lend();
   void mark(const Tensor& grad);
   bool is_marked(const Tensor& grad) const;
   bool may_write(const Tensor& dy) const;
-  std::vector<bool> wanted() const;
 
-  FrozenConv2d f_;
-  std::vector<c10::SymInt> input_size_, bits_stride_;
-  bool dx_is_channels_last_ = false, bits_are_channels_last_ = false, has_bits_ = false;
-  double eps_ = 0;
-  bool has_norm_ = false, masks_in_dgrad_ = false, has_result_ = false;
+  FrozenConv2d::Activation activation_;
+  bool dx_is_channels_last_ = false, bits_are_channels_last_ = false, masks_in_dgrad_ = false;
   const void* made_ = nullptr;  // the storage of the result, and its version
   uint32_t made_version_ = 0;
   Operand operand_;  // what torch's activation reads in its backward pass
-  torch::autograd::SavedVariable weight_, gamma_, var_, result_;
-  KeptTensor bits_;
   std::optional<c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>> masked_;
   uint32_t masked_version_ = 0;
-  std::mutex mutex_;
 };
 
 // Says that an operator which follows keeps this tensor for its own backward pass.

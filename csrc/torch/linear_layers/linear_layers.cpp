@@ -6,7 +6,6 @@
 // they get a tensor of the input's size without data.
 #include "torch/linear_layers/linear_layers.h"
 
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/_adaptive_avg_pool2d_backward.h>
 #include <ATen/ops/_adaptive_avg_pool3d_backward.h>
 #include <ATen/ops/adaptive_avg_pool2d.h>
@@ -30,6 +29,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 
 #include "torch/autograd/formula.h"
 #include "torch/backends/route.h"
@@ -113,7 +113,28 @@ struct AdaptiveAvgPool : OneList {
   }
 };
 
-struct Pad : OneList {
+// torch's pads over one axis, two and three.
+struct Reflection {
+  static constexpr Op kOp = Op::reflection_pad;
+  static constexpr const char* kName = "FreezekitReflectionPadBackward";
+  static constexpr std::array kValues = {at::reflection_pad1d_symint, at::reflection_pad2d_symint,
+                                         at::reflection_pad3d_symint};
+  static constexpr std::array kGradients = {at::reflection_pad1d_backward_symint, at::reflection_pad2d_backward_symint,
+                                            at::reflection_pad3d_backward_symint};
+};
+
+struct Replication {
+  static constexpr Op kOp = Op::replication_pad;
+  static constexpr const char* kName = "FreezekitReplicationPadBackward";
+  static constexpr std::array kValues = {at::replication_pad1d_symint, at::replication_pad2d_symint,
+                                         at::replication_pad3d_symint};
+  static constexpr std::array kGradients = {at::replication_pad1d_backward_symint,
+                                            at::replication_pad2d_backward_symint,
+                                            at::replication_pad3d_backward_symint};
+};
+
+template <class Mode>
+struct Pad : OneList, Mode {
   Pad() = default;
   explicit Pad(SymIntArrayRef padding) : OneList{owned(padding)} {
     check_count(padding.size(), {2, 4, 6}, "padding");
@@ -123,39 +144,13 @@ struct Pad : OneList {
                   " either way, got ", padding);
     }
   }
+
+  size_t axes() const { return numbers.size() / 2; }
+  Tensor value(const Tensor& x) const { return Mode::kValues[axes() - 1](x, numbers); }
+  Tensor gradient(const Tensor& dy, const Tensor& x) const { return Mode::kGradients[axes() - 1](dy, x, numbers); }
 };
-
-struct ReflectionPad : Pad {
-  static constexpr Op kOp = Op::reflection_pad;
-  static constexpr const char* kName = "FreezekitReflectionPadBackward";
-  using Pad::Pad;
-
-  Tensor value(const Tensor& x) const {
-    if (numbers.size() == 2) return at::reflection_pad1d_symint(x, numbers);
-    return numbers.size() == 4 ? at::reflection_pad2d_symint(x, numbers) : at::reflection_pad3d_symint(x, numbers);
-  }
-  Tensor gradient(const Tensor& dy, const Tensor& x) const {
-    if (numbers.size() == 2) return at::reflection_pad1d_backward_symint(dy, x, numbers);
-    return numbers.size() == 4 ? at::reflection_pad2d_backward_symint(dy, x, numbers)
-                               : at::reflection_pad3d_backward_symint(dy, x, numbers);
-  }
-};
-
-struct ReplicationPad : Pad {
-  static constexpr Op kOp = Op::replication_pad;
-  static constexpr const char* kName = "FreezekitReplicationPadBackward";
-  using Pad::Pad;
-
-  Tensor value(const Tensor& x) const {
-    if (numbers.size() == 2) return at::replication_pad1d_symint(x, numbers);
-    return numbers.size() == 4 ? at::replication_pad2d_symint(x, numbers) : at::replication_pad3d_symint(x, numbers);
-  }
-  Tensor gradient(const Tensor& dy, const Tensor& x) const {
-    if (numbers.size() == 2) return at::replication_pad1d_backward_symint(dy, x, numbers);
-    return numbers.size() == 4 ? at::replication_pad2d_backward_symint(dy, x, numbers)
-                               : at::replication_pad3d_backward_symint(dy, x, numbers);
-  }
-};
+using ReflectionPad = Pad<Reflection>;
+using ReplicationPad = Pad<Replication>;
 
 template <class Layer>
 struct LinearGradient {

@@ -1,6 +1,5 @@
 #include "torch/lossy/lossy.h"
 
-#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -19,7 +18,6 @@
 #include "cpu/smooth.h"
 #include "torch/autograd/formula.h"
 #include "torch/backends/cpu_formats.h"
-#include "torch/backends/proof.h"
 #include "torch/bits/gate.h"
 #include "torch/common/layout.h"
 #include "torch/common/unseen.h"
@@ -77,16 +75,13 @@ CodeGrid grid_of(const Activation& f, int bits) {
   });
 }
 
-template <int kBits, class T, class Rule>
-FK_SIMD_CLONES void encode_task(const T* x, uint8_t* codes, int64_t numel, int64_t first, int64_t last, Rule rule,
-                                CodeGrid grid) {
-  cpu::encode_blocks<kBits>(x, codes, numel, first, last, rule, grid);
-}
+bool has_codes(at::ScalarType type) { return type == at::kFloat || type == at::kBFloat16 || type == at::kHalf; }
 
-template <int kBits, class T>
-FK_SIMD_CLONES void decode_task(const T* dy, const uint8_t* codes, T* dx, int64_t numel, int64_t first, int64_t last,
-                                CodeGrid grid) {
-  cpu::decode_blocks<kBits>(dy, codes, dx, numel, first, last, grid);
+// f(T()) of a type that has codes.
+template <class F>
+void by_type(at::ScalarType type, const F& f) {
+  if (type == at::kFloat) return f(float());
+  type == at::kBFloat16 ? f(c10::BFloat16()) : f(c10::Half());
 }
 
 template <class F>
@@ -101,9 +96,9 @@ void encode_cpu(const Tensor& x, const Tensor& codes, int bits, Rule rule, const
   const int64_t numel = x.numel();
   in_tasks(numel, [&](int64_t first, int64_t last) {
     if (bits == 8) {
-      encode_task<8>(from, to, numel, first, last, rule, grid);
+      cpu::in_vectors<cpu::encode_blocks<8, T, Rule>>(from, to, numel, first, last, rule, grid);
     } else {
-      encode_task<4>(from, to, numel, first, last, rule, grid);
+      cpu::in_vectors<cpu::encode_blocks<4, T, Rule>>(from, to, numel, first, last, rule, grid);
     }
   });
 }
@@ -113,12 +108,8 @@ Tensor encode(const Tensor& x, const Activation& f, int bits, const CodeGrid& gr
   const c10::SymInt count = bits == 8 ? x.sym_numel() : (x.sym_numel() + 1) / 2;
   const Tensor codes = empty_beside(x, count, at::MemoryFormat::Contiguous, at::kByte);
   if (x.is_meta() || x.key_set().has(c10::DispatchKey::Python)) return codes;  // no data to look at
-  by_rule(f, [&](auto rule) {
-    AT_DISPATCH_SWITCH(x.scalar_type(), "freezekit::lossy",
-                       AT_DISPATCH_CASE(at::kFloat, [&] { encode_cpu<scalar_t>(x, codes, bits, rule, grid); })
-                           AT_DISPATCH_CASE(at::kBFloat16, [&] { encode_cpu<scalar_t>(x, codes, bits, rule, grid); })
-                               AT_DISPATCH_CASE(at::kHalf, [&] { encode_cpu<scalar_t>(x, codes, bits, rule, grid); }));
-  });
+  by_rule(f,
+          [&](auto rule) { by_type(x.scalar_type(), [&]<class T>(T) { encode_cpu<T>(x, codes, bits, rule, grid); }); });
   return codes;
 }
 
@@ -141,9 +132,7 @@ Tensor decode_by_aten(const Tensor& codes, int64_t bits, const CodeGrid& grid, S
 }
 
 bool has_kernel(const Tensor& grad, const Tensor& codes) {
-  const auto type = grad.scalar_type();
-  return grad.device().is_cpu() && reaches_kernel(grad, codes) &&
-         (type == at::kFloat || type == at::kBFloat16 || type == at::kHalf);
+  return grad.device().is_cpu() && reaches_kernel(grad, codes) && has_codes(grad.scalar_type());
 }
 
 Tensor decode_cpu(const Tensor& grad, const Tensor& codes, int64_t bits, const CodeGrid& grid, IntArrayRef stride) {
@@ -156,18 +145,13 @@ Tensor decode_cpu(const Tensor& grad, const Tensor& codes, int64_t bits, const C
   const auto run = [&]<class T>(const T* in, T* out) {
     in_tasks(numel, [&](int64_t first, int64_t last) {
       if (bits == 8) {
-        decode_task<8>(in, from, out, numel, first, last, grid);
+        cpu::in_vectors<cpu::decode_blocks<8, T>>(in, from, out, numel, first, last, grid);
       } else {
-        decode_task<4>(in, from, out, numel, first, last, grid);
+        cpu::in_vectors<cpu::decode_blocks<4, T>>(in, from, out, numel, first, last, grid);
       }
     });
   };
-  AT_DISPATCH_SWITCH(
-      grad.scalar_type(), "freezekit::lossy", AT_DISPATCH_CASE(at::kFloat, [&] {
-        run(dy.const_data_ptr<scalar_t>(), dx.mutable_data_ptr<scalar_t>());
-      }) AT_DISPATCH_CASE(at::kBFloat16, [&] {
-        run(dy.const_data_ptr<scalar_t>(), dx.mutable_data_ptr<scalar_t>());
-      }) AT_DISPATCH_CASE(at::kHalf, [&] { run(dy.const_data_ptr<scalar_t>(), dx.mutable_data_ptr<scalar_t>()); }));
+  by_type(grad.scalar_type(), [&]<class T>(T) { run(dy.const_data_ptr<T>(), dx.mutable_data_ptr<T>()); });
   return dx;
 }
 
@@ -237,8 +221,7 @@ int bits() { return bits_; }
 bool is_shown() { return is_shown_; }
 
 bool gains(const Tensor& x, const Activation& f, int bits) {
-  const auto type = x.scalar_type();
-  if (type != at::kFloat && type != at::kBFloat16 && type != at::kHalf) return false;
+  if (!has_codes(x.scalar_type())) return false;
   // A leaf is its owner's. Of a part of a storage the rest may be kept, and all of it then is.
   if (x.is_leaf() || x.sym_numel() < kFewElements || !x.is_non_overlapping_and_dense()) return false;
   if (x.sym_numel() * static_cast<int64_t>(x.element_size()) != x.storage().sym_nbytes() || !has_range(f)) return false;

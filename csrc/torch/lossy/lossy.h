@@ -12,8 +12,6 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/FunctionRef.h>
 
-#include <optional>
-
 namespace freezekit::lossy {
 
 using at::Tensor;

@@ -2,10 +2,8 @@
 //
 //   max_pool2d(input, ...)               torch's value; its node keeps taps where torch keeps input and int64 indices
 //   max_pool2d_with_indices(input, ...)  the same, and torch's indices, which only the caller keeps
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/max_pool2d.h>
 #include <ATen/ops/max_pool2d_with_indices.h>
-#include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/library.h>
 
 #include "torch/autograd/formula.h"
@@ -27,11 +25,7 @@ struct PoolFormula {
   PoolGeometry geometry;
   SizeVector input_size;
 
-  auto fields() {
-    PoolGeometry& g = geometry;
-    return std::tie(g.kernel_size[0], g.kernel_size[1], g.stride[0], g.stride[1], g.padding[0], g.padding[1],
-                    g.dilation[0], g.dilation[1], g.ceil_mode, g.backend, input_size);
-  }
+  auto fields() { return std::tuple_cat(geometry.fields(), std::tie(geometry.backend, input_size)); }
 };
 
 // Of the gather: its gradient scatters.
@@ -68,15 +62,9 @@ struct GatherGradient : PoolFormula {
 };
 
 std::pair<Tensor, Tensor> pool_and_record(const Tensor& input, const PoolGeometry& g) {
-  auto [result, taps] = [&] {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    return max_pool2d_taps(input, g);
-  }();
+  auto [result, taps] = below_autograd([&] { return max_pool2d_taps(input, g); });
   const auto node = formula_node("FreezekitMaxPool2dBackward", PoolGradient(g, input), input);
-  if (!node) return {result, taps};
-  node->keep(taps);
-  torch::autograd::set_history(result, node);
-  return {result, taps};
+  return {with_history(std::move(result), node, taps), taps};
 }
 
 Tensor pool_aten(const Tensor& input, const PoolGeometry& g) {
@@ -85,6 +73,11 @@ Tensor pool_aten(const Tensor& input, const PoolGeometry& g) {
 
 std::tuple<Tensor, Tensor> indices_aten(const Tensor& input, const PoolGeometry& g) {
   return at::max_pool2d_with_indices(input, g.kernel_size, g.stride, g.padding, g.dilation, g.ceil_mode);
+}
+
+// Taps as torch's indices h * W + w.
+Tensor indices_of(const Tensor& taps, const Tensor& input, const PoolGeometry& g) {
+  return max_pool::indices_of_taps(taps, input.sym_sizes(), g).first;
 }
 
 // Torch refuses an input that is not a batch of images, unless kernels are demanded: then the step below does.
@@ -101,7 +94,7 @@ Tensor pool_plain(const Tensor& input, const PoolGeometry& g) {
 std::tuple<Tensor, Tensor> indices_plain(const Tensor& input, const PoolGeometry& g) {
   if (!is_own(g.backend)) return indices_aten(input, g);
   const auto [result, taps] = max_pool2d_taps(input, g);
-  return {result, max_pool2d_indices(taps, input.sym_sizes(), g)};
+  return {result, indices_of(taps, input, g)};
 }
 
 Tensor scatter_entry(const Tensor& grad_output, const Tensor& taps, SymIntArrayRef input_size, const PoolGeometry& g) {
@@ -148,7 +141,7 @@ bool makes_indices(const Tensor& input, Backend backend) {
 std::tuple<Tensor, Tensor> record_max_pool2d_with_indices(const Tensor& input, const PoolGeometry& g) {
   if (!makes_indices(input, g.backend) || is_left_to_torch(input, g)) return indices_aten(input, g);
   const auto [result, taps] = pool_and_record(input, g);
-  const Tensor indices = max_pool2d_indices(taps, input.sym_sizes(), g);
+  const Tensor indices = indices_of(taps, input, g);
   return {result, proof::is_plain(indices) ? finish(indices, input.suggest_memory_format()) : indices};
 }
 

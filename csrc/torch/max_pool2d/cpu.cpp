@@ -3,6 +3,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <functional>
 #include <vector>
 
 #include "cpu/compute.h"
@@ -19,18 +20,6 @@ constexpr int64_t kWorkPerTask = 32768;
 constexpr int64_t kNarrow = 8;  // outputs in a row that are too few for vectors
 
 int64_t grain(int64_t work_of_one) { return std::max<int64_t>(1, kWorkPerTask / std::max<int64_t>(1, work_of_one)); }
-
-template <class T, class C, class Tap>
-FK_SIMD_CLONES void pool_row(const T* x, T* y, Tap* taps, const cpu::Pooling3d& g, const cpu::OutputRow& row,
-                             cpu::RowOfOutputs<C>& scratch) {
-  cpu::max_pool_row(x, y, taps, g, row, scratch);
-}
-
-template <class T, class C, class Tap>
-FK_SIMD_CLONES void pool_pixels(const T* x, T* y, Tap* taps, const cpu::Pooling3d& g, const cpu::OutputRow& row,
-                                int64_t channels, C* best, int32_t* tap) {
-  cpu::max_pool_pixels(x, y, taps, g, row, channels, best, tap);
-}
 
 // f(an element of the dtype, a tap of the type of taps)
 template <class F>
@@ -87,7 +76,8 @@ void forward_cpu(const CpuPool& m, const Tensor& x, const Tensor& y, const Tenso
         std::vector<C> best(channels);
         std::vector<int32_t> at(channels);
         each_row(first, last, [&](const T* volume, T* values, Tap* places, const cpu::OutputRow& row) {
-          pool_pixels<T, C>(volume, values, places, g, row, channels, best.data(), at.data());
+          cpu::in_vectors<cpu::max_pool_pixels<T, C, Tap>>(volume, values, places, std::cref(g), std::cref(row),
+                                                           channels, best.data(), at.data());
         });
       } else if (q < kNarrow) {
         each_row(first, last, [&](const T* volume, T* values, Tap* places, const cpu::OutputRow& row) {
@@ -96,7 +86,8 @@ void forward_cpu(const CpuPool& m, const Tensor& x, const Tensor& y, const Tenso
       } else {
         cpu::RowOfOutputs<C> scratch(g.plane);
         each_row(first, last, [&](const T* volume, T* values, Tap* places, const cpu::OutputRow& row) {
-          pool_row(volume, values, places, g, row, scratch);
+          cpu::in_vectors<cpu::max_pool_row<T, C, Tap>>(volume, values, places, std::cref(g), std::cref(row),
+                                                        std::ref(scratch));
         });
       }
     });

@@ -19,19 +19,6 @@
 namespace freezekit {
 namespace {
 
-std::array<int64_t, 2> pair(SymIntArrayRef values, const char* name) {
-  TORCH_CHECK(values.size() == 1 || values.size() == 2, name, " must be one number or two (height, width), got ",
-              values.size(), " of them: ", values);
-  const std::array<int64_t, 2> numbers = {values.front().guard_int(__FILE__, __LINE__),
-                                          values.back().guard_int(__FILE__, __LINE__)};
-  TORCH_CHECK(numbers[0] < kExtentLimit && numbers[1] < kExtentLimit, name, " must be below ", kExtentLimit, ", got ",
-              values);
-  // torch's own checks refuse what is negative, after sums that would overflow.
-  TORCH_CHECK(numbers[0] > -kExtentLimit && numbers[1] > -kExtentLimit, name, " must be above ", -kExtentLimit,
-              ", got ", values);
-  return numbers;
-}
-
 // What computes a problem; throws where the backend demands kernels that do not take it.
 Computer computer_of(Op op, const MaxPool& m, const Tensor& values, const PoolGeometry& g) {
   const Computer computer = route_step(op, g.backend, values).computer;
@@ -88,7 +75,7 @@ std::tuple<Tensor, Tensor> taps_kernel(const Tensor& input, const PoolGeometry& 
   const Computer computer = computer_of(Op::max_pool2d, m, input, g);
   if (!has_kernel(computer)) {
     auto [y, indices] = at::max_pool2d_with_indices(input, g.kernel_size, g.stride, g.padding, g.dilation, g.ceil_mode);
-    return {y, max_pool::taps_of_indices(indices, input, g)};
+    return {y, max_pool::taps_of_indices(indices, input.sym_sizes(), g).to(g.tap_type())};
   }
   const SymIntArrayRef sizes = c10::fromIntArrayRefSlow(size);
   const Tensor y = empty_beside(input, sizes, format, input.scalar_type());
@@ -159,12 +146,6 @@ Tensor gather_meta(const Tensor& input, const Tensor& taps, SymIntArrayRef input
 
 }  // namespace
 
-PoolGeometry::PoolGeometry(SymIntArrayRef kernel_size, SymIntArrayRef stride, SymIntArrayRef padding,
-                           SymIntArrayRef dilation, bool ceil_mode, std::string_view backend)
-    : kernel_size(pair(kernel_size, "kernel_size")),
-      stride(stride.empty() ? this->kernel_size : pair(stride, "stride")), padding(pair(padding, "padding")),
-      dilation(pair(dilation, "dilation")), ceil_mode(ceil_mode), backend(parse_backend(backend)) {}
-
 PoolGeometry PoolGeometry::of_rows(SymIntArrayRef kernel_size, SymIntArrayRef stride, SymIntArrayRef padding,
                                    SymIntArrayRef dilation, bool ceil_mode, std::string_view backend) {
   const auto after = [](int64_t first, SymIntArrayRef number) { return SizeVector{first, number.front()}; };
@@ -195,10 +176,6 @@ Tensor max_pool2d_scatter(const Tensor& grad_output, const Tensor& taps, SymIntA
 Tensor max_pool2d_gather(const Tensor& input, const Tensor& taps, const PoolGeometry& g) {
   static const TapMapOperator op("freezekit::max_pool2d_gather");
   return op(input, taps, input.sym_sizes(), g);
-}
-
-Tensor max_pool2d_indices(const Tensor& taps, SymIntArrayRef input_size, const PoolGeometry& g) {
-  return max_pool::positions(taps, input_size, g).first;
 }
 
 TORCH_LIBRARY_FRAGMENT(freezekit, m) {

@@ -3,27 +3,22 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <array>
 #include <tuple>
 
 #include "core/pooling.h"
 #include "torch/common/operators.h"
+#include "torch/max_pool2d/windows.h"
 
 namespace freezekit {
 
-// Of taps in a window of so many: one byte up to 256, two up to 32768, four beyond.
-constexpr at::ScalarType tap_type_for(int64_t taps) {
-  return taps <= 256 ? at::kByte : taps <= 32768 ? at::kShort : at::kInt;
-}
-
-// The settings as the schemas have them; a list of one number stands for both axes, an empty stride for the kernel. Where
-// they are symbolic they are fixed, as by torch's own pooling, which has no operator for symbols.
-struct PoolGeometry {
+// The settings as the schemas have them.
+struct PoolGeometry : Windows<2> {
   using Flat = Arguments<SymIntArrayRef, SymIntArrayRef, SymIntArrayRef, SymIntArrayRef, bool, std::string_view>;
 
   PoolGeometry() = default;
   PoolGeometry(SymIntArrayRef kernel_size, SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
-               bool ceil_mode, std::string_view backend);
+               bool ceil_mode, std::string_view backend)
+      : Windows(kernel_size, stride, padding, dilation, ceil_mode), backend(parse_backend(backend)) {}
   // Of images of one row: the settings, each a list of one number, are those along it.
   static PoolGeometry of_rows(SymIntArrayRef kernel_size, SymIntArrayRef stride, SymIntArrayRef padding,
                               SymIntArrayRef dilation, bool ceil_mode, std::string_view backend);
@@ -36,10 +31,7 @@ struct PoolGeometry {
 
   // The same as numbers, with sizes of concrete tensors (N, C, H, W) and (N, C, P, Q) and the layout of all of them.
   MaxPool problem(IntArrayRef input_size, IntArrayRef output_size, at::MemoryFormat format) const;
-  at::ScalarType tap_type() const { return tap_type_for(kernel_size[0] * kernel_size[1]); }
 
-  std::array<int64_t, 2> kernel_size, stride, padding, dilation;
-  bool ceil_mode = false;
   Backend backend = Backend::automatic;
 };
 
@@ -64,7 +56,5 @@ Tensor max_pool2d_scatter(const Tensor& grad_output, const Tensor& taps, SymIntA
                           const PoolGeometry&);
 // Its transpose: of `input`, the element at each tap.
 Tensor max_pool2d_gather(const Tensor& input, const Tensor& taps, const PoolGeometry&);
-// Taps as torch's indices h * W + w.
-Tensor max_pool2d_indices(const Tensor& taps, SymIntArrayRef input_size, const PoolGeometry&);
 
 }  // namespace freezekit

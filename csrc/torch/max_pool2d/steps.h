@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <utility>
 
 #include "cpu/max_pool.h"
 #include "torch/max_pool2d/max_pool2d.h"
@@ -20,7 +19,7 @@ struct CpuPool {
   CpuPool(const MaxPool& m) : CpuPool({m.window}, m.n, m.c, m.nhwc) {}
 };
 
-// Calls f with a value of the type that taps have: see tap_type_for.
+// Calls f with a value of the type that taps have: see Windows::tap_type.
 template <class F>
 void for_tap_type(at::ScalarType type, const F& f) {
   if (type == at::kByte) return f(uint8_t());
@@ -35,9 +34,5 @@ void gather_cpu(const CpuPool&, const Tensor& x, const Tensor& taps, const Tenso
 
 Tensor scatter_by_aten(const Tensor& dy, const Tensor& taps, SymIntArrayRef input_size, const PoolGeometry&);
 Tensor gather_by_aten(const Tensor& x, const Tensor& taps, const PoolGeometry&);
-Tensor taps_of_indices(const Tensor& indices, const Tensor& x, const PoolGeometry&);
-
-// Where the taps are: (positions h * W + w, whether that is inside the input), both (N, C, P, Q) and int64, bool.
-std::pair<Tensor, Tensor> positions(const Tensor& taps, SymIntArrayRef input_size, const PoolGeometry&);
 
 }  // namespace freezekit::max_pool

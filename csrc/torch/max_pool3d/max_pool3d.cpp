@@ -7,15 +7,12 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/native/Pool.h>
-#include <ATen/ops/arange.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/max_pool3d.h>
 #include <ATen/ops/max_pool3d_with_indices.h>
 #include <ATen/ops/max_pool3d_with_indices_backward.h>
 #include <ATen/ops/where.h>
-#include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -36,19 +33,6 @@ using Place = std::array<int64_t, 3>;
 using Pair = std::tuple<Tensor, Tensor>;
 
 constexpr int64_t kRowsPerTask = 64;
-
-std::vector<int64_t> triple(SymIntArrayRef values, const char* name) {
-  TORCH_CHECK(values.size() == 1 || values.size() == 3, name,
-              " must be one number or three (depth, height, width), got ", values.size(), " of them: ", values);
-  std::vector<int64_t> numbers;
-  for (size_t i = 0; i < 3; ++i) {
-    numbers.push_back(values[values.size() == 1 ? 0 : i].guard_int(__FILE__, __LINE__));
-    // torch's own checks refuse what is negative, after sums that would overflow.
-    TORCH_CHECK(numbers[i] < kExtentLimit && numbers[i] > -kExtentLimit, name, " must be below ", kExtentLimit,
-                " either way, got ", values);
-  }
-  return numbers;
-}
 
 Pair by_aten(const Tensor& x, const Windows3d& g) {
   return at::max_pool3d_with_indices(x, g.kernel_size, g.stride, g.padding, g.dilation, g.ceil_mode);
@@ -71,8 +55,7 @@ void for_each_output(const Tensor& outputs, at::MemoryFormat format, const Windo
   });
 }
 
-// Which tap along an axis reads `place`. Where nothing exceeds -inf, ATen's NHWC kernel on a CPU puts indices in the first
-// plane, window or not; rounding up and clamping makes that the window's first tap inside the input, as elsewhere.
+// Which tap along an axis reads `place`, as taps_of_indices has it.
 int64_t tap_along(size_t axis, int64_t place, int64_t origin, const Windows3d& g) {
   const int64_t dilation = g.dilation[axis];
   return std::clamp<int64_t>((place - origin + dilation - 1) / dilation, 0, g.kernel_size[axis] - 1);
@@ -99,43 +82,9 @@ Tensor taps_on_cpu(const Tensor& given, IntArrayRef input_size, const Windows3d&
   return taps;
 }
 
-// Where each output's window begins along an axis, to be broadcast against (..., O, P, Q).
-Tensor origins(const Tensor& outputs, int axis, const Windows3d& g) {
-  const Tensor number = at::arange(outputs.sym_size(2 + axis), outputs.options().dtype(at::kLong));
-  Tensor result = number.mul(g.stride[axis]).sub(g.padding[axis]);
-  for (int i = axis; i < 2; ++i) result = result.unsqueeze(-1);
-  return result;
-}
-
 Tensor taps_of(const Tensor& indices, SymIntArrayRef input_size, const Windows3d& g) {
   if (is_plain_on_cpu(indices)) return taps_on_cpu(indices, C10_AS_INTARRAYREF_SLOW(input_size), g);
-  Tensor rest = indices, taps;
-  int64_t step = 1;
-  for (int axis = 2; axis >= 0; --axis) {
-    const Tensor place = axis > 0 ? rest.remainder(input_size[2 + axis]) : rest;
-    const Tensor offset = place.sub(origins(indices, axis, g)).add(g.dilation[axis] - 1).div(g.dilation[axis], "floor");
-    const Tensor tap = offset.clamp(0, g.kernel_size[axis] - 1).mul(step);
-    taps = taps.defined() ? taps.add(tap) : tap;
-    rest = rest.div(input_size[2 + axis], "floor");
-    step *= g.kernel_size[axis];
-  }
-  return taps.to(g.tap_type());
-}
-
-// Indices of taps, and whether each is inside the input: a dilated window can miss it.
-std::pair<Tensor, Tensor> indices_of(const Tensor& taps, SymIntArrayRef input_size, const Windows3d& g) {
-  Tensor rest = taps.to(at::kLong), indices, inside;
-  c10::SymInt step = 1;
-  for (int axis = 2; axis >= 0; --axis) {
-    const c10::SymInt extent = input_size[2 + axis];
-    const Tensor place = rest.remainder(g.kernel_size[axis]).mul(g.dilation[axis]).add(origins(taps, axis, g));
-    const Tensor here = place.ge(0).logical_and(place.lt(extent));
-    inside = inside.defined() ? inside.logical_and(here) : here;
-    indices = indices.defined() ? indices.add(place.mul(step)) : place;
-    rest = rest.div(g.kernel_size[axis], "floor");
-    step *= extent;
-  }
-  return {at::where(inside, indices, 0), inside};
+  return max_pool::taps_of_indices(indices, input_size, g).to(g.tap_type());
 }
 
 // A batch of one, of what has none.
@@ -197,10 +146,7 @@ struct PoolGradient3d {
   std::vector<c10::SymInt> input_size;                     // (N, C, D, H, W)
   at::MemoryFormat format = at::MemoryFormat::Contiguous;  // of the input
 
-  auto fields() {
-    Windows3d& g = windows;
-    return std::tie(g.kernel_size, g.stride, g.padding, g.dilation, g.ceil_mode, is_batch, input_size, format);
-  }
+  auto fields() { return std::tuple_cat(windows.fields(), std::tie(is_batch, input_size, format)); }
   Link link() const { return {Link::To::operands, /*count=*/1, /*zeros=*/true}; }
 
   variable_list gradients(const Tensor& grad, Kept taps, const Wanted& wanted) const {
@@ -208,11 +154,10 @@ struct PoolGradient3d {
     const Windows3d& g = windows;
     const Tensor kept = taps(0);
     if (reaches_kernel(grad, kept)) {
-      const at::AutoDispatchBelowADInplaceOrView below;
-      return {scatter_on_cpu(grad, kept, input_size, format, g)};
+      return {below_autograd([&] { return scatter_on_cpu(grad, kept, input_size, format, g); })};
     }
-    const auto [indices, inside] = indices_of(kept, input_size, g);
-    const Tensor dy = at::where(inside, in_batch(grad, is_batch), 0);
+    const auto [at, inside] = max_pool::indices_of_taps(kept, input_size, g);
+    const Tensor dy = at::where(inside, in_batch(grad, is_batch), 0), indices = at::where(inside, at, 0);
     const Tensor dx = at::max_pool3d_with_indices_backward(dy, without_data(input_size, grad, format), g.kernel_size,
                                                            g.stride, g.padding, g.dilation, g.ceil_mode, indices);
     return {is_batch ? in_layout(dx, format) : dx.squeeze(0)};
@@ -225,15 +170,10 @@ Tensor record(const Tensor& x, const Windows3d& g, const Compute& compute) {
   const bool is_batch = x.dim() == 5;
   std::vector<c10::SymInt> size = owned(x.sym_sizes());
   if (!is_batch) size.insert(size.begin(), 1);
-  const auto [y, taps] = [&] {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    return compute(SymIntArrayRef(size));
-  }();
+  auto [y, taps] = below_autograd([&] { return compute(SymIntArrayRef(size)); });
   const auto format = is_batch ? x.suggest_memory_format() : at::MemoryFormat::Contiguous;
   const auto node = formula_node("FreezekitMaxPool3dBackward", PoolGradient3d{g, is_batch, std::move(size), format}, x);
-  node->keep(taps);
-  torch::autograd::set_history(y, node);
-  return y;
+  return with_history(std::move(y), node, taps);
 }
 
 Pair indices_entry(const Tensor& input, const Windows3d& g) {
@@ -255,22 +195,10 @@ void register_entries(torch::Library& m) {
 
 }  // namespace
 
-Windows3d::Windows3d(SymIntArrayRef kernel_size, SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
-                     bool ceil_mode)
-    : kernel_size(triple(kernel_size, "kernel_size")),
-      stride(stride.empty() ? this->kernel_size : triple(stride, "stride")), padding(triple(padding, "padding")),
-      dilation(triple(dilation, "dilation")), ceil_mode(ceil_mode) {}
-
-bool Windows3d::has_taps() const {
-  return static_cast<double>(kernel_size[0]) * kernel_size[1] * kernel_size[2] < kExtentLimit;
-}
-
-at::ScalarType Windows3d::tap_type() const { return tap_type_for(kernel_size[0] * kernel_size[1] * kernel_size[2]); }
-
 bool keeps_taps(const Tensor& input, const Windows3d& g) {
   // On a GPU taps would take ten passes over the indices that torch keeps. A volume in channels_last torch refuses.
   const bool is_refused = input.dim() == 4 && input.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
-  return !input.is_cuda() && !is_refused && (input.dim() == 4 || input.dim() == 5) && g.has_taps() &&
+  return !input.is_cuda() && !is_refused && (input.dim() == 4 || input.dim() == 5) && g.taps() < kExtentLimit &&
          route(Op::max_pool3d, Backend::automatic, input).computer != Computer::formula;
 }
 

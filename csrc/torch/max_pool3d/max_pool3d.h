@@ -5,28 +5,16 @@
 #include <c10/util/FunctionRef.h>
 
 #include <tuple>
-#include <vector>
 
 #include "torch/common/operators.h"
+#include "torch/max_pool2d/windows.h"
 
 namespace freezekit {
 
-// The settings as (depth, height, width); a list of one number stands for all three, an empty stride for the kernel. Where
-// they are symbolic they are fixed, as by torch's own pooling, which has no operator for symbols.
-struct Windows3d {
+// The settings as (depth, height, width).
+struct Windows3d : Windows<3> {
   using Flat = Arguments<SymIntArrayRef, SymIntArrayRef, SymIntArrayRef, SymIntArrayRef, bool>;
-
-  Windows3d() = default;
-  Windows3d(SymIntArrayRef kernel_size, SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
-            bool ceil_mode);
-
-  // Whether the places in a window can be numbered in 32 bits.
-  bool has_taps() const;
-  // One byte up to 256 of them, two up to 32768, four beyond.
-  at::ScalarType tap_type() const;
-
-  std::vector<int64_t> kernel_size, stride, padding, dilation;
-  bool ceil_mode = false;
+  using Windows::Windows;
 };
 
 // Whether a node of freezekit's serves the call; else it is torch's.

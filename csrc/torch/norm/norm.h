@@ -4,7 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include "torch/autograd/formula.h"
-#include "torch/common/optional.h"
+#include "torch/common/operators.h"
 
 namespace freezekit {
 

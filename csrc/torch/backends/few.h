@@ -1,4 +1,20 @@
-// Convolutions of few output positions on a CPU, in float32, which read the filter once and as it is.
+// Convolutions on a CPU, in float32, of which oneDNN is slow. Results are channels_last.
+#pragma once
+
+#include "torch/common/operators.h"
+
+namespace freezekit {
+
+// dgrad of few input channels: that of a network's first layer, where its input learns (csrc/cpu/few_channels.h). oneDNN's,
+// which is vectorised over channels, takes three to five times the forward pass.
+namespace few_channels {
+
+bool takes(const Conv2dProblem&, const Tensor& grad_output, const Tensor& weight);
+Tensor dgrad(const Conv2dProblem&, const Tensor& grad_output, const Tensor& weight);
+
+}  // namespace few_channels
+
+// Convolutions of few output positions, which read the filter once and as it is.
 //
 // oneDNN first reorders a filter into a layout of its own. For a handful of positions, as the deep layers of a network
 // have at small batches, that takes longer than the convolution, and keeping the result would let it go stale. Here the
@@ -6,17 +22,14 @@
 //
 //   y[m, k] = sum over l of columns[m, l] * w[k, l],  m a position, l a tap and channel in the order of w's memory
 //   dcolumns[m, l] = sum over k of dy[m, k] * w[k, l], which are added up where the columns came from
-#pragma once
-
-#include "torch/common/operators.h"
-
-namespace freezekit::few_positions {
+namespace few_positions {
 
 // Whether this is a convolution for it, or a dgrad, by sizes and by whose memory is dense.
 bool takes(Operator, const Conv2dProblem&, const Tensor& activation, const Tensor& weight);
 
-// Results are channels_last.
 Tensor conv2d(const Conv2dProblem&, const Tensor& input, const Tensor& weight);
 Tensor dgrad(const Conv2dProblem&, const Tensor& grad_output, const Tensor& weight);
 
-}  // namespace freezekit::few_positions
+}  // namespace few_positions
+
+}  // namespace freezekit
