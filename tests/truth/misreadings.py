@@ -181,7 +181,10 @@ MISREADINGS = (
     ),
     Misreading(
         "fp16 is copied as bf16",
-        Planted((Patch(HOPPER_F16, "(config, g, DType::f16, in", "(config, g, DType::bf16, in"),)),
+        Planted(
+            (Patch(HOPPER_LAUNCH, "(g, launch.dtype, launch.in()", "(g, DType::bf16, launch.in()"),),
+            including=(HOPPER_F16,),
+        ),
         shows=f"dgrad f16 {PLANS}",
     ),
     Misreading(
