@@ -252,7 +252,8 @@ def _without_data(function: Callable[..., Any], error: Exception, whole: str) ->
         ". If it needs the values of tensors, have a copy of it run on data: give model and inputs that hold some, and "
         "not measure=False"
     )
-    return RuntimeError(f"{_name(function)} was run on tensors without data, where it fails: {error}{whole or needs}")
+    told = str(error).removesuffix(".")
+    return RuntimeError(f"{_name(function)} was run on tensors without data, where it fails: {told}{whole or needs}")
 
 
 def _whole_step(error: Exception) -> str:

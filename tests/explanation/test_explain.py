@@ -279,8 +279,14 @@ def test_what_cannot_be_explained_says_why() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x * x.sum().item()
 
+    class Sentence(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise RuntimeError("it ends in a full stop.")
+
     with pytest.raises(RuntimeError, match="Values was run on tensors without data, where it fails"):
         explain(Values(), torch.ones(3, device="meta"))
+    with pytest.raises(RuntimeError, match=r"it ends in a full stop\. If it needs the values"):
+        explain(Sentence(), torch.ones(3, device="meta"))
     with pytest.raises(TypeError, match=r"model must be an nn\.Module, or a callable that runs one.*, got int"):
         explain(3, torch.ones(1))
 
