@@ -88,8 +88,8 @@ StandIn<hardtanh<Tensor&>> of_hardtanh_("hardtanh_", "hardtanh_");
 StandIn<leaky_relu<const Tensor&>> of_leaky_relu("leaky_relu", "leaky_relu");
 StandIn<leaky_relu<Tensor&>> of_leaky_relu_("leaky_relu_", "leaky_relu_");
 StandIn<prelu> of_prelu("_prelu_kernel");
-ComposedStandIn<dropout<const Tensor&>> of_dropout("dropout", "native_dropout");
-ComposedStandIn<dropout<Tensor&>> of_dropout_("dropout_", "native_dropout");
+StandIn<dropout<const Tensor&>, Unrecorded::to_torch> of_dropout("dropout", "native_dropout");
+StandIn<dropout<Tensor&>, Unrecorded::to_torch> of_dropout_("dropout_", "native_dropout");
 
 }  // namespace
 }  // namespace freezekit::enable

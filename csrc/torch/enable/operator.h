@@ -108,14 +108,17 @@ std::tuple<> tensors_in(const Other&) {
   return {};
 }
 
-// Registers kFunction for one operator; a function that stands in for several is a template. Torch composes some operators
-// of others, which modes and tracers see: under one of these its own kernel is called.
-template <auto kFunction, bool kIsComposed = false>
+// Where a call goes of which no gradient is recorded. Torch composes some operators of others, which modes and tracers see:
+// under one of these torch's own kernel is called.
+enum class Unrecorded : int8_t { below, below_if_unseen, to_torch };
+
+// Registers kFunction for one operator; a function that stands in for several is a template.
+template <auto kFunction, Unrecorded kUnrecorded = Unrecorded::below>
 class StandIn;
 
 template <class Result, class... Args,
-          Served<Result> (*kFunction)(const Stock<Result(Args...)>&, DispatchKeySet, Args...), bool kIsComposed>
-class StandIn<kFunction, kIsComposed> final : public AnyStandIn {
+          Served<Result> (*kFunction)(const Stock<Result(Args...)>&, DispatchKeySet, Args...), Unrecorded kUnrecorded>
+class StandIn<kFunction, kUnrecorded> final : public AnyStandIn {
  public:
   // `computes`: the operator whose kernel on a CPU or a GPU the stand-in does without; none where it calls torch's.
   explicit StandIn(const char* name, const char* computes = nullptr)
@@ -127,7 +130,9 @@ class StandIn<kFunction, kIsComposed> final : public AnyStandIn {
     const auto tensors = std::tuple_cat(tensors_in(args)...);
     if (!std::apply([](const auto&... each) { return is_unrecorded(each...); }, tensors)) {
       if (Served<Result> result = kFunction(stock_, keys, args...)) return *std::move(result);
-    } else if (!kIsComposed || std::apply([](const auto&... each) { return is_unseen(each...); }, tensors)) {
+    } else if (kUnrecorded == Unrecorded::below ||
+               (kUnrecorded == Unrecorded::below_if_unseen &&
+                std::apply([](const auto&... each) { return is_unseen(each...); }, tensors))) {
       return stock_.unrecorded(keys, std::forward<Args>(args)...);
     }
     return stock_.stock(keys, std::forward<Args>(args)...);
@@ -137,8 +142,5 @@ class StandIn<kFunction, kIsComposed> final : public AnyStandIn {
 
   static inline Stock<Result(Args...)> stock_;
 };
-
-template <auto kFunction>
-using ComposedStandIn = StandIn<kFunction, /*kIsComposed=*/true>;
 
 }  // namespace freezekit::enable

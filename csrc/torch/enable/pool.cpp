@@ -140,9 +140,9 @@ std::optional<Tensor> adaptive_avg_pool(const Linear& op, DispatchKeySet keys, c
   return linear<kAdaptiveAvgPool, kAxes>(op, keys, x, output_size);
 }
 
-ComposedStandIn<max_pool1d> of_max_pool1d("max_pool1d", "max_pool2d_with_indices");
-ComposedStandIn<max_pool2d> of_max_pool2d("max_pool2d", "max_pool2d_with_indices");
-ComposedStandIn<max_pool3d> of_max_pool3d("max_pool3d", "max_pool3d_with_indices");
+StandIn<max_pool1d, Unrecorded::below_if_unseen> of_max_pool1d("max_pool1d", "max_pool2d_with_indices");
+StandIn<max_pool2d, Unrecorded::below_if_unseen> of_max_pool2d("max_pool2d", "max_pool2d_with_indices");
+StandIn<max_pool3d, Unrecorded::below_if_unseen> of_max_pool3d("max_pool3d", "max_pool3d_with_indices");
 StandIn<max_pool2d_with_indices> of_max_pool2d_indices("max_pool2d_with_indices", "max_pool2d_with_indices");
 StandIn<max_pool3d_with_indices> of_max_pool3d_indices("max_pool3d_with_indices");
 StandIn<avg_pool<2>> of_avg_pool2d("avg_pool2d");
