@@ -27,6 +27,7 @@ from freezekit.freezing.held import (
     causes,
     copy_state,
     describe,
+    follow,
     frozen_tensors,
     put_state,
     record_all,
@@ -171,6 +172,7 @@ class Guard:
         for name in self._replaced & self._frozen.keys():  # which was frozen again
             self._records.pop(name, None)
         self._replaced.clear()
+        self._records = follow(self.model, self._records, self._frozen)
         gone = {name: record for name, record in self._records.items() if name not in self._frozen}
         if lines := replaced(self.model, gone, self._unfrozen.keys()) if gone else {}:
             cure = "Cure: change layers before freeze(), freeze() again, or unfreeze() or guard.accept() what was meant"

@@ -372,6 +372,37 @@ def test_another_frozen_layer_of_the_same_name_is_told_and_keeps_its_values(mode
         assert torch.equal(model[0].weight, before)
 
 
+MOVING: dict[str, Callable[[nn.Sequential], object]] = {
+    "inserted": lambda m: m.insert(0, nn.Linear(3, 3)),
+    "frozen one inserted": lambda m: m.insert(0, nn.Linear(3, 3).requires_grad_(False)),
+    "dropped": lambda m: m.pop(0),
+    "swapped": lambda m: [m.__setitem__(i, layer) for i, layer in enumerate([m[1], m[0]])],
+    "wrapped": lambda m: [m.__setitem__(i, layer) for i, layer in enumerate([m[1], nn.Sequential(m[0])])],
+}
+
+
+@pytest.mark.parametrize("mode", ["raise", "restore"])
+@pytest.mark.parametrize("how", MOVING)
+def test_frozen_layers_that_change_places_are_held_to_their_own_values(how: str, mode: Any) -> None:
+    """As in a stack that grows or loses a layer: restoring wrote one layer's values into another."""
+    model = nn.Sequential(*[nn.Linear(3, 3) for _ in range(4)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    layers = list(model)[:3]
+    before = [layer.weight.detach().clone() for layer in layers]
+    freeze(model, *layers)
+    held = guard(model, optimizer, mode=mode)
+    MOVING[how](model)
+    optimizer.step()
+    assert all(map(torch.equal, before, [layer.weight for layer in layers]))
+    layers[1].weight.data.add_(1)
+    if mode == "raise":
+        with pytest.raises(FrozenMoved, match=r"weight': something wrote to it"):
+            held.check()
+    else:
+        held.check()
+        assert torch.equal(layers[1].weight, before[1])
+
+
 class Adapter(nn.Module):
     def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()

@@ -76,19 +76,38 @@ class AtRisk:
 def record_all(model: nn.Module, tensors: dict[str, torch.Tensor], with_value: bool) -> dict[str, Record]:
     """A record of each of these tensors of ``model`` as it is now."""
     records = {}
-    modules = dict(model.named_modules(remove_duplicate=False)) if tensors else {}
-    # Not by the tensors' names, which some wrappers make shorter than those of their modules.
-    paths = {
-        id(tensor): path
-        for path, module in modules.items()
-        for tensor in (*module._parameters.values(), *module._buffers.values())
-    }
+    layers = layers_with(model) if tensors else {}
     for (name, tensor), checksum in zip(tensors.items(), checksums(list(tensors.values())), strict=True):
         value = local(tensor).detach().clone() if with_value else None
-        layer = modules.get(layer_of(paths[id(tensor)])) if id(tensor) in paths else None
+        layer = layers.get(id(tensor))
         form = (tensor.shape, tensor.dtype, identity(tensor), checksum, value)
         records[name] = Record(tensor, *form, layer, () if layer is None else own_parameters(layer))
     return records
+
+
+def layers_with(model: nn.Module) -> dict[int, nn.Module | None]:
+    """``id`` of each tensor of ``model`` -> the module that has it, where it can be seen."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    # Not by the tensors' names, which some wrappers make shorter than those of their modules.
+    return {
+        id(tensor): modules.get(layer_of(path))
+        for path, module in modules.items()
+        for tensor in (*module._parameters.values(), *module._buffers.values())
+    }
+
+
+def follow(model: nn.Module, records: dict[str, Record], tensors: dict[str, torch.Tensor]) -> dict[str, Record]:
+    """``records`` by the names that their tensors have now, where layers changed places: behind one dropped, say."""
+    known = {id(record.tensor): record for record in records.values()}
+    renamed = {
+        name: known[id(tensor)]
+        for name, tensor in tensors.items()
+        if id(tensor) in known and records.get(name) is not known[id(tensor)]
+    }
+    layers = layers_with(model) if renamed else {}
+    renamed = {name: record for name, record in renamed.items() if layers.get(id(record.tensor)) is record.layer}
+    moved = {id(record) for record in renamed.values()}
+    return {name: record for name, record in records.items() if id(record) not in moved} | renamed
 
 
 class Watch(Protocol):
