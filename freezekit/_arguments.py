@@ -20,6 +20,8 @@ def shown(value: object) -> str:
 
     >>> shown([torch.zeros(100), nn.Linear(1, 1), "same"])
     "[a Tensor of shape (100,), Linear(...), 'same']"
+    >>> shown(nn.Linear(1, 2).state_dict())
+    "{'bias': a Tensor of shape (2,), 'weight': a Tensor of shape (2, 1)}"
     """
     return " ".join(_Line().repr(value).split())
 
@@ -45,6 +47,10 @@ class _Line(reprlib.Repr):
             return f"{type(x).__name__}(...)"
         if isinstance(x, FunctionType | MethodType):
             return f"<{type(x).__name__} {x.__qualname__}>"
+        if isinstance(x, dict):  # subclasses too, such as a state_dict's, which reprlib would write out
+            return self.repr_dict(x, level)
+        if isinstance(x, tuple):
+            return self.repr_tuple(x, level)
         return super().repr1(x, level)
 
 

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from difflib import SequenceMatcher
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import nn
@@ -126,11 +127,13 @@ def check_buffers(subject: Subject) -> Iterator[Finding]:
 
 def check_qconfig(subject: Subject) -> Iterator[Finding]:
     """Layers of freezekit's that torch.ao was to quantize: it knows exact classes, and passes over others."""
-    asked = [
-        (name, module)
-        for name, module in subject.modules()
-        if isinstance(module, tuple(SWAPS.values())) and vars(module).get("qconfig") is not None
-    ]
+    qconfigs: dict[str, Any] = {}
+    asked = []
+    for path, module in subject.model.named_modules():
+        # As prepare will hand it down: what a layer does not say is what the module around it says.
+        qconfigs[path] = getattr(module, "qconfig", qconfigs.get(path.rpartition(".")[0]))
+        if qconfigs[path] is not None and isinstance(module, tuple(SWAPS.values())):
+            asked.append((path or "(root)", module))
     quantized = _quantized() if asked else ()
     names = [name for name, module in asked if isinstance(module, quantized)]
     yield from about(

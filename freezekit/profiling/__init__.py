@@ -20,6 +20,10 @@ _ONE = (
     "torch's profiler is recording already, and there is one for all threads of the process;\n"
     "let that block end first, or put one profile() around both"
 )
+_LOST = (
+    "another recording of torch's profiler began and ended within this block, and took its events:\n"
+    "let one begin after the other has ended"
+)
 
 
 class profile(Shown):
@@ -33,8 +37,8 @@ class profile(Shown):
     times of small operators with care. GPU work that is still running at the end is waited for.
 
     There is one torch.profiler for all threads of a process: a second recording at the same time would lose the first
-    one's events, or end the process. Entering the block is a RuntimeError then. So is reading what a block has recorded
-    before it has ended.
+    one's events, or end the process. Entering the block is a RuntimeError then, and so is its end where another
+    recording has ended within it. So is reading what a block has recorded before it has ended.
 
     >>> import torch, freezekit as fk
     >>> from freezekit.profiling import profile
@@ -75,10 +79,14 @@ class profile(Shown):
 
     def __exit__(self, *error: Any) -> None:
         try:
+            lost = not profiler._is_profiler_enabled
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             self._profiler.__exit__(*error)
-            self._events = read(self._profiler)
+            if not lost:
+                self._events = read(self._profiler)
+            elif error[0] is None:
+                raise RuntimeError(_LOST)
         finally:
             _recording.release()
 

@@ -174,3 +174,16 @@ def test_a_second_recording_at_the_same_time_is_refused() -> None:
     with profile() as after:
         F.relu(torch.randn(4))
     assert after.kernels()
+
+
+def test_a_recording_of_others_within_the_block_is_told_and_not_counted_as_nothing() -> None:
+    inner = torch.profiler.profile
+    with pytest.raises(RuntimeError, match=r"took its events:\nlet one begin after"), profile() as outer, inner():
+        F.relu(torch.randn(4))
+    with pytest.raises(RuntimeError, match="nothing is recorded"):
+        outer.counts()
+    with pytest.raises(ZeroDivisionError), profile(), inner():
+        raise ZeroDivisionError
+    with profile() as after:
+        F.relu(torch.randn(4))
+    assert after.kernels()
