@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import freezekit as fk
-from freezekit.functional import conv2d
-from tests.proof.stand_in import decided, stand_in
+from freezekit import _C
+from freezekit.functional import conv2d, conv2d_wgrad
+from tests.proof.stand_in import decided, launched, stand_in
 
 MIB = 1 << 20
 
@@ -110,3 +111,19 @@ def test_in_nchw_a_large_batch_is_copied_some_images_at_a_time(
         copied = channels * 256 * rows * 8 * (1 + residual) + result
         assert peak <= x.nbytes + max(COPIED, copied) + MIB
         assert {choice.backend for choice in fk.tuning.choices()} == {"native"}
+
+
+def test_a_wgrad_that_copies_more_than_32_mib_is_torch_s() -> None:
+    x, dy = torch.randn(2, 33, 2, 256, 256)  # 1 MiB for each image of both
+    with stand_in():
+        assert launched(lambda: conv2d_wgrad(dy[:4], x[:4], (2, 2, 1, 1)))
+        assert not launched(lambda: conv2d_wgrad(dy, x, (2, 2, 1, 1)))
+        sizes = {n: ((n, 2, 256, 256), (2, 2, 1, 1)) for n in (32, 33)}
+        left_to_torch = [
+            (n, channels_last)
+            for n in sizes
+            for channels_last in (False, True)
+            if "copies too much memory"
+            in _C.select("conv2d_wgrad", "float32", *sizes[n], device="cpu", channels_last=channels_last)["auto_reason"]
+        ]
+    assert left_to_torch == [(33, False)]

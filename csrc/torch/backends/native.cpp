@@ -100,9 +100,6 @@ Tensor empty_output(IntArrayRef size, const Tensor& like) {
   return at::empty(size, like.options(), at::MemoryFormat::ChannelsLast);
 }
 
-// What is copied at once where the tensors are not in NHWC: most of it is still in a GPU's second cache when it is read again.
-constexpr int64_t kCopiedBytes = 32 << 20;
-
 bool is_in_nhwc(const Tensor& tensor) { return tensor.is_contiguous(at::MemoryFormat::ChannelsLast); }
 
 // How many of a batch's images are computed at once. Under a mask all, since its bits are one row of words for the batch.

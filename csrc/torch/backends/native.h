@@ -44,6 +44,10 @@ DType kernel_dtype(const Tensor&);
 // of the norm and an undefined bias do nothing.
 std::tuple<Tensor, Tensor> norm_affine(const FixedNormTensors&, const Tensor& bias, const Tensor& like, Backend);
 
+// What is copied at once where the tensors are not in NHWC: most of it is still in a GPU's second cache when it is read again.
+// A wgrad copies its operands whole.
+constexpr int64_t kCopiedBytes = 32 << 20;
+
 Tensor conv2d(const Conv2dProblem&, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
               const Geometry&);
 Tensor dgrad(const Conv2dProblem&, const Tensor& grad_output, const Tensor& weight, const Geometry&);

@@ -213,7 +213,14 @@ struct Option {
   Winner winner() const { return hopper ? Winner::hopper : Winner::kernel; }
 };
 
+// Memory that torch's operator does without.
+bool copies_too_much(Operator op, const Conv2dProblem& problem, const choices::Setting& setting) {
+  const int64_t bytes = (problem.x_numel() + problem.y_numel()) * static_cast<int64_t>(c10::elementSize(setting.dtype));
+  return op == Operator::wgrad && setting.layout != at::MemoryFormat::ChannelsLast && bytes > native::kCopiedBytes;
+}
+
 std::vector<Option> options_for(Operator op, const Conv2dProblem& problem, const choices::Setting& setting) {
+  if (copies_too_much(op, problem, setting)) return {};
   const auto dtype = native::dtype_of(setting.dtype);
   Target target = setting.target;
   target.hopper = false;
@@ -342,6 +349,8 @@ Foreseen foreseen(Operator op, const Conv2dProblem& problem, const choices::Sett
       Backend::aten, "",
       proof::must_be_repeatable() ? "ATen, since results are to repeat and no choice was loaded" : choices::kRule};
   if (!candidate) return result;
+  if (copies_too_much(op, problem, setting))
+    result.why = "ATen: in NCHW an own wgrad of this size copies too much memory";
   double least = HUGE_VAL;
   for (const Option& option : options_for(op, problem, setting)) {
     const auto found = known_of(op, problem, setting, option);
