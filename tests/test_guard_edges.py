@@ -14,7 +14,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn.utils import parametrize, prune
 from torch.optim import LBFGS, SGD, Optimizer
 
-from freezekit.freezing import freeze, unfreeze
+from freezekit.freezing import freeze, freeze_state, load_freeze_state, unfreeze
 from freezekit.guarding import FrozenMoved, guard
 from tests.freezing.cases import Choice
 from tests.freezing.guarded import backward, learn, same, trained
@@ -287,6 +287,24 @@ def test_what_was_replaced_first_and_then_unfrozen_trains(change: Callable[[nn.M
     change(model)
     unfreeze(model, "0")
     optimizer.step()
+
+
+def test_what_was_replaced_first_and_then_unfrozen_by_a_state_trains() -> None:
+    """As at a resume under guard; what the state holds frozen is still held."""
+    model, other = normed(), normed()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    freeze(model, "0", "1", norm="freeze")
+    freeze(other, "1", norm="freeze")
+    held = guard(model, optimizer)
+    assigned(model)
+    load_freeze_state(model, freeze_state(other))
+    optimizer.step()
+    with torch.no_grad():
+        model[0].weight.add_(1)
+        model[1].weight.add_(1)
+    with pytest.raises(FrozenMoved) as error:
+        held.check()
+    assert error.value.names == ("1.weight",)
 
 
 def test_a_parameter_names_what_took_its_own_place() -> None:
