@@ -421,6 +421,22 @@ def test_frozen_layers_that_change_places_are_held_to_their_own_values(how: str,
         assert torch.equal(layers[1].weight, before[1])
 
 
+@pytest.mark.parametrize("mode", ["raise", "restore"])
+def test_norms_that_share_a_buffer_are_held(mode: Any) -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3))
+    model[1]._buffers["running_mean"] = model[0].running_mean
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    freeze(model, norm="freeze")
+    held = guard(model, optimizer, mode=mode)
+    optimizer.step()
+    before = model[0].running_mean.clone()
+    model[0].running_mean.add_(1)
+    with pytest.raises(FrozenMoved) if mode == "raise" else nullcontext():
+        optimizer.step()
+    held.remove()
+    assert torch.equal(model[0].running_mean, before) == (mode == "restore")
+
+
 class Adapter(nn.Module):
     def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()

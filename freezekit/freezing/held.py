@@ -98,11 +98,10 @@ def layers_with(model: nn.Module) -> dict[int, nn.Module | None]:
 
 def follow(model: nn.Module, records: dict[str, Record], tensors: dict[str, torch.Tensor]) -> dict[str, Record]:
     """``records`` by the names that their tensors have now, where layers changed places: behind one dropped, say."""
-    known = {id(record.tensor): record for record in records.values()}
+    stayed = {name for name, tensor in tensors.items() if name in records and records[name].tensor is tensor}
+    known = {id(record.tensor): record for name, record in records.items() if name not in stayed}
     renamed = {
-        name: known[id(tensor)]
-        for name, tensor in tensors.items()
-        if id(tensor) in known and records.get(name) is not known[id(tensor)]
+        name: known[id(tensor)] for name, tensor in tensors.items() if name not in stayed and id(tensor) in known
     }
     layers = layers_with(model) if renamed else {}
     renamed = {name: record for name, record in renamed.items() if layers.get(id(record.tensor)) is record.layer}
