@@ -152,3 +152,23 @@ def test_compiled_strides(kind: type[Block]) -> None:
             found.append(strides_and_values(compiled, *tensors)[0])
             torch.compiler.reset()
         assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("layout", [NCHW, NHWC], ids=str)
+@pytest.mark.parametrize("kind", BLOCKS, ids=lambda kind: kind.__name__)
+def test_batched_gradients(kind: type[Block], layout: torch.memory_format) -> None:
+    """Of is_grads_batched, whose tensors know no formats; one by one, they go another way."""
+    stock = kind(4, 4, 3).eval().requires_grad_(False).to(memory_format=layout)
+    fused = fk.fuse(copy.deepcopy(stock))
+    x, r = (torch.randn(2, 4, 6, 6).to(memory_format=layout).requires_grad_() for _ in range(2))
+    cotangents = torch.randn(3, 2, 4, 6, 6)
+    ys = [model(model(x, r).clone(), r) for model in (fused, stock)]
+    for leaves in ([x], [x, r]):
+        ours, theirs = (
+            torch.autograd.grad(y, leaves, cotangents, is_grads_batched=True, retain_graph=True, allow_unused=True)
+            for y in ys
+        )
+        for a, b in zip(ours, theirs, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)

@@ -26,12 +26,16 @@ inline at::MemoryFormat elementwise_format(at::MemoryFormat format, c10::SymIntA
   return both ? at::MemoryFormat::Contiguous : format;
 }
 
+// Whether vmap, torch.func's or the one behind is_grads_batched, has hold of a tensor: neither knows memory formats.
+inline bool is_batched(const at::Tensor& tensor) {
+  constexpr c10::DispatchKeySet batched({c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Batched});
+  return tensor.key_set().has_any(batched);
+}
+
 // `tensor` laid out so that layout_of reads `format` from it, copied only where it must be. Sizes of 1 let one block of
 // memory be both formats: contiguous() then leaves the strides as they are, and they tell the other format.
 inline at::Tensor in_layout(const at::Tensor& tensor, at::MemoryFormat format) {
-  // Neither vmap, torch.func's nor the one behind is_grads_batched, knows memory formats.
-  constexpr c10::DispatchKeySet batched({c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Batched});
-  if (tensor.key_set().has_any(batched)) return tensor;
+  if (is_batched(tensor)) return tensor;
   at::Tensor dense = tensor.contiguous(format);
   if (dense.suggest_memory_format() == format) return dense;
   return dense.clone(format);

@@ -99,7 +99,8 @@ variable_list FrozenConv2dBackward::apply(variable_list&& grads) {
   }
   const bool has_bits = formula_.has_bits;
   const bool wants_residual = num_outputs() > kResidual && task_should_compute_output(kResidual);
-  if (has_bits && formula_.has_norm && masks_in_dgrad_ && wants_input && !wants_residual) {
+  const bool masks_in_dgrad = has_bits && formula_.has_norm && masks_in_dgrad_ && !is_batched(grads[0]);
+  if (masks_in_dgrad && wants_input && !wants_residual) {
     // Nothing else reads the masked dy.
     const Tensor dy = grads[0].contiguous(format_of(bits_are_channels_last_));
     result[kInput] = input_gradient(dy, kept(FrozenGradients::kBits), passed);
