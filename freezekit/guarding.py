@@ -29,6 +29,7 @@ from freezekit.freezing.held import (
     describe,
     follow,
     frozen_tensors,
+    layers_with,
     put_state,
     record_all,
     replaced,
@@ -277,10 +278,11 @@ class Guard:
             raise FrozenMoved(f"frozen tensors moved {when}", {name: self._explain(name) for name in past_help})
 
     def _is_of_another_layer(self, name: str) -> bool:
-        """Whether the name is that of a new layer's tensor now, whose own values nothing wrote to."""
-        record = self._records[name]
-        gone = record.layer is not None and all(module is not record.layer for module in self.model.modules())
-        return gone and record.tensor is not self._frozen[name]
+        """Whether the name is that of another layer's tensor now, whose own values nothing wrote to."""
+        record, now = self._records[name], self._frozen[name]
+        if record.layer is None or record.tensor is now:
+            return False
+        return layers_with(self.model).get(id(now)) is not record.layer
 
     def _explain(self, name: str) -> str:
         now, record = self._frozen[name], self._records[name]

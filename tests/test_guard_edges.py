@@ -422,6 +422,20 @@ def test_frozen_layers_that_change_places_are_held_to_their_own_values(how: str,
 
 
 @pytest.mark.parametrize("mode", ["raise", "restore"])
+def test_layers_that_change_places_and_get_other_tensors_at_once_are_told_and_keep_their_values(mode: Any) -> None:
+    model = nn.Sequential(*[nn.Linear(3, 3) for _ in range(3)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    freeze(model, "0", "1")
+    guard(model, optimizer, mode=mode)
+    model.insert(0, nn.Linear(3, 3))
+    assigned(model)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(FrozenMoved, match=r"'1\.weight': it is another layer's now"):
+        optimizer.step()
+    assert all(map(torch.equal, before.values(), model.state_dict().values()))
+
+
+@pytest.mark.parametrize("mode", ["raise", "restore"])
 def test_norms_that_share_a_buffer_are_held(mode: Any) -> None:
     model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3))
     model[1]._buffers["running_mean"] = model[0].running_mean
