@@ -83,6 +83,14 @@ def batched_gradients(net: nn.Module) -> Any:
     return torch.autograd.grad(y, [x, *net.parameters()], v, is_grads_batched=True)
 
 
+def batched_gradients_differentiated(net: nn.Module) -> Any:
+    x = X.clone().requires_grad_()
+    y = net(x).square()
+    v = torch.arange(3 * y.numel(), dtype=y.dtype).view(3, *y.shape) % 5 / 5
+    (g,) = torch.autograd.grad(y, x, v, is_grads_batched=True, create_graph=True)
+    return g, *torch.autograd.grad(g.sum(), [x, *(p for p in net.parameters() if p.requires_grad)], allow_unused=True)
+
+
 TRANSFORMS: dict[str, Callable[[nn.Module], Any]] = {
     "grad": lambda net: grad(lambda p: loss(net, p, X))(detached(net)),
     "grad of a subset": lambda net: grad(lambda w: loss(net, {"0.weight": w}, X))(net[0].weight.detach()),
@@ -99,6 +107,7 @@ TRANSFORMS: dict[str, Callable[[nn.Module], Any]] = {
     "forward mode": forward_mode,
     "forward over reverse": forward_over_reverse,
     "batched gradients": batched_gradients,
+    "batched gradients, differentiated": batched_gradients_differentiated,
     "functional hessian": lambda net: torch.autograd.functional.hessian(lambda x: net(x).square().sum(), SMALL),
     "functional jacobian, forward": lambda net: torch.autograd.functional.jacobian(
         net, SMALL, strategy="forward-mode", vectorize=True

@@ -42,6 +42,8 @@ class LinkNode : public FormulaNode<LinkFormula> {
 }  // namespace
 
 Tensor linked(const Tensor& gradient, const edge_list& to, bool zeros, bool lasting) {
+  // Of the vmap behind is_grads_batched: its tensors have no history of their own, what they hold has.
+  if (gradient.key_set().has(c10::DispatchKey::Batched)) return gradient;
   edge_list edges = {torch::autograd::impl::gradient_edge(gradient)};
   edges.insert(edges.end(), to.begin(), to.end());
   auto node = make_node<LinkNode>("FreezekitLinkBackward", LinkFormula{zeros, lasting});
