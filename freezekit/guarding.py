@@ -268,7 +268,8 @@ class Guard:
         past_help = []
         for name in moved:
             record, tensor = self._records[name], self._frozen[name]
-            if record.value is None or not record.same_form(tensor) or self._is_of_another_layer(name):
+            # What was put in its place may be somebody else's: a checkpoint's, after load_state_dict(assign=True).
+            if record.value is None or record.tensor is not tensor or not record.same_form(tensor):
                 past_help.append(name)
                 continue
             write(tensor, record.value)
@@ -292,6 +293,9 @@ class Guard:
         if not record.same_form(now):
             then = f"{record.dtype} {tuple(record.shape)}"
             return f"it was {then} and is {now.dtype} {tuple(now.shape)}. Cure: convert before freezing, {accept}"
+        if record.tensor is not now:
+            how = "as load_state_dict(assign=True) does"
+            return f"another tensor, of another value, was put in its place, {how}. Cure: guard.accept() what was meant"
         holders = [one for one in self.optimizers if id(now) in group_of(one)]
         if any(isinstance(one, LBFGS) for one in holders):
             cure = f"freeze(model, {name!r}, optimizer=optimizer, remove=True, state='reset')"
@@ -321,7 +325,8 @@ def guard(
         every: steps between checksums of all frozen tensors. Those find writes that leave address and version alone.
         mode: "raise": a step that would move a frozen parameter raises before anything moved, with name, cause and
             cure; what is found afterwards raises too. "restore": values and optimizer state are put back instead, and
-            counted in ``.undone``. It keeps a copy of every frozen tensor.
+            counted in ``.undone``; what another tensor took the place of still raises. It keeps a copy of every frozen
+            tensor.
 
     Returns:
         a `Guard`: ``remove()``, ``check()`` (all checksums, now), ``accept()``, and ``allow("teacher")`` for updates

@@ -492,3 +492,18 @@ def test_steps_after_a_scripted_model_was_unfrozen() -> None:
         optimizer.step()
     other = torch.nn.Linear(2, 2)
     torch.optim.SGD(other.parameters()).step()
+
+
+@pytest.mark.parametrize("mode", ["raise", "restore"])
+def test_a_checkpoint_that_was_assigned_is_not_written_to(mode: Any) -> None:
+    model = nn.Sequential(nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2))
+    loaded = {name: tensor.detach() + 1 for name, tensor in model.state_dict().items()}
+    kept = copy.deepcopy(loaded)
+    optimizer = SGD(model[1].parameters(), lr=0.1)
+    held = guard(model, optimizer, mode=mode)
+    model.load_state_dict(loaded, assign=True)
+    with pytest.raises(FrozenMoved, match="another tensor, of another value, was put in its place"):
+        optimizer.step()
+    assert all(torch.equal(loaded[name], kept[name]) for name in kept)
+    held.accept()
+    optimizer.step()
