@@ -12,8 +12,8 @@ hides the class's own method, so that ``model.train()`` reaches it and leaves th
 The attribute is in the instance's ``__dict__``: no entry in ``state_dict``, ``type`` and ``isinstance`` as before, and
 read by no forward, so nothing recompiles. A copy of the module, shallow or deep, has its own (`standing`). A pickle
 holds a stand-in made of the standard library alone, which holds the layer just as well: a frozen stock model loads
-where freezekit is not installed (``del layer.train`` releases the layer there), and stays frozen in a process that it
-was sent to.
+where freezekit is not installed (``del layer.train, layer.reset_running_stats`` releases the layer there), and stays
+frozen in a process that it was sent to.
 
 A trainer that records ``module.training`` before an evaluation and writes it back afterwards goes past ``train``: a
 layer held in between is put into train mode. Nothing of the instance can refuse that write, so it is looked for after
@@ -21,9 +21,11 @@ every optimizer step of the process: the layer is put right, and a `NormWarning`
 warning, for the step may be that of another model. A layer *released* in between gets eval mode back behind it: it is
 looked for as well, and told from one that its user put there by `Released`.
 
-What builds a new module loses it: convert to SyncBatchNorm first, then freeze. What writes to the buffers themselves
-is not stopped by it but seen by `guard`: ``torch.optim.swa_utils.update_bn`` resets the statistics of every batch norm,
-held or not.
+What builds a new module loses it: convert to SyncBatchNorm first, then freeze.
+
+Tools that compute statistics anew (``torch.optim.swa_utils.update_bn``) reset those of every batch norm first, and one
+in eval mode would not fill them again. So a held layer keeps them: `Kept` hides its ``reset_running_stats`` in the same
+way. What writes to the buffers themselves is not stopped, but `guard` sees it.
 
 Spectral norm has running statistics too: its singular vectors move at each forward in training, and with them the
 weight that the layer uses, however frozen the parameter is. In eval they hold still, so they are held the same way.
@@ -40,6 +42,7 @@ from weakref import WeakSet, ref
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -55,7 +58,7 @@ class NormWarning(UserWarning):
     """What a norm computes changed under ``freeze``, or its frozen statistics moved, without anybody having asked.
 
     Either `freeze` was not told what is to become of norms in train mode, or the mode of one that it holds, or that
-    `unfreeze` released, was set past ``train()``.
+    `unfreeze` released, was set past ``train()``. Or frozen statistics were to be reset, and were not.
     """
 
 
@@ -102,6 +105,25 @@ class Hold(_Train):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return partial, _stand_in(self.module)
+
+
+class Kept:
+    """Stands in for ``reset_running_stats`` of a held layer, and of copies of it; a file's does the same by itself."""
+
+    says = (
+        "reset_running_stats() of a layer whose running statistics freeze() holds: they stay as they are, and "
+        "torch.optim.swa_utils.update_bn, or what else computes them anew, passes over this layer. If they are to be "
+        "computed, call unfreeze() before, on the copy in an AveragedModel too"
+    )
+
+    def __call__(self) -> None:
+        warnings.warn(self.says, NormWarning, stacklevel=2)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Kept":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial, (warnings.warn, self.says)
 
 
 class Released(_Train):
@@ -241,6 +263,10 @@ def hold(module: nn.Module, parent: nn.Module | None = None) -> None:
     holder = Hold(module, parent)
     type(module).train(module, False)
     module.__dict__["train"] = holder
+    # What has no data yet is filled by a reset: of a lazy norm at its first forward, of one on meta after to_empty().
+    has_data = not any(is_lazy(buffer) or buffer.is_meta for buffer in statistics_of(module).values())
+    if has_data and hasattr(type(module), "reset_running_stats"):
+        module.__dict__["reset_running_stats"] = Kept()
 
 
 def release(module: nn.Module, parent: nn.Module | None = None) -> None:
@@ -253,6 +279,7 @@ def release(module: nn.Module, parent: nn.Module | None = None) -> None:
     if not is_held(module):
         return
     holder = module.__dict__.pop("train")
+    module.__dict__.pop("reset_running_stats", None)
     if getattr(holder, "before", None) is not None:
         module.__dict__["train"] = holder.before
     if parent is None or not getattr(holder, "follows", True):

@@ -82,8 +82,10 @@ model(torch.randn(2, 3, 8, 8))
 assert torch.equal(before, model[1].running_mean)
 assert [p.requires_grad for p in model.parameters()] == [False] * 6
 torch.save(model, sys.argv[1])
-del model[1].train
+del model[1].train, model[1].reset_running_stats
 assert model.train()[1].training
+model[1].reset_running_stats()
+assert not model[1].running_mean.any()
 """
 
 

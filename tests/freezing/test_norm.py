@@ -11,6 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from freezekit.freezing import NormWarning, freeze, is_held, unfreeze
 from freezekit.freezing.norm import has_statistics
@@ -285,7 +286,7 @@ def test_a_file_of_a_held_norm_needs_no_more_than_plain_names_of_python() -> Non
         torch.save(model, file)
         file.seek(0)
         names.append(set(torch.serialization.get_unsafe_globals_in_checkpoint(file)))
-    assert names[1] - names[0] == {"builtins.getattr", "functools.partial"}
+    assert names[1] - names[0] == {"builtins.getattr", "functools.partial", "_warnings.warn"}
 
 
 def test_a_shallow_copy_does_not_disturb_its_source() -> None:
@@ -373,11 +374,68 @@ def test_spectral_norm_stands_still(wrap: Callable[[nn.Module], nn.Module]) -> N
     assert not torch.equal(first, model(x))
 
 
-def test_update_bn_resets_what_is_held_and_guard_sees_it() -> None:
+def _again(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded: nn.Module = torch.load(file, weights_only=False)
+    return loaded
+
+
+def _precise(data: list[torch.Tensor], model: nn.Module) -> None:
+    """As tools do that compute precise statistics: reset, train mode, cumulative momentum, forwards."""
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()  # which calls reset_running_stats
+            module.momentum = None
+    model.train()
+    for x in data:
+        model(x)
+
+
+@pytest.mark.parametrize("compute", [torch.optim.swa_utils.update_bn, _precise])
+@pytest.mark.parametrize("duplicate", [lambda model: model, AveragedModel, copy.deepcopy, copy.copy, _again])
+@pytest.mark.parametrize("name", ["BatchNorm1d", "BatchNorm2d", "cumulative", "InstanceNorm2d"])
+def test_what_computes_statistics_anew_leaves_held_ones_as_they_are_and_is_told(
+    name: str,
+    duplicate: Callable[[nn.Module], nn.Module],
+    compute: Callable[[list[torch.Tensor], nn.Module], None],
+) -> None:
+    make, size = NORMS[name]
+    model = seen(make, size)
+    freeze(model, norm="freeze")
+    model = duplicate(model)
+    before = [buffer.clone() for buffer in model.buffers()]
+    if name == "InstanceNorm2d" and compute is not _precise:  # which update_bn passes over
+        compute([torch.randn(size)], model)
+    else:
+        with pytest.warns(UserWarning, match=r"freeze\(\) holds: they stay as they are, .* call unfreeze\(\) before"):
+            compute([torch.randn(size)], model)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True))
+    unfreeze(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compute([torch.randn(size)], model)
+    if name != "InstanceNorm2d":
+        assert not any(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True) if a.numel() > 1)
+
+
+def test_held_statistics_without_data_are_filled_by_a_reset() -> None:
+    lazy, meta = nn.LazyBatchNorm1d(), nn.BatchNorm1d(3, device="meta")
+    for norm in (lazy, meta):
+        freeze(norm, norm="freeze")
+    lazy(torch.randn(4, 3))
+    meta.to_empty(device="cpu").reset_parameters()
+    for norm in (lazy, meta):
+        assert norm.running_mean.tolist() == [0, 0, 0]
+        assert norm.running_var.tolist() == [1, 1, 1]
+
+
+def test_guard_sees_what_writes_to_held_statistics_itself() -> None:
     model = seen(*NORMS["BatchNorm1d"])
     freeze(model)
     spare = nn.Parameter(torch.zeros(1))
     with guard(model, torch.optim.SGD([spare])) as held:
-        torch.optim.swa_utils.update_bn([torch.randn(4, 3)], model)
+        model[0].running_mean = torch.zeros_like(model[0].running_mean)  # as Lightning's weight averaging does
         with pytest.raises(FrozenMoved, match=r"0\.running_mean"):
             held.check()
