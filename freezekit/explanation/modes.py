@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from freezekit._inputs import tensors_in
-from freezekit._twin import call_higher_order, is_higher_order
+from freezekit._twin import CannotWatch, call_higher_order, is_higher_order
 from freezekit.explanation import larger
 from freezekit.explanation.record import Call
 from freezekit.fusion.classes import plan_of
@@ -78,12 +78,24 @@ class Functions(TorchFunctionMode):
         if self.outermost is not None:
             return func(*args, **(kwargs or {}))
         self.outermost = getattr(func, "__name__", str(func))
+        if func in (torch.ctc_loss, torch.nn.functional.ctc_loss):
+            args, kwargs = _with_lengths_as_numbers(args, kwargs or {})
         try:
             result = func(*args, **(kwargs or {}))
             self.recorder.note_function((args, kwargs), result)
             return result
         finally:
             self.outermost = None
+
+
+def _with_lengths_as_numbers(args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The arguments of a call of ctc_loss as torch reads them on a CPU, but not where a mode looks on."""
+
+    def number(value: Any) -> Any:
+        return value.tolist() if isinstance(value, Tensor) and value.device.type == "cpu" else value
+
+    lengths = {key: number(value) for key, value in kwargs.items() if key in ("input_lengths", "target_lengths")}
+    return (*args[:2], *map(number, args[2:4]), *args[4:]), {**kwargs, **lengths}
 
 
 class Operators(TorchDispatchMode):
@@ -104,7 +116,11 @@ class Operators(TorchDispatchMode):
             raise NotImplementedError(f"what {func} keeps is known to its library alone, when it runs")
         if block:
             self.recorder.start_block()
-        if kind not in flop_registry and _is_composed(func):  # which reaches a mode where no autograd is
+        nested = any(isinstance(t, Tensor) and t.is_nested for t in tree_leaves((args, kwargs)))
+        if nested and types:  # a class of Python's, whose own operators run on what it wraps
+            return NotImplemented
+        # Torch computes those of the older layout in kernels of their own.
+        if kind not in flop_registry and not nested and _is_composed(func):  # which reaches a mode where no autograd is
             with self:
                 return func.decompose(*args, **kwargs)
         result = func(*args, **kwargs)
@@ -147,12 +163,22 @@ def _with_mixed_statistics(args: Any, result: Any) -> Any:
 def note(call: Call, arguments: Any, result: Any) -> None:
     """Shapes and needs of the first tensors in and out; in-place ones by what they were on the way in."""
     if tensors := tensors_in(arguments):
-        call.inputs = tuple(tensors[0].shape)
+        call.inputs = _shape(call, tensors[0])
         call.channels_last = suggest_memory_format(tensors[0]) == torch.channels_last
         call.input_needs_grad = any(map(_needs_grad, tensors))
     if tensors := tensors_in(result):
-        call.outputs = tuple(tensors[0].shape)
+        call.outputs = _shape(call, tensors[0])
         call.output_needs_grad = any(map(_needs_grad, tensors))
+
+
+def _shape(call: Call, tensor: Tensor) -> tuple[int | str, ...]:
+    """The size that is another for each part of a nested tensor is a name."""
+    if tensor.is_nested and tensor.layout is torch.strided:
+        raise CannotWatch(
+            f"{call.name or call.layer} takes or gives a nested tensor of the layout torch.strided, which tells no "
+            "shape; make it with layout=torch.jagged"
+        )
+    return tuple(size if type(size) is int else str(size) for size in tensor.shape)
 
 
 def _needs_grad(tensor: Tensor) -> bool:

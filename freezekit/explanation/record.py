@@ -1,6 +1,7 @@
 """What a trace writes down: the calls of a forward pass, and what autograd keeps of each."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -23,8 +24,8 @@ class Call:
     layer: str
     package: str
     function: str
-    inputs: tuple[int, ...] = ()
-    outputs: tuple[int, ...] = ()
+    inputs: tuple[Any, ...] = ()
+    outputs: tuple[Any, ...] = ()
     flops: int = 0
     moved: int = 0
     input_needs_grad: bool = False

@@ -33,7 +33,7 @@ class Row:
     Attributes:
         name: the module's name; "" is the model itself, or the function that is explained, for what this calls itself.
         layer: the module's class, or that function's name, with the function that it calls where the row is one.
-        inputs, outputs: shapes.
+        inputs, outputs: shapes; of a nested tensor the size that is another for each part is a name, such as "j1".
         flops: of the forward pass; a dgrad and a wgrad cost as much again, each.
         fprop, dgrad, wgrad, db: whether a training step runs it now.
         bytes_kept: for backward, by this row first.
@@ -49,8 +49,8 @@ class Row:
 
     name: str
     layer: str
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
+    inputs: tuple[int | str, ...]
+    outputs: tuple[int | str, ...]
     flops: int
     fprop: bool
     dgrad: bool
