@@ -10,7 +10,15 @@ import torch
 from torch.autograd import profiler
 
 from freezekit._showing import Shown
-from freezekit.profiling.events import PHASES, Event, outermost_operators, phases_of_kernel, phases_of_operator, read
+from freezekit.profiling.events import (
+    MARK,
+    PHASES,
+    Event,
+    outermost_operators,
+    phases_of_kernel,
+    phases_of_operator,
+    read,
+)
 from freezekit.profiling.table import COLUMNS, KernelDiff, KernelRow, KernelTable, ProfileDiff, compare, tabulate
 
 __all__ = ["COLUMNS", "PHASES", "KernelDiff", "KernelRow", "KernelTable", "ProfileDiff", "profile"]
@@ -18,11 +26,12 @@ __all__ = ["COLUMNS", "PHASES", "KernelDiff", "KernelRow", "KernelTable", "Profi
 _recording = threading.Lock()
 _ONE = (
     "torch's profiler is recording already, and there is one for all threads of the process;\n"
-    "let that block end first, or put one profile() around both"
+    "let that block end first, or put one profile() around both. One that was entered by hand, as where an exception\n"
+    "kept its end from running, ends by its __exit__(None, None, None)"
 )
 _LOST = (
-    "another recording of torch's profiler began and ended within this block, and took its events:\n"
-    "let one begin after the other has ended"
+    "another recording of torch's profiler began within this block, and took its events; it loses its own if it ends\n"
+    "later: let one begin after the other has ended"
 )
 
 
@@ -57,6 +66,7 @@ class profile(Shown):
     """
 
     def __init__(self) -> None:
+        self._is_open = False
         activities = [torch.profiler.ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -75,20 +85,29 @@ class profile(Shown):
         except BaseException:
             _recording.release()
             raise
+        self._is_open = True
+        with profiler.record_function(MARK):
+            pass
         return self
 
     def __exit__(self, *error: Any) -> None:
+        if not self._is_open:
+            return
         try:
-            lost = not profiler._is_profiler_enabled
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             self._profiler.__exit__(*error)
-            if not lost:
-                self._events = read(self._profiler)
+            found = read(self._profiler)
+            if found is not None:
+                self._events = found
             elif error[0] is None:
                 raise RuntimeError(_LOST)
         finally:
+            self._is_open = False
             _recording.release()
+
+    def __del__(self) -> None:
+        self.__exit__(GeneratorExit, None, None)
 
     def kernels(self) -> KernelTable:
         """The kernel table; print it."""

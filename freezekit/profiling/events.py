@@ -51,13 +51,22 @@ class Event:
             event = event.parent
 
 
-def read(profiler: torch.profiler.profile) -> list[Event]:
-    """The operators and kernels of a finished profiler; its own bookkeeping and memory records left out."""
+MARK = "freezekit: a recording begins"  # the first event of one, without which another has taken its place
+
+
+def read(profiler: torch.profiler.profile) -> list[Event] | None:
+    """The operators and kernels of a finished profiler; its own bookkeeping and memory records left out.
+
+    None where the recording is not the one that began with `MARK`.
+    """
     results = profiler.profiler.kineto_results if profiler.profiler is not None else None
-    if results is None:
-        return []
+    recorded = results.events() if results is not None else []
+    if not any(raw.name() == MARK for raw in recorded):
+        return None
     events = []
-    for raw in results.events():
+    for raw in recorded:
+        if raw.name() == MARK:
+            continue
         on_device = raw.device_type() != torch.profiler.DeviceType.CPU
         if raw.name().startswith(("profiler::", "[")) or (on_device and raw.is_user_annotation()):
             continue

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -178,7 +181,7 @@ def test_a_second_recording_at_the_same_time_is_refused() -> None:
 
 def test_a_recording_of_others_within_the_block_is_told_and_not_counted_as_nothing() -> None:
     inner = torch.profiler.profile
-    with pytest.raises(RuntimeError, match=r"took its events:\nlet one begin after"), profile() as outer, inner():
+    with pytest.raises(RuntimeError, match=r"took its events; .*\n.*let one begin after"), profile() as outer, inner():
         F.relu(torch.randn(4))
     with pytest.raises(RuntimeError, match="nothing is recorded"):
         outer.counts()
@@ -187,3 +190,53 @@ def test_a_recording_of_others_within_the_block_is_told_and_not_counted_as_nothi
     with profile() as after:
         F.relu(torch.randn(4))
     assert after.kernels()
+
+
+def test_a_recording_of_others_that_begins_within_the_block_and_ends_behind_it_is_told() -> None:
+    inner, outer = torch.profiler.profile(), profile()
+    with pytest.raises(RuntimeError, match="it loses its own if it ends"), outer:
+        inner.start()
+    with pytest.raises(RuntimeError, match="nothing is recorded"):
+        outer.kernels()
+    inner.stop()
+    with profile() as after:
+        F.relu(torch.randn(4))
+    assert "aten::relu" in {row.label for row in after.kernels()}
+
+
+def dropped() -> None:
+    profile().__enter__()
+
+
+def generated() -> None:
+    def steps() -> Iterator[int]:
+        with profile():
+            yield from range(3)
+
+    next(steps())
+
+
+def interrupted() -> None:
+    with suppress(ZeroDivisionError):
+        recorded = profile()
+        recorded.__enter__()
+        raise ZeroDivisionError
+
+
+def ended_by_hand() -> None:
+    with profile() as recorded:
+        with pytest.raises(RuntimeError, match=r"ends by its __exit__\(None, None, None\)"), profile():
+            pass
+        recorded.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("leave", [dropped, generated, interrupted, ended_by_hand])
+def test_a_block_that_is_left_without_its_end_lets_others_record(leave: Callable[[], None]) -> None:
+    leave()
+    gc.collect()
+    with profile() as after:
+        F.relu(torch.randn(4))
+    assert "aten::relu" in {row.label for row in after.kernels()}
+    with torch.profiler.profile() as torchs:
+        F.relu(torch.randn(4))
+    assert "aten::relu" in {event.name for event in torchs.events()}
