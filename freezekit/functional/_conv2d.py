@@ -12,7 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from freezekit import _C, backends
 from freezekit._arguments import Size2, number, numbers, plain
 from freezekit.backends import Backend, check_backend
-from freezekit.functional._torch import padded_to_same, records_as_torch
+from freezekit.functional._torch import padded_to_same, records_as_torch, tell_quantizer
 
 # A call of plain tensors and numbers; None of any other.
 _quick = _C.quick.conv2d
@@ -71,6 +71,7 @@ def conv2d(
         if y is not None:
             return y
     if has_torch_function_variadic(input, weight, bias):
+        tell_quantizer(input)
         return handle_torch_function(
             conv2d, (input, weight, bias), input, weight, bias, stride, padding, dilation, groups, backend=backend
         )

@@ -1,6 +1,7 @@
 """Which calls freezekit's functions leave to torch's own: where nothing is kept, and where arguments are unusual."""
 
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 from typing import Any, TypeVar, cast
@@ -48,6 +49,8 @@ def as_torch(
                 return stock(*args, **kwargs)
             given = (*args, *kwargs.values())
             if has_torch_function(given):
+                if function.__name__.startswith("conv"):
+                    tell_quantizer(given[0])
                 return handle_torch_function(stand_in, given, *args, **kwargs)
             if backends._current in ("auto", "aten") and records_as_torch(*given):
                 return stock(*args, **kwargs)
@@ -81,6 +84,16 @@ def _learns(arguments: Iterable[Any]) -> bool:
         if isinstance(argument, Tensor) and argument.requires_grad:
             return torch.is_grad_enabled()
     return False
+
+
+def tell_quantizer(input: Any) -> None:
+    """Warns where torch.ao.quantization traces a convolution or a norm of freezekit's, which it does not know."""
+    if type(getattr(input, "tracer", None)).__module__.startswith("torch.ao."):
+        warnings.warn(
+            "torch.ao.quantization leaves convolutions and norms of freezekit's in float: call "
+            "freezekit.revert(model) before prepare, and freezekit.enable() in place of convert",
+            stacklevel=2,
+        )
 
 
 def are_tensors(*values: object) -> bool:

@@ -4,6 +4,8 @@ from typing import Any, NoReturn
 
 from torch import fx, nn
 
+from freezekit.functional._torch import tell_quantizer
+
 
 def as_leaf(module: nn.Module, *arguments: Any) -> fx.Proxy | None:
     """The layer's call in the graph that torch.fx is tracing; None where the layer itself is what is traced.
@@ -11,6 +13,8 @@ def as_leaf(module: nn.Module, *arguments: Any) -> fx.Proxy | None:
     torch.fx makes leaves of torch.nn's layers alone. A layer whose mode or sizes decide what it does has to be one too:
     traced into, it would keep for ever the mode that it was traced in.
     """
+    if not isinstance(module, nn.Dropout):  # which takes quantized tensors as they are
+        tell_quantizer(arguments[0])
     tracer: Any = arguments[0].tracer
     path = tracer.path_of_module(module)
     return tracer.create_proxy("call_module", path, arguments, {}) if path else None

@@ -157,6 +157,25 @@ def test_audit_says_nothing_of_converted_layers_that_take_quantized_tensors_as_t
     assert torch.equal(got, expected)
 
 
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("layer", [nn.Conv2d(3, 4, 3), nn.Conv3d(3, 4, 1), nn.BatchNorm2d(3)], ids=str)
+def test_quantization_by_fx_tells_that_it_passes_over_converted_layers(layer: nn.Module, training: bool) -> None:
+    from torch.ao.quantization import QConfigMapping, get_default_qat_qconfig, get_default_qconfig
+    from torch.ao.quantization.quantize_fx import prepare_fx, prepare_qat_fx
+
+    stock = nn.Sequential(layer, nn.ReLU(), nn.Dropout(0.5)).train(training)
+    settings = QConfigMapping().set_global((get_default_qat_qconfig if training else get_default_qconfig)("x86"))
+    prepare = prepare_qat_fx if training else prepare_fx
+    with pytest.warns(UserWarning, match=r"in float: call freezekit\.revert\(model\) before prepare"):
+        prepare(fk.convert(copy.deepcopy(stock)), settings, (X,))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*freezekit")
+        torch.fx.symbolic_trace(fk.convert(copy.deepcopy(stock)))
+        for fine in (fk.revert(fk.convert(copy.deepcopy(stock))), fk.convert(copy.deepcopy(stock[1:]))):
+            prepare(fine, settings, (X,))
+
+
 def test_as_stock_layers_it_quantizes() -> None:
     from torch.ao.quantization import DeQuantStub, QuantStub, convert, get_default_qconfig, prepare
 
