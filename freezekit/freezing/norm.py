@@ -24,7 +24,7 @@ looked for as well, and told from one that its user put there by `Released`.
 What builds a new module loses it: convert to SyncBatchNorm first, then freeze.
 
 Tools that compute statistics anew (``torch.optim.swa_utils.update_bn``) reset those of every batch norm first, and one
-in eval mode would not fill them again. So a held layer keeps them: `Kept` hides its ``reset_running_stats`` in the same
+in eval mode would not fill them again. So a held layer keeps them: `KeptStatistics` hides its ``reset_running_stats`` in the same
 way. What writes to the buffers themselves is not stopped, but `guard` sees it.
 
 Spectral norm has running statistics too: its singular vectors move at each forward in training, and with them the
@@ -107,7 +107,7 @@ class Hold(_Train):
         return partial, _stand_in(self.module)
 
 
-class Kept:
+class KeptStatistics:
     """Stands in for ``reset_running_stats`` of a held layer, and of copies of it; a file's does the same by itself."""
 
     says = (
@@ -119,7 +119,7 @@ class Kept:
     def __call__(self) -> None:
         warnings.warn(self.says, NormWarning, stacklevel=2)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Kept":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "KeptStatistics":
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -266,7 +266,7 @@ def hold(module: nn.Module, parent: nn.Module | None = None) -> None:
     # What has no data yet is filled by a reset: of a lazy norm at its first forward, of one on meta after to_empty().
     has_data = not any(is_lazy(buffer) or buffer.is_meta for buffer in statistics_of(module).values())
     if has_data and hasattr(type(module), "reset_running_stats"):
-        module.__dict__["reset_running_stats"] = Kept()
+        module.__dict__["reset_running_stats"] = KeptStatistics()
 
 
 def release(module: nn.Module, parent: nn.Module | None = None) -> None:
