@@ -14,7 +14,7 @@ from torch import nn
 
 from freezekit._inputs import tensors_in
 from freezekit._twin import CannotWatch, Twin
-from freezekit.distributed import unwrapped
+from freezekit.distributed.watching import unwrapped
 from freezekit.freezing.bits import same_bits
 
 from .dropping import Dropping

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from freezekit import distributed
+from freezekit.distributed.watching import waits_for_frozen
 
 from .report import Finding, about
 from .subject import Subject, all_frozen
@@ -37,7 +38,7 @@ def check_ddp(subject: Subject) -> Iterator[Finding]:
             "ddp = freezekit.distributed.rewrap(ddp)",
         )
         if found.frozen:
-            fatal = distributed.waits_for_frozen(ddp)
+            fatal = waits_for_frozen(ddp)
             yield from about(
                 found.frozen,
                 "ddp-frozen",

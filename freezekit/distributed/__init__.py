@@ -15,12 +15,8 @@ from freezekit.distributed.watching import (
     StaleWrapperError,
     check,
     mismatch,
-    note_freeze,
     reduced,
-    unwrapped,
-    waits_for_frozen,
     watch,
-    wrapper_prefix,
     wrappers,
 )
 
@@ -30,13 +26,9 @@ __all__ = [
     "check",
     "check_ranks",
     "mismatch",
-    "note_freeze",
     "reduced",
     "rewrap",
     "sync_buffers",
-    "unwrapped",
-    "waits_for_frozen",
     "watch",
-    "wrapper_prefix",
     "wrappers",
 ]

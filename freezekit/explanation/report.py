@@ -16,7 +16,7 @@ from freezekit._arguments import check_flag
 from freezekit._inputs import Arguments, arguments, with_tensors
 from freezekit._showing import BLUE, Shown, bytes_text, console_for, figure, flops_text
 from freezekit._twin import looking_once
-from freezekit.distributed import unwrapped
+from freezekit.distributed.watching import unwrapped
 from freezekit.explanation.advice import Advisor, Held, Key, keyed
 from freezekit.explanation.kernels import WITHOUT_CHOICE, kernels_of
 from freezekit.explanation.record import Call, Trace

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from freezekit._arguments import brief
-from freezekit.distributed import note_freeze
+from freezekit.distributed.watching import note_freeze
 from freezekit.freezing import norm as statistics
 from freezekit.freezing import optim, pending
 from freezekit.freezing.arguments import Optimizers, check_flags, check_lbfgs, check_norm, check_optimizers

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import LBFGS, Optimizer
 
 from freezekit._arguments import check_flag, check_module, shown
-from freezekit.distributed import note_freeze, unwrapped
+from freezekit.distributed.watching import note_freeze, unwrapped
 from freezekit.freezing import norm as statistics
 from freezekit.freezing import optim
 from freezekit.freezing.api import all_names, keep_param, names_of, set_note, set_statistics

@@ -17,7 +17,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from freezekit._arguments import shown
-from freezekit.distributed import wrapper_prefix
+from freezekit.distributed.watching import wrapper_prefix
 from freezekit.freezing.norm import has_statistics
 
 _MODULES = "names of modules, globs over them, subclasses of nn.Module or modules of the model"

@@ -24,8 +24,8 @@ looked for as well, and told from one that its user put there by `Released`.
 What builds a new module loses it: convert to SyncBatchNorm first, then freeze.
 
 Tools that compute statistics anew (``torch.optim.swa_utils.update_bn``) reset those of every batch norm first, and one
-in eval mode would not fill them again. So a held layer keeps them: `KeptStatistics` hides its ``reset_running_stats`` in the same
-way. What writes to the buffers themselves is not stopped, but `guard` sees it.
+in eval mode would not fill them again. So a held layer keeps them: `KeptStatistics` hides its ``reset_running_stats``
+in the same way. What writes to the buffers themselves is not stopped, but `guard` sees it.
 
 Spectral norm has running statistics too: its singular vectors move at each forward in training, and with them the
 weight that the layer uses, however frozen the parameter is. In eval they hold still, so they are held the same way.

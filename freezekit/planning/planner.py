@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from freezekit._arguments import check_flag, check_real
 from freezekit._inputs import Arguments, arguments, tensors_in
 from freezekit._twin import Twin, has_data, looking_once, roots_of
-from freezekit.distributed import unwrapped
+from freezekit.distributed.watching import unwrapped
 from freezekit.explanation.record import Trace
 from freezekit.explanation.report import learning
 from freezekit.explanation.trace import trace

@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from freezekit._arguments import check_module, shown
-from freezekit.distributed import rewrap, sync_buffers, unwrapped
+from freezekit.distributed import rewrap, sync_buffers
+from freezekit.distributed.watching import unwrapped
 from freezekit.freezing import freeze, unfreeze
 from freezekit.freezing.arguments import check_optimizers
 

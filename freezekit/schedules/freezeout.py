@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from freezekit._arguments import check_choice, check_count, check_flag, check_module, check_real, shown
-from freezekit.distributed import unwrapped
+from freezekit.distributed.watching import unwrapped
 
 from .base import Change, Schedule, compile_entries
 from .layers import layers_of, tensors

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from freezekit._arguments import check_count, check_flag, check_real
-from freezekit.distributed import unwrapped
+from freezekit.distributed.watching import unwrapped
 
 from .base import Change, Schedule, compile_entries, is_count
 from .layers import Layer, as_float, tensors

@@ -17,12 +17,12 @@ from freezekit.distributed import (
     check,
     check_ranks,
     mismatch,
-    note_freeze,
     reduced,
     rewrap,
     sync_buffers,
     watch,
 )
+from freezekit.distributed.watching import note_freeze
 from freezekit.enabling import enabled
 from freezekit.freezing import freeze, unfreeze
 from freezekit.guarding import guard

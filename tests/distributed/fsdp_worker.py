@@ -12,7 +12,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 from torch.distributed.fsdp import fully_shard
 
 from freezekit.auditing import audit
-from freezekit.distributed import check_ranks, note_freeze
+from freezekit.distributed import check_ranks
+from freezekit.distributed.watching import note_freeze
 from freezekit.freezing import freeze, unfreeze
 from freezekit.schedules import FreezeOut, UpdateNorm
 from tests.distributed.ddp_worker import batch, train

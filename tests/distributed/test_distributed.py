@@ -9,7 +9,8 @@ import pytest
 import torch.distributed as dist
 from torch import nn
 
-from freezekit.distributed import note_freeze
+from freezekit import distributed
+from freezekit.distributed.watching import note_freeze
 from tests.distributed.harness import names, outcomes
 
 HERE = Path(__file__).parent
@@ -33,3 +34,8 @@ def test_nothing_is_installed_without_a_process_group() -> None:
     model = nn.Linear(2, 2)
     note_freeze(model)
     assert not model._forward_pre_hooks
+
+
+def test_it_shows_what_users_call_and_no_internals() -> None:
+    names = {"StaleWrapperError", "Mismatch", "check", "check_ranks", "mismatch", "reduced", "rewrap", "sync_buffers"}
+    assert set(distributed.__all__) == names | {"watch", "wrappers"}

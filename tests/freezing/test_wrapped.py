@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from freezekit.conversion import convert
-from freezekit.distributed import unwrapped, wrapper_prefix
+from freezekit.distributed.watching import unwrapped, wrapper_prefix
 from freezekit.freezing import PatternError, freeze, is_held, unfreeze
 from freezekit.guarding import guard
 from tests.freezing.guarded import learn
