@@ -106,8 +106,7 @@ class chains:
 
 class choices:
     rule: str
-    no_memory: str
-    no_code: str
+    passing_notes: tuple[str, ...]
 
     @staticmethod
     def emulate(handicap: float | None) -> None: ...

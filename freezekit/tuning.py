@@ -64,14 +64,14 @@ def choices() -> list[Choice]:
 def dump_choices() -> str:
     """`{"measured_with": {...}, "choices": [...]}`: versions and device; objects with `Choice`'s fields.
 
-    What was not compared is left out, for want of memory or of code for this device: another process may have it.
+    What could not be compared is left out, for want of memory, of code for this device or of numbers that tell:
+    another process may have them.
 
     >>> import json
     >>> sorted(json.loads(dump_choices()))
     ['choices', 'measured_with']
     """
-    passing = (_C.choices.no_memory, _C.choices.no_code)
-    lasting = [asdict(choice) for choice in choices() if choice.note not in passing]
+    lasting = [asdict(choice) for choice in choices() if choice.note not in _C.choices.passing_notes]
     return json.dumps({"measured_with": _here(), "choices": lasting}, indent=1)
 
 

@@ -12,8 +12,7 @@ namespace freezekit {
 void bind_choices(py::module_& parent) {
   py::module_ m = parent.def_submodule("choices", "What backend 'auto' has decided on the device at hand.");
   m.attr("rule") = choices::kRule;
-  m.attr("no_memory") = proof::kNoMemory;
-  m.attr("no_code") = proof::kNoCode;
+  m.attr("passing_notes") = py::make_tuple(proof::kNoMemory, proof::kNoCode, proof::kUntold);
   m.def("emulate", &choices::emulate, py::arg("handicap"),
         "For tests: a CPU stands for a GPU, the times of the emulated kernels are multiplied; None ends it.");
   m.def("clear", &choices::clear);

@@ -1,4 +1,4 @@
-"""Sums of a caller's numbers that cancel: the rounding that is left accuses no kernel, and hides no fault."""
+"""Sums of a caller's numbers that cancel: the rounding that is left accuses no kernel, and lets no wrong one pass."""
 
 from __future__ import annotations
 
@@ -51,6 +51,10 @@ def tensors(
     return x.requires_grad_(), w.requires_grad_(), dy
 
 
+def untold(choice: fk.tuning.Choice) -> bool:
+    return not choice.agree and "sums cancel" in choice.note
+
+
 def convolution(x: Tensor, w: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
     y = conv2d(x, w)
     return (y.detach(), *torch.autograd.grad(y, (x, w), dy))
@@ -60,7 +64,7 @@ def convolution(x: Tensor, w: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("channels_last", [False, True])
 @CANCELS
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_a_right_kernel_is_taken_where_sums_cancel(
+def test_a_right_kernel_is_not_accused_where_sums_cancel(
     faulty: Faulty,  # noqa: F811
     told: Told,  # noqa: F811
     size: tuple[int, ...],
@@ -74,8 +78,10 @@ def test_a_right_kernel_is_taken_where_sums_cancel(
         fk.tuning.clear_choices()
         given = tensors(size, cancel, dtype, channels_last)
         assert told(lambda given=given: convolution(*given))[1] == []
-        assert {choice.note for choice in fk.tuning.choices()} == {""}, dtype
-        assert len(launched(lambda given=given: convolution(*given))) == 3
+        taken = [choice for choice in fk.tuning.choices() if not untold(choice)]
+        assert len(fk.tuning.choices()) == 3
+        assert all(choice.agree for choice in taken), dtype
+        assert len(launched(lambda given=given: convolution(*given))) == len(taken)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -99,10 +105,29 @@ def test_sums_that_cancel_hide_no_fault(
     faulty.fail("conv2d", how)
     found, _ = told(lambda: convolution(*given))
     wrong = {name for name, choice in decided().items() if not choice.agree}
-    assert wrong == ({"conv2d"} if how == "moved" else {"conv2d", "conv2d_dgrad", "conv2d_wgrad"})
+    if how == "moved":
+        assert {name for name in wrong if not untold(decided()[name])} == {"conv2d"}
+    else:
+        assert wrong == {"conv2d", "conv2d_dgrad", "conv2d_wgrad"}
     with fk.backend("aten"):
         expected = convolution(*given)
-    torch.testing.assert_close(found[: len(wrong)], expected[: len(wrong)], rtol=0, atol=0)
+    for name, ours, torchs in zip(("conv2d", "conv2d_dgrad", "conv2d_wgrad"), found, expected, strict=True):
+        if name in wrong:
+            torch.testing.assert_close(ours, torchs, rtol=0, atol=0)
+
+
+def test_what_could_not_be_told_is_torch_s_and_no_other_process_learns_of_it(
+    faulty: Faulty,  # noqa: F811
+    told: Told,  # noqa: F811
+) -> None:
+    given = tensors(SIZES[2], in_turn, torch.float32, channels_last=True)
+    assert told(lambda: convolution(*given))[1] == []
+    rows = [choice for choice in fk.tuning.choices() if untold(choice)]
+    assert "conv2d_wgrad" in {choice.problem.split()[0] for choice in rows}
+    with fk.backend("aten"):
+        expected = convolution(*given)
+    torch.testing.assert_close(convolution(*given)[2], expected[2], rtol=0, atol=0)
+    assert not any(choice.problem in fk.tuning.dump_choices() for choice in rows)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -148,5 +173,5 @@ def test_a_frozen_block_whose_sums_cancel(
 
             assert told(call)[1] == []
             blocks = [choice for choice in fk.tuning.choices() if choice.problem.startswith("conv2d")]
-            assert {choice.note for choice in blocks} == {""}, dtype
+            assert all(choice.agree or untold(choice) for choice in blocks), dtype
             assert len(blocks) >= 2

@@ -74,6 +74,24 @@ def test_a_convolution_s_proof_holds_one_result_more(tmp_path: Path) -> None:
     assert first <= again + 16 * 8 * 128 * 128 * 8 + 16 * MIB
 
 
+@pytest.mark.parametrize("batch", [1, 16])
+def test_where_sums_cancel_no_operand_is_copied(batch: int, tmp_path: Path) -> None:
+    x = torch.full((batch, 64, 2048 // batch, 64), 0.3).double().contiguous(memory_format=torch.channels_last)
+    w = torch.randn(1, 64, 1, 1).double()
+    w -= w.mean()
+    dy = torch.randn(batch, 1, 2048 // batch, 64).double()
+    dy -= dy.mean()
+    with stand_in():
+        for name, call in (
+            ("conv2d", lambda: conv2d(x, w)),
+            ("conv2d_wgrad", lambda: conv2d_wgrad(dy, x, w.shape)),
+        ):
+            first = peak_of(call, tmp_path / "trace")
+            assert not decided()[name].agree
+            again = peak_of(call, tmp_path / "trace")
+            assert first <= again + call().nbytes + 16 * MIB < x.nbytes
+
+
 def test_in_nchw_the_copy_of_x_is_freed_before_there_is_a_second_result(tmp_path: Path) -> None:
     """So a proof holds no more than the kernel needs in every call, where x is larger than the result."""
     x, w = torch.randn(8, 16, 128, 128).double().requires_grad_(), torch.randn(1, 16, 1, 1).double()

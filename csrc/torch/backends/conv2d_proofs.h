@@ -15,14 +15,20 @@
 
 namespace freezekit {
 
-// One convolution on data: `on` is an operand, for dtype and device; `layout` is the result's; `variant` says what is
-// computed beside the operator.
+// One convolution on data: of an activation by a filter or, as wgrad, by another activation; `layout` is the result's;
+// `variant` says what is computed beside the operator.
 struct Conv2dStep {
   Operator op;
   const Conv2dProblem& problem;
-  const Tensor& on;
+  const Tensor& on;  // for dtype and device, too
+  const Tensor& by;
   at::MemoryFormat layout;
   std::string_view variant = {};
+  // What is added to a convolution: the largest factor and the largest further terms of a result. May be empty.
+  struct Beside {
+    double factor = 1, terms = 0;
+  };
+  std::function<Beside()> beside = {};
   // What is wrong beside the result of freezekit's kernel, which is given; nothing if all is right. May be empty.
   std::function<std::string(const Tensor&)> faults = {};
 };

@@ -55,12 +55,6 @@ Tensor integers(int which, IntArrayRef size, at::ScalarType type, const Tensor& 
   return repeated(table_of(std::move(values), like.options().dtype(type)), size, like.suggest_memory_format());
 }
 
-Tensor with_other_signs(int which, const Tensor& of) {
-  std::vector<double> signs = mixed_numbers(which, 2);
-  for (double& sign : signs) sign = 1 - 2 * sign;
-  return repeated(table_of(std::move(signs), of.options()), of.sizes(), of.suggest_memory_format()).mul_(of);
-}
-
 }  // namespace
 
 Tensor special_values(const Tensor& like, std::initializer_list<double> around) {
@@ -103,29 +97,21 @@ Tensor mixed_bits(int64_t words, const Tensor& like) {
 }
 
 Tensor Rehearsal::x(const Tensor& like) const {
-  if (values == Values::sizes) return like.to(dtype).abs();
-  if (values == Values::scattered) return with_other_signs(0, like);
   return integers(0, {problem.n, problem.c, problem.h, problem.w}, dtype, like);
 }
 
 Tensor Rehearsal::weight(const Tensor& like) const {
-  if (values == Values::sizes) return like.to(dtype).abs();
-  if (values == Values::scattered) return like;
   return integers(1, {problem.k, problem.c_per_group(), problem.r, problem.s}, dtype, like);
 }
 
 Tensor Rehearsal::y(const Tensor& like) const {
-  if (values == Values::sizes) return like.to(dtype).abs();
-  if (values == Values::scattered) return with_other_signs(2, like);
   return integers(2, {problem.n, problem.k, problem.p, problem.q}, dtype, like);
 }
 
 std::vector<c10::SymInt> Rehearsal::x_size() const { return {problem.n, problem.c, problem.h, problem.w}; }
 
-Tensor Rehearsal::per_channel(const Tensor& of, at::ScalarType type, const Tensor& like,
-                              std::vector<double> table) const {
-  if (values == Values::integers) return repeated(table_of(std::move(table), like.options().dtype(type)), {problem.k});
-  return of.defined() && values == Values::sizes ? of.to(type).abs() : of;
+Tensor Rehearsal::per_channel(at::ScalarType type, const Tensor& like, std::vector<double> table) const {
+  return repeated(table_of(std::move(table), like.options().dtype(type)), {problem.k});
 }
 
 }  // namespace freezekit::proof

@@ -27,26 +27,18 @@ Tensor repeated(const Tensor& table, IntArrayRef size, at::MemoryFormat = at::Me
 // Bits of masks: int32 words, half of the bits set.
 Tensor mixed_bits(int64_t words, const Tensor& like);
 
-// What a convolution's operands are in a proof.
-enum class Values : int8_t {
-  integers,   // from -2 to 2: products and sums of them are exact in every order, in tf32 and in float32
-  sizes,      // absolute values of the caller's: the result is the sum of the sizes of all terms
-  scattered,  // the caller's, the activations with other signs: what cancelled does not
-};
-
-// A convolution on such values. `like` is the caller's tensor that a result stands for, and its layout the result's.
+// A convolution on integers from -2 to 2: products and sums of them are exact in every order, in tf32 and in float32.
+// `like` is the caller's tensor that a result stands for, and its layout the result's.
 struct Rehearsal {
   const Conv2dProblem& problem;
   at::ScalarType dtype;
-  Values values = Values::integers;
 
   Tensor x(const Tensor& like) const;
   Tensor weight(const Tensor& like) const;
   Tensor y(const Tensor& like) const;
   std::vector<c10::SymInt> x_size() const;
-  // One value per output channel, in place of `of`: as integers `table` in turn, on `like`'s device.
-  Tensor per_channel(const Tensor& of, at::ScalarType type, const Tensor& like,
-                     std::vector<double> table = {-2, 1, 0, 2, -1}) const;
+  // One value per output channel: `table` in turn, on `like`'s device.
+  Tensor per_channel(at::ScalarType type, const Tensor& like, std::vector<double> table = {-2, 1, 0, 2, -1}) const;
 };
 
 }  // namespace freezekit::proof

@@ -83,7 +83,9 @@ Measurement held(const Tensor& on, Backend candidate, const std::function<Contes
   return result;
 }
 
-bool is_fault(const Measurement& m) { return !m.agree && m.note != kNoMemory && m.note != kNoCode; }
+bool is_fault(const Measurement& m) {
+  return !m.agree && m.note != kNoMemory && m.note != kNoCode && m.note != kUntold;
+}
 
 // Once for each operator: other sizes and dtypes of one fault are found by whoever mends it.
 void warn(const std::string& key, const std::string& note) {

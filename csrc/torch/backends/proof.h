@@ -37,6 +37,9 @@ constexpr const char* kNoMemory = "no memory was left to compare them";
 // And of a device that is older than all that was compiled for.
 constexpr const char* kNoCode = "this build has no code for such a device";
 
+// Of convolutions: true of the call's numbers, not of the kernel.
+constexpr const char* kUntold = "its first call's sums cancel: the rounding that is left of them tells nothing";
+
 // Where two results are further apart, in words; nothing where they are not. Takes 16 MiB at most. Where `large` is larger
 // than the largest value, the bound is of that.
 std::string difference(const Tensor& expected, const Tensor& own, const Bound& = {}, double large = 0);

@@ -25,12 +25,12 @@ Tensor conv2d_kernel(const Tensor& input, const Tensor& weight, const std::optio
                             const std::optional<Tensor>& b) {
     return on == Backend::aten ? aten::conv2d(x, w, b, g) : native::conv2d(p, x, w, b, g.with(on));
   };
+  const auto beside = [&bias]() -> Conv2dStep::Beside { return {1, bias ? proof::largest_in(*bias) : 0}; };
   const Tensor y = computed(
-      {Operator::fprop, problem, input, layout}, g.backend,
+      {Operator::fprop, problem, input, weight, layout, {}, beside}, g.backend,
       [&](Backend on) { return compute(on, problem, input, weight, bias); },
       [&](Backend on, const Rehearsal& own) {  // with a bias, which the next of its class may have
-        const Tensor b = own.per_channel(tensor_of(bias), own.dtype, input);
-        return compute(on, own.problem, own.x(input), own.weight(weight), optional_of(b));
+        return compute(on, own.problem, own.x(input), own.weight(weight), own.per_channel(own.dtype, input));
       });
   return finish(y, layout);
 }
@@ -46,7 +46,7 @@ Tensor dgrad_kernel(const Tensor& grad_output, const Tensor& weight, SymIntArray
     return on == Backend::aten ? aten::dgrad(dy, w, x_size, g) : native::dgrad(p, dy, w, g.with(on));
   };
   const Tensor dx = computed(
-      {Operator::dgrad, problem, grad_output, layout}, g.backend,
+      {Operator::dgrad, problem, grad_output, weight, layout}, g.backend,
       [&](Backend on) { return compute(on, problem, grad_output, weight, input_size); },
       [&](Backend on, const Rehearsal& own) {
         return compute(on, own.problem, own.y(grad_output), own.weight(weight), own.x_size());
@@ -64,7 +64,7 @@ Tensor wgrad_kernel(const Tensor& grad_output, const Tensor& input, SymIntArrayR
     return on == Backend::aten ? aten::wgrad(dy, x, weight_size, g) : native::wgrad(p, dy, x, g.with(on));
   };
   const Tensor dw = computed(
-      {Operator::wgrad, problem, grad_output, layout}, g.backend,
+      {Operator::wgrad, problem, grad_output, input, layout}, g.backend,
       [&](Backend on) { return compute(on, problem, grad_output, input); },
       [&](Backend on, const Rehearsal& own) { return compute(on, own.problem, own.y(grad_output), own.x(input)); });
   return finish(dw, layout);

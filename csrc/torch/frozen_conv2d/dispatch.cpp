@@ -148,20 +148,27 @@ bool has_kernels_bits(Backend demand, at::MemoryFormat format) { return is_own(d
 // In place of a vector of the caller's, beside tensors of `type`.
 Tensor vector_of(const proof::Rehearsal& own, const Tensor& like, at::ScalarType type, std::vector<double> table) {
   if (!like.defined()) return like;
-  return own.per_channel(like, like.scalar_type() == type ? own.dtype : like.scalar_type(), like, std::move(table));
+  return own.per_channel(like.scalar_type() == type ? own.dtype : like.scalar_type(), like, std::move(table));
 }
 
-// A norm whose scale is 1, -2 or another power of two, so that what it multiplies stays exact. Of a caller's norm, -|mean|
-// is what adds to the other terms.
+// A norm whose scale is 1, -2 or another power of two, so that what it multiplies stays exact.
 FixedNormTensors norm_of(const proof::Rehearsal& own, const FixedNormTensors& like, at::ScalarType type) {
   constexpr double eps = 0x1p-6;
   const auto vector = [&](const Tensor& of, std::vector<double> table) {
     return vector_of(own, of, type, std::move(table));
   };
-  const Tensor mean = vector(like.mean, {1, 0, -2, 2, -1, 4, -3});
   return {vector(like.gamma, {1, -2, 1, 2, -1}), vector(like.beta, {3, -1, 0, 2, -3}),
-          mean.defined() && own.values == proof::Values::sizes ? mean.neg() : mean,
-          vector(like.var, {1 - eps, 4 - eps, 0.25 - eps}), own.values == proof::Values::integers ? eps : like.eps};
+          vector(like.mean, {1, 0, -2, 2, -1, 4, -3}), vector(like.var, {1 - eps, 4 - eps, 0.25 - eps}), eps};
+}
+
+// What a norm, a bias and a residual add to a convolution's terms, at most.
+Conv2dStep::Beside beside_of(const FixedNormTensors& n, const Tensor& bias, const Tensor& residual,
+                             const Tensor& like) {
+  const auto size = [](const Tensor& of) { return of.defined() ? of.abs() : of; };
+  const auto largest = [](const Tensor& of) { return of.defined() ? proof::largest_in(of) : 0; };
+  const Tensor mean = n.mean.defined() ? n.mean.abs().neg() : n.mean;  // a norm takes it away
+  const Affine affine = affine_of({size(n.gamma), size(n.beta), mean, n.var, n.eps}, size(bias), like, Backend::aten);
+  return {n.defined() ? largest(affine.scale) : 1, largest(affine.shift) + largest(residual)};
 }
 
 FrozenOperands operands_of(const proof::Rehearsal& own, const FrozenOperands& like) {
@@ -179,16 +186,15 @@ std::tuple<Tensor, Tensor> frozen_kernel(const FrozenOperands& o, const FrozenCo
   const bool wanted = keep_mask && f.has_mask();
   const at::MemoryFormat format = result_format(o, output);
   Tensor bits;
-  const auto by_aten = [&](const Conv2dProblem& p, const FrozenOperands& operands, const FrozenConv2d& function) {
-    Tensor y;
-    std::tie(y, bits) = frozen_by_aten(p, operands, function, format, wanted);
-    return y;
-  };
   const auto compute = [&](Backend on, const Conv2dProblem& p, const FrozenOperands& operands) {
-    if (on == Backend::aten) return by_aten(p, operands, f);
+    Tensor y;
+    if (on == Backend::aten) {
+      std::tie(y, bits) = frozen_by_aten(p, operands, f, format, wanted);
+      return y;
+    }
     const bool activates = has_kernels_bits(g.backend, format);
     bits = at::empty({wanted && activates ? mask_words(p.y_numel()) : 0}, operands.input.options().dtype(at::kInt));
-    Tensor y = frozen_by_kernels(p, operands, f, activates, format, bits, on);
+    y = frozen_by_kernels(p, operands, f, activates, format, bits, on);
     if (!activates) bits = activate_(y, f.activation, wanted);
     return y;
   };
@@ -205,15 +211,11 @@ std::tuple<Tensor, Tensor> frozen_kernel(const FrozenOperands& o, const FrozenCo
     const Tensor ends = relu ? own.le(0) : own.le(0).logical_or_(own.ge(kRelu6End));
     return proof::difference(pack_bits(ends.logical_not_()), bits);
   };
+  const auto beside = [&o] { return beside_of(o.norm, o.bias, o.residual, o.input); };
   const Tensor y = computed(
-      {Operator::fprop, problem, o.input, format, variant, faults}, g.backend,
+      {Operator::fprop, problem, o.input, o.weight, format, variant, beside, faults}, g.backend,
       [&](Backend on) { return compute(on, problem, o); },
-      [&](Backend on, const proof::Rehearsal& own) {
-        const FrozenOperands operands = operands_of(own, o);
-        // An activation's end would hide how large the terms are.
-        return own.values == proof::Values::sizes ? by_aten(own.problem, operands, {"none", g})
-                                                  : compute(on, own.problem, operands);
-      });
+      [&](Backend on, const proof::Rehearsal& own) { return compute(on, own.problem, operands_of(own, o)); });
   return {y, bits};
 }
 
@@ -287,13 +289,14 @@ Tensor frozen_dgrad_kernel(const FrozenGradCall& call) {
                                                          {o.residual.defined(), "residual"},
                                                          {o.mask.defined(), "mask"},
                                                          {o.grad_mask.defined(), "grad_mask"}});
+  const auto beside = [&o = o] { return beside_of(o.norm, Tensor(), o.residual, o.grad_output); };
   return computed(
-      {Operator::dgrad, problem, o.grad_output, format, variant}, g.backend,
+      {Operator::dgrad, problem, o.grad_output, o.weight, format, variant, beside}, g.backend,
       [&](Backend on) { return compute(on, problem, o); },
       [&](Backend on, const proof::Rehearsal& own) {
         const auto x_size = own.x_size();
         const auto bits = [&](const Tensor& of, int64_t numel) {
-          return of.defined() && own.values == proof::Values::integers ? proof::mixed_bits(mask_words(numel), of) : of;
+          return of.defined() ? proof::mixed_bits(mask_words(numel), of) : of;
         };
         return compute(
             on, own.problem,
