@@ -47,21 +47,25 @@ struct Image {
 
 // One axis of the windows.
 struct Axis {
-  FastDivide stride;
+  FastDivide by_step, by_dilation;
   int32_t step, kernel, pad, dilation;
 
   Axis(int64_t stride, int64_t kernel, int64_t pad, int64_t dilation)
-      : stride(static_cast<int32_t>(stride)), step(static_cast<int32_t>(stride)), kernel(static_cast<int32_t>(kernel)),
-        pad(static_cast<int32_t>(pad)), dilation(static_cast<int32_t>(dilation)) {}
+      : by_step(static_cast<int32_t>(stride)), by_dilation(static_cast<int32_t>(dilation)),
+        step(static_cast<int32_t>(stride)), kernel(static_cast<int32_t>(kernel)), pad(static_cast<int32_t>(pad)),
+        dilation(static_cast<int32_t>(dilation)) {}
 
   FK_DEVICE int32_t origin(int32_t output) const { return output * step - pad; }
-  // The output whose tap is at `input`; -1 where there is none.
-  FK_DEVICE int32_t output(int32_t input, int32_t tap, int32_t outputs) const {
-    const int32_t from = input + pad - tap * dilation;
-    if (from < 0) return -1;
-    int32_t rest;
-    const int32_t found = stride.divide(from, &rest);
-    return rest == 0 && found < outputs ? found : -1;
+  // f(output, tap) for the outputs, in ascending order, of which a tap is at `input`: however many taps there are.
+  template <class F>
+  FK_DEVICE void for_each_output(int32_t input, int32_t outputs, const F& f) const {
+    const int32_t end = input + pad, last_tap = end - (kernel - 1) * dilation;
+    int32_t output = last_tap > 0 ? by_step.quotient(last_tap + step - 1) : 0;
+    for (int32_t from = end - output * step; from >= 0 && output < outputs; from -= step, ++output) {
+      int32_t rest;
+      const int32_t tap = by_dilation.divide(from, &rest);
+      if (rest == 0) f(output, tap);
+    }
   }
 };
 
@@ -116,19 +120,14 @@ __global__ void __launch_bounds__(kThreads)
     const Place at = g.in.place(index);
     const int64_t outputs = image * g.out.count + at.c * g.out.step_c;
     Accumulator<T> sum = 0;
-    // Taps descend where outputs ascend.
-    for (int32_t r = g.row.kernel - 1; r >= 0; --r) {
-      const int32_t p = g.row.output(at.row, r, g.out.h);
-      if (p < 0) continue;
-      for (int32_t s = g.column.kernel - 1; s >= 0; --s) {
-        const int32_t q = g.column.output(at.column, s, g.out.w);
-        if (q < 0) continue;
+    g.row.for_each_output(at.row, g.out.h, [&](int32_t p, int32_t r) {
+      g.column.for_each_output(at.column, g.out.w, [&](int32_t q, int32_t s) {
         const int64_t o = outputs + p * g.out.step_row + q * g.out.step_column;
         if (load_global(taps + o) == static_cast<Tap>(r * g.column.kernel + s)) {
           sum += cast<Accumulator<T>>(load_global(dy + o));
         }
-      }
-    }
+      });
+    });
     store_global(dx + image * g.in.count + index, cast<T>(sum));
   });
 }
