@@ -132,11 +132,15 @@ void take_last(const MaxPool& m, DType dtype, const void* x, const void* y, void
   }
 }
 
-// Whether a convolution is wrong where its numbers of channels are odd ones, its memory is, its bias, or the slices of its sum.
+// Whether a convolution is wrong where its numbers of channels are odd ones, its memory is, its bias, or the slices of its sum;
+// or where positions or channels are left over behind whole tiles.
 bool is_by_the_way(const Conv2dProblem& p, const Selection& s, const Conv2dTensors& t, const Epilogue& e) {
   const auto is_odd = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 != 0; };
   return (is("conv2d", "channels") && (p.c_per_group() % 8 != 0 || p.k_per_group() % 8 != 0)) ||
-         (is("conv2d", "slices") && s.split_k > 1) || (is("conv2d", "biased") && e.bias) ||
+         (is("conv2d", "rest_of_positions") && p.n * p.p * p.q % 16 != 0) ||
+         (is("conv2d", "rest_of_inputs") && p.c_per_group() % 16 != 0) ||
+         (is("conv2d", "rest_of_outputs") && p.k_per_group() % 16 != 0) || (is("conv2d", "slices") && s.split_k > 1) ||
+         (is("conv2d", "biased") && e.bias) ||
          (is("conv2d", "unaligned") && (is_odd(t.x) || is_odd(t.filter) || is_odd(t.y) || is_odd(e.bias)));
 }
 
@@ -262,10 +266,31 @@ extern "C" int set_fault(const char* kernel, const char* how) {
   const bool known = knows({"", "conv2d", "fprop", "dgrad", "wgrad", "conv2d_mask", "activation", "bits", "leaky_relu",
                             "gate", "pack_bytes", "max_pool", "wide_pool", "scatter", "target"},
                            failing) &&
-                     knows({"",         "wrong",    "throws", "memory",   "bad_alloc",      "refused",
-                            "negative", "positive", "nan",    "ties",     "nonzero",        "moved",
-                            "term",     "far",      "full",   "no_code",  "no_translation", "old_driver",
-                            "channels", "slices",   "biased", "unaligned"},
+                     knows({"",
+                            "wrong",
+                            "throws",
+                            "memory",
+                            "bad_alloc",
+                            "refused",
+                            "negative",
+                            "positive",
+                            "nan",
+                            "ties",
+                            "nonzero",
+                            "moved",
+                            "term",
+                            "far",
+                            "full",
+                            "no_code",
+                            "no_translation",
+                            "old_driver",
+                            "channels",
+                            "slices",
+                            "biased",
+                            "unaligned",
+                            "rest_of_positions",
+                            "rest_of_inputs",
+                            "rest_of_outputs"},
                            way);
   return known ? 0 : 1;
 }

@@ -292,7 +292,7 @@ def test_the_proofs_of_a_resnet_step_stay_far_below_two_seconds() -> None:
     one, three = first_call(8), first_call(24)
     per_piece = (three - one) // 2 + 1  # bfloat16 becomes float32 first
     assert per_piece <= 12
-    assert one <= 100
+    assert one <= 120
     largest: dict[str, int] = {}
     for layer in layers_of("resnet50"):
         x = (128, layer.in_channels, layer.size, layer.size)

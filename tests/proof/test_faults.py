@@ -406,6 +406,32 @@ def test_one_kernel_s_ways_are_classes_of_their_own(faulty: Faulty, told: Told, 
         assert len(names) == 1, "by one kernel"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("how", "size", "filters"),
+    [
+        ("rest_of_positions", (2, 32, 9, 9), (32, 32, 3, 3)),
+        ("rest_of_inputs", (2, 40, 8, 10), (32, 40, 3, 3)),
+        ("rest_of_outputs", (2, 32, 8, 10), (40, 32, 3, 3)),
+    ],
+)
+def test_what_is_left_over_behind_whole_tiles_is_held_though_the_first_call_leaves_nothing(
+    faulty: Faulty, told: Told, how: str, size: tuple[int, ...], filters: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """Another size of a class may meet what the first has not."""
+    first = leaf(2, 32, 8, 10, dtype=dtype, channels_last=True), leaf(32, 32, 3, 3, dtype=dtype)
+    x, w = leaf(*size, dtype=dtype, channels_last=True), leaf(*filters, dtype=dtype)
+    faulty.fail("conv2d", how)
+    told(lambda: convolution(*first))
+    decided_by_first = fk.tuning.choices()
+    found, _ = told(lambda: convolution(x, w))
+    assert fk.tuning.choices() == decided_by_first, "of the same classes"
+    with fk.backend("aten"):
+        expected = convolution(x, w)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert {choice.agree for choice in decided_by_first} == {False}
+
+
 def test_a_bias_is_held_though_the_first_call_has_none(faulty: Faulty, told: Told) -> None:
     x, w = leaf(2, 8, 6, 6), leaf(8, 8, 3, 3)
     faulty.fail("conv2d", "biased")
@@ -468,9 +494,9 @@ def test_where_memory_is_short_later_torch_s_way_serves(faulty: Faulty, monkeypa
         convolution(x, w)
 
 
-@pytest.mark.parametrize("run", [3, 4, 5])
+@pytest.mark.parametrize("run", [4, 5, 6])
 def test_what_interrupts_one_run_decides_nothing(faulty: Faulty, run: int) -> None:
-    """Two runs compare, three are timed; the emulated ones are told to be a thousand times as fast as they are."""
+    """Three runs compare, three are timed; the emulated ones are told to be a thousand times as fast as they are."""
     x, w = leaf(1, 3, 6, 6), leaf(4, 3, 3, 3)
     _C.choices.emulate(1e-3)
     faulty.wait(run)

@@ -66,28 +66,52 @@ Bound bound_on_integers(const Conv2dStep& step) {
 
 constexpr int64_t kRehearsed = 1 << 19;  // elements of both activations, unless the kernel is one for more
 
-// A part of a problem that the same kernel computes the same way: fewer images, rows, columns, by halves.
-Conv2dProblem part_of(const Conv2dStep& step, DType dtype, const Target& target, const Selection& selection) {
-  Conv2dProblem part = step.problem;
+// What the same kernel computes the same way.
+using IsAlike = c10::function_ref<bool(const Conv2dProblem&)>;
+
+// One axis with an output fewer for each that is not among the first `rows`.
+bool cut_axis(int64_t& in, int64_t& out, int64_t stride, int64_t rows) {
+  const int64_t left = in - (out - rows) * stride;
+  if (rows == out || left < 1) return false;
+  in = left, out = rows;
+  return true;
+}
+
+// A part of a problem: fewer images, rows, columns, by halves.
+Conv2dProblem part_of(const Conv2dProblem& problem, IsAlike is_alike) {
+  Conv2dProblem part = problem;
   const auto shrink = [&](const auto& halve) {
     while (part.x_numel() + part.y_numel() > kRehearsed) {
       Conv2dProblem smaller = part;
-      if (!halve(smaller)) return;
-      const Selection s = select(step.op, smaller, dtype, target);
-      if (std::string_view(s.kernel) != selection.kernel || (s.split_k > 1) != (selection.split_k > 1)) return;
+      if (!halve(smaller) || !is_alike(smaller)) return;
       part = smaller;
     }
   };
-  const auto halve_axis = [](int64_t& in, int64_t& out, int64_t stride) {
-    const int64_t rows = (out + 1) / 2, left = in - (out - rows) * stride;
-    if (rows == out || left < 1) return false;
-    in = left, out = rows;
+  shrink([](Conv2dProblem& p) { return p.n > 1 ? (p.n = (p.n + 1) / 2, true) : false; });
+  shrink([](Conv2dProblem& p) { return cut_axis(p.h, p.p, p.stride_h, (p.p + 1) / 2); });
+  shrink([](Conv2dProblem& p) { return cut_axis(p.w, p.q, p.stride_w, (p.q + 1) / 2); });
+  return part;
+}
+
+// The same with positions and channels that fill no tile, which another problem of the class may have: an odd number of
+// positions, and eight channels of each group less or more, by which what they are multiples of does not change.
+Conv2dProblem ragged(const Conv2dProblem& problem, IsAlike is_alike) {
+  Conv2dProblem found = problem;
+  const auto changed = [&](const auto& change) {
+    Conv2dProblem other = found;
+    if (!change(other) || !is_alike(other)) return false;
+    found = other;
     return true;
   };
-  shrink([](Conv2dProblem& p) { return p.n > 1 ? (p.n = (p.n + 1) / 2, true) : false; });
-  shrink([&](Conv2dProblem& p) { return halve_axis(p.h, p.p, p.stride_h); });
-  shrink([&](Conv2dProblem& p) { return halve_axis(p.w, p.q, p.stride_w); });
-  return part;
+  changed([](Conv2dProblem& p) { return p.n > 0 && p.n % 2 == 0 ? (--p.n, true) : false; });
+  changed([](Conv2dProblem& p) { return cut_axis(p.h, p.p, p.stride_h, p.p - (p.p % 2 == 0)); });
+  changed([](Conv2dProblem& p) { return cut_axis(p.w, p.q, p.stride_w, p.q - (p.q % 2 == 0)); });
+  for (int64_t Conv2dProblem::* const channels : {&Conv2dProblem::c, &Conv2dProblem::k}) {
+    const int64_t step = 8 * problem.groups;
+    const auto add = [&](int64_t more) { return [=](Conv2dProblem& p) { return (p.*channels += more) > 0; }; };
+    if (problem.*channels > step && !changed(add(-step))) changed(add(step));
+  }
+  return found;
 }
 
 // The largest of the norms over `dims`: of every channel, if those are all others.
@@ -128,14 +152,21 @@ Contest conv2d(const Conv2dStep& step, const Selection& selection, Run run, Rehe
     const Backend candidate = *choices::candidate_on(step.on.device().type());
     const Target target = native::target_on(kernel_library(candidate), candidate);
     const auto type = step.on.scalar_type();
-    std::string text;
-    {
-      const Conv2dProblem part = part_of(step, *native::dtype_of(type), target, selection);
+    const DType dtype = *native::dtype_of(type);
+    const auto is_alike = [&](const Conv2dProblem& other) {
+      const Selection s = select(step.op, other, dtype, target);
+      return std::string_view(s.kernel) == selection.kernel && (s.split_k > 1) == (selection.split_k > 1);
+    };
+    const auto rehearsed = [&](const Conv2dProblem& part) {
       const Tensor expected = rehearse(Backend::aten, {part, exact_type(step.on)});
       const Tensor found = rehearse(candidate, {part, type});
-      text = faults_beside(found);
-      if (text.empty()) text = difference(expected, found, bound_on_integers(step));
-    }
+      const std::string text = faults_beside(found);
+      return text.empty() ? difference(expected, found, bound_on_integers(step)) : text;
+    };
+    const Conv2dProblem part = part_of(step.problem, is_alike), rest = ragged(part, is_alike);
+    const bool is_other = rest.x_numel() != part.x_numel() || rest.y_numel() != part.y_numel();
+    std::string text = rehearsed(part);
+    if (text.empty() && is_other) text = rehearsed(rest);
     if (!text.empty()) return text;
     const Tensor found = run(candidate);  // first: what it converts is freed before there is a second result
     text = faults_beside(found);

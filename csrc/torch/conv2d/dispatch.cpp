@@ -1,6 +1,8 @@
 // Which backend computes an operator on tensors with data: ATen's libraries, or freezekit's own kernels.
 #include <torch/library.h>
 
+#include <array>
+
 #include "torch/backends/aten.h"
 #include "torch/backends/native.h"
 #include "torch/backends/route.h"
@@ -60,8 +62,10 @@ Tensor wgrad_kernel(const Tensor& grad_output, const Tensor& input, SymIntArrayR
   const Conv2dProblem problem = problem_of(input.sizes(), size, grad_output.sizes(), g);
   const BelowAutogradAndAutocast below;
   const auto layout = layout_of(grad_output, input);
-  const auto compute = [&](Backend on, const Conv2dProblem& p, const Tensor& dy, const Tensor& x) {
-    return on == Backend::aten ? aten::wgrad(dy, x, weight_size, g) : native::wgrad(p, dy, x, g.with(on));
+  const auto compute = [&g](Backend on, const Conv2dProblem& p, const Tensor& dy, const Tensor& x) {
+    if (on != Backend::aten) return native::wgrad(p, dy, x, g.with(on));
+    const std::array<c10::SymInt, 4> w_size = {p.k, p.c_per_group(), p.r, p.s};
+    return aten::wgrad(dy, x, w_size, g);
   };
   const Tensor dw = computed(
       {Operator::wgrad, problem, grad_output, input, layout}, g.backend,
