@@ -71,6 +71,7 @@ class Run:
         self.rows: list[Measured] = []
         self.skipped: list[str] = []
         self.late = 0  # cases that the time limit left out
+        self.unwritten = ""  # why the file does not hold all that is known
 
     def go(self, sections: Iterable[str]) -> None:
         """Runs the sections in order: all that this process measures, then the sides that have one of their own."""
@@ -175,8 +176,8 @@ class Run:
 
     @property
     def failures(self) -> int:
-        """Rows and tables without figures."""
-        lines = sum(line.startswith("FAILED") for line in self.skipped)
+        """Rows and tables without figures, and a file that could not be written."""
+        lines = sum(line.startswith("FAILED") for line in (*self.skipped, self.unwritten))
         return lines + sum(bool(row.failure) for row in self.rows) + sum(bool(made.failure) for made in self.kernels)
 
     def document(self) -> dict[str, Any]:
@@ -186,7 +187,7 @@ class Run:
     def write(self) -> None:
         """Replaces the file, where there is one: a run that is cut short has left what it measured."""
         if self.file is not None:
-            document.write(self.document(), self.file)
+            self.unwritten = document.keep(self.document(), self.file)
 
     def _show_kernels(self) -> None:
         self.report.heading("kernels: three Conv2d(3, 3, 3), x = randn(1, 3, 24, 24), forward and mean().backward()")
@@ -234,7 +235,9 @@ def main(arguments: list[str] | None = None, console: Console | None = None) -> 
 def _deliver(asked: options.Asked, report: Printout, result: dict[str, Any], run: Run) -> None:
     """What follows a run: its comparison with an earlier one, and its pictures."""
     report.line()
-    if asked.json is not None:
+    if run.unwritten:
+        report.line(run.unwritten, "bold red")
+    elif asked.json is not None:
         late = f"; {run.late} cases were not run within the time limit" if run.late else ""
         report.line(f"written: {asked.json}: {len(run.rows)} rows{late}")
     if asked.baseline is not None:

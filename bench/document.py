@@ -55,8 +55,21 @@ def build(
 def write(document: dict[str, Any], path: Path) -> None:
     """Replaces the file in one step: it is whole whenever a run ends. Indented, so that two runs can be diffed."""
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(document, indent=1) + "\n")
-    part.replace(path)
+    try:
+        part.write_text(json.dumps(document, indent=1) + "\n")
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def keep(document: dict[str, Any], path: Path) -> str:
+    """The same while a run is under way, which a full disk must not end: why the file is not written, or nothing."""
+    try:
+        write(document, path)
+    except OSError as error:
+        return f"FAILED: {path} is not written: {error.strerror}"
+    return ""
 
 
 def read(path: Path) -> dict[str, Any]:

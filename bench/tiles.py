@@ -5,7 +5,8 @@
 
 Each line is one layer and operator: the time of `select`'s choice, of the fastest kernel, and of ATen. All candidates
 are timed interleaved. A candidate that computes other values than ATen, or fails, is a line of its own and is not
-timed; the exit code is then 1. With `--json` the file is whole after each line.
+timed; the exit code is then 1. On sm_90 the kernels for sm_90a come last, each layer beside ATen once more. With
+`--json` the file is whole after each line.
 """
 
 import argparse
@@ -68,6 +69,15 @@ class Timed:
     chosen: bool
 
 
+def hopper_comes_last(device: torch.device) -> bool:
+    """Whether the kernels for sm_90a run, behind all others: they have run on no GPU, and an error may stay.
+
+    >>> hopper_comes_last(torch.device("cpu"))
+    False
+    """
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
 class TiledProblem:
     """A layer's tensors, channels_last, and the ways to compute one operator on them."""
 
@@ -111,14 +121,18 @@ class TiledProblem:
         picked = _C.select(self.operator, dtype, tuple(self.x.shape), tuple(self.w.shape), *self.geometry, **target)
         return Candidate(picked["family"], picked["config"], picked["split_k"])
 
-    def candidates(self) -> Iterator[Candidate]:
-        """`select`'s, its other configs, those of the tensor-core families, and half and double its slices."""
+    def candidates(self, last: bool = False) -> Iterator[Candidate]:
+        """`select`'s, its other configs, those of the tensor-core families, and half and double its slices.
+
+        Args:
+            last: those for sm_90a alone, where they come last.
+        """
         first = self.chosen()
         splits = sorted({max(1, first.split_k // 2), first.split_k, 2 * first.split_k}) if self.number == 2 else [1]
         out = torch.empty_like(self.outputs[self.number])
         # Hopper's instructions do nothing on other GPUs; the emulator has them.
-        hopper = not self.x.is_cuda or torch.cuda.get_device_capability(self.x.device) == (9, 0)
-        for family in dict.fromkeys((first.family, "implicit_gemm", *(("hopper",) if hopper else ()))):
+        emulated = () if self.x.is_cuda or hopper_comes_last(self.x.device) else ("hopper",)
+        for family in ("hopper",) if last else dict.fromkeys((first.family, "implicit_gemm", *emulated)):
             for config in range(MOST_CONFIGS):
                 for split_k in splits:
                     candidate = Candidate(family, config, split_k)
@@ -138,9 +152,9 @@ def fault(problem: TiledProblem, candidate: Candidate, expected: Tensor, out: Te
     return "" if error <= CLOSE[out.dtype] else f"relative error {error:.2g}"
 
 
-def measure(problem: TiledProblem, rounds: int, cold: bool, wrong: list[str]) -> list[Timed]:
+def measure(problem: TiledProblem, rounds: int, cold: bool, wrong: list[str], last: bool = False) -> list[Timed]:
     """All candidates that are right and ATen, interleaved; the others are added to `wrong` in words."""
-    expected, found = problem.aten().double(), list(problem.candidates())
+    expected, found = problem.aten().double(), list(problem.candidates(last))
     steps: dict[str, Callable[[], object]] = {"aten": problem.aten}
     for candidate in found:
         out = torch.full_like(problem.outputs[problem.number], float("nan"))
@@ -205,10 +219,11 @@ def main(arguments: list[str] | None = None) -> int:
     print("\n".join(environment.lines()))
     if options.device == "cpu":
         print("emulated on a CPU: these times say nothing of any GPU")
-    problems = [(layer, operator) for layer in layer_lists.layers_of(options.layers) for operator in OPERATORS]
-    wrong, longest, late = list[str](), 0.0, ""
+    layers, turns = layer_lists.layers_of(options.layers), (False, True) if hopper_comes_last(device) else (False,)
+    problems = [(layer, operator, last) for last in turns for layer in layers for operator in OPERATORS]
+    wrong, longest, late, unwritten = list[str](), 0.0, "", ""
     with cudnn_benchmark():
-        for done, (layer, operator) in enumerate(problems):
+        for done, (layer, operator, last) in enumerate(problems):
             start = time.monotonic()
             if options.until is not None and start + longest >= options.until:
                 late = f"; out of time: {len(problems) - done} of {len(problems)} problems are left out"
@@ -217,7 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
             found = list[Timed]()
             try:
                 problem = TiledProblem(layer, operator, options.batch, device, dtype)
-                found = measure(problem, options.rounds, not options.warm, wrong)
+                found = measure(problem, options.rounds, not options.warm, wrong, last)
             except RuntimeError as failed:  # such as an error that the device keeps: what it costs is told
                 wrong.append(f"{layer.name}, {operator}, nothing is timed: {str(failed).partition(chr(10))[0]}")
             rows += found
@@ -230,10 +245,12 @@ def main(arguments: list[str] | None = None) -> int:
                     "rows": list(map(asdict, rows)),
                     "wrong": wrong,
                 }
-                document.write(content, options.json)
+                unwritten = document.keep(content, options.json)
             longest = max(longest, time.monotonic() - start)
     print(summary(rows) + late)
-    return 1 if wrong else 0
+    if unwritten:
+        print(unwritten)
+    return 1 if wrong or unwritten else 0
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import subprocess
@@ -238,6 +239,28 @@ def test_the_file_is_written_after_each_case(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(KeyboardInterrupt):
         compare.main([*TINY, "--section", "layers", "--json", str(path)], Console(quiet=True))
     assert [Measured.from_dict(data) for data in document.read(path)["rows"]] == measured
+
+
+def test_a_full_disk_costs_what_is_written_and_not_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, write = tmp_path / "out.json", document.json.dumps
+    known: list[int] = []
+
+    def full(content: dict, **layout: int) -> str:
+        if "rows" in content and layout:
+            known.append(len(content["rows"]))
+            if len(known) > 1:
+                raise OSError(errno.ENOSPC, "No space left on device")
+        return write(content, **layout)
+
+    monkeypatch.setattr(document.json, "dumps", full)
+    console = Console(record=True, width=200)
+    assert compare.main([*TINY, "--section", "layers", "--json", str(path)], console) == 1
+    assert len(known) > 4, "it goes on"
+    assert len(document.read(path)["rows"]) == known[0]
+    assert [file.name for file in tmp_path.iterdir()] == ["out.json"]
+    said = console.export_text()
+    assert f"FAILED: {path} is not written: No space left on device" in said
+    assert "written: /" not in said
 
 
 def test_a_case_that_cannot_be_made_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

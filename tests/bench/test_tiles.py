@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,54 @@ def test_an_error_that_stays_costs_lines_and_not_the_run(
     assert capsys.readouterr().out.count(f"nothing is timed: {lost}\n") == others
     content = json.loads(file.read_text())
     assert (len(content["wrong"]), {row["layer"] for row in content["rows"]}) == (others, {"dense"})
+
+
+def test_kernels_for_hopper_come_last_and_take_no_others_with_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """As on a GPU of sm_90, where one of them leaves an error that stays."""
+    right, aten, lost = tiles.TiledProblem.run, tiles.TiledProblem.aten, list[str]()
+
+    def check() -> None:
+        if lost:
+            raise RuntimeError("CUDA error: unspecified launch failure")
+
+    def run(self: tiles.TiledProblem, candidate: tiles.Candidate, out: torch.Tensor) -> bool:
+        if candidate.family == "hopper" and candidate.config == 0:
+            lost.append(candidate.name)
+        check()
+        return right(self, candidate, out)
+
+    def checked(self: tiles.TiledProblem) -> torch.Tensor:
+        check()
+        return aten(self)
+
+    monkeypatch.setattr(tiles, "hopper_comes_last", lambda device: True)
+    monkeypatch.setattr(tiles.TiledProblem, "run", run)
+    monkeypatch.setattr(tiles.TiledProblem, "aten", checked)
+    file = tmp_path / "tiles.json"
+    arguments = ["--device", "cpu", "--layers", "tiny", "--batch", "1", "--rounds", "1", "--json", str(file)]
+    assert tiles.main(arguments) == 1
+    content = json.loads(file.read_text())
+    of_aten = [(row["layer"], row["operator"]) for row in content["rows"] if row["candidate"] == "aten"]
+    assert len(of_aten) == len(set(of_aten)) == 3 * len(layers_of("tiny"))
+    assert not [row for row in content["rows"] if row["candidate"].startswith("hopper")]
+    assert lost[0] == "hopper/0"
+    assert "unspecified launch failure" in capsys.readouterr().out
+
+
+def test_a_full_disk_costs_what_is_written_and_not_the_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tiles.document, "write", full)
+    arguments = ["--device", "cpu", "--layers", "tiny", "--batch", "1", "--rounds", "1", "--json", "tiles.json"]
+    assert tiles.main(arguments) == 1
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert last == "FAILED: tiles.json is not written: No space left on device"
+    assert lines[-1].startswith(f"{3 * len(layers_of('tiny'))} problems")
 
 
 def test_a_limit_leaves_out_problems_and_says_how_many(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

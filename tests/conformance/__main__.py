@@ -137,7 +137,7 @@ def describe(where: str) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the number of probes that failed, at most 125."""
+    """The command line; returns the number of probes that failed, at most 125; a file that cannot be written counts."""
     parser = argparse.ArgumentParser(prog="python -m tests.conformance", description=__doc__)
     parser.add_argument(
         "--place", choices=tuple(place.PLACES), default="cuda" if torch.cuda.is_available() else "emulated"
@@ -163,16 +163,20 @@ def main(arguments: list[str] | None = None) -> int:
     for probe in probes:
         if probe not in runnable:
             print(f"not run  {probe.name}: {why_not(probe, options.place, about['sm'])}")
-    failed, results = 0, {}
+    failed, results, unwritten = 0, {}, ""
     for probe, failure, arrays in run_all(runnable, options.place, options.until):
         if arrays:
             results[probe.name] = arrays
         failed += bool(failure)
         if options.golden:
-            golden.save(options.golden, about, results, probes)
+            unwritten = ""
+            try:
+                golden.save(options.golden, about, results, probes)
+            except OSError as error:  # of a full disk: what the probes behind it give is told all the same
+                unwritten = f"; {options.golden} is not written: {error.strerror}"
         print(f"{'FAILED' if failure else 'passed'}   {probe.name}{': ' + failure if failure else ''}", flush=True)
-    print(f"{len(runnable) - failed} passed, {failed} failed, {len(probes) - len(runnable)} not run")
-    return min(failed, 125)
+    print(f"{len(runnable) - failed} passed, {failed} failed, {len(probes) - len(runnable)} not run{unwritten}")
+    return min(failed + bool(unwritten), 125)
 
 
 if __name__ == "__main__":

@@ -22,9 +22,13 @@ def save(path: Path, about: dict[str, Any], results: dict[str, Arrays], probes: 
     about = {**about, "inputs": {p.name: digest(p.inputs()) for p in probes if p.name in results}}
     flat = {f"{name}/{key}": array for name, arrays in results.items() for key, array in arrays.items()}
     part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:  # numpy would add its own suffix to a name
-        np.savez_compressed(file, about=np.array(json.dumps(about, sort_keys=True)), **flat)
-    part.replace(path)
+    try:
+        with part.open("wb") as file:  # numpy would add its own suffix to a name
+            np.savez_compressed(file, about=np.array(json.dumps(about, sort_keys=True)), **flat)
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def load(path: Path) -> tuple[dict[str, Any], dict[str, Arrays]]:

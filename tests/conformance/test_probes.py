@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -143,6 +145,22 @@ def test_golden_vectors_are_kept_from_the_first_probe_on(monkeypatch: pytest.Mon
     with pytest.raises(KeyboardInterrupt):
         command.main(["--place", "emulated", "--golden", str(file)])
     assert list(golden.load(file)[1]) == [EMULATED[0].name]
+
+
+def test_a_full_disk_costs_the_file_and_no_probe(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(file: Any, **_: object) -> None:
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    file = tmp_path / "golden.npz"
+    monkeypatch.setattr(registry, "probes", lambda: EMULATED[:2])
+    monkeypatch.setattr(golden.np, "savez_compressed", full)
+    assert command.main(["--place", "emulated", "--golden", str(file)]) == 1
+    assert list(tmp_path.iterdir()) == []
+    said = f"2 passed, 0 failed, 0 not run; {file} is not written: No space left on device"
+    assert capsys.readouterr().out.splitlines()[-1] == said
 
 
 def test_a_gpu_that_is_not_there_is_told_in_a_line(
