@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from bench.environment import Peaks
-from bench.measure import MakeCase, Measured, measure
+from bench.measure import MakeCase, Measured, describe, measure
 from bench.settings import Settings
 from bench.sides import cudnn_benchmark
 from bench.timing import clock_for, small_heap
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 def serve(pipe: Connection) -> None:
-    """The other process: answers each piece of work with what it gives, and what is wrong with the device since."""
+    """The other process: what work gives, or why it fails, and what is wrong with the device since."""
     pipe.send(READY)
     with cudnn_benchmark(), small_heap():
         while True:
@@ -27,7 +27,11 @@ def serve(pipe: Connection) -> None:
                 work = pipe.recv()
             except EOFError:
                 return
-            pipe.send((work(), _error_that_stays()))
+            try:
+                answer, failure = work(), ""
+            except Exception as error:  # of memory, say, which costs this work alone
+                answer, failure = None, describe(error)
+            pipe.send((answer, failure, _error_that_stays()))
 
 
 def measure_there(make: MakeCase, settings: Settings, peaks: Peaks) -> list[Measured]:
@@ -46,7 +50,7 @@ def _error_that_stays() -> str:
 
 
 class Lost(RuntimeError):
-    """The process gave no answer; the text says why."""
+    """There is no answer; the text says why."""
 
 
 class Child:
@@ -77,7 +81,7 @@ class Child:
         """What `work` gives there, in `seconds`, of which a start takes its part.
 
         Raises:
-            Lost: if the process hangs or ends, or was lost too often to start it again.
+            Lost: if the work fails there, the process hangs or ends, or was lost too often to start it again.
         """
         if self._losses >= self.MOST_LOSSES:
             raise Lost(f"not tried: the side's process was lost {self._losses} times")
@@ -90,12 +94,14 @@ class Child:
                 self._receive(until, seconds)
                 self._is_ready = True
             self._pipe.send(work)
-            answer, error = self._receive(until, seconds)
+            answer, failure, error = self._receive(until, seconds)
         except (EOFError, OSError):
             self._process.join(5)
             raise self._lost(f"the side's process ended with exit code {self._process.exitcode}") from None
         if error:
             self._lost(error)
+        if failure:
+            raise Lost(failure)
         return answer
 
     def close(self) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -167,6 +168,8 @@ class Run:
     def _apart(self, side: str, case: Case, make: MakeCase, settings: Settings, end: float | None) -> list[Measured]:
         """The row of a side that runs in a process of its own, beside the stock that it is compared with."""
         beside = replace(settings, sides=tuple(dict.fromkeys(("stock", SIDES[side].reference, side))))
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # What this process holds for later the other one needs now.
         try:
             work = partial(measure_there, make, beside, self.environment.peaks)
             answer = self.children[side].ask(work, half_until(end))

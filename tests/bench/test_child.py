@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from bench import child as processes
@@ -87,6 +88,38 @@ def test_it_is_started_again_but_not_for_ever() -> None:
             child.ask(os.getpid, PATIENCE)
     with pytest.raises(Lost, match="lost 3 times"):
         child.ask(os.getpid, PATIENCE)
+
+
+def refused() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory.\nand more")
+
+
+def test_work_that_fails_costs_itself_and_no_process() -> None:
+    child = Child()
+    first = child.ask(os.getpid, PATIENCE)
+    for _ in range(Child.MOST_LOSSES + 1):
+        with pytest.raises(Lost, match=r"^OutOfMemoryError: CUDA out of memory\.$"):
+            child.ask(refused, PATIENCE)
+    assert child.ask(os.getpid, PATIENCE) == first
+    child.close()
+
+
+def test_memory_that_is_free_is_given_to_the_other_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = sides.Side("freezekit_channels_last", lambda module: module, channels_last=True, hopper=True)
+    monkeypatch.setitem(sides.SIDES, lost.name, lost)
+    take_four_layers(monkeypatch)
+    done: list[str] = []
+
+    def ask(self: Child, *_: object) -> object:
+        done.append("ask")
+        raise Lost("gone")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("empty"))
+    monkeypatch.setattr(Child, "start", lambda self: None)
+    monkeypatch.setattr(Child, "ask", ask)
+    compare.Run(replace(settings_of(), sides=("stock", lost.name)), Printout(Console(quiet=True)), None).go(["layers"])
+    assert done == ["empty", "ask"] * 4
 
 
 def test_what_is_known_is_written_before_a_process_may_hang(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
