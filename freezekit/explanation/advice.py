@@ -4,7 +4,6 @@ How much is not worked out from the classes of layers but seen: the model is tra
 frozen, and with freezekit enabled, on copies.
 """
 
-import math
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -29,12 +28,11 @@ from freezekit.fusion.report import block_layers
 Key = tuple[str, str, int]  # a call by module, function, and how many like it came before
 Again = Callable[[Callable[[str, nn.Module], object], bool], Trace]
 
-# Functions that keep less by the same name in freezekit.functional, whatever learns: bytes per element of the result.
-FUNCTIONS = {
-    **dict.fromkeys(("relu", "relu6", "leaky_relu", "hardtanh", "dropout"), 1 / 8),
-    "max_pool2d": 1,
-    **dict.fromkeys(("avg_pool2d", "adaptive_avg_pool2d"), 0),
-}
+# Functions that keep as little by the same name in freezekit.functional, whatever learns and whatever runs before them.
+FUNCTIONS = (
+    *("relu", "relu6", "leaky_relu", "hardtanh", "dropout"),
+    *("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d"),
+)
 
 
 class Held(NamedTuple):
@@ -94,10 +92,9 @@ class Advisor:
         """A sentence on one call; "" where nothing would be saved."""
         if call.function:
             name = call.function.rstrip("_")
-            each = FUNCTIONS.get(name)
-            if each is None or _is_a_librarys(call.package):
+            if name not in FUNCTIONS or _is_a_librarys(call.package):
                 return self._advise_enabling(key, held)
-            saved = _saved(held, self._free[key], math.ceil(each * math.prod(call.outputs)))
+            saved = self._saved_enabled(key, held, self._free)
             return f"call fk.functional.{name}: {saved}" if saved else ""
         swap = conversion.SWAPS.get(type(call.module)) if call.module is not None else None
         if call.learns("weight") and call.output_needs_grad:
@@ -112,11 +109,15 @@ class Advisor:
 
     def _advise_enabling(self, key: Key, held: Held) -> str:
         """Advice for layers that freezekit has no class for, and for calls in code that is not the user's."""
+        saved = self._saved_enabled(key, held)
+        return f"fk.enable(): {saved}" if saved else ""
+
+    def _saved_enabled(self, key: Key, held: Held, alone: dict[Key, int] | None = None) -> str:
+        """What a call keeps less with freezekit enabled, of what it lets go of if it `alone` is replaced."""
         if not held.all or is_enabled():
             return ""
         free, then = self._enabled
-        saved = _saved(held, free[key], then.get(key, held).all)
-        return f"fk.enable(): {saved}" if saved else ""
+        return _saved(held, (free if alone is None else alone)[key], then.get(key, held).all)
 
 
 def _held_by_itself(traced: Trace, after: dict[Key, Held]) -> dict[Key, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -187,6 +188,31 @@ def test_functions_that_keep_memory_have_a_cure() -> None:
     saved = 2 * 8 * 36 * 4 - 2 * 8 * 36 // 8
     assert advice == f"call fk.functional.relu: -{saved / 1024:.1f} KiB"
     assert before.bytes_kept - after.bytes_kept == saved
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("leaky_relu", ()),
+        ("dropout", (0.3,)),
+        ("max_pool2d", (2,)),
+        ("max_pool2d", (20, 1)),  # whose windows are too many elements for a byte
+        ("avg_pool2d", (3,)),
+    ],
+)
+def test_a_function_saves_what_the_advice_says(name: str, more: tuple[Any, ...]) -> None:
+    class Net(nn.Module):
+        def __init__(self, functions: Any) -> None:
+            super().__init__()
+            self.conv, self.function = nn.Conv2d(3, 8, 3), getattr(functions, name)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.function(self.conv(x), *more) * 2
+
+    x = torch.empty(2, 3, 31, 30, device="meta")
+    before, after = explain(Net(F), x), explain(Net(fk.functional), x)
+    (advice,) = (row.advice for row in before if row.layer == f"Net: {name}")
+    assert advice == f"call fk.functional.{name}: -{(before.bytes_kept - after.bytes_kept) / 1024:.1f} KiB"
 
 
 def test_enabling_saves_what_the_advice_says() -> None:
