@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from .build import MODES, UNMODIFIED, Patch, Planted, Result
+from .build import MODES, ROOT, UNMODIFIED, Patch, Planted, Result, overlay
 from .cases import Case
 from .plants import PLANTS, UNORDERED_SPLIT_K, Plant
 from .test_modes import run_convolutions, run_small
@@ -22,6 +22,13 @@ def test_there_are_enough_plants_of_every_kind() -> None:
     assert len(PLANTS) >= 20
     assert {plant.mode for plant in PLANTS} == set(MODES) - {"ucontext"}
     assert len({plant.name for plant in PLANTS}) == len(PLANTS)
+
+
+def test_every_patch_fits() -> None:
+    """Most are compiled in `make emulate-all` alone, and would be missed until then."""
+    for plant in (*PLANTS, *UNORDERED_SPLIT_K.values()):
+        overlay(plant.planted.patches)
+        assert all((ROOT / source).exists() for source in plant.planted.recompiled), plant.name
 
 
 # Each is a compilation: `make test` takes the first of each patched file and of each mode, `make emulate-all` the rest.

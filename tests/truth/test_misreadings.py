@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from tests.emulator.build import ROOT, overlay
+
 from . import layouts, plans, wrappers
 from .comparison import needs_nvidia
 from .misreadings import MISREADINGS, Misreading
@@ -17,6 +19,12 @@ def test_each_kind_has_a_quick_one() -> None:
     for module in (layouts, plans, wrappers):
         assert any(c.name in quick for c in module.COMPARISONS)
     assert {m.shows for m in MISREADINGS} <= set(COMPARISONS)
+
+
+def test_every_patch_fits() -> None:
+    for misreading in MISREADINGS:
+        overlay(misreading.planted.patches)
+        assert all((ROOT / source).exists() for source in misreading.planted.recompiled), misreading.name
 
 
 @needs_nvidia
