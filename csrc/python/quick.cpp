@@ -194,7 +194,7 @@ Tensor quick_leaky_relu(const Given& given) {
   Tensor x;
   double slope = 0.01;
   bool inplace = false;
-  if (!read_all(given, 0, &x, &slope, &inplace)) return {};
+  if (!read_all(given, 0, &x, &slope, &inplace) || (inplace && !(slope >= 0))) return {};
   return activation(std::move(x), {ActivationKind::leaky_relu, slope}, inplace);
 }
 

@@ -84,14 +84,14 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
     """`torch.nn.functional.leaky_relu`, keeping one bit per element instead of its input.
 
     Args:
-        input, inplace: as for :func:`relu`. In place any slope has its gradient, a negative one too.
-        negative_slope: the factor below 0, and at 0.
+        input, inplace: as for :func:`relu`.
+        negative_slope: the factor below 0, and at 0. Of a negative one in place torch refuses the gradient.
 
     >>> import torch, freezekit as fk
     >>> fk.functional.leaky_relu(torch.tensor([-1.0, 2.0]), 0.5)
     tensor([-0.5000,  2.0000])
     """
-    if not isinstance(input, Tensor) or not are_numbers(negative_slope):
+    if not isinstance(input, Tensor) or not are_numbers(negative_slope) or (inplace and not negative_slope >= 0):
         return LEFT_TO_TORCH
     return _apply(input, inplace, "leaky_relu", float(negative_slope), 0.0)
 

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import grad, gradcheck, gradgradcheck
 
+import freezekit as fk
 import freezekit.functional as ff
 from tests.observe import bytes_kept
 
@@ -230,6 +231,34 @@ def test_in_place_on_a_view_of_something_that_needs_a_gradient(name: str) -> Non
         return base.detach(), grad((base * base).sum(), leaf)[0]
 
     assert all(torch.equal(a, b) for a, b in zip(run(ours), run(stock), strict=True))
+
+
+@pytest.mark.parametrize("slope", [-0.1, float("nan"), -0.0, 0.1])
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("way", ["converted", "function", "named", "enabled"])
+def test_leaky_relu_of_any_slope_has_the_gradient_that_torch_gives_or_refuses(
+    way: str, inplace: bool, slope: float
+) -> None:
+    def run(f: Callable[[Tensor], Tensor]) -> Tensor | str:
+        x = torch.linspace(-2, 2, 40).requires_grad_()
+        try:
+            return grad(f(x * 1).sum(), x)[0]
+        except RuntimeError as error:
+            return str(error).partition("\n")[0]
+
+    stock = nn.LeakyReLU(slope, inplace)
+    ours: dict[str, Callable[[Tensor], Tensor]] = {
+        "converted": fk.convert(nn.LeakyReLU(slope, inplace)),
+        "function": lambda x: ff.leaky_relu(x, slope, inplace),
+        "named": lambda x: ff.leaky_relu(x, negative_slope=slope, inplace=inplace),
+        "enabled": fk.enabled()(stock.forward),
+    }
+    expected, got = run(stock), run(ours[way])
+    assert isinstance(expected, str) == (inplace and not slope >= 0)
+    if isinstance(expected, Tensor) and isinstance(got, Tensor):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+    else:
+        assert got == expected
 
 
 def test_in_place_edits_are_seen() -> None:

@@ -133,7 +133,7 @@ def test_a_proof_leaves_the_tensor_and_the_generator_alone(
 
 
 def test_an_in_place_call_changes_its_tensor_once(fast: None) -> None:
-    for inplace in (lambda t: fk.functional.relu(t, inplace=True), lambda t: fk.functional.leaky_relu(t, -2.0, True)):
+    for inplace in (lambda t: fk.functional.relu(t, inplace=True), lambda t: fk.functional.leaky_relu(t, 2.0, True)):
         for _ in range(2):
             x = leaf(3, 40) * 1
             expected, version = x.detach().clone(), x._version
