@@ -154,7 +154,8 @@ void add_term(const void* a, const void* b, void* out, int64_t last, DType dtype
 Status conv2d(Operator op, const Selection& s, const Conv2dProblem& p, DType dtype, const Conv2dTensors& t,
               const Epilogue& e, void* workspace, Stream stream) {
   const char* const name = op == Operator::fprop ? "fprop" : op == Operator::dgrad ? "dgrad" : "wgrad";
-  const bool wrong = is_wrong("conv2d") || is_wrong(name), nonzero = is("conv2d", "nonzero"),
+  const bool wrong = is_wrong("conv2d") || is_wrong(name),
+             nonzero = is("conv2d", "nonzero") || (is("conv2d", "many_slices") && s.split_k >= kManySlices),
              moved = is("conv2d", "moved");
   Status status = emulated().conv2d(op, s, p, dtype, t, e, workspace, stream);
   wait_if_told();
@@ -290,7 +291,8 @@ extern "C" int set_fault(const char* kernel, const char* how) {
                             "unaligned",
                             "rest_of_positions",
                             "rest_of_inputs",
-                            "rest_of_outputs"},
+                            "rest_of_outputs",
+                            "many_slices"},
                            way);
   return known ? 0 : 1;
 }

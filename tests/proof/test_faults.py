@@ -406,6 +406,19 @@ def test_one_kernel_s_ways_are_classes_of_their_own(faulty: Faulty, told: Told, 
         assert len(names) == 1, "by one kernel"
 
 
+@pytest.mark.parametrize("blank", [False, True])
+def test_a_sum_of_many_slices_is_rehearsed_in_many(faulty: Faulty, told: Told, blank: bool) -> None:
+    """Eight threads add what one adds of fewer, and a batch of zeros tells nothing of either."""
+    faulty.device(80, 108)
+    x, w = leaf(2, 128, 64, 64, channels_last=True), leaf(1, 128, 1, 1)
+    faulty.fail("conv2d", "many_slices")
+    first = torch.zeros_like(x).requires_grad_() if blank else x
+    told(lambda: conv2d(first, w).sum().backward())
+    (wgrad,) = [choice for choice in fk.tuning.choices() if choice.problem.startswith("conv2d_wgrad")]
+    assert "in many slices" in wgrad.problem
+    assert not wgrad.agree
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("how", "size", "filters"),

@@ -64,7 +64,9 @@ Bound bound_on_integers(const Conv2dStep& step) {
   return {type == at::kHalf ? half : type == at::kBFloat16 ? bfloat16 : 0, rounding_of_sums(step)};
 }
 
-constexpr int64_t kRehearsed = 1 << 19;  // elements of both activations, unless the kernel is one for more
+// Elements of both activations: unless the kernel, or a sum in many slices, takes more.
+constexpr int64_t kRehearsed = 1 << 19, kMostRehearsed = 1 << 21;
+int64_t elements_of(const Conv2dProblem& p) { return p.x_numel() + p.y_numel(); }
 
 // What the same kernel computes the same way.
 using IsAlike = c10::function_ref<bool(const Conv2dProblem&)>;
@@ -81,7 +83,7 @@ bool cut_axis(int64_t& in, int64_t& out, int64_t stride, int64_t rows) {
 Conv2dProblem part_of(const Conv2dProblem& problem, IsAlike is_alike) {
   Conv2dProblem part = problem;
   const auto shrink = [&](const auto& halve) {
-    while (part.x_numel() + part.y_numel() > kRehearsed) {
+    while (elements_of(part) > kRehearsed) {
       Conv2dProblem smaller = part;
       if (!halve(smaller) || !is_alike(smaller)) return;
       part = smaller;
@@ -157,13 +159,19 @@ Contest conv2d(const Conv2dStep& step, const Selection& selection, Run run, Rehe
       const Selection s = select(step.op, other, dtype, target);
       return std::string_view(s.kernel) == selection.kernel && (s.split_k > 1) == (selection.split_k > 1);
     };
+    const auto has_many_too = [&](const Conv2dProblem& other) {
+      return is_alike(other) &&
+             (select(step.op, other, dtype, target).split_k >= kManySlices) == (selection.split_k >= kManySlices);
+    };
     const auto rehearsed = [&](const Conv2dProblem& part) {
       const Tensor expected = rehearse(Backend::aten, {part, exact_type(step.on)});
       const Tensor found = rehearse(candidate, {part, type});
       const std::string text = faults_beside(found);
       return text.empty() ? difference(expected, found, bound_on_integers(step)) : text;
     };
-    const Conv2dProblem part = part_of(step.problem, is_alike), rest = ragged(part, is_alike);
+    Conv2dProblem part = part_of(step.problem, has_many_too);
+    if (elements_of(part) > kMostRehearsed) part = part_of(step.problem, is_alike);
+    const Conv2dProblem rest = ragged(part, is_alike);
     const bool is_other = rest.x_numel() != part.x_numel() || rest.y_numel() != part.y_numel();
     std::string text = rehearsed(part);
     if (text.empty() && is_other) text = rehearsed(rest);
