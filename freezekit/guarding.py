@@ -6,12 +6,15 @@ Three watches, from cheap to sure:
   at one by one, and a step that would move one is refused before anything moved;
 * before and after a step: the address and version of every frozen tensor; a change of either is followed by a checksum;
 * every ``every`` steps: a checksum of all, since writes through ``.data`` and fused steps change neither.
+
+What is held is a tensor, under whatever name. One that is frozen no more was either made trainable itself, and is let
+go, or it left the model, and that is told.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -21,20 +24,17 @@ from torch.optim import LBFGS, Optimizer
 from freezekit._arguments import check_choice, check_module, shown
 from freezekit.freezing.arguments import Optimizers, innermost, several
 from freezekit.freezing.bits import checksums, local, same_bits
+from freezekit.freezing.flags import watches
 from freezekit.freezing.held import (
     AtRisk,
     Record,
     causes,
     copy_state,
     describe,
-    follow,
+    form,
     frozen_tensors,
-    layers_with,
     put_state,
     record_all,
-    replaced,
-    watches,
-    write,
 )
 from freezekit.freezing.norm import is_held, statistics_of
 from freezekit.freezing.optim import group_of
@@ -44,19 +44,19 @@ from freezekit.freezing.patterns import Patterns, select
 class FrozenMoved(RuntimeError):
     """A frozen tensor moved, or the next step would move it. ``names``: which."""
 
-    def __init__(self, title: str, lines: dict[str, str]) -> None:
-        shown = [f"  {name!r}: {line}" for name, line in list(lines.items())[:5]]
+    def __init__(self, title: str, lines: list[tuple[str, str]]) -> None:
+        shown = [f"  {name!r}: {line}" for name, line in lines[:5]]
         more = [f"  and {len(lines) - 5} more"] if len(lines) > 5 else []
         super().__init__("\n".join([f"guard: {title}", *shown, *more]))
-        self.names = tuple(lines)
+        self.names = tuple(name for name, _ in lines)
 
 
 class Allowance:
     """The handle that `Guard.allow` returns; as a context manager it ends in `end`."""
 
-    def __init__(self, guard: Guard, tensors: frozenset[int]) -> None:
+    def __init__(self, guard: Guard, tensors: list[torch.Tensor]) -> None:
         self._guard = guard
-        self.tensors = tensors
+        self.tensors = tensors  # not their ids, which others get that come after them
 
     def end(self) -> None:
         """Hold the tensors again, at their present values; a second time does nothing."""
@@ -90,10 +90,8 @@ class Guard:
         self.steps = 0
         self.undone: dict[str, int] = {}
         self._allowances: list[Allowance] = []
-        self._records: dict[str, Record] = {}
-        self._frozen: dict[str, torch.Tensor] = {}
-        self._replaced: set[str] = set()  # of which a step was refused
-        self._unfrozen: dict[int, nn.Parameter] = {}  # by `unfreeze`, since it was last read what is frozen
+        self._records: dict[int, Record] = {}  # by the id of the tensor
+        self._gone: dict[int, Record] = {}  # of tensors that left the model
         self._at_risk: dict[int, list[AtRisk]] = {}  # by the id of the optimizer that is in a step
         self._refresh()
         watches.add(self)
@@ -109,8 +107,7 @@ class Guard:
             hook.remove()
         watches.discard(self)
         self._records.clear()
-        self._frozen.clear()
-        self._unfrozen.clear()
+        self._gone.clear()
 
     def __enter__(self) -> Guard:
         return self
@@ -121,15 +118,16 @@ class Guard:
     def check(self) -> None:
         """Compare every frozen tensor by checksum now; raises `FrozenMoved` or undoes, as a step does."""
         self._refresh()
-        self._settle(self._moved(self._frozen), "since the last check")
+        self._settle(self._moved(self._records), "since the last check")
 
     def accept(self) -> None:
         """Hold the present values from now on: after a ``load_state_dict`` that was meant, say. See also `allow`."""
         self._records.clear()
+        self._gone.clear()
         self._refresh()
 
     def allow(self, *patterns: Patterns) -> Allowance:
-        """Allow intended writes to frozen tensors: EMA and teacher updates, merged adapters.
+        """Allow intended changes of frozen tensors: EMA and teacher updates, merged adapters, a layer that is replaced.
 
         Args:
             patterns: which, as for `freeze`, with the statistics of the norms that they cover; none means all.
@@ -150,16 +148,17 @@ class Guard:
         """
         self.check()
         selection = select(self.model, patterns)
-        tensors = {id(param) for param in selection.params.values()}
-        tensors |= {id(t) for norm in selection.norms.values() for t in statistics_of(norm).values()}
-        self._allowances.append(Allowance(self, frozenset(tensors)))
+        statistics = [tensor for norm in selection.norms.values() for tensor in statistics_of(norm).values()]
+        self._allowances.append(Allowance(self, [*selection.params.values(), *statistics]))
         self._refresh()
         return self._allowances[-1]
 
     def note_unfrozen(self, params: Iterable[nn.Parameter]) -> None:
-        """For `unfreeze`: these may take the place of what was frozen."""
-        own = {id(param) for param in self.model.parameters()}  # not those of a copy, as a plan has them
-        self._unfrozen.update((id(param), param) for param in params if id(param) in own)
+        """For `announce`: neither these are held any more, nor what they took the place of."""
+        self._follow()
+        unfrozen = {id(param) for param in params}
+        names = {name for name, param in self.model.named_parameters() if id(param) in unfrozen}
+        self._gone = {key: record for key, record in self._gone.items() if record.name not in names}
 
     def _end(self, allowance: Allowance) -> None:
         if allowance in self._allowances:
@@ -167,48 +166,41 @@ class Guard:
             self._refresh()
 
     def _refresh(self) -> None:
-        """Read what is frozen now; forget what is no longer or may be written to, record what newly is."""
-        allowed = {tensor for allowance in self._allowances for tensor in allowance.tensors}
-        self._frozen = {name: t for name, t in frozen_tensors(self.model).items() if id(t) not in allowed}
-        for name in self._replaced & self._frozen.keys():  # which was frozen again
-            self._records.pop(name, None)
-        self._replaced.clear()
-        self._records = follow(self.model, self._records, self._frozen)
-        gone = {name: record for name, record in self._records.items() if name not in self._frozen}
-        if lines := replaced(self.model, gone, self._unfrozen.keys()) if gone else {}:
-            cure = "Cure: change layers before freeze(), freeze() again, or unfreeze() or guard.accept() what was meant"
-            lines = {name: f"{line}. {cure}" for name, line in lines.items()}
-            self._replaced = set(gone)
-            raise FrozenMoved(
-                "something took the place of what is frozen, and freezekit was not told to unfreeze it", lines
-            )
-        self._unfrozen.clear()
-        for name in gone:
-            del self._records[name]
-        new = {name: tensor for name, tensor in self._frozen.items() if name not in self._records}
-        before = {id(record.tensor): record for record in gone.values()}
-        for name, record in record_all(self.model, new, with_value=self.mode == "restore").items():
-            # What has another name now, as within an adapter, is held to the same value.
-            known = before.get(id(record.tensor))
-            self._records[name] = record if known is None else replace(known, layer=record.layer, beside=record.beside)
+        """Read what is frozen now, and record what newly is."""
+        new = record_all(self._follow(), with_value=self.mode == "restore")
+        self._records |= new
+        if self._gone:  # module.to() puts the value of a buffer into another tensor
+            held = {record.what() for record in self._records.values()}
+            self._gone = {key: record for key, record in self._gone.items() if record.what() not in held}
 
-    def _touched(self) -> dict[str, torch.Tensor]:
-        """Frozen tensors that may have changed. One touched tensor makes all of its layer suspect: batch norm in
+    def _follow(self) -> dict[int, tuple[str, torch.Tensor, nn.Module | None]]:
+        """Forget what was thawed or may be written to, and set apart what left; return what is not recorded yet."""
+        allowed = {id(tensor) for allowance in self._allowances for tensor in allowance.tensors}
+        found = {id(entry[1]): entry for entry in frozen_tensors(self.model) if id(entry[1]) not in allowed}
+        known = self._records | self._gone
+        self._records = {key: record for key, record in known.items() if key in found}
+        for key, record in self._records.items():
+            record.name, _, record.norm = found[key]
+        left = {key: record for key, record in known.items() if key not in found and key not in allowed}
+        self._gone = {key: record for key, record in left.items() if not record.thawed()}
+        return {key: entry for key, entry in found.items() if key not in known}
+
+    def _touched(self) -> dict[int, Record]:
+        """Of frozen tensors that may have changed. One touched statistic makes all of its norm suspect: batch norm in
         training writes its means and variances without counting a version, and only ``num_batches_tracked`` tells."""
-        layers = {
-            name.rpartition(".")[0] for name, tensor in self._frozen.items() if self._records[name].touched(tensor)
-        }
-        return {name: tensor for name, tensor in self._frozen.items() if name.rpartition(".")[0] in layers}
+        touched = {key: record for key, record in self._records.items() if record.touched()}
+        norms = {id(record.norm) for record in touched.values() if record.norm is not None}
+        return touched | {key: record for key, record in self._records.items() if id(record.norm) in norms}
 
-    def _moved(self, tensors: dict[str, torch.Tensor]) -> list[str]:
-        """Names of those that changed; the records of the others follow them to their address and version."""
+    def _moved(self, records: dict[int, Record]) -> list[Record]:
+        """Those of tensors that changed; the others follow their tensor to its address and version."""
         moved = []
-        for (name, tensor), checksum in zip(tensors.items(), checksums(list(tensors.values())), strict=True):
-            record = self._records[name]
-            if record.same_form(tensor) and checksum == record.checksum:
-                record.accept(tensor)
+        sums = checksums([record.tensor for record in records.values()])
+        for record, checksum in zip(records.values(), sums, strict=True):
+            if (form(record.tensor), checksum) == (record.form, record.checksum):
+                record.settle()
             else:
-                moved.append(name)
+                moved.append(record)
         return moved
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -219,91 +211,91 @@ class Guard:
         risks = self._find_at_risk(optimizer, closure)
         refused = [risk for risk in risks if risk.reasons] if self.mode == "raise" else []
         if refused:
-            lines = {risk.name: describe(optimizer, risk.group, risk.name, risk.reasons) for risk in refused}
+            lines = [describe(optimizer, risk) for risk in refused]
             raise FrozenMoved("this step would move what is frozen; nothing has moved yet", lines)
         self._at_risk[id(optimizer)] = risks
 
     def _find_at_risk(self, optimizer: Optimizer, closure: bool) -> list[AtRisk]:
         """Frozen parameters in the groups that have a gradient, or may get one in the closure (restore mode)."""
-        names = {id(tensor): name for name, tensor in self._frozen.items()}
         risks = []
         for group in optimizer.param_groups:
             for param in group["params"]:
-                name = names.get(id(param))
-                if name is None or (param.grad is None and not (closure and self.mode == "restore")):
+                record = self._records.get(id(param))
+                if record is None or (param.grad is None and not (closure and self.mode == "restore")):
                     continue
-                copied = self._records[name].value
-                value = local(param).detach().clone() if copied is None else copied
+                value = local(param).detach().clone() if record.value is None else record.value
                 reasons = causes(optimizer, group, param)
-                risks.append(AtRisk(name, param, group, value, copy_state(optimizer, param), reasons))
+                risks.append(AtRisk(record, group, value, copy_state(optimizer, param), reasons))
         return risks
 
     def _check_modes(self) -> None:
         wrong = {name: m for name, m in self.model.named_modules() if is_held(m) and m.training}
         if wrong and self.mode == "raise":
             line = "its .training was set past train(). Cure: set it to False, or unfreeze() the layer"
-            raise FrozenMoved("frozen statistics would move in the next forward", dict.fromkeys(wrong, line))
+            raise FrozenMoved("frozen statistics would move in the next forward", [(name, line) for name in wrong])
         for module in wrong.values():
             module.training = False
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.steps += 1
         risks = self._at_risk.pop(id(optimizer), [])
-        moved = [risk for risk in risks if not same_bits(local(risk.param), risk.value)]
+        moved = [risk for risk in risks if not same_bits(local(risk.record.tensor), risk.value)]
         for risk in risks if self.mode == "restore" else moved:
-            put_state(optimizer, risk.param, risk.state)
+            put_state(optimizer, risk.record.tensor, risk.state)
         for risk in moved:
-            write(risk.param, risk.value)
+            risk.record.put_back(risk.value)
         if moved and self.mode == "raise":
-            lines = {risk.name: describe(optimizer, risk.group, risk.name, risk.reasons) for risk in moved}
+            lines = [describe(optimizer, risk) for risk in moved]
             raise FrozenMoved("this step moved what is frozen; that was put back", lines)
-        self._count(risk.name for risk in moved)
+        self._count(risk.record.name for risk in moved)
         # A gradient that a closure made is met only now, and a fused step would have counted no version.
-        late = {name: tensor for name, tensor in self._frozen.items() if tensor.grad is not None}
-        suspects = self._frozen if self.steps % self.every == 0 else {**self._touched(), **late}
+        late = {key: record for key, record in self._records.items() if record.tensor.grad is not None}
+        suspects = self._records if self.steps % self.every == 0 else {**self._touched(), **late}
         self._settle(self._moved(suspects), f"in or before step {self.steps} of {type(optimizer).__name__}")
 
-    def _settle(self, moved: list[str], when: str) -> None:
-        """Undo, or raise, for tensors that moved."""
-        past_help = []
-        for name in moved:
-            record, tensor = self._records[name], self._frozen[name]
-            # What was put in its place may be somebody else's: a checkpoint's, after load_state_dict(assign=True).
-            if record.value is None or record.tensor is not tensor or not record.same_form(tensor):
-                past_help.append(name)
+    def _settle(self, moved: list[Record], when: str) -> None:
+        """Undo, or raise, for tensors that moved; raise for those that left."""
+        lines = []
+        for record in moved:
+            if record.value is None or form(record.tensor) != record.form:
+                lines.append((record.name, self._explain(record)))
                 continue
-            write(tensor, record.value)
-            record.accept(tensor)
-            self._count([name])
-        if past_help:
-            raise FrozenMoved(f"frozen tensors moved {when}", {name: self._explain(name) for name in past_help})
+            record.put_back(record.value)
+            record.settle()
+            self._count([record.name])
+        lines += [(record.name, self._explain_gone(record)) for record in self._gone.values()]
+        if lines:
+            raise FrozenMoved(f"frozen tensors {'moved or left' if self._gone else 'moved'} {when}", lines)
 
-    def _is_of_another_layer(self, name: str) -> bool:
-        """Whether the name is that of another layer's tensor now, whose own values nothing wrote to."""
-        record, now = self._records[name], self._frozen[name]
-        if record.layer is None or record.tensor is now:
-            return False
-        return layers_with(self.model).get(id(now)) is not record.layer
-
-    def _explain(self, name: str) -> str:
-        now, record = self._frozen[name], self._records[name]
-        if self._is_of_another_layer(name):
-            return "it is another layer's now. Cure: replace layers before guard(), or guard.accept() what was meant"
+    def _explain(self, record: Record) -> str:
         accept = "or, if it was meant (an EMA update, a merged adapter), do it within guard.allow()"
-        if not record.same_form(now):
-            then = f"{record.dtype} {tuple(record.shape)}"
+        now = record.tensor
+        if form(now) != record.form:
+            shape, dtype = record.form
+            then = f"{dtype} {tuple(shape)}"
             return f"it was {then} and is {now.dtype} {tuple(now.shape)}. Cure: convert before freezing, {accept}"
-        if record.tensor is not now:
-            how = "as load_state_dict(assign=True) does"
-            return f"another tensor, of another value, was put in its place, {how}. Cure: guard.accept() what was meant"
         holders = [one for one in self.optimizers if id(now) in group_of(one)]
         if any(isinstance(one, LBFGS) for one in holders):
-            cure = f"freeze(model, {name!r}, optimizer=optimizer, remove=True, state='reset')"
+            cure = f"freeze(model, {record.name!r}, optimizer=optimizer, remove=True, state='reset')"
             return f"LBFGS writes to every parameter it holds, along one history over all. Cure: {cure}"
         how = "load_state_dict, copy_, a write through .data, another optimizer, a frozen norm set to train mode"
         if holders:
             how += ", or this optimizer, if it steps what has no gradient: freeze(..., remove=True) takes it out"
         return f"something wrote to it ({how}). Cure: stop that; guard(mode='restore') undoes it; {accept}"
+
+    def _explain_gone(self, record: Record) -> str:
+        named = dict(chain(self.model.named_parameters(), self.model.named_buffers()))
+        holders = [m for m in self.model.modules() if any(b is record.tensor for b in m._buffers.values())]
+        if holders:
+            what = f"it is in a {type(holders[0]).__name__} now, which is not frozen"
+        elif record.name not in named:
+            what = "it is no longer in the model"
+        elif id(named[record.name]) in self._records:
+            what = "another tensor, of another value, is in its place, as load_state_dict(assign=True) puts it there"
+        else:
+            what = "another tensor is in its place, which is not frozen"
+        cure = "change the model before guard(), or unfreeze() it first; guard.accept() what was meant"
+        return f"nobody unfroze it, but {what}. Cure: {cure}"
 
     def _count(self, names: Iterable[str]) -> None:
         for name in names:
@@ -316,7 +308,10 @@ def guard(
     """Hold every frozen parameter, and the statistics of every frozen norm, to its value.
 
     What is frozen is read at each step, so `freeze` and `unfreeze` may follow; a value is held from the moment guard
-    first meets the tensor frozen: now, or the next step.
+    first meets the tensor frozen, now or at the next step, until the tensor itself is made trainable or its norm
+    released. A tensor that leaves the model without that (``remove_weight_norm``, another layer or parameter in its
+    place, ``load_state_dict(assign=True)``) is told, unless what has its name now holds the same value, frozen too, or
+    was given to `unfreeze`, until ``accept()``.
 
     Args:
         model: the model; frozen are its parameters with ``requires_grad=False`` and the statistics of held norms.
@@ -325,8 +320,7 @@ def guard(
         every: steps between checksums of all frozen tensors. Those find writes that leave address and version alone.
         mode: "raise": a step that would move a frozen parameter raises before anything moved, with name, cause and
             cure; what is found afterwards raises too. "restore": values and optimizer state are put back instead, and
-            counted in ``.undone``; what another tensor took the place of still raises. It keeps a copy of every frozen
-            tensor.
+            counted in ``.undone``; what left the model still raises. It keeps a copy of every frozen tensor.
 
     Returns:
         a `Guard`: ``remove()``, ``check()`` (all checksums, now), ``accept()``, and ``allow("teacher")`` for updates

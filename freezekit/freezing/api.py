@@ -16,7 +16,6 @@ from freezekit.freezing import optim, pending
 from freezekit.freezing.arguments import Optimizers, check_flags, check_lbfgs, check_norm, check_optimizers
 from freezekit.freezing.baked import check_can_hold
 from freezekit.freezing.flags import announce
-from freezekit.freezing.held import watches
 from freezekit.freezing.patterns import Patterns, Selection, select
 from freezekit.freezing.result import Frozen
 
@@ -171,8 +170,6 @@ def unfreeze(
     result = Frozen("unfreeze", shared=selection.shared)
     result.on_restore(partial(announce, model, params))
     released = _set_requires_grad(result, selection, names, True)
-    for watch in tuple(watches):
-        watch.note_unfrozen(params)
     pending.note_released(selection, released)
     result.on_restore(partial(pending.tell_of_end, selection, released))
     for name, module in selection.norms.items():

@@ -18,7 +18,6 @@ from freezekit.freezing.api import all_names, keep_param, names_of, set_note, se
 from freezekit.freezing.arguments import Optimizers, check_flags, check_optimizers
 from freezekit.freezing.baked import check_can_hold
 from freezekit.freezing.flags import announce
-from freezekit.freezing.held import watches
 from freezekit.freezing.result import Frozen
 
 
@@ -117,8 +116,6 @@ def load_freeze_state(
     optimizers = check_optimizers(optimizer, False, "keep")
     removed = check_removed(state["removed"], params, optimizers)
     _apply_flags(result, params, set(state["frozen"]), names)
-    for watch in tuple(watches):
-        watch.note_unfrozen(param for param in params.values() if param.requires_grad)
     for name, (module, held) in norms.items():
         set_statistics(result, model, name, module, held)
         was = statistics.notes(module)  # all that is known where freezekit was older when the state was taken

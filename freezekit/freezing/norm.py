@@ -35,7 +35,7 @@ Only `is_held` answers whether a layer is held.
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import Any
 from weakref import WeakSet, ref
@@ -324,11 +324,9 @@ def holds_unasked(module: nn.Module) -> bool:
     return is_held(module) and not learns_held(module)
 
 
-def held_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The statistics that must not move: dotted name -> buffer of every held layer in ``model``."""
-    found: dict[str, torch.Tensor] = {}
+def held_statistics(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, nn.Module]]:
+    """The statistics that must not move: dotted name, buffer and layer."""
     for prefix, module in model.named_modules():
         if is_held(module):
             for name, buffer in statistics_of(module).items():
-                found[f"{prefix}.{name}" if prefix else name] = buffer
-    return found
+                yield f"{prefix}.{name}" if prefix else name, buffer, module

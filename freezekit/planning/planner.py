@@ -1,5 +1,6 @@
 """One forward pass of a copy for every way of freezing; on request a real step too."""
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -18,7 +19,6 @@ from freezekit.explanation.record import Trace
 from freezekit.explanation.report import learning
 from freezekit.explanation.trace import trace
 from freezekit.freezing import freeze, unfreeze
-from freezekit.freezing.held import layer_of
 from freezekit.planning.report import Machine, Option, Plan, seconds
 
 
@@ -194,3 +194,12 @@ def _freezer(frozen: list[str]) -> Callable[[str, nn.Module], None]:
 
 def _is_norm(module: nn.Module) -> bool:
     return isinstance(module, (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm))
+
+
+def layer_of(path: str) -> str:
+    """The module at a path, or the one whose parametrization it is part of.
+
+    >>> layer_of("0.1"), layer_of("0.parametrizations.weight.0")
+    ('0.1', '0')
+    """
+    return re.sub(r"(^|\.)parametrizations(\..*)?$", "", path)

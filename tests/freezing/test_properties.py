@@ -152,7 +152,7 @@ class Run:
         params, norms = selected(self.model, pattern)
         self.stock.set(params, norms, frozen, held, reset)
         now = frozen_tensors(self.model)
-        self.held = {name: self.held.get(name, tensor.detach().clone()) for name, tensor in now.items()}
+        self.held = {name: self.held.get(name, tensor.detach().clone()) for name, tensor, _ in now}
 
     def resume(self) -> None:
         """Save all, build all anew, load all: through a file, as plain data."""
@@ -186,7 +186,7 @@ class Run:
         twin = self.stock.model.state_dict()
         for name, tensor in self.model.state_dict().items():
             assert same_bits(tensor, twin[name]), f"{name} is not where stock torch has it"
-        for name, tensor in frozen_tensors(self.model).items():
+        for name, tensor, _ in frozen_tensors(self.model):
             assert same_bits(tensor, self.held[name]), f"frozen {name} moved"
             assert tensor.grad is None
         modes = {name: module.training for name, module in self.stock.model.named_modules()}
