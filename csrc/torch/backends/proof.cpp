@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <limits>
 #include <new>
@@ -193,7 +194,7 @@ std::string difference(const Tensor& expected, const Tensor& own, const Bound& b
   const double by = most(excess), allowed = are_sums ? bound.of_largest * std::max(most(largest), large) : 0;
   if (by <= allowed) return {};
   char text[96];
-  std::snprintf(text, sizeof text, "a value differs by %.3g where %.3g is allowed", by, allowed);
+  std::snprintf(text, sizeof text, "a value differs by %.3g where %.3g is allowed", std::abs(by), allowed);
   return text;
 }
 
