@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
@@ -163,11 +164,18 @@ class Twin:
             raise NotImplementedError(f"a {kind} tensor has no known size without data")
         elif tensor.is_meta:
             device = next(iter(self._devices), torch.device("cpu"))
+            key, form = tensor.untyped_storage()._cdata, (tensor.shape, tensor.stride())
             with self._fake:
-                made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+                made = torch.empty_strided(*form, dtype=tensor.dtype, device=device)
+                made = made.set_(self._storages.setdefault(key, made.untyped_storage()), 0, *form)
             made = nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
         else:
             made = self._fake.from_tensor(source, static_shapes=True)
+        if self._fake is not None and plain and not is_functorch_wrapped_tensor(tensor):
+            # Torch makes what the elements of a computed view span, and no more.
+            storage, size = made.untyped_storage(), tensor.untyped_storage().nbytes()
+            if storage.nbytes() < size:
+                storage.resize_(size)
         return made.requires_grad_(tensor.requires_grad)
 
 

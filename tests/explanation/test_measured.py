@@ -1,7 +1,8 @@
-"""What runs otherwise where torch's modes look on, and is counted as it runs without them."""
+"""What is otherwise where torch's modes look on, or without data, and is counted as it is in a step."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from freezekit._storages import storages_of
 from freezekit.planning import Machine
 
 
-def kept(model: nn.Module, x: Tensor) -> int:
+def kept(model: nn.Module, *inputs: Tensor) -> int:
     """Bytes that stock keeps of one forward, parameters aside."""
     own = {storage._cdata for parameter in model.parameters() for storage in storages_of(parameter)}
     found: dict[int, torch.UntypedStorage] = {}
@@ -25,7 +26,7 @@ def kept(model: nn.Module, x: Tensor) -> int:
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(x)
+        model(*inputs)
     return sum(storage.nbytes() for key, storage in found.items() if key not in own)
 
 
@@ -115,3 +116,29 @@ def test_a_nested_tensor_of_the_older_layout_is_refused_with_the_cure(inside: bo
         model, given = (lambda a, b: linear(torch.nested.as_nested_tensor([a, b]))), parts
     with pytest.raises(RuntimeError, match=r"takes or gives a nested tensor .* make it with layout=torch.jagged"):
         fk.explain(model, given)
+
+
+class Shared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 8)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return torch.stack([self.linear(x).sigmoid() for x in inputs])
+
+
+VIEWS: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {
+    "one": lambda x: (x[:, 0],),
+    "computed": lambda x: ((x * 1)[:, 0],),
+    "two of one tensor": lambda x: (x[:, 0], x[:, 1]),
+    "a leaf": lambda x: (x.detach()[:, 3].requires_grad_(),),
+}
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("name", VIEWS)
+def test_an_input_that_is_a_view_keeps_all_that_it_is_a_view_of(name: str, device: str) -> None:
+    model, (x, y) = Shared(), (torch.randn(2, 5, 16, requires_grad=True, device=place) for place in ("cpu", device))
+    expected = kept(model, *VIEWS[name](x))
+    for measure in (None, False, True) if device == "cpu" else (False,):
+        assert fk.explain(model, VIEWS[name](y), measure=measure).bytes_kept == expected
