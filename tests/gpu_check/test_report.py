@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import sys
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from bench import document
 from tools.gpu_check import __main__ as command
 from tools.gpu_check import machine, report, steps
-from tools.gpu_check.step import Outcome, Step
+from tools.gpu_check.step import ROOT, Outcome, Step
 
 HERE = machine.Host("2026-11-26", "Some GPU", "580.1", "2.11.0", "13.0", "13.0.88", "3.12.3", 16, "abc123")
 OUTCOMES = [
@@ -101,6 +105,35 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setattr(machine, "PROGRAMS", ("g++", "no-such-program"))
     assert machine.main([]) == 2
     assert "missing: no_such_module, no-such-program" in capsys.readouterr().out
+
+
+def imported(source: Path) -> tuple[set[str], set[str]]:
+    """What a module cannot be imported without, and all that it imports."""
+
+    def names(nodes: Iterable[ast.AST]) -> set[str]:
+        found = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+        found += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level]
+        return {name.partition(".")[0] for name in found}
+
+    tree = ast.parse(source.read_text())
+    return names(tree.body), names(list(ast.walk(tree)))
+
+
+def test_no_step_needs_what_the_machine_is_not_asked_for() -> None:
+    """Its first step says that nothing is missing."""
+    folders = ("bench", "tools", "tests/conformance", "freezekit")
+    sources = [path for folder in folders for path in (ROOT / folder).rglob("*.py") if "test_" not in path.name]
+    own = {*sys.stdlib_module_names, "bench", "freezekit", "tests", "tools"}
+    for source in sources:
+        at_once, all_in_all = imported(source)
+        if source.name != "plots.py":  # which no step draws
+            assert at_once - own <= set(machine.MODULES), source
+        assert all_in_all - own <= {*machine.MODULES, *machine.OPTIONAL, "memsave_torch", "IPython"}, source
+
+
+def test_a_document_is_written_where_nothing_can_check_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jsonschema", None)
+    document.validate({"what": "no schema describes"})
 
 
 def test_a_first_look_that_hangs_ends_and_gives_up_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

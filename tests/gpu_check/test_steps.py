@@ -20,7 +20,17 @@ from bench import options
 from tools.gpu_check import __main__ as command
 from tools.gpu_check import build, report, steps
 from tools.gpu_check.machine import Host
-from tools.gpu_check.step import LOG_BYTES, MARGIN, NOT_RUN, ROOT, SPARE, Step, run
+from tools.gpu_check.step import (
+    LOG_BYTES,
+    MARGIN,
+    NOT_RUN,
+    ROOT,
+    SPARE,
+    Step,
+    ended_when_asked,
+    run,
+    was_asked_to_end,
+)
 
 HERE = Host("2026-11-26", "Some GPU", "580.1", "2.11.0", "13.0", "13.0.88", "3.12.3", 16, "abc123")
 
@@ -139,7 +149,7 @@ def test_every_step_runs_whatever_became_of_those_before(tmp_path: Path, capsys:
     assert "passed   fine: right" in capsys.readouterr().out
 
 
-ENDS = pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT], ids=str)
+ENDS = pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=str)
 
 
 def ended_once(marker: Path, check: subprocess.Popen[str], end: signal.Signals) -> str:
@@ -159,7 +169,8 @@ def test_whoever_takes_the_machine_away_gets_what_is_known(tmp_path: Path, end: 
     folder, pid = tmp_path / "out", tmp_path / "pid"
     slow = f"import os, time; print('half'); open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
     program = f"""
-import sys
+import signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 from tests.gpu_check.test_steps import HERE, step
 from tools.gpu_check import __main__ as command, machine, steps
 machine.read = lambda *_: HERE
@@ -179,13 +190,53 @@ sys.exit(command.main(["--out", {str(folder)!r}]))
     assert not is_running(int(pid.read_text()))
 
 
+def test_under_nohup_a_terminal_that_closes_ends_nothing() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with ended_when_asked():
+            signal.raise_signal(signal.SIGHUP)
+            assert not was_asked_to_end()
+            assert run(step("a", "print('right')"), 60).said == "right"
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+PRINTS = """
+import sys
+from tests.gpu_check.test_steps import HERE, step
+from tools.gpu_check import __main__ as command, machine, steps
+machine.read = lambda *_: HERE
+steps.plan = lambda *_: [step(name, "import time; time.sleep(0.5)") for name in ("first", "second", "third")]
+sys.exit(command.main(["--out", sys.argv[1]]))
+"""
+
+
+@pytest.mark.parametrize("reader", ["gone", "full"])
+def test_nobody_need_read_what_is_printed(tmp_path: Path, reader: str) -> None:
+    """As behind `| head -1`, or into a file on a full disk."""
+    folder = tmp_path / "out"
+    with open("/dev/full", "w") as full:
+        to = subprocess.PIPE if reader == "gone" else full
+        check = subprocess.Popen([*script(PRINTS), str(folder)], cwd=ROOT, stdout=to, stderr=subprocess.PIPE, text=True)
+    if check.stdout is not None:
+        assert "Some GPU" in check.stdout.readline()
+        check.stdout.close()
+    assert check.stderr is not None
+    said = check.stderr.read()
+    assert check.wait(60) == 0, said
+    assert said == ""
+    found = [(s["step"], s["result"]) for s in json.loads((folder / "summary.json").read_text())["steps"]]
+    assert found == [("first", "passed"), ("second", "passed"), ("third", "passed")]
+
+
 @ENDS
 def test_so_does_whoever_takes_it_away_at_the_first_look(tmp_path: Path, end: signal.Signals) -> None:
     """Where torch takes its half minute to answer."""
     folder, pid = tmp_path / "out", tmp_path / "pid"
     slow = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
     program = f"""
-import sys
+import signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 from tools.gpu_check import __main__ as command, machine
 machine.ASK_TORCH = {slow!r}
 sys.exit(command.main(["--out", {str(folder)!r}]))

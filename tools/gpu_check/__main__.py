@@ -1,6 +1,7 @@
 """Runs every step, each within its budget and whatever became of those before it: `make gpu-check`.
 
-The exit code is the number of steps that failed, and at least 1 where the check was asked to end (SIGTERM, Ctrl-C).
+The exit code is the number of steps that failed, and at least 1 where the check was asked to end (SIGTERM, Ctrl-C, a
+terminal that closes).
 Without a GPU there is nothing to check; --emulated exercises the steps all the same, which says nothing about hardware.
 """
 
@@ -19,6 +20,14 @@ SECONDS = 530.0  # of the whole: under nine minutes
 FIRST_LOOK = 30.0  # of those, for what the machine is
 
 
+def say(text: str) -> None:
+    """Prints a line. Whoever read them may be gone, or the disk full: the folder has the results all the same."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in the buffer, too
+
+
 def run_all(plan: Sequence[Step], folder: Path, here: machine.Host, command: str, seconds: float) -> list[Outcome]:
     """Runs the steps in order; the folder holds what is known after each."""
     end, outcomes = time.monotonic() + seconds, list[Outcome]()
@@ -27,7 +36,7 @@ def run_all(plan: Sequence[Step], folder: Path, here: machine.Host, command: str
         outcome = run(step, end - time.monotonic())
         outcomes.append(outcome)
         keep(folder, here, outcomes, command)
-        print(f"{outcome.seconds:4.0f} s  {outcome.result:8} {outcome.step}: {outcome.said}", flush=True)
+        say(f"{outcome.seconds:4.0f} s  {outcome.result:8} {outcome.step}: {outcome.said}")
     if too_much := report.check_size(folder):
         outcomes.append(Outcome("size of the results", "failed", 0.0, too_much))
         keep(folder, here, outcomes, command)
@@ -39,7 +48,7 @@ def keep(folder: Path, here: machine.Host, outcomes: Sequence[Outcome], command:
     try:
         report.write(folder, here, outcomes, command)
     except OSError as error:
-        print(f"the results are not in {folder}: {error.strerror}", flush=True)
+        say(f"the results are not in {folder}: {error.strerror}")
 
 
 def find_cuda() -> None:
@@ -90,11 +99,9 @@ def check(arguments: list[str] | None) -> int:
             parser.error(f"argument --only: no such step: {', '.join(sorted(unknown))}")
         plan = [step for step in plan if step.name in wanted]
     command = "make gpu-check" + (" EMULATED=1" if options.emulated else "")
-    print(
-        f"{here.device or 'no CUDA device'}, driver {here.driver}, torch {here.torch}, commit {here.commit}", flush=True
-    )
+    say(f"{here.device or 'no CUDA device'}, driver {here.driver}, torch {here.torch}, commit {here.commit}")
     outcomes = run_all(plan, folder, here, command, end - time.monotonic())
-    print("\n" + report.row(here, outcomes, command) + f"\n\nresults in {folder}")
+    say("\n" + report.row(here, outcomes, command) + f"\n\nresults in {folder}")
     failed = sum(outcome.result == "failed" for outcome in outcomes)
     return min(125, max(failed, int(was_asked_to_end())))
 

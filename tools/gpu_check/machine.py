@@ -18,7 +18,7 @@ from .step import ASKED, add_until, call, left, was_asked_to_end
 MODULES = ("torch", "numpy", "rich", "pybind11", "setuptools", "pytest", "hypothesis")
 PROGRAMS = ("g++", "ninja", "nvcc")
 # Made use of where they are there.
-OPTIONAL = ("xdist", "matplotlib", "expecttest", "sklearn", "timm", "torchvision")
+OPTIONAL = ("xdist", "jsonschema", "matplotlib", "expecttest", "sklearn", "timm", "torchvision")
 ASK_TORCH = """
 import torch
 there = torch.cuda.is_available()

@@ -154,7 +154,9 @@ def was_asked_to_end() -> bool:
 
 @contextlib.contextmanager
 def ended_when_asked() -> Iterator[None]:
-    """Within it SIGTERM and Ctrl-C end what runs, with all that it started; what comes after it is not run.
+    """Within it SIGTERM, Ctrl-C and a terminal that closes, but under nohup, end what runs, with all that it started.
+
+    What comes after it is not run.
 
     So whoever takes the machine away gets the folder with all that is known, and no process is left on the GPU.
     """
@@ -165,7 +167,10 @@ def ended_when_asked() -> Iterator[None]:
             _end_group(process)
 
     _running.ended = False
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
+    asks = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        asks.append(signal.SIGHUP)
+    before = {number: signal.signal(number, end) for number in asks}
     try:
         yield
     finally:
