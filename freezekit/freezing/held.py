@@ -43,7 +43,7 @@ class Record:
 
     def settle(self) -> None:
         """Note the address and version at which the tensor has its value."""
-        self.address, self.version = address(self.tensor), version(self.tensor)
+        self.address, self.version = identity(self.tensor)
 
     def what(self) -> tuple[object, ...]:
         """What it holds, and under which name."""
@@ -51,7 +51,7 @@ class Record:
 
     def touched(self) -> bool:
         """Whether it may have changed. Writes through ``.data`` and fused steps change neither address nor version."""
-        return (self.address, self.version) != (address(self.tensor), version(self.tensor))
+        return identity(self.tensor) != (self.address, self.version)
 
     def thawed(self) -> bool:
         """Whether this very tensor was made trainable, or its norm released."""
@@ -61,7 +61,7 @@ class Record:
         """Give the tensor ``value`` again: in its memory, or in new memory where ``.data`` was set to somebody's."""
         here = local(self.tensor)
         with torch.no_grad():
-            if address(self.tensor) == self.address:
+            if identity(self.tensor)[0] == self.address:
                 here.copy_(value)
             else:
                 here.data = value.to(here.device, copy=True)
@@ -71,15 +71,12 @@ def form(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
     return tensor.shape, tensor.dtype
 
 
-def address(tensor: torch.Tensor) -> tuple[int, ...]:
-    """Where the elements are."""
+def identity(tensor: torch.Tensor) -> tuple[int | tuple[int, ...], int]:
+    """Address and version: equal as long as no in-place operation and no ``.data =`` happened to ``tensor``."""
     here = local(tensor)
-    return tuple(part.data_ptr() for part in sparse_parts(here) or (here,))
-
-
-def version(tensor: torch.Tensor) -> int:
-    """The count of in-place operations; -1 where nothing counts them."""
-    return -1 if local(tensor).is_inference() else tensor._version
+    strided = here.layout is torch.strided
+    address = here.data_ptr() if strided else tuple(part.data_ptr() for part in sparse_parts(here))
+    return address, -1 if here.is_inference() else tensor._version
 
 
 def record_all(found: dict[int, tuple[str, torch.Tensor, nn.Module | None]], with_value: bool) -> dict[int, Record]:
