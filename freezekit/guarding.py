@@ -257,12 +257,12 @@ class Guard:
         """Undo, or raise, for tensors that moved; raise for those that left."""
         lines = []
         for record in moved:
-            if record.value is None or form(record.tensor) != record.form:
+            same_form = form(record.tensor) == record.form
+            if record.value is not None and same_form and record.put_back(record.value):
+                record.settle()
+                self._count([record.name])
+            else:
                 lines.append((record.name, self._explain(record)))
-                continue
-            record.put_back(record.value)
-            record.settle()
-            self._count([record.name])
         lines += [(record.name, self._explain_gone(record)) for record in self._gone.values()]
         if lines:
             raise FrozenMoved(f"frozen tensors {'moved or left' if self._gone else 'moved'} {when}", lines)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 from torch.optim import LBFGS, SGD, Optimizer
 
 from freezekit.freezing import freeze, unfreeze
@@ -159,6 +162,30 @@ def test_sparse_tensors_are_held(layout: str, mode: str) -> None:
             held.check()
             assert held.undone == {"graph": 1}
             assert torch.equal(model.graph.to_dense(), torch.eye(4))
+
+
+@pytest.mark.parametrize("mode", ["raise", "restore"])
+def test_shards_are_held(mode: Any, tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = nn.Linear(2, 2)
+        shards = distribute_tensor(model.weight.detach(), init_device_mesh("cpu", (1,)), [Shard(0)])
+        model.weight = nn.Parameter(shards, requires_grad=False)
+        before = shards.to_local().clone()
+        average = before + 2
+        with guard(model, SGD([model.bias], lr=0.1), mode=mode) as held:
+            held.check()
+            with torch.no_grad():
+                model.weight.to_local().add_(1)
+            with pytest.raises(FrozenMoved) if mode == "raise" else nullcontext():
+                held.check()
+            assert torch.equal(model.weight.to_local(), before + (mode == "raise"))
+            model.weight._local_tensor.data = average  # which nothing public can put back
+            with pytest.raises(FrozenMoved):
+                held.check()
+        assert torch.equal(average, before + 2)
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")

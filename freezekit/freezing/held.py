@@ -57,14 +57,19 @@ class Record:
         """Whether this very tensor was made trainable, or its norm released."""
         return self.tensor.requires_grad if self.norm is None else not is_held(self.norm)
 
-    def put_back(self, value: torch.Tensor) -> None:
-        """Give the tensor ``value`` again: in its memory, or in new memory where ``.data`` was set to somebody's."""
+    def put_back(self, value: torch.Tensor) -> bool:
+        """Give the tensor ``value`` again: in its memory, or in new memory where ``.data`` was set to somebody's.
+
+        Returns whether that could be done: not where a shard has other memory.
+        """
         here = local(self.tensor)
-        with torch.no_grad():
-            if identity(self.tensor)[0] == self.address:
+        same = identity(self.tensor)[0] == self.address
+        if same:
+            with torch.no_grad():
                 here.copy_(value)
-            else:
-                here.data = value.to(here.device, copy=True)
+        elif here is self.tensor:
+            here.data = value.to(here.device, copy=True)
+        return same or here is self.tensor
 
 
 def form(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
