@@ -78,7 +78,7 @@ def lpips() -> Iterator[Network]:
     from lpips import LPIPS
 
     def compared(model: nn.Module, x: Tensor) -> Tensor:
-        return model(x, x.detach())
+        return model(x, x.detach().flip(-1))
 
     for net in ("alex", "vgg", "squeeze"):
         make = partial(LPIPS, net=net, pretrained=False, pnet_rand=True, verbose=False)
@@ -93,14 +93,14 @@ def torchmetrics() -> Iterator[Network]:
         dists.vgg16 = lambda weights: vgg16()  # the weights that it asks for are to be fetched
         return dists.DISTSNetwork(load_weights=False)
 
-    yield Network("torchmetrics", "DISTS", make, call=lambda model, x: model(x, x.detach(), require_grad=True))
+    yield Network("torchmetrics", "DISTS", make, call=lambda model, x: model(x, x.detach().flip(-1), require_grad=True))
 
 
 def diffusers() -> Iterator[Network]:
     from diffusers import models
 
     def conditioned(width: int, model: nn.Module, x: Tensor) -> Any:
-        return model(x, 10, x.new_zeros(2, 77, width), return_dict=False)
+        return model(x, 10, x.new_zeros(len(x), 77, width), return_dict=False)
 
     yield Network(
         "diffusers", "UNet2DModel", models.UNet2DModel, (2, 3, 64, 64), lambda m, x: m(x, 10, return_dict=False)
@@ -124,7 +124,9 @@ def diffusers() -> Iterator[Network]:
         "DiTTransformer2DModel",
         partial(models.DiTTransformer2DModel, num_layers=4),
         (2, 4, 32, 32),
-        lambda m, x: m(x, x.new_zeros(2, dtype=torch.long), x.new_zeros(2, dtype=torch.long), return_dict=False),
+        lambda m, x: m(
+            x, x.new_zeros(len(x), dtype=torch.long), x.new_zeros(len(x), dtype=torch.long), return_dict=False
+        ),
     )
 
 
@@ -184,7 +186,7 @@ def monai() -> Iterator[Network]:
     ):  # fmt: skip
         yield Network("monai", f"{name}, {len(shape) - 2}d", partial(getattr(nets, name), **settings), shape)
     make = partial(nets.DiffusionModelUNet, **flat, **unet)
-    yield Network("monai", "DiffusionModelUNet, 2d", make, image, lambda m, x: m(x, x.new_zeros(2)))
+    yield Network("monai", "DiffusionModelUNet, 2d", make, image, lambda m, x: m(x, x.new_zeros(len(x))))
 
 
 CLIENTS = (lpips, torchmetrics, diffusers, monai, segmentation_models_pytorch, transformers, torchvision, timm)

@@ -42,6 +42,28 @@ def gelu_by_erf(x: Tensor) -> Tensor:
     return x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0)))
 
 
+def cosines(x: Tensor, y: Tensor) -> Tensor:
+    """Attention's scores of normalised queries and keys, as Swin V2 has them."""
+    return F.normalize(x, dim=-1) @ F.normalize(y, dim=-1).transpose(-2, -1)
+
+
+def heads(x: Tensor) -> Tensor:
+    """In another order than that of memory, so that matmul makes copies."""
+    return x.permute(0, 2, 1, 3)
+
+
+def shares(x: Tensor, y: Tensor, divide: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Attention by shares that sum up to one."""
+    weights = x.square() + 1
+    return divide(weights, weights.sum(-1, keepdim=True)) @ y.transpose(-2, -1)
+
+
+def global_response(x: Tensor) -> Tensor:
+    """As ConvNeXt V2 normalises what an activation gives."""
+    length = x.norm(p=2, dim=(2, 3), keepdim=True)
+    return x + x * (length / (length.mean(1, keepdim=True) + 1e-6))
+
+
 # A call of two inputs, and what it keeps in stock and while enabled, in tensors of the size of x. It sees copies, which
 # nothing but the graph holds.
 FORMULAS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], int, int]] = {
@@ -62,6 +84,13 @@ FORMULAS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], int, int]] = {
     "loss of each": (lambda x, y: F.mse_loss(normalized(x), normalized(y), reduction="none"), 4, 2),
     "loss of one": (lambda x, y: F.mse_loss(normalized(x), y.detach().clone()), 3, 2),
     "variance": (lambda x, y: variance(x), 2, 1),
+    "cosines": (cosines, 4, 2),
+    "cosines, of copies": (lambda x, y: cosines(heads(x), heads(y)), 4, 2),
+    "cosines, of channels": (lambda x, y: cosines(heads(x).mT, heads(y).mT), 4, 2),
+    "shares": (lambda x, y: shares(x, y, torch.div), 4, 3),
+    "shares, in place": (lambda x, y: shares(x, y, Tensor.div_), 4, 4),
+    "global response of gelu": (lambda x, y: global_response(F.gelu(x)), 2, 1),
+    "global response of silu": (lambda x, y: global_response(F.silu(x)), 2, 1),
 }
 
 
@@ -211,6 +240,44 @@ def test_writes_to_parts_of_a_gelu(
         write(parts[after])
         try:
             return torch.autograd.grad(y.sum(), (x, inner, outer, parts["sum"], parts["half"]), allow_unused=True)
+        except RuntimeError as error:
+            return str(error).split(":")[0]
+
+    def same(a: tuple[Tensor, ...] | str, b: tuple[Tensor, ...] | str) -> bool:
+        if isinstance(a, str) or isinstance(b, str):
+            return a == b
+        return all(torch.equal(one, other) for one, other in zip(a, b, strict=True))
+
+    expected, untouched, refused = run(before=what), run(), run(after=what)
+    with fk.enabled():
+        assert same(run(before=what), expected)
+        found = run(after=what)
+    if isinstance(found, str):
+        assert found == refused or "autograd does not see" in found
+    else:
+        assert same(found, untouched) or same(found, refused)
+
+
+@pytest.mark.parametrize(
+    "write", [lambda t: t.data.mul_(2), torch.no_grad()(lambda t: t.mul_(2))], ids=["data", "no_grad"]
+)
+@pytest.mark.parametrize("what", ["x", "length", "quotient", "moved", "first"])
+def test_writes_to_parts_of_cosines(
+    what: str, write: Callable[[Tensor], object], inputs: tuple[Tensor, Tensor]
+) -> None:
+    """As of a GELU's parts."""
+
+    def run(before: str = "", after: str = "") -> tuple[Tensor, ...] | str:
+        x, y = (t * 1 for t in inputs)
+        length = x.norm(dim=-1, keepdim=True)
+        quotient = x / length
+        moved = heads(quotient).reshape(-1, 8, 16)
+        parts = {"x": x, "length": length, "quotient": quotient, "moved": moved, "first": x[:1], "": torch.ones(1)}
+        write(parts[before])
+        z = torch.bmm(moved, heads(y).reshape(-1, 16, 8))
+        write(parts[after])
+        try:
+            return torch.autograd.grad(z.sum(), (x, y, quotient, moved), allow_unused=True)
         except RuntimeError as error:
             return str(error).split(":")[0]
 

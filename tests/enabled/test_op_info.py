@@ -30,6 +30,8 @@ NAMES = {
     *(f"nn.functional.{name}" for name in ("dropout", "dropout2d", "feature_alpha_dropout", "pad")),
     *(f"nn.functional.{name}" for name in ("silu", "gelu", "hardswish", "mish", "elu", "softplus")),
     "mul",
+    "matmul",
+    "linalg.vector_norm",
     "nn.functional.mse_loss",
     "pow",
     "native_batch_norm",

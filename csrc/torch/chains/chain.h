@@ -9,6 +9,7 @@
 //   silu, gelu, ...       layer norm                   the norm, of its input
 //   product               silu, gelu, ...              the activation, of its input, or of its input's recipe
 //   product, power, mse   sigmoid, difference, ...     the formula, of tensors that nodes keep
+//   matrix product        a quotient                   the quotient, of what its node keeps, moved as matmul does
 //
 // A recipe is kept only if it gives the operand's very bits: it is tried when it is kept. So nothing is assumed of who
 // else wrote to the operand, by which way, and nothing of how torch rounds. What a recipe reads is held with its version,
@@ -45,8 +46,8 @@ class Recipe {
 using RecipePtr = std::shared_ptr<const Recipe>;
 
 // Who made an operand. Recipes go no deeper: an activation's operand comes from a norm, a product's from an activation.
-// A formula is of tensors that are kept themselves.
-enum class Maker { norm, activation, formula };
+// A formula is of tensors that are kept themselves; a quotient too, whose elements then have been given other places.
+enum class Maker { norm, activation, formula, moved_quotient };
 
 // Whether `value` is large enough for a recipe: 8 KiB. Of fewer bytes each costs more time than where a checkpoint runs a
 // block again, and torch's node keeps its operand. Tensors of unknown size are large.
@@ -77,7 +78,7 @@ class Unseen {
 enum class Slot { self, other };  // of a node, as torch names them
 
 // Of the node of `result`, which torch's kernel has just made within Unseen: the operand is not kept where there is a
-// recipe, and hooks see what that reads; else they see the operand after all.
+// recipe, and hooks see what that reads; else they see the operand after all, which may be the result itself.
 void keep(const Tensor& result, Slot slot, const Tensor& operand, const RecipePtr& recipe);
 
 // Of a power's node, which keeps its operand: formulas may start from it.

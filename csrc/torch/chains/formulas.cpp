@@ -10,6 +10,7 @@
 #include <ATen/ops/softplus.h>
 #include <ATen/ops/sub.h>
 #include <ATen/ops/tanh.h>
+#include <c10/core/WrapDimMinimal.h>
 #include <torch/csrc/autograd/functions/accumulate_grad.h>
 #include <torch/csrc/autograd/generated/Functions.h>
 #include <torch/csrc/autograd/variable.h>
@@ -17,8 +18,10 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <functional>
 #include <optional>
 #include <utility>
+#include <vector>
 
 #include "torch/autograd/node.h"
 
@@ -31,6 +34,7 @@ using torch::autograd::Node;
 using torch::autograd::SavedVariable;
 
 constexpr int kDeepest = 5;  // nodes on the way to a tensor that is kept
+constexpr int kMoves = 6;    // from a quotient to a matrix product
 
 // The last powers. An edge to what one of them keeps is known by its numbers, and the node is asked whether it is there.
 struct Power {
@@ -51,6 +55,64 @@ std::optional<int> learning_operand(const Node* node) {
 bool is_same_memory(const Tensor& a, const Tensor& b) {
   return a.defined() && b.defined() && a.is_alias_of(b) && a.storage_offset() == b.storage_offset() &&
          a.sizes() == b.sizes() && a.strides() == b.strides() && a.scalar_type() == b.scalar_type();
+}
+
+// Whether the node's operator moves elements, as matmul does for bmm, and no more.
+bool is_move(const Node* node) {
+  return as<generated::UnsafeViewBackward0>(node) || as<generated::ViewBackward0>(node) ||
+         as<generated::ReshapeAliasBackward0>(node) || as<generated::CloneBackward0>(node) ||
+         as<generated::ExpandBackward0>(node) || as<generated::TransposeBackward0>(node) ||
+         as<generated::PermuteBackward0>(node);
+}
+
+// The moves between a quotient and a value: the last first.
+struct Moves {
+  const Node* quotient = nullptr;
+  std::vector<const Node*> nodes;
+};
+
+std::optional<Moves> moves_of(const Node* node) {
+  Moves moves{node};
+  while (is_move(moves.quotient)) {
+    const Edge& edge = moves.quotient->next_edge(0);
+    if (moves.nodes.size() == kMoves || !edge.is_valid() || edge.input_nr != 0) return std::nullopt;
+    moves.nodes.push_back(std::exchange(moves.quotient, edge.function.get()));
+  }
+  if (moves.nodes.empty() || !as<generated::DivBackward0>(moves.quotient)) return std::nullopt;
+  return moves;
+}
+
+using Move = std::function<Tensor(const Tensor&)>;
+
+// What the node did, to give that size; which becomes the size of what it was given. Of a copy, whose layout no node keeps, the
+// usual is assumed.
+Move move_of(const Node* node, std::vector<int64_t>& size) {
+  if (const auto* transpose = as<generated::TransposeBackward0>(node)) {
+    const auto at = [&](int64_t dim) -> int64_t& { return size.at(c10::maybe_wrap_dim(dim, size.size())); };
+    std::swap(at(transpose->dim0), at(transpose->dim1));
+    return [a = transpose->dim0, b = transpose->dim1](const Tensor& x) { return x.transpose(a, b); };
+  }
+  if (const auto* permute = as<generated::PermuteBackward0>(node)) {
+    std::vector<int64_t> before(size.size());
+    for (size_t i = 0; i < size.size(); ++i) {
+      before.at(c10::maybe_wrap_dim(permute->dims.at(i), size.size())) = size[i];
+    }
+    size = std::move(before);
+    return [dims = permute->dims](const Tensor& x) { return x.permute(dims); };
+  }
+  const auto resized = [&](const auto* of, auto move) -> Move {
+    const auto before = c10::asIntArrayRefSlowOpt(of->self_sym_sizes);
+    if (!before) return {};
+    return [move, to = std::exchange(size, before->vec())](const Tensor& x) { return move(x, to); };
+  };
+  const auto reshape = [](const Tensor& x, at::IntArrayRef to) { return x.reshape(to); };
+  if (const auto* view = as<generated::ViewBackward0>(node)) return resized(view, reshape);
+  if (const auto* view = as<generated::UnsafeViewBackward0>(node)) return resized(view, reshape);
+  if (const auto* view = as<generated::ReshapeAliasBackward0>(node)) return resized(view, reshape);
+  if (const auto* expand = as<generated::ExpandBackward0>(node)) {
+    return resized(expand, [](const Tensor& x, at::IntArrayRef to) { return x.expand(to); });
+  }
+  return [](const Tensor& x) { return x.contiguous(); };
 }
 
 template <class F>
@@ -81,6 +143,31 @@ class Reader {
       size = at::infer_size(size, tensor.sizes());
     }
     return value.sizes() == size ? formula_of(kept_, std::move(formula), has_data_) : nullptr;
+  }
+
+  std::shared_ptr<Recipe> recipe_for_moved(const Tensor& value) {
+    dtype_ = value.scalar_type();
+    const auto moves = moves_of(value.grad_fn().get());
+    if (!moves) return nullptr;
+    const auto& quotient = static_cast<const generated::DivBackward0&>(*moves->quotient);
+    Formula formula = of_both(saved(&quotient, quotient.self_), saved(&quotient, quotient.other_),
+                              [](const Tensor& x, const Tensor& y) { return at::div(x, y); });
+    if (!formula || kept_.size() != 2) return nullptr;
+    std::vector<int64_t> size = value.sizes().vec();
+    std::vector<Move> steps;
+    for (const Node* node : moves->nodes) {
+      steps.push_back(move_of(node, size));
+      if (!steps.back()) return nullptr;
+    }
+    if (size != at::infer_size(kept_[0].sizes(), kept_[1].sizes())) return nullptr;
+    std::reverse(steps.begin(), steps.end());
+    return formula_of(kept_,
+                      then(std::move(formula),
+                           [steps](Tensor x) {
+                             for (const Move& move : steps) x = move(x);
+                             return x;
+                           }),
+                      has_data_);
   }
 
  private:
@@ -244,6 +331,8 @@ bool makes_formula(const Node* node) {
          as<generated::ExpandBackward0>(node);
 }
 
+bool makes_moved_quotient(const Node* node) { return moves_of(node).has_value(); }
+
 SavedVariable* saved_result(Node* node) {
   if (auto* sigmoid = as<generated::SigmoidBackward0>(node)) return &sigmoid->result_;
   auto* const tanh = as<generated::TanhBackward0>(node);
@@ -252,6 +341,10 @@ SavedVariable* saved_result(Node* node) {
 
 std::shared_ptr<Recipe> formula_for(const Tensor& value, const Tensor& beside, bool watched, bool has_data) {
   return Reader(beside, watched, has_data).recipe_for(value);
+}
+
+std::shared_ptr<Recipe> moved_quotient_for(const Tensor& value, bool watched, bool has_data) {
+  return Reader(Tensor(), watched, has_data).recipe_for_moved(value);
 }
 
 void note_power(const Tensor& result) {

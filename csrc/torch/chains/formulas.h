@@ -52,6 +52,12 @@ torch::autograd::SavedVariable* saved_result(torch::autograd::Node* node);
 // Null where some part of the formula is kept by nobody. `beside`, `watched`: as for recipe_for.
 std::shared_ptr<Recipe> formula_for(const Tensor& value, const Tensor& beside, bool watched, bool has_data);
 
+// Whether a value of that node has the elements of a quotient, in other places.
+bool makes_moved_quotient(const torch::autograd::Node* node);
+
+// Null where the node of the quotient does not keep both of its operands.
+std::shared_ptr<Recipe> moved_quotient_for(const Tensor& value, bool watched, bool has_data);
+
 // There is a recipe, which is held, for what the node keeps in `variable`: it keeps the value no more. What is returned
 // serves it and a node that asks sooner in backward; null where the node stays as it is.
 RecipePtr let_go(torch::autograd::Node* node, torch::autograd::SavedVariable& variable, bool is_result,

@@ -530,6 +530,18 @@ Tensor seen_as(const Tensor& x, at::IntArrayRef size) {
   return seen;
 }
 
+// As it was before it was expanded, which operators that broadcast take as well; with its version.
+Tensor unexpanded(const Tensor& x) {
+  std::vector<int64_t> size = x.sizes().vec();
+  for (size_t i = 0; i < size.size(); ++i) {
+    if (x.stride(i) == 0) size[i] = std::min<int64_t>(size[i], 1);
+  }
+  if (x.sizes() == size) return x;
+  const Tensor seen = unrecorded([&] { return x.as_strided(size, x.strides()); });
+  torch::autograd::impl::set_version_counter(seen, torch::autograd::impl::version_counter(x));
+  return seen;
+}
+
 }  // namespace
 
 std::shared_ptr<Recipe> group_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean,
@@ -599,10 +611,12 @@ std::shared_ptr<Recipe> formula_of(const std::vector<Tensor>& kept, Formula f, b
   if (kept.size() == 1) {
     return function_of(kept[0], [f = std::move(f)](const Tensor& x) { return f(x); }, has_data);
   }
+  std::vector<Held> held;
   for (const Tensor& tensor : kept) {
-    if (has_data && !is_in_memory(tensor)) return nullptr;
+    held.emplace_back(unexpanded(tensor));
+    if (has_data && !is_in_memory(held.back().tensor())) return nullptr;
   }
-  return std::make_shared<FormulaOf>(std::vector<Held>(kept.begin(), kept.end()), std::move(f));
+  return std::make_shared<FormulaOf>(std::move(held), std::move(f));
 }
 
 std::shared_ptr<Recipe> shared(RecipePtr recipe) { return std::make_shared<Shared>(std::move(recipe)); }

@@ -189,6 +189,7 @@ std::shared_ptr<Recipe> of_activation(const T& node, bool watched, bool has_data
 std::shared_ptr<Recipe> candidate_for(const Tensor& value, Maker maker, bool watched, const Tensor& beside,
                                       bool has_data) {
   if (maker == Maker::formula) return formula_for(value, beside, watched, has_data);
+  if (maker == Maker::moved_quotient) return moved_quotient_for(value, watched, has_data);
   Node* const made = node_of(value);
   if (maker == Maker::norm) {
     if (const auto* node = as<generated::NativeLayerNormBackward0>(made)) {
@@ -242,7 +243,9 @@ SavedVariable* saved(Node* node, Slot slot) {
   const bool is_self = slot == Slot::self;
   if (auto* product = as<generated::MulBackward0>(node)) return is_self ? &product->self_ : &product->other_;
   if (auto* loss = as<generated::MseLossBackward0>(node)) return is_self ? &loss->self_ : &loss->target_;
+  if (auto* product = as<generated::BmmBackward0>(node)) return is_self ? &product->self_ : &product->mat2_;
   if (auto* power = as<generated::PowBackward0>(node)) return &power->self_;
+  if (auto* length = as<generated::LinalgVectorNormBackward0>(node)) return is_self ? &length->self_ : &length->result_;
   return saved_of_activation(node);
 }
 
@@ -276,6 +279,8 @@ bool has_maker(const Tensor& value, Maker maker) {
       return saved_of_activation(node) != nullptr;
     case Maker::formula:
       return makes_formula(node);
+    case Maker::moved_quotient:
+      return makes_moved_quotient(node);
   }
   return false;
 }
@@ -313,7 +318,7 @@ void keep(const Tensor& result, Slot slot, const Tensor& operand, const RecipePt
     new_note(node_of(result)).recipe = recipe;
     show(shows_recipe, [&] { return recipe->reads(); });
   } else if (at::SavedTensorDefaultHooks::get_hooks()) {
-    *variable = SavedVariable(operand, /*is_output=*/false);
+    *variable = SavedVariable(operand, /*is_output=*/operand.is_same(result));
   }
 }
 

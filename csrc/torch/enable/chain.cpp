@@ -80,6 +80,8 @@ using Elu = Stock<Tensor(const Tensor&, const Scalar&, const Scalar&, const Scal
 using Softplus = Stock<Tensor(const Tensor&, const Scalar&, const Scalar&)>;
 using Product = Stock<Tensor(const Tensor&, const Tensor&)>;
 using Sum = Stock<Tensor(const Tensor&, const Tensor&, const Scalar&)>;
+using Length =
+    Stock<Tensor(const Tensor&, const Scalar&, at::OptionalIntArrayRef, bool, std::optional<at::ScalarType>)>;
 using Power = Stock<Tensor(const Tensor&, const Scalar&)>;
 using Loss = Stock<Tensor(const Tensor&, const Tensor&, int64_t)>;
 
@@ -142,6 +144,25 @@ std::optional<Tensor> pow(const Power& op, DispatchKeySet keys, const Tensor& x,
   return y;
 }
 
+// As a matmul with a quotient, such as a normalised query, comes to it.
+std::optional<Tensor> bmm(const Product& op, DispatchKeySet keys, const Tensor& a, const Tensor& b) {
+  const bool keeps_both = a.requires_grad() && b.requires_grad();
+  if (!keeps_both) return {};
+  const RecipePtr of_a = recipe_for(a, Maker::moved_quotient), of_b = recipe_for(b, Maker::moved_quotient);
+  return of_two(op, keys, a, of_a, b, of_b);
+}
+
+// As in a global response norm, of an activation's result that a product reads too.
+std::optional<Tensor> vector_norm(const Length& op, DispatchKeySet keys, const Tensor& x, const Scalar& order,
+                                  at::OptionalIntArrayRef dims, bool keeps_dims, std::optional<at::ScalarType> dtype) {
+  const RecipePtr recipe = recipe_for(x, Maker::activation);
+  if (!recipe) return {};
+  Tensor y = stock_unseen(op, keys, x, order, dims, keeps_dims, dtype);
+  chain::keep(y, Slot::self, x, recipe);
+  chain::keep(y, Slot::other, y, nullptr);
+  return y;
+}
+
 std::optional<Tensor> mse_loss(const Loss& op, DispatchKeySet keys, const Tensor& a, const Tensor& b,
                                int64_t reduction) {
   return of_two(op, keys, a, recipe_of_any(a), b, recipe_of_any(b), reduction);
@@ -160,6 +181,8 @@ StandIn<softplus> of_softplus("softplus");
 StandIn<mul> of_mul("mul.Tensor");
 StandIn<add> of_add("add.Tensor");
 StandIn<pow> of_pow("pow.Tensor_Scalar");
+StandIn<bmm> of_bmm("bmm");
+StandIn<vector_norm> of_vector_norm("linalg_vector_norm");
 StandIn<mse_loss> of_mse_loss("mse_loss");
 
 // What is told before all else, since most calls on small tensors have nothing else to do. The sizes of a subclass may be
