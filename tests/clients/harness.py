@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
 import freezekit as fk
-from bench.memory import bytes_kept
+from bench.memory import trace
 from tests.clients.cases import Case
 
 
@@ -58,9 +59,14 @@ class Run:
         return [y.detach() for y in outputs], dict(zip(self.learning, gradients, strict=True))
 
     def kept(self) -> int:
-        """Bytes that the graph keeps after a forward pass."""
-        with self.within():
-            return bytes_kept(lambda x: _loss(self.outputs(x)), self.x)
+        """Bytes that the graph of the outputs keeps after a forward pass. A loss would keep some of its own."""
+
+        def forward() -> object:
+            with self.within():
+                return [get_gradient_edge(y) for y in self.outputs(self.x.clone()) if y.requires_grad]
+
+        forward()  # what libraries set up once is not part of what one step keeps
+        return trace(self.x.device, forward).kept
 
     def step(self) -> object:
         """What is timed: forward and backward."""
