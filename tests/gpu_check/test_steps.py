@@ -407,6 +407,21 @@ def test_tests_that_would_begin_late_are_counted(tmp_path: Path) -> None:
     assert said[0, False] == said.get((0, True), late) == late
 
 
+@pytest.mark.parametrize("has_xdist", [False, True])
+def test_a_file_that_cannot_be_imported_costs_its_own_tests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_xdist: bool
+) -> None:
+    if not has_xdist:
+        monkeypatch.setattr(steps.importlib.util, "find_spec", lambda name: None)
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    (tmp_path / "test_broken.py").write_text("import no_such_module\n")
+    (tmp_path / "test_fine.py").write_text("def test_fine(): pass\n")
+    outcome = run(Step("tests", steps.pytest(str(tmp_path), dist="load"), 300), 300)
+    assert outcome.result == "failed"
+    assert outcome.said == "exit code 1: 1 passed, 0 failed, 1 error, 0 skipped, 0 not run for want of time"
+    assert "No module named 'no_such_module'" in outcome.log
+
+
 @pytest.mark.parametrize(("body", "code"), [("__import__('pytest').skip('no GPU')", NOT_RUN), ("pass", 0)])
 def test_a_run_that_skips_every_test_is_no_pass(tmp_path: Path, body: str, code: int) -> None:
     (tmp_path / "test_some.py").write_text(f"def test_a(): {body}\n")

@@ -23,10 +23,14 @@ def python(*arguments: str) -> tuple[str, ...]:
 
 
 def pytest(*arguments: str, dist: str) -> tuple[str, ...]:
-    """On all cores where xdist is there; no test begins near the end of the step, and one that hangs shows where."""
+    """On all cores where xdist is there; no test begins near the end of the step, and one that hangs shows where.
+
+    A file that cannot be imported costs its own tests.
+    """
     workers = ("-n", "auto", "--dist", dist) if importlib.util.find_spec("xdist") else ()
     hangs = ("-o", f"faulthandler_timeout={MARGIN - SPARE:g}")
-    return python("-m", "pytest", "-p", "tools.gpu_check.deadline", *UNTIL, *hangs, *workers, *arguments)
+    told = ("-p", "tools.gpu_check.deadline", *UNTIL, "--continue-on-collection-errors")
+    return python("-m", "pytest", *told, *hangs, *workers, *arguments)
 
 
 def gpu_files() -> tuple[str, ...]:
