@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parameter import is_lazy
 from torch.optim import LBFGS, Optimizer
 
-from freezekit._storages import sparse_parts
+from freezekit._storages import sparse_parts, storages_of
 from freezekit.freezing.bits import checksums, local
 from freezekit.freezing.norm import held_statistics, is_held
 
@@ -42,8 +43,9 @@ class Record:
         self.settle()
 
     def settle(self) -> None:
-        """Note the address and version at which the tensor has its value."""
-        self.address, self.version = identity(self.tensor)
+        """Note the address and version at which the tensor has its value, and its memory."""
+        self.identity = identity(self.tensor)
+        self.memory = [StorageWeakRef(storage) for storage in storages_of(local(self.tensor))]
 
     def what(self) -> tuple[object, ...]:
         """What it holds, and under which name."""
@@ -51,7 +53,7 @@ class Record:
 
     def touched(self) -> bool:
         """Whether it may have changed. Writes through ``.data`` and fused steps change neither address nor version."""
-        return identity(self.tensor) != (self.address, self.version)
+        return identity(self.tensor) != self.identity
 
     def thawed(self) -> bool:
         """Whether this very tensor was made trainable, or its norm released."""
@@ -63,13 +65,15 @@ class Record:
         Returns whether that could be done: not where a shard has other memory.
         """
         here = local(self.tensor)
-        same = identity(self.tensor)[0] == self.address
-        if same:
+        # An address alone would not tell: what is allocated after a tensor was freed gets the same.
+        memory = [storage._cdata for storage in storages_of(here)] == [storage.cdata for storage in self.memory]
+        if memory and identity(self.tensor)[0] == self.identity[0]:
             with torch.no_grad():
                 here.copy_(value)
-        elif here is self.tensor:
+            return True
+        if here is self.tensor:
             here.data = value.to(here.device, copy=True)
-        return same or here is self.tensor
+        return here is self.tensor
 
 
 def form(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
