@@ -96,8 +96,10 @@ class profile(Shown):
         try:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            self._profiler.__exit__(*error)
-            found = read(self._profiler)
+            found = None
+            if profiler._is_profiler_enabled:  # to end once more what another thread has ended would crash the process
+                self._profiler.__exit__(*error)
+                found = read(self._profiler)
             if found is not None:
                 self._events = found
             elif error[0] is None:

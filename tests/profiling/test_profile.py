@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import freezekit as fk
 from freezekit.profiling import profile
+from tests import fresh
 
 
 def forum(frozen: bool, ours: bool) -> tuple[nn.Sequential, Tensor]:
@@ -202,6 +203,28 @@ def test_a_recording_of_others_that_begins_within_the_block_and_ends_behind_it_i
     with profile() as after:
         F.relu(torch.randn(4))
     assert "aten::relu" in {row.label for row in after.kernels()}
+
+
+IN_A_THREAD = """
+import threading, torch
+from freezekit.profiling import profile
+def record():
+    with torch.profiler.profile():
+        torch.ones(3) + 1
+try:
+    with profile():
+        thread = threading.Thread(target=record)
+        thread.start()
+        thread.join()
+except RuntimeError as error:
+    assert "took its events" in str(error)
+    print("told")
+"""
+
+
+def test_a_recording_in_another_thread_within_the_block_is_told_and_does_not_end_the_process() -> None:
+    done = fresh.run(IN_A_THREAD)  # torch cannot record in that thread any more
+    assert (done.returncode, done.stdout.split()[-1:]) == (0, ["told"]), done.stderr
 
 
 def dropped() -> None:
