@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 from freezekit import _C
-from freezekit._arguments import check_flag
+from freezekit._arguments import check_flag, shown
 
 Backend = Literal["auto", "native", "aten"]
 
@@ -54,7 +54,7 @@ def current_backend() -> str:
 def check_backend(name: str) -> None:
     """Raises ValueError unless `name` is a backend."""
     if name not in get_args(Backend):
-        raise ValueError(f"backend must be 'auto', 'native' or 'aten', got {name!r}")
+        raise ValueError(f"backend must be 'auto', 'native' or 'aten', got {shown(name)}")
 
 
 def demands_kernels() -> bool:
@@ -109,7 +109,7 @@ class backend(switched):
         check_backend(name)
         check_flag("hopper", hopper)
         if hopper and name != "native":
-            raise ValueError(f"hopper=True needs backend 'native', got {name!r}")
+            raise ValueError(f"hopper=True needs backend 'native', got {shown(name)}")
         super().__init__(name, hopper)
 
 

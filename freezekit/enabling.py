@@ -19,6 +19,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.compiler import config as compiler
 
 from freezekit import _C
+from freezekit._arguments import shown
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -101,9 +102,9 @@ def precision() -> str | None:
 
 def _check_precision(precision: object) -> None:
     if precision is not None and not isinstance(precision, str):
-        raise TypeError(f"precision must be None, 'int8' or 'int4', got {precision!r}")
+        raise TypeError(f"precision must be None, 'int8' or 'int4', got {shown(precision)}")
     if precision not in _BITS:
-        raise ValueError(f"precision must be None, 'int8' or 'int4', got {precision!r}")
+        raise ValueError(f"precision must be None, 'int8' or 'int4', got {shown(precision)}")
 
 
 def _enable(owner: enabled | None, precision: str | None) -> None:
@@ -166,7 +167,7 @@ class enabled(ContextDecorator):
 
     def __call__(self, function: Function) -> Function:
         if isinstance(function, type) or not callable(function):
-            raise TypeError(f"enabled() decorates functions, got {function!r}")
+            raise TypeError(f"enabled() decorates functions, got {shown(function)}")
         runs_later = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
         body: Any = function
         while isinstance(body, (functools.partial, functools._lru_cache_wrapper, staticmethod)):

@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from freezekit._arguments import shown
 from freezekit.conversion import SWAPS
 from freezekit.freezing.norm import holds_unasked, reads_batch
 
@@ -104,7 +105,7 @@ def check_modules(subject: Subject) -> Iterator[Finding]:
                     "overwritten-method",
                     "error",
                     f"{name}.{attribute}",
-                    f"the method {attribute} was overwritten by {value!r}, so nothing was called",
+                    f"the method {attribute} was overwritten by {shown(value)}, so nothing was called",
                     f"delete the attribute and call {attribute}(...) instead of assigning to it",
                     (name,),
                 )

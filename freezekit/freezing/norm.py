@@ -46,7 +46,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from freezekit._arguments import brief, check_module
+from freezekit._arguments import brief, check_module, shown
 from freezekit.freezing.standing import StandIn
 
 # What a layer was asked to do, in its dictionary, and so in copies and files of it.
@@ -95,7 +95,7 @@ class Hold(_Train):
 
     def __call__(self, mode: bool = True) -> nn.Module:
         if not isinstance(mode, bool):
-            raise ValueError(f"mode must be a bool, got {mode!r}")
+            raise ValueError(f"mode must be a bool, got {shown(mode)}")
         self.asked = mode
         type(self.module).train(self.module, False)
         return self.module

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from freezekit._arguments import shown
 from freezekit.fusion.layers import METHODS, NORMS, has_global_hooks, methods_of
 
 # By name, and whether the statistics are fixed while training too.
@@ -48,9 +49,9 @@ def register_norm(kind: type[nn.Module], *, always_fixed: bool) -> None:
     >>> register_norm(MyNorm, always_fixed=False)
     """
     if not isinstance(kind, type) or not issubclass(kind, nn.Module):
-        raise TypeError(f"kind must be a class of nn.Module, got {kind!r}")
+        raise TypeError(f"kind must be a class of nn.Module, got {shown(kind)}")
     if not isinstance(always_fixed, bool):
-        raise TypeError(f"always_fixed must be a bool, got {always_fixed!r}")
+        raise TypeError(f"always_fixed must be a bool, got {shown(always_fixed)}")
     _registered[kind] = always_fixed
     _refused.discard(kind)
 

@@ -14,7 +14,10 @@ from torch import nn
 from torch.optim import SGD, Adam, Optimizer
 
 from freezekit import distributed
+from freezekit.backends import backend
+from freezekit.enabling import enabled
 from freezekit.freezing import freeze, freeze_state, is_held, load_freeze_state, unfreeze
+from freezekit.fusion.norms import register_norm
 from freezekit.guarding import FrozenMoved, guard
 from freezekit.schedules import FreezeOut, UpdateNorm, layers_of
 
@@ -117,6 +120,10 @@ CALLS: dict[str, tuple[str, set[str], Callable[[Any], Any]]] = {
     "sync_buffers": ("ddp", set(), distributed.sync_buffers),
     "watch": ("module", {"module"}, distributed.watch),
     "wrappers": ("model", {"module"}, lambda x: list(distributed.wrappers(x))),
+    "enabled": ("precision", {"None"}, enabled),
+    "backend": ("backend", set(), backend),
+    "register_norm(kind)": ("kind", {"class"}, lambda x: x is nn.Conv3d or register_norm(x, always_fixed=True)),
+    "register_norm(always_fixed)": ("always_fixed", set(), lambda x: register_norm(nn.BatchNorm2d, always_fixed=x)),
     "check_ranks": ("model", {"module"}, lambda x: x is LAYER or distributed.check_ranks(x)),
 }
 
