@@ -60,6 +60,19 @@ def test_a_failure_is_a_row(call: Callable[[nn.Module, Tensor], Any], why: str) 
     assert not row.sides
 
 
+def test_two_images_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[int] = []
+
+    def measured(network: Network, count: int) -> Row:
+        counts.append(count)
+        right = count == 2 or network.name == "right"
+        return Row("own", network.name, 8, {"converted": Side(0.5, True, 0.0), "enabled": Side(0.5, right, 0.0)})
+
+    monkeypatch.setattr(on_data, "measure_images", measured)
+    assert not any(on_data.measure(network(name)).sides["enabled"].is_wrong() for name in ("right", "wrong"))
+    assert counts == [1, 1, 2]
+
+
 def test_what_is_too_large_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(on_data, "PARAMETERS", 15)
     assert "million parameters" in measured(network("large")).failure
