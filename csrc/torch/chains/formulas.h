@@ -14,10 +14,11 @@
 
 namespace freezekit::chain {
 
-// The node as one of that very class; else null.
+// The node as one of that very class; else null. There is one type_info of each, torch's: to compare names, which differ
+// late, takes longer than all else that most calls are asked. Were there two, a node would be taken for none of these.
 template <class T>
 const T* as(const torch::autograd::Node* node) {
-  return node && typeid(*node) == typeid(T) ? static_cast<const T*>(node) : nullptr;
+  return node && &typeid(*node) == &typeid(T) ? static_cast<const T*>(node) : nullptr;
 }
 template <class T>
 T* as(torch::autograd::Node* node) {

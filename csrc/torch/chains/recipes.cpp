@@ -26,6 +26,9 @@ namespace freezekit::chain {
 namespace {
 
 constexpr int64_t kElementsPerTask = 1 << 14;
+// Of the trial of a function, in elements: what torch gives to one thread at least. Smaller pieces take longer: views and
+// calls for one take the time of some thousand elements.
+constexpr int64_t kPiece = at::internal::GRAIN_SIZE;
 
 // Below autograd, so that nothing of it is recorded or seen.
 template <class F>
@@ -257,8 +260,8 @@ class FunctionOf : public Recipe {
  public:
   FunctionOf(Source x, Function f) : x_(std::move(x)), f_(std::move(f)) {}
 
-  // In pieces that fit the cache. Torch computes the last elements of a thread's share and of a row by another
-  // path: where its shares are not those assumed here, the pass over all at once decides.
+  // In pieces. Torch computes the last elements of a thread's share and of a row by another path: where its shares are
+  // not those assumed here, the pass over all at once decides.
   bool gives(const Tensor& value) const override {
     return unrecorded([&] {
       const Tensor x = source();
@@ -267,10 +270,10 @@ class FunctionOf : public Recipe {
           !is_in_memory(value)) {
         return false;
       }
-      if (x.numel() <= kElementsPerTask) return is_at(value, 0, f_(x));
+      if (x.numel() <= kPiece) return is_at(value, 0, f_(x));
       const Tensor matrix = x.as_strided({rows->count, rows->length}, {rows->stride, 1});
       std::atomic<bool> same = true;
-      at::parallel_for(0, x.numel(), at::internal::GRAIN_SIZE, [&](int64_t first, int64_t last) {
+      at::parallel_for(0, x.numel(), kPiece, [&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last && same;) {
           const Tensor piece = unrecorded([&] { return f_(piece_of(matrix, i, last)); });
           if (!is_at(value, i, piece)) same = false;
@@ -315,10 +318,10 @@ class FunctionOf : public Recipe {
       return x_->compute();
     }
   }
-  // From element i on: the rest of a row, or whole rows; no more than fits the cache, and none beyond `last`.
+  // From element i on: the rest of a row, or whole rows; no more than a piece, and none beyond `last`.
   static Tensor piece_of(const Tensor& matrix, int64_t i, int64_t last) {
     const int64_t length = matrix.size(1), row = i / length, column = i % length;
-    const int64_t end = std::min(last, i + kElementsPerTask), whole = (end - i) / length;
+    const int64_t end = std::min(last, i + kPiece), whole = (end - i) / length;
     if (column == 0 && whole > 0) return matrix.narrow(0, row, whole);
     return matrix.select(0, row).narrow(0, column, std::min(end, (row + 1) * length) - i);
   }

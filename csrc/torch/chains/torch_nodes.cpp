@@ -80,7 +80,18 @@ const Note* note_of(const Node* node) {
   return nullptr;
 }
 
-Node* node_of(const Tensor& result) { return result.grad_fn().get(); }
+// The node behind a tensor; a view's is asked for as torch does it, which may make it anew.
+Node* node_of(const Tensor& result) {
+  const auto* const meta = torch::autograd::impl::get_autograd_meta(result);
+  return meta && !meta->is_view_ ? meta->grad_fn_.get() : result.grad_fn().get();
+}
+
+// Has the hooks pack and unpack. What torch hands to them, a detached tensor, they do not look at: below autograd it is
+// made without a node of its own.
+void register_hooks(SavedVariable& variable, std::unique_ptr<SavedVariableHooks> hooks) {
+  const at::AutoDispatchBelowADInplaceOrView below;
+  variable.register_hooks(std::move(hooks));
+}
 
 // A tensor that hooks have not taken is there without what autograd knows of it. Undefined once the graph is freed.
 template <class T>
@@ -314,7 +325,7 @@ void keep(const Tensor& result, Slot slot, const Tensor& operand, const RecipePt
   SavedVariable* const variable = saved(node_of(result), slot);
   if (!variable || variable->has_hooks()) return;
   if (recipe) {
-    variable->register_hooks(std::make_unique<ComputedAgain>(recipe, /*is_last=*/false));
+    register_hooks(*variable, std::make_unique<ComputedAgain>(recipe, /*is_last=*/false));
     new_note(node_of(result)).recipe = recipe;
     show(shows_recipe, [&] { return recipe->reads(); });
   } else if (at::SavedTensorDefaultHooks::get_hooks()) {
@@ -332,7 +343,7 @@ RecipePtr let_go(Node* node, SavedVariable& variable, bool is_result, const Tens
     if (variable.has_hooks() && !watched) return nullptr;
     const Unseen unseen;
     if (variable.has_hooks()) variable = SavedVariable(value, is_result);
-    variable.register_hooks(std::make_unique<ComputedAgain>(again, /*is_last=*/true));
+    register_hooks(variable, std::make_unique<ComputedAgain>(again, /*is_last=*/true));
   } catch (const c10::Error&) {
     return nullptr;  // the node's graph is freed, or going to be
   }
