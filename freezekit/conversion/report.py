@@ -41,7 +41,8 @@ class LayerReport:
         status: "freezekit" (is one of freezekit's), "stock" (`convert` would swap it), "left alone", or "call".
         reason: why a layer is left alone or keeps its input all the same, or what to call instead; "" otherwise.
         where: of a call, "file:line"; "" otherwise.
-        bytes_kept: of a call, what autograd kept for it in this forward, parameters aside; None otherwise.
+        bytes_kept: of a call, what autograd kept for it in this forward, parameters aside; None otherwise. What the
+            forward's own hooks take in its place, as a checkpoint's do, is no more the call's: it is not listed.
     """
 
     name: str
@@ -175,11 +176,13 @@ class _Seen(TorchFunctionMode):
 
     def __post_init__(self) -> None:
         super().__init__()
+        self.hooks = _hooks()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         known = _FUNCTIONS.get(func) if callable(func) and func.__hash__ else None
         frame = _caller(sys._getframe(1)) if known else None
-        if not known or not frame:
+        # Hooks that the forward has set itself take what would be kept, a checkpoint's to let go of it.
+        if not known or not frame or _hooks() != self.hooks:
             return func(*args, **(kwargs or {}))
         result, kept = self._kept_by(func, args, kwargs or {})
         if kept:
@@ -207,6 +210,11 @@ class _Seen(TorchFunctionMode):
         with saved_tensors_hooks(pack, lambda tensor: tensor):
             result = func(*args, **kwargs)
         return result, sum(storage.nbytes() for storage in storages.values())
+
+
+def _hooks() -> object:
+    """The innermost hooks on saved tensors, which alone see what autograd is to keep."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
 def _caller(frame: FrameType | None) -> FrameType | None:

@@ -161,7 +161,7 @@ def explain(model: Callable[..., Any], inputs: Any, *, measure: bool | None = No
     A copy of the model runs one forward pass, in the mode that the model is in; nothing of the model itself changes.
     Where that is enough the copy holds no data: then nothing is computed, and a model too big for the machine can be
     explained. Bytes are those that autograd keeps between forward and backward; parameters and buffers are not counted,
-    since they are there anyway.
+    since they are there anyway, nor is what hooks that the forward sets itself, as ``save_on_cpu``, make of a tensor.
 
     Args:
         model: an nn.Module, or a callable over some, such as ``model.decode`` or ``lambda x: vae.decode(x)``; in the

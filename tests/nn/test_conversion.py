@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 
 import freezekit as fk
 from freezekit import nn as layers
@@ -266,6 +267,32 @@ def test_the_report_names_no_call_that_would_keep_the_same() -> None:
     assert [(row.layer, int(row.where.rsplit(":", 1)[1])) for row in rows] == [
         ("F.relu_", lines[1]), ("F.prelu", lines[0]), ("F.conv2d", lines[2]),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_the_report_names_no_call_whose_tensors_the_forward_s_own_hooks_take(reentrant: bool) -> None:
+    def body(x: Tensor) -> Tensor:
+        return F.max_pool2d(F.relu(x), 2)
+
+    class Checkpointed(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(body, super().forward(x), use_reentrant=reentrant)
+
+    class Halved(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            x = super().forward(x)
+            with saved_tensors_hooks(lambda t: t.half(), lambda t: t.float()):
+                x = torch.dropout(x, 0.5, True)
+            return F.relu(x)
+
+    x = torch.randn(2, 3, 8, 8)
+    with saved_tensors_hooks(lambda t: t, lambda t: t):  # around the report: of no effect
+        assert [row for row in conversion_report(Checkpointed(3, 4, 3), x) if row.status == "call"] == []
+        halved = [row for row in conversion_report(Halved(3, 4, 3), x) if row.status == "call"]
+    assert [(row.layer, row.bytes_kept) for row in halved] == [("F.relu", 2 * 4 * 36 * 4)]
+    model = Checkpointed(3, 4, 3)
+    bytes_of_input, bytes_of_result = 2 * 3 * 64 * 4, 2 * 4 * 36 * 4
+    assert fk.explain(model, x).bytes_kept == bytes_of_input + bytes_of_result
 
 
 def test_top_level_names() -> None:
