@@ -47,6 +47,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from freezekit._arguments import brief, check_module, shown
+from freezekit.freezing.overrides import trains_around
 from freezekit.freezing.standing import StandIn
 
 # What a layer was asked to do, in its dictionary, and so in copies and files of it.
@@ -92,16 +93,38 @@ class Hold(_Train):
         # A layer that was put into another mode than its surroundings by hand returns to that mode. Where these are not
         # known, one that trains was not put into eval mode.
         self.follows = module.training if parent is None else parent.training == module.training
+        # The module whose train() keeps the layer in eval mode while it trains, as a trainer never does.
+        self.keeper: Callable[[], nn.Module | None] | None = None
 
     def __call__(self, mode: bool = True) -> nn.Module:
         if not isinstance(mode, bool):
             raise ValueError(f"mode must be a bool, got {shown(mode)}")
         self.asked = mode
+        if not torch.compiler.is_compiling():  # which does not know frames
+            self._note_keeper(mode)
         type(self.module).train(self.module, False)
         return self.module
 
+    def _note_keeper(self, mode: bool) -> None:
+        around = trains_around()
+        if not mode:
+            if around and around[0][1]:
+                self.keeper = ref(around[0][0])
+        elif self.keeper is not None:
+            keeper = self.keeper()
+            # It may ask for eval mode again once it has put all into train mode. What puts a part of the model into
+            # train mode, as a trainer that restores modes does, tells nothing of it.
+            if not around or keeper is None or any(module is keeper for module, _ in around):
+                self.keeper = None
+
+    def bind(self, module: nn.Module) -> None:
+        super().bind(module)
+        self.source, self.keeper = self.keeper, None  # a shallow copy is not in it
+
     def follow(self, memo: dict[int, Any]) -> None:
         self.before = copy.deepcopy(self.before, memo)
+        copied = memo.get(id(self.source())) if self.source is not None else None
+        self.keeper = None if copied is None else ref(copied)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return partial, _stand_in(self.module)
@@ -274,7 +297,8 @@ def release(module: nn.Module, parent: nn.Module | None = None) -> None:
 
     Not the mode that was last asked of the layer: a trainer that records every module's ``training`` and restores it
     asks a held layer for eval, which was not intended. That mode counts where there is no parent, since nothing tells a
-    trainer from a user who evaluates, and for a layer whose mode differed from its parent's when it was held.
+    trainer from a user who evaluates, and for a layer whose mode differed from its parent's when it was held. A layer
+    that the ``train()`` of a module around it keeps in eval mode stays there.
     """
     if not is_held(module):
         return
@@ -282,6 +306,9 @@ def release(module: nn.Module, parent: nn.Module | None = None) -> None:
     module.__dict__.pop("reset_running_stats", None)
     if getattr(holder, "before", None) is not None:
         module.__dict__["train"] = holder.before
+    if getattr(holder, "keeper", None) is not None:
+        module.train(False)
+        return
     if parent is None or not getattr(holder, "follows", True):
         module.train(getattr(holder, "asked", module.training))
         return

@@ -84,6 +84,84 @@ def test_a_norm_that_was_in_eval_returns_to_eval() -> None:
     assert not model[0].training
 
 
+class NormEval(nn.Sequential):
+    """As mmdet's ResNet with ``norm_eval``: its norms are in eval mode while it trains."""
+
+    def train(self, mode: bool = True) -> NormEval:
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm1d):
+                module.eval()
+        return self
+
+
+class NormEvalByApply(nn.Sequential):
+    def train(self, *args: bool) -> NormEvalByApply:
+        super().train(*args)
+        self.apply(lambda module: module.train(False) if isinstance(module, nn.BatchNorm1d) else None)
+        return self
+
+
+class BodyInEval(nn.Sequential):
+    def train(self, mode: bool = True) -> BodyInEval:
+        super().train(mode)
+        self[1].eval()
+        return self
+
+
+def evaluate_and_restore(model: nn.Module, called: bool) -> None:
+    recorded = [(module, module.training) for module in model.modules()]
+    model.eval()
+    for module, mode in recorded:
+        if called:
+            module.train(mode)
+        else:
+            module.training = mode
+
+
+def train(model: nn.Module, called: bool) -> None:  # a loop of a user, in which no module is asked to train
+    evaluate_and_restore(model, called)
+
+
+@pytest.mark.parametrize("called", [None, True, False])
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("duplicate", [lambda model: model, copy.deepcopy])
+@pytest.mark.parametrize("kind", [NormEval, NormEvalByApply, BodyInEval, nn.Sequential])
+def test_a_norm_that_a_train_of_the_model_keeps_in_eval_stays_there(
+    kind: type[nn.Sequential], duplicate: Callable[[nn.Module], nn.Module], before: bool, called: bool | None
+) -> None:
+    """As in stock, whenever it was frozen, and whatever a trainer records and restores."""
+    model = kind(nn.Linear(2, 2), nn.Sequential(nn.BatchNorm1d(2)))
+    if not before:
+        model.train()
+    freeze(model, "1", norm="freeze")
+    model = duplicate(model)
+    model.train()
+    if called is not None:
+        train(model, called)
+    unfreeze(model, "1")
+    norm, stays = model[1][0], kind is not nn.Sequential
+    assert norm.training is not stays
+    kept = norm.running_mean.clone()
+    model(torch.randn(4, 2)).sum().backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert torch.equal(norm.running_mean, kept) is stays
+    assert model.train()[1][0].training is not stays
+    assert "train" not in vars(norm)
+
+
+def test_a_norm_follows_the_model_once_its_train_keeps_it_in_eval_no_more() -> None:
+    model = NormEval(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    freeze(model, "1", norm="freeze")
+    model.train()
+    other = nn.Sequential(copy.copy(model[1])).train()
+    model.__class__ = nn.Sequential
+    model.train()
+    for one in (model, other):
+        unfreeze(one, norm="batch")
+        assert one[-1].training
+
+
 @pytest.mark.parametrize("duplicate", [lambda model: model, copy.deepcopy])
 def test_a_norm_frozen_between_recording_and_restoring_is_told_and_put_right_at_the_next_step(
     duplicate: Callable[[nn.Module], nn.Module],
