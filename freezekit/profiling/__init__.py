@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,16 @@ _LOST = (
 )
 
 
+def _is_warming_up() -> bool:
+    """Whether a recording has been prepared and not begun: torch has no other sign of it, and crashes at its start."""
+    return any(
+        issubclass(type(one), profiler.profile)
+        and getattr(one, "entered", False)
+        and getattr(one, "profiling_start_time_ns", None) == 0
+        for one in gc.get_objects()
+    )
+
+
 class profile(Shown):
     """Context manager: records what runs within it; read the result after the block.
 
@@ -47,7 +58,8 @@ class profile(Shown):
 
     There is one torch.profiler for all threads of a process: a second recording at the same time would lose the first
     one's events, or end the process. Entering the block is a RuntimeError then, and so is its end where another
-    recording has ended within it. So is reading what a block has recorded before it has ended.
+    recording has ended within it. So is reading what a block has recorded before it has ended. One that warms up, as a
+    ``torch.profiler.schedule`` asks, counts as recording; with ``acc_events=True`` only its first warm-up is seen.
 
     >>> import torch, freezekit as fk
     >>> from freezekit.profiling import profile
@@ -79,7 +91,7 @@ class profile(Shown):
         if not _recording.acquire(blocking=False):
             raise RuntimeError(_ONE)
         try:
-            if profiler._is_profiler_enabled:  # by somebody else
+            if profiler._is_profiler_enabled or _is_warming_up():  # by somebody else
                 raise RuntimeError(_ONE)
             self._profiler.__enter__()
         except BaseException:

@@ -227,6 +227,33 @@ def test_a_recording_in_another_thread_within_the_block_is_told_and_does_not_end
     assert (done.returncode, done.stdout.split()[-1:]) == (0, ["told"]), done.stderr
 
 
+WARMING_UP = """
+import torch
+from freezekit.profiling import profile
+schedule = torch.profiler.schedule(wait=1, warmup=1, active=1, repeat=2)
+with torch.profiler.profile(schedule=schedule) as torchs:
+    for step in range(7):
+        try:
+            with profile() as within:
+                torch.ones(3) + 1
+            print(step, bool(within.kernels()))
+        except RuntimeError as error:
+            assert str(error).startswith("torch's profiler is recording already")
+        torchs.step()
+with torch.profiler.profile(schedule=torch.profiler.schedule(wait=0, warmup=2, active=1)) as torchs:
+    pass
+with profile() as after:
+    torch.ones(3) + 1
+print("after", bool(after.kernels()))
+"""
+
+
+def test_a_recording_within_the_warm_up_of_another_is_refused_and_does_not_end_the_process() -> None:
+    done = fresh.run(WARMING_UP)
+    told = [line for line in done.stdout.splitlines() if "True" in line]
+    assert (done.returncode, told) == (0, ["0 True", "3 True", "6 True", "after True"]), done.stderr
+
+
 def dropped() -> None:
     profile().__enter__()
 
