@@ -91,7 +91,8 @@ def tell_quantizer(input: Any) -> None:
     if type(getattr(input, "tracer", None)).__module__.startswith("torch.ao."):
         warnings.warn(
             "torch.ao.quantization leaves convolutions and norms of freezekit's in float: call "
-            "freezekit.revert(model) before prepare, and freezekit.enable() in place of convert",
+            "freezekit.revert(model) before prepare, and freezekit.enable() in place of convert. "
+            "Where the model itself calls freezekit.functional, write torch.nn.functional",
             stacklevel=2,
         )
 

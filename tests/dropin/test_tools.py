@@ -8,7 +8,8 @@ import warnings
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import freezekit as fk
 from freezekit.functional import conv2d
@@ -174,6 +175,50 @@ def test_quantization_by_fx_tells_that_it_passes_over_converted_layers(layer: nn
         torch.fx.symbolic_trace(fk.convert(copy.deepcopy(stock)))
         for fine in (fk.revert(fk.convert(copy.deepcopy(stock))), fk.convert(copy.deepcopy(stock[1:]))):
             prepare(fine, settings, (X,))
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
+def test_quantization_by_fx_tells_a_model_that_calls_freezekit_itself_what_to_call() -> None:
+    from torch.ao.quantization import QConfigMapping, get_default_qconfig
+    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+
+    class Calls(nn.Conv2d):
+        conv2d = staticmethod(conv2d)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+    settings = QConfigMapping().set_global(get_default_qconfig("x86"))
+    with pytest.warns(UserWarning, match=r"calls freezekit\.functional, write torch\.nn\.functional$"):
+        prepare_fx(nn.Sequential(Calls(3, 4, 3)).eval(), settings, (X,))
+    Calls.conv2d = staticmethod(F.conv2d)
+    prepared = prepare_fx(nn.Sequential(Calls(3, 4, 3)).eval(), settings, (X,))
+    prepared(X)
+    assert "quantized.conv2d" in convert_fx(prepared).code
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
+def test_frozen_norms_and_quantization_aware_training() -> None:
+    """What docs/enable.md says of them."""
+    from torch.ao.quantization import get_default_qat_qconfig_mapping
+    from torch.ao.quantization.quantize_fx import prepare_qat_fx
+
+    def prepared(norm: str | None) -> nn.Module:
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).train()
+        if norm is not None:
+            fk.freeze(model, norm=norm)
+        return prepare_qat_fx(model, get_default_qat_qconfig_mapping("x86"), (X,))
+
+    with pytest.raises(AssertionError, match="must be in the same mode"):
+        prepared("freeze")
+    assert not [param for param in prepared("batch").parameters() if param.requires_grad]
+    late = prepared(None)
+    fk.freeze(late, "0", norm="freeze")
+    norm = late.train().get_submodule("0.bn")
+    before = norm.running_mean.clone()
+    late(X)
+    assert torch.equal(before, norm.running_mean)
+    assert fk.freezing.is_held(norm)
 
 
 def test_as_stock_layers_it_quantizes() -> None:
