@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -533,3 +535,17 @@ def test_other_activations_behind_a_group_norm(
         assert bytes_kept(lambda x: activation(norm(x)), x) // x.nbytes == 1
         assert bytes_kept(lambda x: activation(norm(x)) * gate, x) // x.nbytes == 1
     assert_same(lambda x, g: activation(norm(x)) * g, x, gate)
+
+
+@pytest.mark.parametrize(
+    "call", [gelu_by_tanh, gelu_by_erf, lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)]
+)
+def test_forward_mode_ad_of_what_learns_is_stock_s(call: Callable[[Tensor], Tensor]) -> None:
+    """The tangent of a number is a tensor of zeros that has no memory."""
+    x, tangent = torch.randn(2, *SIZE).unbind()
+    results = []
+    for switch in (nullcontext, fk.enabled):
+        with switch(), forward_ad.dual_level():
+            y = call(forward_ad.make_dual(x.clone().requires_grad_(), tangent))
+            results.append(forward_ad.unpack_dual(y).tangent.detach())
+    torch.testing.assert_close(*results, rtol=0, atol=0)

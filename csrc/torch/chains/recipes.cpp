@@ -433,7 +433,10 @@ std::optional<Rows> rows_of(const Tensor& tensor) {
 }
 
 bool is_in_memory(const Tensor& tensor) {
-  if (!tensor.device().is_cpu() || tensor.key_set().has(c10::DispatchKey::Python) || !tensor.has_storage() ||
+  // Zeros of forward-mode AD have no memory, a negative view has the other sign there.
+  using Key = c10::DispatchKey;
+  constexpr c10::DispatchKeySet elsewhere({Key::Python, Key::ZeroTensor, Key::Negative, Key::Conjugate});
+  if (!tensor.device().is_cpu() || tensor.key_set().has_any(elsewhere) || !tensor.has_storage() ||
       !tensor.storage().device().is_cpu()) {
     return false;
   }
