@@ -3,7 +3,8 @@
 Three watches, from cheap to sure:
 
 * before a step: a frozen parameter with a ``.grad`` is the only one that torch's optimizers move, so those are looked
-  at one by one, and a step that would move one is refused before anything moved;
+  at one by one, and a step that would move one is refused before anything moved; a step with a closure, which may clear
+  the gradient or thaw the parameter, is judged after it;
 * before and after a step: the address and version of every frozen tensor; a change of either is followed by a checksum;
 * every ``every`` steps: a checksum of all, since writes through ``.data`` and fused steps change neither.
 
@@ -31,14 +32,16 @@ from freezekit.freezing.held import (
     causes,
     copy_state,
     describe,
+    describe_lbfgs,
     form,
     frozen_tensors,
     put_state,
     record_all,
 )
+from freezekit.freezing.index import Index
 from freezekit.freezing.norm import is_held, statistics_of
 from freezekit.freezing.optim import group_of
-from freezekit.freezing.patterns import Patterns, select
+from freezekit.freezing.patterns import Patterns, flat, select, select_present
 
 
 class FrozenMoved(RuntimeError):
@@ -54,9 +57,21 @@ class FrozenMoved(RuntimeError):
 class Allowance:
     """The handle that `Guard.allow` returns; as a context manager it ends in `end`."""
 
-    def __init__(self, guard: Guard, tensors: list[torch.Tensor]) -> None:
+    def __init__(self, guard: Guard, patterns: tuple[Patterns, ...]) -> None:
         self._guard = guard
-        self.tensors = tensors  # not their ids, which others get that come after them
+        self._patterns = list(flat(Index(guard.model), patterns))  # an iterator is read once
+        select(guard.model, self._patterns)
+        self._covered: dict[int, torch.Tensor] = {}  # not ids alone, which others get that come after them
+
+    def follow(self) -> dict[int, torch.Tensor]:
+        """By their ids, the tensors of the model that the patterns cover, or covered before under another name."""
+        model = self._guard.model
+        selection = select_present(model, self._patterns)
+        statistics = (statistics_of(norm).values() for norm in selection.norms.values())
+        self._covered |= {id(tensor): tensor for tensor in chain(selection.params.values(), *statistics)}
+        present = {id(tensor) for tensor in chain(model.parameters(), model.buffers())}
+        self._covered = {key: tensor for key, tensor in self._covered.items() if key in present}
+        return self._covered
 
     def end(self) -> None:
         """Hold the tensors again, at their present values; a second time does nothing."""
@@ -95,6 +110,7 @@ class Guard:
         self._at_risk: dict[int, list[AtRisk]] = {}  # by the id of the optimizer that is in a step
         self._refresh()
         watches.add(self)
+        self._removed = False
         self._hooks = [
             hook
             for one in self.optimizers
@@ -106,8 +122,9 @@ class Guard:
         for hook in self._hooks:
             hook.remove()
         watches.discard(self)
-        self._records.clear()
-        self._gone.clear()
+        self._removed = True
+        for kept in (self._allowances, self._records, self._gone, self._at_risk):
+            kept.clear()
 
     def __enter__(self) -> Guard:
         return self
@@ -117,11 +134,13 @@ class Guard:
 
     def check(self) -> None:
         """Compare every frozen tensor by checksum now; raises `FrozenMoved` or undoes, as a step does."""
+        self._check_on()
         self._refresh()
         self._settle(self._moved(self._records), "since the last check")
 
     def accept(self) -> None:
         """Hold the present values from now on: after a ``load_state_dict`` that was meant, say. See also `allow`."""
+        self._check_on()
         self._records.clear()
         self._gone.clear()
         self._refresh()
@@ -130,7 +149,8 @@ class Guard:
         """Allow intended changes of frozen tensors: EMA and teacher updates, merged adapters, a layer that is replaced.
 
         Args:
-            patterns: which, as for `freeze`, with the statistics of the norms that they cover; none means all.
+            patterns: which, as for `freeze`, with the statistics of the norms that they cover; none means all. They are
+                read anew at each step, so a name covers what is put in its place, too.
 
         Returns:
             an `Allowance`. As a context manager it ends with the block; without ``with`` it lasts until its ``end()``.
@@ -147,9 +167,7 @@ class Guard:
         >>> held.check()
         """
         self.check()
-        selection = select(self.model, patterns)
-        statistics = [tensor for norm in selection.norms.values() for tensor in statistics_of(norm).values()]
-        self._allowances.append(Allowance(self, [*selection.params.values(), *statistics]))
+        self._allowances.append(Allowance(self, patterns))
         self._refresh()
         return self._allowances[-1]
 
@@ -162,8 +180,13 @@ class Guard:
 
     def _end(self, allowance: Allowance) -> None:
         if allowance in self._allowances:
+            self._refresh()
             self._allowances.remove(allowance)
             self._refresh()
+
+    def _check_on(self) -> None:
+        if self._removed:
+            raise RuntimeError("this guard was removed and holds nothing any more: make another with guard()")
 
     def _refresh(self) -> None:
         """Read what is frozen now, and record what newly is."""
@@ -175,7 +198,7 @@ class Guard:
 
     def _follow(self) -> dict[int, tuple[str, torch.Tensor, nn.Module | None]]:
         """Forget what was thawed or may be written to, and set apart what left; return what is not recorded yet."""
-        allowed = {id(tensor) for allowance in self._allowances for tensor in allowance.tensors}
+        allowed = {key for allowance in self._allowances for key in allowance.follow()}
         found = {id(entry[1]): entry for entry in frozen_tensors(self.model) if id(entry[1]) not in allowed}
         known = self._records | self._gone
         self._records = {key: record for key, record in known.items() if key in found}
@@ -207,9 +230,10 @@ class Guard:
         self._refresh()
         self._settle(self._moved(self._touched()), "outside the optimizer's step")
         self._check_modes()
-        closure = any(callable(argument) for argument in (*args[1:], *kwargs.values()))
+        closure = _has_closure(args, kwargs)
         risks = self._find_at_risk(optimizer, closure)
-        refused = [risk for risk in risks if risk.reasons] if self.mode == "raise" else []
+        judged = [] if closure or self.mode == "restore" else risks
+        refused = [risk for risk in judged if causes(optimizer, risk.group, risk.record.tensor)]
         if refused:
             lines = [describe(optimizer, risk) for risk in refused]
             raise FrozenMoved("this step would move what is frozen; nothing has moved yet", lines)
@@ -224,8 +248,7 @@ class Guard:
                 if record is None or (param.grad is None and not (closure and self.mode == "restore")):
                     continue
                 value = local(param).detach().clone() if record.value is None else record.value
-                reasons = causes(optimizer, group, param)
-                risks.append(AtRisk(record, group, value, copy_state(optimizer, param), reasons))
+                risks.append(AtRisk(record, group, value, copy_state(optimizer, param)))
         return risks
 
     def _check_modes(self) -> None:
@@ -238,8 +261,12 @@ class Guard:
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.steps += 1
-        risks = self._at_risk.pop(id(optimizer), [])
-        moved = [risk for risk in risks if not same_bits(local(risk.record.tensor), risk.value)]
+        if _has_closure(args, kwargs):  # which may thaw, allow or accept
+            self._refresh()
+        # What was accepted there has a new record, to whose value the last line puts it back.
+        risks = [risk for risk in self._at_risk.pop(id(optimizer), []) if id(risk.record.tensor) in self._records]
+        same = [risk for risk in risks if self._records[id(risk.record.tensor)] is risk.record]
+        moved = [risk for risk in same if not same_bits(local(risk.record.tensor), risk.value)]
         for risk in risks if self.mode == "restore" else moved:
             put_state(optimizer, risk.record.tensor, risk.state)
         for risk in moved:
@@ -276,8 +303,7 @@ class Guard:
             return f"it was {then} and is {now.dtype} {tuple(now.shape)}. Cure: convert before freezing, {accept}"
         holders = [one for one in self.optimizers if id(now) in group_of(one)]
         if any(isinstance(one, LBFGS) for one in holders):
-            cure = f"freeze(model, {record.name!r}, optimizer=optimizer, remove=True, state='reset')"
-            return f"LBFGS writes to every parameter it holds, along one history over all. Cure: {cure}"
+            return describe_lbfgs(record.name)
         how = "load_state_dict, copy_, a write through .data, another optimizer, a frozen norm set to train mode"
         if holders:
             how += ", or this optimizer, if it steps what has no gradient: freeze(..., remove=True) takes it out"
@@ -302,6 +328,11 @@ class Guard:
             self.undone[name] = self.undone.get(name, 0) + 1
 
 
+def _has_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether one of a step's arguments, the first of which is the optimizer, is a closure."""
+    return any(callable(argument) for argument in (*args[1:], *kwargs.values()))
+
+
 def guard(
     model: nn.Module, optimizer: Optimizers, every: int = 100, mode: Literal["raise", "restore"] = "raise"
 ) -> Guard:
@@ -319,8 +350,9 @@ def guard(
             Lookahead and accelerate's do, the one inside. Its copies and pickles do not carry the hooks.
         every: steps between checksums of all frozen tensors. Those find writes that leave address and version alone.
         mode: "raise": a step that would move a frozen parameter raises before anything moved, with name, cause and
-            cure; what is found afterwards raises too. "restore": values and optimizer state are put back instead, and
-            counted in ``.undone``; what left the model still raises. It keeps a copy of every frozen tensor.
+            cure; what is found afterwards raises too, as in a step with a closure, which may clear the gradient.
+            "restore": values and optimizer state are put back instead, and counted in ``.undone``; what left the model
+            still raises. It keeps a copy of every frozen tensor.
 
     Returns:
         a `Guard`: ``remove()``, ``check()`` (all checksums, now), ``accept()``, and ``allow("teacher")`` for updates

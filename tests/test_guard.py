@@ -177,6 +177,33 @@ def test_a_write_of_equal_values_and_a_move_to_other_memory_pass() -> None:
         held.check()
 
 
+@pytest.mark.parametrize("mode", ["raise", "restore"])
+def test_a_lasting_allowance_covers_what_takes_the_place_of_what_it_covered(mode: Any) -> None:
+    student = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    model = nn.ModuleDict({"student": student, "teacher": copy.deepcopy(student)})
+    freeze(model, "teacher", norm="freeze")
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    held = guard(model, optimizer, every=1, mode=mode)
+    held.allow("teacher")
+
+    def average() -> None:
+        optimizer.step()
+        for tensor in model["teacher"].state_dict().values():
+            tensor.add_(1)
+        optimizer.step()
+
+    model.double()  # puts other buffers into the norm
+    average()
+    model["teacher"].load_state_dict(copy.deepcopy(student.state_dict()), assign=True)
+    average()
+    model["teacher"] = copy.deepcopy(student)
+    freeze(model, "teacher", norm="freeze")
+    average()
+    del model["teacher"]
+    optimizer.step()
+    assert not held.undone
+
+
 def test_updates_that_are_meant_are_allowed_by_name() -> None:
     model = nn.ModuleDict({"student": nn.Linear(2, 2), "teacher": nn.Linear(2, 2), "backbone": nn.Linear(2, 2)})
     model["teacher"].requires_grad_(False)
@@ -211,4 +238,9 @@ def test_updates_that_are_meant_are_allowed_by_name() -> None:
     held.check()
     with pytest.raises(ValueError, match="'techer' matches no module"):
         held.allow("techer")
+    held.accept()
+    held.allow(model["teacher"].named_parameters())  # an iterator, which is read once
+    for _ in range(2):
+        optimizer.step()
+        model["teacher"].weight.data.add_(1)
     held.remove()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def test_freezing_and_unfreezing_under_guard() -> None:
 
 
 def test_lbfgs_that_holds_a_frozen_parameter() -> None:
-    for mode in ("raise", "restore"):
+    for mode, stale in product(("raise", "restore"), (True, False)):
         model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
         optimizer = LBFGS(model.parameters(), lr=0.1, max_iter=3)
 
@@ -72,13 +73,15 @@ def test_lbfgs_that_holds_a_frozen_parameter() -> None:
             return loss
 
         optimizer.step(closure)
-        optimizer.zero_grad()
+        if not stale:
+            optimizer.zero_grad()
         model[0].requires_grad_(False)
         before = model[0].weight.clone()
         with guard(model, optimizer, mode=mode) as held:
             if mode == "raise":
                 with pytest.raises(FrozenMoved, match=r"LBFGS writes .* remove=True, state='reset'"):
                     optimizer.step(closure)
+                assert torch.equal(model[0].weight, before) == stale, "a copy is kept of what has a gradient"
             else:
                 optimizer.step(closure)
                 assert torch.equal(model[0].weight, before)
@@ -203,8 +206,13 @@ def test_the_handle_ends_it() -> None:
     model, optimizer = trained()
     held = guard(model, optimizer)
     model[1].weight.requires_grad_(False)
+    allowance = held.allow("1")
     held.remove()
     held.remove()
+    allowance.end()
+    for call in (held.check, held.accept, held.allow):
+        with pytest.raises(RuntimeError, match="this guard was removed"):
+            call()
     optimizer.step()
     assert not optimizer._optimizer_step_pre_hooks
     assert not optimizer._optimizer_step_post_hooks

@@ -1,14 +1,10 @@
-"""guard over random sequences of what happens to a model, against a plain account of what it must tell and undo.
-
-The account compares values, tensor by tensor. It knows neither checksums nor versions.
-"""
+"""guard over random sequences of what happens to a model, and in closures of steps, against a plain account of it."""
 
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from inspect import isfunction, signature
 from typing import Any
 
 import pytest
@@ -19,74 +15,17 @@ from torch import nn
 from torch.optim import SGD
 
 from freezekit import convert
-from freezekit.freezing import freeze, is_held, unfreeze
+from freezekit.freezing import freeze, unfreeze
 from freezekit.guarding import FrozenMoved, guard
+from tests.freezing.account import Account, Entry, same, tensors_of
 
 
-@dataclass(eq=False)
-class Entry:
-    """A frozen tensor, its value when guard met it, and where it had this value."""
-
-    name: str
-    tensor: torch.Tensor
-    norm: nn.Module | None
-    value: torch.Tensor
-    memory: int
-
-    def thawed(self) -> bool:
-        return self.tensor.requires_grad if self.norm is None else not is_held(self.norm)
-
-
-def frozen_now(model: nn.Module) -> dict[int, Entry]:
-    found = [(name, param, None) for name, param in model.named_parameters() if not param.requires_grad]
-    for path, module in model.named_modules():
-        if is_held(module):
-            found += [(f"{path}.{name}", buffer, module) for name, buffer in module.named_buffers()]
-    return {id(t): Entry(name, t, norm, t.detach().clone(), t.data_ptr()) for name, t, norm in found}
-
-
-def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.shape == b.shape and torch.equal(a, b)
-
-
-@dataclass
-class Account:
-    model: nn.Module
-    held: dict[int, Entry] = field(default_factory=dict)
-
-    def hear(self, unfrozen: Iterable[nn.Parameter] = ()) -> dict[int, Entry]:
-        """Forget what was thawed, and what ``unfrozen`` took the place of. Returns what is frozen now."""
-        frozen = frozen_now(self.model)
-        ids = set(map(id, unfrozen))
-        names = {name for name, param in self.model.named_parameters() if id(param) in ids}
-        for key, one in tuple(self.held.items()):
-            if key in frozen:
-                one.name, one.norm = frozen[key].name, frozen[key].norm
-            elif one.thawed() or one.name in names:
-                del self.held[key]
-        return frozen
-
-    def look(self) -> tuple[list[Entry], list[Entry]]:
-        """What moved and what left; what is newly frozen is held from now on."""
-        frozen = self.hear()
-        named = {one.name: self.held.get(key, one).value for key, one in frozen.items()}
-        for key, one in tuple(self.held.items()):
-            if key not in frozen and one.name in named and same(named[one.name], one.value):
-                del self.held[key]
-        left = [one for key, one in self.held.items() if key not in frozen]
-        moved = [one for key, one in self.held.items() if key in frozen and not same(one.tensor, one.value)]
-        for one in self.held.values():
-            one.memory = one.memory if one in moved else one.tensor.data_ptr()
-        self.held = {**frozen, **self.held}
-        return moved, left
+def alike(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    return a is b if a is None or b is None else same(a, b)
 
 
 def layer(i: int) -> nn.Module:
     return [lambda: nn.Linear(2, 2), lambda: nn.BatchNorm1d(2), lambda: nn.Linear(2, 2, bias=False)][i % 3]()
-
-
-def tensors_of(module: nn.Module) -> list[torch.Tensor]:
-    return [*module.parameters(), *module.buffers()]
 
 
 def one_of(module: nn.Module, j: int) -> torch.Tensor:
@@ -94,19 +33,26 @@ def one_of(module: nn.Module, j: int) -> torch.Tensor:
     return tensors[j % len(tensors)]
 
 
+Acts = list[tuple[Callable[["Play", int, int], object], int, int]]
+
+
 class Play:
     """A model under guard, and what happens to it: functions of ``i``, a layer, and ``j``, a number."""
 
-    def __init__(self, mode: Any) -> None:
+    def __init__(self, mode: Any, allowed: list[int]) -> None:
         torch.manual_seed(0)
         self.mode = mode
         self.model = nn.Sequential(*map(layer, range(4)))
         freeze(self.model, "0", "1", norm="freeze")
-        self.optimizer = SGD(self.model.parameters(), lr=0.1)
+        self.optimizer = SGD(self.model.parameters(), lr=0.1, momentum=0.9)
+        self.optimizer.register_step_post_hook(self.expect)  # called before the guard's
         self.guard = guard(self.model, self.optimizer, every=1, mode=mode)
         self.account = Account(self.model)
         self.account.look()
         self.others: list[torch.Tensor] = []
+        self.at_risk: dict[Entry, torch.Tensor | None] = {}  # in a step with a closure, and their momentum before
+        for i in allowed:
+            self.allow(i, 0)
 
     def others_own(self, tensor: torch.Tensor) -> torch.Tensor:
         self.others.append(tensor)
@@ -181,12 +127,25 @@ class Play:
         if self.check(i, j):
             with self.guard.allow():
                 self.write(i, j)
-                self.replace(i, j + 1)
-            self.account.held = frozen_now(self.model)
+                self.replace((i + j) % len(self.model), j + 1)
+            self.account.accept()
+
+    def allow(self, i: int, j: int) -> None:
+        if self.check(i, j):
+            self.account.allowed.append((self.guard.allow(str(i)), str(i), []))
+            self.account.refresh()
+
+    def allow_no_more(self, i: int, j: int) -> None:
+        if self.account.allowed:
+            self.account.refresh()
+            allowance, *_ = self.account.allowed.pop(j % len(self.account.allowed))
+            allowance.end()
+            self.account.refresh()
 
     def accept(self, i: int, j: int) -> None:
+        self.write(i, j)
         self.guard.accept()
-        self.account.held = frozen_now(self.model)
+        self.account.accept()
 
     def step(self, i: int, j: int) -> None:
         """All that trains has a gradient, and moves."""
@@ -198,26 +157,65 @@ class Play:
 
     def check(self, i: int, j: int) -> bool:
         """Whether there was nothing to tell."""
+        self.expect()
+        return self.judge(self.guard.check)
+
+    def step_with(self, acts: Acts, stays: bool) -> None:
+        """A step in whose closure ``acts`` happen. What is frozen has a gradient; it ``stays``, or is cleared there."""
+        if not self.check(0, 0):
+            return
+        params = [param for group in self.optimizer.param_groups for param in group["params"]]
+        for param in (*params, *self.model.parameters()):
+            param.grad = None if param.requires_grad else torch.ones_like(param)
+        held = [self.account.held[id(param)] for param in params if id(param) in self.account.held]
+        self.at_risk = {one: copy.deepcopy(self.momentum(one.tensor)) for one in held}
+
+        def closure() -> None:
+            for param in () if stays else (*params, *self.model.parameters()):
+                param.grad = None
+            for act, i, j in acts:
+                act(self, i % len(self.model), j)
+            for param in self.model.parameters():
+                param.grad = torch.ones_like(param) if param.requires_grad else param.grad
+
+        self.judge(lambda: self.optimizer.step(closure))
+        self.at_risk = {}
+        self.check(0, 0)
+
+    def momentum(self, param: torch.Tensor) -> torch.Tensor | None:
+        return self.optimizer.state.get(param, {}).get("momentum_buffer")
+
+    def expect(self, *step: object) -> None:
+        """Note what guard has to tell and to put back now, and all that it must not write to."""
         moved, left = self.account.look()
-        told = left if self.mode == "restore" else moved + left
+        stepped = [one for one in moved if step and one in self.at_risk]
+        self.back = moved if self.mode == "restore" else stepped
+        self.told = left if self.mode == "restore" else stepped or moved + left
         own = {id(one.tensor) for one in moved} | {one.memory for one in moved}
         rest = [t for t in (*tensors_of(self.model), *self.others) if own.isdisjoint((id(t), t.data_ptr()))]
-        before = [tensor.detach().clone() for tensor in rest]
+        self.rest = [(tensor, tensor.detach().clone()) for tensor in rest]
+        learns = [param for param in self.optimizer.state if id(param) not in self.account.held]
+        self.momenta = [(param, copy.deepcopy(self.momentum(param))) for param in learns]
+
+    def judge(self, watch: Callable[[], object]) -> bool:
+        """Whether there was nothing to tell, where ``watch`` has guard look."""
         names: tuple[str, ...] = ()
         try:
-            self.guard.check()
+            watch()
         except FrozenMoved as error:
             names = error.names
-        assert sorted(names) == sorted(one.name for one in told)
-        assert self.mode == "raise" or all(same(one.tensor, one.value) for one in moved)
-        assert all(map(same, rest, before)), "guard wrote to what it does not hold"
-        return not told
+        assert sorted(names) == sorted(one.name for one in self.told)
+        assert all(same(one.tensor, one.value) for one in self.back)
+        stepped = [(one.tensor, self.at_risk[one]) for one in self.back if one in self.at_risk]
+        assert all(alike(self.momentum(param), value) for param, value in stepped)
+        assert all(same(*pair) for pair in self.rest), "guard wrote to what it does not hold"
+        assert all(alike(self.momentum(param), value) for param, value in self.momenta)
+        return not self.told
 
 
-Act = Callable[[Play, int, int], object]
-ACTS: list[Act] = [act for act in vars(Play).values() if inspect.isfunction(act) and act.__code__.co_argcount == 3]
+ACTS = [f for f in vars(Play).values() if isfunction(f) and [*signature(f).parameters] == ["self", "i", "j"]]
 STEADY = settings(
-    max_examples=150,
+    max_examples=400,
     deadline=None,
     derandomize=True,
     phases=[Phase.generate, Phase.shrink],
@@ -227,14 +225,21 @@ STEADY = settings(
 
 @pytest.mark.parametrize("mode", ["raise", "restore"])
 def test_random_sequences(mode: str) -> None:
-    steps = st.tuples(st.sampled_from(ACTS), st.integers(0, 5), st.integers(0, 5))
+    """A list among the acts is what happens in the closure of a step."""
+    numbers = st.integers(0, 5)
+    one = st.tuples(st.sampled_from(ACTS), numbers, numbers)
+    inside = st.tuples(st.sampled_from([act for act in ACTS if act is not Play.step]), numbers, numbers)
+    step = st.tuples(st.lists(inside, max_size=3), st.booleans())
 
     @STEADY
-    @given(st.lists(steps, min_size=4, max_size=16))
-    def play(acts: list[tuple[Act, int, int]]) -> None:
-        played = Play(mode)
-        for act, i, j in acts:
-            act(played, i % len(played.model), j)
+    @given(st.lists(st.integers(0, 3), max_size=2), st.lists(st.one_of(one, one, step), min_size=4, max_size=16))
+    def play(allowed: list[int], acts: list[Any]) -> None:
+        played = Play(mode, allowed)
+        for act, *arguments in acts:
+            if isinstance(act, list):
+                played.step_with(act, *arguments)
+            else:
+                act(played, arguments[0] % len(played.model), arguments[1])
         played.check(0, 0)
         played.guard.remove()
 

@@ -105,7 +105,6 @@ class AtRisk:
     group: dict[str, Any]
     value: torch.Tensor
     state: dict[str, Any] | None
-    reasons: list[str]
 
 
 def copy_state(optimizer: Optimizer, param: nn.Parameter) -> dict[str, Any] | None:
@@ -162,14 +161,14 @@ def any_nonzero(tensor: torch.Tensor) -> bool:
     return bool((tensor != 0).any())
 
 
-def momenta(optimizer: Optimizer, param: nn.Parameter) -> list[str]:
+def momenta(optimizer: Optimizer, param: torch.Tensor) -> list[str]:
     """What of the optimizer's state moves ``param`` at zero gradient: momentum. Second moments do not."""
     state = optimizer.state.get(param, {})
     kept = {key: state.get(key) for key in ("momentum_buffer", "exp_avg")}  # of SGD, RMSprop and Muon; of the Adams
     return [key for key, value in kept.items() if isinstance(value, torch.Tensor) and any_nonzero(value)]
 
 
-def causes(optimizer: Optimizer, group: dict[str, Any], param: nn.Parameter) -> list[str]:
+def causes(optimizer: Optimizer, group: dict[str, Any], param: torch.Tensor) -> list[str]:
     """What would move ``param``, whose ``grad`` is not None, in the next step; empty when nothing is known to."""
     lr = group.get("lr")
     if param.grad is None or (lr is not None and not isinstance(optimizer, LBFGS) and float(lr) == 0.0):
@@ -188,12 +187,19 @@ def causes(optimizer: Optimizer, group: dict[str, Any], param: nn.Parameter) -> 
 def describe(optimizer: Optimizer, risk: AtRisk) -> tuple[str, str]:
     """The name, and one line: the causes, the kind of step, and the cure."""
     name = risk.record.name
-    why = "; ".join(risk.reasons) or "the optimizer wrote to it for a reason that guard does not know"
-    step = f"in a {step_kind(risk.group)} step of {type(optimizer).__name__}"
     if isinstance(optimizer, LBFGS):
-        cure = f"freeze(model, {name!r}, optimizer=optimizer, remove=True, state='reset')"
-    elif risk.reasons:
+        return name, describe_lbfgs(name)
+    reasons = causes(optimizer, risk.group, risk.record.tensor)
+    why = "; ".join(reasons) or "the optimizer wrote to it for a reason that guard does not know"
+    step = f"in a {step_kind(risk.group)} step of {type(optimizer).__name__}"
+    if reasons:
         cure = f"freeze(model, {name!r}, optimizer=optimizer), which drops .grad so that the step skips it"
     else:
         cure = f"freeze(model, {name!r}, optimizer=optimizer, remove=True), which takes it out of the optimizer"
     return name, f"{why}, {step}. Cure: {cure}"
+
+
+def describe_lbfgs(name: str) -> str:
+    """The line of a parameter that an LBFGS has, whatever its gradient."""
+    cure = f"freeze(model, {name!r}, optimizer=optimizer, remove=True, state='reset')"
+    return f"LBFGS writes to every parameter it holds, along one history over all. Cure: {cure}"

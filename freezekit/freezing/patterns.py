@@ -150,6 +150,14 @@ def select(model: nn.Module, patterns: Iterable[Any], until: str | None = None, 
     return _named(index, found)
 
 
+def select_present(model: nn.Module, patterns: Iterable[Any]) -> Selection:
+    """What `select` selects, of patterns that it took before: those that match nothing any more are passed over."""
+    index = Index(model)
+    patterns = list(patterns)
+    found = set().union(*(index.one(index.whole(pattern)) for pattern in patterns))
+    return _named(index, found if patterns else index.under(""))
+
+
 def _named(index: Index, found: set[int]) -> Selection:
     selection = Selection(names={i: tuple(names) for i, names in index.names.items()})
     for name, param in index.params.items():
