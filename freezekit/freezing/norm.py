@@ -42,12 +42,11 @@ from weakref import WeakSet, ref
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from freezekit._arguments import brief, check_module, shown
-from freezekit.freezing.overrides import trains_around
-from freezekit.freezing.resets import KeptStatistics, have_data, hear_of_assignments, was_written
 from freezekit.freezing.standing import StandIn
 
 # What a layer was asked to do, in its dictionary, and so in copies and files of it.
@@ -93,61 +92,38 @@ class Hold(_Train):
         # A layer that was put into another mode than its surroundings by hand returns to that mode. Where these are not
         # known, one that trains was not put into eval mode.
         self.follows = module.training if parent is None else parent.training == module.training
-        # The module whose train() keeps the layer in eval mode while it trains, as a trainer never does.
-        self.keeper: Callable[[], nn.Module | None] | None = None
-        # Whether the statistics have no data yet, or none but what to_empty() made.
-        self.waits = False
-        self.keeps_statistics()
 
     def __call__(self, mode: bool = True) -> nn.Module:
         if not isinstance(mode, bool):
             raise ValueError(f"mode must be a bool, got {shown(mode)}")
         self.asked = mode
-        if not torch.compiler.is_compiling():  # which does not know frames
-            self._note_keeper(mode)
         type(self.module).train(self.module, False)
         return self.module
 
-    def _note_keeper(self, mode: bool) -> None:
-        around = trains_around()
-        if not mode:
-            if around and around[0][1]:
-                self.keeper = ref(around[0][0])
-        elif self.keeper is not None:
-            keeper = self.keeper()
-            # It may ask for eval mode again once it has put all into train mode. What puts a part of the model into
-            # train mode, as a trainer that restores modes does, tells nothing of it.
-            if not around or keeper is None or any(module is keeper for module, _ in around):
-                self.keeper = None
-
-    def keeps_statistics(self) -> bool:
-        """Whether there are statistics to keep."""
-        found = statistics_of(self.module)
-        if not have_data(found.values()):
-            self.waits = True
-            hear_of_assignments(_end_wait)
-        elif self.waits:
-            self.waits = not any(was_written(found[name]) for name in found if name != "num_batches_tracked")
-        return not self.waits
-
-    def tell(self, text: str) -> None:
-        warnings.warn(text, NormWarning, stacklevel=3)
-
-    def entries(self, state: dict[str, Any]) -> dict[str, Any]:
-        resets = isinstance(state.get("reset_running_stats"), KeptStatistics)
-        return super().entries(state) | ({"reset_running_stats": KeptStatistics(self)} if resets else {})
-
-    def bind(self, module: nn.Module) -> None:
-        super().bind(module)
-        self.source, self.keeper = self.keeper, None  # a shallow copy is not in it
-
     def follow(self, memo: dict[int, Any]) -> None:
         self.before = copy.deepcopy(self.before, memo)
-        copied = memo.get(id(self.source())) if self.source is not None else None
-        self.keeper = None if copied is None else ref(copied)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return partial, _stand_in(self.module)
+
+
+class KeptStatistics:
+    """Stands in for ``reset_running_stats`` of a held layer, and of copies of it; a file's does the same by itself."""
+
+    says = (
+        "reset_running_stats() of a layer whose running statistics freeze() holds: they stay as they are, and "
+        "torch.optim.swa_utils.update_bn, or what else computes them anew, passes over this layer. If they are to be "
+        "computed, call unfreeze() before, on the copy in an AveragedModel too"
+    )
+
+    def __call__(self) -> None:
+        warnings.warn(self.says, NormWarning, stacklevel=2)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "KeptStatistics":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial, (warnings.warn, self.says)
 
 
 class Released(_Train):
@@ -200,10 +176,6 @@ def _check_modes(*step: Any) -> None:
     """Put layers right that are in another mode than they should be, and warn if there are any."""
     if torch.compiler.is_compiling():  # a step inside a compiled function: its graph is to be the same without us
         return
-    holders = [module.__dict__.get("train") for module in _watched()]
-    for holder in holders:  # what was there in a step is not to be filled any more
-        if isinstance(holder, Hold) and holder.waits:
-            holder.waits = not have_data(statistics_of(holder.module).values())
     held = [module for module in _watched() if module.training and is_held(module)]
     for module in held:
         module.training = False
@@ -222,13 +194,6 @@ def _check_modes(*step: Any) -> None:
                 NormWarning,
                 stacklevel=2,
             )
-
-
-def _end_wait(module: nn.Module) -> None:
-    """To be called where the statistics of a held layer are no more what ``to_empty()`` made."""
-    holder = module.__dict__.get("train")
-    if isinstance(holder, Hold):
-        holder.waits = False
 
 
 def _stand_in(module: nn.Module) -> tuple[Any, ...]:
@@ -298,8 +263,10 @@ def hold(module: nn.Module, parent: nn.Module | None = None) -> None:
     holder = Hold(module, parent)
     type(module).train(module, False)
     module.__dict__["train"] = holder
-    if hasattr(type(module), "reset_running_stats"):
-        module.__dict__["reset_running_stats"] = KeptStatistics(holder)
+    # What has no data yet is filled by a reset: of a lazy norm at its first forward, of one on meta after to_empty().
+    has_data = not any(is_lazy(buffer) or buffer.is_meta for buffer in statistics_of(module).values())
+    if has_data and hasattr(type(module), "reset_running_stats"):
+        module.__dict__["reset_running_stats"] = KeptStatistics()
 
 
 def release(module: nn.Module, parent: nn.Module | None = None) -> None:
@@ -307,8 +274,7 @@ def release(module: nn.Module, parent: nn.Module | None = None) -> None:
 
     Not the mode that was last asked of the layer: a trainer that records every module's ``training`` and restores it
     asks a held layer for eval, which was not intended. That mode counts where there is no parent, since nothing tells a
-    trainer from a user who evaluates, and for a layer whose mode differed from its parent's when it was held. A layer
-    that the ``train()`` of a module around it keeps in eval mode stays there.
+    trainer from a user who evaluates, and for a layer whose mode differed from its parent's when it was held.
     """
     if not is_held(module):
         return
@@ -316,9 +282,6 @@ def release(module: nn.Module, parent: nn.Module | None = None) -> None:
     module.__dict__.pop("reset_running_stats", None)
     if getattr(holder, "before", None) is not None:
         module.__dict__["train"] = holder.before
-    if getattr(holder, "keeper", None) is not None:
-        module.train(False)
-        return
     if parent is None or not getattr(holder, "follows", True):
         module.train(getattr(holder, "asked", module.training))
         return

@@ -40,19 +40,11 @@ class StandIn:
         """Become the one of a copy, which is about to be filled."""
         self.module = module
 
-    def entries(self, state: dict[str, Any]) -> dict[str, Any]:
-        """What stands for this, and for what goes with it, in the dictionary of a module; ``state`` has another's."""
-        return {self.name: self}
-
-    def belongs_to_copy(self, memo: dict[int, Any]) -> bool:
-        """Whether this was made by `_reduce`, and is the copy's already."""
-        return memo.get(self._source) is self.module
-
     def follow(self, memo: dict[int, Any]) -> None:
         """Replace what else this holds by the copies of a deep copy, of which ``memo`` knows some."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        if self.belongs_to_copy(memo):
+        if memo.get(self._source) is self.module:  # made by `_reduce`, and the copy's already
             self.follow(memo)
             return self
         twin = memo[id(self)] = self.duplicate()
@@ -91,4 +83,4 @@ def _reduce(module: nn.Module) -> Any:
         return reduced
     own = found[0].duplicate()
     own.module, own._source = module, id(module)  # the module until there is a copy: a pickler makes none
-    return _Maker(own), args, state | own.entries(state), *rest
+    return _Maker(own), args, {**state, own.name: own}, *rest
