@@ -289,6 +289,7 @@ class Guard:
                 record.settle()
                 self._count([record.name])
             else:
+                record.is_known_to_have_moved = True
                 lines.append((record.name, self._explain(record)))
         lines += [(record.name, self._explain_gone(record)) for record in self._gone.values()]
         if lines:

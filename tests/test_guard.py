@@ -167,6 +167,21 @@ def test_writes_outside_a_step_are_found_at_the_next(mode: str) -> None:
         optimizer.step()
 
 
+def test_what_was_found_once_is_told_until_it_is_accepted() -> None:
+    """Also where the write left address and version alone, and only a checksum found it."""
+    model = nn.Linear(2, 2).requires_grad_(False)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))])
+    with guard(model, optimizer, every=2) as held:
+        optimizer.step()
+        model.weight.data.add_(1)
+        for _ in range(3):
+            with pytest.raises(FrozenMoved, match="weight"):
+                optimizer.step()
+        held.accept()
+        for _ in range(3):
+            optimizer.step()
+
+
 def test_a_write_of_equal_values_and_a_move_to_other_memory_pass() -> None:
     model, optimizer = trained()
     freeze(model, "1", "0.1", optimizer=optimizer)

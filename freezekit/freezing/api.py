@@ -77,8 +77,8 @@ def freeze(
     A tied parameter is one parameter: freezing it under one name freezes it under all (see ``Frozen.shared``).
 
     Gradients that still wait for a step, as between micro-batches, are lost with ``.grad``: freeze after the step, or
-    in a ``with`` statement, which gives them back. Where they were lost, `unfreeze` or the next step warns with a
-    `GradientWarning`.
+    in a ``with`` statement, which gives them back, also after a ``zero_grad()`` within it. Where they were lost,
+    `unfreeze` or the next step warns with a `GradientWarning`.
 
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
     >>> freeze(model, until="2", norm="freeze")
@@ -302,6 +302,8 @@ def set_note(result: Frozen, module: nn.Module, *, batch: bool, learns: bool) ->
 def set_statistics(result: Frozen, model: nn.Module, name: str, module: nn.Module, held: bool) -> None:
     """Hold or release one layer of ``model`` that is not so yet, and note it in ``result``."""
     if statistics.is_held(module) == held:
+        if held:
+            statistics.keep_statistics(module)  # which may have been without data
         return
     parent = reduce(getattr, name.split(".")[:-1], model) if name else None  # a ScriptModule has no get_submodule
     do, undo = (statistics.hold, statistics.release) if held else (statistics.release, statistics.hold)

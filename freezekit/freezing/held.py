@@ -44,6 +44,7 @@ class Record:
 
     def settle(self) -> None:
         """Note the address and version at which the tensor has its value, and its memory."""
+        self.is_known_to_have_moved = False
         self.identity = identity(self.tensor)
         self.memory = [StorageWeakRef(storage) for storage in storages_of(local(self.tensor))]
 
@@ -53,7 +54,7 @@ class Record:
 
     def touched(self) -> bool:
         """Whether it may have changed. Writes through ``.data`` and fused steps change neither address nor version."""
-        return identity(self.tensor) != self.identity
+        return self.is_known_to_have_moved or identity(self.tensor) != self.identity
 
     def thawed(self) -> bool:
         """Whether this very tensor was made trainable, or its norm released."""

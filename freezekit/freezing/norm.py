@@ -263,7 +263,11 @@ def hold(module: nn.Module, parent: nn.Module | None = None) -> None:
     holder = Hold(module, parent)
     type(module).train(module, False)
     module.__dict__["train"] = holder
-    # What has no data yet is filled by a reset: of a lazy norm at its first forward, of one on meta after to_empty().
+    keep_statistics(module)
+
+
+def keep_statistics(module: nn.Module) -> None:
+    """Have a held layer refuse resets. While it has no data it is filled by one: a lazy norm, one on meta."""
     has_data = not any(is_lazy(buffer) or buffer.is_meta for buffer in statistics_of(module).values())
     if has_data and hasattr(type(module), "reset_running_stats"):
         module.__dict__["reset_running_stats"] = KeptStatistics()

@@ -431,6 +431,23 @@ def test_held_statistics_without_data_are_filled_by_a_reset() -> None:
         assert norm.running_var.tolist() == [1, 1, 1]
 
 
+def test_frozen_again_once_they_have_data_statistics_are_not_reset() -> None:
+    lazy, meta = nn.LazyBatchNorm1d(), nn.BatchNorm1d(3, device="meta")
+    for norm in (lazy, meta):
+        freeze(norm, norm="freeze")
+    lazy(torch.randn(4, 3))
+    meta.to_empty(device="cpu").reset_parameters()
+    for norm in (lazy, meta):
+        norm.running_mean.fill_(2)
+        freeze(norm, norm="freeze")
+        with pytest.warns(NormWarning, match="reset_running_stats"):
+            norm.reset_running_stats()
+        assert norm.running_mean.tolist() == [2, 2, 2]
+        unfreeze(norm)
+        norm.reset_running_stats()
+        assert norm.running_mean.tolist() == [0, 0, 0]
+
+
 def test_guard_sees_what_writes_to_held_statistics_itself() -> None:
     model = seen(*NORMS["BatchNorm1d"])
     freeze(model)
