@@ -199,7 +199,8 @@ def test_a_recording_of_others_that_begins_within_the_block_and_ends_behind_it_i
         inner.start()
     with pytest.raises(RuntimeError, match="nothing is recorded"):
         outer.kernels()
-    inner.stop()
+    with suppress(RuntimeError):  # which torch 2.11 raises itself
+        inner.stop()
     with profile() as after:
         F.relu(torch.randn(4))
     assert "aten::relu" in {row.label for row in after.kernels()}
@@ -209,8 +210,11 @@ IN_A_THREAD = """
 import threading, torch
 from freezekit.profiling import profile
 def record():
-    with torch.profiler.profile():
-        torch.ones(3) + 1
+    try:
+        with torch.profiler.profile():
+            torch.ones(3) + 1
+    except RuntimeError:  # torch 2.11 refuses to record there
+        print("told")
 try:
     with profile():
         thread = threading.Thread(target=record)
