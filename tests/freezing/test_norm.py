@@ -420,7 +420,7 @@ def test_what_computes_statistics_anew_leaves_held_ones_as_they_are_and_is_told(
         assert not any(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True) if a.numel() > 1)
 
 
-def test_held_statistics_without_data_are_filled_by_a_reset() -> None:
+def test_held_statistics_without_data_are_filled_by_a_reset_and_kept_once_frozen_again() -> None:
     lazy, meta = nn.LazyBatchNorm1d(), nn.BatchNorm1d(3, device="meta")
     for norm in (lazy, meta):
         freeze(norm, norm="freeze")
@@ -429,15 +429,6 @@ def test_held_statistics_without_data_are_filled_by_a_reset() -> None:
     for norm in (lazy, meta):
         assert norm.running_mean.tolist() == [0, 0, 0]
         assert norm.running_var.tolist() == [1, 1, 1]
-
-
-def test_frozen_again_once_they_have_data_statistics_are_not_reset() -> None:
-    lazy, meta = nn.LazyBatchNorm1d(), nn.BatchNorm1d(3, device="meta")
-    for norm in (lazy, meta):
-        freeze(norm, norm="freeze")
-    lazy(torch.randn(4, 3))
-    meta.to_empty(device="cpu").reset_parameters()
-    for norm in (lazy, meta):
         norm.running_mean.fill_(2)
         freeze(norm, norm="freeze")
         with pytest.warns(NormWarning, match="reset_running_stats"):
