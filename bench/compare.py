@@ -8,7 +8,7 @@
 
 Every side is asked for the same gradients, and its outputs and gradients are compared with stock's before it is timed.
 A side that fails, or computes something else, has a row that says so; the run goes on, and its file is written after
-each case. Exit code 0; 1 if a row failed; 2 for arguments that make no sense.
+each case. Exit code 0; 1 if a row failed; 2 for arguments that make no sense; 77 if `--until` left cases out.
 """
 
 import sys
@@ -32,7 +32,7 @@ from bench.environment import Environment
 from bench.measure import Case, MakeCase, Measured, describe, failed, measure
 from bench.report import Printout
 from bench.sections import SECTIONS, kernels, layers, models
-from bench.settings import Settings
+from bench.settings import NOT_RUN, Settings
 from bench.sides import SIDES, cudnn_benchmark
 from bench.timing import Clock, clock_for, small_heap
 
@@ -232,7 +232,7 @@ def main(arguments: list[str] | None = None, console: Console | None = None) -> 
     _deliver(asked, report, result, run)
     if run.failures:
         report.line(f"{run.failures} rows FAILED", "bold red")
-    return 1 if run.failures else 0
+    return 1 if run.failures else NOT_RUN if run.late and asked.until else 0
 
 
 def _deliver(asked: options.Asked, report: Printout, result: dict[str, Any], run: Run) -> None:

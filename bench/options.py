@@ -24,6 +24,7 @@ class Asked:
     sections: tuple[str, ...]
     threads: int | None
     time_limit: float | None
+    until: bool  # whether the limit is an instant, and what it leaves out is to be told by the exit code
     json: Path | None
     plot: Path | None
     baseline: Path | None
@@ -83,7 +84,8 @@ def parse(arguments: Sequence[str] | None, description: str | None = None) -> As
     notes = [f"left out: {name}: {why}" for name, why in absent.items()]
     for name in settings.sides:
         notes += [f"left out of {s}: {name}: {why}" for s in names if (why := _why_not(name, s, args.all))]
-    return Asked(settings, names, args.threads, limit or None, args.json, args.plot, args.baseline, tuple(notes))
+    until, files = args.until is not None, (args.json, args.plot, args.baseline)
+    return Asked(settings, names, args.threads, limit or None, until, *files, tuple(notes))
 
 
 def _why_not(side: str, section: str, everything: bool) -> str:

@@ -7,6 +7,8 @@ import torch
 from freezekit._tf32 import allows_tf32
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# The exit code where `--until` left cases out and no other failed, as for tools/gpu_check.
+NOT_RUN = 77
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@
 
 Each line is one layer and operator: the time of `select`'s choice, of the fastest kernel, and of ATen. All candidates
 are timed interleaved. A candidate that computes other values than ATen, or fails, is a line of its own and is not
-timed; the exit code is then 1. On sm_90 the kernels for sm_90a come last, each layer beside ATen once more. With
-`--json` the file is whole after each line.
+timed; the exit code is then 1, and 77 where `--until` left problems out. On sm_90 the kernels for sm_90a come last,
+each layer beside ATen once more. With `--json` the file is whole after each line.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from torch import Tensor
 from bench import document, layer_lists
 from bench.environment import describe
 from bench.layer_lists import LayerShape
-from bench.settings import DTYPES
+from bench.settings import DTYPES, NOT_RUN
 from bench.sides import cudnn_benchmark
 from bench.timing import clock_for, interleave
 from freezekit import _C
@@ -250,7 +250,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(summary(rows) + late)
     if unwritten:
         print(unwritten)
-    return 1 if wrong or unwritten else 0
+    return 1 if wrong or unwritten else NOT_RUN if late else 0
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from bench.environment import ROOT, Peaks
 from bench.measure import Measured, measure
 from bench.report import Printout
 from bench.sections import kernels, layers
-from bench.settings import Settings
+from bench.settings import NOT_RUN, Settings
 from bench.timing import HostClock
+from tools.gpu_check import step
 
 TINY = ["--device", "cpu", "--layers", "tiny", "--repeat", "1"]
 
@@ -127,6 +129,13 @@ def test_time_limit_says_what_was_not_run(tmp_path: Path) -> None:
     assert "8 of 8 cases of layers" in text
     assert text.splitlines()[-1].endswith("out.json: 0 rows; 8 cases were not run within the time limit")
     assert document.read(path)["skipped"]
+
+
+def test_an_instant_that_leaves_cases_out_is_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    until, quiet = str(time.monotonic()), Console(quiet=True)
+    assert compare.main([*TINY, "--section", "layers", "--until", until], quiet) == NOT_RUN == step.NOT_RUN
+    monkeypatch.setattr(compare.Run, "failures", 1)
+    assert compare.main([*TINY, "--section", "layers", "--until", until], quiet) == 1
 
 
 def test_who_takes_no_part_is_told() -> None:

@@ -55,7 +55,7 @@ def test_no_further_from_float64_than_stock(
 ) -> None:
     backend, device = place
     ratios: list[list[float]] = []
-    for seed in range(9):
+    for seed in range(25 if backend == "aten" else 9):
         torch.manual_seed(seed)
         exact = settled(PATTERNS[name]()).to(device)
         for tensor in [*exact.parameters(), *exact.buffers()]:  # what all three compute with is the same
@@ -68,8 +68,9 @@ def test_no_further_from_float64_than_stock(
             ours = outcome(fuse(stock), x)
         ratios.append([rms(a, c) / rms(b, c) for a, b, c in zip(ours, theirs, reference, strict=True)])
     # The median: values close to 0 fall to this or that side of a ReLU by chance, and carry much of one run's error.
+    # In float32 the two sum up in other orders; in 16 bits what is rounded between the layers outweighs that.
     for ratio in zip(*ratios, strict=True):
-        assert statistics.median(ratio) <= 1.1
+        assert statistics.median(ratio) <= (1.1 if dtype == torch.float32 else 1.02)
 
 
 def rms(value: Tensor, reference: Tensor) -> float:
