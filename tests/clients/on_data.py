@@ -1,6 +1,7 @@
 """The networks of `tests.clients.kept` on data, converted and enabled, against stock.
 
-Of each the bytes that it keeps, as the allocator counts them, its outputs and the gradient of its input.
+Of each the bytes that it keeps, as the allocator counts them, its outputs, the gradient of its input, and the CPU time
+of a forward and a backward pass on one thread, the three ways in turn.
 
     PYTHONPATH=.:build/clients python -m tests.clients.on_data ROWS [--client NAME ...] [--minutes M]
 
@@ -19,9 +20,10 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -33,12 +35,14 @@ from torch.utils._pytree import tree_leaves
 
 import freezekit as fk
 from bench.memory import trace
+from bench.timing import Interleaved, Timeable, interleave
 from tests.clients.harness import largest_error
 from tests.clients.kept import CLIENTS, Network
 from tests.clients.packages import missing
 
-SECONDS, BYTES = 90, 12 * 2**30  # of one network's process
+SECONDS, BYTES = 120, 12 * 2**30  # of one network's process
 PARAMETERS = 130_000_000  # of one network: more take minutes
+TIMED = 9.0  # seconds, of which each way gets a third
 ROUNDING = 1e-4  # of a gradient: sums in another order, through a hundred layers
 
 
@@ -50,11 +54,13 @@ class Side:
         kept: bytes, of what stock keeps.
         equal: whether the outputs are stock's, bit for bit.
         error: the largest difference of the input's gradient, relative to its largest element.
+        time: CPU seconds of a step, of what stock takes: the median of rounds.
     """
 
     kept: float
     equal: bool
     error: float
+    time: float = field(default=1.0, compare=False)
 
     def is_wrong(self) -> bool:
         return not self.equal or not self.error <= ROUNDING
@@ -74,7 +80,8 @@ class Row:
         if self.failure:
             return f"| {self.client}: {self.name} | {self.failure} |"
         cells = [
-            f"{side.kept:.3f}, {'=' if side.equal else 'differs'}, {f'{side.error:.0e}' if side.error else '='}"
+            f"{side.kept:.3f}, {'=' if side.equal else 'differs'}, {f'{side.error:.0e}' if side.error else '='}, "
+            f"{side.time:.3f}"
             for side in self.sides.values()
         ]
         return f"| {self.client}: {self.name} | {self.stock / 2**20:.1f} MiB | {' | '.join(cells)} |"
@@ -118,6 +125,32 @@ def run(call: Callable[[Tensor], Any], x: Tensor) -> tuple[int, list[Tensor], Te
     return kept, values, gradient
 
 
+class CpuClock:
+    """CPU seconds of this thread, which does not count what else the machine runs."""
+
+    def __call__(self, step: Timeable, calls: int) -> float:
+        start = time.thread_time()
+        for _ in range(calls):
+            step()
+        return (time.thread_time() - start) / calls
+
+
+def times(calls: Mapping[str, Callable[[Tensor], Any]], x: Tensor) -> Interleaved:
+    """Forward and backward passes in turn, for some seconds."""
+
+    def step(call: Callable[[Tensor], Any]) -> None:
+        leaf = x.clone().requires_grad_()
+        torch.manual_seed(2)
+        values = [y for y in tree_leaves(call(leaf)) if isinstance(y, Tensor) and y.requires_grad]
+        torch.autograd.grad(values, leaf, [torch.ones_like(y) for y in values])
+
+    steps = {name: partial(step, call) for name, call in calls.items()}
+    start = time.thread_time()
+    steps["stock"]()
+    rounds = int(TIMED / len(steps) / (time.thread_time() - start))
+    return interleave(steps, clock=CpuClock(), rounds=min(max(rounds, 3), 41), within={"enabled": fk.enabled})
+
+
 def measure(network: Network) -> Row:
     """Of one image, which takes half of the time; of two where that differs from stock.
 
@@ -151,13 +184,13 @@ def measure_images(network: Network, count: int) -> Row:
     again = side(model, nullcontext())
     if again.is_wrong():
         raise ValueError(f"stock is not stock's: gradients differ by {again.error:.0e}")
-    enabled = side(model, fk.enabled())
-    return Row(
-        network.client,
-        network.name,
-        stock,
-        {"converted": side(fk.convert(copy.deepcopy(model)), nullcontext()), "enabled": enabled},
-    )
+    converted = fk.convert(copy.deepcopy(model))
+    sides = {"converted": side(converted, nullcontext()), "enabled": side(model, fk.enabled())}
+    models = {"stock": model, "converted": converted, "enabled": model}
+    timed = times({way: partial(network.call, model) for way, model in models.items()}, x)
+    for way, side_ in sides.items():
+        sides[way] = replace(side_, time=timed.ratio(way, "stock").median)
+    return Row(network.client, network.name, stock, sides)
 
 
 def _in_child(network: Network, to: Connection) -> None:
@@ -190,7 +223,8 @@ def measured(network: Network, seconds: float = SECONDS) -> Row:
 
 def summary(rows: list[Row]) -> str:
     """Lines: by client how many networks, mean and median of what they keep, and what differs."""
-    lines = ["| client | networks | converted: mean | median | enabled: mean | median |", "|" + " --- |" * 6]
+    lines = ["| client | networks | converted: mean | median | enabled: mean | median | time: converted | enabled |"]
+    lines.append("|" + " --- |" * 8)
     counted = [row for row in rows if not row.failure]
     for client in [*dict.fromkeys(row.client for row in counted), "all"]:
         own = [row for row in counted if client in (row.client, "all")]
@@ -199,6 +233,7 @@ def summary(rows: list[Row]) -> str:
             for way in ("converted", "enabled")
             for mean in (statistics.mean, statistics.median)
         ]
+        cells += [f"{statistics.mean(row.sides[way].time for row in own):.3f}" for way in ("converted", "enabled")]
         lines.append(f"| {client} | {len(own)} | {' | '.join(cells)} |")
     for way in ("converted", "enabled"):
         sides = [row.sides[way] for row in counted]
