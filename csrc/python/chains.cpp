@@ -14,7 +14,7 @@ py::object activation(const py::object& function, const py::object& input, const
   const at::Tensor x = THPVariable_Unpack(input.ptr());
   const auto recipe = [&] {
     const py::gil_scoped_release no_gil;
-    return enable::recipe_for(x, chain::Maker::norm);
+    return enable::recipe_at_layer(x);
   }();
   if (!recipe) return function(input, *rest, **named);
   const py::object y = [&] {

@@ -6,8 +6,12 @@
 #include <ATen/Context.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/ops/adaptive_avg_pool2d.h>
+#include <ATen/ops/gelu.h>
 #include <ATen/ops/group_norm.h>
+#include <ATen/ops/hardswish.h>
 #include <ATen/ops/layer_norm.h>
+#include <ATen/ops/mish.h>
+#include <ATen/ops/silu.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/jit/frontend/tracer.h>
@@ -89,6 +93,10 @@ bool read(PyObject* object, Tensor* tensor) {
 bool read(PyObject* object, OptionalTensor* tensor) {
   if (!object || object == Py_None) return true;
   return read(object, &tensor->emplace());
+}
+
+bool is_text(PyObject* object, const char* text) {
+  return object && PyUnicode_Check(object) && PyUnicode_CompareWithASCIIString(object, text) == 0;
 }
 
 // The arguments from `first` on, one after another.
@@ -208,6 +216,37 @@ Tensor quick_prelu(const Given& given) {
   });
 }
 
+// call(), an activation of x by torch's operator. Where a norm made x, its node keeps a recipe instead of x.
+template <class Call>
+Tensor behind_norm(const Tensor& x, const Call& call, bool inplace = false) {
+  return without_gil([&]() -> Tensor {
+    // In place of a view, the node is one of the view's base.
+    const auto recipe = inplace && x.is_view() ? nullptr : enable::recipe_at_layer(x);
+    if (!recipe) return call();
+    const Tensor y = [&] {
+      const chain::Unseen unseen;
+      return call();
+    }();
+    chain::keep(y, chain::Slot::self, x, recipe);
+    return y;
+  });
+}
+
+template <Tensor (*kFunction)(const Tensor&), Tensor& (*kInPlace)(Tensor&)>
+Tensor quick_smooth(const Given& given) {
+  Tensor x;
+  bool inplace = false;
+  if (!read_all(given, 0, &x, &inplace)) return {};
+  return behind_norm(x, [&]() -> Tensor { return inplace ? kInPlace(x) : kFunction(x); }, inplace);
+}
+
+Tensor quick_gelu(const Given& given) {
+  Tensor x;
+  const bool by_tanh = is_text(given[1], "tanh");
+  if (!read(given[0], &x) || (given[1] && !by_tanh && !is_text(given[1], "none"))) return {};
+  return behind_norm(x, [&] { return at::gelu(x, by_tanh ? "tanh" : "none"); });
+}
+
 Tensor quick_dropout(const Given& given) {
   Tensor x;
   double p = 0.5;
@@ -325,12 +364,12 @@ Tensor quick_adaptive_avg_pool2d(const Given& given) {
 Tensor quick_pad(const Given& given) {
   Tensor x;
   c10::SmallVector<int64_t, 4> padding;
-  if (!read_all(given, 0, &x, &padding) || padding.empty() || padding.size() % 2 || padding.size() > 6 || !given[2] ||
-      !PyUnicode_Check(given[2]) || (given[3] && given[3] != Py_None) || !is_unseen(x)) {
+  if (!read_all(given, 0, &x, &padding) || padding.empty() || padding.size() % 2 || padding.size() > 6 ||
+      (given[3] && given[3] != Py_None) || !is_unseen(x)) {
     return {};
   }
-  const bool reflects = PyUnicode_CompareWithASCIIString(given[2], "reflect") == 0;
-  if (!reflects && PyUnicode_CompareWithASCIIString(given[2], "replicate") != 0) return {};
+  const bool reflects = is_text(given[2], "reflect");
+  if (!reflects && !is_text(given[2], "replicate")) return {};
   const int64_t batch_dims = x.dim() - static_cast<int64_t>(padding.size() / 2);
   if (batch_dims < 1 || batch_dims > 2) return {};
   return without_gil([&] {
@@ -367,16 +406,20 @@ void bind_quick(py::module_& parent) {
       method<quick_convolution<2, true>, 8>("conv_transpose2d"),
       method<quick_convolution<3, true>, 8>("conv_transpose3d"),
       method<quick_dropout, 4>("dropout"),
+      method<quick_gelu, 2>("gelu"),
       method<quick_group_norm, 5>("group_norm"),
+      method<quick_smooth<at::hardswish, at::hardswish_>, 2>("hardswish"),
       method<quick_hardtanh, 4>("hardtanh"),
       method<quick_layer_norm, 5>("layer_norm"),
       method<quick_leaky_relu, 3>("leaky_relu"),
       method<quick_max_pool<1>, 7>("max_pool1d"),
       method<quick_max_pool<2>, 7>("max_pool2d"),
       method<quick_max_pool<3>, 7>("max_pool3d"),
+      method<quick_smooth<at::mish, at::mish_>, 2>("mish"),
       method<quick_pad, 4>("pad"),
       method<quick_prelu, 2>("prelu"),
       method<quick_relu, 2>("relu"),
+      method<quick_smooth<at::silu, at::silu_>, 2>("silu"),
       {"set_backend", set_backend, METH_O, "The backend of all calls from here on."},
       {nullptr, nullptr, 0, nullptr},
   };

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from freezekit import _C, backends
-from freezekit.enabling import is_enabled
 from freezekit.functional._torch import LEFT_TO_TORCH, are_numbers, as_torch
 
 _activation = torch.ops.freezekit.activation.default
@@ -154,7 +153,7 @@ def _apply(input: Tensor, inplace: bool, kind: str, a: float, b: float) -> Tenso
     return input
 
 
-@as_torch(F.silu)
+@as_torch(F.silu, _C.quick.silu)
 def silu(input: Tensor, inplace: bool = False) -> Tensor:
     """`torch.nn.functional.silu`; it keeps its input, and nothing behind :func:`group_norm` or :func:`layer_norm`.
 
@@ -186,7 +185,7 @@ def gelu(input: Tensor, *, approximate: str = "none") -> Tensor:
     return _behind_norm(F.gelu, input, approximate=approximate)
 
 
-@as_torch(F.hardswish)
+@as_torch(F.hardswish, _C.quick.hardswish)
 def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
     """`torch.nn.functional.hardswish`; behind a norm it keeps nothing, as :func:`silu`.
 
@@ -200,7 +199,7 @@ def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
     return _behind_norm(F.hardswish, input, inplace)
 
 
-@as_torch(F.mish)
+@as_torch(F.mish, _C.quick.mish)
 def mish(input: Tensor, inplace: bool = False) -> Tensor:
     """`torch.nn.functional.mish`; behind a norm it keeps nothing, as :func:`silu`.
 
@@ -216,7 +215,7 @@ def mish(input: Tensor, inplace: bool = False) -> Tensor:
 
 def _behind_norm(function: Callable[..., Tensor], input: Tensor, *rest: Any, **named: Any) -> Tensor:
     """torch's own call, whose node keeps a recipe for its input where there is one."""
-    # Compilers have chains of their own, and while enabled torch's operator does the same.
-    if not isinstance(input, Tensor) or torch.compiler.is_compiling() or is_enabled():
+    # Compilers have chains of their own.
+    if not isinstance(input, Tensor) or torch.compiler.is_compiling():
         return LEFT_TO_TORCH
     return _C.chains.activation(function, input, *rest, **named)

@@ -1,9 +1,12 @@
 """Activations and dropout that keep one bit per element; smooth ones, which behind a norm keep nothing."""
 
 from torch import Tensor, fx, nn
+from torch.compiler import is_dynamo_compiling
 
-from freezekit import functional
+from freezekit import _C, functional
 from freezekit.nn._tracers import as_leaf
+
+_quick = _C.quick.gelu
 
 
 class ReLU(nn.ReLU):
@@ -104,6 +107,11 @@ class GELU(nn.GELU):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        # functional.gelu takes the formula by name, and so not the quick way.
+        if not is_dynamo_compiling():
+            y = _quick(input, self.approximate)
+            if y is not None:
+                return y
         return functional.gelu(input, approximate=self.approximate)
 
 

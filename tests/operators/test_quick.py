@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import freezekit as fk
+from bench import overhead
+from bench.memory import bytes_kept
 from freezekit import _C
 from tests.observe import Calls
 
@@ -55,14 +57,18 @@ CALLS: dict[str, tuple[tuple[Any, ...], int]] = {
     "batch_norm": ((*STATISTICS, WEIGHT, None, False, 0.1, 1e-5), 5),
     "conv_transpose2d": ((torch.randn(4, 2, 3, 3), None, 2, (1, 1), 1, 1, 1), 6),
     "dropout": ((0.5, True, False), 3),
+    "gelu": (("tanh",), 1),
     "group_norm": ((2, WEIGHT, WEIGHT, 1e-5), 3),
+    "hardswish": ((False,), 1),
     "hardtanh": ((-0.5, 0.5, False), 3),
     "layer_norm": (((6, 6), None, None, 1e-5), 3),
     "leaky_relu": ((0.25, False), 2),
     "max_pool2d": ((3, (2, 1), 1, 1, True, False), 5),
+    "mish": ((False,), 1),
     "pad": (((1, 2, 0, 1), "reflect", None), 1),
     "prelu": ((torch.tensor([0.25]),), 0),
     "relu": ((False,), 1),
+    "silu": ((False,), 1),
 }
 ROWS: dict[str, tuple[tuple[Any, ...], int]] = {
     "conv1d": ((torch.randn(2, 4, 3), None, 1, 1, 1, 1), 5),
@@ -91,6 +97,11 @@ def test_values_nodes_and_gradients_are_those_of_the_function(
     name: str, x: Tensor, settings: tuple[Any, ...], optional: int, backend: Any
 ) -> None:
     function, quick = getattr(fk.functional, name), getattr(_C.quick, name)
+    if name == "gelu":  # which takes its setting by name
+
+        def function(x: Tensor, *given: str) -> Tensor:
+            return fk.functional.gelu(x, **dict(zip(["approximate"], given)))
+
     for count in range(len(settings) - optional, len(settings) + 1):
         found = []
         for call in (quick, function):
@@ -122,10 +133,49 @@ def test_unusual_calls_are_left_to_python_whatever_they_are(
 
 
 def test_in_place_gives_the_tensor_itself() -> None:
-    for name, settings in (("relu", ()), ("hardtanh", (-1.0, 1.0)), ("leaky_relu", (0.5,)), ("dropout", (0.5, True))):
+    settings_of = {"relu": (), "hardtanh": (-1.0, 1.0), "leaky_relu": (0.5,), "dropout": (0.5, True)}
+    for name, settings in {**settings_of, **dict.fromkeys(["silu", "hardswish", "mish"], ())}.items():
         x = X.clone()
         assert getattr(_C.quick, name)(x, *settings, True) is x
         assert x._version > 0
+
+
+@pytest.mark.parametrize("case", overhead.CASES, ids=lambda case: case.name)
+def test_what_the_bench_times_is_the_quick_way(case: overhead.TinyLayer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def goes_on(*arguments: object) -> bool:
+        raise LookupError(case.name)
+
+    monkeypatch.setattr("freezekit.functional._torch._learns", goes_on)
+    monkeypatch.setattr("freezekit.functional._conv2d.has_torch_function_variadic", goes_on)
+    layer = fk.convert(case.make())
+    x = torch.ones(1, case.channels, 8, 8, requires_grad=True)
+    assert layer(x).requires_grad
+    if not isinstance(layer, nn.BatchNorm2d):  # by batch statistics it is torch's alone
+        with Watch(), pytest.raises(LookupError):
+            layer(x)
+
+
+@pytest.mark.parametrize("name", ["silu", "gelu", "hardswish", "mish"])
+@pytest.mark.parametrize("around", [contextlib.nullcontext, Watch, fk.enabled])
+def test_a_chain_is_made_on_either_way(name: str, around: Any) -> None:
+    norm, call = fk.convert(nn.GroupNorm(2, 8)), getattr(fk.functional, name)
+    x = torch.randn(2, 8, 16, 16, requires_grad=True)
+    with around():
+        kept = bytes_kept(lambda x: call(norm(x)), x)
+    assert x.nbytes <= kept < 1.1 * x.nbytes
+
+
+@pytest.mark.parametrize("name", ["silu", "hardswish", "mish"])
+@pytest.mark.parametrize("part", [lambda y: y[:], lambda y: y.view(2, 8, -1), lambda y: y[:, :4]])
+def test_in_place_of_a_view_of_a_norm_s_result(name: str, part: Any) -> None:
+    found = []
+    for call in (getattr(nn.functional, name), getattr(fk.functional, name)):
+        torch.manual_seed(0)
+        x = torch.randn(2, 8, 16, 16, requires_grad=True)
+        y = fk.functional.group_norm(x, 2)
+        z = call(part(y), inplace=True)
+        found.append((z.detach(), *torch.autograd.grad(z.square().sum() + y.sum(), x)))
+    assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize(

@@ -198,6 +198,11 @@ RecipePtr recipe_for(const Tensor& value, Maker maker, const Tensor& beside) {
   return may_have ? chain::recipe_for(value, maker, detail::is_watched_here(), beside) : nullptr;
 }
 
+RecipePtr recipe_at_layer(const Tensor& value) {
+  const bool is_recorded = at::GradMode::is_enabled() && value.requires_grad();
+  return is_recorded && !is_enabled() ? recipe_for(value, Maker::norm) : nullptr;
+}
+
 void note_norm(const Tensor& result, const Tensor& bias, double eps) {
   const bool may_have = result.device().is_cpu() && !is_small(result) && serves(Value::ours, result, bias);
   if (may_have && chain::is_large(result)) chain::note_norm(result, bias, eps);

@@ -1,6 +1,7 @@
 #include "torch/enable/enable.h"
 
 #include <array>
+#include <atomic>
 #include <memory>
 
 #include "torch/enable/operator.h"
@@ -14,6 +15,7 @@ constexpr std::array<c10::DispatchKey, 3> kKeys = {c10::DispatchKey::AutogradCPU
 
 // A registration lasts as long as its Library.
 std::array<std::unique_ptr<torch::Library>, kKeys.size()> registrations;
+std::atomic<bool> is_enabled_ = false;
 
 }  // namespace
 
@@ -23,12 +25,17 @@ std::vector<std::string> enable() {
     registrations[i] = std::make_unique<torch::Library>(torch::Library::IMPL, "aten", kKeys[i], __FILE__, __LINE__);
     libraries[i] = registrations[i].get();
   }
-  return AnyStandIn::take_over(libraries, kKeys);
+  std::vector<std::string> others = AnyStandIn::take_over(libraries, kKeys);
+  is_enabled_ = true;
+  return others;
 }
 
 void disable() {
+  is_enabled_ = false;
   for (auto& registration : registrations) registration.reset();
 }
+
+bool is_enabled() { return is_enabled_.load(std::memory_order_relaxed); }
 
 std::vector<std::string> operators() { return AnyStandIn::names(); }
 

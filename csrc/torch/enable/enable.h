@@ -16,6 +16,7 @@ void set_is_compiled(IsCompiled);
 std::vector<std::string> enable();
 // Takes them out again: every dispatch table is what it was.
 void disable();
+bool is_enabled();
 
 // Whether the dispatch modes of this thread are freezekit's own, which want to see what freezekit does.
 void set_watched(bool watched);
