@@ -104,6 +104,11 @@ class Twin:
             yield from root.parameters()
             yield from root.buffers()
 
+    def held(self) -> Iterator[Tensor]:
+        """What the copied modules hold: these, and tensors in other attributes."""
+        attributes = [vars(module) for _, module in self.named_modules()]
+        return (value for value in tree_leaves(attributes) if isinstance(value, Tensor))
+
     def run(self) -> Any:
         """Calls the copy, within `undisturbed`.
 
@@ -140,9 +145,8 @@ class Twin:
     def settle(self) -> None:
         """Gives data to what outlives the run, once the graph is gone: see `Constants`."""
         if self._constants is not None:
-            attributes = [vars(module) for _, module in self.named_modules()]
             with random_numbers_kept(self._devices):
-                self._constants.settle({id(value) for value in tree_leaves(attributes) if isinstance(value, Tensor)})
+                self._constants.settle(set(map(id, self.held())))
 
     def _stand_in(self, tensor: Tensor) -> Tensor:
         """The copy of one tensor."""

@@ -240,7 +240,7 @@ def functional_calls(model: nn.Module, inputs: Arguments) -> list[FunctionCall]:
 
     def run(twin: Twin) -> _Seen:
         seen = _Seen()
-        seen.own = {storage._cdata for t in twin.tensors() for storage in storages_of(t)}
+        seen.own = {storage._cdata for t in twin.held() for storage in storages_of(t)}
         for name, module in twin.named_modules():
             module.register_forward_pre_hook(lambda *_, name=name: seen.modules.append(name))
             module.register_forward_hook(lambda *_: seen.modules.pop() and None, always_call=True)

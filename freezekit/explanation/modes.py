@@ -14,7 +14,7 @@ from torch.utils.flop_counter import flop_registry
 
 from freezekit._inputs import tensors_in
 from freezekit._twin import CannotWatch, call_higher_order, is_higher_order
-from freezekit.explanation import larger
+from freezekit.explanation import larger, layouts
 from freezekit.explanation.record import Call
 from freezekit.fusion.classes import plan_of
 from freezekit.fusion.layers import why_unfused
@@ -128,6 +128,7 @@ class Operators(TorchDispatchMode):
             if kind is torch.ops.aten.native_batch_norm:
                 result = _with_mixed_statistics(args, result)
             larger.store(kind, args, result)
+            result = layouts.lay_out(func, args, result)
         call = self.recorder.current()
         if call is None:
             return result

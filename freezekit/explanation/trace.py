@@ -71,7 +71,7 @@ class Recorder:
         self._active: list[tuple[nn.Module | None, int]] = [(twin.roots.get(""), 0)] if outside else []
         self._entries = 0
         of_strangers = [tensor for module in twin.strangers for tensor in module.buffers(recurse=False)]
-        there = [*twin.tensors(), *of_strangers]
+        there = [*twin.held(), *of_strangers]
         self._not_counted = {storage._cdata for tensor in there for storage in storages_of(tensor)}
         self._alive: list[Any] = []
         self._packed: list[list[Tensor]] = []

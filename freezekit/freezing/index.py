@@ -97,7 +97,7 @@ class Index:
             found |= self.making(pattern)
         elif not isinstance(pattern, nn.Module | type) and callable(pattern):
             _check_predicate(pattern)
-            return {id(p) for name, p in self.params.items() if pattern(name, p)}
+            return {id(p) for name, p in self.params.items() if _says(pattern, name, p)}
         return found.union(*map(self.under, meeting(self.modules, pattern, "patterns", _PARAMETERS)))
 
     def has(self, pattern: Any) -> bool:
@@ -130,7 +130,8 @@ class Index:
                 f"{type(self.model).__name__}; it has {kinds or 'no layer with parameters'}"
             )
         if isinstance(pattern, nn.Module | nn.Parameter):
-            return f"patterns: this {type(pattern).__name__} is not part of the model, or has nothing to freeze"
+            what = shown(pattern) if isinstance(pattern, nn.Parameter) else f"this {type(pattern).__name__}"
+            return f"patterns: {what} is not part of the model, or has nothing to freeze"
         name = getattr(pattern, "__name__", repr(pattern))
         return f"patterns: the predicate {name} selects none of the {len(self.names)} parameters"
 
@@ -189,6 +190,13 @@ def _check_predicate(pattern: Callable[..., Any]) -> None:
         signature.bind("name", "parameter")
     except TypeError:
         raise TypeError(f"patterns: a predicate is called as f(name, parameter), got {shown(pattern)}") from None
+
+
+def _says(predicate: Callable[..., Any], name: str, param: nn.Parameter) -> bool:
+    answer = predicate(name, param)
+    if isinstance(answer, Tensor) and answer.numel() != 1:
+        raise TypeError(f"patterns: a predicate must return True or False;\ngot {shown(answer)} for {name!r}")
+    return bool(answer)
 
 
 def meeting(modules: dict[str, nn.Module], pattern: Any, argument: str, expected: str = _MODULES) -> list[str]:

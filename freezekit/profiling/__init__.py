@@ -121,7 +121,8 @@ class profile(Shown):
             _recording.release()
 
     def __del__(self) -> None:
-        self.__exit__(GeneratorExit, None, None)
+        if "_is_open" in vars(self):  # not where __init__ had refused its arguments
+            self.__exit__(GeneratorExit, None, None)
 
     def kernels(self) -> KernelTable:
         """The kernel table; print it."""

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import freezekit as fk
 from freezekit._inputs import arguments
@@ -36,7 +37,9 @@ def net() -> nn.Module:
 
 
 def kept_on_data(model: nn.Module, x: Tensor) -> int:
-    return bytes_saved(lambda: model(x), [*model.parameters(), *model.buffers()])
+    """Bytes that autograd saves, without those of tensors that the model holds before the call."""
+    there = tree_leaves([vars(module) for module in model.modules()])
+    return bytes_saved(lambda: model(x), [value for value in there if isinstance(value, Tensor)])
 
 
 REGIMES = {

@@ -182,10 +182,10 @@ def test_nothing_changes(name: str, measure: bool | None) -> None:
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in ("compiled", "Writing", "converted")])
 def test_bytes_are_those_of_a_real_step(name: str, needs_dx: bool) -> None:
     model, x = MODELS[name](), torch.randn(2, 3, 8, 8, requires_grad=needs_dx)
-    explained = fk.explain(model, x)
-    assert explained.measured == (name in ("Value", "Recurrent"))
-    assert explained.bytes_kept == kept_on_data(model, x)
-    assert fk.explain(model, x, measure=True).bytes_kept == explained.bytes_kept
+    for _ in range(2):  # the second finds what the first one cached
+        explained, measured = fk.explain(model, x), fk.explain(model, x, measure=True)
+        assert explained.measured == (name in ("Value", "Recurrent"))
+        assert explained.bytes_kept == measured.bytes_kept == kept_on_data(model, x)
 
 
 @pytest.mark.parametrize("kind", [Value, Recurrent])

@@ -193,8 +193,16 @@ def test_pairs_whose_name_is_something_else_too_are_refused_and_tuples_of_two_pa
     assert all(p.requires_grad for p in model.parameters())
     assert list(select(model, [("0", model[1][1].weight)]).params) == ["0.weight", "0.bias", "1.1.weight"]
     assert list(select(model, [("0", model[1][1])]).params) == ["0.weight", "0.bias", "1.1.weight", "1.1.bias"]
-    with pytest.raises(PatternError, match="this Parameter is not part of the model"):
+    with pytest.raises(PatternError, match=r"a Parameter of shape \(2, 2\) is not part of the model"):
         freeze(model, nn.Sequential(nn.Linear(2, 2)).named_parameters())
+
+
+def test_a_predicate_that_gives_a_tensor_is_told_with_its_shape() -> None:
+    model = nn.Linear(2, 3)
+    with pytest.raises(TypeError, match=r"must return True or False;\ngot a Tensor of shape \(3, 2\) for 'weight'$"):
+        freeze(model, lambda name, param: param > 0)
+    freeze(model, lambda name, param: param.max() < 9)
+    assert not model.weight.requires_grad
 
 
 def test_pairs_of_a_tied_parameter_mean_it_under_any_of_its_names() -> None:

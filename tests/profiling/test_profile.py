@@ -294,3 +294,10 @@ def test_a_block_that_is_left_without_its_end_lets_others_record(leave: Callable
     with torch.profiler.profile() as torchs:
         F.relu(torch.randn(4))
     assert "aten::relu" in {event.name for event in torchs.events()}
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_a_wrong_argument_is_one_error() -> None:
+    with pytest.raises(TypeError, match="positional argument"):
+        profile(nn.ReLU())
+    gc.collect()
