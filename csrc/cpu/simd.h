@@ -11,8 +11,10 @@
 #define FK_SIMD_CLONES                                                         \
   __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"), \
                  optimize("O3", "no-math-errno", "no-trapping-math"), flatten))
+#define FK_HAS_SIMD_CLONES 1
 #else
 #define FK_SIMD_CLONES
+#define FK_HAS_SIMD_CLONES 0
 #endif
 
 // For functions that only ever run inside such a one.
@@ -23,6 +25,8 @@
 #endif
 
 namespace freezekit::cpu {
+
+constexpr bool kHasClones = FK_HAS_SIMD_CLONES;
 
 // A function as such a one. Arguments are passed as they are given: by std::ref, references.
 template <auto kFunction, class... Arguments>

@@ -1,9 +1,12 @@
 // A C face of csrc/cpu for ctypes. It is compiled once for each instruction set that FK_SIMD_CLONES names, so that a test
 // can hold their results against each other: the loader of the package only ever picks one of them.
+#include <vector>
+
 #include "cpu/gate.h"
 #include "cpu/max_pool.h"
 #include "cpu/relu_avx512.h"
 #include "cpu/smooth.h"
+#include "cpu/winograd.h"
 
 using namespace freezekit::cpu;
 
@@ -122,4 +125,26 @@ EXPORT void driver_from_float(int dtype, const float* from, uint16_t* to, int64_
   for (int64_t i = 0; i < count; ++i) {
     to[i] = dtype == 2 ? down<Float16>(from[i]).bits : down<BFloat16>(from[i]).bits;
   }
+}
+
+namespace {
+
+// x and y as `size` says, the filters KCRS, all dense.
+template <int kLanes>
+bool winograd(const Winograd& size, const float* x, const float* w, float* y) {
+  const WinogradBlock<kLanes> block(size);
+  std::vector<float> u(block.filter_numel()), workspace(block.workspace_numel());
+  block.transform_filter({w, size.in * 9, 9, 3, 1}, u.data(), 0, size.out / kWinogradUnit);
+  // In two parts, of which the second begins inside a row.
+  const int64_t half = size.tiles() / 2;
+  const bool finite = block.run(x, u.data(), y, workspace.data(), 0, half);
+  return block.run(x, u.data(), y, workspace.data(), half, size.tiles()) && finite;
+}
+
+}  // namespace
+
+EXPORT bool driver_winograd(int lanes, const int64_t* sizes, bool nhwc, const float* x, const float* w, float* y) {
+  const Winograd size = {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4],
+                         sizes[5], sizes[6], sizes[7], sizes[8], nhwc};
+  return lanes == 16 ? winograd<16>(size, x, w, y) : winograd<8>(size, x, w, y);
 }

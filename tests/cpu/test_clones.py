@@ -39,6 +39,7 @@ def library(target: str) -> ctypes.CDLL:
     BUILD.mkdir(parents=True, exist_ok=True)
     out = BUILD / f"{target}.so"
     options = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", f"-march={target}", "-fPIC", "-shared"]
+    options += ["-Wno-psabi"]  # vectors that such a processor has not are passed to nothing: all is inlined
     command = [
         "g++",
         *options,
@@ -235,3 +236,42 @@ def test_codes_are_applied_to_the_bit(target: str, dtype: torch.dtype, bits: int
         single = unpacked(codes, bits, numel)
         derivative = torch.where(single == 2**bits - 1, float("nan"), (single.float() - zero) / unit)
         assert_identical(dx, (dy.float() * derivative).to(dtype))
+
+
+def winograd(
+    target: str, lanes: int, x: Tensor, w: Tensor, padding: tuple[int, int], nhwc: bool
+) -> tuple[Tensor, bool]:
+    n, c, h, width = x.shape
+    p, q = h + 2 * padding[0] - 2, width + 2 * padding[1] - 2
+    sizes = (ctypes.c_int64 * 9)(n, c, w.shape[0], h, width, p, q, *padding)
+    layout = torch.channels_last if nhwc else torch.contiguous_format
+    x, y = x.contiguous(memory_format=layout), torch.full((n, w.shape[0], p, q), 7.0).contiguous(memory_format=layout)
+    run = library(target).driver_winograd
+    run.restype = ctypes.c_bool
+    return y, run(lanes, sizes, ctypes.c_bool(nhwc), pointer(x), pointer(w), pointer(y))
+
+
+@pytest.mark.parametrize("padding", [(1, 1), (0, 2), (4, 0)])
+@pytest.mark.parametrize("target", TARGETS)
+def test_winograd_convolutions_are_exact_on_integers_and_the_same_everywhere(
+    target: str, padding: tuple[int, int]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for size, filters in (((2, 32, 7, 9), 64), ((1, 64, 12, 23), 32), ((1, 32, 3, 400), 96), ((9, 32, 4, 5), 32)):
+        x = torch.randint(-4, 5, size, generator=generator).float()
+        w = torch.randint(-4, 5, (filters, size[1], 3, 3), generator=generator).float()
+        noise = torch.randn(size, generator=generator)
+        same = []
+        for lanes in (8, 16):
+            for nhwc in (False, True):
+                y, finite = winograd(target, lanes, x, w, padding, nhwc)
+                assert finite
+                assert torch.equal(y.double(), F.conv2d(x.double(), w.double(), padding=padding))
+                same.append(winograd(target, lanes, noise, w, padding, nhwc)[0])
+                for value in (float("inf"), float("nan"), 3e38):
+                    spoilt = x.clone()
+                    spoilt[-1, 5, 2, 3], spoilt[-1, 5, 0, 3] = value, -value
+                    assert not winograd(target, lanes, spoilt, w, padding, nhwc)[1]
+        assert all(torch.equal(other, same[0]) for other in same[1:])
+        if target == "x86-64-v4":
+            assert torch.equal(same[0], winograd("x86-64-v3", 8, noise, w, padding, True)[0])

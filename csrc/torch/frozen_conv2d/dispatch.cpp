@@ -14,6 +14,7 @@
 #include "torch/backends/native.h"
 #include "torch/backends/proof.h"
 #include "torch/backends/route.h"
+#include "torch/backends/winograd.h"
 #include "torch/bits/gate.h"
 #include "torch/common/checks.h"
 #include "torch/common/computing.h"
@@ -26,7 +27,6 @@ namespace {
 
 using Activation = FrozenConv2d::Activation;
 constexpr std::array<const char*, 3> kActivations = {"none", "relu", "relu6"};
-constexpr float kRelu6End = 6;
 constexpr auto kLast = at::MemoryFormat::ChannelsLast;
 
 bool is_nchw_or_nhwc(const Tensor& tensor) { return tensor.is_contiguous() || tensor.is_contiguous(kLast); }
@@ -115,10 +115,16 @@ std::tuple<Tensor, Tensor> frozen_by_aten(const Conv2dProblem& problem, const Fr
   const Tensor r = o.residual.defined() ? o.residual.contiguous(format) : o.residual;
   const bool passes = x.is_cpu() && (o.norm.defined() || r.defined() || f.has_mask());
   const bool few = passes && few_positions::takes(Operator::fprop, problem, x, o.weight);
+  Tensor y;
+  if (few) {
+    y = few_positions::conv2d(problem, x, o.weight);
+  } else if (passes && winograd::takes(Operator::fprop, problem, x, o.weight) &&
+             !bends_at_zero(f.activation, affine_of(o.norm, o.bias, x, Backend::aten))) {
+    y = winograd::conv2d(problem, x, o.weight);
+  }
   const bool inside =
-      o.bias.defined() && o.bias.scalar_type() == x.scalar_type() && !few && !(passes && o.norm.defined());
-  Tensor y = few ? few_positions::conv2d(problem, x, o.weight)
-                 : aten::conv2d(x, o.weight, inside ? std::make_optional(o.bias) : std::nullopt, g);
+      o.bias.defined() && o.bias.scalar_type() == x.scalar_type() && !y.defined() && !(passes && o.norm.defined());
+  if (!y.defined()) y = aten::conv2d(x, o.weight, inside ? std::make_optional(o.bias) : std::nullopt, g);
   y = finish(y, format);
   const Tensor left = inside ? Tensor() : o.bias;  // of the bias, to be added
   if (passes && (o.norm.defined() || r.defined() || left.defined())) {
@@ -239,9 +245,15 @@ Tensor dgrad_by_aten(const Conv2dProblem& problem, const FrozenGrad& o, const Te
     if (o.grad_mask.defined()) dy = gate(dy, o.grad_mask, {dy.sym_strides(), GateRule(), Backend::automatic});
     if (scale.defined()) dy = by_channel(dy, scale, 1);
   }
-  Tensor dx = few_positions::takes(Operator::dgrad, problem, dy, w) ? few_positions::dgrad(problem, dy, w)
-              : few_channels::takes(problem, dy, w)                 ? few_channels::dgrad(problem, dy, w)
-                                                                    : aten::dgrad(dy, w, o.input_size, g);
+  Tensor dx;
+  if (few_positions::takes(Operator::dgrad, problem, dy, w)) {
+    dx = few_positions::dgrad(problem, dy, w);
+  } else if (few_channels::takes(problem, dy, w)) {
+    dx = few_channels::dgrad(problem, dy, w);
+  } else if (winograd::takes(Operator::dgrad, problem, dy, w)) {
+    dx = winograd::dgrad(problem, dy, w);
+  }
+  if (!dx.defined()) dx = aten::dgrad(dy, w, o.input_size, g);
   dx = finish(dx, format_of(o.channels_last));
   if (o.residual.defined()) dx.add_(o.residual);
   if (o.mask.defined()) gate_inplace(dx, o.mask, {}, Backend::automatic);

@@ -102,7 +102,7 @@ void finish_as(FrozenConv2d::Activation activation, T* y, const T* residual, uin
     case FrozenConv2d::Activation::relu:
       return run(cpu::Relu<T>{});
     case FrozenConv2d::Activation::relu6:
-      return run(cpu::Hardtanh<T>{C(0), C(6), C(0), C(6)});
+      return run(cpu::Hardtanh<T>{C(0), C(kRelu6End), C(0), C(kRelu6End)});
   }
 }
 
@@ -123,6 +123,15 @@ Affine affine_of(const FixedNormTensors& norm, const Tensor& bias, const Tensor&
   if (bias.defined()) shift = shift + in(bias);
   shift = shift * scale;
   return {scale, norm.beta.defined() ? shift + in(norm.beta) : shift};
+}
+
+bool bends_at_zero(FrozenConv2d::Activation activation, const Affine& affine) {
+  if (activation == FrozenConv2d::Activation::none) return false;
+  if (!affine.shift.defined()) return true;
+  const std::vector<double> shifts = numbers(affine.shift, affine.shift.numel(), 0);
+  return std::any_of(shifts.begin(), shifts.end(), [activation](double shift) {
+    return shift == 0 || (activation == FrozenConv2d::Activation::relu6 && shift == kRelu6End);
+  });
 }
 
 Tensor finish_(Tensor& y, const Affine& affine, const Tensor& residual, FrozenConv2d::Activation activation,

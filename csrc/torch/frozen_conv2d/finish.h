@@ -13,6 +13,10 @@ struct Affine {
 };
 Affine affine_of(const FixedNormTensors&, const Tensor& bias, const Tensor& like, Backend on);
 
+// Whether a convolution's result of exactly 0 ends, in some channel, where the activation bends: there a rounding error
+// decides what its gradient is.
+bool bends_at_zero(FrozenConv2d::Activation, const Affine&);
+
 // activation(y * scale + shift + residual) in place; returns the activation's bits, empty unless they are asked for. y is
 // dense, NCHW or NHWC, and the residual is laid out as y is.
 Tensor finish_(Tensor& y, const Affine&, const Tensor& residual, FrozenConv2d::Activation, bool keep_mask);

@@ -18,6 +18,8 @@
 
 namespace freezekit {
 
+constexpr float kRelu6End = 6;
+
 struct FrozenConv2d {
   FrozenConv2d(std::string_view activation, Geometry);
 
