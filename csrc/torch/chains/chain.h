@@ -9,6 +9,7 @@
 //   silu, gelu, ...       layer norm                   the norm, of its input
 //   product               silu, gelu, ...              the activation, of its input, or of its input's recipe
 //   product, power, mse   sigmoid, difference, ...     the formula, of tensors that nodes keep
+//   convolution, Linear   all of these               the same, where the weight learns
 //   matrix product        a quotient                   the quotient, of what its node keeps, moved as matmul does
 //
 // A recipe is kept only if it gives the operand's very bits: it is tried when it is kept. So nothing is assumed of who
@@ -63,6 +64,11 @@ bool has_maker(const Tensor& value, Maker maker);
 // stand-ins for tensors, which have no data to try a recipe on. `beside`: a tensor that the node will keep, from which a
 // formula may start, or an undefined one.
 RecipePtr recipe_for(const Tensor& value, Maker maker, bool watched, const Tensor& beside = Tensor());
+
+// Whether a view has all elements of its base in the same order: both are contiguous.
+bool is_all_of(const Tensor& view, const Tensor& base);
+// What gives the base gives such a view.
+RecipePtr seen_as(RecipePtr recipe, const Tensor& view);
 
 // While torch's kernel makes a node whose operands have recipes: no hook is to see what is not kept.
 class Unseen {

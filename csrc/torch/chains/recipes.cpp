@@ -260,11 +260,11 @@ class FunctionOf : public Recipe {
  public:
   FunctionOf(Source x, Function f) : x_(std::move(x)), f_(std::move(f)) {}
 
-  // In pieces. Torch computes the last elements of a thread's share and of a row by another path: where its shares are
-  // not those assumed here, the pass over all at once decides.
+  // In pieces. Torch computes the last elements of a thread's share and of a row by another path, and GELU of other layouts
+  // than NCHW by another library: where pieces are not what they are in torch, the pass over all at once decides.
   bool gives(const Tensor& value) const override {
     return unrecorded([&] {
-      const Tensor x = source();
+      const Tensor x = kept_or(&Recipe::take);
       const auto rows = rows_of(x);
       if (!rows || value.scalar_type() != x.scalar_type() || value.sizes() != x.sizes() || !is_elementwise(value, x) ||
           !is_in_memory(value)) {
@@ -280,7 +280,9 @@ class FunctionOf : public Recipe {
           i += piece.numel();
         }
       });
-      return same || is_at(value, 0, f_(matrix));
+      if (same) return true;
+      const Tensor made = f_(x);
+      return made.strides() == value.strides() && is_at(value, 0, made);
     });
   }
 
@@ -297,7 +299,7 @@ class FunctionOf : public Recipe {
   }
 
   Tensor compute() const override {
-    return unrecorded([&] { return f_(source()); });
+    return unrecorded([&] { return f_(kept_or(&Recipe::compute)); });
   }
 
   std::vector<Tensor> reads() const override {
@@ -311,11 +313,11 @@ class FunctionOf : public Recipe {
  private:
   static constexpr bool kIsHeld = std::is_same_v<Source, Held>;
 
-  Tensor source() const {
+  Tensor kept_or(Tensor (Recipe::*made)() const) const {
     if constexpr (kIsHeld) {
       return x_.tensor();
     } else {
-      return x_->compute();
+      return ((*x_).*made)();
     }
   }
   // From element i on: the rest of a row, or whole rows; no more than a piece, and none beyond `last`.
@@ -376,14 +378,40 @@ class FormulaOf : public Recipe {
   std::vector<Tensor> owned_;
 };
 
+// Of a contiguous tensor with other sizes.
+class Seen : public Recipe {
+ public:
+  Seen(RecipePtr recipe, at::SymIntArrayRef size) : recipe_(std::move(recipe)), size_(size.vec()) {}
+
+  bool gives(const Tensor& value) const override { return recipe_->gives(value); }
+  void hold() override {}  // so it does
+  void check(bool bytes) const override { recipe_->check(bytes); }
+  std::vector<Tensor> reads() const override { return recipe_->reads(); }
+  Tensor compute() const override { return seen(recipe_->compute()); }
+  Tensor take() const override { return seen(recipe_->take()); }
+
+ private:
+  Tensor seen(const Tensor& whole) const {
+    return unrecorded([&] { return whole.view_symint(size_); });
+  }
+
+  const RecipePtr recipe_;
+  const std::vector<c10::SymInt> size_;
+};
+
 class Shared : public Recipe {
  public:
   explicit Shared(RecipePtr recipe) : recipe_(std::move(recipe)) {}
 
   bool gives(const Tensor& value) const override { return recipe_->gives(value); }
   void hold() override {}  // so it does
-  void check(bool bytes) const override { recipe_->check(bytes); }
   std::vector<Tensor> reads() const override { return recipe_->reads(); }
+
+  // What is there was made of what had stayed until then.
+  void check(bool bytes) const override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!is_unchanged()) recipe_->check(bytes);
+  }
 
   Tensor compute() const override {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -623,6 +651,15 @@ std::shared_ptr<Recipe> formula_of(const std::vector<Tensor>& kept, Formula f, b
     if (has_data && !is_in_memory(held.back().tensor())) return nullptr;
   }
   return std::make_shared<FormulaOf>(std::move(held), std::move(f));
+}
+
+bool is_all_of(const Tensor& view, const Tensor& base) {
+  return view.is_contiguous() && base.is_contiguous() && view.sym_numel() == base.sym_numel() &&
+         view.scalar_type() == base.scalar_type() && view.sym_storage_offset() == base.sym_storage_offset();
+}
+
+RecipePtr seen_as(RecipePtr recipe, const Tensor& view) {
+  return std::make_shared<Seen>(std::move(recipe), view.sym_sizes());
 }
 
 std::shared_ptr<Recipe> shared(RecipePtr recipe) { return std::make_shared<Shared>(std::move(recipe)); }

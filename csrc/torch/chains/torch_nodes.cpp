@@ -255,6 +255,9 @@ SavedVariable* saved(Node* node, Slot slot) {
   if (auto* product = as<generated::MulBackward0>(node)) return is_self ? &product->self_ : &product->other_;
   if (auto* loss = as<generated::MseLossBackward0>(node)) return is_self ? &loss->self_ : &loss->target_;
   if (auto* product = as<generated::BmmBackward0>(node)) return is_self ? &product->self_ : &product->mat2_;
+  if (auto* product = as<generated::MmBackward0>(node)) return is_self ? &product->self_ : &product->mat2_;
+  if (auto* sum = as<generated::AddmmBackward0>(node)) return is_self ? &sum->mat1_ : &sum->mat2_;
+  if (auto* layer = as<generated::ConvolutionBackward0>(node)) return is_self ? &layer->input_ : &layer->weight_;
   if (auto* power = as<generated::PowBackward0>(node)) return &power->self_;
   if (auto* length = as<generated::LinalgVectorNormBackward0>(node)) return is_self ? &length->self_ : &length->result_;
   return saved_of_activation(node);
@@ -322,11 +325,15 @@ Unseen::Unseen() : before_(at::SavedTensorDefaultHooks::set_tracing(true)) {}
 Unseen::~Unseen() { at::SavedTensorDefaultHooks::set_tracing(before_); }
 
 void keep(const Tensor& result, Slot slot, const Tensor& operand, const RecipePtr& recipe) {
-  SavedVariable* const variable = saved(node_of(result), slot);
+  Node* const node = node_of(result);
+  SavedVariable* const variable = saved(node, slot);
   if (!variable || variable->has_hooks()) return;
   if (recipe) {
-    register_hooks(*variable, std::make_unique<ComputedAgain>(recipe, /*is_last=*/false));
-    new_note(node_of(result)).recipe = recipe;
+    // Of an activation's result there may be recipes, which are asked sooner in backward.
+    const bool is_last = variable == saved_of_activation(node);
+    const RecipePtr again = is_last ? shared(recipe) : recipe;
+    register_hooks(*variable, std::make_unique<ComputedAgain>(again, is_last));
+    new_note(node).recipe = again;
     show(shows_recipe, [&] { return recipe->reads(); });
   } else if (at::SavedTensorDefaultHooks::get_hooks()) {
     *variable = SavedVariable(operand, /*is_output=*/operand.is_same(result));

@@ -79,6 +79,7 @@ Served<ResultOf<X>> gelu(const Unary<X, std::string_view>& op, DispatchKeySet ke
 using Elu = Stock<Tensor(const Tensor&, const Scalar&, const Scalar&, const Scalar&)>;
 using Softplus = Stock<Tensor(const Tensor&, const Scalar&, const Scalar&)>;
 using Product = Stock<Tensor(const Tensor&, const Tensor&)>;
+using SumWithProduct = Stock<Tensor(const Tensor&, const Tensor&, const Tensor&, const Scalar&, const Scalar&)>;
 using Sum = Stock<Tensor(const Tensor&, const Tensor&, const Scalar&)>;
 using Length =
     Stock<Tensor(const Tensor&, const Scalar&, at::OptionalIntArrayRef, bool, std::optional<at::ScalarType>)>;
@@ -105,10 +106,7 @@ template <class Op, class... Rest>
 std::optional<Tensor> of_two(const Op& op, DispatchKeySet keys, const Tensor& a, const RecipePtr& of_a, const Tensor& b,
                              const RecipePtr& of_b, const Rest&... rest) {
   if (!of_a && !of_b) return {};
-  Tensor y = stock_unseen(op, keys, a, b, rest...);
-  chain::keep(y, Slot::self, a, of_a);
-  chain::keep(y, Slot::other, b, of_b);
-  return y;
+  return without_operands([&] { return op.stock(keys, a, b, rest...); }, a, of_a, b, of_b);
 }
 
 // A factor is kept for the other's gradient. As in x * sigmoid(x), one may be a formula of the other.
@@ -163,6 +161,18 @@ std::optional<Tensor> vector_norm(const Length& op, DispatchKeySet keys, const T
   return y;
 }
 
+// Of a Linear with a bias. The factor `b` is its weight.
+std::optional<Tensor> addmm(const SumWithProduct& op, DispatchKeySet keys, const Tensor& sum, const Tensor& a,
+                            const Tensor& b, const Scalar& beta, const Scalar& alpha) {
+  const RecipePtr recipe = recipe_for_learning_layer(a, b);
+  if (!recipe) return {};
+  return without_operands([&] { return op.stock(keys, sum, a, b, beta, alpha); }, a, recipe, b, nullptr);
+}
+
+std::optional<Tensor> mm(const Product& op, DispatchKeySet keys, const Tensor& a, const Tensor& b) {
+  return of_two(op, keys, a, recipe_for_learning_layer(a, b), b, nullptr);
+}
+
 std::optional<Tensor> mse_loss(const Loss& op, DispatchKeySet keys, const Tensor& a, const Tensor& b,
                                int64_t reduction) {
   return of_two(op, keys, a, recipe_of_any(a), b, recipe_of_any(b), reduction);
@@ -182,6 +192,8 @@ StandIn<mul> of_mul("mul.Tensor");
 StandIn<add> of_add("add.Tensor");
 StandIn<pow> of_pow("pow.Tensor_Scalar");
 StandIn<bmm> of_bmm("bmm");
+StandIn<addmm> of_addmm("addmm");
+StandIn<mm> of_mm("mm");
 StandIn<vector_norm> of_vector_norm("linalg_vector_norm");
 StandIn<mse_loss> of_mse_loss("mse_loss");
 
@@ -201,6 +213,20 @@ RecipePtr recipe_for(const Tensor& value, Maker maker, const Tensor& beside) {
 RecipePtr recipe_at_layer(const Tensor& value) {
   const bool is_recorded = at::GradMode::is_enabled() && value.requires_grad();
   return is_recorded && !is_enabled() ? recipe_for(value, Maker::norm) : nullptr;
+}
+
+RecipePtr recipe_for_learning_layer(const Tensor& input, const Tensor& weight) {
+  if (!input.requires_grad() || !weight.requires_grad() || !input.device().is_cpu() || is_small(input)) return nullptr;
+  if (!serves(Value::ours, input, weight)) return nullptr;  // sizes are not asked for before
+  const bool is_flattened = input.is_view();
+  const Tensor value = is_flattened ? Tensor(input._base()) : input;
+  if (is_flattened && !chain::is_all_of(input, value)) return nullptr;
+  for (const Maker maker : {Maker::activation, Maker::norm, Maker::formula}) {
+    if (RecipePtr recipe = recipe_for(value, maker)) {
+      return is_flattened ? chain::seen_as(std::move(recipe), input) : recipe;
+    }
+  }
+  return nullptr;
 }
 
 void note_norm(const Tensor& result, const Tensor& bias, double eps) {

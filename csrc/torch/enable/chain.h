@@ -15,6 +15,23 @@ RecipePtr recipe_for(const Tensor& value, chain::Maker maker, const Tensor& besi
 // operator then does what the layer would.
 RecipePtr recipe_at_layer(const Tensor& value);
 
+// The same for what a convolution or a Linear with a weight that learns reads, whoever made it; flattened too, as linear
+// layers do it.
+RecipePtr recipe_for_learning_layer(const Tensor& input, const Tensor& weight);
+
+// Torch's call on two operands, of which those with a recipe are not kept.
+template <class Call>
+Tensor without_operands(const Call& call, const Tensor& a, const RecipePtr& of_a, const Tensor& b,
+                        const RecipePtr& of_b) {
+  const Tensor y = [&] {
+    const chain::Unseen unseen;
+    return call();
+  }();
+  chain::keep(y, chain::Slot::self, a, of_a);
+  chain::keep(y, chain::Slot::other, b, of_b);
+  return y;
+}
+
 // After a layer norm of torch's, or a group norm over (N, C, ...), for the activation behind it.
 void note_norm(const Tensor& result, const Tensor& bias, double eps);
 
