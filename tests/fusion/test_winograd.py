@@ -19,11 +19,11 @@ LAYOUTS = [torch.channels_last, *([torch.contiguous_format] if USES == "AVX512" 
 # Size of x, filters, padding: odd and even sizes, tiles that hang over the end, blocks of tiles that end inside rows.
 CASES = [
     ((1, 64, 40, 40), 64, (1, 1)),
-    ((3, 32, 23, 25), 96, (1, 1)),
-    ((2, 96, 27, 30), 32, (0, 0)),
-    ((1, 32, 31, 28), 64, (2, 0)),
-    ((2, 64, 21, 26), 32, (0, 2)),
-    ((1, 32, 26, 33), 32, (4, 3)),
+    ((3, 64, 29, 31), 96, (1, 1)),
+    ((2, 96, 17, 32), 64, (0, 0)),
+    ((1, 64, 21, 31), 64, (2, 0)),
+    ((2, 64, 21, 28), 64, (0, 2)),
+    ((1, 64, 26, 33), 96, (4, 3)),
 ]
 U = 2.0**-24  # a rounding, of numbers near 1
 
@@ -212,9 +212,12 @@ def test_where_an_activation_bends_zeros_are_exact(activation: str, end: float, 
 
 def test_by_sizes_others_are_left_to_torch() -> None:
     last, first = torch.channels_last, torch.contiguous_format
-    for case in (((8, 64, 7, 7), 64, (1, 1)), ((1, 64, 14, 14), 64, (1, 1)), ((2, 48, 28, 28), 64, (1, 1))):
+    for case in (((8, 64, 11, 11), 64, (1, 1)), ((1, 64, 14, 14), 64, (1, 1)), ((2, 48, 28, 28), 64, (1, 1))):
         assert is_direct(case, last) == [True, True]
-    assert is_direct(((8, 64, 14, 14), 64, (1, 1)), first) == [True, True]
+    assert is_direct(((1, 256, 14, 14), 256, (1, 1)), last) == [True, True]
+    assert is_direct(((2, 32, 12, 12), 32, (1, 1)), last) == [False, False]
+    assert is_direct(((8, 64, 27, 27), 64, (1, 1)), first) == [True, True]
+    assert is_direct(((2, 64, 40, 40), 32, (1, 1)), first) == [True, USES == "AVX2"]
     x, w, _ = operands(CASES[0], last)
     for wide in (torch.float64, torch.bfloat16):
         a, b = x.to(wide), w.to(wide)
@@ -249,17 +252,17 @@ def nets() -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
     layers: list[nn.Module] = []
     for _ in range(2):
-        norm = nn.BatchNorm2d(32)
+        norm = nn.BatchNorm2d(64)
         nn.init.normal_(norm.running_mean)  # type: ignore[arg-type]
-        layers += [nn.Conv2d(32, 32, 3, padding=1, bias=False), norm, nn.ReLU()]
-    stock = nn.Sequential(*layers, nn.Conv2d(32, 32, 3, padding=1), nn.ReLU()).eval().requires_grad_(False)
+        layers += [nn.Conv2d(64, 64, 3, padding=1, bias=False), norm, nn.ReLU()]
+    stock = nn.Sequential(*layers, nn.Conv2d(64, 64, 3, padding=1), nn.ReLU()).eval().requires_grad_(False)
     return stock, fuse(copy.deepcopy(stock))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_networks_and_gradients_of_gradients(layout: torch.memory_format) -> None:
     stock, fused = nets()
-    x = laid_out(torch.randn(2, 32, 28, 28), layout)
+    x = laid_out(torch.randn(2, 64, 28, 28), layout)
     results = []
     for net in (stock, fused):
         leaf = x.clone().requires_grad_()
@@ -276,7 +279,7 @@ def test_networks_and_gradients_of_gradients(layout: torch.memory_format) -> Non
 
 def test_weights_are_live() -> None:
     stock, fused = nets()
-    x = torch.randn(2, 32, 28, 28)
+    x = torch.randn(2, 64, 28, 28)
     before = fused(x)
     for net in (stock, fused):
         net[0].weight.data.mul_(-0.5)  # type: ignore[operator, union-attr]

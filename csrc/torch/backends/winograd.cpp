@@ -16,14 +16,16 @@ namespace {
 
 constexpr auto kLast = at::MemoryFormat::ChannelsLast;
 
-// Rows and columns of a result: of 7, a third of what tiles hold is not used. In NCHW vectors go along a row of tiles, and of
-// a short one they are not full. (Measured on a Zen 4, one thread, 32 to 512 channels, 1 to 8 images of 7 x 7 to 112 x 112,
-// blocks and dgrads: 0.55 to 0.95 of oneDNN's time within these bounds, 0.8 to 1.5 in NCHW at 7 and 14 columns. With AVX2
-// alone 0.6 to 0.9, but in NCHW 0.7 to 1.1: there it is not used.)
-constexpr int64_t kFewest = 10, kFewestInNchwRow = 24;
-// Transforming the filters must be paid for by the tiles. Of 256 x 256 channels they no longer fit into the second cache:
-// that takes more of them. (Measured likewise: 0.65 of oneDNN's time at 64 channels and 49 tiles, 0.9 to 1.8 at 256.)
-constexpr int64_t kFewestTiles = 64, kFiltersForEachTile = 512;
+// Rows and columns of a result: of 7, a quarter of what tiles hold is not used. In NCHW vectors go along rows of tiles, and of
+// short ones they are not full; there what it takes to read the input must be paid for by more channels, too. (Measured on a
+// Zen 4, one thread, 32 to 512 channels, 1 to 8 images of 7 x 7 to 112 x 112, blocks and dgrads. Within these bounds it takes
+// 0.5 to 0.9 of oneDNN's time; outside 0.7 to 1.5, in NCHW with 11 to 25 columns up to 1.2. With AVX2 alone it takes 0.6 to
+// 0.9, but in NCHW 0.7 to 1.1, and is not used.)
+constexpr int64_t kFewest = 12, kFewestInNchwRow = 28, kFewestNchwChannels = 64;
+// Transforming the filters must be paid for by tiles. Of 256 x 256 channels they no longer fit into the second cache, which
+// takes more of them. (Measured likewise: 0.65 of oneDNN's time at 64 channels and 49 tiles, 0.9 to 1.8 at 256; with AVX2
+// 1.0 at 256 channels and 144 tiles.)
+constexpr int64_t kFewestTiles = 64, kFiltersForEachTile = 32;  // the latter for each lane
 
 // Lanes of a vector, by what torch itself uses of this processor; 0 where no gain was measured.
 int lanes() {
@@ -90,8 +92,9 @@ bool takes(Operator op, const Conv2dProblem& p, const Tensor& activation, const 
   if (activation.scalar_type() != at::kFloat || weight.scalar_type() != at::kFloat) return false;
   const bool nhwc = layout_of(activation, weight) == kLast;
   const cpu::Winograd size = size_of(op, p, nhwc);
-  return (nhwc || lanes() == 16) && size.p >= kFewest && size.q >= (nhwc ? kFewest : kFewestInNchwRow) &&
-         size.tiles() >= std::max(kFewestTiles, p.c * p.k / kFiltersForEachTile);
+  if (!nhwc && (lanes() != 16 || size.out < kFewestNchwChannels)) return false;
+  return size.p >= kFewest && size.q >= (nhwc ? kFewest : kFewestInNchwRow) &&
+         size.tiles() >= std::max(kFewestTiles, p.c * p.k / (kFiltersForEachTile * lanes()));
 }
 
 Tensor conv2d(const Conv2dProblem& p, const Tensor& input, const Tensor& weight) {
