@@ -59,8 +59,8 @@ bool run(const cpu::Winograd& size, const cpu::WinogradFilter& filter, const flo
   at::parallel_for(0, size.out / cpu::kWinogradUnit, 1, [&](int64_t first, int64_t last) {
     cpu::in_vectors<cpu::winograd_filter<kLanes>>(std::cref(block), std::cref(filter), u, first, last);
   });
-  const int64_t numel = block.workspace_numel();
-  const Tensor workspace = at::empty({at::get_num_threads(), numel}, options);
+  const int64_t numel = block.workspace_numel(), blocks = (size.tiles() + block.kTiles - 1) / block.kTiles;
+  const Tensor workspace = at::empty({std::min<int64_t>(at::get_num_threads(), blocks), numel}, options);
   float* const own = workspace.mutable_data_ptr<float>();
   std::atomic<bool> finite = true;
   at::parallel_for(0, size.tiles(), block.kTiles, [&](int64_t first, int64_t last) {
