@@ -151,6 +151,18 @@ def test_moved_before_the_layer(move: Layer) -> None:
     assert_same(lambda x: layer(move(F.gelu(x * 1))), layer, torch.randn(size, requires_grad=True))
 
 
+@pytest.mark.parametrize("name", SMOOTH)
+def test_what_is_kept_in_channels_last(name: str) -> None:
+    """Of more elements than a piece has: torch's GELU is another library's in NCHW, and the pieces are."""
+    layer, f = nn.Conv2d(8, 4, 1), SMOOTH[name]
+    x = torch.randn(2, 8, 48, 64).contiguous(memory_format=torch.channels_last).requires_grad_()
+    call = lambda x: layer(f(x * 1))  # noqa: E731
+    assert bytes_kept(call, x) // x.nbytes == 2
+    with fk.enabled():
+        assert bytes_kept(call, x) // x.nbytes == 1
+    assert_same(call, layer, x)
+
+
 WRITES: dict[str, Callable[[Tensor], object]] = {
     "data": lambda t: t.data.mul_(2),
     "numpy": lambda t: t.detach().numpy().__imul__(2),
