@@ -6,11 +6,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
-from bench import dgrad, overhead, targets
+from bench import dgrad, overhead, targets, tiny
 from bench.timing import Interleaved
 
 ONE = [replace(overhead.CASES[0], bound=1e9)]
+
+
+def of(*ratios: float) -> Interleaved:
+    """Rounds in which stock takes a second."""
+    return Interleaved({"stock": [1.0] * len(ratios), "freezekit": list(ratios)})
 
 
 def test_overhead_reports_every_case(capsys: pytest.CaptureFixture[str]) -> None:
@@ -50,15 +56,62 @@ def test_targets_check(
 
     monkeypatch.setattr(targets, "layer_target", scripted)
     monkeypatch.setattr(dgrad, "points", lambda: iter([]))
+    monkeypatch.setattr(tiny, "cases", lambda: iter([]))
     assert targets.main(["--layers", "tiny", "--repeat", "1", "--threads", "1", "--check"]) == code
     assert [target.bound for target in asked] == [1.03, 0.6]
-    assert all(target.measured > 0 for target in asked)
+    assert all(target.measured and target.measured > 0 for target in asked)
     assert ("FAILS" in capsys.readouterr().out) == bool(code)
 
 
-def of(*ratios: float) -> Interleaved:
-    """Rounds in which stock takes a second."""
-    return Interleaved({"stock": [1.0] * len(ratios), "freezekit": list(ratios)})
+def test_what_was_not_run_does_not_hold(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    why = "timm is not installed: run `make clients`"
+    monkeypatch.setattr(overhead, "CASES", ONE)
+    monkeypatch.setattr(targets, "layer_target", lambda name, *_: targets.Target(name, 1.5, 1.0))
+    monkeypatch.setattr(dgrad, "points", lambda: iter([]))
+    monkeypatch.setattr(tiny, "missing", lambda library: why if library == "timm" else "")
+    monkeypatch.setattr(tiny.TinyNetwork, "timed", lambda *_: of(1.0))
+    assert targets.main(["--repeat", "1", "--threads", "1"]) == 0
+    assert targets.main(["--repeat", "1", "--threads", "1", "--check"]) == 1
+    said = capsys.readouterr().out
+    for network in tiny.cases():
+        told = f"not run               tiny  {network.name}: {why}"
+        assert (told in said) == (network.library == "timm")
+        assert (f"holds  1.000 <= 1.02  tiny  {network.name}" in said) == (network.library != "timm")
+
+
+@pytest.mark.parametrize(("timed", "code", "counts"), [(of(1.0), 0, [3]), (of(1.03), 1, [3, 12])])
+def test_tiny_networks(
+    timed: Interleaved,
+    code: int,
+    counts: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rounds: list[int] = []
+
+    def scripted(network: tiny.TinyNetwork, count: int, seed: int) -> Interleaved:
+        rounds.append(count)
+        return timed
+
+    monkeypatch.setattr(tiny, "missing", lambda library: "")
+    monkeypatch.setattr(tiny.TinyNetwork, "timed", scripted)
+    name = "efficientvit_b0, 32x32, frozen"
+    assert tiny.main(["--rounds", "3", "--only", name, "--check"]) == code
+    assert rounds == counts
+    assert (f"{name}  above" in capsys.readouterr().out) == bool(code)
+
+
+def test_a_tiny_network_is_timed() -> None:
+    class Tiny(tiny.TinyNetwork):
+        def make(self) -> nn.Module:
+            return nn.Sequential(nn.Conv2d(3, 2, 3), nn.SiLU(), nn.Dropout()).eval().requires_grad_(not self.frozen)
+
+    for frozen in (True, False):
+        assert Tiny("timm", "own", 8, frozen).timed(1, 0).ratio("freezekit", "stock").median > 0
+
+
+def test_libraries_that_are_not_there_are_told() -> None:
+    assert tiny.missing("no_such_package") == "no_such_package is not installed: run `make clients`"
 
 
 @pytest.mark.parametrize(
