@@ -10,8 +10,8 @@
 - The backward pass of a layer whose bias alone learns: at most 0.6 of stock's, geometric mean over the same layers.
 - The backward pass of a frozen layer: at most 1.03 of stock's at every point of a sweep (bench/dgrad.py).
 
-Exit code 0; with --check 1 if a promise does not hold, or was not run. A machine that is busy with something else proves
-nothing.
+Exit code 0; with --check 1 if a promise does not hold, or was not run. A machine that is busy with something else
+proves nothing.
 """
 
 import argparse

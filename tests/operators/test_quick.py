@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from typing import Any
 
 import pytest
@@ -204,6 +205,38 @@ def test_what_torch_refuses_is_left_to_it() -> None:
     assert _C.quick.hardtanh(X, 1.0, -1.0) is None
     assert _C.quick.group_norm(torch.ones(1, 4), 4) is None
     assert _C.quick.group_norm(X, 0) is None
+
+
+def test_a_plain_call_is_refused_as_one_that_is_looked_at() -> None:
+    """The first is checked in plain numbers, and only then in the words that the second is always told."""
+    draw, refused = random.Random(0), 0
+
+    def outcome(*call: Any) -> tuple[int, ...] | str:
+        try:
+            y = _C.quick.conv2d(*call)
+        except RuntimeError as error:
+            return str(error).split("\n")[0]
+        return (*y.shape, *y.stride(), y.requires_grad)
+
+    def mostly(usual: list[int], *odd: int) -> int:
+        return draw.choice(odd if draw.random() < 0.05 else usual)
+
+    for _ in range(2000):
+        groups, channels, filters = mostly([1, 1, 2], -1, 0, 2**31), mostly([2, 4], 0, 1), mostly([2, 4], 0, 1)
+        x = torch.ones(mostly([1, 2], 0), channels, mostly([4, 5], 0, 1), 5, requires_grad=draw.random() < 0.7)
+        w = torch.ones(filters, channels // max(groups, 1), mostly([1, 3], 0, 7), 3)
+        b = draw.choice([None, torch.ones(filters), torch.ones(mostly([filters], 3)), torch.ones([1] * mostly([1], 2))])
+        if draw.random() < 0.05:
+            w = w.double()
+        if b is not None and draw.random() < 0.05:
+            b = b.double()
+        settings = [tuple(mostly([1, 1, 2], -1, 0, 2**31) for _ in range(2)) for _ in range(3)]
+        call = (x, w, b, *settings, groups)
+        found = outcome(*call)
+        with Calls():
+            assert outcome(*call) == found, call
+        refused += isinstance(found, str)
+    assert 500 < refused < 1500
 
 
 def test_errors_are_the_operator_s() -> None:

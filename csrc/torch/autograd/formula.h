@@ -94,7 +94,7 @@ class BackwardNode : public torch::autograd::Node {
   }
 
   const char* name_;
-  std::vector<KeptTensor> kept_;
+  c10::SmallVector<KeptTensor, 2> kept_;
 
  private:
   WeakNodePtr view_{AnyNodePtr()};
@@ -107,8 +107,10 @@ namespace formula {
 // to the next, and settings of the layer, which do not. Both may be symbolic while a forward pass is traced; compiled autograd
 // meets nodes of calls on data, where settings are known.
 template <class T>
-constexpr bool is_sizes =
+constexpr bool is_list =
     std::is_same_v<T, std::vector<c10::SymInt>> || std::is_same_v<T, c10::SmallVector<c10::SymInt, 4>>;
+template <class T>
+constexpr bool is_sizes = is_list<T> || std::is_same_v<T, std::array<c10::SymInt, 4>>;
 template <class T>
 constexpr bool is_setting = std::is_same_v<T, std::array<c10::SymInt, 2>>;
 template <class T>
@@ -150,7 +152,7 @@ template <class T>
 void unpack(PackedArgs& args, T& field) {
   if constexpr (is_sizes<T> || is_setting<T>) {
     const auto numbers = args.unpack<std::vector<c10::SymInt>>();
-    if constexpr (is_sizes<T>) field.resize(numbers.size());
+    if constexpr (is_list<T>) field.resize(numbers.size());
     std::copy(numbers.begin(), numbers.end(), field.begin());
   } else if constexpr (is_numbers<T>) {
     std::ranges::copy(args.unpack<std::vector<int64_t>>(), field.begin());
@@ -209,7 +211,7 @@ inline torch::autograd::variable_list trace_call(const torch::autograd::Node& no
 template <class F>
 class CompiledNode : public BackwardNode {
  public:
-  CompiledNode(const char* name, F formula) : BackwardNode(name), formula_(std::move(formula)) {}
+  CompiledNode(const char* name, F&& formula) : BackwardNode(name), formula_(std::move(formula)) {}
 
   void compiled_args(CompiledNodeArgs& args) const override {
     check_unreleased();
@@ -283,7 +285,7 @@ class FormulaNode : public CompiledNode<F> {
 // A node whose results are the gradients of `inputs`, in that order; none where no gradient is recorded. Undefined inputs
 // keep their place.
 template <class F, class... Inputs>
-NodePtr<FormulaNode<F>> formula_node(const char* name, F formula, const Inputs&... inputs) {
+NodePtr<FormulaNode<F>> formula_node(const char* name, F&& formula, const Inputs&... inputs) {
   if (!torch::autograd::compute_requires_grad(inputs...)) return {};
   auto node = make_node<FormulaNode<F>>(name, std::move(formula));
   node->set_next_edges(torch::autograd::collect_next_edges(inputs...));

@@ -101,6 +101,31 @@ SizeVector check_conv2d(const Tensor& input, const Tensor& weight, const std::op
   return output;
 }
 
+bool is_sound_conv2d(const Tensor& input, const Tensor& weight, const Tensor& bias, const Geometry& g) {
+  constexpr int64_t kMostElements = std::numeric_limits<int64_t>::max() / 16;
+  const IntArrayRef x = input.sizes(), w = weight.sizes();
+  const auto groups = g.groups.maybe_as_int();
+  if (x.size() != 4 || w.size() != 4 || !groups || *groups < 1 || *groups >= kExtentLimit || w[0] < 1 || w[1] < 1 ||
+      w[0] % *groups != 0 || x[1] != w[1] * *groups || input.numel() < 1 || input.numel() > kMostElements ||
+      weight.numel() > kMostElements || input.scalar_type() != weight.scalar_type()) {
+    return false;
+  }
+  if (bias.defined() && (bias.dim() != 1 || bias.sizes()[0] != w[0] || bias.scalar_type() != input.scalar_type())) {
+    return false;
+  }
+  for (size_t i = 0; i < 2; ++i) {
+    const auto stride = g.stride[i].maybe_as_int(), padding = g.padding[i].maybe_as_int();
+    const auto dilation = g.dilation[i].maybe_as_int();
+    const auto is_within = [](const std::optional<int64_t>& number, int64_t least) {
+      return number && *number >= least && *number < kExtentLimit;
+    };
+    if (!is_within(stride, 1) || !is_within(padding, 0) || !is_within(dilation, 1)) return false;
+    const int64_t extent = x[2 + i], taps = w[2 + i];
+    if (extent < 1 || taps < 1 || taps > kExtentLimit || extent + 2 * *padding <= *dilation * (taps - 1)) return false;
+  }
+  return true;
+}
+
 void check_dgrad(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size, const Geometry& g) {
   check_geometry(g);
   check_same(grad_output, "grad_output", weight, "weight");

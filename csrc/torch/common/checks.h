@@ -26,6 +26,9 @@ void check_floating(const Tensor&, const char* name);
 
 // The whole check of each operator. conv2d's returns the output size (N, K, P, Q).
 SizeVector check_conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Geometry&);
+// Whether that check passes a call on data that nothing sees (is_unseen), told sooner; false where it may not. The bias may
+// be undefined.
+bool is_sound_conv2d(const Tensor& input, const Tensor& weight, const Tensor& bias, const Geometry&);
 void check_dgrad(const Tensor& grad_output, const Tensor& weight, SymIntArrayRef input_size, const Geometry&);
 void check_wgrad(const Tensor& grad_output, const Tensor& input, SymIntArrayRef weight_size, const Geometry&);
 

@@ -48,14 +48,15 @@ inline bool is_empty(const at::Tensor& tensor) { return tensor.sym_numel().maybe
 // Whether a tensor has exactly the strides of `format`.
 inline bool is_laid_out(const at::Tensor& tensor, at::MemoryFormat format) {
   const bool by_pixels = format != at::MemoryFormat::Contiguous;
+  const at::IntArrayRef sizes = tensor.sizes(), strides = tensor.strides();
   int64_t step = 1;
   const auto is_next = [&](int64_t axis) {  // from the innermost outwards
-    const bool fits = tensor.stride(axis) == step;
-    step *= std::max<int64_t>(tensor.size(axis), 1);
+    const bool fits = strides[axis] == step;
+    step *= std::max<int64_t>(sizes[axis], 1);
     return fits;
   };
   if (by_pixels && !is_next(1)) return false;
-  for (int64_t axis = tensor.dim() - 1; axis >= 0; --axis) {
+  for (int64_t axis = static_cast<int64_t>(sizes.size()) - 1; axis >= 0; --axis) {
     if (!(by_pixels && axis == 1) && !is_next(axis)) return false;
   }
   return true;

@@ -98,6 +98,10 @@ struct Geometry {
   Geometry() = default;
   Geometry(SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation, c10::SymInt groups,
            std::string_view backend);
+  using Numbers = std::array<int64_t, 2>;
+  Geometry(const Numbers& stride, const Numbers& padding, const Numbers& dilation, int64_t groups, Backend backend)
+      : stride{stride[0], stride[1]}, padding{padding[0], padding[1]}, dilation{dilation[0], dilation[1]},
+        groups(groups), backend(backend) {}
 
   template <class F>
   auto apply(const F& f) const {

@@ -24,11 +24,13 @@ namespace {
 
 enum class Role : int8_t { input, weight, output };
 
+using Sizes = std::array<c10::SymInt, 4>;
+
 // The gradients of what `computes` is: of both operands of the trilinear form, whose roles are `first` and `second` and
 // which are kept in this order, and of the bias.
 struct TrilinearGradients {
   Geometry geometry;
-  SizeVector input_size, weight_size;
+  Sizes input_size, weight_size;
   Role computes, first, second;
   at::MemoryFormat layout = at::MemoryFormat::Contiguous;  // of the result, so of its gradient, in whatever it arrives
 
@@ -84,10 +86,11 @@ struct TrilinearGradients {
   }
 };
 
-SizeVector sizes_of(SymIntArrayRef sizes) { return {sizes.begin(), sizes.end()}; }
+// Their number was checked.
+Sizes sizes_of(SymIntArrayRef sizes) { return {sizes[0], sizes[1], sizes[2], sizes[3]}; }
 
 template <class Compute, class... Bias>
-Tensor record(const char* name, TrilinearGradients formula, const Tensor& first, const Tensor& second,
+Tensor record(const char* name, TrilinearGradients&& formula, const Tensor& first, const Tensor& second,
               const Compute& compute, const Bias&... bias) {
   formula.layout = layout_of(first, second);
   const auto node = formula_node(name, std::move(formula), first, second, bias...);
@@ -105,22 +108,21 @@ Tensor record_conv2d(const Tensor& input, const Tensor& weight, const Tensor& bi
 }
 
 Tensor record_conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Geometry& g) {
-  check_same(input, "input", weight, "weight");
-  const Tensor b = bias.value_or(Tensor());
-  const bool is_left_to_torch = is_empty(input) && !is_own(g.backend);
-  if (route(Op::conv2d, g.backend, input, weight, b).computer == Computer::formula || is_left_to_torch) {
-    check_conv2d(input, weight, bias, g);
+  const Tensor& b = tensor_of(bias);
+  const bool unseen = is_unseen(input, weight, b);
+  if (!unseen || !is_sound_conv2d(input, weight, b, g)) check_conv2d(input, weight, bias, g);
+  const bool is_left_to_torch = is_empty(input) && !is_own(g.backend), by_aten = is_left_to_aten(g.backend, input);
+  if (is_left_to_torch || route(Op::conv2d, g.backend, input, weight, b).computer == Computer::formula) {
     return aten::conv2d(input, weight, bias, g);
   }
   return record_conv2d(input, weight, b, g, [&]() -> Tensor {
     // A mode of the user's, as for selective checkpointing, is to meet the operator whose name it knows.
-    if (!is_left_to_aten(g.backend, input) ||
-        !c10::impl::TorchDispatchModeTLS::any_modes_set(/*skip_infra_modes=*/true)) {
+    if (!by_aten || !(unseen || c10::impl::TorchDispatchModeTLS::any_modes_set(/*skip_infra_modes=*/true))) {
       return conv2d(input, weight, bias, g);
     }
-    check_conv2d(input, weight, bias, g);
+    const auto convolution = aten::convolution_of(g);
     const Tensor y = at::convolution_symint(input, weight, bias, g.stride, g.padding, g.dilation, /*transposed=*/false,
-                                            /*output_padding=*/SizeVector{0, 0}, g.groups);
+                                            convolution.output_padding, g.groups);
     return finish(y, layout_of(input, weight));
   });
 }
