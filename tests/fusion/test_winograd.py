@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -38,6 +39,7 @@ def operands(case: tuple, layout: torch.memory_format, integers: bool = False) -
     torch.manual_seed(0)
     make = (lambda *s: torch.randint(-4, 5, s).float()) if integers else torch.randn
     x, w = make(*size), make(filters, size[1], 3, 3)
+    w += (w >= 0) * integers  # no zeros: many of them are left to direct convolution
     dy = make(*F.conv2d(x[:, :1], w[:, :1], padding=padding).shape)
     return laid_out(x, layout), laid_out(w, layout), laid_out(dy, layout)
 
@@ -197,17 +199,71 @@ def test_a_result_reads_its_window_alone(case: tuple, layout: torch.memory_forma
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize(("activation", "end"), [("relu", 0.0), ("relu6", 0.0), ("relu6", 6.0)])
 def test_where_an_activation_bends_zeros_are_exact(activation: str, end: float, layout: torch.memory_format) -> None:
-    """A sparse input and an identity: results of exactly 0 whose gradient a rounding error would decide."""
+    """Results of exactly 0, whose gradient a rounding error would decide."""
     x, w, _ = operands(CASES[0], layout)
-    x = x.relu_()
-    nn.init.dirac_(w)
     shift = torch.ones(64)
     at_end = shift.clone()
     at_end[17] = end
     act = F.relu if activation == "relu" else F.relu6
-    exact = F.conv2d(x, w, padding=1)
-    assert torch.equal(fprop(x, w, (1, 1), activation, at_end), act(exact + at_end.view(1, -1, 1, 1)))
-    assert not torch.equal(fprop(x, w, (1, 1), activation, shift), act(exact + 1))
+    direct = F.conv2d(x, w, padding=1)
+    assert torch.equal(fprop(x, w, (1, 1), activation, at_end), act(direct + at_end.view(1, -1, 1, 1)))
+    assert not torch.equal(fprop(x, w, (1, 1), activation, shift), act(direct + 1))
+
+
+def blur(w: Tensor) -> None:
+    w[:, :, ::2, ::2] = 0
+
+
+def causal(w: Tensor) -> None:
+    w[:, :, 1, 1:] = w[:, :, 2] = 0
+
+
+def blind_spot(w: Tensor) -> None:
+    w[:, :, 1, 1] = 0
+
+
+def pruned(w: Tensor) -> None:
+    w[torch.rand_like(w) < 0.2] = 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("zeros", [nn.init.dirac_, blur, causal, blind_spot, pruned])
+@pytest.mark.parametrize("alone", [False, True])
+def test_filters_that_rely_on_zeros_are_direct(zeros: Any, layout: torch.memory_format, alone: bool) -> None:
+    """What they leave out has no part in a result, whatever reads it, and exact zeros stay exact."""
+    for case in CASES[:3]:
+        x, dense, dy = operands(case, layout)
+        for of_dgrad in (False, True):
+            w = dense.clone()
+            zeros(w)
+            if alone:  # in one channel of the result
+                others = torch.arange(w.shape[int(of_dgrad)]) != 40
+                w[(slice(None), others) if of_dgrad else others] = dense[(slice(None), others) if of_dgrad else others]
+            if of_dgrad:
+                assert torch.equal(dgrad(dy, w, x.shape, case[2]), stock_dgrad(dy, w, x.shape, case[2]))
+            else:
+                assert torch.equal(fprop(x, w, case[2]), F.conv2d(x, w, padding=case[2]))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_zeros_by_chance_change_nothing(layout: torch.memory_format) -> None:
+    """So do channels that are cut off: of what all nine weights are 0 for nothing is left."""
+    x, w, dy = operands(CASES[0], layout)
+    w[3, 4, 1, 1] = w[5, 4, 0, 2] = 0
+    w[7], w[:, 9] = 0, 0
+    assert not torch.equal(fprop(x, w, (1, 1)), F.conv2d(x, w, padding=1))
+    assert not torch.equal(dgrad(dy, w, x.shape, (1, 1)), stock_dgrad(dy, w, x.shape, (1, 1)))
+    assert float(fprop(x, w, (1, 1))[:, 7].abs().max()) == 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_an_activation_behind_a_block_sees_exact_zeros(layout: torch.memory_format) -> None:
+    conv = nn.Conv2d(64, 64, 3, padding=1, bias=False)
+    nn.init.dirac_(conv.weight)
+    stock = nn.Sequential(conv, nn.BatchNorm2d(64), nn.LeakyReLU(0.1)).eval().requires_grad_(False)
+    x = laid_out(torch.randn(1, 64, 40, 40).relu(), layout).requires_grad_()
+    (ours,), (expected,) = (torch.autograd.grad(net(x).sum(), x) for net in (fuse(copy.deepcopy(stock)), stock))
+    torch.testing.assert_close(ours, expected)
 
 
 def test_by_sizes_others_are_left_to_torch() -> None:

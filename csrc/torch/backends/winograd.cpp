@@ -50,15 +50,19 @@ cpu::WinogradFilter filter_of(Operator op, const Tensor& w) {
   return {first + 2 * r + 2 * s, c, k, -r, -s};
 }
 
+// Whether the result holds.
 template <int kLanes>
 bool run(const cpu::Winograd& size, const cpu::WinogradFilter& filter, const float* x, float* y,
          const at::TensorOptions& options) {
   const cpu::WinogradBlock<kLanes> block(size);
   const Tensor filters = at::empty({block.filter_numel()}, options);
   float* const u = filters.mutable_data_ptr<float>();
+  std::atomic<bool> taken = true;
   at::parallel_for(0, size.out / cpu::kWinogradUnit, 1, [&](int64_t first, int64_t last) {
-    cpu::in_vectors<cpu::winograd_filter<kLanes>>(std::cref(block), std::cref(filter), u, first, last);
+    if (!cpu::in_vectors<cpu::winograd_filter<kLanes>>(std::cref(block), std::cref(filter), u, first, last))
+      taken = false;
   });
+  if (!taken) return false;
   const int64_t numel = block.workspace_numel(), blocks = (size.tiles() + block.kTiles - 1) / block.kTiles;
   const Tensor workspace = at::empty({std::min<int64_t>(at::get_num_threads(), blocks), numel}, options);
   float* const own = workspace.mutable_data_ptr<float>();
@@ -77,9 +81,9 @@ Tensor convolved(Operator op, const Conv2dProblem& p, const Tensor& activation, 
   const Tensor dense = activation.contiguous(format);
   const Tensor made = at::empty({size.n, size.out, size.p, size.q}, activation.options(), format);
   const auto compute = lanes() == 16 ? run<16> : run<8>;
-  const bool finite = compute(size, filter_of(op, weight), dense.const_data_ptr<float>(),
-                              made.mutable_data_ptr<float>(), activation.options());
-  return finite ? made : Tensor();
+  const bool holds = compute(size, filter_of(op, weight), dense.const_data_ptr<float>(), made.mutable_data_ptr<float>(),
+                             activation.options());
+  return holds ? made : Tensor();
 }
 
 }  // namespace

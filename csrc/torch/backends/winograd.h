@@ -2,8 +2,8 @@
 // (csrc/cpu/winograd.h). Filters are transformed at each call: nothing is kept.
 //
 // What changes is rounding: an error follows the largest input and the largest weight of its window, where direct
-// convolution's follows the products. Where something is not finite, or overflows on the way, nothing is returned, and the
-// direct way decides.
+// convolution's follows the products. Where something is not finite, or overflows on the way, or filters rely on zeros, nothing
+// is returned, and the direct way decides.
 #pragma once
 
 #include "torch/common/operators.h"
@@ -13,7 +13,7 @@ namespace freezekit::winograd {
 // Whether this convolution, or dgrad, is faster this way, by sizes and by the processor.
 bool takes(Operator, const Conv2dProblem&, const Tensor& activation, const Tensor& weight);
 
-// In the layout that torch gives the result; undefined where something is not finite.
+// In the layout that torch gives the result; undefined where the direct way decides.
 Tensor conv2d(const Conv2dProblem&, const Tensor& input, const Tensor& weight);
 Tensor dgrad(const Conv2dProblem&, const Tensor& grad_output, const Tensor& weight);
 
