@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -81,23 +82,31 @@ def bytes_kept(forward: Callable[[Tensor], Tensor], x: Tensor) -> int:
     return storages.kept - y.untyped_storage().nbytes()
 
 
+class Packed:
+    """What autograd holds in place of a saved tensor; without the tensor's graph, in which it may be itself."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach()
+
+
 def bytes_saved(call: Callable[[], Any], owned: Iterable[Tensor] = ()) -> int:
-    """Bytes of the storages that autograd saves in `call`, those of `owned` aside.
+    """Bytes of the storages that autograd holds after `call`, as long as its result is held, those of `owned` aside.
 
     Unlike `bytes_kept` it needs no dispatch mode, under which torch.compile does not compile.
     """
-    storages: dict[int, int] = {}
-    holds = Counter[int]()
+    storages: dict[int, tuple[StorageWeakRef, int]] = {}
+    holds: list[tuple[int, weakref.ref[Packed]]] = []
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        holds[storage._cdata] += -1 if _C.chains.is_let_go() else 1
-        storages[storage._cdata] = storage.nbytes()
-        return tensor
+    def pack(tensor: Tensor) -> Packed:
+        packed, storage = Packed(tensor), tensor.untyped_storage()
+        if not _C.chains.is_let_go():
+            holds.append((storage._cdata, weakref.ref(packed)))
+            storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        return packed
 
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
+    with saved_tensors_hooks(pack, lambda packed: packed.tensor):
         result = call()
     assert result is not None
-    for tensor in owned:
-        storages.pop(tensor.untyped_storage()._cdata, None)
-    return sum(nbytes for key, nbytes in storages.items() if holds[key])
+    held = {key for key, packed in holds if packed() is not None}
+    held -= {tensor.untyped_storage()._cdata for tensor in owned}
+    return sum(storages[key][1] for key in held)

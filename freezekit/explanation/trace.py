@@ -8,10 +8,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch._C import DisableTorchFunction
 from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from freezekit import _C
 from freezekit._inputs import Arguments
@@ -73,8 +76,9 @@ class Recorder:
         of_strangers = [tensor for module in twin.strangers for tensor in module.buffers(recurse=False)]
         there = [*twin.held(), *of_strangers]
         self._not_counted = {storage._cdata for tensor in there for storage in storages_of(tensor)}
-        self._alive: list[Any] = []
-        self._packed: list[list[Tensor]] = []
+        self._addresses: list[StorageWeakRef] = []
+        self._packed: list[ref[_Packed]] = []
+        self._holds: list[tuple[Kept, int, ref[_Packed]]] = []
         self._functions = Functions(self)
         self._fused = FusedBlocks(twin.roots.values())
         self._blocks_run: Counter[int] = Counter()
@@ -134,14 +138,17 @@ class Recorder:
             note(call, None, output)
         self._active.pop()
 
-    def _pack(self, tensor: Tensor) -> list[Tensor]:
-        packed = [tensor]
-        self._packed.append(packed)
-        self._count(tensor)
+    def _pack(self, tensor: Tensor) -> "_Packed":
+        with DisableTorchFunction():
+            packed = _Packed(tensor.detach())  # with its graph, a result would hold its own node
+        self._packed.append(ref(packed))
+        self._count(tensor, self._packed[-1])
         return packed
 
-    def _count(self, tensor: Tensor) -> None:
-        if isinstance(tensor, nn.Parameter):  # one that the twin does not have: of a module made in the forward
+    def _count(self, tensor: Tensor, packed: "ref[_Packed]") -> None:
+        # A parameter that the twin does not have is of a module made in the forward. What a node shows that it keeps no
+        # more was packed before, and is gone.
+        if isinstance(tensor, nn.Parameter) or _C.chains.is_let_go():
             return
         # An autograd function keeps its tensors once its forward is done, and is not a torch function itself.
         index = self._current_index("autograd function")
@@ -149,22 +156,26 @@ class Recorder:
             return
         for storage in storages_of(tensor):
             key = storage._cdata
-            if key in self.kept and _C.chains.is_let_go():
-                self.kept[key].holds.pop(0)  # by the call that made it
-                if not self.kept[key].holds:
-                    del self.kept[key]
-            elif key in self.kept and _C.chains.is_for_recipe():
+            if key in self.kept and _C.chains.is_for_recipe():
                 self.kept[key].chained.append(index)
             elif key not in self._not_counted:
                 if key not in self.kept:
                     self.kept[key] = Kept(storage.nbytes(), lossy=_C.enable.is_lossy())
-                    self._alive.append(storage)  # so that no other storage takes its address
-                self.kept[key].holds.append(index)
+                    self._addresses.append(StorageWeakRef(storage))  # so that no other storage takes it
+                self._holds.append((self.kept[key], index, packed))
+
+    def _settle(self) -> None:
+        """Counts what graphs hold now. Those of what a forward has detached, or only chose by, are gone."""
+        for kept, index, packed in self._holds:
+            if packed() is not None:
+                kept.holds.append(index)
+        self.kept = {key: kept for key, kept in self.kept.items() if kept.holds}
 
     def _let_go(self) -> None:
         """Frees what graphs keep: a copy may keep its graph."""
-        for packed in self._packed:
-            packed.clear()
+        for reference in self._packed:
+            if packed := reference():
+                packed.tensor = None
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -178,12 +189,20 @@ class Recorder:
                     stack.callback(after.remove)
             stack.enter_context(self.twin.undisturbed())
             stack.enter_context(torch.enable_grad())
-            stack.enter_context(saved_tensors_hooks(self._pack, lambda packed: packed[0]))
+            stack.enter_context(saved_tensors_hooks(self._pack, lambda packed: packed.tensor))
             stack.callback(self._let_go)
+            stack.callback(self._settle)
             stack.enter_context(self._functions)
             stack.enter_context(Operators(self))
             stack.enter_context(watched())
             yield
+
+
+class _Packed:
+    """What autograd holds in place of a tensor that it saves, for as long as it does."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor: Tensor | None = tensor
 
 
 def _is_layer(module: nn.Module | None) -> bool:
