@@ -337,6 +337,8 @@ Tensor quick_max_pool(const Given& given) {
       !read_all(given, 4, &dilation, &ceil_mode, &return_indices) || return_indices || !is_unseen(x)) {
     return {};
   }
+  // Where nothing is recorded, torch has another kernel for rows on a CPU, whose results are always contiguous.
+  if (kAxes == 1 && !(learns(x) && at::GradMode::is_enabled())) return {};
   const auto kernels = symbols(kernel_size), strides = symbols(stride), paddings = symbols(padding);
   return without_gil([&] {
     if constexpr (kAxes == 3) {

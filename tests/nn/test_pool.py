@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import grad, gradcheck, gradgradcheck
+from torch.utils._pytree import tree_leaves
 
 import freezekit.functional as ff
 from tests.observe import bytes_kept
@@ -118,6 +119,22 @@ def test_max_pool_of_one_dimension(dtype: torch.dtype, settings: dict[str, Any])
         assert torch.equal(*(grad(y, leaf, g)[0] for (y, _), leaf in zip(results, leaves)))
     learns = torch.randn(2, 3, 40, requires_grad=True)
     assert bytes_kept(lambda t: ff.max_pool1d(t, 3, 2), learns) == 2 * 3 * 19
+
+
+@pytest.mark.parametrize("mode", ["learns", "in no_grad", "needs none"])
+@pytest.mark.parametrize("indices", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_max_pools_lay_out_results_as_torch(axes: int, transposed: bool, indices: bool, mode: str) -> None:
+    x = torch.randn(2, 4, *[9 + axis for axis in range(axes)])
+    x = x.movedim(1, -1).contiguous().movedim(-1, 1) if transposed else x
+    x.requires_grad_(mode != "needs none")
+    with torch.set_grad_enabled(mode != "in no_grad"):
+        pools = (getattr(module, f"max_pool{axes}d") for module in (ff, F))
+        ours, stock = (pool(x, 2, 1, 0, 1, False, indices) for pool in pools)
+    for result, expected in zip(tree_leaves(ours), tree_leaves(stock), strict=True):
+        assert torch.equal(result, expected)
+        assert result.stride() == expected.stride()
 
 
 POOLS_3D: list[dict[str, Any]] = [
