@@ -39,11 +39,11 @@ class TinyLayer:
     channels: int = 8
 
 
-def _convolution(channels: int, out_channels: int, frozen: bool) -> TinyLayer:
+def _convolution(channels: int, out_channels: int, frozen: bool, kernel: int = 3, bias: bool = True) -> TinyLayer:
     state = "frozen" if frozen else "trainable"
     return TinyLayer(
-        f"{state:9} 1x{channels}x8x8, {channels}->{out_channels}, 3x3",
-        lambda: nn.Conv2d(channels, out_channels, 3).requires_grad_(not frozen),
+        f"{state:9} 1x{channels}x8x8, {channels}->{out_channels}, {kernel}x{kernel}{'' if bias else ', no bias'}",
+        lambda: nn.Conv2d(channels, out_channels, kernel, bias=bias).requires_grad_(not frozen),
         CONVOLUTION,
         channels,
     )
@@ -52,6 +52,7 @@ def _convolution(channels: int, out_channels: int, frozen: bool) -> TinyLayer:
 CONVOLUTION, LAYER = 1.05, 1.02
 CASES = [
     *(_convolution(c, k, frozen) for c, k in [(1, 1), (1, 8), (8, 8)] for frozen in (True, False)),
+    *(_convolution(8, 8, frozen, kernel=1, bias=False) for frozen in (True, False)),
     TinyLayer("frozen BatchNorm2d, eval", lambda: nn.BatchNorm2d(8).eval().requires_grad_(False), LAYER),
     TinyLayer("BatchNorm2d", lambda: nn.BatchNorm2d(8), LAYER),
     TinyLayer("ReLU", nn.ReLU, LAYER),
@@ -176,7 +177,7 @@ def _show(name: str, timed: Interleaved, bound: float, others: str = "") -> bool
     stock, ours = timed.time("stock").median, timed.time("freezekit").median
     verdict = "" if ratio.median <= bound else "  above"
     print(
-        f"{name:36} {stock * 1e6:9.2f} {ours * 1e6:13.2f} {ratio.median:7.3f} ± {ratio.relative * 100:3.0f}% "
+        f"{name:40} {stock * 1e6:9.2f} {ours * 1e6:13.2f} {ratio.median:7.3f} ± {ratio.relative * 100:3.0f}% "
         f"{bound:6.2f}{others}{verdict}",
         flush=True,
     )
@@ -195,11 +196,11 @@ def main(arguments: list[str] | None = None) -> int:
     failed = False
     with threads(1):
         print(f"torch {torch.__version__}, freezekit {fk.__version__}, CPU, 1 thread")
-        print(f"{'layer':36} {'stock us':>9} {'freezekit us':>13} {'ratio':>14} {'bound':>6}")
+        print(f"{'layer':40} {'stock us':>9} {'freezekit us':>13} {'ratio':>14} {'bound':>6}")
         options = {"rounds": args.rounds, "calls": args.calls, "seed": args.seed}
         for case in CASES:
             failed |= _show(case.name, measure(case, **options), case.bound)
-        print(f"{'operator':36} {'stock us':>9} {'enabled us':>13} {'ratio':>14} {'bound':>6} {'disabled':>9}")
+        print(f"{'operator':40} {'stock us':>9} {'enabled us':>13} {'ratio':>14} {'bound':>6} {'disabled':>9}")
         for call in _calls():
             timed = measure_call(call, **options)
             failed |= _show(call.name, timed, call.bound, f"{timed.ratio('disabled', 'stock').median:10.3f}")

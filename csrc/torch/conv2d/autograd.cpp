@@ -109,7 +109,7 @@ Tensor record_conv2d(const Tensor& input, const Tensor& weight, const Tensor& bi
 
 Tensor record_conv2d(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Geometry& g) {
   const Tensor& b = tensor_of(bias);
-  const bool unseen = is_unseen(input, weight, b);
+  const bool unseen = is_unseen(input, weight, b.defined() ? b : weight);  // an undefined one has keys of its own
   if (!unseen || !is_sound_conv2d(input, weight, b, g)) check_conv2d(input, weight, bias, g);
   const bool is_left_to_torch = is_empty(input) && !is_own(g.backend), by_aten = is_left_to_aten(g.backend, input);
   if (is_left_to_torch || route(Op::conv2d, g.backend, input, weight, b).computer == Computer::formula) {
