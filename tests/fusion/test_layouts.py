@@ -133,6 +133,26 @@ def test_strides_of_results_and_gradients(kind: type[Block], size: tuple[int, ..
             torch.testing.assert_close(mine, others, rtol=1e-4, atol=1e-4)
 
 
+class Around(AddedSix):
+    def forward(self, x: Tensor, r: Tensor) -> Tensor:
+        for _ in range(2):
+            x = F.relu6(self.norm(self.conv(x)) + x)
+        return x
+
+
+@pytest.mark.parametrize("size", [(2, 4, 5, 6), (1, 4, 5, 6), (2, 1, 5, 6)], ids=str)
+def test_a_sum_of_gradients_is_laid_out_as_what_came_first(size: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    stock = Around(size[1], size[1], 3).eval().requires_grad_(False)
+    fused = fk.fuse(copy.deepcopy(stock))
+    layouts = ("NCHW", "NHWC", "columns", "slice", "NHWC slice")
+    for of_x, of_dy in product(layouts, layouts):
+        tensors = (laid_out(*size, of_x), torch.zeros(1), laid_out(*size, of_dy))
+        (ours, mine), (theirs, others) = (strides_and_values(m, *tensors) for m in (fused, stock))
+        assert ours == theirs, (of_x, of_dy)
+        torch.testing.assert_close(mine, others)
+
+
 @pytest.mark.parametrize("layout", [NCHW, NHWC], ids=str)
 @pytest.mark.parametrize("kind", BLOCKS, ids=lambda kind: kind.__name__)
 def test_alike_layouts_run_as_one_operator(kind: type[Block], layout: torch.memory_format) -> None:

@@ -25,7 +25,7 @@ FixedNormTensors FrozenGradients::norm(Kept kept) const {
 Tensor FrozenGradients::input_gradient(const Tensor& dy, const Tensor& weight, const FixedNormTensors& norm,
                                        const Tensor& passed) const {
   const Tensor dx = conv2d_dgrad(scaled_by_norm(dy, norm), weight, input_size, geometry);
-  return passed.defined() ? dx + passed : dx;
+  return passed.defined() ? passed + dx : dx;
 }
 
 variable_list FrozenGradients::of_all(const variable_list& grads, Kept kept, const Wanted& wanted) const {
@@ -110,11 +110,18 @@ variable_list FrozenConv2dBackward::apply(variable_list&& grads) {
   const bool turned = wants_residual && has_bits && grads[0].sym_strides() != SymIntArrayRef(formula_.bits_stride);
   const Tensor given = turned ? grads[0] : Tensor();
   const Tensor dy = masked(std::move(grads[0]));
-  if (wants_input) result[kInput] = input_gradient(dy, {}, passed);
-  if (wants_residual) {
+  const auto of_residual = [&] {
     const Tensor own = dy.is_same(given) ? dy.detach() : dy;
-    result[kResidual] = has_bits ? operand_.finish(own, given.defined() ? given : dy, formula_.bits_stride) : dy;
+    return has_bits ? operand_.finish(own, given.defined() ? given : dy, formula_.bits_stride) : dy;
+  };
+  if (wants_input && wants_residual && next_edge(kInput) == next_edge(kResidual)) {
+    // Of layers the residual's would come first.
+    const Tensor first = of_residual();
+    result[kInput] = input_gradient(dy, {}, passed.defined() ? passed + first : first);
+    return result;
   }
+  if (wants_input) result[kInput] = input_gradient(dy, {}, passed);
+  if (wants_residual) result[kResidual] = of_residual();
   return result;
 }
 
@@ -176,13 +183,17 @@ FixedNormTensors FrozenConv2dBackward::norm() {
 }
 
 Tensor FrozenConv2dBackward::input_gradient(const Tensor& dy, const Tensor& grad_mask, const Tensor& passed) {
-  FrozenConv2dBackward* maker = maker_of_input();
+  // Autograd lays a sum out as what came first.
+  const bool apart = passed.defined() &&
+                     passed.sym_strides() != SymIntArrayRef(dense_stride(formula_.input_size, dx_is_channels_last_));
+  FrozenConv2dBackward* maker = apart ? nullptr : maker_of_input();
   const Tensor bits = maker ? maker->lend() : Tensor();
   const Tensor weight = kept(FrozenGradients::kWeight);
   const Tensor dx = frozen_conv2d_dgrad(
-      {dy, weight, formula_.input_size, passed, bits, grad_mask, norm(), dx_is_channels_last_}, formula_.geometry);
+      {dy, weight, formula_.input_size, apart ? Tensor() : passed, bits, grad_mask, norm(), dx_is_channels_last_},
+      formula_.geometry);
   if (bits.defined()) maker->mark(dx);
-  return dx;
+  return apart ? passed + dx : dx;
 }
 
 // The node that made the input, if nothing else sees its gradient and its bits are in the order of this dgrad.
