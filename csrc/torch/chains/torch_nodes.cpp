@@ -55,13 +55,16 @@ thread_local size_t next_note = 0;
 
 thread_local bool shows_recipe = false, shows_let_go = false;
 
-// A hook on what is saved is shown what `tensors` gives while the flag is set; it may raise.
+// A hook on what is saved is shown what `tensors` gives while the flag is set; it may raise. What it made of them is
+// returned: it tells by its life how long they are kept.
 template <class F>
-void show(bool& flag, const F& tensors) {
-  if (!at::SavedTensorDefaultHooks::get_hooks()) return;
+std::vector<SavedVariable> show(bool& flag, const F& tensors) {
+  std::vector<SavedVariable> made;
+  if (!at::SavedTensorDefaultHooks::get_hooks()) return made;
   flag = true;
   const auto shown = c10::make_scope_exit([&] { flag = false; });
-  for (const Tensor& tensor : tensors()) SavedVariable(tensor, /*is_output=*/false);
+  for (const Tensor& tensor : tensors()) made.emplace_back(tensor, /*is_output=*/false);
+  return made;
 }
 
 Note& new_note(const Node* node) {
@@ -219,7 +222,8 @@ std::shared_ptr<Recipe> candidate_for(const Tensor& value, Maker maker, bool wat
 
 class ComputedAgain : public SavedVariableHooks {
  public:
-  ComputedAgain(RecipePtr recipe, bool is_last) : recipe_(std::move(recipe)), is_last_(is_last) {}
+  ComputedAgain(RecipePtr recipe, bool is_last, std::vector<SavedVariable> shown = {})
+      : recipe_(std::move(recipe)), is_last_(is_last), shown_(std::move(shown)) {}
   void call_pack_hook(const Tensor&) override {}
   // What was saved is not part of the backward pass: modes of dispatch do not see it, as they do not see a tensor saved.
   Tensor call_unpack_hook() override {
@@ -242,6 +246,7 @@ class ComputedAgain : public SavedVariableHooks {
  private:
   const RecipePtr recipe_;
   const bool is_last_;  // of the nodes that ask for it
+  const std::vector<SavedVariable> shown_;
 };
 
 SavedVariable* saved_of_activation(Node* node) {
@@ -332,9 +337,9 @@ void keep(const Tensor& result, Slot slot, const Tensor& operand, const RecipePt
     // Of an activation's result there may be recipes, which are asked sooner in backward.
     const bool is_last = variable == saved_of_activation(node);
     const RecipePtr again = is_last ? shared(recipe) : recipe;
-    register_hooks(*variable, std::make_unique<ComputedAgain>(again, is_last));
+    auto shown = show(shows_recipe, [&] { return recipe->reads(); });
+    register_hooks(*variable, std::make_unique<ComputedAgain>(again, is_last, std::move(shown)));
     new_note(node).recipe = again;
-    show(shows_recipe, [&] { return recipe->reads(); });
   } else if (at::SavedTensorDefaultHooks::get_hooks()) {
     *variable = SavedVariable(operand, /*is_output=*/operand.is_same(result));
   }
