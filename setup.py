@@ -165,6 +165,8 @@ class Build(build_ext):
             # Static, as nvcc links by default: the binary then loads where no CUDA is installed.
             extension.extra_link_args += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
         self.beside(INFO).write_text(json.dumps(info))
+        if sys.platform == "linux":  # a sixth of the file would be names of functions that nothing outside can call
+            extension.extra_link_args.append("-Wl,--discard-all")
         extension.extra_objects += map(str, ninja(build, "extension.ninja", *rules))
         extension.depends += extension.extra_objects  # else setuptools links once, and never again
         super().build_extensions()

@@ -11,9 +11,12 @@
 #define FK_SIMD_CLONES                                                         \
   __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"), \
                  optimize("O3", "no-math-errno", "no-trapping-math"), flatten))
+#define FK_SIMD_FOR(level) \
+  __attribute__((target("arch=x86-64-" level), optimize("O3", "no-math-errno", "no-trapping-math"), flatten))
 #define FK_HAS_SIMD_CLONES 1
 #else
 #define FK_SIMD_CLONES
+#define FK_SIMD_FOR(level)
 #define FK_HAS_SIMD_CLONES 0
 #endif
 
@@ -33,5 +36,23 @@ template <auto kFunction, class... Arguments>
 static FK_SIMD_CLONES auto in_vectors(Arguments... arguments) {
   return kFunction(arguments...);
 }
+
+// Once, for processors whose vectors have so many floats: 16 those of AVX-512, 8 those of AVX2.
+template <int kLanes>
+struct InVectorsOf;
+template <>
+struct InVectorsOf<16> {
+  template <auto kFunction, class... Arguments>
+  static FK_SIMD_FOR("v4") auto run(Arguments... arguments) {
+    return kFunction(arguments...);
+  }
+};
+template <>
+struct InVectorsOf<8> {
+  template <auto kFunction, class... Arguments>
+  static FK_SIMD_FOR("v3") auto run(Arguments... arguments) {
+    return kFunction(arguments...);
+  }
+};
 
 }  // namespace freezekit::cpu

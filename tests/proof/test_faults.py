@@ -329,7 +329,8 @@ def test_a_frozen_block_of_zeros_hides_no_fault(faulty: Faulty, told: Told, how:
     faulty.fail("conv2d", how)
     told(lambda: torch.ops.freezekit.frozen_conv2d(x, w, residual=x, activation="relu", **settings)[0].sum().backward())
     blocks = {c.problem.split()[0]: c.agree for c in fk.tuning.choices() if c.problem.startswith("conv2d")}
-    assert blocks == {"conv2d+frozen+norm+residual+relu+mask": False, "conv2d_dgrad+frozen+norm": how == "moved"}
+    dgrad = "conv2d_dgrad+frozen+norm+residual"  # of x, which the residual's gradient is added to
+    assert blocks == {"conv2d+frozen+norm+residual+relu+mask": False, dgrad: how == "moved"}
 
 
 def test_a_block_that_is_right_is_taken_though_its_batch_is_zeros(faulty: Faulty, told: Told) -> None:

@@ -54,12 +54,13 @@ cpu::WinogradFilter filter_of(Operator op, const Tensor& w) {
 template <int kLanes>
 bool run(const cpu::Winograd& size, const cpu::WinogradFilter& filter, const float* x, float* y,
          const at::TensorOptions& options) {
+  using Vectors = cpu::InVectorsOf<kLanes>;
   const cpu::WinogradBlock<kLanes> block(size);
   const Tensor filters = at::empty({block.filter_numel()}, options);
   float* const u = filters.mutable_data_ptr<float>();
   std::atomic<bool> taken = true;
   at::parallel_for(0, size.out / cpu::kWinogradUnit, 1, [&](int64_t first, int64_t last) {
-    if (!cpu::in_vectors<cpu::winograd_filter<kLanes>>(std::cref(block), std::cref(filter), u, first, last))
+    if (!Vectors::template run<cpu::winograd_filter<kLanes>>(std::cref(block), std::cref(filter), u, first, last))
       taken = false;
   });
   if (!taken) return false;
@@ -70,7 +71,8 @@ bool run(const cpu::Winograd& size, const cpu::WinogradFilter& filter, const flo
   at::parallel_for(0, size.tiles(), block.kTiles, [&](int64_t first, int64_t last) {
     float* const part = own + at::get_thread_num() * numel;
     const float* const made = u;
-    if (!cpu::in_vectors<cpu::winograd_run<kLanes>>(std::cref(block), x, made, y, part, first, last)) finite = false;
+    if (!Vectors::template run<cpu::winograd_run<kLanes>>(std::cref(block), x, made, y, part, first, last))
+      finite = false;
   });
   return finite;
 }
