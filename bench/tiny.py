@@ -13,7 +13,6 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -24,6 +23,7 @@ if __package__ in (None, ""):
 
 import freezekit as fk
 from bench.options import threads
+from bench.packages import missing
 from bench.timing import HostClock, Interleaved, interleave
 
 BOUND = 1.02
@@ -35,14 +35,6 @@ NETWORKS = (
     ("timm", "efficientvit_b0", (32, 64)),
     ("torchvision", "shufflenet_v2_x0_5", (32, 64)),
 )
-
-
-@cache
-def missing(library: str) -> str:
-    """Why a library cannot be used; "" if it can."""
-    from tests.clients.packages import missing  # which makes torchvision work beside any build of torch
-
-    return missing(library)
 
 
 @dataclass(frozen=True)

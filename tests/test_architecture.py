@@ -250,6 +250,11 @@ def test_the_package_imports_neither_bench_nor_tests() -> None:
     assert not wrong
 
 
+def test_bench_imports_no_tests() -> None:
+    paths = python_files("bench").values()
+    assert not [p for p in paths if re.search(r"^\s*(from|import) tests\b", p.read_text(), re.M)]
+
+
 def test_the_include_rule_sees_a_torch_header() -> None:
     assert TORCH_HEADER.match("ATen/core/Tensor.h")
     assert TORCH_HEADER.match("torch/library.h")

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 from bench.environment import describe
+from bench.packages import missing
 from bench.timing import HostClock, interleave, small_heap
 from tests.clients.cases import CASES, Case
 from tests.clients.harness import WAYS, Compared, compare, runs
-from tests.clients.packages import missing
 
 ROUNDS = 7
 FACTS = ("device", "threads", "torch", "commit", "date")  # of the environment, on the page

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 import freezekit as fk
+from bench.packages import missing
 from freezekit._inputs import arguments
 from freezekit.explanation.trace import trace
-from tests.clients.packages import missing
 
 
 @dataclass(frozen=True)

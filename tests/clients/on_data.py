@@ -35,10 +35,10 @@ from torch.utils._pytree import tree_leaves
 
 import freezekit as fk
 from bench.memory import trace
+from bench.packages import missing
 from bench.timing import Interleaved, Timeable, interleave
 from tests.clients.harness import largest_error
 from tests.clients.kept import CLIENTS, Network
-from tests.clients.packages import missing
 
 SECONDS, BYTES = 120, 12 * 2**30  # of one network's process
 PARAMETERS = 130_000_000  # of one network: more take minutes

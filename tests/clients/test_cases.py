@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bench.packages import missing
 from bench.timing import small_heap
 from tests.clients.cases import CASES, Case
 from tests.clients.harness import WAYS, compare, runs
-from tests.clients.packages import missing
 
 pytestmark = pytest.mark.full
 each = pytest.mark.parametrize("case", CASES, ids=str)

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import freezekit as fk
+from bench.packages import missing
 from freezekit.enabling import watched
 from tests.clients.cases import CASES, Case
-from tests.clients.packages import missing
 from tests.explanation.test_nothing_changes import picture, same
 from tests.observe import bytes_saved
 

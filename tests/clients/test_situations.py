@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import freezekit as fk
+from bench.packages import missing
 from tests.clients.cases import Classifier, adapted, unet
 from tests.clients.harness import STOCK, WAYS, Way
-from tests.clients.packages import missing
 from tests.models.test_regimes import settle
 
 pytestmark = pytest.mark.full

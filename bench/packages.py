@@ -10,6 +10,7 @@ import os
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,8 +57,9 @@ def _torchvision_without_its_binary() -> None:
     for name in ("nms", "qnms"):
         operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _kept.append(operators)
-    importlib.import_module("torchvision.ops.boxes").nms = _nms
-    roi_align = importlib.import_module("torchvision.ops.roi_align")
+    boxes: Any = importlib.import_module("torchvision.ops.boxes")
+    boxes.nms = _nms
+    roi_align: Any = importlib.import_module("torchvision.ops.roi_align")
     roi_align._roi_align = roi_align._roi_align.__wrapped__
 
 
@@ -71,10 +73,9 @@ def _loads(binary: Path) -> bool:
 
 def _nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     """Indices of the boxes that no better one overlaps by more than the threshold, by falling score."""
-    from torchvision.ops import box_iou
-
+    operators: Any = importlib.import_module("torchvision.ops")
     order = scores.argsort(descending=True, stable=True)
-    overlaps = box_iou(boxes[order], boxes[order]) > iou_threshold
+    overlaps = operators.box_iou(boxes[order], boxes[order]) > iou_threshold
     kept = torch.zeros(len(order), dtype=torch.bool)
     for i in range(len(order)):
         kept[i] = not (overlaps[i] & kept).any()
