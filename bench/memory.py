@@ -7,11 +7,13 @@ themselves, such as oneDNN's scratch space.
 """
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._profiler import _EventType
 
 
 @dataclass(frozen=True)
@@ -44,13 +46,27 @@ def _trace_cpu(work: Callable[[], object]) -> Memory:
     results = profiler.profiler.kineto_results if profiler.profiler is not None else None
     if results is None:
         raise RuntimeError("torch.profiler recorded nothing: is another profiler running?")
-    changes = [(event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]"]
     del result
+    made: dict[int, int] = {}
     held = peak = 0
-    for _, change in sorted(changes, key=lambda pair: pair[0]):
-        held += change
+    for _, address, change in sorted(_allocations(results.experimental_event_tree()), key=lambda event: event[0]):
+        if change > 0:
+            made[address] = change
+            held += change
+        else:
+            # Torch keeps the sizes of recorded allocations that were released unrecorded, and takes an older tensor at
+            # the same address for one of them: only what was allocated here is released here.
+            held -= made.pop(address, 0)
         peak = max(peak, held)
     return Memory(held, peak)
+
+
+def _allocations(events: list[Any]) -> Iterator[tuple[int, int, int]]:
+    """The time, address and bytes of each allocation; of each release, with a minus sign."""
+    for event in events:
+        if event.tag == _EventType.Allocation:
+            yield event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size
+        yield from _allocations(event.children)
 
 
 def _trace_cuda(device: torch.device, work: Callable[[], object]) -> Memory:

@@ -12,8 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import freezekit as fk
+from bench.memory import trace
 from tests.conftest import on
 from tests.fusion.nets import BasicBlock, plain, settled
+
+CPU = torch.device("cpu")
 
 
 def stock_net() -> nn.Module:
@@ -216,15 +219,6 @@ def test_a_step_leaves_no_tensor_of_a_weights_size(way: str, backend: str, autoc
     assert {id(p) for p in net.parameters()} == before
 
 
-def bytes_left(step: Callable[[], object]) -> int:
-    """Of what torch's allocator gave during a call, what was not given back. It sees what C++ alone holds, too."""
-    gc.collect()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-        gc.collect()
-    return sum(event.self_cpu_memory_usage for event in profile.events() or ())
-
-
 @pytest.mark.parametrize("leaks", [False, True], ids=["", "planted"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("way", WAYS)
@@ -239,8 +233,9 @@ def test_a_step_leaves_no_memory(way: str, backend: str, leaks: bool) -> None:
         x.grad = None
         if leaks:
             kept.append(first.detach().clone())
+        gc.collect()
 
-    assert (bytes_left(one) >= first.nbytes) == leaks
+    assert (trace(CPU, one).kept >= first.nbytes) == leaks
 
 
 def test_a_weight_that_comes_to_learn_gets_its_gradient() -> None:

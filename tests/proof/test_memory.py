@@ -2,44 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from itertools import accumulate
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 import freezekit as fk
+from bench.memory import trace
 from freezekit import _C
 from freezekit.functional import conv2d, conv2d_wgrad
 from tests.proof.stand_in import decided, launched, stand_in
 
+CPU = torch.device("cpu")
 MIB = 1 << 20
-
-
-def peak_of(call: Callable[[], Any], trace: Path) -> int:
-    """The most bytes that tensors made in `call` held at once."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        result = call()
-    recorded.export_chrome_trace(str(trace))
-    events = [event for event in json.loads(trace.read_text())["traceEvents"] if event["name"] == "[memory]"]
-    del result
-    in_turn = sorted(events, key=lambda event: event["args"]["Ev Idx"])
-    return max(accumulate(event["args"]["Bytes"] for event in in_turn))
-
-
-def test_what_is_counted(tmp_path: Path) -> None:
-    assert peak_of(lambda: (torch.empty(MIB), torch.empty(MIB)), tmp_path / "trace") == 8 * MIB
-
-    def one_after_another() -> None:
-        for _ in range(3):
-            torch.empty(MIB)
-
-    assert peak_of(one_after_another, tmp_path / "trace") == 4 * MIB
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -52,30 +28,30 @@ def test_what_is_counted(tmp_path: Path) -> None:
     ],
 )
 def test_a_layer_s_proof_holds_no_more_than_one_result(
-    name: str, layer: Callable[[Tensor], Tensor], dtype: torch.dtype, tmp_path: Path
+    name: str, layer: Callable[[Tensor], Tensor], dtype: torch.dtype
 ) -> None:
     """The first call makes its own result once the proof's are freed."""
     x = torch.randn(4, 8, 192, 192).to(dtype).requires_grad_()
     with stand_in():
-        peak = peak_of(lambda: layer(x), tmp_path / "trace")
+        peak = trace(CPU, lambda: layer(x)).peak
         assert decided()[name].agree
     # A pool's result of both passes is torch's: the value, its indices, the gradient.
     result = x.nbytes if name != "max_pool2d" else x.nbytes + x.numel() // 4 * (x.element_size() + 8)
     assert peak <= result + 2 * MIB
 
 
-def test_a_convolution_s_proof_holds_one_result_more(tmp_path: Path) -> None:
+def test_a_convolution_s_proof_holds_one_result_more() -> None:
     # Of float64: for other dtypes oneDNN itself holds as much again on some CPUs.
     x, w = torch.randn(16, 2, 128, 128).double().requires_grad_(), torch.randn(8, 2, 1, 1).double()
     with stand_in():
-        first = peak_of(lambda: conv2d(x, w), tmp_path / "trace")
+        first = trace(CPU, lambda: conv2d(x, w)).peak
         assert decided()["conv2d"].agree
-        again = peak_of(lambda: conv2d(x, w), tmp_path / "trace")
+        again = trace(CPU, lambda: conv2d(x, w)).peak
     assert first <= again + 16 * 8 * 128 * 128 * 8 + 16 * MIB
 
 
 @pytest.mark.parametrize("batch", [1, 16])
-def test_where_sums_cancel_no_operand_is_copied(batch: int, tmp_path: Path) -> None:
+def test_where_sums_cancel_no_operand_is_copied(batch: int) -> None:
     x = torch.full((batch, 64, 2048 // batch, 64), 0.3).double().contiguous(memory_format=torch.channels_last)
     w = torch.randn(1, 64, 1, 1).double()
     w -= w.mean()
@@ -86,19 +62,19 @@ def test_where_sums_cancel_no_operand_is_copied(batch: int, tmp_path: Path) -> N
             ("conv2d", lambda: conv2d(x, w)),
             ("conv2d_wgrad", lambda: conv2d_wgrad(dy, x, w.shape)),
         ):
-            first = peak_of(call, tmp_path / "trace")
+            first = trace(CPU, call).peak
             assert not decided()[name].agree
-            again = peak_of(call, tmp_path / "trace")
+            again = trace(CPU, call).peak
             assert first <= again + call().nbytes + 16 * MIB < x.nbytes
 
 
-def test_in_nchw_the_copy_of_x_is_freed_before_there_is_a_second_result(tmp_path: Path) -> None:
+def test_in_nchw_the_copy_of_x_is_freed_before_there_is_a_second_result() -> None:
     """So a proof holds no more than the kernel needs in every call, where x is larger than the result."""
     x, w = torch.randn(8, 16, 128, 128).double().requires_grad_(), torch.randn(1, 16, 1, 1).double()
     with stand_in():
-        first = peak_of(lambda: conv2d(x, w), tmp_path / "trace")
+        first = trace(CPU, lambda: conv2d(x, w)).peak
         assert decided()["conv2d"].agree
-        again = peak_of(lambda: conv2d(x, w), tmp_path / "trace")
+        again = trace(CPU, lambda: conv2d(x, w)).peak
     assert again >= x.nbytes, "kernels read NHWC"
     assert first <= again
 
@@ -110,7 +86,7 @@ COPIED = 32 * MIB
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize(("batch", "rows"), [(24, 64), (3, 288)], ids=["small images", "large images"])
 def test_in_nchw_a_large_batch_is_copied_some_images_at_a_time(
-    batch: int, rows: int, channels: int, filters: int, residual: bool, tmp_path: Path
+    batch: int, rows: int, channels: int, filters: int, residual: bool
 ) -> None:
     """A block and its dgrad hold their result and so much at most, whatever the batch."""
     # Of float64: see above.
@@ -121,11 +97,11 @@ def test_in_nchw_a_large_batch_is_copied_some_images_at_a_time(
     with stand_in():
         fk.functional.relu(torch.randn(64).double().requires_grad_())  # bits need its kernels
         y = block(x, w, None, r, "relu", keep_mask=True)[0]
-        peak = peak_of(lambda: block(x, w, None, r, "relu", keep_mask=True), tmp_path / "trace")
+        peak = trace(CPU, lambda: block(x, w, None, r, "relu", keep_mask=True)).peak
         copied = channels * 256 * rows * 8 + result * (1 + residual)
         assert peak <= y.nbytes + y.numel() // 8 + max(COPIED, copied) + MIB
         dgrad(y, w, x.shape, x if residual else None)
-        peak = peak_of(lambda: dgrad(y, w, x.shape, x if residual else None), tmp_path / "trace")
+        peak = trace(CPU, lambda: dgrad(y, w, x.shape, x if residual else None)).peak
         copied = channels * 256 * rows * 8 * (1 + residual) + result
         assert peak <= x.nbytes + max(COPIED, copied) + MIB
         assert {choice.backend for choice in fk.tuning.choices()} == {"native"}
