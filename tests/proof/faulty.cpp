@@ -132,15 +132,17 @@ void take_last(const MaxPool& m, DType dtype, const void* x, const void* y, void
   }
 }
 
-// Whether a convolution is wrong where its numbers of channels are odd ones, its memory is, its bias, or the slices of its sum;
-// or where positions or channels are left over behind whole tiles.
-bool is_by_the_way(const Conv2dProblem& p, const Selection& s, const Conv2dTensors& t, const Epilogue& e) {
+// Whether a convolution is wrong where its numbers of channels are odd ones, its memory is, its bias or that it has none, its
+// padding, or the slices of its sum; or where positions or channels are left over behind whole tiles.
+bool is_by_the_way(Operator op, const Conv2dProblem& p, const Selection& s, const Conv2dTensors& t, const Epilogue& e) {
   const auto is_odd = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 != 0; };
+  const bool depthwise = p.groups > 1 && p.c_per_group() == 1;
   return (is("conv2d", "channels") && (p.c_per_group() % 8 != 0 || p.k_per_group() % 8 != 0)) ||
          (is("conv2d", "rest_of_positions") && p.n * p.p * p.q % 16 != 0) ||
-         (is("conv2d", "rest_of_inputs") && p.c_per_group() % 16 != 0) ||
+         (is("conv2d", "rest_of_inputs") && (depthwise ? p.c : p.c_per_group()) % 16 != 0) ||
          (is("conv2d", "rest_of_outputs") && p.k_per_group() % 16 != 0) || (is("conv2d", "slices") && s.split_k > 1) ||
-         (is("conv2d", "biased") && e.bias) ||
+         (is("conv2d", "biased") && e.bias) || (is("conv2d", "unbiased") && op == Operator::fprop && !e.bias) ||
+         (is("conv2d", "padded") && (p.pad_h > 0 || p.pad_w > 0)) ||
          (is("conv2d", "unaligned") && (is_odd(t.x) || is_odd(t.filter) || is_odd(t.y) || is_odd(e.bias)));
 }
 
@@ -164,7 +166,7 @@ Status conv2d(Operator op, const Selection& s, const Conv2dProblem& p, DType dty
                         : op == Operator::dgrad ? p.x_numel()
                                                 : p.filter_numel()) -
                        1;
-  if (wrong || is_by_the_way(p, s, t, e)) spoil_at(out, last, dtype);
+  if (wrong || is_by_the_way(op, p, s, t, e)) spoil_at(out, last, dtype);
   for (int64_t i = last; nonzero && i >= 0; --i) set(out, i, dtype, 2 * get(out, i, dtype));
   if (moved && op == Operator::fprop) set(out, last, dtype, get(out, last - p.k, dtype));  // another pixel's
   if (is("conv2d", "term")) {
@@ -288,6 +290,8 @@ extern "C" int set_fault(const char* kernel, const char* how) {
                             "channels",
                             "slices",
                             "biased",
+                            "unbiased",
+                            "padded",
                             "unaligned",
                             "rest_of_positions",
                             "rest_of_inputs",

@@ -204,8 +204,8 @@ def test_no_memory_is_no_fault_and_never_seen(faulty: Faulty, told: Told, kernel
     assert launched(lambda: step(fk.functional.relu, x)) == []
 
 
-def convolution(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
-    y = conv2d(x, w, padding=1)
+def convolution(x: Tensor, w: Tensor, padding: int = 1, groups: int = 1) -> tuple[Tensor, ...]:
+    y = conv2d(x, w, padding=padding, groups=groups)
     return (y.detach(), *torch.autograd.grad(y, (x, w), torch.ones_like(y)))
 
 
@@ -423,26 +423,34 @@ def test_a_sum_of_many_slices_is_rehearsed_in_many(faulty: Faulty, told: Told, b
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    ("how", "size", "filters"),
+    ("how", "size", "filters", "groups"),
     [
-        ("rest_of_positions", (2, 32, 9, 9), (32, 32, 3, 3)),
-        ("rest_of_inputs", (2, 40, 8, 10), (32, 40, 3, 3)),
-        ("rest_of_outputs", (2, 32, 8, 10), (40, 32, 3, 3)),
+        ("rest_of_positions", (2, 32, 9, 9), (32, 32, 3, 3), 1),
+        ("rest_of_inputs", (2, 40, 8, 10), (32, 40, 3, 3), 1),
+        ("rest_of_outputs", (2, 32, 8, 10), (40, 32, 3, 3), 1),
+        ("rest_of_inputs", (2, 40, 8, 10), (40, 1, 3, 3), 40),
     ],
 )
 def test_what_is_left_over_behind_whole_tiles_is_held_though_the_first_call_leaves_nothing(
-    faulty: Faulty, told: Told, how: str, size: tuple[int, ...], filters: tuple[int, ...], dtype: torch.dtype
+    faulty: Faulty,
+    told: Told,
+    how: str,
+    size: tuple[int, ...],
+    filters: tuple[int, ...],
+    groups: int,
+    dtype: torch.dtype,
 ) -> None:
     """Another size of a class may meet what the first has not."""
-    first = leaf(2, 32, 8, 10, dtype=dtype, channels_last=True), leaf(32, 32, 3, 3, dtype=dtype)
+    depthwise = groups > 1
+    first = leaf(2, 32, 8, 10, dtype=dtype, channels_last=True), leaf(32, 1 if depthwise else 32, 3, 3, dtype=dtype)
     x, w = leaf(*size, dtype=dtype, channels_last=True), leaf(*filters, dtype=dtype)
     faulty.fail("conv2d", how)
-    told(lambda: convolution(*first))
+    told(lambda: convolution(*first, groups=32 if depthwise else 1))
     decided_by_first = fk.tuning.choices()
-    found, _ = told(lambda: convolution(x, w))
+    found, _ = told(lambda: convolution(x, w, groups=groups))
     assert fk.tuning.choices() == decided_by_first, "of the same classes"
     with fk.backend("aten"):
-        expected = convolution(x, w)
+        expected = convolution(x, w, groups=groups)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     assert {choice.agree for choice in decided_by_first} == {False}
 
@@ -452,6 +460,25 @@ def test_a_bias_is_held_though_the_first_call_has_none(faulty: Faulty, told: Tol
     faulty.fail("conv2d", "biased")
     told(lambda: conv2d(x, w))
     torch.testing.assert_close(conv2d(x, w, torch.ones(8)), F.conv2d(x, w, torch.ones(8)), rtol=0, atol=0)
+
+
+def test_that_there_is_none_is_held_though_the_first_call_has_one(faulty: Faulty, told: Told) -> None:
+    x, w = leaf(2, 8, 6, 6), leaf(8, 8, 3, 3)
+    faulty.fail("conv2d", "unbiased")
+    told(lambda: conv2d(x, w, torch.ones(8)))
+    torch.testing.assert_close(conv2d(x, w), F.conv2d(x, w), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("groups", [1, 16])
+def test_padding_is_held_though_the_first_call_has_none(faulty: Faulty, told: Told, groups: int) -> None:
+    """What is outside of an image is other code than what is inside."""
+    x, w = leaf(2, 16, 7, 7, channels_last=True), leaf(16, 16 // groups, 3, 3)
+    faulty.fail("conv2d", "padded")
+    told(lambda: convolution(x, w, 0, groups))
+    found, _ = told(lambda: convolution(x, w, 1, groups))
+    with fk.backend("aten"):
+        expected = convolution(x, w, 1, groups)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_a_float32_bias_of_a_block_in_short_dtype_is_held_apart(faulty: Faulty) -> None:

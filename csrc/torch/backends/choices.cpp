@@ -49,15 +49,14 @@ std::string class_of(Operator op, const Conv2dProblem& p, const Setting& s, cons
   const int power = (std::bit_width(operations) - 1) / 2 * 2;
   const auto power_in = [](int64_t channels) { return std::min<int64_t>(channels & -channels, 8); };
   const bool depthwise = p.groups > 1 && p.c_per_group() == 1;  // its kernels take channels of all groups together
-  const bool pointwise = p.r == 1 && p.s == 1 && (p.pad_h > 0 || p.pad_w > 0);
   std::ostringstream key;
   key << operator_name(op, s) << " by " << by.kernel
       << (by.split_k >= kManySlices ? " in many slices"
           : by.split_k > 1          ? " in slices"
                                     : "")
-      << (p.groups > 1 ? " in groups" : "") << " w=" << p.r << ',' << p.s << (pointwise ? " padded" : "")
-      << " channels by " << power_in(depthwise ? p.c : p.c_per_group()) << ','
-      << power_in(depthwise ? p.k : p.k_per_group()) << " stride=" << p.stride_h << ',' << p.stride_w
+      << (p.groups > 1 ? " in groups" : "") << " w=" << p.r << ',' << p.s << " channels by "
+      << power_in(depthwise ? p.c : p.c_per_group()) << ',' << power_in(depthwise ? p.k : p.k_per_group())
+      << " stride=" << p.stride_h << ',' << p.stride_w << " padding=" << p.pad_h << ',' << p.pad_w
       << " dilation=" << p.dilation_h << ',' << p.dilation_w << " 2^" << power << " to 2^" << power + 2 << " products "
       << layout_name(s.layout) << device_name(s);
   return key.str();

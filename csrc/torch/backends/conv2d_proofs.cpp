@@ -96,7 +96,8 @@ Conv2dProblem part_of(const Conv2dProblem& problem, IsAlike is_alike) {
 }
 
 // The same with positions and channels that fill no tile, which another problem of the class may have: an odd number of
-// positions, and eight channels of each group less or more, by which what they are multiples of does not change.
+// positions, and eight channels of each group less or more, by which what they are multiples of does not change. Where each
+// group has one channel, eight groups are.
 Conv2dProblem ragged(const Conv2dProblem& problem, IsAlike is_alike) {
   Conv2dProblem found = problem;
   const auto changed = [&](const auto& change) {
@@ -108,10 +109,17 @@ Conv2dProblem ragged(const Conv2dProblem& problem, IsAlike is_alike) {
   changed([](Conv2dProblem& p) { return p.n > 0 && p.n % 2 == 0 ? (--p.n, true) : false; });
   changed([](Conv2dProblem& p) { return cut_axis(p.h, p.p, p.stride_h, p.p - (p.p % 2 == 0)); });
   changed([](Conv2dProblem& p) { return cut_axis(p.w, p.q, p.stride_w, p.q - (p.q % 2 == 0)); });
+  const auto either = [&](const auto& add, int64_t step) {
+    const auto by = [&](int64_t more) { return [&, more](Conv2dProblem& p) { return add(p, more); }; };
+    if (!changed(by(-step))) changed(by(step));
+  };
+  if (problem.groups > 1 && problem.c_per_group() == 1) {
+    const int64_t multiplier = problem.k_per_group();
+    either([=](Conv2dProblem& p, int64_t more) { return p.k += more * multiplier, (p.groups = p.c += more) > 1; }, 8);
+    return found;
+  }
   for (int64_t Conv2dProblem::* const channels : {&Conv2dProblem::c, &Conv2dProblem::k}) {
-    const int64_t step = 8 * problem.groups;
-    const auto add = [&](int64_t more) { return [=](Conv2dProblem& p) { return (p.*channels += more) > 0; }; };
-    if (problem.*channels > step && !changed(add(-step))) changed(add(step));
+    either([=](Conv2dProblem& p, int64_t more) { return (p.*channels += more) > 0; }, 8 * problem.groups);
   }
   return found;
 }
@@ -163,9 +171,9 @@ Contest conv2d(const Conv2dStep& step, const Selection& selection, Run run, Rehe
       return is_alike(other) &&
              (select(step.op, other, dtype, target).split_k >= kManySlices) == (selection.split_k >= kManySlices);
     };
-    const auto rehearsed = [&](const Conv2dProblem& part) {
-      const Tensor expected = rehearse(Backend::aten, {part, exact_type(step.on)});
-      const Tensor found = rehearse(candidate, {part, type});
+    const auto rehearsed = [&](const Conv2dProblem& part, bool is_biased) {
+      const Tensor expected = rehearse(Backend::aten, {part, exact_type(step.on), is_biased});
+      const Tensor found = rehearse(candidate, {part, type, is_biased});
       const std::string text = faults_beside(found);
       return text.empty() ? difference(expected, found, bound_on_integers(step)) : text;
     };
@@ -173,8 +181,8 @@ Contest conv2d(const Conv2dStep& step, const Selection& selection, Run run, Rehe
     if (elements_of(part) > kMostRehearsed) part = part_of(step.problem, is_alike);
     const Conv2dProblem rest = ragged(part, is_alike);
     const bool is_other = rest.x_numel() != part.x_numel() || rest.y_numel() != part.y_numel();
-    std::string text = rehearsed(part);
-    if (text.empty() && is_other) text = rehearsed(rest);
+    std::string text = rehearsed(part, true);
+    if (text.empty() && is_other) text = rehearsed(rest, false);
     if (!text.empty()) return text;
     const Tensor found = run(candidate);  // first: what it converts is freed before there is a second result
     text = faults_beside(found);

@@ -96,6 +96,12 @@ Tensor mixed_bits(int64_t words, const Tensor& like) {
   return mixed.bitwise_right_shift(32).to(at::kInt);
 }
 
+Geometry Rehearsal::geometry(const Geometry& like) const {
+  Geometry own = like;
+  own.groups = problem.groups;
+  return own;
+}
+
 Tensor Rehearsal::x(const Tensor& like) const {
   return integers(0, {problem.n, problem.c, problem.h, problem.w}, dtype, like);
 }

@@ -32,7 +32,9 @@ Tensor mixed_bits(int64_t words, const Tensor& like);
 struct Rehearsal {
   const Conv2dProblem& problem;
   at::ScalarType dtype;
+  bool is_biased;  // of a plain convolution, whether its calls have a bias or not
 
+  Geometry geometry(const Geometry& like) const;
   Tensor x(const Tensor& like) const;
   Tensor weight(const Tensor& like) const;
   Tensor y(const Tensor& like) const;

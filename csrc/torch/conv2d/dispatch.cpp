@@ -23,16 +23,17 @@ Tensor conv2d_kernel(const Tensor& input, const Tensor& weight, const std::optio
   const Conv2dProblem problem = problem_of(input.sizes(), weight.sizes(), C10_AS_INTARRAYREF_SLOW(output_size), g);
   const BelowAutogradAndAutocast below;
   const auto layout = layout_of(input, weight);
-  const auto compute = [&g](Backend on, const Conv2dProblem& p, const Tensor& x, const Tensor& w,
-                            const std::optional<Tensor>& b) {
-    return on == Backend::aten ? aten::conv2d(x, w, b, g) : native::conv2d(p, x, w, b, g.with(on));
+  const auto compute = [](Backend on, const Conv2dProblem& p, const Geometry& by, const Tensor& x, const Tensor& w,
+                          const std::optional<Tensor>& b) {
+    return on == Backend::aten ? aten::conv2d(x, w, b, by) : native::conv2d(p, x, w, b, by.with(on));
   };
   const auto beside = [&bias]() -> Conv2dStep::Beside { return {1, bias ? proof::largest_in(*bias) : 0}; };
   const Tensor y = computed(
       {Operator::fprop, problem, input, weight, layout, {}, beside}, g.backend,
-      [&](Backend on) { return compute(on, problem, input, weight, bias); },
-      [&](Backend on, const Rehearsal& own) {  // with a bias, which the next of its class may have
-        return compute(on, own.problem, own.x(input), own.weight(weight), own.per_channel(own.dtype, input));
+      [&](Backend on) { return compute(on, problem, g, input, weight, bias); },
+      [&](Backend on, const Rehearsal& own) {
+        const auto b = own.is_biased ? std::make_optional(own.per_channel(own.dtype, input)) : std::nullopt;
+        return compute(on, own.problem, own.geometry(g), own.x(input), own.weight(weight), b);
       });
   return finish(y, layout);
 }
@@ -43,15 +44,15 @@ Tensor dgrad_kernel(const Tensor& grad_output, const Tensor& weight, SymIntArray
   const Conv2dProblem problem = problem_of(size, weight.sizes(), grad_output.sizes(), g);
   const BelowAutogradAndAutocast below;
   const auto layout = layout_of(grad_output, weight);
-  const auto compute = [&g](Backend on, const Conv2dProblem& p, const Tensor& dy, const Tensor& w,
-                            SymIntArrayRef x_size) {
-    return on == Backend::aten ? aten::dgrad(dy, w, x_size, g) : native::dgrad(p, dy, w, g.with(on));
+  const auto compute = [](Backend on, const Conv2dProblem& p, const Geometry& by, const Tensor& dy, const Tensor& w,
+                          SymIntArrayRef x_size) {
+    return on == Backend::aten ? aten::dgrad(dy, w, x_size, by) : native::dgrad(p, dy, w, by.with(on));
   };
   const Tensor dx = computed(
       {Operator::dgrad, problem, grad_output, weight, layout}, g.backend,
-      [&](Backend on) { return compute(on, problem, grad_output, weight, input_size); },
+      [&](Backend on) { return compute(on, problem, g, grad_output, weight, input_size); },
       [&](Backend on, const Rehearsal& own) {
-        return compute(on, own.problem, own.y(grad_output), own.weight(weight), own.x_size());
+        return compute(on, own.problem, own.geometry(g), own.y(grad_output), own.weight(weight), own.x_size());
       });
   return finish(dx, layout);
 }
@@ -62,15 +63,17 @@ Tensor wgrad_kernel(const Tensor& grad_output, const Tensor& input, SymIntArrayR
   const Conv2dProblem problem = problem_of(input.sizes(), size, grad_output.sizes(), g);
   const BelowAutogradAndAutocast below;
   const auto layout = layout_of(grad_output, input);
-  const auto compute = [&g](Backend on, const Conv2dProblem& p, const Tensor& dy, const Tensor& x) {
-    if (on != Backend::aten) return native::wgrad(p, dy, x, g.with(on));
+  const auto compute = [](Backend on, const Conv2dProblem& p, const Geometry& by, const Tensor& dy, const Tensor& x) {
+    if (on != Backend::aten) return native::wgrad(p, dy, x, by.with(on));
     const std::array<c10::SymInt, 4> w_size = {p.k, p.c_per_group(), p.r, p.s};
-    return aten::wgrad(dy, x, w_size, g);
+    return aten::wgrad(dy, x, w_size, by);
   };
   const Tensor dw = computed(
       {Operator::wgrad, problem, grad_output, input, layout}, g.backend,
-      [&](Backend on) { return compute(on, problem, grad_output, input); },
-      [&](Backend on, const Rehearsal& own) { return compute(on, own.problem, own.y(grad_output), own.x(input)); });
+      [&](Backend on) { return compute(on, problem, g, grad_output, input); },
+      [&](Backend on, const Rehearsal& own) {
+        return compute(on, own.problem, own.geometry(g), own.y(grad_output), own.x(input));
+      });
   return finish(dw, layout);
 }
 

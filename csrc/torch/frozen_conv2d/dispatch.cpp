@@ -192,10 +192,10 @@ std::tuple<Tensor, Tensor> frozen_kernel(const FrozenOperands& o, const FrozenCo
   const bool wanted = keep_mask && f.has_mask();
   const at::MemoryFormat format = result_format(o, output);
   Tensor bits;
-  const auto compute = [&](Backend on, const Conv2dProblem& p, const FrozenOperands& operands) {
+  const auto compute = [&](Backend on, const Conv2dProblem& p, const FrozenOperands& operands, const FrozenConv2d& by) {
     Tensor y;
     if (on == Backend::aten) {
-      std::tie(y, bits) = frozen_by_aten(p, operands, f, format, wanted);
+      std::tie(y, bits) = frozen_by_aten(p, operands, by, format, wanted);
       return y;
     }
     const bool activates = has_kernels_bits(g.backend, format);
@@ -220,8 +220,12 @@ std::tuple<Tensor, Tensor> frozen_kernel(const FrozenOperands& o, const FrozenCo
   const auto beside = [&o] { return beside_of(o.norm, o.bias, o.residual, o.input); };
   const Tensor y = computed(
       {Operator::fprop, problem, o.input, o.weight, format, variant, beside, faults}, g.backend,
-      [&](Backend on) { return compute(on, problem, o); },
-      [&](Backend on, const proof::Rehearsal& own) { return compute(on, own.problem, operands_of(own, o)); });
+      [&](Backend on) { return compute(on, problem, o, f); },
+      [&](Backend on, const proof::Rehearsal& own) {
+        FrozenConv2d by = f;
+        by.geometry = own.geometry(g);
+        return compute(on, own.problem, operands_of(own, o), by);
+      });
   return {y, bits};
 }
 
@@ -289,11 +293,11 @@ Tensor frozen_dgrad_kernel(const FrozenGradCall& call) {
               o.grad_output.strides());
   const BelowAutogradAndAutocast below;
   const at::MemoryFormat format = format_of(o.channels_last);
-  const auto compute = [&](Backend on, const Conv2dProblem& p, const FrozenGrad& grad) {
+  const auto compute = [&](Backend on, const Conv2dProblem& p, const FrozenGrad& grad, const Geometry& by) {
     const Tensor scale = affine_of(grad.norm, Tensor(), grad.grad_output, on).scale;
-    if (on == Backend::aten) return dgrad_by_aten(p, grad, scale, g);
+    if (on == Backend::aten) return dgrad_by_aten(p, grad, scale, by);
     const bool masks = has_kernels_bits(g.backend, format);
-    const Tensor dx = dgrad_by_kernels(p, grad, masks ? grad.mask : Tensor(), scale, g.with(on));
+    const Tensor dx = dgrad_by_kernels(p, grad, masks ? grad.mask : Tensor(), scale, by.with(on));
     if (!masks && grad.mask.defined()) gate_inplace(dx, grad.mask, {}, on);
     return dx;
   };
@@ -304,7 +308,7 @@ Tensor frozen_dgrad_kernel(const FrozenGradCall& call) {
   const auto beside = [&o = o] { return beside_of(o.norm, Tensor(), o.residual, o.grad_output); };
   return computed(
       {Operator::dgrad, problem, o.grad_output, o.weight, format, variant, beside}, g.backend,
-      [&](Backend on) { return compute(on, problem, o); },
+      [&](Backend on) { return compute(on, problem, o, g); },
       [&](Backend on, const proof::Rehearsal& own) {
         const auto x_size = own.x_size();
         const auto bits = [&](const Tensor& of, int64_t numel) {
@@ -314,7 +318,8 @@ Tensor frozen_dgrad_kernel(const FrozenGradCall& call) {
             on, own.problem,
             {own.y(o.grad_output), own.weight(o.weight), x_size, o.residual.defined() ? own.x(o.residual) : Tensor(),
              bits(o.mask, own.problem.x_numel()), bits(o.grad_mask, own.problem.y_numel()),
-             norm_of(own, o.norm, o.grad_output.scalar_type()), o.channels_last});
+             norm_of(own, o.norm, o.grad_output.scalar_type()), o.channels_last},
+            own.geometry(g));
       });
 }
 
