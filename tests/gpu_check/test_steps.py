@@ -229,6 +229,20 @@ def test_nobody_need_read_what_is_printed(tmp_path: Path, reader: str) -> None:
     assert found == [("first", "passed"), ("second", "passed"), ("third", "passed")]
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_whatever_a_step_prints_is_told_in_the_characters_that_a_terminal_has(tmp_path: Path, encoding: str) -> None:
+    """And kept whole, though files have the same few there."""
+    says = PRINTS.replace("import time; time.sleep(0.5)", "print(chr(233), chr(0x2192))")
+    folder = tmp_path / "out"
+    place = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": encoding}
+    check = subprocess.run(
+        [*script(says), str(folder)], cwd=ROOT, env={**os.environ, **place}, capture_output=True, encoding=encoding
+    )
+    assert check.returncode == 0, check.stderr
+    assert "third: " + "\u00e9 \u2192".encode(encoding, "backslashreplace").decode(encoding) in check.stdout
+    assert (folder / "log.txt").read_text(encoding="utf-8").count("\u00e9 \u2192") == 3
+
+
 @ENDS
 def test_so_does_whoever_takes_it_away_at_the_first_look(tmp_path: Path, end: signal.Signals) -> None:
     """Where torch takes its half minute to answer."""
@@ -258,11 +272,11 @@ def test_a_full_disk_costs_neither_the_check_nor_what_was_written(
 ) -> None:
     write = Path.write_text
 
-    def full(path: Path, text: str) -> int:
+    def full(path: Path, text: str, encoding: str) -> int:
         if path.name.startswith("summary.json") and '"step": "second"' in text:
-            write(path, text[:10])
+            write(path, text[:10], encoding)
             raise OSError(errno.ENOSPC, "No space left on device")
-        return write(path, text)
+        return write(path, text, encoding)
 
     monkeypatch.setattr(Path, "write_text", full)
     outcomes = command.run_all([step("first", ""), step("second", "")], tmp_path, HERE, "make gpu-check", 60)

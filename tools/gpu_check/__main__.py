@@ -23,7 +23,8 @@ FIRST_LOOK = 30.0  # of those, for what the machine is
 def say(text: str) -> None:
     """Prints a line. Whoever read them may be gone, or the disk full: the folder has the results all the same."""
     try:
-        print(text, flush=True)
+        encoding = sys.stdout.encoding or "ascii"  # which may not have all that a command printed
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in the buffer, too
 
@@ -83,7 +84,10 @@ def check(arguments: list[str] | None) -> int:
     find_cuda()
     here = machine.read(options.commit, min(FIRST_LOOK, options.seconds))
     if not here.device and not options.emulated:
-        print("torch sees no CUDA device here; --emulated (make gpu-check EMULATED=1) exercises the steps without one")
+        say(
+            f"torch {here.torch} for CUDA {here.cuda} sees no CUDA device here, with driver {here.driver}; "
+            "--emulated (make gpu-check EMULATED=1) exercises the steps without one"
+        )
         return 1
     folder = options.out.resolve()
     try:

@@ -55,7 +55,7 @@ def write(folder: Path, machine: Host, outcomes: Sequence[Outcome], command: str
     for name, text in texts.items():
         part = folder / (name + PART)
         try:
-            part.write_text(text)
+            part.write_text(text, encoding="utf-8")
             part.replace(folder / name)
         except OSError:
             part.unlink(missing_ok=True)

@@ -124,7 +124,8 @@ def _wait(command: Sequence[str], limit: float, output: BinaryIO, errors: int) -
         stderr=errors,
         stdin=subprocess.DEVNULL,
         start_new_session=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},  # what it said before it was ended is known
+        # What it said before it was ended is known, and it may say it in any characters.
+        env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", "LC_ALL": "C.UTF-8"},
     )
     _running.processes.append(process)
     try:
