@@ -2,8 +2,8 @@
 // (csrc/cpu/winograd.h). Filters are transformed at each call: nothing is kept.
 //
 // What changes is rounding: an error follows the largest input and the largest weight of its window, where direct
-// convolution's follows the products. Where something is not finite, or overflows on the way, or filters rely on zeros, nothing
-// is returned, and the direct way decides.
+// convolution's follows the products. Where something is not finite, or overflows on the way, or filters lean on some of their
+// weights, nothing is returned, and the direct way decides.
 #pragma once
 
 #include "torch/common/operators.h"
