@@ -114,12 +114,11 @@ std::tuple<Tensor, Tensor> frozen_by_aten(const Conv2dProblem& problem, const Fr
   const Tensor& x = o.input;
   const Tensor r = o.residual.defined() ? o.residual.contiguous(format) : o.residual;
   const bool passes = x.is_cpu() && (o.norm.defined() || r.defined() || f.has_mask());
-  const bool few = passes && few_positions::takes(Operator::fprop, problem, x, o.weight);
+  const Affine all = passes ? affine_of(o.norm, o.bias, x, Backend::aten) : Affine();
   Tensor y;
-  if (few) {
+  if (passes && few_positions::takes(Operator::fprop, problem, x, o.weight)) {
     y = few_positions::conv2d(problem, x, o.weight);
-  } else if (passes && winograd::takes(Operator::fprop, problem, x, o.weight) &&
-             !bends_at_zero(f.activation, affine_of(o.norm, o.bias, x, Backend::aten))) {
+  } else if (passes && winograd::takes(Operator::fprop, problem, x, o.weight) && !bends_at_zero(f.activation, all)) {
     y = winograd::conv2d(problem, x, o.weight);
   }
   const bool inside =
@@ -128,7 +127,7 @@ std::tuple<Tensor, Tensor> frozen_by_aten(const Conv2dProblem& problem, const Fr
   y = finish(y, format);
   const Tensor left = inside ? Tensor() : o.bias;  // of the bias, to be added
   if (passes && (o.norm.defined() || r.defined() || left.defined())) {
-    Affine affine = affine_of(o.norm, left, x, Backend::aten);
+    Affine affine = inside ? Affine() : all;
     if (left.defined() && !affine.is_finite) {  // then the order of sums and products decides between infinity and NaN
       y.add_(left.view({1, -1, 1, 1}));
       affine = affine_of(o.norm, Tensor(), x, Backend::aten);
