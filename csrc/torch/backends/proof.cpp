@@ -5,6 +5,7 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/stack.h>
 #include <c10/core/DeviceGuard.h>
+#include <c10/core/Event.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
@@ -16,6 +17,7 @@
 #include <limits>
 #include <new>
 #include <tuple>
+#include <vector>
 
 #include "core/medians.h"
 #include "torch/backends/native.h"
@@ -30,18 +32,52 @@ using choices::Measurement;
 constexpr int kRuns = 3;                  // timed: what interrupts one of them decides nothing
 constexpr int64_t kPieceBytes = 4 << 20;  // of the values compared at once, in the dtype that they are compared in
 
-void synchronize(const Tensor& on) {
-  if (on.is_cuda()) c10::impl::VirtualGuardImpl(on.device().type()).getStream(on.device()).synchronize();
+c10::Stream stream_on(const Tensor& on) {
+  return c10::impl::VirtualGuardImpl(on.device().type()).getStream(on.device());
 }
 
-void time(const Contest& contest, Backend candidate, const Tensor& on, Measurement& result) {
+void synchronize(const Tensor& on) {
+  if (on.is_cuda()) stream_on(on).synchronize();
+}
+
+// Instants between the runs of a stream, as the device meets them: what the host takes to launch one run passes while the
+// device computes the one before, as in a training step.
+class Marks {
+ public:
+  explicit Marks(const Tensor& on) : on_(on) {}
+
+  void set() {
+    if (!on_.is_cuda()) {
+      instants_.push_back(Clock::now());
+      return;
+    }
+    events_.emplace_back(on_.device().type(), c10::EventFlag::BACKEND_DEFAULT);
+    events_.back().record(stream_on(on_));
+  }
+
+  // Once the device has met all: between a mark and the next.
+  double seconds_after(size_t mark) const {
+    if (on_.is_cuda()) return events_[mark].elapsedTime(events_[mark + 1]) / 1e3;
+    return std::chrono::duration<double>(instants_[mark + 1] - instants_[mark]).count();
+  }
+
+ private:
   using Clock = std::chrono::steady_clock;
-  const auto seconds = [&](Backend backend) {
-    synchronize(on);
-    const auto start = Clock::now();
-    contest.run(backend);
-    synchronize(on);
-    const double passed = std::chrono::duration<double>(Clock::now() - start).count();
+
+  const Tensor& on_;
+  std::vector<c10::Event> events_;
+  std::vector<Clock::time_point> instants_;
+};
+
+void time(const Contest& contest, Backend candidate, const Tensor& on, Measurement& result) {
+  Marks marks(on);
+  marks.set();
+  for (int i = 0; i < kRuns; ++i) {
+    for (const Backend backend : {Backend::aten, candidate}) contest.run(backend), marks.set();
+  }
+  synchronize(on);
+  const auto seconds = [&, next = size_t{0}](Backend backend) mutable {
+    const double passed = marks.seconds_after(next++);
     return candidate == Backend::emulated && backend == candidate ? passed * choices::handicap() : passed;
   };
   std::tie(result.aten_seconds, result.native_seconds) = interleaved_medians(kRuns, seconds, Backend::aten, candidate);
