@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import freezekit as fk
 from freezekit.explanation.modes import Operators
 
-N, C, H, W = 3, 4, 6, 8
+SHAPES = [(1, 4, 6, 8), (3, 4, 6, 8), (3, 1, 6, 8), (3, 4, 1, 8), (3, 4, 6, 1), (2, 2, 2, 2)]
 
 
 class Silent:
@@ -30,48 +30,80 @@ class Silent:
     def start_block(self) -> None: ...
 
 
-INPUTS: dict[str, Callable[[int], Tensor]] = {
-    "NCHW": lambda n: torch.randn(n, C, H, W),
-    "NHWC": lambda n: torch.randn(n, C, H, W).contiguous(memory_format=torch.channels_last),
-    "behind attention": lambda n: torch.randn(n, H * W, C).transpose(1, 2).reshape(n, C, H, W),
-    "heads inside": lambda n: torch.randn(H * W, n, C).permute(1, 2, 0).reshape(n, C, H, W),
-    "some channels": lambda n: torch.randn(n, 2 * C, H, W)[:, :C],
-    "some channels, NHWC": lambda n: torch.randn(n, H, W, 2 * C).permute(0, 3, 1, 2)[:, :C],
-    "some columns": lambda n: torch.randn(n, C, H, 2 * W)[..., :W],
-    "transposed": lambda n: torch.randn(n, C, W, H).transpose(2, 3),
-    "batch inside": lambda n: torch.empty_strided((n, C, H, W), (C, 1, W * C * n, C * n)).normal_(),
-    "expanded": lambda n: torch.randn(n, C, 1, 1).expand(n, C, H, W),
+INPUTS: dict[str, Callable[[int, int, int, int], Tensor]] = {
+    "NCHW": lambda n, c, h, w: torch.randn(n, c, h, w),
+    "NHWC": lambda n, c, h, w: torch.randn(n, c, h, w).contiguous(memory_format=torch.channels_last),
+    "behind attention": lambda n, c, h, w: torch.randn(n, h * w, c).transpose(1, 2).reshape(n, c, h, w),
+    "heads inside": lambda n, c, h, w: torch.randn(h * w, n, c).permute(1, 2, 0).reshape(n, c, h, w),
+    "some channels": lambda n, c, h, w: torch.randn(n, 2 * c, h, w)[:, :c],
+    "some channels, NHWC": lambda n, c, h, w: torch.randn(n, h, w, 2 * c).permute(0, 3, 1, 2)[:, :c],
+    "some columns": lambda n, c, h, w: torch.randn(n, c, h, 2 * w)[..., :w],
+    "transposed": lambda n, c, h, w: torch.randn(n, c, w, h).transpose(2, 3),
+    "batch inside": lambda n, c, h, w: torch.empty_strided((n, c, h, w), (c, 1, w * c * n, c * n)).normal_(),
+    "expanded": lambda n, c, h, w: torch.randn(n, c, 1, 1).expand(n, c, h, w),
 }
+
+
+def groups(x: Tensor) -> int:
+    return min(2, x.shape[1])
+
+
+def ones(x: Tensor) -> Tensor:
+    return torch.ones(x.shape[1])
+
+
+def interpolated(mode: str) -> Callable[[Tensor], Tensor]:
+    return lambda x: F.interpolate(x, scale_factor=2, mode=mode)
+
+
 OPERATORS: dict[str, Callable[[Tensor], Tensor]] = {
     "positions": lambda x: x.flatten(2),
-    "groups": lambda x: x.reshape(len(x), 2, C // 2, H, W),
-    "rows": lambda x: x.permute(0, 2, 3, 1).reshape(-1, C),
-    "batch_norm": lambda x: F.batch_norm(x, torch.zeros(C), torch.ones(C)),
+    "groups": lambda x: x.reshape(len(x), groups(x), -1, *x.shape[2:]),
+    "rows": lambda x: x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]),
+    "batch_norm": lambda x: F.batch_norm(x, 0 * ones(x), ones(x)),
     "batch_norm by batch": lambda x: F.batch_norm(x, None, None, training=True),
-    "group_norm": lambda x: F.group_norm(x, 2),
+    "group_norm": lambda x: F.group_norm(x, groups(x)),
     "layer_norm": lambda x: F.layer_norm(x, x.shape[1:]),
     "instance_norm": F.instance_norm,
-    "channel_shuffle": lambda x: F.channel_shuffle(x, 2),
+    "channel_shuffle": lambda x: F.channel_shuffle(x, groups(x)),
     "roll": lambda x: x.roll(1, 1),
     "roll of two": lambda x: x.roll((1, 2), (2, 3)),
+    "roll by nothing": lambda x: x.roll((1, 0), (1, 3)),
+    "roll of all": lambda x: x.roll(1),
+    "flip": lambda x: x.flip(2),
     "sum": lambda x: x + 1,
+    "sum of two": lambda x: x + x,
+    "sum with NHWC": lambda x: x + x.contiguous(memory_format=torch.channels_last),
+    "sum with channels": lambda x: ones(x).view(-1, 1, 1) + x,
     "difference": lambda x: x - 1.5,
+    "difference from a number": lambda x: 1 - x,
     "product": lambda x: x * 2,
     "quotient": lambda x: x / 2,
+    "inverse": lambda x: 1 / x,
     "scaled sum": lambda x: x * 2 + torch.zeros(x.shape),
-    "convolution": lambda x: F.conv2d(x, torch.zeros(5, C, 1, 1)),
-    "relu": F.relu,
+    "comparison": lambda x: x > 0,
+    "choice": lambda x: torch.where(x > 0, x, 0.5),
+    "mean of two": lambda x: torch.lerp(x, x, 0.5),
+    "power": lambda x: x**2,
+    "power of a number": lambda x: 2**x,
+    "clamp": lambda x: x.clamp(-1, 1),
+    "convolution": lambda x: F.conv2d(x, torch.zeros(5, x.shape[1], 1, 1)),
+    **{f.__name__: f for f in (F.relu, F.relu6, F.elu, F.gelu, F.hardtanh, F.logsigmoid, F.rrelu, F.softplus)},
+    "random rrelu": lambda x: F.rrelu(x, training=True),
+    "prelu": lambda x: F.prelu(x, ones(x)),
+    "threshold": lambda x: F.threshold(x, 0.1, 0.2),
+    **{mode: interpolated(mode) for mode in ("nearest", "nearest-exact", "bilinear", "bicubic")},
 }
 
 
-@pytest.mark.parametrize("n", [1, N])
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_strides_are_those_with_data(operator: str, n: int) -> None:
-    for name, make in INPUTS.items():
-        x = make(n)
-        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), Operators(Silent()):
-            without = OPERATORS[operator](torch.empty_strided(x.shape, x.stride()))
-        assert without.stride() == OPERATORS[operator](x).stride(), name
+def test_strides_are_those_with_data(operator: str, shape: tuple[int, int, int, int]) -> None:
+    inputs = {name: make(*shape) for name, make in INPUTS.items()}
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), Operators(Silent()):
+        without = {name: OPERATORS[operator](torch.empty_strided(x.shape, x.stride())) for name, x in inputs.items()}
+    for name, x in inputs.items():
+        assert without[name].stride() == OPERATORS[operator](x).stride(), name
 
 
 class Attention(nn.Module):
@@ -84,7 +116,9 @@ class Attention(nn.Module):
         return F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2).reshape(x.shape) + x
 
 
-@pytest.mark.parametrize("between", [nn.Identity(), nn.BatchNorm2d(4).eval(), nn.GroupNorm(2, 4), nn.ChannelShuffle(2)])
+@pytest.mark.parametrize(
+    "between", [nn.Identity(), nn.BatchNorm2d(4).eval(), nn.GroupNorm(2, 4), nn.ChannelShuffle(2), nn.LogSigmoid()]
+)
 @pytest.mark.parametrize("n", [1, 2])
 def test_attention_behind_attention(between: nn.Module, n: int) -> None:
     model = nn.Sequential(Attention(4), between, Attention(4))
