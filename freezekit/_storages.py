@@ -1,9 +1,10 @@
-"""Where a tensor's elements are, whatever its layout."""
+"""Where a tensor's elements are, whatever its layout, and for how long autograd holds them."""
 
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch._C import DisableTorchFunction
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
@@ -32,3 +33,11 @@ def sparse_parts(tensor: Tensor) -> tuple[Tensor, ...]:
     if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
         return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
     return ()
+
+
+class Packed:
+    """What autograd holds in place of a tensor that it saves, for as long as it does."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        with DisableTorchFunction():
+            self.tensor: Tensor | None = tensor.detach()  # with its graph, a result would hold its own node

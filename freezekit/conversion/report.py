@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from weakref import ref
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from freezekit import _C, functional
 from freezekit._arguments import check_module
 from freezekit._inputs import Arguments, arguments
-from freezekit._storages import storages_of
+from freezekit._storages import Packed, storages_of
 from freezekit._twin import Twin, on_twin
 from freezekit.conversion.swap import SWAPS, reason_to_leave, stock_base
 from freezekit.enabling import enabled, watched
@@ -41,8 +42,8 @@ class LayerReport:
         status: "freezekit" (is one of freezekit's), "stock" (`convert` would swap it), "left alone", or "call".
         reason: why a layer is left alone or keeps its input all the same, or what to call instead; "" otherwise.
         where: of a call, "file:line"; "" otherwise.
-        bytes_kept: of a call, what autograd kept for it in this forward, parameters aside; None otherwise. What the
-            forward's own hooks take in its place, as a checkpoint's do, is no more the call's: it is not listed.
+        bytes_kept: of a call, what autograd held for it at the end of this forward, parameters aside; None otherwise.
+            What the forward's own hooks take in its place, as a checkpoint's do, is no more the call's, and not listed.
     """
 
     name: str
@@ -173,6 +174,7 @@ class _Seen(TorchFunctionMode):
     calls: dict[tuple[str, str, str], FunctionCall] = field(default_factory=dict)
     modules: list[str] = field(default_factory=lambda: [""])
     own: set[int] = field(default_factory=set)
+    found: list[tuple[FunctionCall, list[ref[Packed]]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -184,32 +186,49 @@ class _Seen(TorchFunctionMode):
         # Hooks that the forward has set itself take what would be kept, a checkpoint's to let go of it.
         if not known or not frame or _hooks() != self.hooks:
             return func(*args, **(kwargs or {}))
-        result, kept = self._kept_by(func, args, kwargs or {})
+        result, kept, packed = self._kept_by(func, args, kwargs or {})
         if kept:
             # A call in place is made again on a copy.
             again = (result.clone(), *args[1:]) if args and result is args[0] else args
             with enabled():
-                _, needed = self._kept_by(func, again, kwargs or {})
+                _, needed, _ = self._kept_by(func, again, kwargs or {})
             where = f"{frame.f_code.co_filename}:{frame.f_lineno}"
-            key = (self.modules[-1], known[0], where)
-            call = self.calls.setdefault(key, FunctionCall(*key, instead=f"freezekit.functional.{known[1]}"))
-            call.count += 1
-            call.bytes_kept += kept
-            call.bytes_needed += needed
+            instead = f"freezekit.functional.{known[1]}"
+            call = FunctionCall(self.modules[-1], known[0], where, instead, 1, kept, needed)
+            self.found.append((call, packed))
         return result
 
-    def _kept_by(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> tuple[Any, int]:
-        """The call's result, and the bytes that autograd keeps for it."""
+    def _kept_by(
+        self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
+    ) -> tuple[Any, int, list[ref[Packed]]]:
+        """The call's result, the bytes that autograd keeps for it, and what tells for how long."""
         storages: dict[int, torch.UntypedStorage] = {}
+        alive: list[ref[Packed]] = []
 
-        def pack(tensor: Tensor) -> Tensor:
+        def pack(tensor: Tensor) -> Packed:
             if not _C.chains.is_for_recipe():
                 storages.update((s._cdata, s) for s in storages_of(tensor) if s._cdata not in self.own)
-            return tensor
+            packed = Packed(tensor)
+            alive.append(ref(packed))
+            return packed
 
-        with saved_tensors_hooks(pack, lambda tensor: tensor):
+        with saved_tensors_hooks(pack, lambda packed: packed.tensor):
             result = func(*args, **kwargs)
-        return result, sum(storage.nbytes() for storage in storages.values())
+        return result, sum(storage.nbytes() for storage in storages.values()), alive
+
+    def leave(self) -> None:
+        """The innermost module's forward ends."""
+        self.modules.pop()
+
+    def settle(self) -> None:
+        """Counts the calls whose graph is still held: that of what a forward detached, or only chose by, is gone."""
+        for one, packed in self.found:
+            if any(reference() is not None for reference in packed):
+                call = self.calls.setdefault((one.module, one.function, one.where), one)
+                if call is not one:
+                    call.count += 1
+                    call.bytes_kept += one.bytes_kept
+                    call.bytes_needed += one.bytes_needed
 
 
 def _hooks() -> object:
@@ -243,9 +262,11 @@ def functional_calls(model: nn.Module, inputs: Arguments) -> list[FunctionCall]:
         seen.own = {storage._cdata for t in twin.held() for storage in storages_of(t)}
         for name, module in twin.named_modules():
             module.register_forward_pre_hook(lambda *_, name=name: seen.modules.append(name))
-            module.register_forward_hook(lambda *_: seen.modules.pop() and None, always_call=True)
+            module.register_forward_hook(lambda *_: seen.leave(), always_call=True)
         with twin.undisturbed(), torch.enable_grad(), watched(), seen:
-            twin.run()
+            output = twin.run()
+        seen.settle()
+        del output  # held until here, and with it what was kept for its backward
         return seen
 
     calls = on_twin(model, inputs, run).calls.values()

@@ -12,13 +12,12 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch._C import DisableTorchFunction
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from freezekit import _C
 from freezekit._inputs import Arguments
-from freezekit._storages import storages_of
+from freezekit._storages import Packed, storages_of
 from freezekit._twin import Twin, on_twin
 from freezekit.conversion import SWAPS
 from freezekit.enabling import watched
@@ -77,8 +76,8 @@ class Recorder:
         there = [*twin.held(), *of_strangers]
         self._not_counted = {storage._cdata for tensor in there for storage in storages_of(tensor)}
         self._addresses: list[StorageWeakRef] = []
-        self._packed: list[ref[_Packed]] = []
-        self._holds: list[tuple[Kept, int, ref[_Packed]]] = []
+        self._packed: list[ref[Packed]] = []
+        self._holds: list[tuple[Kept, int, ref[Packed]]] = []
         self._functions = Functions(self)
         self._fused = FusedBlocks(twin.roots.values())
         self._blocks_run: Counter[int] = Counter()
@@ -138,14 +137,13 @@ class Recorder:
             note(call, None, output)
         self._active.pop()
 
-    def _pack(self, tensor: Tensor) -> "_Packed":
-        with DisableTorchFunction():
-            packed = _Packed(tensor.detach())  # with its graph, a result would hold its own node
+    def _pack(self, tensor: Tensor) -> Packed:
+        packed = Packed(tensor)
         self._packed.append(ref(packed))
         self._count(tensor, self._packed[-1])
         return packed
 
-    def _count(self, tensor: Tensor, packed: "ref[_Packed]") -> None:
+    def _count(self, tensor: Tensor, packed: ref[Packed]) -> None:
         # A parameter that the twin does not have is of a module made in the forward. What a node shows that it keeps no
         # more was packed before, and is gone.
         if isinstance(tensor, nn.Parameter) or _C.chains.is_let_go():
@@ -196,13 +194,6 @@ class Recorder:
             stack.enter_context(Operators(self))
             stack.enter_context(watched())
             yield
-
-
-class _Packed:
-    """What autograd holds in place of a tensor that it saves, for as long as it does."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor: Tensor | None = tensor
 
 
 def _is_layer(module: nn.Module | None) -> bool:

@@ -295,5 +295,23 @@ def test_the_report_names_no_call_whose_tensors_the_forward_s_own_hooks_take(ree
     assert fk.explain(model, x).bytes_kept == bytes_of_input + bytes_of_result
 
 
+def test_the_report_counts_no_call_whose_graph_the_forward_lets_go_of() -> None:
+    class Gated(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            x = super().forward(x)
+            scores = F.relu(x).detach()
+            chosen = F.relu(x).amax(1).argmax()
+            for gated in (False, True):
+                y = F.relu(x)  # of two calls one is held
+                if gated:
+                    x = y
+            return x * scores + chosen
+
+    row, *others = [row for row in conversion_report(Gated(3, 4, 3), torch.randn(2, 3, 8, 8)) if row.status == "call"]
+    assert not others
+    assert row.bytes_kept == 2 * 4 * 36 * 4
+    assert "times" not in row.reason
+
+
 def test_top_level_names() -> None:
     assert fk.convert is convert
