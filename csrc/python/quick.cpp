@@ -6,6 +6,7 @@
 #include <ATen/Context.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/ops/adaptive_avg_pool2d.h>
+#include <ATen/ops/adaptive_avg_pool3d.h>
 #include <ATen/ops/gelu.h>
 #include <ATen/ops/group_norm.h>
 #include <ATen/ops/hardswish.h>
@@ -17,6 +18,7 @@
 #include <torch/csrc/jit/frontend/tracer.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
 #include <atomic>
 
 #include "python/bindings.h"
@@ -353,25 +355,50 @@ Tensor quick_max_pool(const Given& given) {
   });
 }
 
-Tensor quick_avg_pool2d(const Given& given) {
-  Tensor x;
-  std::array<int64_t, 2> kernel_size, stride, padding = {0, 0};
-  bool ceil_mode = false, count_include_pad = true;
-  if (!read(given[0], &x) || x.dim() < 3 || x.dim() > 4 || !read_windows(given, &kernel_size, &stride, &padding) ||
-      !read_all(given, 4, &ceil_mode, &count_include_pad) || (given[6] && given[6] != Py_None) || !is_unseen(x)) {
-    return {};
+// A row is an image of one line: f(x with an axis more), of which the axis goes again. Others are as they are.
+template <size_t kAxes, class F>
+Tensor of_image(const Tensor& x, const F& f) {
+  return without_gil([&]() -> Tensor { return kAxes == 1 ? f(x.unsqueeze(-2)).squeeze(-2) : f(x); });
+}
+template <size_t kAxes>
+auto for_image(const std::array<int64_t, kAxes>& numbers, int64_t of_line) {
+  if constexpr (kAxes == 1) {
+    return std::array{of_line, numbers[0]};
+  } else {
+    return numbers;
   }
-  return without_gil(
-      [&] { return record_avg_pool(x, kernel_size, stride, padding, ceil_mode, count_include_pad, std::nullopt); });
 }
 
-Tensor quick_adaptive_avg_pool2d(const Given& given) {
+template <size_t kAxes>
+Tensor quick_avg_pool(const Given& given) {
   Tensor x;
-  std::array<int64_t, 2> size;
-  if (!given[1] || !read_all(given, 0, &x, &size) || x.dim() < 3 || x.dim() > 4 || !is_unseen(x)) return {};
-  const bool is_mean = size[0] == 1 && size[1] == 1;  // torch's own, which keeps sizes
-  return without_gil(
-      [&] { return is_mean ? at::adaptive_avg_pool2d(x, size) : record_adaptive_avg_pool(x, symbols(size)); });
+  std::array<int64_t, kAxes> kernel_size, stride, padding = {};
+  bool ceil_mode = false, count_include_pad = true;
+  if (!read(given[0], &x) || (x.dim() != kAxes + 1 && x.dim() != kAxes + 2) ||
+      !read_windows(given, &kernel_size, &stride, &padding) || !read_all(given, 4, &ceil_mode, &count_include_pad) ||
+      (given[6] && given[6] != Py_None) || !is_unseen(x)) {
+    return {};
+  }
+  return of_image<kAxes>(x, [&](const Tensor& image) {
+    return record_avg_pool(image, for_image(kernel_size, 1), for_image(stride, 1), for_image(padding, 0), ceil_mode,
+                           count_include_pad, std::nullopt);
+  });
+}
+
+template <size_t kAxes>
+Tensor quick_adaptive_avg_pool(const Given& given) {
+  Tensor x;
+  std::array<int64_t, kAxes> size;
+  if (!given[1] || !read_all(given, 0, &x, &size) || (x.dim() != kAxes + 1 && x.dim() != kAxes + 2) || !is_unseen(x)) {
+    return {};
+  }
+  const bool is_mean = std::ranges::all_of(size, [](int64_t places) { return places == 1; });
+  return of_image<kAxes>(x, [&](const Tensor& image) {
+    const auto places = for_image(size, 1);
+    if (!is_mean) return record_adaptive_avg_pool(image, symbols(places));
+    // Torch's own, which keeps sizes.
+    return kAxes == 3 ? at::adaptive_avg_pool3d(image, places) : at::adaptive_avg_pool2d(image, places);
+  });
 }
 
 Tensor quick_pad(const Given& given) {
@@ -409,8 +436,12 @@ PyMethodDef method(const char* name) {
 
 void bind_quick(py::module_& parent) {
   static PyMethodDef methods[] = {
-      method<quick_adaptive_avg_pool2d, 2>("adaptive_avg_pool2d"),
-      method<quick_avg_pool2d, 7>("avg_pool2d"),
+      method<quick_adaptive_avg_pool<1>, 2>("adaptive_avg_pool1d"),
+      method<quick_adaptive_avg_pool<2>, 2>("adaptive_avg_pool2d"),
+      method<quick_adaptive_avg_pool<3>, 2>("adaptive_avg_pool3d"),
+      method<quick_avg_pool<1>, 6>("avg_pool1d"),
+      method<quick_avg_pool<2>, 7>("avg_pool2d"),
+      method<quick_avg_pool<3>, 7>("avg_pool3d"),
       method<quick_batch_norm, 8>("batch_norm"),
       method<quick_convolution<1, false>, 7>("conv1d"),
       method<quick_conv2d, 7>("conv2d"),

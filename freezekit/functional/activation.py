@@ -170,7 +170,7 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
     return _behind_norm(F.silu, input, inplace)
 
 
-@as_torch(F.gelu)
+@as_torch(F.gelu, lambda *given: _C.quick.gelu(*given) if len(given) == 1 else None)
 def gelu(input: Tensor, *, approximate: str = "none") -> Tensor:
     """`torch.nn.functional.gelu`; behind a norm it keeps nothing, as :func:`silu`.
 

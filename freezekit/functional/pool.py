@@ -108,7 +108,7 @@ def max_pool3d(
     return _maximum(3, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
 
 
-@as_torch(F.avg_pool1d)
+@as_torch(F.avg_pool1d, _C.quick.avg_pool1d)
 def avg_pool1d(
     input: Tensor,
     kernel_size: SizeN,
@@ -145,7 +145,7 @@ def avg_pool2d(
     return _average(2, input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
 
 
-@as_torch(F.avg_pool3d)
+@as_torch(F.avg_pool3d, _C.quick.avg_pool3d)
 def avg_pool3d(
     input: Tensor,
     kernel_size: SizeN,
@@ -164,7 +164,7 @@ def avg_pool3d(
     return _average(3, input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
 
 
-@as_torch(F.adaptive_avg_pool1d)
+@as_torch(F.adaptive_avg_pool1d, _C.quick.adaptive_avg_pool1d)
 def adaptive_avg_pool1d(input: Tensor, output_size: SizeN) -> Tensor:
     """`torch.nn.functional.adaptive_avg_pool1d`, keeping sizes alone.
 
@@ -186,7 +186,7 @@ def adaptive_avg_pool2d(input: Tensor, output_size: MaybeSizeN) -> Tensor:
     return _adaptive_average(2, input, output_size)
 
 
-@as_torch(F.adaptive_avg_pool3d)
+@as_torch(F.adaptive_avg_pool3d, _C.quick.adaptive_avg_pool3d)
 def adaptive_avg_pool3d(input: Tensor, output_size: MaybeSizeN) -> Tensor:
     """`torch.nn.functional.adaptive_avg_pool3d`, keeping sizes alone. None in `output_size` keeps the input's size.
 

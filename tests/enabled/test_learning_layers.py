@@ -400,3 +400,75 @@ def test_small_operands_are_kept_as_in_torch(least_bytes: int) -> None:
         call = lambda x: layer(F.gelu(x * 1))  # noqa: E731
         with fk.enabled():
             assert bytes_kept(call, x) // x.nbytes == (2 if is_kept else 1)
+
+
+NORMS: dict[str, tuple[Layer, tuple[int, ...]]] = {
+    "layer norm": (layer_norm, (4, 1024)),
+    "group norm": (group_norm, (4, 8, 2, 2)),
+    "batch norm": (batch_norm, (4, 8, 2, 2)),
+    "instance norm": (lambda x: F.instance_norm(x, weight=torch.linspace(1, 2, 8, dtype=x.dtype)), (4, 8, 2, 2)),
+}
+
+
+@pytest.mark.parametrize("measure", [False, True])
+@pytest.mark.parametrize("name", NORMS)
+def test_several_layers_behind_a_norm_share_its_copies(name: str, measure: bool) -> None:
+    """As queries, keys and values do: each with copies of its own, they would keep more than stock."""
+    norm, size = NORMS[name]
+    torch.manual_seed(0)
+    make = (lambda: nn.Linear(1024, 4)) if len(size) == 2 else (lambda: nn.Conv2d(8, 4, 1))
+    layers = nn.ModuleList(make() for _ in range(5))
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = layers
+
+        def forward(self, x: Tensor) -> Tensor:
+            read = norm(x * 1)
+            return sum((layer(read) for layer in self.layers), torch.zeros(()))
+
+    model, x = Network(), torch.randn(size, requires_grad=True)
+    stock = bytes_kept(model, x)
+    with fk.enabled():
+        kept, told = bytes_kept(model, x), fk.explain(model, x, measure=measure)
+    assert kept <= stock - x.nbytes / 2  # two numbers per channel, or two rows
+    assert 0 <= kept - told.bytes_kept <= 16
+    assert_same(model, layers, x)
+
+
+@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("what", ["source", "read"])
+def test_writes_between_two_layers_behind_a_norm(name: str, what: str) -> None:
+    """The second layer tries the recipe that the first one has on what it is given itself."""
+    norm, size = NORMS[name]
+    torch.manual_seed(0)
+    layer = nn.Linear(1024, 4) if len(size) == 2 else nn.Conv2d(8, 4, 1)
+    x = torch.randn(size, requires_grad=True)
+
+    def run() -> Result:
+        source = x * 1
+        read = norm(source)
+        first = layer(read)
+        (source if what == "source" else read).data.mul_(2)
+        second = layer(read)
+        try:
+            return list(torch.autograd.grad((first + second).square().sum(), [x, *layer.parameters()]))
+        except RuntimeError as error:
+            return str(error)
+
+    def expected() -> list[Tensor]:
+        """Of what was computed; stock takes the first layer's input as it is later."""
+        read = norm(x * 1)
+        first, second = layer(read), layer(read * 2)
+        dw, db = torch.autograd.grad((first + second).square().sum(), list(layer.parameters()))
+        return [dw, db]
+
+    with fk.enabled():
+        found = run()
+    if what == "source":
+        assert isinstance(found, str)
+        assert "autograd does not see" in found
+    else:
+        assert not isinstance(found, str)
+        torch.testing.assert_close(found[1:], expected())

@@ -72,11 +72,15 @@ CALLS: dict[str, tuple[tuple[Any, ...], int]] = {
     "silu": ((False,), 1),
 }
 ROWS: dict[str, tuple[tuple[Any, ...], int]] = {
+    "adaptive_avg_pool1d": ((2,), 0),
+    "avg_pool1d": (((2,), None, 1, True, False), 4),
     "conv1d": ((torch.randn(2, 4, 3), None, 1, 1, 1, 1), 5),
     "max_pool1d": ((3, 2, 1, 1, True, False), 5),
     "conv_transpose1d": ((torch.randn(4, 2, 3), None, 2, 1, 1, 1, 1), 6),
 }
 VOLUMES: dict[str, tuple[tuple[Any, ...], int]] = {
+    "adaptive_avg_pool3d": (((2, 3, 1),), 0),
+    "avg_pool3d": (((2, 1, 3), None, 0, False, True, None), 5),
     "conv3d": ((torch.randn(2, 4, 3, 3, 3), None, 1, 1, 1, 1), 5),
     "conv_transpose3d": ((torch.randn(4, 2, 3, 3, 3), None, 2, 1, 1, 1, 1), 6),
     "max_pool3d": ((3, 2, 1, 1, True, False), 5),

@@ -47,6 +47,8 @@ struct Note {
   // A copy of a batch norm's, in the dtype of its result: instance norm repeats its bias for each image, and lets go of that.
   std::vector<char> bias_bytes;
   std::weak_ptr<const Recipe> recipe;
+  // Of a norm: for its result, as long as a node that reads it has it. Another one has the same, and no copies of its own.
+  std::weak_ptr<const Recipe> for_result;
   std::optional<at::Scalar> number;
 };
 
@@ -75,9 +77,9 @@ Note& new_note(const Node* node) {
   return note;
 }
 
-const Note* note_of(const Node* node) {
+Note* note_of(const Node* node) {
   for (size_t age = 1; age <= notes.size(); ++age) {
-    const Note& note = notes[(next_note - age) % notes.size()];
+    Note& note = notes[(next_note - age) % notes.size()];
     if (note.node == node && note.number_of_node == node->sequence_nr()) return &note;
   }
   return nullptr;
@@ -310,13 +312,19 @@ RecipePtr recipe_for(const Tensor& value, Maker maker, bool watched, const Tenso
   const uint32_t written = maker == Maker::activation ? 1 : 0;  // by the maker, in place
   if (value.output_nr() != 0 || (!has_data && value._version() > written)) return nullptr;
   try {
+    Node* const node = node_of(value);
+    Note* const norm = maker == Maker::norm ? note_of(behind_view(node)) : nullptr;
+    if (const RecipePtr held = norm ? norm->for_result.lock() : nullptr) {
+      held->check(/*bytes=*/has_data);
+      if (!has_data || held->gives(value)) return held;
+    }
     const auto recipe = candidate_for(value, maker, watched, beside, has_data);
     if (!recipe) return nullptr;
     recipe->check(/*bytes=*/false);  // of a recipe that is held already
     if (has_data && !recipe->gives(value)) return nullptr;
     recipe->hold();
+    if (norm) norm->for_result = recipe;
     // Its node keeps it, too.
-    Node* const node = node_of(value);
     SavedVariable* const result = maker == Maker::formula ? saved_result(node) : nullptr;
     const RecipePtr again = result ? let_go(node, *result, /*is_result=*/true, value, recipe, watched) : nullptr;
     return again ? again : recipe;

@@ -155,7 +155,7 @@ using ReplicationPad = Pad<Replication>;
 template <class Layer>
 struct LinearGradient {
   Layer layer;
-  std::vector<c10::SymInt> input_size;
+  SizeVector input_size;
   at::MemoryFormat format = at::MemoryFormat::Contiguous;  // of the input
 
   auto fields() { return std::tuple_cat(layer.fields(), std::tie(input_size, format)); }
@@ -178,29 +178,35 @@ Tensor by_aten(const Tensor& input, const Layer& layer) {
 }
 
 template <class Layer>
-Tensor autograd(const Tensor& input, const Layer& layer) {
+Tensor record(const Tensor& input, Layer layer) {
   if (route(Layer::kOp, Backend::automatic, input).computer == Computer::formula) return layer.value(input);
-  LinearGradient<Layer> formula{layer, owned(input.sym_sizes()), input.suggest_memory_format()};
-  return recorded(formula_node(Layer::kName, std::move(formula), input), [&] { return layer.value(input); });
+  LinearGradient<Layer> formula{std::move(layer), SizeVector(input.sym_sizes()), input.suggest_memory_format()};
+  const Tensor y = below_autograd([&] { return formula.layer.value(input); });
+  return with_history(y, formula_node(Layer::kName, std::move(formula), input));
+}
+
+template <class Layer>
+Tensor autograd(const Tensor& input, const Layer& layer) {
+  return record(input, layer);
 }
 
 }  // namespace
 
 Tensor record_avg_pool(const Tensor& input, IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef padding,
                        bool ceil_mode, bool count_include_pad, std::optional<int64_t> divisor) {
-  return autograd(input, AvgPool(kernel_size, stride, padding, ceil_mode, count_include_pad, divisor));
+  return record(input, AvgPool(kernel_size, stride, padding, ceil_mode, count_include_pad, divisor));
 }
 
 Tensor record_adaptive_avg_pool(const Tensor& input, SymIntArrayRef output_size) {
-  return autograd(input, AdaptiveAvgPool(output_size));
+  return record(input, AdaptiveAvgPool(output_size));
 }
 
 Tensor record_reflection_pad(const Tensor& input, SymIntArrayRef padding) {
-  return autograd(input, ReflectionPad(padding));
+  return record(input, ReflectionPad(padding));
 }
 
 Tensor record_replication_pad(const Tensor& input, SymIntArrayRef padding) {
-  return autograd(input, ReplicationPad(padding));
+  return record(input, ReplicationPad(padding));
 }
 
 TORCH_LIBRARY_FRAGMENT(freezekit, m) {
