@@ -24,6 +24,7 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import freezekit as fk
+from bench.packages import missing
 from bench.timing import HostClock, Interleaved, interleave
 from freezekit.fusion import fuse
 
@@ -96,6 +97,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--compile", action="store_true", help="measure torch.compile of both too")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a ratio is above its bound")
     args = parser.parse_args(arguments)
+    if args.network and (why := missing("torchvision")):
+        parser.error(f"--network: {why}")
     torch.set_num_threads(args.threads)
     shape = f"{args.batch}x{3 if args.network else args.channels}x{args.size}x{args.size}"
     blocks = f"{args.depth} x (conv {args.kernel}x{args.kernel} + BatchNorm + ReLU)"

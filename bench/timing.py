@@ -7,6 +7,7 @@ Interleaved candidates see the same machine, so the ratio within a round is reli
 from __future__ import annotations
 
 import gc
+import math
 import random
 import statistics
 import time
@@ -137,15 +138,32 @@ class Interleaved:
 
     def ratio(self, name: str, reference: str) -> Spread:
         """`name`'s time divided by `reference`'s, round by round: above 1 is slower than the reference."""
-        return Spread.of([a / b for a, b in zip(self.seconds[name], self.seconds[reference], strict=True)])
+        return Spread.of(self.ratios(name, reference))
 
-    def least(self, name: str, reference: str) -> float:
-        """`name`'s shortest time divided by `reference`'s: whatever else runs makes a time longer, never shorter.
+    def ratios(self, name: str, reference: str) -> list[float]:
+        """The same for each round."""
+        return [a / b for a, b in zip(self.seconds[name], self.seconds[reference], strict=True)]
 
-        >>> Interleaved({"ours": [3.0, 2.0, 9.0], "stock": [7.0, 1.0, 1.5]}).least("ours", "stock")
-        2.0
-        """
-        return min(self.seconds[name]) / min(self.seconds[reference])
+
+def median_interval(values: list[float]) -> tuple[float, float]:
+    """The ends of an interval that holds the median of what `values` were drawn from, 19 times of 20 or more.
+
+    By order statistics, whatever the distribution: each value is below the median as often as a coin shows heads. Fewer
+    than six values are too few: their least and greatest are given.
+
+    >>> median_interval([float(i) for i in range(1, 21)])
+    (6.0, 15.0)
+
+    Raises:
+        ValueError: if `values` is empty.
+    """
+    if not values:
+        raise ValueError("an interval needs at least one value, got none")
+    n, left_out, tail = len(values), 0, 1 / 2 ** len(values)
+    while (tail := tail + math.comb(n, left_out + 1) / 2**n) <= 0.025:
+        left_out += 1
+    in_order = sorted(values)
+    return in_order[left_out], in_order[n - 1 - left_out]
 
 
 @contextmanager

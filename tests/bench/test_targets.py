@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import cycle, islice
 
 import pytest
 import torch
@@ -115,16 +116,17 @@ def test_libraries_that_are_not_there_are_told() -> None:
 
 
 @pytest.mark.parametrize(
-    ("timed", "code", "counts"),
+    ("ratios", "code", "counts"),
     [
-        (of(0.9, 1.0, 1.02), 0, [1]),
-        (of(0.9, 1.0, 1.1), 0, [1, 3]),
-        (of(1.02, 1.04, 1.1), 0, [1, 3, 24]),  # by the shortest time
-        (of(1.04, 1.04, 1.1), 1, [1, 3, 24]),
+        ((1.0, 1.02), 0, [6]),
+        ((0.9, 1.0, 1.0, 1.0, 1.0, 1.1), 0, [6, 3]),  # one of nine says nothing
+        ((1.02, 1.02, 1.02, 1.02, 1.1, 1.1), 0, [6, 3, 21]),
+        ((1.02, 1.02, 1.02, 1.1, 1.1, 1.1), 1, [6, 3, 21]),  # open: at most 1.1
+        ((1.04,), 1, [6, 3, 21]),
     ],
 )
 def test_every_point_of_the_sweep_counts_and_is_measured_longer_before_it_fails(
-    timed: Interleaved,
+    ratios: tuple[float, ...],
     code: int,
     counts: list[int],
     monkeypatch: pytest.MonkeyPatch,
@@ -135,9 +137,9 @@ def test_every_point_of_the_sweep_counts_and_is_measured_longer_before_it_fails(
 
     def scripted(point: dgrad.Point, count: int, seed: int) -> Interleaved:
         if point != slow:
-            return of(0.4, 0.5, 0.6)
+            return of(*[0.5] * count)
         rounds.append(count)
-        return timed
+        return of(*islice(cycle(ratios), count))
 
     monkeypatch.setattr(dgrad.Point, "timed", scripted)
     assert slow in dgrad.points()
@@ -150,11 +152,11 @@ def test_every_point_of_the_sweep_counts_and_is_measured_longer_before_it_fails(
 
 
 def test_half_of_the_sweep_runs_on_its_own(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(dgrad.Point, "timed", lambda *_: of(1.0))
+    monkeypatch.setattr(dgrad.Point, "timed", lambda *_: of(*[1.0] * 6))
     assert dgrad.main(["--threads", "2"]) == 0
     said = capsys.readouterr().out
     assert all((point.name in said) == (point.threads == 2) for point in dgrad.points())
 
 
 def test_a_point_is_timed() -> None:
-    assert dgrad.Point(2, 3, 3, 4, 1, 1).timed(1, 0).least("freezekit", "stock") > 0
+    assert dgrad.Point(2, 3, 3, 4, 1, 1).timed(1, 0).ratio("freezekit", "stock").median > 0
