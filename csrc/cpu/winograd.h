@@ -64,19 +64,16 @@ struct Vector;
 template <>
 struct Vector<8> {
   typedef float Type __attribute__((vector_size(32)));  // NOLINT: the attribute goes with typedef alone
-  typedef int Index __attribute__((vector_size(32)));   // NOLINT
 };
 template <>
 struct Vector<16> {
   typedef float Type __attribute__((vector_size(64)));  // NOLINT
-  typedef int Index __attribute__((vector_size(64)));   // NOLINT
 };
 
 // The matrices of all points, for filters in A or B as said above, and for one block of tiles.
 template <int kLanes>
 class WinogradBlock {
   using V = typename Vector<kLanes>::Type;
-  using Index = typename Vector<kLanes>::Index;
   // A tile of M that stays in registers.
   static constexpr int64_t kRows = kLanes == 16 ? 8 : 6, kColumns = 2 * kLanes;
   static constexpr int64_t kApart = 16;  // between points, which else meet in one set of the nearest cache
@@ -171,35 +168,6 @@ class WinogradBlock {
     return false;
   }
 
-  FK_INLINE static V pick(V first, V second, Index from) {
-#ifdef __clang__
-    V made;
-    for (int lane = 0; lane < kLanes; ++lane)
-      made[lane] = from[lane] < kLanes ? first[from[lane]] : second[from[lane] - kLanes];
-    return made;
-#else
-    return __builtin_shuffle(first, second, from);
-#endif
-  }
-
-  // A square of numbers, row by row, about its diagonal: blocks of 1, 2, 4 ... rows and columns change places.
-  template <int kSide = 1>
-  FK_INLINE static void transpose(V* rows) {
-    if constexpr (kSide < kLanes) {
-      Index low{}, high{};
-      for (int lane = 0; lane < kLanes; ++lane) {
-        const bool right = lane & kSide;
-        low[lane] = right ? kLanes + lane - kSide : lane, high[lane] = right ? kLanes + lane : lane + kSide;
-      }
-      for (int i = 0; i < kLanes; ++i) {
-        if (i & kSide) continue;
-        const V first = rows[i], second = rows[i + kSide];
-        rows[i] = pick(first, second, low), rows[i + kSide] = pick(first, second, high);
-      }
-      transpose<2 * kSide>(rows);
-    }
-  }
-
   // Filters of output channels o ... o + kLanes - 1 and as many input channels. The one of both that is the further apart in
   // memory is the outer one while they are read.
   FK_INLINE void transform_filters(const WinogradFilter& f, float* u, int64_t o, int64_t i, V* leaning) const {
@@ -207,13 +175,7 @@ class WinogradBlock {
     const float* const from = f.first + o * f.out + i * f.in;
     const bool by_output = f.out > f.in, outer_is_lane = by_output == size_.nhwc;
     const int64_t outer = by_output ? f.out : f.in, inner = by_output ? f.in : f.out;
-    for (int tap = 0; tap < 9 && inner == 1; ++tap) {
-      V rows[kLanes];
-      for (int a = 0; a < kLanes; ++a) rows[a] = load(from + a * outer + tap / 3 * f.r + tap % 3 * f.s);
-      if (outer_is_lane) transpose(rows);
-      std::memcpy(taps[tap], rows, sizeof(rows));
-    }
-    for (int a = 0; a < kLanes && inner != 1; ++a) {
+    for (int a = 0; a < kLanes; ++a) {
       for (int tap = 0; tap < 9; ++tap) {
         const float* const row = from + a * outer + tap / 3 * f.r + tap % 3 * f.s;
         for (int b = 0; b < kLanes; ++b) (outer_is_lane ? taps[tap][b][a] : taps[tap][a][b]) = row[b * inner];

@@ -16,15 +16,16 @@ namespace {
 
 constexpr auto kLast = at::MemoryFormat::ChannelsLast;
 
-// In channels_last: rows and columns of a result (of 7, a quarter of what tiles hold is not used), tiles, and filters for each
-// tile, which pay for transforming them. (Measured on a Zen 4, one thread, 32 to 256 channels, 1 and 2 images of 8 x 8 to
-// 14 x 14, blocks and dgrads: 0.3 to 0.96 of oneDNN's time with AVX-512, 0.3 to 1.02 with AVX2; up to 1.1 and 1.6 beyond.)
-constexpr int64_t kFewest = 8, kFewestTiles = 16, kMostFiltersForEachTile = 4;  // the latter times lanes * lanes
-// In NCHW vectors go along rows of tiles, and of short ones they are not full; there what it takes to read the input must be
-// paid for by more channels, too. (Measured likewise, up to 512 channels and 112 x 112: 0.5 to 0.9, outside up to 1.5. With
-// AVX2 it takes 0.7 to 1.1, and is not used.)
-constexpr int64_t kFewestNchwRows = 12, kFewestNchwColumns = 28, kFewestNchwChannels = 64;
-constexpr int64_t kFewestNchwTiles = 64, kMostNchwFiltersForEachTile = 512;
+// Rows and columns of a result: of 7, a quarter of what tiles hold is not used. In NCHW vectors go along rows of tiles, and of
+// short ones they are not full; there what it takes to read the input must be paid for by more channels, too. (Measured on a
+// Zen 4, one thread, 32 to 512 channels, 1 to 8 images of 7 x 7 to 112 x 112, blocks and dgrads. Within these bounds it takes
+// 0.5 to 0.9 of oneDNN's time; outside 0.7 to 1.5, in NCHW with 11 to 25 columns up to 1.2. With AVX2 alone it takes 0.6 to
+// 0.9, but in NCHW 0.7 to 1.1, and is not used.)
+constexpr int64_t kFewest = 12, kFewestInNchwRow = 28, kFewestNchwChannels = 64;
+// Transforming the filters must be paid for by tiles. Of 256 x 256 channels they no longer fit into the second cache, which
+// takes more of them. (Measured likewise: 0.65 of oneDNN's time at 64 channels and 49 tiles, 0.9 to 1.8 at 256; with AVX2
+// 1.0 at 256 channels and 144 tiles.)
+constexpr int64_t kFewestTiles = 64, kFiltersForEachTile = 32;  // the latter for each lane
 
 // Lanes of a vector, by what torch itself uses of this processor; 0 where no gain was measured.
 int lanes() {
@@ -97,13 +98,9 @@ bool takes(Operator op, const Conv2dProblem& p, const Tensor& activation, const 
   if (activation.scalar_type() != at::kFloat || weight.scalar_type() != at::kFloat) return false;
   const bool nhwc = layout_of(activation, weight) == kLast;
   const cpu::Winograd size = size_of(op, p, nhwc);
-  const int64_t filters = p.c * p.k, tiles = size.tiles();
-  if (nhwc) {
-    const int64_t most = kMostFiltersForEachTile * lanes() * lanes() * tiles;
-    return size.p >= kFewest && size.q >= kFewest && tiles >= kFewestTiles && filters <= most;
-  }
-  return lanes() == 16 && size.out >= kFewestNchwChannels && size.p >= kFewestNchwRows &&
-         size.q >= kFewestNchwColumns && tiles >= kFewestNchwTiles && filters <= kMostNchwFiltersForEachTile * tiles;
+  if (!nhwc && (lanes() != 16 || size.out < kFewestNchwChannels)) return false;
+  return size.p >= kFewest && size.q >= (nhwc ? kFewest : kFewestInNchwRow) &&
+         size.tiles() >= std::max(kFewestTiles, p.c * p.k / (kFiltersForEachTile * lanes()));
 }
 
 Tensor conv2d(const Conv2dProblem& p, const Tensor& input, const Tensor& weight) {
