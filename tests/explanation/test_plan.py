@@ -9,7 +9,6 @@ import pytest
 import torch
 from rich.console import Console
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import freezekit as fk
 from freezekit.explanation import explain
@@ -121,17 +120,6 @@ def test_machine_is_measured() -> None:
     machine = Machine.measure()
     assert machine.flops > 1e8
     assert machine.bandwidth > 1e8
-
-
-def test_a_reentrant_checkpoint_is_measured() -> None:
-    class Checkpointed(nn.Sequential):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return checkpoint(super().forward, x, use_reentrant=True)
-
-    model, x = Checkpointed(nn.Conv2d(3, 4, 3), nn.ReLU()), torch.randn(1, 3, 8, 8, requires_grad=True)
-    for option in plan(model, x, machine=MACHINE, measure=True):
-        assert option.measured_bytes == option.bytes_kept, option.name
-        assert option.measured_seconds
 
 
 def test_predictions_of_time_are_judged_by_their_order() -> None:
