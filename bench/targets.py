@@ -101,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
         ):
             print(title, flush=True)
             targets.append(layer_target(title, part, regime, bound, settings, args.layers))
-        for point, ratio in dgrad.measured(dgrad.points(), args.repeat, args.seed):
+        for point, ratio in dgrad.measured(dgrad.points(), 4 * args.repeat, args.seed):
             targets.append(Target(f"dgrad {point.name}", dgrad.BOUND, ratio))
     for target in targets:
         print(target)
