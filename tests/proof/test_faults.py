@@ -462,8 +462,10 @@ def test_a_bias_is_held_though_the_first_call_has_none(faulty: Faulty, told: Tol
     torch.testing.assert_close(conv2d(x, w, torch.ones(8)), F.conv2d(x, w, torch.ones(8)), rtol=0, atol=0)
 
 
-def test_that_there_is_none_is_held_though_the_first_call_has_one(faulty: Faulty, told: Told) -> None:
-    x, w = leaf(2, 8, 6, 6), leaf(8, 8, 3, 3)
+@pytest.mark.parametrize("size", [1, 3, 6, 7])
+def test_that_there_is_none_is_held_though_the_first_call_has_one(faulty: Faulty, told: Told, size: int) -> None:
+    """Also where there is nothing to make ragged, and where an image less has as many elements as channels more."""
+    x, w = leaf(2, 8, size, size), leaf(8, 8, min(size, 3), min(size, 3))
     faulty.fail("conv2d", "unbiased")
     told(lambda: conv2d(x, w, torch.ones(8)))
     torch.testing.assert_close(conv2d(x, w), F.conv2d(x, w), rtol=0, atol=0)

@@ -180,9 +180,8 @@ Contest conv2d(const Conv2dStep& step, const Selection& selection, Run run, Rehe
     Conv2dProblem part = part_of(step.problem, has_many_too);
     if (elements_of(part) > kMostRehearsed) part = part_of(step.problem, is_alike);
     const Conv2dProblem rest = ragged(part, is_alike);
-    const bool is_other = rest.x_numel() != part.x_numel() || rest.y_numel() != part.y_numel();
     std::string text = rehearsed(part, true);
-    if (text.empty() && is_other) text = rehearsed(rest, false);
+    if (text.empty()) text = rehearsed(rest, false);
     if (!text.empty()) return text;
     const Tensor found = run(candidate);  // first: what it converts is freed before there is a second result
     text = faults_beside(found);
