@@ -199,7 +199,7 @@ std::tuple<Tensor, Tensor> frozen_kernel(const FrozenOperands& o, const FrozenCo
     }
     const bool activates = has_kernels_bits(g.backend, format);
     bits = at::empty({wanted && activates ? mask_words(p.y_numel()) : 0}, operands.input.options().dtype(at::kInt));
-    y = frozen_by_kernels(p, operands, f, activates, format, bits, on);
+    y = frozen_by_kernels(p, operands, by, activates, format, bits, on);
     if (!activates) bits = activate_(y, f.activation, wanted);
     return y;
   };
