@@ -29,6 +29,16 @@ constexpr int kWgradGemmSmallest = 2;
 constexpr int kHopperRows = 128;
 constexpr Tile kHopperTiles[] = {{kHopperRows, 256}, {kHopperRows, 128}, {kHopperRows, 64}};
 
+// What loops go by beside tiles: see rehearsals.h. A step of a reduction is so many channels, or positions where that is what
+// is added up.
+constexpr int kDirectStep = 8;
+constexpr int kGemmStepBytes = 64, kGemmStages = 4;
+constexpr int kHopperStepBytes = 128, kHopperWgradStep = 64, kMostHopperStages = 8;
+constexpr int kDepthwiseWarps = 8;                           // of the generic wgrad: a position each
+constexpr int kDepthwiseTile = 16, kDepthwiseChannels = 32;  // at most
+
+constexpr int64_t kChannelsAtOnce = 32;  // of what is made of vectors and filters beside a convolution
+
 // Blocks of a gather's grid along x, in its largest phase.
 inline int64_t gather_blocks(const Gather& g, const Tile& tile) {
   return (g.max_rows() + tile.rows - 1) / tile.rows * ((g.out_c + tile.columns - 1) / tile.columns) * g.groups;

@@ -51,7 +51,7 @@ int fastest_gather_tile(const Tile (&tiles)[kTiles], const double (&shares)[kCon
   });
 }
 
-Selection select_hopper_gemm(Operator op, const Conv2dProblem& p, DType dtype, const Target& target) {
+Selection select_hopper_gemm(Operator op, const Conv2dProblem& p, const Target& target) {
   static const char* const names[2][3] = {{"hopper_fprop_128x256", "hopper_fprop_128x128", "hopper_fprop_128x64"},
                                           {"hopper_dgrad_128x256", "hopper_dgrad_128x128", "hopper_dgrad_128x64"}};
   constexpr double kShares[] = {1.0, 0.9, 0.7};
@@ -61,7 +61,6 @@ Selection select_hopper_gemm(Operator op, const Conv2dProblem& p, DType dtype, c
   selection.config = fastest_gather_tile(kHopperTiles, kShares, g, target);
   selection.kernel = names[op == Operator::dgrad][selection.config];
   selection.reason = kHopperReason;
-  if (op == Operator::dgrad) selection.workspace_bytes = static_cast<size_t>(p.filter_numel() * size_of(dtype));
   return selection;
 }
 
@@ -81,7 +80,6 @@ Selection select_implicit_gemm(Operator op, const Conv2dProblem& p, DType dtype,
   selection.reason = !whole_chunks      ? "input channels that are not whole 16-byte chunks"
                      : g.is_pointwise() ? "1x1, stride 1: a plain matrix product"
                                         : "tensor cores, 16-byte chunks of input channels";
-  if (op == Operator::dgrad) selection.workspace_bytes = static_cast<size_t>(p.filter_numel() * size_of(dtype));
   return selection;
 }
 
@@ -117,18 +115,32 @@ bool is_depthwise(Operator op, const Conv2dProblem& p) {
   return g.max_rows() * ((p.k + 7) / 8) <= kMaxGridX && g.phases_h <= kMaxGridYZ && g.phases_w <= kMaxGridYZ;
 }
 
-}  // namespace
-
-Selection select(Operator op, const Conv2dProblem& p, DType dtype, const Target& target) {
+Selection select_kernel(Operator op, const Conv2dProblem& p, DType dtype, const Target& target) {
   if (!fits_int32(p)) return unsupported("sizes, positions or filter elements beyond 2^30");
   if (is_depthwise(op, p)) return select_depthwise(op, p, dtype, target);
   if (hopper_is_chosen(op, p, dtype, target)) {
-    return op == Operator::wgrad ? select_hopper_wgrad(p, target) : select_hopper_gemm(op, p, dtype, target);
+    return op == Operator::wgrad ? select_hopper_wgrad(p, target) : select_hopper_gemm(op, p, target);
   }
   if (implicit_gemm_takes(op, p, dtype, target)) {
     return op == Operator::wgrad ? select_wgrad_gemm(p, dtype, target) : select_implicit_gemm(op, p, dtype, target);
   }
   return op == Operator::wgrad ? select_direct_wgrad(p, dtype, target) : select_direct_gather(op, p);
+}
+
+}  // namespace
+
+Selection select(Operator op, const Conv2dProblem& p, DType dtype, const Target& target) {
+  Selection selection = select_kernel(op, p, dtype, target);
+  selection.workspace_bytes = workspace_bytes(op, selection, p, dtype);
+  return selection;
+}
+
+size_t workspace_bytes(Operator op, const Selection& by, const Conv2dProblem& p, DType dtype) {
+  const bool makes_filter = by.family == Family::implicit_gemm || by.family == Family::hopper;
+  const bool has_slices = by.family != Family::none && (by.split_k > 1 || by.family == Family::depthwise);
+  const int64_t sums = op == Operator::wgrad ? has_slices * by.split_k * accumulator_bytes(dtype) : 0;
+  const int64_t filters = op == Operator::dgrad && makes_filter ? size_of(dtype) : 0;
+  return static_cast<size_t>((sums + filters) * p.filter_numel());
 }
 
 const char* to_string(Status status) {

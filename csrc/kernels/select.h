@@ -9,6 +9,8 @@ namespace freezekit {
 constexpr const char* kHopperReason =
     "asked for: wgmma and bulk tensor copies of sm_90a, emulated but never run on hardware";
 
+inline int64_t accumulator_bytes(DType dtype) { return dtype == DType::f64 ? 8 : 4; }
+
 inline Selection unsupported(const char* reason) {
   Selection selection;
   selection.reason = reason;
@@ -30,6 +32,9 @@ int fastest_tile(const Tile (&tiles)[kTiles], const double (&shares)[kConfigs], 
   }
   return best;
 }
+
+// What a launch needs beside its tensors: dgrad's filter, or sums of slices.
+size_t workspace_bytes(Operator, const Selection&, const Conv2dProblem&, DType);
 
 // Of problems that the family takes.
 Selection select_direct_wgrad(const Conv2dProblem&, DType, const Target&);

@@ -70,12 +70,8 @@ constexpr int64_t kMinDepthwisePositionsPerTap = 16;
 // Blocks of a multiprocessor that hide each other's waits; the GEMM's ring of copies hides part of its own.
 constexpr int64_t kResidentGemm = 2, kResidentHopper = 1, kResidentOthers = 4;
 
-int64_t accumulator_bytes(DType dtype) { return dtype == DType::f64 ? 8 : 4; }
-
 void split(Selection* selection, const Conv2dProblem& p, const Target& target, const SplitCosts& costs) {
-  const int64_t split_k = choose_split_k(costs, p.n * p.p * p.q, target.sm_count);
-  selection->split_k = static_cast<int>(split_k);
-  selection->workspace_bytes = split_k > 1 ? static_cast<size_t>(split_k * costs.slice_bytes) : 0;
+  selection->split_k = static_cast<int>(choose_split_k(costs, p.n * p.p * p.q, target.sm_count));
 }
 
 }  // namespace
@@ -139,11 +135,9 @@ void split_depthwise_wgrad(Selection* selection, const Conv2dProblem& p, DType d
   // 64 bytes of channels per block, or 32 channels of one tap; both read as much of x as of dy.
   const bool tiled = selection->config == kDepthwiseTiled;
   const int64_t blocks = tiled ? (p.c * size_of(dtype) + 63) / 64 : (p.k + 31) / 32 * p.r * p.s;
-  const int64_t slice_bytes = p.filter_numel() * accumulator_bytes(dtype);
   split(selection, p, target,
-        {blocks, tiled ? 128.0 : 64.0 * size_of(dtype), slice_bytes,
+        {blocks, tiled ? 128.0 : 64.0 * size_of(dtype), p.filter_numel() * accumulator_bytes(dtype),
          std::max(kMinPositionsPerSlice, kMinDepthwisePositionsPerTap * p.r * p.s), kResidentOthers});
-  selection->workspace_bytes = static_cast<size_t>(selection->split_k * slice_bytes);
 }
 
 }  // namespace freezekit

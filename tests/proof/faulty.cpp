@@ -132,6 +132,22 @@ void take_last(const MaxPool& m, DType dtype, const void* x, const void* y, void
   }
 }
 
+// Of how many images, groups, positions and so on a convolution is: what a class leaves open.
+bool is_of_its_size(Operator op, const Conv2dProblem& p) {
+  const int64_t positions = p.n * p.p * p.q,
+                taken_h = (p.p - 1) * p.stride_h + p.dilation_h * (p.r - 1) + 1 - 2 * p.pad_h,
+                taken_w = (p.q - 1) * p.stride_w + p.dilation_w * (p.s - 1) + 1 - 2 * p.pad_w;
+  const int64_t added = op == Operator::fprop ? p.c_per_group() : p.k_per_group();
+  const bool depthwise = p.groups > 1 && p.c_per_group() == 1, gathers = op != Operator::wgrad;
+  return (is("conv2d", "one_image") && p.n == 1) || (is("conv2d", "images") && p.n > 1) ||
+         (is("conv2d", "groups") && p.groups > 2) || (is("conv2d", "one_tile") && gathers && positions <= 64) ||
+         (is("conv2d", "tiles") && positions > 64) || (is("conv2d", "no_rows_left") && p.h == taken_h) ||
+         (is("conv2d", "rows_left") && p.h > taken_h) || (is("conv2d", "no_columns_left") && p.w == taken_w) ||
+         (is("conv2d", "columns_left") && p.w > taken_w) || (is("conv2d", "multiplier") && depthwise && p.k > p.c) ||
+         (is("conv2d", "no_multiplier") && depthwise && p.k == p.c) ||
+         (is("conv2d", "short_sums") && gathers && added <= 8) || (is("conv2d", "long_sums") && gathers && added > 16);
+}
+
 // Whether a convolution is wrong where its numbers of channels are odd ones, its memory is, its bias or that it has none, its
 // padding, or the slices of its sum; or where positions or channels are left over behind whole tiles.
 bool is_by_the_way(Operator op, const Conv2dProblem& p, const Selection& s, const Conv2dTensors& t, const Epilogue& e) {
@@ -166,7 +182,7 @@ Status conv2d(Operator op, const Selection& s, const Conv2dProblem& p, DType dty
                         : op == Operator::dgrad ? p.x_numel()
                                                 : p.filter_numel()) -
                        1;
-  if (wrong || is_by_the_way(op, p, s, t, e)) spoil_at(out, last, dtype);
+  if (wrong || is_by_the_way(op, p, s, t, e) || is_of_its_size(op, p)) spoil_at(out, last, dtype);
   for (int64_t i = last; nonzero && i >= 0; --i) set(out, i, dtype, 2 * get(out, i, dtype));
   if (moved && op == Operator::fprop) set(out, last, dtype, get(out, last - p.k, dtype));  // another pixel's
   if (is("conv2d", "term")) {
@@ -296,6 +312,19 @@ extern "C" int set_fault(const char* kernel, const char* how) {
                             "rest_of_positions",
                             "rest_of_inputs",
                             "rest_of_outputs",
+                            "one_image",
+                            "images",
+                            "groups",
+                            "one_tile",
+                            "tiles",
+                            "no_rows_left",
+                            "rows_left",
+                            "no_columns_left",
+                            "columns_left",
+                            "multiplier",
+                            "no_multiplier",
+                            "short_sums",
+                            "long_sums",
                             "many_slices"},
                            way);
   return known ? 0 : 1;

@@ -39,6 +39,7 @@ template <class T, int kHeightOfPatch, int kWidthOfPatch, int kStride>
 struct DepthwisePatch {
   static constexpr int kHeight = kHeightOfPatch, kWidth = kWidthOfPatch;
   static constexpr int kChannels = kPositionBytes / static_cast<int>(sizeof(T));
+  static_assert(kChannels <= kDepthwiseChannels);
   static constexpr int kChunk = 16 / static_cast<int>(sizeof(T));
   static constexpr int kPitch = kStride == 1 ? (kWidth | 1) * kPositionBytes : kWidth * kPositionBytes + 32;
   static constexpr int kBytes = kHeight * kPitch;

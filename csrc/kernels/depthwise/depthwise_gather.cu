@@ -72,7 +72,7 @@ FK_DEVICE void finish_strip(float (&acc)[kStrip][8], const EpilogueParameters<T>
 
 template <class T, int kSize, int kStride>
 struct ForwardTile {
-  static constexpr int kRows = kStride == 1 ? 16 : 8, kColumns = 16, kStrip = kRows * kColumns / kStrips;
+  static constexpr int kRows = kDepthwiseTile / kStride, kColumns = kDepthwiseTile, kStrip = kRows * kColumns / kStrips;
   using Patch = DepthwisePatch<T, (kRows - 1) * kStride + kSize, (kColumns - 1) * kStride + kSize, kStride>;
   static constexpr int kGroups = Patch::kChannels / 8, kThreads = kStrips * kGroups;
   static constexpr int kSharedBytes = Patch::kBytes + kSize * kSize * Patch::kChannels * 4;
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(ForwardTile<T, kSize, kStride>::kThreads)
 // i's own parity: at column u of the patch, s = i - 2 u + size - 1.
 template <class T, int kSize>
 struct BackwardTile {
-  static constexpr int kRows = 16, kColumns = 16, kStrip = 8, kHalo = (kSize - 1) / 2;
+  static constexpr int kRows = kDepthwiseTile, kColumns = kDepthwiseTile, kStrip = 8, kHalo = (kSize - 1) / 2;
   using Patch = DepthwisePatch<T, kRows / 2 + kHalo, kColumns / 2 + kHalo, 1>;
   static constexpr int kGroups = Patch::kChannels / 8, kThreads = kStrips * kGroups;
   static constexpr int kSharedBytes = Patch::kBytes + kSize * kSize * Patch::kChannels * 4;

@@ -16,8 +16,8 @@ namespace freezekit {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kLanes = 32;
-constexpr int kWarps = 8;
+constexpr int kLanes = kDepthwiseChannels;
+constexpr int kWarps = kDepthwiseWarps;
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 4)

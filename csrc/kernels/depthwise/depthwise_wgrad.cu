@@ -13,11 +13,11 @@ namespace freezekit {
 namespace {
 
 constexpr int kRowLanes = 8;
-constexpr int kTileColumns = 16;
+constexpr int kTileColumns = kDepthwiseTile;
 
 template <class T, int kSize, int kStride>
 struct WgradTile {
-  static constexpr int kRows = kStride == 1 ? 16 : 8;
+  static constexpr int kRows = kDepthwiseTile / kStride;
   using X = DepthwisePatch<T, (kRows - 1) * kStride + kSize, (kTileColumns - 1) * kStride + kSize, kStride>;
   using Dy = DepthwisePatch<T, kRows, kTileColumns, 1>;
   static constexpr int kPairs = X::kChannels / 2, kThreads = kPairs * kRowLanes;

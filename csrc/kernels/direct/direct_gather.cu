@@ -21,7 +21,7 @@ namespace freezekit {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kStep = 8;                      // along the reduction
+constexpr int kStep = kDirectStep;            // along the reduction
 constexpr int kLoadLanes = kThreads / kStep;  // rows or columns that are loaded at once
 
 // One step of the tile of `in`: this thread's element of the reduction for kLoads rows, zero where they do not meet.

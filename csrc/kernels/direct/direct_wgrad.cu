@@ -16,7 +16,7 @@ namespace freezekit {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kStep = 8;  // along the reduction
+constexpr int kStep = kDirectStep;  // along the reduction
 
 // Four blocks per multiprocessor: left to itself ptxas aims for nine of the small tile, and spills for it.
 template <class T, int kRows, int kColumns>

@@ -35,8 +35,8 @@ enum class Access {
   elements,   // the same for any channel count
 };
 
-constexpr int kTileChunks = 4;                            // chunks along l in one k-tile
-constexpr int kTileRowBytes = kChunkBytes * kTileChunks;  // 32 values of 16 bits, 16 of 32 bits
+constexpr int kTileChunks = kGemmStepBytes / kChunkBytes;  // chunks along l in one k-tile
+constexpr int kTileRowBytes = kGemmStepBytes;              // 32 values of 16 bits, 16 of 32 bits
 
 FK_DEVICE int32_t chunk_offset(int32_t row, int32_t chunk) {
   return row * kTileRowBytes + ((chunk ^ (row >> 1 & 3)) * kChunkBytes);

@@ -41,7 +41,7 @@ Status launch_implicit_gemm_of(const Conv2dLaunch& launch, const void* filter_by
   const int config = whole_chunks ? launch.selection.config : kImplicitGemmElements;
   return dispatch_config<std::size(kImplicitGemmTiles)>(config, [&](auto i) {
     constexpr Tile size = kImplicitGemmTiles[i.value];
-    using Shape = GemmTile<size.rows, size.columns, kGemmWarpRows[i.value], 4>;
+    using Shape = GemmTile<size.rows, size.columns, kGemmWarpRows[i.value], kGemmStages>;
     if constexpr (i.value == kImplicitGemmElements) {
       return launch_implicit_gemm_tile<T, Shape, Access::elements>(g, in, filter, parameters, stream);
     } else {

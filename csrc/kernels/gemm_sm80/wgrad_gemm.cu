@@ -15,7 +15,7 @@ Status launch_tile(const Conv2dLaunch& launch) {
   const Wgrad wgrad = make_wgrad(launch.problem, split_k, Loader::Dy::kDepth);
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(split_k));
   return FK_LAUNCH(conv2d_wgrad_gemm_kernel<T, Tile, kChunksOfDy, kChunksOfX>, grid, dim3(Tile::kThreads),
-                   size_t{kWgradStages} * Loader::kStageBytes, launch.stream, wgrad,
+                   size_t{kGemmStages} * Loader::kStageBytes, launch.stream, wgrad,
                    static_cast<const T*>(launch.tensors.y), static_cast<const T*>(launch.tensors.x),
                    static_cast<T*>(launch.tensors.filter),
                    static_cast<float*>(split_k > 1 ? launch.workspace : nullptr));

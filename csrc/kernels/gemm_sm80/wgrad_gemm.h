@@ -25,8 +25,6 @@
 
 namespace freezekit {
 
-constexpr int kWgradStages = 4;
-
 // Warps are in a grid of kWarpRows x (kColumns / 32), each with a tile of kRows / kWarpRows x 32.
 template <int kRowsOfTile, int kColumnsOfTile, int kWarpRows>
 struct WgradTile {
@@ -47,6 +45,7 @@ struct WgradOperand {
   static constexpr int kChunksAcross = kWidth / kChunk;
   static constexpr int kRowsAtOnce = kThreads / kChunksAcross;
   static constexpr int kPasses = kDepth / kRowsAtOnce;
+  static_assert(kDepth * sizeof(T) == kGemmStepBytes);
   static_assert(kDepth % kRowsAtOnce == 0 && kThreads % kChunksAcross == 0, "threads load whole rows");
 
   // This thread's share: chunk column of rows row() + i * kRowsAtOnce.
@@ -229,7 +228,7 @@ __global__ void __launch_bounds__(Tile::kThreads)
           [&](uint32_t (&b)[4], int j) { X::load_b(b, dy_stage + Dy::kBytes, step, warp_column + 16 * j, lane); });
     }
   };
-  run_ring<kWgradStages>(
+  run_ring<kGemmStages>(
       tiles, [&](int32_t stage) { loader.load(p, shared + stage * Loader::kStageBytes); }, multiply_tile);
 
   if (partial) {

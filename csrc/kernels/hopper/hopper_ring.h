@@ -17,7 +17,7 @@ constexpr int kHopperConsumerWarps = 8;
 constexpr int kHopperRingBytes = 192 * 1024;
 // Registers per thread, of 65536: (40 + 2 * 232) * 128.
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
-constexpr int kPanel = 64;  // rows of 128 bytes
+constexpr int kPanel = kHopperWgradStep;  // rows of 128 bytes
 constexpr int kPanelBytes = kPanel * static_cast<int>(kTileRow);
 
 template <class T, int kColumnsOfTile>
@@ -27,6 +27,7 @@ struct HopperTile {
   static constexpr int kABytes = kRows * kTileRow;
   static constexpr int kStageBytes = kABytes + kColumns * kTileRow;
   static constexpr int kStages = kHopperRingBytes / kStageBytes;
+  static_assert(kTileRow == kHopperStepBytes && kStages <= kMostHopperStages);
   // Up to 1024 bytes are lost to begin at a swizzle atom.
   static constexpr int kSharedBytes = kSwizzleAtom + kStages * kStageBytes + kHopperConsumerWarps * kPatchBytes;
 };

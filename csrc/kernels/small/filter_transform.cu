@@ -16,7 +16,7 @@
 namespace freezekit {
 namespace {
 
-constexpr int kTile = 32;
+constexpr int kTile = kChannelsAtOnce;
 constexpr int kRowLanes = 8;
 
 struct FilterExtent {

@@ -9,7 +9,7 @@
 namespace freezekit {
 namespace {
 
-constexpr int kThreads = 128;
+constexpr int kThreads = kChannelsAtOnce;  // a vector has few: then a proof meets several blocks
 
 FK_DEVICE double load_double(const ChannelVector& v, int64_t k, double otherwise) {
   if (!v.data) return otherwise;

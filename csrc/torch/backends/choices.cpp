@@ -7,6 +7,7 @@
 #include <mutex>
 #include <sstream>
 
+#include "kernels/rehearsals.h"
 #include "torch/backends/kernel_library.h"
 
 namespace freezekit::choices {
@@ -47,15 +48,12 @@ std::string key_of(Operator op, const Conv2dProblem& p, const Setting& s) {
 std::string class_of(Operator op, const Conv2dProblem& p, const Setting& s, const Selection& by) {
   const uint64_t operations = p.y_numel() * p.c_per_group() * p.r * p.s;
   const int power = (std::bit_width(operations) - 1) / 2 * 2;
-  const auto power_in = [](int64_t channels) { return std::min<int64_t>(channels & -channels, 8); };
   const bool depthwise = p.groups > 1 && p.c_per_group() == 1;  // its kernels take channels of all groups together
+  constexpr const char* kSlices[] = {"", " in slices", " in many slices"};
   std::ostringstream key;
-  key << operator_name(op, s) << " by " << by.kernel
-      << (by.split_k >= kManySlices ? " in many slices"
-          : by.split_k > 1          ? " in slices"
-                                    : "")
+  key << operator_name(op, s) << " by " << by.kernel << kSlices[static_cast<int>(slices_of(by))]
       << (p.groups > 1 ? " in groups" : "") << " w=" << p.r << ',' << p.s << " channels by "
-      << power_in(depthwise ? p.c : p.c_per_group()) << ',' << power_in(depthwise ? p.k : p.k_per_group())
+      << channel_unit(depthwise ? p.c : p.c_per_group()) << ',' << channel_unit(depthwise ? p.k : p.k_per_group())
       << " stride=" << p.stride_h << ',' << p.stride_w << " padding=" << p.pad_h << ',' << p.pad_w
       << " dilation=" << p.dilation_h << ',' << p.dilation_w << " 2^" << power << " to 2^" << power + 2 << " products "
       << layout_name(s.layout) << device_name(s);

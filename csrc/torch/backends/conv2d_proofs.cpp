@@ -6,6 +6,7 @@
 #include <cmath>
 #include <limits>
 
+#include "kernels/rehearsals.h"
 #include "torch/backends/choices.h"
 #include "torch/backends/native.h"
 
@@ -25,8 +26,8 @@ double epsilon_of(const Conv2dStep& step) {
 
 // How far two ways of summing may be apart, in units of the largest sum: the error grows with the root of their length.
 // Winograd's transforms, which torch may choose, lose a digit.
-double rounding_of_sums(const Conv2dStep& step) {
-  return 16 * epsilon_of(step) * (8 + std::sqrt(static_cast<double>(terms_of(step.op, step.problem))));
+double rounding_of_sums(const Conv2dStep& step, const Conv2dProblem& of) {
+  return 16 * epsilon_of(step) * (8 + std::sqrt(static_cast<double>(terms_of(step.op, of))));
 }
 
 // Of what is multiplied and stored.
@@ -42,7 +43,7 @@ at::ScalarType exact_type(const Tensor& of) { return of.scalar_type() == at::kDo
 
 // On a caller's tensors: by one or the other.
 Bound bound_on_call(const Conv2dStep& step, const Target& target) {
-  const double bound = std::max(rounding_of_sums(step), rounding_of_values(step, target));
+  const double bound = std::max(rounding_of_sums(step, step.problem), rounding_of_values(step, target));
   return {2 * bound, bound};
 }
 
@@ -58,70 +59,10 @@ Bound bound_on_cancelling(const Conv2dStep& step, const Target& target) {
 }
 
 // On integers only what is stored is rounded.
-Bound bound_on_integers(const Conv2dStep& step) {
+Bound bound_on_integers(const Conv2dStep& step, const Conv2dProblem& of) {
   constexpr double half = 0x1p-11, bfloat16 = 0x1p-8;
   const auto type = step.on.scalar_type();
-  return {type == at::kHalf ? half : type == at::kBFloat16 ? bfloat16 : 0, rounding_of_sums(step)};
-}
-
-// Elements of both activations: unless the kernel, or a sum in many slices, takes more.
-constexpr int64_t kRehearsed = 1 << 19, kMostRehearsed = 1 << 21;
-int64_t elements_of(const Conv2dProblem& p) { return p.x_numel() + p.y_numel(); }
-
-// What the same kernel computes the same way.
-using IsAlike = c10::function_ref<bool(const Conv2dProblem&)>;
-
-// One axis with an output fewer for each that is not among the first `rows`.
-bool cut_axis(int64_t& in, int64_t& out, int64_t stride, int64_t rows) {
-  const int64_t left = in - (out - rows) * stride;
-  if (rows == out || left < 1) return false;
-  in = left, out = rows;
-  return true;
-}
-
-// A part of a problem: fewer images, rows, columns, by halves.
-Conv2dProblem part_of(const Conv2dProblem& problem, IsAlike is_alike) {
-  Conv2dProblem part = problem;
-  const auto shrink = [&](const auto& halve) {
-    while (elements_of(part) > kRehearsed) {
-      Conv2dProblem smaller = part;
-      if (!halve(smaller) || !is_alike(smaller)) return;
-      part = smaller;
-    }
-  };
-  shrink([](Conv2dProblem& p) { return p.n > 1 ? (p.n = (p.n + 1) / 2, true) : false; });
-  shrink([](Conv2dProblem& p) { return cut_axis(p.h, p.p, p.stride_h, (p.p + 1) / 2); });
-  shrink([](Conv2dProblem& p) { return cut_axis(p.w, p.q, p.stride_w, (p.q + 1) / 2); });
-  return part;
-}
-
-// The same with positions and channels that fill no tile, which another problem of the class may have: an odd number of
-// positions, and eight channels of each group less or more, by which what they are multiples of does not change. Where each
-// group has one channel, eight groups are.
-Conv2dProblem ragged(const Conv2dProblem& problem, IsAlike is_alike) {
-  Conv2dProblem found = problem;
-  const auto changed = [&](const auto& change) {
-    Conv2dProblem other = found;
-    if (!change(other) || !is_alike(other)) return false;
-    found = other;
-    return true;
-  };
-  changed([](Conv2dProblem& p) { return p.n > 0 && p.n % 2 == 0 ? (--p.n, true) : false; });
-  changed([](Conv2dProblem& p) { return cut_axis(p.h, p.p, p.stride_h, p.p - (p.p % 2 == 0)); });
-  changed([](Conv2dProblem& p) { return cut_axis(p.w, p.q, p.stride_w, p.q - (p.q % 2 == 0)); });
-  const auto either = [&](const auto& add, int64_t step) {
-    const auto by = [&](int64_t more) { return [&, more](Conv2dProblem& p) { return add(p, more); }; };
-    if (!changed(by(-step))) changed(by(step));
-  };
-  if (problem.groups > 1 && problem.c_per_group() == 1) {
-    const int64_t multiplier = problem.k_per_group();
-    either([=](Conv2dProblem& p, int64_t more) { return p.k += more * multiplier, (p.groups = p.c += more) > 1; }, 8);
-    return found;
-  }
-  for (int64_t Conv2dProblem::* const channels : {&Conv2dProblem::c, &Conv2dProblem::k}) {
-    either([=](Conv2dProblem& p, int64_t more) { return (p.*channels += more) > 0; }, 8 * problem.groups);
-  }
-  return found;
+  return {type == at::kHalf ? half : type == at::kBFloat16 ? bfloat16 : 0, rounding_of_sums(step, of)};
 }
 
 // The largest of the norms over `dims`: of every channel, if those are all others.
@@ -163,28 +104,18 @@ Contest conv2d(const Conv2dStep& step, const Selection& selection, Run run, Rehe
     const Target target = native::target_on(kernel_library(candidate), candidate);
     const auto type = step.on.scalar_type();
     const DType dtype = *native::dtype_of(type);
-    const auto is_alike = [&](const Conv2dProblem& other) {
-      const Selection s = select(step.op, other, dtype, target);
-      return std::string_view(s.kernel) == selection.kernel && (s.split_k > 1) == (selection.split_k > 1);
-    };
-    const auto has_many_too = [&](const Conv2dProblem& other) {
-      return is_alike(other) &&
-             (select(step.op, other, dtype, target).split_k >= kManySlices) == (selection.split_k >= kManySlices);
-    };
-    const auto rehearsed = [&](const Conv2dProblem& part, bool is_biased) {
-      const Tensor expected = rehearse(Backend::aten, {part, exact_type(step.on), is_biased});
-      const Tensor found = rehearse(candidate, {part, type, is_biased});
-      const std::string text = faults_beside(found);
-      return text.empty() ? difference(expected, found, bound_on_integers(step)) : text;
-    };
-    Conv2dProblem part = part_of(step.problem, has_many_too);
-    if (elements_of(part) > kMostRehearsed) part = part_of(step.problem, is_alike);
-    const Conv2dProblem rest = ragged(part, is_alike);
-    std::string text = rehearsed(part, true);
-    if (text.empty()) text = rehearsed(rest, false);
-    if (!text.empty()) return text;
+    bool is_biased = true;
+    for (const Rehearsed& part : rehearsals(step.op, step.problem, dtype, selection, target)) {
+      const Tensor expected = rehearse(Backend::aten, {part.problem, exact_type(step.on), is_biased});
+      const native::SelectionScope scope(part.selection);
+      const Tensor found = rehearse(candidate, {part.problem, type, is_biased});
+      std::string text = faults_beside(found);
+      if (text.empty()) text = difference(expected, found, bound_on_integers(step, part.problem));
+      if (!text.empty()) return text;
+      is_biased = false;
+    }
     const Tensor found = run(candidate);  // first: what it converts is freed before there is a second result
-    text = faults_beside(found);
+    std::string text = faults_beside(found);
     if (!text.empty()) return text;
     const Tensor expected = run(Backend::aten);
     text = difference(expected, found, bound_on_call(step, target));

@@ -46,6 +46,7 @@ namespace {
 
 std::atomic<bool> hopper_allowed{false};
 thread_local std::optional<bool> hopper_decided;
+thread_local const Selection* selected = nullptr;
 
 // As a launch reads it. Memory that begins in the middle of 16 bytes is copied: other code of the kernels would read it,
 // which `auto` has not held against anything.
@@ -68,7 +69,7 @@ struct Choice {
 Choice choose(Operator op, const Conv2dProblem& problem, const Tensor& on, Backend backend) {
   const KernelLibrary& library = kernel_library(backend);
   const DType dtype = kernel_dtype(on);
-  const Selection selection = select(op, problem, dtype, target_on(library, backend));
+  const Selection selection = selected ? *selected : select(op, problem, dtype, target_on(library, backend));
   if (selection.family == Family::none) refuse(name_of(op), backend, selection.reason);
   return {op, problem, backend, library, dtype, selection};
 }
@@ -305,5 +306,8 @@ void set_hopper(bool allowed) { hopper_allowed = allowed; }
 
 HopperScope::HopperScope(bool allowed) : outer_(std::exchange(hopper_decided, allowed)) {}
 HopperScope::~HopperScope() { hopper_decided = outer_; }
+
+SelectionScope::SelectionScope(const Selection& selection) : outer_(std::exchange(selected, &selection)) {}
+SelectionScope::~SelectionScope() { selected = outer_; }
 
 }  // namespace freezekit::native

@@ -25,6 +25,18 @@ class HopperScope {
   std::optional<bool> outer_;
 };
 
+// Within it this thread's convolutions run that kernel, whatever select() would take: a proof's (rehearsals.h).
+class SelectionScope {
+ public:
+  explicit SelectionScope(const Selection&);
+  ~SelectionScope();
+  SelectionScope(const SelectionScope&) = delete;
+  SelectionScope& operator=(const SelectionScope&) = delete;
+
+ private:
+  const Selection* outer_;
+};
+
 // The current device and torch's settings, as a choice of kernel needs them; none, or an error, where the device cannot
 // be asked.
 std::optional<Target> find_target(const KernelLibrary&, Backend);

@@ -85,11 +85,17 @@ Tensor activate_(Tensor& y, Activation activation, bool keep_mask) {
 }
 
 // What is done beside the convolution, by which choices tell problems apart; shorter where there is no choice.
-std::string variant_of(const Tensor& on, std::initializer_list<std::pair<bool, const char*>> parts) {
+std::string variant_of(const Tensor& on, std::initializer_list<std::pair<bool, const char*>> parts,
+                       const FixedNormTensors& norm, const Tensor& bias) {
   std::string text = "frozen";
   if (!choices::candidate_on(on.device().type())) return text;
   for (const auto& [present, name] : parts) {
     if (present) text += std::string("+") + name;
+  }
+  if (!norm.defined()) return text;
+  text += "+norm=";  // kernels read a vector of each dtype by other code, and none by none
+  for (const Tensor* const of : {&norm.mean, &norm.var, &norm.gamma, &norm.beta, &bias}) {
+    text += of->defined() ? *c10::toString(of->scalar_type()) : '-';
   }
   return text;
 }
@@ -204,11 +210,12 @@ std::tuple<Tensor, Tensor> frozen_kernel(const FrozenOperands& o, const FrozenCo
     return y;
   };
   const bool is_wide = o.bias.defined() && o.bias.scalar_type() != o.input.scalar_type() && !o.norm.defined();
-  const std::string variant = variant_of(o.input, {{o.bias.defined(), is_wide ? "wide_bias" : "bias"},
-                                                   {o.norm.defined(), "norm"},
-                                                   {o.residual.defined(), "residual"},
-                                                   {f.has_mask(), to_string(f.activation)},
-                                                   {wanted, "mask"}});
+  const std::string variant = variant_of(o.input,
+                                         {{o.bias.defined(), is_wide ? "wide_bias" : "bias"},
+                                          {o.residual.defined(), "residual"},
+                                          {f.has_mask(), to_string(f.activation)},
+                                          {wanted, "mask"}},
+                                         o.norm, o.bias);
   // Near the ends of the activation the two ways may round to different sides: bits belong to the result beside them.
   const auto faults = [&](const Tensor& own) {
     if (!wanted) return std::string();
@@ -300,10 +307,10 @@ Tensor frozen_dgrad_kernel(const FrozenGradCall& call) {
     if (!masks && grad.mask.defined()) gate_inplace(dx, grad.mask, {}, on);
     return dx;
   };
-  const std::string variant = variant_of(o.grad_output, {{o.norm.defined(), "norm"},
-                                                         {o.residual.defined(), "residual"},
-                                                         {o.mask.defined(), "mask"},
-                                                         {o.grad_mask.defined(), "grad_mask"}});
+  const std::string variant =
+      variant_of(o.grad_output,
+                 {{o.residual.defined(), "residual"}, {o.mask.defined(), "mask"}, {o.grad_mask.defined(), "grad_mask"}},
+                 o.norm, {});
   const auto beside = [&o = o] { return beside_of(o.norm, Tensor(), o.residual, o.grad_output); };
   return computed(
       {Operator::dgrad, problem, o.grad_output, o.weight, format, variant, beside}, g.backend,
