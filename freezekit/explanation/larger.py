@@ -34,6 +34,12 @@ def _losses(args: Any, result: Tensor) -> list[tuple[Tensor, int]]:
     return [(result, torch.broadcast_shapes(args[0].shape, args[1].shape).numel())]
 
 
+def _scattered(args: Any, result: Tensor) -> list[tuple[Tensor, int]]:
+    """What is written to is the copy of a whole storage, where the copy has the strides of its original."""
+    x = args[0]
+    return [(result, x.untyped_storage().nbytes() // x.element_size())] if result.stride() == x.stride() else []
+
+
 def _bags(args: Any, result: tuple[Tensor, ...]) -> list[tuple[Tensor, int]]:
     """The bag of each index has room for one more, and the sizes of bags for each offset, the last included."""
     _, indices, offsets, *_ = args
@@ -53,6 +59,9 @@ _ELEMENTS: dict[Any, Callable[[Any, Any], list[tuple[Tensor, int]]]] = {
     aten.smooth_l1_loss: _losses,
     aten.soft_margin_loss: _losses,
     aten.binary_cross_entropy: _losses,
+    aten.select_scatter: _scattered,
+    aten.slice_scatter: _scattered,
+    aten.diagonal_scatter: _scattered,
     aten._embedding_bag: _bags,
     aten._embedding_bag_forward_only: _bags,
     **dict.fromkeys(_WINDOWS, _window),

@@ -82,6 +82,9 @@ class Functions(TorchFunctionMode):
             args, kwargs = _with_lengths_as_numbers(args, kwargs or {})
         try:
             result = func(*args, **(kwargs or {}))
+            if func in (torch.max_pool1d, torch.nn.functional.max_pool1d) and not result.requires_grad:
+                # On a CPU torch has a kernel for this, which it does not take where a mode looks on.
+                result = result.clone(memory_format=torch.contiguous_format)
             self.recorder.note_function((args, kwargs), result)
             return result
         finally:
@@ -127,8 +130,8 @@ class Operators(TorchDispatchMode):
         if not self.recorder.has_data:
             if kind is torch.ops.aten.native_batch_norm:
                 result = _with_mixed_statistics(args, result)
+            result = layouts.lay_out(func, args, kwargs, result)
             larger.store(kind, args, result)
-            result = layouts.lay_out(func, args, result)
         call = self.recorder.current()
         if call is None:
             return result
