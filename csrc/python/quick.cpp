@@ -150,6 +150,7 @@ Tensor quick_conv2d(const Given& given) {
   std::array<int64_t, 2> stride = {1, 1}, padding = {0, 0}, dilation = {1, 1};
   int64_t groups = 1;
   if (!read_all(given, 0, &input, &weight, &bias, &stride, &padding, &dilation, &groups) || input.dim() != 4) return {};
+  if (weight.dim() == 4 && weight.sym_size(1).maybe_as_int() == 0) return {};  // torch makes no channels of none
   return without_gil([&] {
     const Geometry geometry(stride, padding, dilation, groups, backend);
     return is_unseen(input, weight, bias ? *bias : weight) ? record_conv2d(input, weight, bias, geometry)

@@ -264,7 +264,7 @@ def _without_data(function: Callable[..., Any], error: Exception, whole: str) ->
         ". If it needs the values of tensors, have a copy of it run on data: give model and inputs that hold some, and "
         "not measure=False"
     )
-    told = str(error).removesuffix(".")
+    told = str(error).removesuffix(".") or type(error).__name__
     return RuntimeError(f"{_name(function)} was run on tensors without data, where it fails: {told}{whole or needs}")
 
 

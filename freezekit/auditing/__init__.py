@@ -118,8 +118,10 @@ def _report(subject: Subject) -> Report:
     try:
         if subject.inputs is None:
             raise forward.CannotCopy("no inputs given")
-        findings += forward.check_forward(subject)
+        probe = forward.run(subject)
     except forward.CannotCopy as error:
         skipped[_FORWARD] = str(error)
+    else:
+        findings += forward.check_forward(subject, probe)
     findings.sort(key=lambda f: SEVERITIES.index(f.severity))
     return Report(type(subject.model).__name__, tuple(findings), skipped)

@@ -85,9 +85,12 @@ def run(subject: Subject) -> Probe:
     except (TypeError, ValueError) as error:
         raise CannotCopy(str(error)) from error
     copied = twin.roots[""]
-    names = {id(module): name for name, module in subject.modules()}
-    names = {id(twin): names[id(source)] for source, twin in zip(model.modules(), copied.modules(), strict=True)}
-    sources = {id(twin): id(source) for source, twin in zip(model.parameters(), copied.parameters(), strict=True)}
+    # By names, the first of each last: what is a weak proxy of a module has a copy of its own.
+    parts, named = dict(model.named_modules(remove_duplicate=False)), {id(m): name for name, m in subject.modules()}
+    every = list(copied.named_modules(remove_duplicate=False))[::-1]
+    names = {id(module): named[id(parts[name])] for name, module in every}
+    originals = dict(model.named_parameters(remove_duplicate=False))
+    sources = {id(p): id(originals[name]) for name, p in copied.named_parameters(remove_duplicate=False)}
 
     def before(module: nn.Module, args: Any) -> None:
         own = any(p.requires_grad for p in module.parameters(recurse=False))
@@ -119,9 +122,8 @@ def _tensors(model: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tup
     yield from model.named_parameters(remove_duplicate=remove_duplicate)
 
 
-def check_forward(subject: Subject) -> Iterator[Finding]:
-    """Run the probe and report what it showed."""
-    probe = run(subject)
+def check_forward(subject: Subject, probe: Probe) -> Iterator[Finding]:
+    """Report what the probe showed."""
     yield from _moved(subject, probe)
     yield from _gradients(subject, probe)
     if not subject.trainable:

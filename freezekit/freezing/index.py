@@ -167,6 +167,13 @@ class Index:
         for name, _, _, made_of in self.computed:
             if name == pattern or fnmatch.fnmatchcase(name, pattern):
                 return f"{name!r} is no parameter, but computed from {' and '.join(map(repr, made_of))}: name these"
+        for path, module in self.modules.items():
+            for own in module._buffers:
+                name = f"{path}.{own}" if path else own
+                if fnmatch.fnmatchcase(name, pattern) or name == pattern:
+                    norm = id(module) in self.norms and path
+                    cure = f"name {path!r}, which holds its statistics too" if norm else "no optimizer moves it"
+                    return f"{name!r} is a buffer of {type(module).__name__}, neither module nor parameter; {cure}"
         near = ", ".join(repr(name) for name in self.near(pattern))
         hint = f"near names: {near}" if near else f"top-level names: {', '.join(map(repr, self.top()))}"
         return f"{pattern!r} matches no module or parameter of {type(self.model).__name__}; {hint}"
@@ -194,8 +201,11 @@ def _check_predicate(pattern: Callable[..., Any]) -> None:
 
 def _says(predicate: Callable[..., Any], name: str, param: nn.Parameter) -> bool:
     answer = predicate(name, param)
-    if isinstance(answer, Tensor) and answer.numel() != 1:
-        raise TypeError(f"patterns: a predicate must return True or False;\ngot {shown(answer)} for {name!r}")
+    # Comparisons give numpy's bools and tensors of one too. A string, a match or a parameter is a slip.
+    is_one = str(getattr(answer, "dtype", "")) in ("bool", "torch.bool") and answer.nbytes == 1
+    if not (is_one or isinstance(answer, bool)):
+        called = getattr(predicate, "__name__", shown(predicate))
+        raise TypeError(f"patterns: predicate {called} must return True or False;\ngot {shown(answer)} for {name!r}")
     return bool(answer)
 
 

@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -95,16 +95,17 @@ class _Planner:
             for name, parameter in root.named_parameters(prefix)
         }
 
-    def depths(self) -> Iterator[Option]:
+    def depths(self) -> list[Option]:
         frozen: list[str] = []
-        yield self._option("depth 0", frozen)
+        options = [self._option("depth 0", frozen)]
         called = {name for layer in self._layers for name in layer}
         rest = [name for name in self.sizes if name not in called]
         for depth, layer in enumerate([*self._layers, *([rest] if rest else [])], 1):
             frozen += layer
-            yield self._option(f"depth {depth}", frozen)
+            options.append(self._option(f"depth {depth}", frozen))
+        return options
 
-    def regimes(self) -> Iterator[Option]:
+    def regimes(self) -> list[Option]:
         modules = [item for prefix, root in self.roots.items() for item in root.named_modules(prefix=prefix)]
         norms = {name for prefix, m in modules if _is_norm(m) for name, _ in m.named_parameters(prefix)}
         last = set(self._layers[-1]) if self._layers else set()
@@ -114,14 +115,16 @@ class _Planner:
             "last layer learns": lambda name: name in last,
             "input learns": lambda name: False,
         }
+        options = []
         for regime, learns in learning.items():
             frozen = [name for name in self.sizes if not learns(name)]
             try:
-                yield self._option(regime, frozen)
+                options.append(self._option(regime, frozen))
             except RuntimeError:
                 # The last depth has run with all of it frozen: it is an input that cannot need a gradient.
                 if regime != "input learns":
                     raise
+        return options
 
     @cached_property
     def _layers(self) -> list[list[str]]:
@@ -173,7 +176,15 @@ class _Planner:
             ones = [torch.ones_like(t) for t in outputs]
 
             def backward() -> object:
-                return torch.autograd.grad(outputs, wanted, ones, retain_graph=True, allow_unused=True)
+                try:
+                    return torch.autograd.grad(outputs, wanted, ones, retain_graph=True, allow_unused=True)
+                except RuntimeError as error:
+                    if "use_reentrant" not in str(error):
+                        raise
+                    raise RuntimeError(
+                        "measure=True times torch.autograd.grad, which a reentrant checkpoint in the forward refuses: "
+                        "call checkpoint(..., use_reentrant=False), or plan without measure=True"
+                    ) from error
 
             elapsed = seconds(backward, next(twin.tensors()).device) if outputs and wanted else 0.0
         return replace(option, measured_bytes=count, measured_seconds=elapsed)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -69,3 +72,19 @@ def test_autocast_casts_frozen_weights() -> None:
     assert not found(audit(model), "autocast-cast")
     with torch.autocast("cpu", torch.bfloat16):
         assert the(audit(model), "autocast-cast").names == ("0",)
+
+
+class Referring(nn.Module):
+    """A model whose head is told by a weak proxy; of the copy it is a module of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(3, 3), nn.Linear(3, 1)
+        self.last: Any = weakref.proxy(self.head)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.body(x).detach())
+
+
+def test_a_module_that_is_told_by_a_weak_proxy() -> None:
+    assert the(audit(Referring(), inputs=torch.ones(2, 3)), "unreached").names == ("body.weight", "body.bias")

@@ -280,3 +280,19 @@ def test_public_functions(call: Callable[[], Any], kind: type[Exception], says: 
     assert type(ours) is kind, repr(ours)
     assert all(text in str(ours) for text in says), str(ours)
     still_right()
+
+
+@pytest.mark.parametrize("images", [0, 2])
+@pytest.mark.parametrize("learns", [False, True])
+def test_a_weight_of_no_input_channels_is_torchs(images: int, learns: bool) -> None:
+    """It gives an output of no channels, whatever the weight says; other empty weights are refused."""
+    found = []
+    for call in (F.conv2d, fk.functional.conv2d):
+        x, w = torch.ones(images, 0, 5, 5, requires_grad=True), torch.ones(4, 0, 3, 3, requires_grad=learns)
+        y = call(x, w, torch.ones(4), 2, 1)
+        found.append((y.shape, torch.autograd.grad(y.sum(), [x, *[w] * learns])))
+    (stock, theirs), (ours, own) = found
+    assert ours == stock
+    assert [g.shape for g in own] == [g.shape for g in theirs]
+    with fk.backend("native"), pytest.raises(RuntimeError, match="weight must have no empty dimension"):
+        fk.functional.conv2d(torch.ones(images, 0, 5, 5), torch.ones(4, 0, 3, 3))

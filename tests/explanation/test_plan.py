@@ -9,6 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import freezekit as fk
 from freezekit.explanation import explain
@@ -160,3 +161,17 @@ def test_a_forward_that_refuses_inputs_which_learn_has_no_option_of_that(measure
 
     names = [option.name for option in plan(loss, torch.ones(3, 2), measure=measure)]
     assert names == ["depth 0", "depth 1", "biases learn", "norms learn", "last layer learns"]
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_a_reentrant_checkpoint_is_planned_and_refused_to_be_measured_with_the_cure(learns: bool) -> None:
+    first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+
+    def forward(x: torch.Tensor, reentrant: bool) -> torch.Tensor:
+        return checkpoint(second, first(x), use_reentrant=reentrant)
+
+    x = torch.ones(3, 2, requires_grad=learns)
+    assert len(plan(forward, (x, True)).options) == 7
+    with pytest.raises(RuntimeError, match=r"a reentrant checkpoint .* refuses: call checkpoint\(.*=False\), or plan"):
+        plan(forward, (x, True), measure=True)
+    assert plan(forward, (x, False), measure=True).options[0].measured_seconds

@@ -260,3 +260,30 @@ def test_explain_within_explain_is_refused(measure: bool | None) -> None:
 def test_a_plan_of_a_forward_that_reads_gradients_says_which_option_fails() -> None:
     with pytest.raises(RuntimeError, match=r"^depth 1, 2 of 4 parameters frozen: 'NoneType'"):
         fk.plan(Meta("update"), X, machine=MACHINE)
+
+
+class Exhausted(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(next(iter(x[:0])))
+
+
+@pytest.mark.parametrize("tool", ["explain", "plan", "plan, measured", "audit", "profile"])
+def test_an_iterator_at_its_end_is_told_as_such(tool: str) -> None:
+    """A generator that such an exception passes makes another of it."""
+    model = Exhausted(4, 4)
+
+    def profiled() -> None:
+        with fk.profile():
+            model(X)
+
+    calls: dict[str, Callable[[], Any]] = {
+        "explain": lambda: fk.explain(model, X),
+        "plan": lambda: fk.plan(model, X, machine=MACHINE),
+        "plan, measured": lambda: fk.plan(model, X, machine=MACHINE, measure=True),
+        "audit": lambda: audit(model, inputs=X),
+        "profile": profiled,
+    }
+    with pytest.raises(StopIteration):
+        calls[tool]()
+    with pytest.raises(RuntimeError, match="without data, where it fails: StopIteration. If"):
+        fk.explain(model, X, measure=False)

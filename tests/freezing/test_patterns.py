@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from typing import Any
 
@@ -203,6 +204,35 @@ def test_a_predicate_that_gives_a_tensor_is_told_with_its_shape() -> None:
         freeze(model, lambda name, param: param > 0)
     freeze(model, lambda name, param: param.max() < 9)
     assert not model.weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    "answer", ["no", 1, None, [], re.match("a", "a"), nn.Linear(1, 1), torch.tensor(1.0)], ids=type
+)
+def test_a_predicate_that_gives_no_bool_is_named_with_its_answer(answer: Any) -> None:
+    def backbone(name: str, param: nn.Parameter) -> Any:
+        return answer
+
+    model = nn.Linear(2, 3)
+    with pytest.raises(TypeError, match=r"predicate backbone must return True or False;\ngot .* for 'weight'$"):
+        freeze(model, backbone)
+    assert model.weight.requires_grad
+
+
+def test_bools_of_numpy_are_bools() -> None:
+    model = nn.Linear(2, 3)
+    freeze(model, lambda name, param: param.detach().numpy().max() > (-9 if name == "weight" else 9))
+    assert (model.weight.requires_grad, model.bias.requires_grad) == (False, True)
+
+
+@pytest.mark.parametrize("pattern", ["1.running_mean", "*.running_mean", "1.num_batches_tracked"])
+def test_a_buffer_is_told_with_what_holds_it(pattern: str) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    with pytest.raises(PatternError, match=r"'1\.\w+' is a buffer of BatchNorm1d, .*; name '1', which holds its stat"):
+        freeze(model, pattern)
+    model[0].register_buffer("scale", torch.ones(1))
+    with pytest.raises(PatternError, match="'0.scale' is a buffer of Linear, .*; no optimizer moves it"):
+        freeze(model, "0.scale")
 
 
 def test_pairs_of_a_tied_parameter_mean_it_under_any_of_its_names() -> None:
