@@ -43,34 +43,6 @@ std::vector<Tensor> with_defined(std::vector<Tensor> tensors, const std::vector<
   return tensors;
 }
 
-// The elements of (N, C, ...) as rows in memory order; by_channel where a row is of one channel.
-struct ChannelRows {
-  int64_t count, length, per_image;
-  bool by_channel;
-
-  explicit ChannelRows(const Tensor& x) {
-    const int64_t n = x.size(0), c = x.size(1), plane = x.numel() / (n * c);
-    by_channel = x.is_contiguous();
-    per_image = by_channel ? c : plane;
-    count = n * per_image, length = by_channel ? plane : c;
-  }
-
-  // f(offset of the row in memory, its scales and shifts) for each row, as long as it returns true.
-  template <class C, class F>
-  bool all(const C* scale, const C* shift, int64_t channels, const F& f) const {
-    std::atomic<bool> result = true;
-    at::parallel_for(0, count, std::max<int64_t>(1, kElementsPerTask / length), [&](int64_t first, int64_t last) {
-      for (int64_t row = first; row < last && result; ++row) {
-        const int64_t c = by_channel ? row : row / per_image * channels;
-        const bool goes_on = by_channel ? f(row * length, cpu::One<C>{scale[c], shift[c]})
-                                        : f(row * length, cpu::Each<C>{scale + c, shift + c});
-        if (!goes_on) result = false;
-      }
-    });
-    return result;
-  }
-};
-
 // Of one tensor that is kept. What is made of parameters and statistics is its own: nobody else can write to it.
 class OfOne : public Recipe {
  public:
@@ -118,8 +90,8 @@ class AffineNorm : public OfOne {
     const Tensor& x = x_.tensor();
     const Tensor y = empty_beside(x, x.sym_sizes(), x.sym_strides(), x.scalar_type());
     T* to = y.mutable_data_ptr<T>();
-    all_rows([&]<class Channels>(const T* row, Channels channels, int64_t at, int64_t length) {
-      cpu::in_vectors<cpu::affine_row<T, Channels>>(row, channels, to + at, length);
+    all_rows([&]<class Channels>(const cpu::AffineRows<T>& rows, int64_t first, int64_t last) {
+      cpu::in_vectors<cpu::affine_rows<Channels, T>>(rows, to, first, last);
       return true;
     });
     return y;
@@ -132,8 +104,8 @@ class AffineNorm : public OfOne {
       return false;
     }
     const auto is_value = [&, y = value.const_data_ptr<T>()] {
-      return all_rows([&]<class Channels>(const T* row, Channels channels, int64_t at, int64_t length) {
-        return cpu::in_vectors<cpu::is_affine_row<T, Channels>>(row, channels, y + at, length);
+      return all_rows([&]<class Channels>(const cpu::AffineRows<T>& rows, int64_t first, int64_t last) {
+        return cpu::in_vectors<cpu::are_affine_rows<Channels, T>>(rows, y, first, last);
       });
     };
     // Whether a shift is rounded once or twice was decided by the compiler of this torch.
@@ -146,14 +118,23 @@ class AffineNorm : public OfOne {
   std::vector<Tensor> reads() const override { return {x_.tensor(), scales_and_shifts_}; }
 
  private:
-  // f(the row of x, its scales and shifts, its offset, its length) for each row, as long as it returns true.
+  // f(the rows of x, the first, the last) for parts of them.
   template <class F>
   bool all_rows(const F& f) const {
     const Tensor& x = x_.tensor();
-    const T *from = x.const_data_ptr<T>(), *scale = scales_and_shifts_.const_data_ptr<T>();
-    const ChannelRows rows(x);
-    return rows.all(scale, scale + x.size(0) * x.size(1), x.size(1),
-                    [&](int64_t at, auto channels) { return f(from + at, channels, at, rows.length); });
+    const int64_t n = x.size(0), c = x.size(1), plane = x.numel() / (n * c);
+    const T *const scale = scales_and_shifts_.const_data_ptr<T>(), *const shift = scale + n * c;
+    const bool by_channel = x.is_contiguous();
+    const auto rows = by_channel ? cpu::AffineRows<T>{x.const_data_ptr<T>(), scale, shift, plane, 1, 1}
+                                 : cpu::AffineRows<T>{x.const_data_ptr<T>(), scale, shift, c, plane, c};
+    std::atomic<bool> result = true;
+    at::parallel_for(0, x.numel() / rows.length, std::max<int64_t>(1, kElementsPerTask / rows.length),
+                     [&](int64_t first, int64_t last) {
+                       const bool holds = by_channel ? f.template operator()<cpu::One<T>>(rows, first, last)
+                                                     : f.template operator()<cpu::Each<T>>(rows, first, last);
+                       if (!holds) result = false;
+                     });
+    return result;
   }
 
   Tensor scales_and_shifts_;              // (2, N, C)
