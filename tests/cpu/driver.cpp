@@ -5,6 +5,7 @@
 #include "cpu/gate.h"
 #include "cpu/max_pool.h"
 #include "cpu/relu_avx512.h"
+#include "cpu/sigmoid.h"
 #include "cpu/smooth.h"
 #include "cpu/winograd.h"
 
@@ -98,6 +99,15 @@ EXPORT void driver_encode(int dtype, int kind, int bits, const void* x, uint8_t*
 EXPORT void driver_decode(int dtype, int bits, const void* dy, const uint8_t* codes, void* dx, int64_t numel) {
   const auto f = dtype == 0 ? decode_all<float> : dtype == 2 ? decode_all<Float16> : decode_all<BFloat16>;
   f(bits, dy, codes, dx, numel);
+}
+
+EXPORT void driver_sigmoid(bool is_silu, float factor, const float* x, float* y, int64_t alone, int64_t count) {
+  sigmoid_row(x, y, alone, count, {is_silu, factor});
+}
+
+EXPORT bool driver_is_sigmoid(bool is_silu, float factor, const float* x, const float* y, int64_t alone,
+                              int64_t count) {
+  return is_sigmoid_row(x, y, alone, count, {is_silu, factor});
 }
 
 // dtype as in csrc/core/problem.h: f32, f64, f16, bf16.

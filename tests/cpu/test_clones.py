@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -181,6 +182,32 @@ def test_pooled_pixels_are_those_of_torch(target: str, channels: int, dtype: tor
         rows = torch.arange(p)[:, None, None] * stride - padding + tap // kernel * dilation
         columns = torch.arange(q)[None, :, None] * stride - padding + tap % kernel * dilation
         assert torch.equal(rows * 11 + columns, indices[0].permute(1, 2, 0))
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.702, -40.0])
+@pytest.mark.parametrize("f", [torch.sigmoid, F.silu])
+@pytest.mark.parametrize("target", TARGETS)
+def test_sigmoids_are_those_of_torch(target: str, f: Callable[[Tensor], Tensor], factor: float) -> None:
+    uses = torch.backends.cpu.get_cpu_capability()
+    pairs = {"AVX512": 32, "AVX2": 16}.get(uses) or pytest.skip(f"torch uses {uses} of this processor")
+    driver = library(target)
+    # Numbers of which e^x is next to the middle of two floats, and those where it leaves float's range.
+    edges = [-6.584898, -7.9711924, -13.51637, -41.935406, -70.35444, 87.3, 88.0, 88.8, 103.9, 104.1, 1e9]
+    for numel in (*NUMELS, 40_000):
+        x = values(numel, torch.float32)
+        x[2::41] = torch.tensor((edges + [-e for e in edges]) * (numel // 900 + 1))[: x[2::41].numel()]
+        wanted = f(x * factor) if factor != 1 else f(x)
+        y = torch.full_like(x, 7.0)
+        options = (ctypes.c_bool(f is F.silu), ctypes.c_float(factor), pointer(x), pointer(y))
+        sizes = (ctypes.c_int64(numel - numel % pairs), ctypes.c_int64(numel))
+        driver.driver_sigmoid(*options, *sizes)
+        assert_identical(y, wanted)
+        driver.driver_is_sigmoid.restype = ctypes.c_bool
+        assert driver.driver_is_sigmoid(*options, *sizes)
+        for i in {0, numel // 2, numel - 1} if numel else ():
+            y.view(torch.int32)[i] ^= 1
+            assert not driver.driver_is_sigmoid(*options, *sizes), i
+            y.view(torch.int32)[i] ^= 1
 
 
 # Of 8 and 4 bits: codes in a unit, and that of 0.

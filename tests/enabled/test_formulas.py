@@ -146,6 +146,39 @@ def test_sizes(name: str, size: tuple[int, ...]) -> None:
     assert_same(copied(FORMULAS[name][0]), *(torch.randn(size, requires_grad=True) for _ in range(2)))
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
+@pytest.mark.parametrize("size", [SIZE, (3, 7, 5, 11), (2, 8, 65, 67)], ids=str)
+@pytest.mark.parametrize(
+    ("call", "operator"),
+    [
+        (lambda x: x * torch.sigmoid(x), "aten::sigmoid"),
+        (lambda x: x * torch.sigmoid(1.702 * x), "aten::sigmoid"),
+        (lambda x: F.silu(x) * x, "aten::silu"),
+    ],
+    ids=["swish", "quick gelu", "silu"],
+)
+def test_a_sigmoid_is_tried_and_made_again_without_torch_s_operator(
+    call: Callable[[Tensor], Tensor], operator: str, size: tuple[int, ...], layout: torch.memory_format
+) -> None:
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip("there is no other way on this processor")
+    x = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(memory_format=layout).requires_grad_()
+    assert_same(call, x)
+    with fk.enabled(), torch.profiler.profile() as profile:
+        gradients(call, x)
+    assert sum(event.count for event in profile.key_averages() if event.key == operator) == 1
+
+
+@pytest.mark.parametrize("call", [lambda x: x * torch.sigmoid(1.702 * x), lambda x: F.silu(x) * x])
+def test_sigmoids_of_what_is_not_finite(call: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(4096, generator=torch.Generator().manual_seed(0)) * 50
+    x[::97], x[::101], x[::103] = float("inf"), -float("inf"), float("nan")
+    x.requires_grad_()
+    expected = gradients(call, x)
+    with fk.enabled():
+        torch.testing.assert_close(gradients(call, x), expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_a_difference_of_what_nobody_keeps_is_kept(inputs: tuple[Tensor, Tensor]) -> None:
     """Torch lets its operands be written to, and so does this."""
 

@@ -1,7 +1,6 @@
 #include "torch/backends/winograd.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/Version.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
@@ -9,6 +8,7 @@
 #include <functional>
 
 #include "cpu/winograd.h"
+#include "torch/common/lanes.h"
 #include "torch/common/layout.h"
 
 namespace freezekit::winograd {
@@ -26,16 +26,6 @@ constexpr int64_t kFewest = 12, kFewestInNchwRow = 28, kFewestNchwChannels = 64;
 // takes more of them. (Measured likewise: 0.65 of oneDNN's time at 64 channels and 49 tiles, 0.9 to 1.8 at 256; with AVX2
 // 1.0 at 256 channels and 144 tiles.)
 constexpr int64_t kFewestTiles = 64, kFiltersForEachTile = 32;  // the latter for each lane
-
-// Lanes of a vector, by what torch itself uses of this processor; 0 where no gain was measured.
-int lanes() {
-  static const int found = [] {
-    const std::string uses = at::get_cpu_capability();
-    if (!cpu::kHasClones) return 0;
-    return uses == "AVX512" ? 16 : uses == "AVX2" ? 8 : 0;
-  }();
-  return found;
-}
 
 // A dgrad is the convolution of dy by the filter turned by half a turn, with the rest of its padding.
 cpu::Winograd size_of(Operator op, const Conv2dProblem& p, bool nhwc) {

@@ -50,8 +50,8 @@ using RecipePtr = std::shared_ptr<const Recipe>;
 // A formula is of tensors that are kept themselves; a quotient too, whose elements then have been given other places.
 enum class Maker { norm, activation, formula, moved_quotient };
 
-// Whether `value` is large enough for a recipe: 8 KiB. Of fewer bytes each costs more time than where a checkpoint runs a
-// block again, and torch's node keeps its operand. Tensors of unknown size are large.
+// Whether `value` is large enough for a recipe: 8 KiB. Of fewer bytes torch's node keeps its operand. Tensors of unknown size
+// are large.
 bool is_large(const Tensor& value);
 // For tests, which are to meet recipes of any size. Returns what it was before.
 int64_t set_least_bytes(int64_t bytes);

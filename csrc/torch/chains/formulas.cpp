@@ -339,6 +339,28 @@ SavedVariable* saved_result(Node* node) {
   return tanh ? &tanh->result_ : nullptr;
 }
 
+std::shared_ptr<Recipe> own_sigmoid_for(const Tensor& value, const Tensor& beside) {
+  const auto* const sigmoid = as<generated::SigmoidBackward0>(value.grad_fn().get());
+  if (!sigmoid || !beside.defined() || beside.scalar_type() != at::kFloat || value.scalar_type() != at::kFloat) {
+    return nullptr;
+  }
+  const Edge start = torch::autograd::impl::gradient_edge(beside), &operand = sigmoid->next_edge(0);
+  cpu::Sigmoid f;
+  if (operand != start) {
+    const auto* const product = as<generated::MulBackward0>(operand.function.get());
+    if (!product || operand.input_nr != 0 || learning_operand(product) != 0 || product->next_edge(0) != start) {
+      return nullptr;
+    }
+    const NodeLock lock(*product);
+    if (product->other_.has_hooks()) return nullptr;
+    const Tensor factor = product->other_.unpack();
+    const auto number = factor.dim() == 0 ? number_in(factor) : std::nullopt;
+    if (!number) return nullptr;
+    f.factor = number->toFloat();
+  }
+  return is_same_memory(beside, value) ? nullptr : function_of(beside, {.own = f}, /*has_data=*/true);
+}
+
 std::shared_ptr<Recipe> formula_for(const Tensor& value, const Tensor& beside, bool watched, bool has_data) {
   return Reader(beside, watched, has_data).recipe_for(value);
 }

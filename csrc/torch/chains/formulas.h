@@ -50,6 +50,9 @@ bool makes_formula(const torch::autograd::Node* node);
 // The node's result, where it keeps that; else null.
 torch::autograd::SavedVariable* saved_result(torch::autograd::Node* node);
 
+// Where that is all of the formula: the sigmoid of `beside` or of a multiple of it, as freezekit itself computes that.
+std::shared_ptr<Recipe> own_sigmoid_for(const Tensor& value, const Tensor& beside);
+
 // Null where some part of the formula is kept by nobody. `beside`, `watched`: as for recipe_for.
 std::shared_ptr<Recipe> formula_for(const Tensor& value, const Tensor& beside, bool watched, bool has_data);
 

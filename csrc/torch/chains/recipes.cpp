@@ -19,6 +19,7 @@
 
 #include "cpu/affine.h"
 #include "torch/backends/cpu_formats.h"
+#include "torch/common/lanes.h"
 #include "torch/common/layout.h"
 #include "torch/common/unseen.h"
 
@@ -222,6 +223,7 @@ uint64_t content_of(const Tensor& tensor) {
   const Rows rows = *rows_of(tensor);
   const int64_t size = tensor.element_size(), length = rows.length * size;
   const int64_t pieces = (length + kHashed - 1) / kHashed;  // of a row
+  if (rows.count == 1 && pieces == 1) return hash_of(bytes, length, 0);
   const int64_t per_task = pieces == 1 ? kHashed / length : 1;
   std::atomic<uint64_t> sum = 0;
   at::parallel_for(0, rows.count * pieces, per_task, [&](int64_t first, int64_t last) {
@@ -236,6 +238,45 @@ uint64_t content_of(const Tensor& tensor) {
   return sum;
 }
 
+// f(first element, elements, how many of these fill pairs of vectors) for pieces of a dense tensor, as torch gives its
+// elements to threads, as long as it returns true.
+template <class F>
+bool all_pieces(int64_t numel, int64_t piece, const F& f) {
+  if (numel <= piece) return f(0, numel, numel - numel % (2 * lanes()));
+  std::atomic<bool> result = true;
+  at::parallel_for(0, numel, at::internal::GRAIN_SIZE, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last && result; i += piece) {
+      const int64_t count = std::min(piece, last - i);
+      if (!f(i, count, count - count % (2 * lanes()))) result = false;
+    }
+  });
+  return result;
+}
+
+bool has_sigmoid(const Tensor& x) {
+  return lanes() != 0 && x.scalar_type() == at::kFloat && x.is_non_overlapping_and_dense();
+}
+
+Tensor compute(const cpu::Sigmoid& f, const Tensor& x) {
+  const Tensor y = empty_elementwise(x);
+  const float* const from = x.const_data_ptr<float>();
+  float* const to = y.mutable_data_ptr<float>();
+  all_pieces(x.numel(), at::internal::GRAIN_SIZE, [&](int64_t i, int64_t count, int64_t in_vectors) {
+    cpu::in_vectors<cpu::sigmoid_row>(from + i, to + i, in_vectors, count, f);
+    return true;
+  });
+  return y;
+}
+
+// Whether `value`, which is laid out like x, has the bits of what compute gives.
+bool gives(const cpu::Sigmoid& f, const Tensor& x, const Tensor& value) {
+  constexpr int64_t kTried = 1 << 12;  // pairs of vectors, as a share is
+  const float *const from = x.const_data_ptr<float>(), *const to = value.const_data_ptr<float>();
+  return all_pieces(x.numel(), kTried, [&](int64_t i, int64_t count, int64_t in_vectors) {
+    return cpu::in_vectors<cpu::is_sigmoid_row>(from + i, to + i, in_vectors, count, f);
+  });
+}
+
 template <class Source>
 class FunctionOf : public Recipe {
  public:
@@ -244,25 +285,27 @@ class FunctionOf : public Recipe {
   // In pieces. Torch computes the last elements of a thread's share and of a row by another path, and GELU of other layouts
   // than NCHW by another library: where pieces are not what they are in torch, the pass over all at once decides.
   bool gives(const Tensor& value) const override {
+    const Tensor x = kept_or(&Recipe::take);
+    const auto rows = rows_of(x);
+    if (!rows || value.scalar_type() != x.scalar_type() || value.sizes() != x.sizes() || !is_elementwise(value, x) ||
+        !is_in_memory(value)) {
+      return false;
+    }
+    is_own_ = f_.own && has_sigmoid(x) && chain::gives(*f_.own, x, value);
+    if (is_own_ || !f_.torchs) return is_own_;
     return unrecorded([&] {
-      const Tensor x = kept_or(&Recipe::take);
-      const auto rows = rows_of(x);
-      if (!rows || value.scalar_type() != x.scalar_type() || value.sizes() != x.sizes() || !is_elementwise(value, x) ||
-          !is_in_memory(value)) {
-        return false;
-      }
-      if (x.numel() <= kPiece) return is_at(value, 0, f_(x));
+      if (x.numel() <= kPiece) return is_at(value, 0, f_.torchs(x));
       const Tensor matrix = x.as_strided({rows->count, rows->length}, {rows->stride, 1});
       std::atomic<bool> same = true;
       at::parallel_for(0, x.numel(), kPiece, [&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last && same;) {
-          const Tensor piece = unrecorded([&] { return f_(piece_of(matrix, i, last)); });
+          const Tensor piece = unrecorded([&] { return f_.torchs(piece_of(matrix, i, last)); });
           if (!is_at(value, i, piece)) same = false;
           i += piece.numel();
         }
       });
       if (same) return true;
-      const Tensor made = f_(x);
+      const Tensor made = f_.torchs(x);
       return made.strides() == value.strides() && is_at(value, 0, made);
     });
   }
@@ -280,7 +323,8 @@ class FunctionOf : public Recipe {
   }
 
   Tensor compute() const override {
-    return unrecorded([&] { return f_(kept_or(&Recipe::compute)); });
+    const Tensor x = kept_or(&Recipe::compute);
+    return is_own_ ? chain::compute(*f_.own, x) : unrecorded([&] { return f_.torchs(x); });
   }
 
   std::vector<Tensor> reads() const override {
@@ -318,6 +362,7 @@ class FunctionOf : public Recipe {
 
   Source x_;
   Function f_;
+  mutable bool is_own_ = false;  // by the trial
 };
 
 class FormulaOf : public Recipe {
@@ -624,7 +669,7 @@ std::shared_ptr<Recipe> function_of(RecipePtr x, Function f) {
 
 std::shared_ptr<Recipe> formula_of(const std::vector<Tensor>& kept, Formula f, bool has_data) {
   if (kept.size() == 1) {
-    return function_of(kept[0], [f = std::move(f)](const Tensor& x) { return f(x); }, has_data);
+    return function_of(kept[0], {[f = std::move(f)](const Tensor& x) { return f(x); }}, has_data);
   }
   std::vector<Held> held;
   for (const Tensor& tensor : kept) {

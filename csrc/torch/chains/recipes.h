@@ -5,6 +5,7 @@
 #include <optional>
 #include <vector>
 
+#include "cpu/sigmoid.h"
 #include "torch/chains/chain.h"
 
 namespace freezekit::chain {
@@ -68,9 +69,13 @@ bool is_affine_type(at::ScalarType dtype);
 std::shared_ptr<Recipe> layer_norm(const Tensor& x, at::IntArrayRef shape, const Tensor& weight, const Tensor& bias,
                                    double eps, bool has_data);
 
-using Function = std::function<Tensor(const Tensor&)>;
+// By torch's operators, and as what freezekit computes in less time. Of both, one may do: the trial tells.
+struct Function {
+  std::function<Tensor(const Tensor&)> torchs = {};
+  std::optional<cpu::Sigmoid> own = {};
+};
 
-// f(x), by torch's operator, of a tensor that is kept or of what another recipe gives.
+// f(x), of a tensor that is kept or of what another recipe gives.
 std::shared_ptr<Recipe> function_of(const Tensor& x, Function f, bool has_data);
 std::shared_ptr<Recipe> function_of(RecipePtr x, Function f);
 
