@@ -93,6 +93,15 @@ def test_the_exit_code_counts_failed_steps(tmp_path: Path, monkeypatch: pytest.M
         command.main(["--emulated", "--out", str(tmp_path / "other")])
 
 
+@pytest.mark.usefixtures("no_device")
+@pytest.mark.parametrize("more", [["--seconds", "0"], ["--only", "sanitizer"]])
+def test_where_no_step_ran_nothing_has_passed(tmp_path: Path, more: list[str]) -> None:
+    folder = tmp_path / "out"
+    assert command.main(["--emulated", "--out", str(folder), *more]) == 1
+    steps = json.loads((folder / "summary.json").read_text())["steps"]
+    assert {step["result"] for step in steps} == {"not run"}
+
+
 def test_this_machine_is_described() -> None:
     here = machine.read("abc", 300)
     assert here.commit == "abc"
