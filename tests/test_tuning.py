@@ -98,6 +98,14 @@ def test_a_class_is_of_one_kernel_dtype_layout_and_filter() -> None:
             assert len(choices()) == i + 1
 
 
+def test_a_strided_dgrad_of_one_row_is_a_class_of_its_own() -> None:
+    """It has one phase, as without a stride, which is other code; a forward pass has no phases."""
+    geometry = (16, 16, 1, 1), (2, 2), (0, 0)
+    for operator, classes in (("conv2d", 1), ("conv2d_dgrad", 2)):
+        of = {_C.select(operator, "float32", (1, 16, rows, 9), *geometry)["class"] for rows in (1, 2)}
+        assert len(of) == classes
+
+
 def test_a_resnet_step_is_proven_in_the_launches_and_products_of_two() -> None:
     """Nothing is launched: the classes of a ResNet-50's convolutions at batch 128, and what proving them computes."""
     rows = [(3, 64, 7, 2, 224)]

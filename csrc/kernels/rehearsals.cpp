@@ -61,9 +61,14 @@ void set_axis(int64_t& in, int64_t& out, int64_t least, int64_t taps, int64_t pa
   if (leaves) in += in % stride == 0 ? stride - 1 : stride - in % stride;
 }
 
-void set_positions(Conv2dProblem& p, int64_t rows, int64_t columns, bool first) {
-  set_axis(p.h, p.p, rows, p.r, p.pad_h, p.stride_h, p.dilation_h, !first);
-  set_axis(p.w, p.q, columns, p.s, p.pad_w, p.stride_w, p.dilation_w, first);
+struct Leaves {
+  bool h, w;
+};
+
+void set_positions(Operator op, Conv2dProblem& p, int64_t rows, int64_t columns, const Leaves& leaves) {
+  const bool one_h = is_one_phase(op, p.h, p.stride_h), one_w = is_one_phase(op, p.w, p.stride_w);
+  if (!one_h) set_axis(p.h, p.p, rows, p.r, p.pad_h, p.stride_h, p.dilation_h, leaves.h);
+  if (!one_w) set_axis(p.w, p.q, columns, p.s, p.pad_w, p.stride_w, p.dilation_w, leaves.w);
 }
 
 void set_depthwise_channels(Conv2dProblem& p, const Conv2dProblem& like, bool is_tiled, bool first) {
@@ -95,27 +100,30 @@ void set_channels(Operator op, Conv2dProblem& p, const Conv2dProblem& like, cons
 }
 
 Rehearsed made(Operator op, const Conv2dProblem& like, DType dtype, const Selection& by, const Target& target,
-               bool first) {
+               bool first, const Leaves& leaves) {
   Rehearsed made = {like, by};
   Conv2dProblem& p = made.problem;
   int& slices = made.selection.split_k;
   if (slices_of(by) == Slices::several) slices = first ? 6 : 2;
-  if (slices_of(by) == Slices::many) slices = first ? kManySlices + 1 : kManySlices + 8;
-  p.n = first ? 3 : 1;
+  if (slices_of(by) == Slices::many) slices = first ? kManySlices + 1 : kManySlices + 7;  // lanes share neither evenly
+  p.n = first ? 3 : 2;
   const bool wgrad = op == Operator::wgrad;
   const Loops loops = loops_of(op, dtype, by, like.groups, target);
-  const int64_t steps = first ? slices : slices * (loops.stages + 1);  // and one more
+  // Of a wgrad, in all slices: so few that some are empty, or that the last lacks some.
+  const int64_t steps = first ? slices + 1 : slices * (loops.stages + 3);
   constexpr int64_t kLeast = 5;
   if (by.family == Family::depthwise && by.config == kDepthwiseTiled) {
     const int64_t least = first ? kDepthwiseTile + 3 : kLeast;  // of either axis: four tiles at least, or one
-    set_positions(p, least, least, first);
-    if (wgrad && slices > 1) p.n = first ? steps / 4 + 1 : steps + 1;
+    set_positions(op, p, least, least, leaves);
+    if (wgrad && slices > 1) p.n = first ? (steps + 3) / 4 : steps - 1;
   } else {
-    const int64_t positions = wgrad   ? steps * loops.step + 1
-                              : first ? loops.tile.rows * (loops.at_once / 2 + 1) + 1
-                                      : 1;
-    set_positions(p, kLeast, 1, first);
-    set_positions(p, kLeast, std::max(kLeast, positions / (p.n * p.p) + 1), first);
+    set_positions(op, p, kLeast, kLeast, leaves);
+    const int64_t of_row = p.n * p.p, rows = loops.tile.rows * (loops.at_once / 2 + 1);
+    const int64_t least = !first  ? wgrad ? (steps * loops.step / of_row - 1) | 1 : 1
+                          : wgrad ? (steps - 1) * loops.step / of_row + 1
+                                  : rows / of_row + 1;
+    set_positions(op, p, kLeast, std::max(kLeast, least), leaves);
+    if (first && p.h * p.w == 1) p.n = rows + 1;
   }
   if (by.family == Family::depthwise) {
     set_depthwise_channels(p, like, by.config == kDepthwiseTiled, first);
@@ -129,9 +137,15 @@ Rehearsed made(Operator op, const Conv2dProblem& like, DType dtype, const Select
 
 }  // namespace
 
-std::array<Rehearsed, 2> rehearsals(Operator op, const Conv2dProblem& like, DType dtype, const Selection& by,
-                                    const Target& target) {
-  return {made(op, like, dtype, by, target, true), made(op, like, dtype, by, target, false)};
+std::vector<Rehearsed> rehearsals(Operator op, const Conv2dProblem& like, DType dtype, const Selection& by,
+                                  const Target& target) {
+  std::vector<Rehearsed> all = {made(op, like, dtype, by, target, /*first=*/true, {false, true}),
+                                made(op, like, dtype, by, target, /*first=*/false, {true, false})};
+  if (op != Operator::dgrad || by.family != Family::hopper || like.stride_h * like.stride_w == 1) return all;
+  const Conv2dProblem &rows = all[0].problem, &columns = all[1].problem;  // without what is left over
+  const Leaves differ = {rows.h % rows.stride_h == 0, columns.w % columns.stride_w == 0};
+  all.push_back(made(op, like, dtype, by, target, /*first=*/false, differ));
+  return all;
 }
 
 }  // namespace freezekit

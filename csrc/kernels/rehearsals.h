@@ -1,12 +1,12 @@
 // What a kernel is tried on before a class of problems is trusted to it.
 //
 // A class leaves open how many images, positions, channels and groups a problem has, and what a stride leaves over. These
-// are what a kernel's loops and bounds go by. Two problems that depend on the class alone, never on the call that comes
+// are what a kernel's loops and bounds go by. Problems that depend on the class alone, never on the call that comes
 // first, take every loop through none but its first step and through more steps than it prefetches, every bound to where
-// something is left over and to where nothing is:
+// something is left over and, but for a sum's last step, to where nothing is:
 //
 //                   | first                                     | second
-//   images          | several                                   | one
+//   images          | three                                     | two
 //   positions       | a whole tile and a part                   | a part of a tile
 //   outputs         | a whole tile of channels and a part       | the same
 //   groups          | three or more, or none                    | the same
@@ -14,9 +14,12 @@
 //   wgrad's slices  | some of them empty                        | all full but the last
 //   stride          | along w rows are left over, along h none  | the other way round
 //   multiplier      | the least                                 | three times as much
+//
+// A dgrad's phases differ in size along an axis or are all equal; Hopper's have a map of the input for each pair of both, so
+// that a third problem has phases that differ along both axes.
 #pragma once
 
-#include <array>
+#include <vector>
 
 #include "kernels/api.h"
 
@@ -26,6 +29,11 @@ namespace freezekit {
 inline int64_t channel_unit(int64_t channels) {
   const int64_t power = channels & -channels;
   return power < 8 ? power : 8;
+}
+
+// Whether a stride along an axis of this size leaves dgrad a single phase, as none does: other code than several.
+inline bool is_one_phase(Operator op, int64_t size, int64_t stride) {
+  return op == Operator::dgrad && size == 1 && stride > 1;
 }
 
 enum class Slices { one, several, many };
@@ -39,6 +47,6 @@ struct Rehearsed {
 };
 
 // `by` is what select() gave for `like`.
-std::array<Rehearsed, 2> rehearsals(Operator, const Conv2dProblem& like, DType, const Selection& by, const Target&);
+std::vector<Rehearsed> rehearsals(Operator, const Conv2dProblem& like, DType, const Selection& by, const Target&);
 
 }  // namespace freezekit

@@ -2,9 +2,12 @@
 //
 //   conv_driver SEED CP_ASYNC DATA CASE...        emulated
 //   conv_driver SEED MEMORY DATA CASE...          on a GPU; MEMORY: poisoned, or unwritten for initcheck
-//     DATA: integers, whose sums are exact and compared; or reals, of which a checksum of the output's bits is printed
+//     DATA: integers, whose sums are exact and compared; or reals, of which a checksum of the output's bits is printed;
+//           or rehearsals, the problems that a proof holds before it trusts the case's class, on integers
 //     CASE: operator,dtype,family,config,split_k,epilogue,allow_tf32,and 16 sizes; family -1 takes what select() chooses,
 //           its config and split_k with it
+#include "kernels/rehearsals.h"
+#include "kernels/select.h"
 #include "tests/emulator/conv_reference.h"
 #include "tests/emulator/driver.h"
 
@@ -54,23 +57,19 @@ Case parse(const char* text) {
   return c;
 }
 
-// Of a forced family: slices of wgrad in the accumulator's type, or W' for a dgrad on tensor cores.
-size_t workspace_bytes(const Case& c) {
-  const int64_t accumulator = c.dtype == DType::f64 ? 8 : 4, filter = c.problem.filter_numel();
-  if (c.op == Operator::wgrad) return static_cast<size_t>(c.split_k > 1 ? c.split_k * filter * accumulator : 0);
-  const auto family = static_cast<Family>(c.family);
-  const bool transposes = c.op == Operator::dgrad && (family == Family::implicit_gemm || family == Family::hopper);
-  return static_cast<size_t>(transposes ? filter * size_of(c.dtype) : 0);
+Target target_of(const Case& c) {
+  Target target;
+  target.sm = 80, target.sm_count = 4, target.allow_tf32 = c.allow_tf32;
+  return target;
 }
 
 Selection selection_of(const Case& c) {
-  Target target;
-  target.sm = 80, target.sm_count = 4, target.allow_tf32 = c.allow_tf32;
+  const Target target = target_of(c);
   Selection selection = select(c.op, c.problem, c.dtype, target);
   if (c.family < 0) return selection;
   selection = Selection{};
   selection.family = static_cast<Family>(c.family), selection.config = c.config, selection.split_k = c.split_k;
-  selection.workspace_bytes = workspace_bytes(c);
+  selection.workspace_bytes = workspace_bytes(c.op, selection, c.problem, c.dtype);
   return selection;
 }
 
@@ -102,7 +101,7 @@ int print_checksum(const char* text, const Array<T>& out) {
 }
 
 template <class T>
-int run_case(const Case& c, bool integers) {
+int run_case(const Case& c, const Selection& selection, bool integers) {
   const Conv2dProblem& p = c.problem;
   const bool fprop = c.op == Operator::fprop, wgrad = c.op == Operator::wgrad;
   const auto random = integers ? random_integers : random_reals;
@@ -120,7 +119,6 @@ int run_case(const Case& c, bool integers) {
   for (uint32_t& word : mask_in) word = static_cast<uint32_t>(random_below(1 << 24) << 8 ^ random_below(1 << 24));
   const std::vector<uint32_t> expected_mask = finish(c, expected, scale, bias, residual, mask_in);
 
-  const Selection selection = selection_of(c);
   using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
   const Array<T> of_first(first), of_second(second), out(expected.size()), of_bias(bias), of_residual(residual);
   const Array<Wide> of_wide_bias(bias), of_scale(scale), of_filter_scale(filter_scale);
@@ -153,11 +151,22 @@ int run_case(const Case& c, bool integers) {
 
 int main(int argc, char** argv) {
   if (argc < 5 || !set_schedule(static_cast<unsigned>(std::atoi(argv[1])), argv[2])) return kUsage;
-  const bool integers = std::strcmp(argv[3], "integers") == 0;
+  const bool rehearses = std::strcmp(argv[3], "rehearsals") == 0;
+  const bool integers = rehearses || std::strcmp(argv[3], "integers") == 0;
   for (int i = 4; i < argc; i++) {
     const Case c = parse(argv[i]);
-    if (const int code = with_type(c.dtype, [&](auto zero) { return run_case<decltype(zero)>(c, integers); }))
-      return code;
+    const auto run = [&](const Case& of, const Selection& by) {
+      return with_type(of.dtype, [&](auto zero) { return run_case<decltype(zero)>(of, by, integers); });
+    };
+    if (!rehearses) {
+      if (const int code = run(c, selection_of(c))) return code;
+      continue;
+    }
+    for (const Rehearsed& part : rehearsals(c.op, c.problem, c.dtype, selection_of(c), target_of(c))) {
+      Case of = c;
+      of.problem = part.problem;
+      if (const int code = run(of, part.selection)) return code;
+    }
   }
   const unsigned long long conflicts = bank_conflicts();
   if (conflicts) std::printf("bank conflicts in %llu phases of ldmatrix\n", conflicts);

@@ -139,11 +139,11 @@ bool is_of_its_size(Operator op, const Conv2dProblem& p) {
                 taken_w = (p.q - 1) * p.stride_w + p.dilation_w * (p.s - 1) + 1 - 2 * p.pad_w;
   const int64_t added = op == Operator::fprop ? p.c_per_group() : p.k_per_group();
   const bool depthwise = p.groups > 1 && p.c_per_group() == 1, gathers = op != Operator::wgrad;
-  return (is("conv2d", "one_image") && p.n == 1) || (is("conv2d", "images") && p.n > 1) ||
-         (is("conv2d", "groups") && p.groups > 2) || (is("conv2d", "one_tile") && gathers && positions <= 64) ||
-         (is("conv2d", "tiles") && positions > 64) || (is("conv2d", "no_rows_left") && p.h == taken_h) ||
-         (is("conv2d", "rows_left") && p.h > taken_h) || (is("conv2d", "no_columns_left") && p.w == taken_w) ||
-         (is("conv2d", "columns_left") && p.w > taken_w) || (is("conv2d", "multiplier") && depthwise && p.k > p.c) ||
+  return (is("conv2d", "images") && p.n > 1) || (is("conv2d", "groups") && p.groups > 2) ||
+         (is("conv2d", "one_tile") && gathers && positions <= 64) || (is("conv2d", "tiles") && positions > 64) ||
+         (is("conv2d", "no_rows_left") && p.h == taken_h) || (is("conv2d", "rows_left") && p.h > taken_h) ||
+         (is("conv2d", "no_columns_left") && p.w == taken_w) || (is("conv2d", "columns_left") && p.w > taken_w) ||
+         (is("conv2d", "multiplier") && depthwise && p.k > p.c) ||
          (is("conv2d", "no_multiplier") && depthwise && p.k == p.c) ||
          (is("conv2d", "short_sums") && gathers && added <= 8) || (is("conv2d", "long_sums") && gathers && added > 16);
 }
@@ -312,7 +312,6 @@ extern "C" int set_fault(const char* kernel, const char* how) {
                             "rest_of_positions",
                             "rest_of_inputs",
                             "rest_of_outputs",
-                            "one_image",
                             "images",
                             "groups",
                             "one_tile",

@@ -460,7 +460,6 @@ Call = tuple[tuple[int, ...], tuple[int, ...], int]
 SQUARE = (16, 16, 3, 3)
 LATER: list[tuple[str, Call, Call, dict[str, int]]] = [
     ("images", ((1, 16, 8, 8), SQUARE, 1), ((2, 16, 6, 6), SQUARE, 1), {"padding": 1}),
-    ("one_image", ((2, 16, 6, 6), SQUARE, 1), ((1, 16, 8, 8), SQUARE, 1), {"padding": 1}),
     ("groups", ((1, 8, 8, 8), (8, 4, 3, 3), 2), ((1, 16, 8, 8), (16, 4, 3, 3), 4), {"padding": 1}),
     ("tiles", ((1, 16, 7, 7), SQUARE, 1), ((1, 16, 9, 9), SQUARE, 1), {"padding": 1}),
     ("one_tile", ((1, 16, 9, 9), SQUARE, 1), ((1, 16, 7, 7), SQUARE, 1), {"padding": 1}),

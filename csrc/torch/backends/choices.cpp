@@ -52,11 +52,12 @@ std::string class_of(Operator op, const Conv2dProblem& p, const Setting& s, cons
   constexpr const char* kSlices[] = {"", " in slices", " in many slices"};
   std::ostringstream key;
   key << operator_name(op, s) << " by " << by.kernel << kSlices[static_cast<int>(slices_of(by))]
-      << (p.groups > 1 ? " in groups" : "") << " w=" << p.r << ',' << p.s << " channels by "
-      << channel_unit(depthwise ? p.c : p.c_per_group()) << ',' << channel_unit(depthwise ? p.k : p.k_per_group())
-      << " stride=" << p.stride_h << ',' << p.stride_w << " padding=" << p.pad_h << ',' << p.pad_w
-      << " dilation=" << p.dilation_h << ',' << p.dilation_w << " 2^" << power << " to 2^" << power + 2 << " products "
-      << layout_name(s.layout) << device_name(s);
+      << (is_one_phase(op, p.h, p.stride_h) ? " of one row" : "")
+      << (is_one_phase(op, p.w, p.stride_w) ? " of one column" : "") << (p.groups > 1 ? " in groups" : "")
+      << " w=" << p.r << ',' << p.s << " channels by " << channel_unit(depthwise ? p.c : p.c_per_group()) << ','
+      << channel_unit(depthwise ? p.k : p.k_per_group()) << " stride=" << p.stride_h << ',' << p.stride_w
+      << " padding=" << p.pad_h << ',' << p.pad_w << " dilation=" << p.dilation_h << ',' << p.dilation_w << " 2^"
+      << power << " to 2^" << power + 2 << " products " << layout_name(s.layout) << device_name(s);
   return key.str();
 }
 
