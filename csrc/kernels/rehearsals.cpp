@@ -118,7 +118,9 @@ Rehearsed made(Operator op, const Conv2dProblem& like, DType dtype, const Select
     if (wgrad && slices > 1) p.n = first ? (steps + 3) / 4 : steps - 1;
   } else {
     set_positions(op, p, kLeast, kLeast, leaves);
-    const int64_t of_row = p.n * p.p, rows = loops.tile.rows * (loops.at_once / 2 + 1);
+    // Each phase of a dgrad has tiles of its own.
+    const int64_t phases = op == Operator::dgrad ? std::min(p.stride_h, p.h) * std::min(p.stride_w, p.w) : 1;
+    const int64_t of_row = p.n * p.p, rows = loops.tile.rows * (loops.at_once / (2 * phases) + 1);
     const int64_t least = !first  ? wgrad ? (steps * loops.step / of_row - 1) | 1 : 1
                           : wgrad ? (steps - 1) * loops.step / of_row + 1
                                   : rows / of_row + 1;
@@ -129,7 +131,8 @@ Rehearsed made(Operator op, const Conv2dProblem& like, DType dtype, const Select
     set_depthwise_channels(p, like, by.config == kDepthwiseTiled, first);
   } else {
     set_channels(op, p, like, loops, first, /*is_wide=*/true);
-    if (first && p.x_numel() + p.y_numel() > kMostElements) set_channels(op, p, like, loops, first, /*is_wide=*/false);
+    const bool is_large = p.x_numel() + p.y_numel() > kMostElements;
+    if (first && is_large && loops.at_once == 0) set_channels(op, p, like, loops, first, /*is_wide=*/false);
   }
   made.selection.workspace_bytes = workspace_bytes(op, made.selection, p, dtype);
   return made;
