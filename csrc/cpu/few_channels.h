@@ -12,9 +12,11 @@
 #include <vector>
 
 #include "core/problem.h"
-#include "cpu/few_rows.h"
+#include "cpu/simd.h"
 
 namespace freezekit::cpu {
+
+using Lanes = Vector<8>::Type;
 
 // Registers of 8 lanes that a part of a row of the filter takes.
 constexpr int64_t kMostLanes = 3;
@@ -58,7 +60,7 @@ FK_INLINE void add_row(const float* dy, const float* f, int64_t channels, float*
   Lanes acc[kPixels][kLanes] = {};
   for (int64_t k = 0; k < channels; ++k) {
     Lanes of_f[kLanes];
-    for (int j = 0; j < kLanes; ++j) of_f[j] = load_lanes(f + (k * kLanes + j) * 8);
+    for (int j = 0; j < kLanes; ++j) of_f[j] = load<8>(f + (k * kLanes + j) * 8);
     for (int i = 0; i < kPixels; ++i) {
       const Lanes of_dy = Lanes{} + dy[i * channels + k];
       for (int j = 0; j < kLanes; ++j) acc[i][j] += of_f[j] * of_dy;
@@ -66,7 +68,7 @@ FK_INLINE void add_row(const float* dy, const float* f, int64_t channels, float*
   }
   for (int i = 0; i < kPixels; ++i) {
     float sums[8 * kLanes];
-    for (int j = 0; j < kLanes; ++j) store_lanes(sums + 8 * j, acc[i][j]);
+    for (int j = 0; j < kLanes; ++j) store(sums + 8 * j, acc[i][j]);
     const int64_t end = std::min(count, last - i * step);
     for (int64_t j = std::max<int64_t>(0, first - i * step); j < end; ++j) to[i * step + j] += sums[j];
   }

@@ -7,6 +7,8 @@
 // function once, vectorised as far as their baseline goes.
 #pragma once
 
+#include <cstring>
+
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
 #define FK_SIMD_CLONES                                                         \
   __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"), \
@@ -30,6 +32,38 @@
 namespace freezekit::cpu {
 
 constexpr bool kHasClones = FK_HAS_SIMD_CLONES;
+
+template <int kLanes>
+struct Vector {
+  typedef float Type __attribute__((vector_size(4 * kLanes)));  // NOLINT: the attribute goes with typedef alone
+  typedef int Index __attribute__((vector_size(4 * kLanes)));   // NOLINT
+};
+
+template <int kLanes>
+FK_INLINE auto load(const float* from) {
+  typename Vector<kLanes>::Type vector;
+  std::memcpy(&vector, from, sizeof(vector));
+  return vector;
+}
+template <class V>
+FK_INLINE void store(float* to, V vector) {
+  std::memcpy(to, &vector, sizeof(vector));
+}
+
+// Those of `first` and then of `second`, as if these were one array, at places that are known when this is compiled.
+template <class V, class Index>
+FK_INLINE V pick_lanes(V first, V second, Index from) {
+#ifdef __clang__
+  constexpr int kLanes = sizeof(V) / sizeof(float);
+  V made;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    made[lane] = from[lane] < kLanes ? first[from[lane]] : second[from[lane] - kLanes];
+  }
+  return made;
+#else
+  return __builtin_shuffle(first, second, from);
+#endif
+}
 
 // A function as such a one. Arguments are passed as they are given: by std::ref, references.
 template <auto kFunction, class... Arguments>

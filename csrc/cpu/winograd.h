@@ -59,17 +59,6 @@ struct WinogradFilter {
   int64_t out, in, r, s;  // steps
 };
 
-template <int kLanes>
-struct Vector;
-template <>
-struct Vector<8> {
-  typedef float Type __attribute__((vector_size(32)));  // NOLINT: the attribute goes with typedef alone
-};
-template <>
-struct Vector<16> {
-  typedef float Type __attribute__((vector_size(64)));  // NOLINT
-};
-
 // The matrices of all points, for filters in A or B as said above, and for one block of tiles.
 template <int kLanes>
 class WinogradBlock {
@@ -126,13 +115,6 @@ class WinogradBlock {
  private:
   static int64_t up_to(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
 
-  FK_INLINE static V load(const float* from) {
-    V v;
-    std::memcpy(&v, from, sizeof(v));
-    return v;
-  }
-  FK_INLINE static void store(float* to, V v) { std::memcpy(to, &v, sizeof(v)); }
-
   // Products by G, B^T and A^T, of columns whose elements are `step` apart.
   FK_INLINE static void by_g(const V* g, V* to, int step) {
     const V ends = g[0] + g[2 * step];
@@ -183,7 +165,7 @@ class WinogradBlock {
     }
     for (int other = 0; other < kLanes; ++other) {
       V g[9], rows[12], made[16];
-      for (int tap = 0; tap < 9; ++tap) g[tap] = load(taps[tap][other]);
+      for (int tap = 0; tap < 9; ++tap) g[tap] = load<kLanes>(taps[tap][other]);
       leaning[other] += leaning_of(g);
       for (int s = 0; s < 3; ++s) by_g(g + s, rows + s, 3);
       for (int r = 0; r < 4; ++r) by_g(rows + 3 * r, made + 4 * r, 1);
@@ -206,7 +188,7 @@ class WinogradBlock {
   // The 2 x 2 results; what is added to faults is NaN if one of them is not finite.
   FK_INLINE void transform_output(const float* m, V* y, V& faults) const {
     V of_m[16], rows[8];
-    for (int j = 0; j < 16; ++j) of_m[j] = load(m + j * m_);
+    for (int j = 0; j < 16; ++j) of_m[j] = load<kLanes>(m + j * m_);
     for (int s = 0; s < 4; ++s) by_a(of_m + s, rows + s, 4);
     for (int r = 0; r < 2; ++r) by_a(rows + 4 * r, y + 2 * r, 1);
     for (int j = 0; j < 4; ++j) y[j] *= 0.25f, faults += y[j] - y[j];
@@ -243,7 +225,7 @@ class WinogradBlock {
         }
         for (int64_t c = 0; c < size_.in; c += kLanes) {
           V d[16];
-          for (int j = 0; j < 16; ++j) d[j] = load(at[j] + c);
+          for (int j = 0; j < 16; ++j) d[j] = load<kLanes>(at[j] + c);
           transform_input(d, v + (run.offset + i) * size_.in + c, a_);
         }
       }
@@ -307,7 +289,7 @@ class WinogradBlock {
       }
       for (int64_t i = 0; i < up_to(count, kColumns); i += kLanes) {
         V of_d[16];
-        for (int j = 0; j < 16; ++j) of_d[j] = load(d[j / 4][j % 4] + i);
+        for (int j = 0; j < 16; ++j) of_d[j] = load<kLanes>(d[j / 4][j % 4] + i);
         transform_input(of_d, v + in_panels(c, i), b_);
       }
     }
@@ -345,7 +327,7 @@ class WinogradBlock {
         const float *const of_a = a + i * length, *const of_b = b + j * length;
         V sums[kRows][2] = {};
         for (int64_t l = 0; l < length; ++l) {
-          const V first = load(of_b + l * kColumns), second = load(of_b + l * kColumns + kLanes);
+          const V first = load<kLanes>(of_b + l * kColumns), second = load<kLanes>(of_b + l * kColumns + kLanes);
           for (int r = 0; r < kRows; ++r) {
             const V factor = V{} + of_a[r * length + l];
             sums[r][0] += factor * first, sums[r][1] += factor * second;

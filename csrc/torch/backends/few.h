@@ -14,14 +14,10 @@ Tensor dgrad(const Conv2dProblem&, const Tensor& grad_output, const Tensor& weig
 
 }  // namespace few_channels
 
-// Convolutions of few output positions, which read the filter once and as it is.
+// Convolutions of few output positions, which read the filter as it is (csrc/cpu/few_rows.h).
 //
-// oneDNN first reorders a filter into a layout of its own. For a handful of positions, as the deep layers of a network
-// have at small batches, that takes longer than the convolution, and keeping the result would let it go stale. Here the
-// input is gathered in the order of the filter instead (csrc/cpu/few_rows.h):
-//
-//   y[m, k] = sum over l of columns[m, l] * w[k, l],  m a position, l a tap and channel in the order of w's memory
-//   dcolumns[m, l] = sum over k of dy[m, k] * w[k, l], which are added up where the columns came from
+// oneDNN first reorders a filter into a layout of its own. For few positions, as the deep layers of a network have at small
+// batches, that takes as long as the convolution, and keeping the result would let it go stale.
 namespace few_positions {
 
 // Whether this is a convolution for it, or a dgrad, by sizes and by whose memory is dense.
