@@ -8,6 +8,7 @@ parameter. What trains is what it is made of (``weight_g`` and ``weight_v``, ``w
 import difflib
 import fnmatch
 import inspect
+import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from typing import Any
@@ -201,9 +202,9 @@ def _check_predicate(pattern: Callable[..., Any]) -> None:
 
 def _says(predicate: Callable[..., Any], name: str, param: nn.Parameter) -> bool:
     answer = predicate(name, param)
-    # Comparisons give numpy's bools and tensors of one too. A string, a match or a parameter is a slip.
+    # Comparisons give numpy's bools and tensors of one too, and re.match a match or None. A string is a slip.
     is_one = str(getattr(answer, "dtype", "")) in ("bool", "torch.bool") and answer.nbytes == 1
-    if not (is_one or isinstance(answer, bool)):
+    if not (is_one or answer is None or isinstance(answer, bool | re.Match)):
         called = getattr(predicate, "__name__", shown(predicate))
         raise TypeError(f"patterns: predicate {called} must return True or False;\ngot {shown(answer)} for {name!r}")
     return bool(answer)
