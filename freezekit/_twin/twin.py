@@ -55,7 +55,10 @@ class Twin:
         tensors = [t for module in originals.values() for t in (*module.parameters(), *module.buffers())]
         for name, module in ((name, m) for root in originals.values() for name, m in root.named_modules()):
             if isinstance(module, torch.jit.ScriptModule):
-                raise TypeError(f"model must be of modules whose calls can be seen, got a ScriptModule ({name!r})")
+                raise TypeError(
+                    f"model must be of modules whose calls can be seen, got a ScriptModule ({name!r}):\n"
+                    f"put the module that it was scripted or traced from in its place"
+                )
         if data and not has_data(originals, inputs):
             raise ValueError("model and inputs must hold data to be run on it, got a tensor on the meta device")
         self._devices = {t.device for t in tensors if not t.is_meta}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from freezekit._arguments import check_real
 from freezekit._showing import BLUE, ORANGE, Shown, console_for, figure
 
 
@@ -21,10 +22,20 @@ class Machine:
     Attributes:
         flops: floating-point operations per second, of a matrix product.
         bandwidth: bytes per second, read and written, of a copy.
+
+    Raises:
+        ValueError, TypeError: one of them is not a number above 0.
     """
 
     flops: float
     bandwidth: float
+
+    def __post_init__(self) -> None:
+        for name in ("flops", "bandwidth"):
+            value = getattr(self, name)
+            check_real(name, value)
+            if not value > 0:
+                raise ValueError(f"{name} must be a number above 0, got {value}")
 
     @staticmethod
     def measure(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Machine:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import (
 
 import freezekit as fk
 from tests.dropin.twins import assert_same, gradients, turns
+from tests.nn.test_every_backend import axes_of, data, layer
 from tests.observe import Calls
 
 
@@ -31,6 +33,21 @@ def test_autocast(dtype: torch.dtype, frozen: bool, way: str) -> None:
     assert results[0]["y"] is not None
     assert results[0]["y"].dtype == dtype
     assert_same(*results)
+
+
+@pytest.mark.parametrize("learns", [False, True], ids=["frozen", "learns"])
+@pytest.mark.parametrize("name", fk.nn.__all__)
+def test_every_layer_gives_the_dtypes_of_stock(name: str, learns: bool) -> None:
+    ours = layer(name).requires_grad_(learns)
+    stock = fk.revert(copy.deepcopy(ours))
+    assert type(stock) is not type(ours)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x = data(axes_of(name), learns=False).to(dtype)
+        for low in (torch.bfloat16, torch.float16):
+            for needs_gradient in (False, True):
+                with torch.autocast("cpu", low):
+                    expected, found = (one(x.detach().requires_grad_(needs_gradient)) for one in (stock, ours))
+                assert (found.dtype, found.requires_grad) == (expected.dtype, expected.requires_grad), (dtype, low)
 
 
 def test_autocast_leaves_float64_and_disabled_regions_alone() -> None:

@@ -175,3 +175,11 @@ def test_a_reentrant_checkpoint_is_planned_and_refused_to_be_measured_with_the_c
     with pytest.raises(RuntimeError, match=r"a reentrant checkpoint .* refuses: call checkpoint\(.*=False\), or plan"):
         plan(forward, (x, True), measure=True)
     assert plan(forward, (x, False), measure=True).options[0].measured_seconds
+
+
+@pytest.mark.parametrize(
+    ("flops", "bandwidth", "wrong"), [(0, 1, "flops"), (1e9, -1.0, "bandwidth"), (float("nan"), 1, "flops")]
+)
+def test_a_machine_of_no_speed_is_told(flops: float, bandwidth: float, wrong: str) -> None:
+    with pytest.raises(ValueError, match=f"{wrong} must be a number above 0, got"):
+        Machine(flops, bandwidth)

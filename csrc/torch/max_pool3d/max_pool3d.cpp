@@ -7,6 +7,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
+#include <ATen/autocast_mode.h>
 #include <ATen/native/Pool.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/max_pool3d.h>
@@ -188,6 +189,13 @@ Tensor pool_plain(const Tensor& input, const Windows3d& g) {
 using PoolOperator3d = SettingsOperator<Windows3d, Tensor(const Tensor& input)>;
 using PoolPairOperator3d = SettingsOperator<Windows3d, Pair(const Tensor& input)>;
 
+// Torch's autocast on a CPU computes this in float32, but not the one that returns indices.
+Tensor pool_autocast(const Tensor& input, const Windows3d& g) {
+  static const PoolOperator3d op("freezekit::max_pool3d");
+  const c10::impl::ExcludeDispatchKeyGuard no_more(c10::autocast_dispatch_keyset);
+  return op(at::autocast::cached_cast(at::kFloat, input, at::kCPU), g);
+}
+
 void register_entries(torch::Library& m) {
   m.impl("max_pool3d", PoolOperator3d::kernel<record_max_pool3d>);
   m.impl("max_pool3d_with_indices", PoolPairOperator3d::kernel<indices_entry>);
@@ -234,5 +242,6 @@ TORCH_LIBRARY_IMPL(freezekit, CompositeExplicitAutograd, m) {
 }
 TORCH_LIBRARY_IMPL(freezekit, Autograd, m) { register_entries(m); }
 TORCH_LIBRARY_IMPL(freezekit, FuncTorchBatched, m) { register_entries(m); }
+TORCH_LIBRARY_IMPL(freezekit, AutocastCPU, m) { m.impl("max_pool3d", PoolOperator3d::kernel<pool_autocast>); }
 
 }  // namespace freezekit

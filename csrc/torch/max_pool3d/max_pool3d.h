@@ -15,6 +15,12 @@ namespace freezekit {
 struct Windows3d : Windows<3> {
   using Flat = Arguments<SymIntArrayRef, SymIntArrayRef, SymIntArrayRef, SymIntArrayRef, bool>;
   using Windows::Windows;
+
+  template <class F>
+  auto apply(const F& f) const {
+    return f(c10::fromIntArrayRefSlow(kernel_size), c10::fromIntArrayRefSlow(stride), c10::fromIntArrayRefSlow(padding),
+             c10::fromIntArrayRefSlow(dilation), ceil_mode);
+  }
 };
 
 // Whether a node of freezekit's serves the call; else it is torch's.
