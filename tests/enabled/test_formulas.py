@@ -579,3 +579,43 @@ def test_forward_mode_ad_of_what_learns_is_stock_s(call: Callable[[Tensor], Tens
             y = call(forward_ad.make_dual(x.clone().requires_grad_(), tangent))
             results.append(forward_ad.unpack_dual(y).tangent.detach())
     torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "formula",
+    [
+        lambda x: x * torch.sigmoid(1e39 * x),
+        lambda x: x * torch.sigmoid(x * torch.tensor(1e39, dtype=torch.float64)),
+        lambda x: x * torch.sigmoid(x + 1e39),
+        lambda x: x * torch.tanh(x / -1e39),
+        lambda x: x * torch.tanh(torch.pow(x, 3) * 1e39),
+        lambda x: 0.5 * x * (1e39 + torch.tanh(x)),
+        lambda x: x * 2.0**200 * (1 + torch.erf(x / 2**0.5)),
+        lambda x: F.linear(x * torch.sigmoid(x * 1e39), torch.ones(4, 16, requires_grad=True)),
+    ],
+)
+def test_numbers_that_float32_has_not(formula: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(SIZE, requires_grad=True)
+    (expected,) = torch.autograd.grad(formula(x * 1).sum(), x)
+    with fk.enabled():
+        y = formula(x * 1)
+    (found,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(found.nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize(
+    "formula",
+    [
+        lambda x: x * torch.sigmoid(1.702 * x),
+        lambda x: F.silu(F.group_norm(x, 2)) * x,
+        lambda x: F.linear(F.silu(F.group_norm(x, 2)), torch.ones(4, 16, requires_grad=True)),
+    ],
+)
+def test_backward_in_inference_mode(formula: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(SIZE, requires_grad=True)
+    sums = [formula(x * 1).sum()]
+    with fk.enabled():
+        sums.append(formula(x * 1).sum())
+    with torch.inference_mode():
+        (expected,), (found,) = (torch.autograd.grad(y, x) for y in sums)
+    assert torch.equal(found, expected)

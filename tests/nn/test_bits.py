@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -192,6 +193,26 @@ def test_prelu_opcheck(learns: bool, slopes: int) -> None:
 def test_the_gradient_at_zero_is_zero() -> None:
     x = torch.tensor([0.0, -0.0], requires_grad=True)
     assert grad(ff.relu(x).sum(), x)[0].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("name", ["leaky_relu", "hardtanh"])
+@pytest.mark.parametrize("number", [7e4, 1e39])
+def test_numbers_out_of_range_are_torch_s_errors(dtype: torch.dtype, number: float, name: str, inplace: bool) -> None:
+    numbers = (number,) if name == "leaky_relu" else (-number, number)
+
+    def outcome(functions: Any) -> Any:
+        try:
+            x = torch.randn(4, 8).to(dtype).requires_grad_() * 1
+            return getattr(functions, name)(x, *numbers, inplace=inplace).dtype
+        except RuntimeError as error:
+            return str(error).splitlines()[0]
+
+    expected = outcome(F)
+    assert outcome(ff) == expected
+    with fk.enabled():
+        assert outcome(F) == expected
 
 
 @pytest.mark.parametrize("name", ["relu", "relu6", "hardtanh", "leaky_relu"])

@@ -103,8 +103,12 @@ void bits_cpu(const Tensor& x, const Tensor& y, const Tensor& bits, const Piecew
     const scalar_t* from = x.const_data_ptr<scalar_t>();
     scalar_t* to = y.mutable_data_ptr<scalar_t>();
     using C = cpu::Compute<scalar_t>;
-    const C a = static_cast<C>(f.a), b = static_cast<C>(f.b);
-    const auto rounded = [](C value) { return static_cast<C>(static_cast<scalar_t>(value)); };
+    // What is out of range is torch's error, of a hardtanh that of its input's type.
+    const at::Scalar numbers[] = {f.a, f.b};
+    const auto stored = [&](int i) { return static_cast<C>(numbers[i].to<scalar_t>()); };
+    const bool is_stored = f.kind == ActivationKind::hardtanh;
+    const C lowest = is_stored ? stored(0) : C(0), highest = is_stored ? stored(1) : C(0);
+    const C a = numbers[0].to<C>(), b = numbers[1].to<C>();
     at::parallel_for(0, mask_words(numel), kWordsPerTask, [&](int64_t first, int64_t last) {
       const auto make = [&]<class Rule>(Rule rule) {
         cpu::in_vectors<cpu::make_bits<scalar_t, Rule>>(from, to, words, numel, first, last, rule);
@@ -113,7 +117,7 @@ void bits_cpu(const Tensor& x, const Tensor& y, const Tensor& bits, const Piecew
         first = cpu::relu_fast(from, to, words, first, std::clamp(numel / 32, first, last));
         make(cpu::Relu<scalar_t>{});
       } else if (f.kind == ActivationKind::hardtanh) {
-        make(cpu::Hardtanh<scalar_t>{rounded(a), rounded(b), a, b});
+        make(cpu::Hardtanh<scalar_t>{lowest, highest, a, b});
       } else {
         make(cpu::LeakyRelu<scalar_t>{a});
       }

@@ -11,6 +11,7 @@
 #include <ATen/ops/sub.h>
 #include <ATen/ops/tanh.h>
 #include <c10/core/WrapDimMinimal.h>
+#include <c10/util/overflows.h>
 #include <torch/csrc/autograd/functions/accumulate_grad.h>
 #include <torch/csrc/autograd/generated/Functions.h>
 #include <torch/csrc/autograd/variable.h>
@@ -56,6 +57,8 @@ bool is_same_memory(const Tensor& a, const Tensor& b) {
   return a.defined() && b.defined() && a.is_alias_of(b) && a.storage_offset() == b.storage_offset() &&
          a.sizes() == b.sizes() && a.strides() == b.strides() && a.scalar_type() == b.scalar_type();
 }
+
+bool has_float(const at::Scalar& number) { return !c10::overflows<float>(number.toDouble()); }
 
 // Whether the node's operator moves elements, as matmul does for bmm, and no more.
 bool is_move(const Node* node) {
@@ -245,8 +248,8 @@ class Reader {
     const auto number = number_in(factor);
     int exponent;
     if (!number || std::abs(std::frexp(number->toDouble(), &exponent)) != 0.5) return {};
-    return then(start(beside_),
-                [by = as_number(*number, number->type())](const Tensor& x) { return at::div(x, by({})); });
+    return of_both(start(beside_), as_number(*number, number->type()),
+                   [](const Tensor& x, const Tensor& by) { return at::div(x, by); });
   }
 
   Tensor kept_by_power(const Edge& edge) const {
@@ -280,9 +283,10 @@ class Reader {
   }
 
   // As torch's operators take it, and no tensor, whose memory would count. In the dtype to which they would convert it each
-  // time; in low precision they compute with it as it is.
+  // time; in low precision they compute with it as it is. A number that has no float is infinite to them.
   Formula as_number(const at::Scalar& value, at::ScalarType dtype) const {
     if (dtype_ == at::kFloat || dtype_ == at::kDouble) dtype = dtype_;
+    if (dtype == at::kFloat && !has_float(value)) return {};
     return [=](at::TensorList) { return at::detail::scalar_tensor_static(value, dtype, at::kCPU); };
   }
 
@@ -355,7 +359,7 @@ std::shared_ptr<Recipe> own_sigmoid_for(const Tensor& value, const Tensor& besid
     if (product->other_.has_hooks()) return nullptr;
     const Tensor factor = product->other_.unpack();
     const auto number = factor.dim() == 0 ? number_in(factor) : std::nullopt;
-    if (!number) return nullptr;
+    if (!number || !has_float(*number)) return nullptr;
     f.factor = number->toFloat();
   }
   return is_same_memory(beside, value) ? nullptr : function_of(beside, {.own = f}, /*has_data=*/true);

@@ -441,11 +441,12 @@ class Shared : public Recipe {
 
   Tensor compute() const override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (!is_unchanged()) {
-      value_ = recipe_->compute();
-      version_ = value_._version();
-    }
-    return value_;
+    if (is_unchanged()) return value_;
+    const Tensor value = recipe_->compute();
+    if (value.is_inference()) return value;  // whose versions nobody counts
+    value_ = value;
+    version_ = value._version();
+    return value;
   }
 
   Tensor take() const override {
