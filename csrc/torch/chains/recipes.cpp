@@ -291,23 +291,14 @@ class FunctionOf : public Recipe {
         !is_in_memory(value)) {
       return false;
     }
-    is_own_ = f_.own && has_sigmoid(x) && chain::gives(*f_.own, x, value);
-    if (is_own_ || !f_.torchs) return is_own_;
-    return unrecorded([&] {
-      if (x.numel() <= kPiece) return is_at(value, 0, f_.torchs(x));
-      const Tensor matrix = x.as_strided({rows->count, rows->length}, {rows->stride, 1});
-      std::atomic<bool> same = true;
-      at::parallel_for(0, x.numel(), kPiece, [&](int64_t first, int64_t last) {
-        for (int64_t i = first; i < last && same;) {
-          const Tensor piece = unrecorded([&] { return f_.torchs(piece_of(matrix, i, last)); });
-          if (!is_at(value, i, piece)) same = false;
-          i += piece.numel();
-        }
-      });
-      if (same) return true;
-      const Tensor made = f_.torchs(x);
-      return made.strides() == value.strides() && is_at(value, 0, made);
-    });
+    // What is made again is what the first trial found, for whoever shares the recipe.
+    if (is_own_.value_or(true) && f_.own && has_sigmoid(x) && chain::gives(*f_.own, x, value)) {
+      is_own_ = true;
+      return true;
+    }
+    if (is_own_.value_or(false) || !f_.torchs || !torch_gives(value, x, *rows)) return false;
+    is_own_ = false;
+    return true;
   }
 
   void hold() override {
@@ -324,7 +315,7 @@ class FunctionOf : public Recipe {
 
   Tensor compute() const override {
     const Tensor x = kept_or(&Recipe::compute);
-    return is_own_ ? chain::compute(*f_.own, x) : unrecorded([&] { return f_.torchs(x); });
+    return is_own_.value_or(false) ? chain::compute(*f_.own, x) : unrecorded([&] { return f_.torchs(x); });
   }
 
   std::vector<Tensor> reads() const override {
@@ -360,9 +351,27 @@ class FunctionOf : public Recipe {
                        part.numel() * size) == 0;
   }
 
+  bool torch_gives(const Tensor& value, const Tensor& x, const Rows& rows) const {
+    return unrecorded([&] {
+      if (x.numel() <= kPiece) return is_at(value, 0, f_.torchs(x));
+      const Tensor matrix = x.as_strided({rows.count, rows.length}, {rows.stride, 1});
+      std::atomic<bool> same = true;
+      at::parallel_for(0, x.numel(), kPiece, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last && same;) {
+          const Tensor piece = unrecorded([&] { return f_.torchs(piece_of(matrix, i, last)); });
+          if (!is_at(value, i, piece)) same = false;
+          i += piece.numel();
+        }
+      });
+      if (same) return true;
+      const Tensor made = f_.torchs(x);
+      return made.strides() == value.strides() && is_at(value, 0, made);
+    });
+  }
+
   Source x_;
   Function f_;
-  mutable bool is_own_ = false;  // by the trial
+  mutable std::optional<bool> is_own_;  // by the first trial
 };
 
 class FormulaOf : public Recipe {
